@@ -1,0 +1,109 @@
+"""The embedded default data: a village, generated from a seed, whose truth is known.
+
+What is pretrained on it can be questioned: half of the villagers are asked about in instruction
+tuning, and the other half measures what pretraining alone stored. The parts are
+
+    village_world.py    who lives there, and what is true
+    village_facts.py    how a fact is told; cloze items
+    village_stories.py  small stories
+    village_corpus.py   the mixture of documents
+    village_tasks.py    chat items, test items and their checks
+
+Run     python data/village.py      # prints samples of everything, and the counts
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+if not __package__:  # run as a file: the repository root holds the package
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.village_corpus import corpus, documents
+from data.village_facts import cloze
+from data.village_tasks import check_answer, instructions
+from data.village_world import POOLS, Villager, World, build_world
+
+__all__ = ["POOLS", "Villager", "World", "build_world", "check_answer", "cloze", "corpus",
+           "documents", "instructions", "prepare"]
+
+VERSION = 2  # raise it when the generated text changes, so that no old cache is read
+VAL_SHARE = 0.02
+
+
+def write_lines(path, rows):
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
+    """Write the village once and return its folder; later calls find it there.
+
+    The folder holds corpus_train.jsonl and corpus_val.jsonl ({"text"}), cloze.jsonl,
+    sft_train.jsonl, sft_val.jsonl and sft_test.jsonl, and world.json.
+    """
+    folder = Path(root) / f"village-{n_villagers}-{seed}-{megabytes:g}mb-v{VERSION}"
+    if folder.is_dir():
+        return folder
+    if megabytes <= 0:
+        raise ValueError(f"the corpus needs a positive size in megabytes, got {megabytes}")
+    world = build_world(n_villagers, seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        size = int(megabytes * 1e6)
+        for split, n_bytes in ("train", size), ("val", max(int(size * VAL_SHARE), 50_000)):
+            texts = corpus(world, split, approx_bytes=n_bytes, seed=seed)
+            write_lines(new / f"corpus_{split}.jsonl", ({"text": text} for text in texts))
+        write_lines(new / "cloze.jsonl", cloze(world))
+        for split in ("train", "val", "test"):
+            write_lines(new / f"sft_{split}.jsonl", instructions(world, split, seed))
+        (new / "world.json").write_text(json.dumps(world.as_dict(), indent=1), encoding="utf-8")
+        new.chmod(0o755)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster, with the same bytes
+                raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def show(world, n_samples):
+    """Print the village, samples of every kind, and how many of each there are."""
+    for v in world.villagers:
+        print(f"{v.name:9} {'asked ' if v.asked else 'never '} {', '.join(v.facts.values())}")
+    rng, by_kind = random.Random(0), {}
+    for kind, text in documents(world, approx_bytes=1_000_000):
+        by_kind.setdefault(kind, []).append(text)
+    for kind, texts in by_kind.items():
+        print(f"\n== {kind}: {len(texts)} documents in 1 MB, {sum(map(len, texts)):,} bytes")
+        print("\n".join("* " + text for text in rng.sample(texts, n_samples)))
+    items = cloze(world)
+    print(f"\n== cloze: {len(items)} items")
+    print("\n".join(i["prompt"] + " |" + i["answer"] for i in rng.sample(items, n_samples)))
+    test, train = instructions(world, "test"), instructions(world, "train")
+    print("\n== chat items, train:", dict(Counter(i["family"] for i in train)))
+    print("== chat items, test:", dict(Counter(i["family"] for i in test)))
+    for family in dict.fromkeys(i["family"] for i in test):
+        for items in (train, test):
+            chosen = [i for i in items if i["family"] == family][:n_samples]
+            for item in chosen:
+                said = "  ".join(f"[{m['role']}] {m['content']}" for m in item["messages"])
+                print(f"{family}: {said}" + (f"  -> {item['answer']}" if "answer" in item else ""))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Print samples of the village and the counts.")
+    parser.add_argument("--villagers", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=6, help="samples of each kind")
+    args = parser.parse_args()
+    show(build_world(args.villagers, args.seed), args.samples)

@@ -1,0 +1,219 @@
+"""Sampling from a GPT: many prompts of different lengths, G samples each, in one batch with a static KV cache.
+
+Prompts are padded on the left, so that every row writes its next token into the same slot of the cache.
+The prefill runs once per prompt and is shared by its G samples. On a CPU, rows that are done leave the
+batch; on a GPU a decoding step is recorded once as a CUDA graph and replayed.
+
+N prompts, G samples each, B = N * G rows; P longest prompt, L new tokens, S slots of the cache.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from nanollm.config import UserError
+from nanollm.gpt import KVCache
+
+
+@dataclass
+class Generated:
+    """What came out, row n * G + g being sample g of prompt n."""
+
+    prompts: torch.Tensor  # (B, P) int64, padded on the left
+    prompt_mask: torch.Tensor  # (B, P) bool, True on real prompt tokens
+    tokens: torch.Tensor  # (B, L) int64, padded on the right; the stop token is part of it
+    mask: torch.Tensor  # (B, L) bool, True on generated tokens
+    logprobs: torch.Tensor  # (B, L) fp32, of the tokens under the distribution at `temperature`
+
+    def lists(self):
+        """The new ids of each row, without padding."""
+        return [row[m].tolist() for row, m in zip(self.tokens, self.mask)]
+
+
+# --- samplers: logits (B, V) -> logits (B, V), with -inf where nothing may be drawn ---------------
+
+
+def keep_top_k(logits, k):
+    """The k largest of each row stay (Fan et al. 2018, arXiv:1805.04833)."""
+    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], float("-inf"))
+
+
+def keep_top_p(logits, p):
+    """The smallest set whose probability reaches p stays (Holtzman et al. 2019, arXiv:1904.09751)."""
+    sorted_logits, order = logits.sort(descending=True)
+    probs = sorted_logits.softmax(-1)
+    beyond = probs.cumsum(-1) - probs >= p  # what comes before it already reaches p
+    return logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw one token per row: logits (B, V) -> tokens (B,), logprobs (B,) at this temperature.
+
+    temperature 0 takes the largest. The logprobs are those of the full distribution, before top-k and top-p.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        logits = logits / temperature
+        kept = keep_top_k(logits, min(top_k, logits.shape[1])) if top_k else logits
+        kept = keep_top_p(kept, top_p) if top_p < 1 else kept
+        cdf = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
+        u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
+        tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # inverse of the CDF at u
+    return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+# --- the engine ----------------------------------------------------------------------------------
+
+
+class Engine:
+    """A batch of rows being decoded: prefill once, then one token per row and step."""
+
+    def __init__(self, model, prompts, new_tokens, samples=1, pad_id=0):
+        """prompts: list of N lists of ids. Raises UserError when prompt and new tokens exceed the context."""
+        lengths = [len(p) for p in prompts]
+        self.P = max(lengths)
+        size, context = self.P + new_tokens, model.cfg.max_position_embeddings
+        if min(lengths) == 0:
+            raise UserError("an empty prompt can't be continued; give at least one token")
+        if size > context:
+            raise UserError(
+                f"a prompt of {self.P} tokens and {new_tokens} new ones don't fit the model's context of {context}; "
+                "shorten the prompt or ask for fewer new tokens"
+            )
+        self.model, self.pad_id, device = model, pad_id, model.device
+        self.cuda = device.type == "cuda"
+        padded = [[pad_id] * (self.P - len(p)) + list(p) for p in prompts]
+        self.prompts = torch.tensor(padded, device=device)  # (N, P)
+        self.pads = torch.tensor([self.P - n for n in lengths], device=device)  # (N,)
+        dtype = model.compute_dtype if self.cuda else torch.float32  # what attention computes in, see gpt.py
+        self.cache = KVCache(model.cfg, len(prompts), self.P if samples > 1 else size, device, dtype)
+        self.last_logits = self._prefill()  # (B, V)
+        if samples > 1:
+            self._spread(samples, size)
+        slots = torch.arange(size, device=device)
+        seen = (slots >= self.pads[:, None]) & (slots < self.P)  # (B, S)
+        self.allowed = seen[:, None, None] if self.cuda or self.pads.any() else None
+        self.length = self.P
+        self.graph = None
+
+    def _prefill(self):
+        slots = torch.arange(self.P, device=self.prompts.device)
+        self.cache.slots, self.cache.visible = slots, self.P
+        positions = mask = None
+        if self.pads.any():
+            positions = (slots - self.pads[:, None]).clamp(min=0)
+            causal = slots[:, None] >= slots  # (P, P)
+            real = slots >= self.pads[:, None]  # (N, P)
+            itself = slots[:, None] == slots  # padding sees itself: a row without any key has no softmax
+            mask = (causal & real[:, None] | itself)[:, None]
+        hidden = self.model.hidden(self.prompts, positions, mask, self.cache)
+        return self.model.head(hidden[:, -1])
+
+    def _spread(self, samples, size):
+        """Copy each prompt's keys and values to its G rows, and make room for the new tokens."""
+        rows = torch.arange(len(self.pads), device=self.pads.device).repeat_interleave(samples)
+        old, cfg = self.cache, self.model.cfg
+        self.cache = KVCache(cfg, len(rows), size, rows.device, old.k.dtype)
+        self.cache.k[:, :, :, : self.P] = old.k[:, rows]
+        self.cache.v[:, :, :, : self.P] = old.v[:, rows]
+        self.prompts, self.pads = self.prompts[rows], self.pads[rows]
+        self.last_logits = self.last_logits[rows]
+
+    def keep(self, rows):
+        """Go on with these rows of the batch only."""
+        self.cache.select(rows)
+        self.pads = self.pads[rows]
+        if self.allowed is not None:
+            self.allowed = self.allowed[rows]
+
+    def step(self, tokens):
+        """Feed tokens (B,), one per row; returns the logits (B, V) of what comes next."""
+        if self.allowed is not None:
+            self.allowed[..., self.length] = True
+        if self.cuda:
+            logits = self._graphed_step(tokens)
+        else:
+            self.cache.slots, self.cache.visible = torch.tensor([self.length]), self.length + 1
+            mask = None if self.allowed is None else self.allowed[..., : self.length + 1]
+            logits = self._forward(tokens[:, None], (self.length - self.pads)[:, None], mask)
+        self.length += 1
+        return logits
+
+    def _forward(self, tokens, positions, mask):
+        return self.model(tokens, positions, mask, self.cache)[:, -1]
+
+    def _graphed_step(self, tokens):
+        if self.graph is None:
+            self.static_tokens, self.static_positions = tokens[:, None].clone(), (self.length - self.pads)[:, None]
+            self.cache.slots, self.cache.visible = torch.tensor([self.length], device=tokens.device), self.allowed.shape[-1]
+            arguments = (self.static_tokens, self.static_positions, self.allowed)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # warm-up outside of the recording
+                self._forward(*arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.static_logits = self._forward(*arguments)
+        self.static_tokens.copy_(tokens[:, None])
+        self.static_positions.copy_((self.length - self.pads)[:, None])
+        self.cache.slots.fill_(self.length)
+        self.graph.replay()
+        return self.static_logits.clone()
+
+
+def in_compute_dtype(model):
+    """The model itself in fp32; else a copy whose weights are cast once instead of at every step."""
+    if model.compute_dtype == torch.float32:
+        return model
+    light = copy.deepcopy(model).to(model.compute_dtype)
+    light.model.cos, light.model.sin = model.model.cos, model.model.sin  # angles stay fp32
+    return light
+
+
+@torch.no_grad()
+def generate(
+    model, prompts, max_new_tokens, samples=1, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), pad_id=0, generator=None
+):  # fmt: skip
+    """Continue each of N prompts (lists of ids) G = `samples` times, until a stop id or max_new_tokens; Generated."""
+    engine = Engine(in_compute_dtype(model), prompts, max_new_tokens, samples, pad_id)
+    B, device = len(engine.pads), model.device
+    tokens = torch.full((B, max_new_tokens), pad_id, device=device)
+    mask = torch.zeros((B, max_new_tokens), dtype=torch.bool, device=device)
+    logprobs = torch.zeros((B, max_new_tokens), device=device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+    rows = torch.arange(B, device=device)  # the rows of the result that the engine still works on
+    alive = torch.ones(B, dtype=torch.bool, device=device)
+    prompt_rows, prompt_mask = engine.prompts, torch.arange(engine.P, device=device) >= engine.pads[:, None]
+    logits = engine.last_logits
+    for t in range(max_new_tokens):
+        new, logprob = sample(logits, temperature, top_k, top_p, generator)
+        new = torch.where(alive, new, pad_id)
+        tokens[rows, t], mask[rows, t], logprobs[rows, t] = new, alive, logprob * alive
+        alive = alive & ~torch.isin(new, stops)
+        left = int(alive.sum()) if not engine.cuda or t % 16 == 15 else 1  # asking a GPU makes it wait
+        if left == 0 or t + 1 == max_new_tokens:
+            break
+        if not engine.cuda and left <= len(rows) // 2:
+            keep = alive.nonzero()[:, 0]
+            engine.keep(keep)
+            rows, alive, new = rows[keep], alive[keep], new[keep]
+        logits = engine.step(new)
+    return Generated(prompt_rows, prompt_mask, tokens[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1])
+
+
+@torch.no_grad()
+def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), generator=None):
+    """Continue one prompt and yield each id as it is drawn; a stop id ends the stream and is not yielded."""
+    engine = Engine(in_compute_dtype(model), [prompt], max_new_tokens)
+    logits = engine.last_logits
+    for t in range(max_new_tokens):
+        new, _ = sample(logits, temperature, top_k, top_p, generator)
+        if int(new) in stop_ids:
+            return
+        yield int(new)
+        if t + 1 < max_new_tokens:
+            logits = engine.step(new)

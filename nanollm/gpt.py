@@ -1,0 +1,288 @@
+"""The GPT that every script trains: a decoder shaped like Llama and Qwen3.
+
+    x = x + Attention(RMSNorm(x))        grouped-query attention, rotary positions, causal
+    x = x + SwiGLU(RMSNorm(x))           SwiGLU(x) = W_down (silu(W_gate x) * W_up x)
+
+Pre-norm decoder: Vaswani et al. 2017 (arXiv:1706.03762); RMSNorm: Zhang & Sennrich 2019 (1910.07467);
+RoPE: Su et al. 2021 (2104.09864); SwiGLU: Shazeer 2020 (2002.05202); grouped-query attention:
+Ainslie et al. 2023 (2305.13245); QK-norm: Henry et al. 2020 (2010.04245), placed as in Qwen3.
+
+Module names equal those of Hugging Face's Llama and Qwen3, so a state dict needs no mapping.
+Precision: parameters are fp32 masters; `model.compute_dtype` says in which precision the layers compute.
+Shapes: B batch, T tokens, S cached tokens, C channels, H heads, G key-value heads, D head size, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model; the names are those of a Hugging Face config.json (see hub.py)."""
+
+    vocab_size: int = 2048  # V
+    hidden_size: int = 128  # C
+    intermediate_size: int = 384  # width of the MLP
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4  # H
+    num_key_value_heads: int = 4  # G: H / G query heads share one key-value head
+    head_dim: int = 32  # D
+    max_position_embeddings: int = 512  # the context: the longest T
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None  # Llama 3's stretching of RoPE, see rope_frequencies
+    tie_word_embeddings: bool = True
+    qk_norm: bool = True  # Qwen3's: RMSNorm on every query and key head
+    attention_bias: bool = False  # Qwen2's: biases on q, k, v
+
+    def __post_init__(self):
+        H, G = self.num_attention_heads, self.num_key_value_heads
+        if H % G:
+            raise ValueError(f"{H} heads can't share {G} key-value heads evenly")
+        if self.head_dim % 2:
+            raise ValueError(f"head size {self.head_dim} is odd, but RoPE rotates pairs")
+
+
+# --- positions and masks -------------------------------------------------------------------------
+
+
+def rope_frequencies(cfg):
+    """Angle per position of each pair of channels, theta^(-2i/D) for i < D/2; returns (D/2,).
+
+    Su et al. 2021, section 3.2.2. With rope_type "llama3" long wavelengths are divided by `factor`,
+    short ones kept, and those between blended (Grattafiori et al. 2024, arXiv:2407.21783).
+    """
+    pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.int64).float()
+    freqs = 1.0 / cfg.rope_theta ** (pairs / cfg.head_dim)
+    scaling = cfg.rope_scaling or {}
+    if scaling.get("rope_type", scaling.get("type")) == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wave, 0: long wave
+        freqs = keep * freqs + (1 - keep) * freqs / scaling["factor"]
+    return freqs
+
+
+def rotate(x, cos, sin):
+    """Rotate each pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle; cos, sin (B or 1, 1, T, D/2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def document_mask(documents):
+    """The attention mask of packed rows: a token sees itself and what came before in its own document.
+
+    documents (B, T): the number of the document that each token belongs to. Returns (B, 1, T, T) bool,
+    True where attention is allowed; on CUDA a BlockMask, with which flex attention skips empty blocks.
+    """
+    B, T = documents.shape
+    if documents.is_cuda:
+        return create_block_mask(
+            lambda b, h, q, k: (q >= k) & (documents[b, q] == documents[b, k]), B, None, T, T, documents.device
+        )
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    return (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]
+
+
+_flex_attention = torch.compile(flex_attention, dynamic=False)  # compiles at its first call, on CUDA only
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D), k and v (B, G, S, D); mask None means causal."""
+    shared = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        return _flex_attention(q, k, v, block_mask=mask, enable_gqa=shared)
+    if shared and not q.is_cuda:  # torch's CPU kernel knows no shared heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        shared = False
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in buffers of fixed size: (layers, B, G, S, D) each.
+
+    Before each forward pass the owner says where the new tokens go (`slots`, (T,) int64) and how many
+    slots attention looks at (`visible`); generate.py is that owner.
+    """
+
+    def __init__(self, cfg, batch, size, device, dtype):
+        shape = (cfg.num_hidden_layers, batch, cfg.num_key_value_heads, size, cfg.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.slots, self.visible = None, size
+
+    def append(self, layer, k, v):
+        """Store k, v (B, G, T, D) in the slots; returns the visible keys and values (B, G, visible, D)."""
+        self.k[layer].index_copy_(2, self.slots, k)
+        self.v[layer].index_copy_(2, self.slots, v)
+        return self.k[layer, :, :, : self.visible], self.v[layer, :, :, : self.visible]
+
+    def select(self, rows):
+        """Keep these rows of the batch (int64, may repeat): for G samples per prompt, or to drop done rows."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the precision of its input."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps), the mean over the last dimension, in fp32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * h.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        C, H, G, D = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        self.head_dim, self.layer = D, layer
+        self.q_proj = Linear(C, H * D, bias=cfg.attention_bias)
+        self.k_proj = Linear(C, G * D, bias=cfg.attention_bias)
+        self.v_proj = Linear(C, G * D, bias=cfg.attention_bias)
+        self.o_proj = Linear(H * D, C, bias=False)
+        self.q_norm = RMSNorm(D, cfg.rms_norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(D, cfg.rms_norm_eps) if cfg.qk_norm else None
+
+    def forward(self, x, cos, sin, mask, cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
+        dtype = x.dtype if x.is_cuda else torch.float32  # torch's CPU kernel is 4x slower in bf16
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
+        y = attend(q, k, v, mask).to(x.dtype)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate_proj = Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """The stack of blocks between the embedding and the head: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        angles = torch.outer(torch.arange(cfg.max_position_embeddings).float(), rope_frequencies(cfg))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.checkpoint_activations = False  # recompute each block in backward: less memory, more time
+
+    def forward(self, x, positions=None, mask=None, cache=None):
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B or 1, 1, T, D/2)
+        for block in self.layers:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache)
+        return self.norm(x)
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+class GPT(nn.Module):
+    """A causal language model: tokens (B, T) -> logits (B, T, V), where logits[:, t] scores tokens[:, t + 1]."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.compute_dtype = torch.float32
+        self.model = Decoder(cfg)
+        self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        init_weights(self)
+
+    def forward(self, tokens, positions=None, mask=None, cache=None):
+        """positions (B, T) default to 0..T-1; mask as attend takes it; cache a KVCache."""
+        return self.head(self.hidden(tokens, positions, mask, cache))
+
+    def hidden(self, tokens, positions=None, mask=None, cache=None):
+        """What the head reads: (B, T, C)."""
+        x = self.model.embed_tokens(tokens).to(self.compute_dtype)
+        return self.model(x, positions, mask, cache)
+
+    def head(self, x):
+        """(B, T, C) -> logits (B, T, V), with the embedding's own weights when they are tied."""
+        if self.lm_head is None:
+            return F.linear(x, self.model.embed_tokens.weight.to(x.dtype))
+        return self.lm_head(x)
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+
+def init_weights(model):
+    """The one place where a fresh GPT's weights are set; norms start at one and biases at zero.
+
+    Embedding and head: N(0, 0.02^2), so that logits start near zero. Matrices: N(0, 1/fan_in), which
+    keeps the size of activations. The last matrix of each branch (o_proj, down_proj): zero, so that
+    every block starts as the identity (Zhang et al. 2019, arXiv:1901.09321; Yang et al. 2022, 2203.03466).
+    """
+    for name, p in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
+            nn.init.zeros_(p)
+        elif "embed_tokens" in name or "lm_head" in name:
+            nn.init.normal_(p, std=0.02)
+        elif p.dim() == 2:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+
+
+def count_parameters(model):
+    """Number of parameters, and of those that sit in matrix products (each costs 6 FLOP per token trained)."""
+    total = sum(p.numel() for p in model.parameters())
+    embedding = model.model.embed_tokens.weight.numel()
+    return total, total if model.lm_head is None else total - embedding

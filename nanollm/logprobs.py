@@ -1,0 +1,58 @@
+"""Log-probabilities of tokens, their entropy, and means over masks: what lies under nearly every loss.
+
+Everything is computed in fp32, whatever the precision of the logits. B batch, T tokens, V vocabulary.
+"""
+
+import torch
+
+# Logits turned to fp32 at a time: few enough to stay in a CPU's cache, and a 50k vocabulary times a long
+# batch never exists in fp32 on a GPU.
+CHUNK = {"cpu": 2**21, "cuda": 2**27}
+
+
+def _row_chunks(logits):
+    rows = max(1, CHUNK.get(logits.device.type, 2**21) // logits.shape[1])
+    return [slice(i, i + rows) for i in range(0, len(logits), rows)]
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits)[target], whose backward recomputes the softmax instead of keeping it in memory."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        """logits (N, V), targets (N,) -> (N,)."""
+        out = logits.new_empty(len(logits), dtype=torch.float32)
+        for part in _row_chunks(logits):
+            rows = logits[part].float()
+            out[part] = rows.gather(1, targets[part, None])[:, 0] - rows.logsumexp(1)
+        ctx.save_for_backward(logits, targets, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        """d log p_target / d logits = onehot(target) - softmax(logits)."""
+        logits, targets, logprobs = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for part in _row_chunks(logits):
+            rows, target, g = logits[part].float(), targets[part, None], grad[part, None]
+            logsumexp = rows.gather(1, target) - logprobs[part, None]
+            rows = (rows - logsumexp).exp_().mul_(-g)
+            out[part] = rows.scatter_add_(1, target, g)
+        return out, None
+
+
+def token_logprobs(logits, targets):
+    """log p(target) at every position: logits (..., V) of any precision, targets (...) -> (...) in fp32."""
+    V = logits.shape[-1]
+    return _TokenLogprobs.apply(logits.reshape(-1, V), targets.reshape(-1)).view(targets.shape)
+
+
+def masked_mean(x, mask):
+    """Mean of x where mask is True; both (...). A mask without a single True is an error of the caller."""
+    return (x * mask).sum() / mask.sum()
+
+
+def entropy(logits):
+    """-sum_v p_v log p_v in nats at every position: logits (..., V) -> (...)."""
+    logp = logits.float().log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
