@@ -14,7 +14,6 @@ Needs   nothing
 Expect  see README.md: bits per byte below what xz reaches, and facts that can be completed
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,14 @@ from nanollm.config import UserError, cli
 from nanollm.data import (
     Sampler, TokenShards, Windows, identity, load_shards, read_documents, split_documents, xz_bits_per_byte,
 )  # fmt: skip
+from nanollm.evaluate import bits_per_byte, next_token_logits, token_lengths
 from nanollm.generate import generate
 from nanollm.gpt import GPT, GPTConfig, count_parameters
 from nanollm.hub import load_model, load_weights
 from nanollm.logprobs import token_logprobs
 from nanollm.optim import SCHEDULES, build_optimizers
-from nanollm.run import Run, read_metrics
-from nanollm.runtime import flop_per_token, model_flops_utilisation, peak_memory, start
+from nanollm.run import Run
+from nanollm.runtime import flop_per_token, model_flops_utilisation, start
 from nanollm.safetensors import load_folder
 from nanollm.tokenizer import Tokenizer
 
@@ -57,6 +57,7 @@ class Config:
     kv_heads: int | None = None  # key-value heads that the query heads share; default: as many as heads
     mlp: int | None = None  # hidden width of the MLP; default: 8/3 C, rounded up to a multiple of 64
     context: int = 256  # row length T in training, and the longest the model can read
+    document_mask: bool = True  # a token sees its own document only, not the ones before it in the row
     qk_norm: bool = True  # RMSNorm on queries and keys (saved as a Qwen3; without, as a Llama)
     tied: bool = True  # embedding and head share their weights
     # -- Training
@@ -143,23 +144,6 @@ def next_token_loss(logits, targets):
     return -token_logprobs(logits, targets).mean()
 
 
-@torch.no_grad()
-def bits_per_byte(model, windows, token_bytes, most=None, batch=32):
-    """(nats per token, bits per byte) on held-out rows; token_bytes (V,) is the length of each token's text.
-
-    Every process computes the same rows, so that all agree on when to stop.
-    """
-    nats = tokens = text_bytes = 0
-    numbers = torch.arange(windows.n if most is None else min(windows.n, -(-most // windows.T)))
-    for part in numbers.split(batch):
-        rows = windows.rows(part).to(model.device)
-        targets = rows[:, 1:]
-        nats -= token_logprobs(model(rows[:, :-1]), targets).double().sum().item()
-        tokens += targets.numel()
-        text_bytes += token_bytes[targets.cpu()].sum().item()
-    return nats / tokens, nats / math.log(2) / max(1, text_bytes)
-
-
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -200,16 +184,16 @@ def main(cfg):
     model, tokenizer = build_model(cfg, rt)
     train, val = load_shards_of(cfg, tokenizer)
     windows, val_windows = Windows(train, cfg.context), Windows(val, cfg.context)
-    token_bytes = torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
-    for token, i in tokenizer.ranks.items():
-        token_bytes[i] = len(token)
+    eot_id = tokenizer.eot_id if cfg.document_mask and train.documents > 1 else None
+    token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
 
     run = Run(cfg, rt, cfg.steps)
     called = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay)
     sampler, scaler = Sampler(windows.n, cfg.seed), rt.scaler()
-    best = {"bits_per_byte": math.inf, "misses": 0} | run.restore(model, optimizers, sampler, scaler)
+    trained = [model, optimizers, [sampler]]
+    best = {"bits_per_byte": math.inf, "misses": 0} | run.restore(*trained, scaler)
     schedule = SCHEDULES[cfg.schedule]
     share, tokens_per_step = rt.share(cfg.batch_size), cfg.batch_size * cfg.context
     total, matrices = count_parameters(model)
@@ -225,7 +209,8 @@ def main(cfg):
         loss, parts = 0.0, rows.chunk(cfg.accumulate)
         for i, part in enumerate(parts):
             with rt.accumulating(called, more=i + 1 < len(parts)):
-                part_loss = next_token_loss(called(part[:, :-1]), part[:, 1:]) * len(part) / len(rows)
+                logits = next_token_logits(called, part[:, :-1], eot_id)
+                part_loss = next_token_loss(logits, part[:, 1:]) * len(part) / len(rows)
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         optimizers.unscale(scaler)
@@ -242,7 +227,7 @@ def main(cfg):
             since = 0
         if run.step % cfg.eval_every == 0 or last:
             model.eval()
-            nats, bpb = bits_per_byte(model, val_windows, token_bytes, None if last else cfg.eval_tokens)
+            nats, bpb = bits_per_byte(model, val_windows, token_bytes, eot_id, None if last else cfg.eval_tokens)
             run.log(val_loss=nats, bits_per_byte=bpb, show=("val_loss", "bits_per_byte"))
             if cfg.sample_tokens and rt.main:
                 run.write_sample(sample_text(model, tokenizer, cfg, run.step))
@@ -251,11 +236,11 @@ def main(cfg):
             best = {"bits_per_byte": min(bpb, best["bits_per_byte"]), "misses": 0 if better else best["misses"] + 1}
             if better or not cfg.patience:
                 run.export(model, tokenizer)
-            run.checkpoint(model, optimizers, sampler, scaler, **best)
+            run.checkpoint(*trained, scaler, **best)
             if cfg.patience and best["misses"] >= cfg.patience:
                 rt.print(f"stopped early: no better for {cfg.patience} evaluations; {cfg.out} keeps the best weights")
                 break
-    finish(cfg, rt, run, model, val_windows, token_bytes, flop)
+    finish(cfg, rt, run, model, val_windows, token_bytes, eot_id, flop)
 
 
 def sample_text(model, tokenizer, cfg, step):
@@ -266,28 +251,24 @@ def sample_text(model, tokenizer, cfg, step):
     return tokenizer.decode(out.lists()[0])
 
 
-def finish(cfg, rt, run, model, val_windows, token_bytes, flop):
+def finish(cfg, rt, run, model, val_windows, token_bytes, eot_id, flop):
     """Draw the curves and print what the run has reached; with early stopping, that of the best weights."""
-    run.draw_curves("loss", "val_loss")
     run.close()
+    run.draw_curves("loss", "val_loss")
     if cfg.patience:
         load_weights(model, load_folder(cfg.out), cfg.out)
-    nats, bpb = bits_per_byte(model.eval(), val_windows, token_bytes)
-    metrics = [m for m in read_metrics(cfg.out) if "tokens_per_second" in m]
-    speed = sorted(m["tokens_per_second"] for m in metrics)[len(metrics) // 2]
-    mfu = model_flops_utilisation(speed, flop, rt.device, rt.world)
+    nats, bpb = bits_per_byte(model.eval(), val_windows, token_bytes, eot_id)
     rt.print(f"held-out: {nats:.4f} nats per token, {bpb * math.log(2):.4f} nats per byte, {bpb:.4f} bits per byte")
+    result = {"nats_per_token": nats, "nats_per_byte": bpb * math.log(2), "bits_per_byte": bpb, **run.speed()}
     if cfg.compare_xz and rt.main:
         (train_texts, _), (val_texts, _) = load_corpus(cfg)
-        xz = xz_bits_per_byte(train_texts(), val_texts())
-        rt.print(f"xz -9 after the training text: {xz:.4f} bits per byte")
-        run.write_result(xz_bits_per_byte=xz)
-    run.write_result(
-        nats_per_token=nats, nats_per_byte=bpb * math.log(2), bits_per_byte=bpb, tokens_per_second=speed, mfu=mfu,
-        peak_memory_bytes=peak_memory(rt.device), seconds=run.elapsed,
-    )  # fmt: skip
+        result["xz_bits_per_byte"] = xz_bits_per_byte(train_texts(), val_texts())
+        rt.print(f"xz -9 after the training text: {result['xz_bits_per_byte']:.4f} bits per byte")
+    speed = result["tokens_per_second"]
+    result["mfu"] = mfu = model_flops_utilisation(speed, flop, rt.device, rt.world)
+    run.write_result(**result)
     rt.print(f"{cfg.out}: {run.step} steps in {run.elapsed:.0f} s, median {speed:,.0f} tokens/s"
-             + (f", MFU {mfu:.1%}" if mfu else "") + f", peak memory {peak_memory(rt.device) / 2**30:.2f} GiB")  # fmt: skip
+             + (f", MFU {mfu:.1%}" if mfu else "") + f", peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB")  # fmt: skip
     rt.close()
 
 

@@ -91,7 +91,7 @@ def _as_chat(record, where):
         turns = record["conversations"]
         if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
             raise UserError(f'{where}: "conversations" must be a list of {{"from", "value"}}')
-        messages = [{"role": SHAREGPT_ROLES.get(t.get("from"), t.get("from")), "content": t.get("value")} for t in turns]
+        messages = [{"role": SHAREGPT_ROLES.get(str(t.get("from")), t.get("from")), "content": t.get("value")} for t in turns]
     elif "instruction" in record:  # Alpaca
         prompt = "\n\n".join(str(record[key]) for key in ("instruction", "input") if record.get(key))
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": record.get("output")}]
@@ -122,7 +122,8 @@ class TokenShards:
 
     arrays: list  # memory maps
     tokens: int
-    text_bytes: int  # UTF-8 bytes of the text behind the tokens: what "per byte" divides by
+    text_bytes: int  # UTF-8 bytes of the text behind the tokens
+    documents: int  # each begins with <|endoftext|>
 
     @classmethod
     def open(cls, folder, tokenizer):
@@ -133,11 +134,12 @@ class TokenShards:
             if meta["tokenizer"] != tokenizer.fingerprint():
                 raise UserError(f"the tokens in {folder} were made with another tokenizer; tokenize the text again")
             arrays = [np.memmap(folder / name, dtype=meta["dtype"], mode="r") for name in meta["shards"]]
-        except (FileNotFoundError, json.JSONDecodeError, KeyError, ValueError) as e:
+            shards = cls(arrays, meta["tokens"], meta["text_bytes"], meta["documents"])
+        except (FileNotFoundError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"{folder} is no intact folder of token shards ({e}); delete it to have it made anew") from None
-        if sum(len(a) for a in arrays) != meta["tokens"]:
+        if sum(len(a) for a in arrays) != shards.tokens:
             raise UserError(f"{folder} is truncated; delete it to have it made anew")
-        return cls(arrays, meta["tokens"], meta["text_bytes"])
+        return shards
 
 
 def write_shards(documents, tokenizer, folder):
@@ -146,7 +148,8 @@ def write_shards(documents, tokenizer, folder):
     tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     tmp.mkdir(parents=True, exist_ok=True)
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    meta = {"dtype": dtype, "tokenizer": tokenizer.fingerprint(), "shards": [], "tokens": 0, "text_bytes": 0}
+    meta = {"dtype": dtype, "tokenizer": tokenizer.fingerprint(), "shards": [], "tokens": 0}
+    meta |= {"text_bytes": 0, "documents": 0}
     pending = []
 
     def flush():
@@ -155,19 +158,23 @@ def write_shards(documents, tokenizer, folder):
         meta["shards"].append(name)
         pending.clear()
 
-    documents = iter(documents)
-    while batch := list(itertools.islice(documents, 1024)):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch)):
-            pending.append(np.array([tokenizer.eot_id, *ids], dtype=dtype))
-            meta["tokens"] += len(ids) + 1
-            meta["text_bytes"] += len(text.encode("utf-8", "surrogatepass"))
-        if sum(map(len, pending)) >= SHARD_TOKENS:
+    try:
+        documents = iter(documents)
+        while batch := list(itertools.islice(documents, 1024)):
+            for text, ids in zip(batch, tokenizer.encode_batch(batch)):
+                pending.append(np.array([tokenizer.eot_id, *ids], dtype=dtype))
+                meta["tokens"] += len(ids) + 1
+                meta["documents"] += 1
+                meta["text_bytes"] += len(text.encode("utf-8", "surrogatepass"))
+            if sum(map(len, pending)) >= SHARD_TOKENS:
+                flush()
+        if pending:
             flush()
-    if pending:
-        flush()
-    (tmp / "meta.json").write_text(json.dumps(meta))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
+        (tmp / "meta.json").write_text(json.dumps(meta))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)  # gone already where all went well
 
 
 def load_shards(documents, source, tokenizer):
@@ -238,7 +245,7 @@ class Windows:
         self.arrays, self.T = shards.arrays, T
         counts = [max(0, (len(a) - 1) // T) for a in self.arrays]
         self.ends = np.cumsum(counts)
-        self.n = int(self.ends[-1])
+        self.n = sum(counts)
         if self.n == 0:
             raise UserError(f"{shards.tokens} tokens are too few for one row of {T + 1}; use more text or a shorter --context")
 
@@ -266,6 +273,10 @@ class Packed:
 
     def rows(self, numbers):
         return Packed(self.tokens[numbers], self.mask[numbers], self.documents[numbers], self.positions[numbers])
+
+    def join(self, other):
+        """The rows of both."""
+        return Packed(*(torch.cat(pair) for pair in zip(vars(self).values(), vars(other).values())))
 
     def to(self, device):
         return Packed(*(x.to(device, non_blocking=True) for x in vars(self).values()))

@@ -276,7 +276,7 @@ def init_weights(model):
         if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
             nn.init.zeros_(p)
         elif "embed_tokens" in name or "lm_head" in name:
-            nn.init.normal_(p, std=0.02)
+            nn.init.normal_(p, std=min(0.02, 2.56 / p.shape[1]))
         elif p.dim() == 2:
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
 

@@ -12,7 +12,7 @@ import torch
 
 from nanollm import safetensors
 from nanollm.config import UserError, atomic_write
-from nanollm.gpt import GPT, GPTConfig
+from nanollm.gpt import GPT, GPTConfig, rope_frequencies
 from nanollm.tokenizer import Tokenizer
 
 SAME_NAME = [f.name for f in dataclasses.fields(GPTConfig) if f.name not in ("rope_scaling", "qk_norm")]
@@ -43,17 +43,25 @@ def read_config(folder):
     if values.get("use_sliding_window"):
         raise UserError(f"{path}: sliding-window attention is not implemented")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: the RoPE settings must be a JSON object, not {rope!r}")
     kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
     if kind_of_rope not in ("default", "llama3"):
         raise UserError(f"{path}: RoPE of type {kind_of_rope!r} is not implemented")
     known = {name: values[name] for name in SAME_NAME if values.get(name) is not None}
+    for name, value in known.items():
+        whole = type(getattr(GPTConfig, name)) is int
+        if not isinstance(value, int if whole else (int, float)) or (whole and value < 1):
+            raise UserError(f"{path} is incomplete or inconsistent: {name} is {value!r}")
     try:
         known.setdefault("num_key_value_heads", known["num_attention_heads"])
         known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
         known.setdefault("tie_word_embeddings", False)
         known["rope_theta"] = float(values.get("rope_theta") or rope.get("rope_theta") or 10_000.0)
         known["attention_bias"] = kind == "qwen2" or bool(values.get("attention_bias"))
-        return GPTConfig(**known, qk_norm=kind == "qwen3", rope_scaling=rope if kind_of_rope == "llama3" else None)
+        cfg = GPTConfig(**known, qk_norm=kind == "qwen3", rope_scaling=rope if kind_of_rope == "llama3" else None)
+        rope_frequencies(cfg)  # a llama3 scaling may lack a number
+        return cfg
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise UserError(f"{path} is incomplete or inconsistent: {e!r}") from None
 

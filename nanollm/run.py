@@ -22,7 +22,7 @@ from tqdm import tqdm
 from nanollm.config import UserError, atomic_file, atomic_write, save_config
 from nanollm.hub import save_model
 from nanollm.plot import line_chart
-from nanollm.runtime import rng_state, set_rng_state
+from nanollm.runtime import peak_memory, rng_state, set_rng_state
 
 
 class Run:
@@ -71,7 +71,7 @@ class Run:
             atomic_write(metrics, "")
         save_config(self.cfg, self.folder / "train_config.json")
 
-    def restore(self, model, optimizers, sampler, scaler):
+    def restore(self, model, optimizers, samplers, scaler):
         """Put everything back as it was at the checkpoint; does nothing in a fresh run. Returns extra values saved."""
         if self.state is None:
             return {}
@@ -80,12 +80,13 @@ class Run:
             optimizers.load_state_dict(self.state["optimizers"])
         except (RuntimeError, ValueError, KeyError):
             raise UserError(f"the checkpoint in {self.folder} has another shape than the flags ask for") from None
-        sampler.load_state_dict(self.state["sampler"])
+        for sampler, state in zip(samplers, self.state["samplers"], strict=True):
+            sampler.load_state_dict(state)
         scaler.load_state_dict(self.state["scaler"])
         set_rng_state(self.state["rng"][min(self.rt.rank, len(self.state["rng"]) - 1)], self.rt.device)
         return self.state["extra"]
 
-    def checkpoint(self, model, optimizers, sampler, scaler, **extra):
+    def checkpoint(self, model, optimizers, samplers, scaler, **extra):
         """Write state.pt, from which --resume continues as if nothing had happened."""
         rng = rng_state(self.rt.device)
         if self.rt.world > 1:
@@ -98,7 +99,7 @@ class Run:
             return
         state = {
             "step": self.step, "seconds": self.elapsed, "rng": rng, "extra": extra, "model": model.state_dict(),
-            "optimizers": optimizers.state_dict(), "sampler": sampler.state_dict(), "scaler": scaler.state_dict(),
+            "optimizers": optimizers.state_dict(), "samplers": [s.state_dict() for s in samplers], "scaler": scaler.state_dict(),
         }  # fmt: skip
         with atomic_file(self.folder / "state.pt") as f:
             torch.save(state, f)
@@ -162,6 +163,14 @@ class Run:
             path = self.folder / "result.json"
             known = json.loads(path.read_text()) if path.exists() else {}
             atomic_write(path, json.dumps(known | values, indent=2) + "\n")
+
+    def speed(self):
+        """Median tokens per second of the run, seconds of training, and peak memory, for result.json."""
+        speeds = sorted(m["tokens_per_second"] for m in read_metrics(self.folder) if "tokens_per_second" in m)
+        return {
+            "tokens_per_second": speeds[len(speeds) // 2] if speeds else 0.0, "seconds": self.elapsed,
+            "peak_memory_bytes": peak_memory(self.rt.device), "steps": self.step,
+        }  # fmt: skip
 
     def draw_curves(self, *names):
         """curves.svg: the named metrics over the steps, smoothed a little where there are many points."""

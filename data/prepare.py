@@ -1,0 +1,298 @@
+"""Public datasets for every stage: downloaded, and converted to the formats of data/README.md.
+
+A file is converted while it comes in, so that nothing but the result takes up disk, and a download
+with --limit ends early. The result takes its place once it is whole, and is found there next time.
+
+Run     python data/prepare.py                              # lists the datasets
+        python data/prepare.py tinystories --limit 100000
+"""
+import gzip
+import http.client
+import io
+import itertools
+import json
+import re
+import sys
+import urllib.request
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+if not __package__:  # run as a file: the repository root holds the package
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nanollm.config import UserError, atomic_file, cli, say
+
+CACHE = Path("data/cache")
+GITHUB = "https://raw.githubusercontent.com/{}".format
+HUB = "https://huggingface.co/datasets/{}/resolve/main/{}".format
+CHUNK = 2**20  # bytes, or characters, read at once
+NO_DATA = (b"<!doctype", b"<html", b"version https://git-lfs")  # pages and pointers, not data
+
+
+@dataclass
+class Config:
+    name: str | None = field(default=None, metadata={"positional": True})  # none: list them
+    out: str | None = None       # folder to write; none: data/cache/NAME
+    limit: int | None = None     # keep only the first so many records of each file
+    base_url: str | None = None  # mirror that takes the place of the https://host of every URL
+
+
+class Download(io.RawIOBase):
+    """What a URL holds, as a file to read: all that Content-Length promises, or UserError."""
+
+    def __init__(self, url):
+        self.url, self.done = url, 0
+        try:
+            request = urllib.request.Request(url, headers={"User-Agent": "nanollm"})
+            self.response = urllib.request.urlopen(request, timeout=30)  # seconds of silence
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise UserError(f"cannot open {url} ({error}): check the connection, or name a mirror "
+                            "with --base_url") from None
+        self.size = int(self.response.headers.get("Content-Length", 0)) or None
+        self.bar = tqdm(total=self.size, desc=Path(url).name, unit="B", unit_scale=True,
+                        disable=None, leave=False)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        try:
+            count, why = self.response.readinto(buffer), "it ended"
+        except (OSError, http.client.HTTPException) as error:
+            count, why = 0, repr(error)
+        self.done += count
+        self.bar.update(count)
+        if count == 0 and (why != "it ended" or self.size not in (None, self.done)):
+            raise UserError(f"{self.url}: the connection broke after {self.done:,} of {self.size} "
+                            f"bytes ({why}); run the same command again")
+        return count
+
+    def close(self):
+        if not self.closed:
+            self.response.close()
+            self.bar.close()
+        super().close()
+
+
+def open_text(download):
+    """The text that a download holds, unpacked where its name ends in .gz."""
+    stream = io.BufferedReader(download, CHUNK)
+    if stream.peek(1).lstrip().lower().startswith(NO_DATA):
+        raise UserError(f"{download.url}: this is a web page, or a pointer, and not the data; "
+                        "see it in a browser, or name another mirror with --base_url")
+    if urlsplit(download.url).path.endswith(".gz"):
+        stream = gzip.GzipFile(fileobj=stream)
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
+
+
+# --- readers: from a text to records ----------------------------------------------------------
+
+def read_stories(text, end="<|endoftext|>"):
+    """Documents {"text"}, which `end` separates."""
+    story = ""
+    for line in itertools.chain(text, [end]):
+        *closed, rest = line.split(end)
+        for part in closed:
+            if story.strip() or part.strip():
+                yield {"text": (story + part).strip()}
+            story = ""
+        story += rest
+
+
+def read_jsonl(text):
+    yield from (json.loads(line) for line in text if line.strip())
+
+
+def read_array(text):
+    """The objects of one JSON array, one at a time: 2 GB need not fit into memory."""
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    buffer, at = text.read(CHUNK).lstrip(), 1
+    if buffer[:1] != "[":
+        raise ValueError("a JSON array begins with [")
+    while True:
+        at = blank.match(buffer, at).end()
+        if buffer[at:at + 1] == "]":
+            return
+        try:
+            record, at = decode(buffer, at)
+        except json.JSONDecodeError:  # the rest of it is still to come
+            more = text.read(max(CHUNK, len(buffer)))
+            if not more:
+                raise
+            buffer, at = buffer[at:] + more, 0
+        else:
+            yield record
+
+
+# --- converters: from a record to one of ours, or an error that leaves it out -----------------
+
+def as_problem(record):
+    """GSM8K: the number behind #### is the answer, without the commas in 1,000."""
+    solution, mark, answer = record["answer"].rpartition("####")
+    answer = answer.strip().replace(",", "")
+    if not (mark and answer):
+        raise ValueError("no #### before the answer")
+    return {"prompt": record["question"], "answer": answer, "solution": solution.strip()}
+
+
+def as_pair(record):
+    """HH-RLHF: two whole dialogues."""
+    if not all("\n\nAssistant:" in record[key] for key in ("chosen", "rejected")):
+        raise ValueError("a dialogue without an assistant")
+    return {"chosen": record["chosen"], "rejected": record["rejected"]}
+
+
+def as_chat(turns):
+    messages = [{"role": role, "content": content} for role, content in turns]
+    if messages[-1]["role"] != "assistant" or not all(m["content"].strip() for m in messages):
+        raise ValueError("an empty message, or no reply at the end")
+    return {"messages": messages}
+
+
+def from_alpaca(record):
+    """instruction, input, output; Dolly calls the last two context and response."""
+    asked = [record["instruction"], record.get("input", record.get("context"))]
+    reply = record.get("output", record.get("response"))
+    return as_chat([("user", "\n\n".join(filter(None, asked))), ("assistant", reply)])
+
+
+def from_sharegpt(record):
+    roles = {"system": "system", "human": "user", "gpt": "assistant"}
+    return as_chat((roles[turn["from"]], turn["value"]) for turn in record["conversations"])
+
+
+def from_llava(record):
+    chat = from_sharegpt(record)
+    if "<image>" not in chat["messages"][0]["content"]:
+        raise ValueError("no <image> in the first message")
+    return {"image": f"train2017/{record['image']}"} | chat
+
+
+@dataclass(frozen=True)
+class Dataset:
+    about: str
+    size: str          # of the download
+    licence: str
+    files: dict        # file to write -> URL
+    read: Callable     # the text of a download -> its records
+    convert: Callable  # a record -> one in a format of ours
+    train: str         # the script that it is for, and flags: {train} is the file train.*
+    note: str = ""     # printed with the licence
+
+
+def hh(part, size):
+    return Dataset(
+        f"preferences: the more {part} of two replies", size, "MIT",
+        {f"{split}.jsonl": HUB("Anthropic/hh-rlhf", f"{part}-base/{split}.jsonl.gz")
+         for split in ("train", "test")},
+        read_jsonl, as_pair, "train_dpo.py --data {train}", "Some of the dialogues are offensive.")
+
+
+DATASETS = {
+    "tinyshakespeare": Dataset(
+        "corpus: 40,000 lines of plays", "1.1 MB", "public domain",
+        {"train.txt": GITHUB("karpathy/char-rnn/master/data/tinyshakespeare/input.txt")},
+        iter, str, "train_pretrain.py --data {train}"),
+    "tinystories": Dataset(
+        "corpus: 2.1 million stories in a child's words", "1.9 GB", "CDLA-Sharing-1.0",
+        {"train.jsonl": HUB("roneneldan/TinyStories", "TinyStories-train.txt"),
+         "val.jsonl": HUB("roneneldan/TinyStories", "TinyStories-valid.txt")},
+        read_stories, dict, "train_pretrain.py --data {train} --val_data {val}"),
+    "alpaca": Dataset(
+        "chat: 52,000 instructions, answered by text-davinci-003", "23 MB", "CC-BY-NC-4.0",
+        {"train.jsonl": GITHUB("tatsu-lab/stanford_alpaca/main/alpaca_data.json")},
+        read_array, from_alpaca, "train_sft.py --data {train}"),
+    "dolly": Dataset(
+        "chat: 15,000 instructions, answered by people", "13 MB", "CC-BY-SA-3.0",
+        {"train.jsonl": HUB("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl")},
+        read_jsonl, from_alpaca, "train_sft.py --data {train}"),
+    "openhermes": Dataset(
+        "chat: 1 million dialogues, answered mostly by GPT-4", "1.9 GB", "none stated",
+        {"train.jsonl": HUB("teknium/OpenHermes-2.5", "openhermes2_5.json")},
+        read_array, from_sharegpt, "train_sft.py --data {train}"),
+    "hh-harmless": hh("harmless", "14 MB"),
+    "hh-helpful": hh("helpful", "17 MB"),
+    "gsm8k": Dataset(
+        "problems: 8,792 in words, with worked steps", "4.9 MB", "MIT",
+        {f"{split}.jsonl": GITHUB("openai/grade-school-math/master/grade_school_math/data/"
+                                  f"{split}.jsonl") for split in ("train", "test")},
+        read_jsonl, as_problem, "train_grpo.py --data {train}"),
+    "llava-instruct": Dataset(
+        "pictures: 158,000 dialogues about photographs", "229 MB", "CC-BY-4.0",
+        {"train.jsonl": HUB("liuhaotian/LLaVA-Instruct-150K", "llava_instruct_150k.json")},
+        read_array, from_llava, "train_vlm.py --data {train}",
+        "The pictures come apart: unpack http://images.cocodataset.org/zips/train2017.zip (18 GB) "
+        "into the same folder, as train2017/."),
+}
+
+
+def convert_lines(records, convert, misfits):
+    """The line to write for each record. What does not fit is left out and told in `misfits`."""
+    for number, record in enumerate(records, 1):
+        try:
+            record = convert(record)
+            text = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)
+            line = text.removesuffix("\n").encode() + b"\n"
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            misfits.append(f"record {number}: {error!r}")
+        else:
+            yield line
+
+
+def fetch(url, path, dataset, limit=None):
+    """Download `url` and convert it into `path`. Returns a sentence on what came."""
+    count, misfits = 0, []
+    try:
+        with Download(url) as download, atomic_file(path) as file:
+            lines = convert_lines(dataset.read(open_text(download)), dataset.convert, misfits)
+            for count, line in enumerate(itertools.islice(lines, limit), 1):
+                file.write(line)
+            if count <= len(misfits):
+                raise ValueError(misfits[0] if misfits else "it is empty")
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:  # no UTF-8, no JSON
+        raise UserError(f"{url}: damaged, or not the data that was expected ({error}); run the "
+                        "same command again, or name another --base_url") from None
+    left_out = f"; left out {len(misfits):,}, the first being {misfits[0]}" if misfits else ""
+    return f"{count:,} records, {path.stat().st_size / 1e6:.1f} MB{left_out}"
+
+
+def prepare(name, out=None, limit=None, base_url=None):
+    """Returns {"train": path, ...} of a dataset, and fetches what is not there yet."""
+    if name not in DATASETS:
+        raise UserError(f"there is no dataset {name!r}; choose from {', '.join(DATASETS)}")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit wants a whole number from 1 on, got {limit}")
+    dataset, paths = DATASETS[name], {}
+    for file, url in dataset.files.items():
+        stem, suffix = file.split(".")
+        path = Path(out or CACHE / name) / (f"{stem}_{limit}.{suffix}" if limit else file)
+        url = base_url.rstrip("/") + urlsplit(url).path if base_url else url
+        news = "there already" if path.exists() else fetch(url, path, dataset, limit)
+        say(f"{path}: {news}")
+        paths[stem] = path
+    return paths
+
+
+def show():
+    for name, data in DATASETS.items():
+        files = {file.split(".")[0]: CACHE / name / file for file in data.files}
+        say(f"{name:16}{data.size:>7}  {data.licence:17}{data.about}\n"
+            f"    python {data.train.format(**files)}")
+    say("\npython data/prepare.py NAME    fetches one; see --help for the flags")
+
+
+def main(config):
+    if config.name is None:
+        return show()
+    paths, dataset = prepare(**asdict(config)), DATASETS[config.name]
+    say(f"licence: {dataset.licence}. {dataset.note}".rstrip())
+    say(f"next: python {dataset.train.format(**paths)}")
+
+
+if __name__ == "__main__":
+    cli(main, Config)

@@ -1,0 +1,305 @@
+"""GPT: parity with transformers through the files of a folder, and what makes a decoder a decoder."""
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanollm.data import pack
+from nanollm.gpt import (
+    GPT, GPTConfig, RMSNorm, attend, count_parameters, document_mask, rope_frequencies, rotate,
+)  # fmt: skip
+from nanollm.hub import load_model, save_model
+from nanollm.logprobs import token_logprobs
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}
+SHAPES = {
+    "llama, tied, grouped": {"qk_norm": False},
+    "llama, untied, a head size of its own": {"qk_norm": False, "tie_word_embeddings": False, "head_dim": 16},
+    "llama, one key-value head": {"qk_norm": False, "num_key_value_heads": 1},
+    "llama, stretched rope": {"qk_norm": False, "rope_scaling": LLAMA3_ROPE, "rope_theta": 500.0},
+    "qwen3, tied, grouped": {"rope_theta": 1e6},
+    "qwen3, untied, full": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+    "qwen2, tied": {"qk_norm": False, "attention_bias": True},
+    "qwen2, untied": {"qk_norm": False, "attention_bias": True, "tie_word_embeddings": False},
+}  # fmt: skip
+CLASSES = {"llama": "Llama", "qwen3": "Qwen3", "qwen2": "Qwen2"}
+
+
+def some_tokens(B=2, T=40, V=270, seed=0):
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    """Largest difference relative to the largest value: the size of a logit is arbitrary."""
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * max(1.0, theirs.abs().max())
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+# --- parity ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_opens_our_folder_and_computes_our_logits(shape, random_model, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokens = random_model(**SHAPES[shape]), some_tokens()
+    save_model(model, tokenizer, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(theirs).__name__ == CLASSES[shape.split(",")[0]] + "ForCausalLM"
+    with torch.no_grad():
+        assert_close(model(tokens), theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_saved_model_loads_with_the_same_logits(shape, random_model, tokenizer, tmp_path):
+    model, tokens = random_model(**SHAPES[shape]), some_tokens()
+    save_model(model, tokenizer, tmp_path)
+    loaded, _ = load_model(tmp_path)
+    assert loaded.cfg == model.cfg
+    assert torch.equal(loaded(tokens), model(tokens))
+
+
+def their_model(kind, randomised, **changes):
+    transformers = pytest.importorskip("transformers")
+    values = {"vocab_size": 270, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+              "bos_token_id": None, "eos_token_id": None, "head_dim": 8}  # fmt: skip
+    if kind == "qwen2":  # Qwen2 has no head size of its own
+        del values["head_dim"]
+    config = getattr(transformers, CLASSES[kind] + "Config")(**values | changes)
+    return randomised(getattr(transformers, CLASSES[kind] + "ForCausalLM")(config).eval())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_we_open_transformers_folder_and_compute_its_logits(kind, tied, shards, dtype, tokenizer, randomised, tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    theirs = their_model(kind, randomised, tie_word_embeddings=tied, rope_parameters=rope).to(dtype)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB" if shards > 1 else "5GB")
+    tokenizer.save(tmp_path)
+    config, tokens = json.loads((tmp_path / "config.json").read_text()), some_tokens()
+    assert config["rope_parameters"]["rope_theta"] == 5000 and "rope_theta" not in config
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shards > 1)
+    ours, _ = load_model(tmp_path)
+    assert ours.model.norm.weight.dtype == torch.float32
+    theirs = type(theirs).from_pretrained(tmp_path, dtype=torch.float32)  # .float() would keep bf16 angles
+    with torch.no_grad():
+        assert_close(ours(tokens), theirs(tokens).logits)
+
+
+def test_the_older_rope_theta_means_the_same_as_rope_parameters(tokenizer, randomised, tmp_path):
+    theirs = their_model("llama", randomised, rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    tokens = some_tokens()
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0, "rope_scaling": None}))
+    assert_close(load_model(tmp_path)[0](tokens), theirs(tokens).logits)
+
+
+def test_a_stretched_rope_saved_by_transformers_gives_its_logits(tokenizer, randomised, tmp_path):
+    theirs = their_model("llama", randomised, rope_parameters=LLAMA3_ROPE | {"rope_theta": 500.0})
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    tokens = some_tokens(T=64)
+    assert_close(load_model(tmp_path)[0](tokens), theirs(tokens).logits)
+
+
+# --- RoPE and norm -----------------------------------------------------------------------------
+def test_rope_turns_the_first_pair_by_one_radian_per_position():
+    freqs = rope_frequencies(GPTConfig(head_dim=4, rope_theta=100.0))
+    assert freqs.tolist() == pytest.approx([1.0, 0.1])
+    angles = 1 * freqs  # position 1
+    turned = rotate(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4), angles.cos(), angles.sin())
+    wanted = [math.cos(1), math.cos(0.1), math.sin(1), math.sin(0.1)]  # pairs are (0, 2) and (1, 3)
+    assert turned.flatten().tolist() == pytest.approx(wanted)
+
+
+def test_rope_leaves_products_that_depend_on_the_distance_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 64, 8)
+    angles = torch.outer(torch.arange(64.0), rope_frequencies(GPTConfig(head_dim=8)))
+    products = (rotate(q, angles.cos(), angles.sin()) @ rotate(k, angles.cos(), angles.sin()).mT)[0, 0]
+    for distance in (0, 1, 7, 40):
+        diagonal = products.diagonal(-distance)
+        assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-4)
+    assert (products[0, 0] - products[7, 0]).abs() > 1e-3
+
+
+def test_llama3_rope_keeps_short_waves_and_stretches_long_ones():
+    scaling = LLAMA3_ROPE | {"original_max_position_embeddings": 64}
+    plain = rope_frequencies(GPTConfig(head_dim=8))  # 1, 0.1, 0.01, 0.001: 10.2, 1.02, .1, .01 turns in 64
+    stretched = rope_frequencies(GPTConfig(head_dim=8, rope_scaling=scaling))
+    assert stretched[0] == plain[0]  # more than 4 turns
+    assert stretched[2:].tolist() == pytest.approx((plain[2:] / 8).tolist())  # less than 1
+    assert plain[1] / 8 < stretched[1] < plain[1]  # 1.02 turns: nearly stretched
+
+
+def test_rmsnorm_divides_by_the_root_of_the_mean_square():
+    norm = RMSNorm(2, eps=0.0)
+    assert norm(torch.tensor([3.0, 4.0])).tolist() == pytest.approx([3 / 12.5**0.5, 4 / 12.5**0.5])
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"num_attention_heads": 4, "num_key_value_heads": 3}, "can't share 3 key-value heads"),
+    ({"head_dim": 7}, "head size 7 is odd"),
+])  # fmt: skip
+def test_an_impossible_shape_is_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        GPTConfig(**changes)
+
+
+# --- attention ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("shared_heads", [1, 2, 4])
+def test_attention_equals_a_loop_over_heads_and_positions(shared_heads):
+    torch.manual_seed(0)
+    T, G = 5, 4 // shared_heads
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, G, 5, 8), torch.randn(2, G, 5, 8)
+    out = attend(q, k, v, None)
+    for b in range(2):
+        for h in range(4):
+            for t in range(T):
+                group = h // shared_heads
+                weights = (k[b, group, : t + 1] @ q[b, h, t] / 8**0.5).softmax(0)
+                assert torch.allclose(out[b, h, t], weights @ v[b, group, : t + 1], atol=1e-5)
+
+
+def test_a_token_never_sees_what_comes_after_it(random_model):
+    model, tokens = random_model(), some_tokens(B=1, T=20)
+    changed = tokens.clone()
+    changed[0, 12] = (tokens[0, 12] + 1) % 270
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert ((before - after)[:, 12:].abs().amax(-1) > 1e-3).all()  # and all that follows does see it
+
+
+def test_document_mask_by_hand():
+    mask = document_mask(torch.tensor([[0, 0, 1, 1]]))
+    assert mask.shape == (1, 1, 4, 4)
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def packed_and_alone():
+    """Five documents in rows of 32, and the same documents one by one."""
+    documents = [some_tokens(1, n, seed=n)[0].tolist() for n in (20, 12, 9, 15, 3)]
+    rows = pack([(ids, [False] + [True] * (len(ids) - 1)) for ids in documents], 32, pad_id=257)
+    assert len(rows) == 2  # 20 + 12, and 15 + 9 + 3 with padding
+    return documents, rows
+
+
+@pytest.mark.parametrize("shape", ["llama, stretched rope", "qwen3, tied, grouped"])
+def test_a_packed_document_has_the_logits_that_it_has_alone(shape, random_model):
+    model = random_model(**SHAPES[shape])
+    documents, rows = packed_and_alone()
+    logits, found = model(rows.tokens, rows.positions, document_mask(rows.documents)), 0
+    for r, d in ((r, d) for r in range(len(rows)) for d in rows.documents[r].unique() if d >= 0):
+        here = rows.documents[r] == d
+        ids = rows.tokens[r][here]
+        assert ids.tolist() in documents
+        assert_close(logits[r][here], model(ids[None])[0])
+        found += 1
+    assert found == 5
+
+
+def test_packed_documents_have_the_gradient_that_they_have_alone(random_model):
+    packed, alone = random_model(), random_model()
+    documents, rows = packed_and_alone()
+    logits = packed(rows.tokens, rows.positions, document_mask(rows.documents))
+    losses = token_logprobs(logits[:, :-1], rows.tokens[:, 1:])
+    (losses * rows.mask[:, 1:]).sum().backward()
+    for ids in documents:
+        ids = torch.tensor([ids])
+        token_logprobs(alone(ids[:, :-1]), ids[:, 1:]).sum().backward()
+    for name, grad in gradients(packed).items():
+        assert_close(grad, gradients(alone)[name], 2e-5)
+
+
+# --- precision and memory ----------------------------------------------------------------------
+def test_checkpointed_activations_give_the_same_loss_and_gradients(random_model):
+    plain, recomputed, tokens = random_model(), random_model(), some_tokens()
+    recomputed.model.checkpoint_activations = True
+    losses = [-token_logprobs(m(tokens[:, :-1]), tokens[:, 1:]).mean() for m in (plain, recomputed)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    for name, grad in gradients(plain).items():
+        assert torch.allclose(grad, gradients(recomputed)[name], atol=1e-7), name
+
+
+@pytest.mark.parametrize("checkpointed, forwards", [(False, 1), (True, 2)])
+def test_checkpointing_computes_each_block_once_more(checkpointed, forwards, random_model):
+    model, calls = random_model(), []
+    model.model.checkpoint_activations = checkpointed
+    for n, block in enumerate(model.model.layers):
+        block.mlp.register_forward_pre_hook(lambda *_, n=n: calls.append(n))
+    model(some_tokens()).sum().backward()
+    assert [calls.count(0), calls.count(1)] == [forwards, forwards]
+
+
+@pytest.mark.parametrize("shape", ["llama, untied, a head size of its own", "qwen3, tied, grouped", "qwen2, tied"])
+def test_bf16_computes_within_its_rounding_and_keeps_fp32_weights(shape, random_model):
+    model, tokens = random_model(**SHAPES[shape]), some_tokens()
+    exact = model(tokens).detach()
+    model.compute_dtype = torch.bfloat16
+    rounded = model(tokens)
+    assert rounded.dtype == torch.bfloat16
+    error = (rounded.float() - exact).pow(2).mean().sqrt() / exact.std()
+    assert 1e-4 < error < 0.03  # bf16 has 8 bits; some tens of roundings in a row
+    rounded.float().logsumexp(-1).sum().backward()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+# --- a fresh model -----------------------------------------------------------------------------
+def test_every_block_starts_as_the_identity():
+    model = GPT(GPTConfig(num_hidden_layers=2))
+    x, positions = torch.randn(2, 10, 128), torch.arange(10)
+    cos, sin = model.model.cos[positions], model.model.sin[positions]
+    for block in model.model.layers:
+        assert torch.equal(block(x, cos, sin, None, None), x)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("C", [64, 128, 768, 2048])
+def test_a_fresh_model_of_any_width_finds_all_tokens_about_equally_likely(C, tied):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=4096, hidden_size=C, intermediate_size=64, num_hidden_layers=1,
+                          tie_word_embeddings=tied))  # fmt: skip
+    tokens = some_tokens(B=4, T=64, V=4096)
+    with torch.no_grad():
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss == pytest.approx(math.log(4096), abs=0.6)  # 8.3 nats
+
+
+def test_gains_start_at_one_and_biases_at_zero():
+    model = GPT(GPTConfig(attention_bias=True))
+    values = {name: p.unique().tolist() for name, p in model.named_parameters() if p.dim() == 1}
+    assert values and all(v == ([0.0] if name.endswith("bias") else [1.0]) for name, v in values.items())
+
+
+def test_a_fresh_model_learns_one_sequence_by_heart():
+    torch.manual_seed(0)
+    model, tokens = GPT(GPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)), some_tokens(1, 16, 64)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(100):
+        loss = -token_logprobs(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1  # from 4.2
+
+
+@pytest.mark.parametrize("tied, total, in_products", [(True, 120, 120), (False, 140, 120)])
+def test_parameters_are_counted_by_hand(tied, total, in_products):
+    # q, o 4x4; k, v 2x4; gate, up, down 3x4: 84. Norms 4 + 4 + 4, of heads 2 + 2: 16. Embedding 5x4: 20
+    shape = {"vocab_size": 5, "hidden_size": 4, "intermediate_size": 3, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}  # fmt: skip
+    model = GPT(GPTConfig(**shape, tie_word_embeddings=tied))
+    assert count_parameters(model) == (total, in_products)

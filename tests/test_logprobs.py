@@ -1,0 +1,108 @@
+"""Log-probabilities, entropy and masked means: parity with torch, and numbers by hand."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanollm import logprobs
+from nanollm.logprobs import entropy, masked_mean, token_logprobs
+
+
+def some_logits(dtype=torch.float32, shape=(2, 5, 7)):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_()
+    return logits, torch.randint(shape[-1], shape[:-1], generator=generator)
+
+
+def test_two_equal_logits_give_a_half_each():
+    logits = torch.zeros(1, 1, 2)
+    assert token_logprobs(logits, torch.tensor([[1]])).item() == pytest.approx(-math.log(2))
+
+
+def test_three_to_one_by_hand():
+    logits = torch.tensor([[math.log(3.0), 0.0]])
+    assert token_logprobs(logits, torch.tensor([0])).exp().item() == pytest.approx(0.75)
+
+
+# 10 rows of 7 logits, hence in parts of 1 (2 ways), 3 (the last part being shorter), 5, and all
+@pytest.mark.parametrize("chunk", [1, 7, 22, 35, 2**21])
+@pytest.mark.parametrize("shape", [(2, 5, 7), (10, 7)])
+def test_values_and_gradients_equal_cross_entropys(shape, chunk, monkeypatch):
+    monkeypatch.setitem(logprobs.CHUNK, "cpu", chunk)
+    (ours, targets), (theirs, _) = some_logits(shape=shape), some_logits(shape=shape)
+    weights = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
+    a = token_logprobs(ours, targets)
+    b = -F.cross_entropy(theirs.reshape(-1, 7), targets.reshape(-1), reduction="none").view(targets.shape)
+    assert a.shape == targets.shape
+    assert torch.allclose(a, b, atol=1e-6, rtol=1e-6)
+    (a * weights).sum().backward()
+    (b * weights).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
+def test_half_precision_logits_are_reduced_in_fp32(dtype, tolerance):
+    logits, targets = some_logits(dtype)
+    exact = logits.detach().float().requires_grad_()
+    ours = token_logprobs(logits, targets)
+    theirs = exact.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    assert ours.dtype == torch.float32
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    ours.sum().backward()
+    theirs.sum().backward()
+    assert logits.grad.dtype == dtype
+    assert torch.allclose(logits.grad.float(), exact.grad, atol=1e-6, rtol=tolerance)
+
+
+def test_a_slice_of_the_logits_gets_its_gradient_and_the_rest_none():
+    (ours, _), (theirs, _) = some_logits(), some_logits()
+    targets = torch.tensor([[0, 1, 2, 3, 4], [6, 5, 4, 3, 2]])
+    token_logprobs(ours[:, :-1], targets[:, 1:]).sum().backward()
+    theirs[:, :-1].log_softmax(-1).gather(-1, targets[:, 1:, None]).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+    assert ours.grad[:, -1].eq(0).all()
+
+
+def test_the_gradient_is_onehot_minus_probabilities():
+    logits = torch.zeros(1, 4, requires_grad=True)
+    token_logprobs(logits, torch.tensor([2])).sum().backward()
+    assert logits.grad.tolist() == [[-0.25, -0.25, 0.75, -0.25]]
+
+
+def test_huge_logits_neither_overflow_nor_vanish():
+    logits = torch.tensor([[1e4, 1e4 - 1, -1e4]], requires_grad=True)
+    value = token_logprobs(logits, torch.tensor([1]))
+    value.sum().backward()
+    assert value.item() == pytest.approx(-math.log(1 + math.e), abs=1e-3)
+    assert logits.grad[0].tolist() == pytest.approx([-0.7311, 0.7311, 0.0], abs=1e-3)
+
+
+def test_the_logits_are_left_as_they_were():
+    logits, targets = some_logits()
+    before = logits.detach().clone()
+    token_logprobs(logits, targets).sum().backward()
+    assert torch.equal(logits.detach(), before)
+
+
+@pytest.mark.parametrize("logits, nats", [
+    ([0.0] * 8, math.log(8)),  # uniform
+    ([5.0, 5.0], math.log(2)),
+    ([100.0, 0.0, 0.0], 0.0),  # certain
+    ([math.log(3.0), 0.0], 0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
+])  # fmt: skip
+def test_entropy_by_hand(logits, nats):
+    assert entropy(torch.tensor([[logits]])).item() == pytest.approx(nats, abs=1e-6)
+
+
+def test_entropy_equals_torchs():
+    logits, _ = some_logits(torch.bfloat16)
+    theirs = torch.distributions.Categorical(logits=logits.float()).entropy()
+    assert entropy(logits).dtype == torch.float32
+    assert torch.allclose(entropy(logits), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask, mean", [([1, 1, 1, 1], 2.5), ([0, 1, 0, 1], 3.0), ([1, 0, 0, 0], 1.0)])
+def test_masked_mean_by_hand(mask, mean):
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert masked_mean(x, torch.tensor(mask, dtype=torch.bool).view(2, 2)).item() == mean
