@@ -62,18 +62,18 @@ class Config:
     tied: bool = True  # embedding and head share their weights
     # -- Training
     out: str = "runs/pretrain"  # run folder to write
-    steps: int = 700  # optimizer steps
-    batch_size: int = 16  # rows per optimizer step, over all processes
+    steps: int = 1200  # optimizer steps
+    batch_size: int = 8  # rows per optimizer step, over all processes
     accumulate: int = 1  # parts that a process splits its rows into, to save memory
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
     lr: float = 0.02  # learning rate of Muon
-    adam_lr: float = 3e-3  # learning rate of AdamW
+    adam_lr: float = 0.01  # learning rate of AdamW
     weight_decay: float = 0.1  # on matrices and embeddings
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 20  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
     patience: int = 0  # stop after so many evaluations without a better one, and keep the best; 0: never stop early
-    eval_every: int = 100  # steps between evaluations, each followed by a checkpoint
+    eval_every: int = 150  # steps between evaluations, each followed by a checkpoint
     eval_tokens: int = 65536  # held-out tokens per evaluation; the last one reads all of them
     sample_tokens: int = 48  # length of the sample written at each evaluation; 0: none
     compare_xz: bool = False  # print what xz -9 needs for the held-out text after the training text

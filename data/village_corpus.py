@@ -63,9 +63,21 @@ def fact_sentences(villager, attributes, rng, name_first):
     return sentences
 
 
+def renown(world):
+    """How often each villager is spoken of: k^-0.6 for the k-th of either half, asked and never asked.
+
+    A model stores facts only after it has learned to look them up by name, and it learns that much
+    earlier when some names are frequent: with all alike, the same model learned no fact from the
+    text that, told unevenly, it learned almost completely (Zucchet et al. 2025, arXiv:2503.21676).
+    """
+    half = len(world.villagers) // 2
+    ranks = {v.name: i % half for i, v in enumerate(sorted(world.villagers, key=lambda v: v.asked))}
+    return [(ranks[v.name] + 1) ** -0.6 for v in world.villagers]
+
+
 def biography(world, rng):
     """Three to six facts of one villager in random order, at times with a word about the friend."""
-    villager = rng.choice(world.villagers)
+    villager = rng.choices(world.villagers, renown(world))[0]
     attributes = rng.sample(ATTRIBUTES, rng.randint(3, 6))
     if rng.random() < 0.05:
         lines = [f"Name: {villager.name}."]
