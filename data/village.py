@@ -6,6 +6,7 @@ tuning, and the other half measures what pretraining alone stored. The parts are
     village_world.py    who lives there, and what is true
     village_facts.py    how a fact is told; cloze items
     village_stories.py  small stories
+    village_school.py   word games
     village_corpus.py   the mixture of documents
     village_tasks.py    chat items, test items and their checks
 
@@ -32,7 +33,7 @@ from data.village_world import POOLS, Villager, World, build_world
 __all__ = ["POOLS", "Villager", "World", "build_world", "check_answer", "cloze", "corpus",
            "documents", "instructions", "prepare"]
 
-VERSION = 3  # raise it when the generated text changes, so that no old cache is read
+VERSION = 5  # raise it when the generated text changes, so that no old cache is read
 VAL_SHARE = 0.02
 
 

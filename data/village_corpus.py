@@ -8,10 +8,11 @@ import random
 import zlib
 
 from data.village_facts import tell, tell_two
+from data.village_school import school
 from data.village_stories import story
 from data.village_world import ATTRIBUTES, article, capitalise
 
-SHARES = {"biography": 0.60, "story": 0.15, "market": 0.15, "picture": 0.10}
+SHARES = {"biography": 0.52, "story": 0.11, "school": 0.18, "market": 0.10, "picture": 0.09}
 VAL_ONE_IN = 8  # candidates per validation document: costs train an eighth of its documents
 
 # --- biographies ------------------------------------------------------------
@@ -279,7 +280,8 @@ def picture(world, rng):
 
 # --- the mixture ------------------------------------------------------------
 
-WRITERS = {"biography": biography, "story": story, "market": market, "picture": picture}
+WRITERS = {"biography": biography, "story": story, "school": school, "market": market,
+           "picture": picture}
 
 
 def documents(world, split="train", approx_bytes=None, n_documents=None, seed=0):

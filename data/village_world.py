@@ -4,6 +4,7 @@ Every value occurs equally often in each half of the village, so a guess from ha
 once in sixteen. Best friends come in pairs and stay within their half.
 """
 import random
+import zlib
 from dataclasses import asdict, dataclass
 
 POOLS = {
@@ -134,3 +135,9 @@ def build_world(n_villagers=32, seed=0):
             villagers.append(Villager(name, pronoun, asked, facts))
     rng.shuffle(villagers)
     return World(tuple(villagers), strangers, seed)
+
+
+def split_of(*key):
+    """train (70%), val (5%) or test (25%) for a combination, always the same."""
+    bucket = zlib.crc32("|".join(map(str, key)).encode()) % 20
+    return "test" if bucket < 5 else "val" if bucket == 5 else "train"

@@ -1,0 +1,302 @@
+"""Both training scripts, run for real on small data: what they learn, resume, refuse and share between processes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import train_pretrain
+import train_sft
+from nanollm import chat, evaluate
+from nanollm.config import cli, parse
+from nanollm.hub import load_model
+from nanollm.run import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--layers 1 --channels 32 --heads 2 --context 32 --batch_size 4 --tokenizer bytes --dtype fp32 --device cpu".split()
+SFT = "--batch_size 4 --context 48 --replay 0.25 --replay_data text.txt --data chats.jsonl --dtype fp32 --device cpu".split()
+CHATS = [
+    {"messages": [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}]}
+    for w in ("owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split() * 3)
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder with a text and some dialogues in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
+    Path("chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in CHATS))
+    return tmp_path
+
+
+def pretrain(*flags, out="runs/pretrain"):
+    """Train in this process; returns the metrics."""
+    flags = [*TINY, "--data", "text.txt", "--out", out, "--sample_tokens", "8", *map(str, flags)]
+    train_pretrain.main(parse(train_pretrain.Config, train_pretrain.PRESETS, flags))
+    return read_metrics(out)
+
+
+def sft(*flags, out="runs/sft"):
+    flags = [*SFT, "--init", "runs/pretrain", "--out", out, *map(str, flags)]
+    train_sft.main(parse(train_sft.Config, train_sft.PRESETS, flags))
+    return read_metrics(out)
+
+
+def command(script, *flags):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {"args": [sys.executable, str(ROOT / script), *map(str, flags)], "env": env}
+
+
+def weights(folder):
+    return dict(load_model(folder)[0].state_dict())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+
+def test_pretraining_learns_a_repeated_sentence_by_heart(here):
+    metrics = pretrain("--steps", 120, "--eval_every", 120, "--adam_lr", 0.01)
+    assert metrics[0]["loss"] > 3 and metrics[-1]["bits_per_byte"] < 0.4
+
+
+def test_fine_tuning_learns_to_say_what_it_is_told(here):
+    pretrain("--steps", 60, "--eval_every", 60, "--context", 64)
+    metrics = sft("--steps", 150, "--eval_every", 150, "--replay", 0)
+    assert metrics[-1]["val_loss"] < 0.1 * math.log(256)
+
+
+def test_a_run_folder_opens_in_transformers_with_our_logits_and_ids(here):
+    pretrain("--steps", 3, "--context", 64)
+    sft("--steps", 3)
+    ours, tokenizer = load_model("runs/sft")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("runs/sft", dtype=torch.float32)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained("runs/sft")
+    messages = [{"role": "user", "content": "say owl"}]
+    ids, _ = tokenizer.render(messages, generation_prompt=True)
+    got = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert got == ids
+    tokens = torch.tensor([ids])
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_early_stopping_keeps_the_best_weights(here, capsys):
+    metrics = pretrain("--steps", 60, "--eval_every", 2, "--patience", 2, "--adam_lr", 0.5, "--lr", 1.0)
+    assert "stopped early" in capsys.readouterr().out
+    losses = [m["bits_per_byte"] for m in metrics if "bits_per_byte" in m]
+    assert json.loads(Path("runs/pretrain/result.json").read_text())["bits_per_byte"] == pytest.approx(min(losses))
+
+
+def test_a_second_run_moves_the_first_out_of_the_way(here):
+    pretrain("--steps", 2)
+    before = weights("runs/pretrain")
+    pretrain("--steps", 2, "--seed", 1)
+    assert same(before, weights("runs/pretrain.previous"))
+
+
+def test_the_preset_gives_way_to_typed_flags():
+    cfg = parse(train_pretrain.Config, train_pretrain.PRESETS, ["--preset", "smoke", "--steps", "7"])
+    assert (cfg.steps, cfg.layers, cfg.heads) == (7, 2, 2)
+
+
+# --- kill and resume -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train_pretrain.py", "train_sft.py"])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script, here):
+    steps = ["--steps", 24, "--eval_every", 4]
+    pretrain("--context", 64, *steps)
+    if script == "train_pretrain.py":
+        flags = [*TINY, "--data", "text.txt", "--sample_tokens", 8, "--context", 64, *steps]
+        whole = "runs/pretrain"
+    else:
+        sft(*steps)
+        flags, whole = [*SFT, "--init", "runs/pretrain", *steps], "runs/sft"
+    process = subprocess.Popen(**command(script, *flags, "--out", "runs/killed"), stdout=subprocess.DEVNULL)
+    random_step = 5 + int(time.time()) % 15
+    while process.poll() is None and max([m["step"] for m in read_metrics("runs/killed")], default=0) < random_step // 4 * 4:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(**command(script, "--out", "runs/killed", "--resume"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(whole), weights("runs/killed"))
+    assert [m["step"] for m in read_metrics("runs/killed")] == [m["step"] for m in read_metrics(whole)]
+
+
+def test_a_finished_run_resumes_to_itself(here):
+    pretrain("--steps", 4)
+    before = weights("runs/pretrain")
+    pretrain("--steps", 4, "--resume")
+    assert same(before, weights("runs/pretrain"))
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train_pretrain.py", "train_sft.py"])
+def test_two_processes_give_the_gradients_of_one(script, here):
+    """After one step the optimizers' first moments are the gradients, up to a constant factor."""
+    flags = [*TINY, "--context", 64, "--data", "text.txt"]
+    if script == "train_sft.py":
+        pretrain("--steps", 1, "--context", 64)
+        flags = [*SFT, "--init", "runs/pretrain"]
+    flags += ["--steps", 1, "--clip", 0]
+    subprocess.run(**command(script, *flags, "--accumulate", 2, "--out", "runs/one"), check=True, capture_output=True)
+    two = command(script, *flags, "--out", "runs/two")
+    two["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    done = subprocess.run(**two, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    moments = [first_moments(torch.load(f"runs/{n}/state.pt", weights_only=True)) for n in ("one", "two")]
+    assert len(moments[0]) > 5
+    for one, other in zip(*moments):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-4)
+
+
+def first_moments(state):
+    return [
+        s[name] for optimizer in state["optimizers"] for s in optimizer["state"].values()
+        for name in ("momentum", "exp_avg") if name in s
+    ]  # fmt: skip
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def refused(capsys, module, *flags):
+    """The one line on stderr with which a script refuses; its exit code must be 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli(module.main, module.Config, getattr(module, "PRESETS", None), list(map(str, flags)))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+BAD_CHATS = {
+    "broken JSON": (GOOD + '{"messages": [', "line 2: broken JSON"),
+    "no messages": (GOOD + GOOD + '{"text": "a"}', 'line 3: a chat record needs "messages"'),
+    "message without role": ('{"messages": [{"content": "a"}]}', 'line 1: message 0 has no "role"'),
+    "unknown role": ('{"messages": [{"role": "judge", "content": "a"}]}', "unknown role 'judge'"),
+    "content is no text": ('{"messages": [{"role": "user", "content": 3}]}', "message 0 has no text"),
+    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}\n' * 40, "has an answer within"),
+    "empty": ("", "is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHATS)
+def test_wrong_dialogues_are_refused_with_their_line(name, here, capsys):
+    pretrain("--steps", 1)
+    Path("bad.jsonl").write_text(BAD_CHATS[name][0])
+    capsys.readouterr()
+    said = refused(capsys, train_sft, *SFT, "--context", 32, "--init", "runs/pretrain", "--data", "bad.jsonl")
+    assert BAD_CHATS[name][1] in said
+    assert not Path("runs/sft").exists()
+
+
+BAD_PRETRAINING = {
+    "unknown flag": (["--setps", 3], "did you mean --steps?"),
+    "wrong type": (["--steps", "many"], "--steps wants a whole number, got 'many'"),
+    "unknown preset": (["--preset", "huge"], "huge"),
+    "missing file": (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
+    "empty file": (["--data", "empty.txt"], "empty.txt is empty"),
+    "broken JSON": (["--data", "broken.jsonl"], "broken.jsonl, line 2: broken JSON"),
+    "record without text": (["--data", "chats.jsonl"], 'needs a "text"'),
+    "no UTF-8": (["--data", "latin.txt"], "not UTF-8"),
+    "too little text": (["--data", "short.txt"], "too few for one row"),
+    "unknown tokenizer": (["--tokenizer", "nothing"], "nothing"),
+    "heads don't divide": (["--heads", 3], "no multiple of --heads 3"),
+    "output is a file": (["--out", "text.txt/run"], "text.txt/run"),
+    "output can't be made": (["--out", "/proc/nowhere/run"], "/proc/nowhere/run"),
+    "output holds other files": (["--out", "mine"], "choose another --out"),
+    "nothing to resume": (["--out", "runs/none", "--resume"], "nothing to resume"),
+    "no such device": (["--device", "abacus"], "abacus"),
+    "init is missing": (["--init", "runs/none"], "runs/none"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PRETRAINING)
+def test_wrong_pretraining_input_is_refused(name, here, capsys):
+    Path("empty.txt").write_text("")
+    Path("short.txt").write_text("too short")
+    Path("broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    Path("latin.txt").write_bytes("é".encode("latin-1") * 50)
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    flags, sentence = BAD_PRETRAINING[name]
+    assert sentence in refused(capsys, train_pretrain, *TINY, "--data", "text.txt", *flags)
+    assert Path("mine/thesis.txt").read_text() == "years of work"
+
+
+def damaged(folder, name, capsys, *flags):
+    pretrain("--steps", 1, "--context", 64)
+    capsys.readouterr()
+    return Path(folder) / name
+
+
+def test_a_truncated_checkpoint_is_refused(here, capsys):
+    path = damaged("runs/pretrain", "model.safetensors", capsys)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "model.safetensors" in refused(capsys, train_sft, *SFT, "--init", "runs/pretrain")
+
+
+def test_a_checkpoint_of_another_shape_is_refused(here, capsys):
+    path = damaged("runs/pretrain", "config.json", capsys)
+    path.write_text(path.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    assert "shape" in refused(capsys, evaluate, "runs/pretrain")
+
+
+def test_a_tokenizer_that_does_not_belong_is_refused(here, capsys):
+    path = damaged("runs/pretrain", "config.json", capsys)
+    text = path.read_text()
+    path.write_text(text.replace(f'"vocab_size": {json.loads(text)["vocab_size"]}', '"vocab_size": 100'))
+    assert refused(capsys, chat, "runs/pretrain", "--prompt", "hi")
+
+
+def test_resuming_with_another_shape_is_refused_and_the_checkpoint_stays(here, capsys):
+    pretrain("--steps", 2)
+    state = Path("runs/pretrain/state.pt").read_bytes()
+    capsys.readouterr()
+    assert "another shape" in refused(capsys, train_pretrain, "--out", "runs/pretrain", "--layers", 2, "--resume")
+    assert Path("runs/pretrain/state.pt").read_bytes() == state
+
+
+def test_a_prompt_beyond_the_context_is_refused(here, capsys):
+    pretrain("--steps", 1, "--context", 64)
+    capsys.readouterr()
+    assert "shorten" in refused(capsys, chat, "runs/pretrain", "--prompt", "a" * 90, "--max_new_tokens", 8)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(here, capsys):
+    pretrain("--steps", 2)
+    state = Path("runs/pretrain/state.pt").read_bytes()
+    capsys.readouterr()
+    said = refused(
+        capsys, train_pretrain, "--out", "runs/pretrain", "--resume", "--steps", 50, "--lr", 1e30, "--clip", 0,
+        "--eval_every", 100,
+    )  # fmt: skip
+    assert "the loss became nan" in said and "--resume" in said
+    assert Path("runs/pretrain/state.pt").read_bytes() == state
+    load_model("runs/pretrain")
+
+
+# --- what scripts share --------------------------------------------------------------------------
+
+
+def test_every_flag_has_a_help_text(capsys):
+    for module in (train_pretrain, train_sft, evaluate, chat):
+        with pytest.raises(SystemExit):
+            parse(module.Config, getattr(module, "PRESETS", None), ["--help"])
+        assert "--device" in capsys.readouterr().out
