@@ -32,7 +32,7 @@ from nanollm.gpt import GPT, GPTConfig, count_parameters
 from nanollm.hub import load_model, load_weights
 from nanollm.logprobs import token_logprobs
 from nanollm.optim import SCHEDULES, build_optimizers
-from nanollm.run import Run
+from nanollm.run import Run, checkpoint_of
 from nanollm.runtime import flop_per_token, model_flops_utilisation, start
 from nanollm.safetensors import load_folder
 from nanollm.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ class Config:
 
 
 PRESETS = {
-    "smoke": {"steps": 20, "layers": 2, "channels": 64, "heads": 2, "context": 64, "megabytes": 0.3,
+    "smoke": {"steps": 20, "layers": 2, "channels": 64, "heads": 2, "context": 128, "megabytes": 0.3,
               "vocab_size": 512, "eval_every": 10, "warmup": 4, "eval_tokens": 8192},
     "tiny": {},
     "gpu": {"layers": 12, "channels": 768, "heads": 12, "context": 1024, "batch_size": 512, "accumulate": 16,
@@ -152,7 +152,7 @@ def build_model(cfg, rt):
     if cfg.init:
         return load_model(cfg.init)
     if cfg.resume:  # the tokenizer of the run itself: the data may have moved since
-        tokenizer = Tokenizer.load(cfg.out)
+        tokenizer = Tokenizer.load(checkpoint_of(cfg.out).parent)
     elif Path(cfg.data).is_dir() and cfg.tokenizer == "train":
         raise UserError("token shards need the --tokenizer that they were made with")
     else:
@@ -182,6 +182,8 @@ def main(cfg):
     if cfg.init and Path(cfg.init).resolve() == Path(cfg.out).resolve():
         raise UserError("--init and --out name the same folder; write to another one")
     model, tokenizer = build_model(cfg, rt)
+    if cfg.context > model.cfg.max_position_embeddings:
+        raise UserError(f"--context {cfg.context} is beyond the model's context of {model.cfg.max_position_embeddings}")
     train, val = load_shards_of(cfg, tokenizer)
     windows, val_windows = Windows(train, cfg.context), Windows(val, cfg.context)
     eot_id = tokenizer.eot_id if cfg.document_mask and train.documents > 1 else None

@@ -6,8 +6,7 @@
 Dialogues are packed into rows of T tokens; attention stays inside a dialogue and positions start anew in
 each (Krell et al. 2021, arXiv:2107.02027). A dialogue longer than T loses its last turns until it fits,
 and is dropped when not even its first answer does; both are counted and printed. Two options work against
-forgetting: rows of pretraining text in every batch (--replay; Ouyang et al. call it PPO-ptx's cousin for
-RL) and smaller learning rates for lower layers (--layer_decay; Howard & Ruder 2018, arXiv:1801.06146).
+forgetting: rows of pretraining text in every batch (--replay; Ouyang et al. mix it in likewise) and smaller learning rates for lower layers (--layer_decay; Howard & Ruder 2018, arXiv:1801.06146).
 
 Run     python train_sft.py
         python train_sft.py --init path/to/SmolLM2-135M --data chats.jsonl --out runs/mine
@@ -50,22 +49,22 @@ class Config:
     megabytes: float = 8.0  # likewise
     context: int | None = None  # row length T; default: 256, or the model's context where that is shorter
     # -- Against forgetting
-    replay: float = 0.25  # share of the rows that are pretraining text, trained on at every token
+    replay: float = 0.33  # share of the rows that are pretraining text, trained on at every token
     replay_data: str = "village"  # that text: village, or a .txt or .jsonl file
     layer_decay: float = 1.0  # learning rate factor per layer below the head; 1: the same everywhere
     # -- Training
     out: str = "runs/sft"  # run folder to write
-    steps: int = 400  # optimizer steps
+    steps: int = 500  # optimizer steps
     batch_size: int = 16  # rows per optimizer step, over all processes
     accumulate: int = 1  # parts that a process splits its rows into, to save memory
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
-    lr: float = 0.01  # learning rate of Muon
-    adam_lr: float = 2e-3  # learning rate of AdamW
+    lr: float = 0.007  # learning rate of Muon
+    adam_lr: float = 1e-3  # learning rate of AdamW
     weight_decay: float = 0.0  # on matrices and embeddings
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 20  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-    eval_every: int = 100  # steps between evaluations, each followed by a checkpoint
+    eval_every: int = 125  # steps between evaluations, each followed by a checkpoint
     # -- Machine
     seed: int = 0  # of the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:N
@@ -76,7 +75,7 @@ class Config:
 
 
 PRESETS = {
-    "smoke": {"steps": 20, "megabytes": 0.3, "context": 64, "batch_size": 8, "eval_every": 10, "warmup": 4,
+    "smoke": {"steps": 20, "megabytes": 0.3, "context": 128, "batch_size": 8, "eval_every": 10, "warmup": 4,
               "test_items": 4},
     "tiny": {},
     "gpu": {"villagers": 512, "megabytes": 200.0, "context": 1024, "batch_size": 128, "accumulate": 4,

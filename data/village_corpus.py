@@ -12,7 +12,7 @@ from data.village_school import school
 from data.village_stories import story
 from data.village_world import ATTRIBUTES, article, capitalise
 
-SHARES = {"biography": 0.52, "story": 0.11, "school": 0.18, "market": 0.10, "picture": 0.09}
+SHARES = {"biography": 0.50, "story": 0.10, "school": 0.19, "market": 0.12, "picture": 0.09}
 VAL_ONE_IN = 8  # candidates per validation document: costs train an eighth of its documents
 
 # --- biographies ------------------------------------------------------------

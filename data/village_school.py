@@ -27,8 +27,15 @@ GAMES = (
     "{n} says {w}. Backwards that is {r}.", 'Read it backwards, {n}: {w}. {n} reads "{r}".',
     "The words on the wall are {w}. The first is {first}, the last is {last}.",
     "{n} thinks of {w}. First comes {first}, last comes {last}.",
-    "{n} has written {w}. Count the words: {k}.", "In capitals, {w} is {W}.",
-    "{n} writes {w} with large letters: {W}.", "With commas, {w} is {c}.")
+    "{n} has written {w}. Count the words: {k}.", "With commas, {w} is {c}.")
+QUESTIONS = (  # a question about somebody, and an answer that begins with the name
+    'What does {m} write? {m} writes {w}.', '"What has {m} found?" asks {n}. "{m} has found {w}."',
+    'The teacher asks what {m} sings. {m} sings {w}.', 'Tell me what {m} draws. {m} draws {w}.',
+    'Can you see what {m} has in the bag? {m} has {w}.',
+    '"Do you know the words of {m}?" asks {n}. "{m} says {w}."')
+CAPITALS = (
+    "In capitals, {w} is {W}.", "{n} writes {w} with large letters: {W}.",
+    "The sign says {W}. That means {w}.", "{n} paints {w} on the wall: {W}.")
 WORD_LESSONS = (
     "The magic word is {x}, and {n} says {x}.", 'Nobody knows what {x} means. {n} asks: "What is {x}?"',
     "{n} has dreamed of the word {x}. Now all children say {x}.",
@@ -57,7 +64,7 @@ def lesson(words, names, rng):
     """One sentence or two of a game with these words."""
     n, m = rng.sample(names, 2)
     together = " ".join(words)
-    line = rng.choice(ECHOES if rng.random() < 0.6 else GAMES)
+    line = rng.choice(rng.choices((ECHOES, QUESTIONS, GAMES, CAPITALS), (4, 2, 2, 2))[0])
     return line.format(
         n=n, m=m, w=together, W=together.upper(), c=", ".join(words), r=" ".join(words[::-1]),
         first=words[0], last=words[-1], k=len(words))

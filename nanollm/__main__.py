@@ -114,7 +114,7 @@ def run_stage(stage, cfg, root):
         flags["device"] = cfg.device
     words = [w for name, value in flags.items() for w in ([f"--{name}"] if value is None else [f"--{name}", str(value)])]
     command = ["python", stage.script, *words]
-    evaluate = ["python", "-m", "nanollm.evaluate", str(folder)]
+    evaluate = ["python", "-m", "nanollm.evaluate", str(folder), *(["--limit", "20"] if cfg.preset == "smoke" else [])]
     done = folder / "stage.json"
     if done.exists() and not cfg.fresh:
         record = read_json(done)

@@ -4,6 +4,7 @@ Formats are documented in data/README.md. Wrong input raises UserError with file
 T is the length of a row in tokens; L the length of an example.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -171,8 +172,10 @@ def write_shards(documents, tokenizer, folder):
         if pending:
             flush()
         (tmp / "meta.json").write_text(json.dumps(meta))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(tmp, folder)
+        if not (folder / "meta.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process was faster, with the same bytes
+            os.replace(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)  # gone already where all went well
 
@@ -218,7 +221,7 @@ class Sampler:
 
     def take(self, k):
         """The next k numbers, as an int64 tensor (k,)."""
-        taken = []
+        taken = [self._order[:0]]
         while k > 0:
             if self.index == self.n:
                 self.epoch, self.index = self.epoch + 1, 0

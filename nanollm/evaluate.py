@@ -102,10 +102,11 @@ def reply_all(model, tokenizer, prompts, max_new_tokens, temperature=0.0, batch_
     """Continue prompts (lists of ids) and return the texts in their order; short prompts run beside short ones."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies = [""] * len(prompts)
-    for start_ in range(0, len(order), batch_size):
-        numbers = order[start_ : start_ + batch_size]
+    for first in range(0, len(order), batch_size):
+        numbers = order[first : first + batch_size]
+        room = model.cfg.max_position_embeddings - len(prompts[numbers[-1]])  # at least one token, or generate refuses
         out = generate(
-            model, [prompts[i] for i in numbers], max_new_tokens, temperature=temperature,
+            model, [prompts[i] for i in numbers], max(1, min(max_new_tokens, room)), temperature=temperature,
             stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, generator=generator,
         )  # fmt: skip
         for i, ids in zip(numbers, out.lists()):

@@ -44,6 +44,7 @@ def keep_top_p(logits, p):
     sorted_logits, order = logits.sort(descending=True)
     probs = sorted_logits.softmax(-1)
     beyond = probs.cumsum(-1) - probs >= p  # what comes before it already reaches p
+    beyond[:, 0] = False
     return logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
 
 
@@ -52,6 +53,9 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
     temperature 0 takes the largest. The logprobs are those of the full distribution, before top-k and top-p.
     """
+    if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
+        raise UserError(f"temperature {temperature}, top_k {top_k} and top_p {top_p} are no way to sample: the first two "
+                        "are at least 0, top_p lies between 0 and 1")  # fmt: skip
     logits = logits.float()
     if temperature == 0:
         tokens = logits.argmax(-1)
@@ -76,8 +80,8 @@ class Engine:
         lengths = [len(p) for p in prompts]
         self.P = max(lengths)
         size, context = self.P + new_tokens, model.cfg.max_position_embeddings
-        if min(lengths) == 0:
-            raise UserError("an empty prompt can't be continued; give at least one token")
+        if min(lengths) == 0 or new_tokens < 1:
+            raise UserError("an empty prompt or zero new tokens: give at least one token, and ask for at least one")
         if size > context:
             raise UserError(
                 f"a prompt of {self.P} tokens and {new_tokens} new ones don't fit the model's context of {context}; "

@@ -85,8 +85,12 @@ class Optimizers:
         return [o.state_dict() for o in self.optimizers]
 
     def load_state_dict(self, states):
+        """Take over the moments; learning rates and weight decay stay those of this run's own flags."""
         for o, state in zip(self.optimizers, states, strict=True):
+            own = [{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
             o.load_state_dict(state)
+            for group, values in zip(o.param_groups, own):
+                group.update(values)
 
 
 def build_optimizers(model, kind="muon", lr=0.02, adam_lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=1.0):

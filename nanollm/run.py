@@ -43,9 +43,7 @@ class Run:
         )  # fmt: skip
 
     def _load_state(self):
-        path = self.folder / "state.pt"
-        if not path.exists():
-            raise UserError(f"nothing to resume in {self.folder}: no checkpoint was written yet; start without --resume")
+        path = checkpoint_of(self.folder)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.step, self.seconds = state["step"], state["seconds"]
@@ -67,7 +65,10 @@ class Run:
                 shutil.rmtree(previous, ignore_errors=True)
                 os.replace(self.folder, previous)
                 print(f"the run that was in {self.folder} is now in {previous}")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise UserError(f"can't write to {self.folder} ({e.strerror}); choose another --out") from None
             atomic_write(metrics, "")
         save_config(self.cfg, self.folder / "train_config.json")
 
@@ -185,6 +186,14 @@ class Run:
         """Training is over: stop the clock and the bar."""
         self.ended = time.perf_counter()
         self.bar.close()
+
+
+def checkpoint_of(folder):
+    """Path of the checkpoint to resume from; raises UserError where there is none."""
+    path = Path(folder) / "state.pt"
+    if not path.exists():
+        raise UserError(f"nothing to resume in {folder}: no checkpoint was written yet; start without --resume")
+    return path
 
 
 def read_metrics(folder):
