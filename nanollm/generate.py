@@ -11,9 +11,10 @@ import copy
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from nanollm.config import UserError
-from nanollm.gpt import KVCache
+from nanollm.gpt import KVCache, Linear
 
 
 @dataclass
@@ -59,14 +60,16 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     logits = logits.float()
     if temperature == 0:
         tokens = logits.argmax(-1)
-    else:
-        logits = logits / temperature
-        kept = keep_top_k(logits, min(top_k, logits.shape[1])) if top_k else logits
-        kept = keep_top_p(kept, top_p) if top_p < 1 else kept
-        cdf = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
-        u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
-        tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # inverse of the CDF at u
-    return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    logits = logits / temperature if temperature != 1 else logits
+    probs = kept = logits.softmax(-1)
+    if top_k or top_p < 1:
+        logits = keep_top_k(logits, min(top_k, logits.shape[1])) if top_k else logits
+        kept = (keep_top_p(logits, top_p) if top_p < 1 else logits).softmax(-1)
+    cdf = kept.cumsum(-1, dtype=torch.float64)
+    u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
+    tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # the inverse of the CDF at u
+    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
 # --- the engine ----------------------------------------------------------------------------------
@@ -92,8 +95,8 @@ class Engine:
         padded = [[pad_id] * (self.P - len(p)) + list(p) for p in prompts]
         self.prompts = torch.tensor(padded, device=device)  # (N, P)
         self.pads = torch.tensor([self.P - n for n in lengths], device=device)  # (N,)
-        dtype = model.compute_dtype if self.cuda else torch.float32  # what attention computes in, see gpt.py
-        self.cache = KVCache(model.cfg, len(prompts), self.P if samples > 1 else size, device, dtype)
+        size_of_cache = self.P if samples > 1 else size
+        self.cache = KVCache(model.cfg, len(prompts), size_of_cache, device, model.compute_dtype)
         self.last_logits = self._prefill()  # (B, V)
         if samples > 1:
             self._spread(samples, size)
@@ -169,13 +172,25 @@ class Engine:
         return self.static_logits.clone()
 
 
-def in_compute_dtype(model):
-    """The model itself in fp32; else a copy whose weights are cast once instead of at every step."""
-    if model.compute_dtype == torch.float32:
-        return model
+def for_inference(model):
+    """A copy whose weights are cast once instead of at every step, and whose sister projections are one product."""
     light = copy.deepcopy(model).to(model.compute_dtype)
     light.model.cos, light.model.sin = model.model.cos, model.model.sin  # angles stay fp32
+    for block in light.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        attention.project = fuse(attention.q_proj, attention.k_proj, attention.v_proj)
+        mlp.project = fuse(mlp.gate_proj, mlp.up_proj)
     return light
+
+
+def fuse(*linears):
+    """One matrix product that gives what several linear layers of one input give, as a tuple."""
+    if not all(type(linear) is Linear for linear in linears):
+        return lambda x: tuple(linear(x) for linear in linears)  # wrapped layers, such as LoRA's, stay apart
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    return lambda x: F.linear(x, weight, bias).split(sizes, dim=-1)
 
 
 @torch.no_grad()
@@ -183,7 +198,7 @@ def generate(
     model, prompts, max_new_tokens, samples=1, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), pad_id=0, generator=None
 ):  # fmt: skip
     """Continue each of N prompts (lists of ids) G = `samples` times, until a stop id or max_new_tokens; Generated."""
-    engine = Engine(in_compute_dtype(model), prompts, max_new_tokens, samples, pad_id)
+    engine = Engine(for_inference(model), prompts, max_new_tokens, samples, pad_id)
     B, device = len(engine.pads), model.device
     tokens = torch.full((B, max_new_tokens), pad_id, device=device)
     mask = torch.zeros((B, max_new_tokens), dtype=torch.bool, device=device)
@@ -212,7 +227,7 @@ def generate(
 @torch.no_grad()
 def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), generator=None):
     """Continue one prompt and yield each id as it is drawn; a stop id ends the stream and is not yielded."""
-    engine = Engine(in_compute_dtype(model), [prompt], max_new_tokens)
+    engine = Engine(for_inference(model), [prompt], max_new_tokens)
     logits = engine.last_logits
     for t in range(max_new_tokens):
         new, _ = sample(logits, temperature, top_k, top_p, generator)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nanollm.data import pack
 from nanollm.gpt import (
-    GPT, GPTConfig, RMSNorm, attend, count_parameters, document_mask, rope_frequencies, rotate,
+    GPT, GPTConfig, RMSNorm, attend, count_parameters, document_mask, rope_frequencies, rotation_table, rotate,
 )  # fmt: skip
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import token_logprobs
@@ -114,10 +114,10 @@ def test_a_stretched_rope_saved_by_transformers_gives_its_logits(tokenizer, rand
 
 # --- RoPE and norm -----------------------------------------------------------------------------
 def test_rope_turns_the_first_pair_by_one_radian_per_position():
-    freqs = rope_frequencies(GPTConfig(head_dim=4, rope_theta=100.0))
-    assert freqs.tolist() == pytest.approx([1.0, 0.1])
-    angles = 1 * freqs  # position 1
-    turned = rotate(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4), angles.cos(), angles.sin())
+    cfg = GPTConfig(head_dim=4, rope_theta=100.0)
+    assert rope_frequencies(cfg).tolist() == pytest.approx([1.0, 0.1])
+    cos, sin = (table[1] for table in rotation_table(cfg))  # position 1
+    turned = rotate(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4), cos, sin)
     wanted = [math.cos(1), math.cos(0.1), math.sin(1), math.sin(0.1)]  # pairs are (0, 2) and (1, 3)
     assert turned.flatten().tolist() == pytest.approx(wanted)
 
@@ -125,8 +125,8 @@ def test_rope_turns_the_first_pair_by_one_radian_per_position():
 def test_rope_leaves_products_that_depend_on_the_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 64, 8)
-    angles = torch.outer(torch.arange(64.0), rope_frequencies(GPTConfig(head_dim=8)))
-    products = (rotate(q, angles.cos(), angles.sin()) @ rotate(k, angles.cos(), angles.sin()).mT)[0, 0]
+    cos, sin = rotation_table(GPTConfig(head_dim=8, max_position_embeddings=64))
+    products = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]
     for distance in (0, 1, 7, 40):
         diagonal = products.diagonal(-distance)
         assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-4)
