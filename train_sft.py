@@ -1,12 +1,17 @@
-"""Supervised fine-tuning: learn to answer, from dialogues, by predicting the assistant's tokens only.
+"""Supervised fine-tuning: learn to answer, from dialogues, by predicting the assistant's tokens
+only.
 
-    loss = - sum_t m_t log p(x_t | x_<t) / sum_t m_t      m_t = 1 on the assistant's tokens and end of turn
-                                                          Ouyang et al. 2022 (InstructGPT, arXiv:2203.02155)
+    loss = - sum_t m_t log p(x_t | x_<t) / sum_t m_t      m_t = 1 on the assistant's tokens and end
+    of turn
+                                                          Ouyang et al. 2022 (InstructGPT,
+                                                          arXiv:2203.02155)
 
-Dialogues are packed into rows of T tokens; attention stays inside a dialogue and positions start anew in
-each (Krell et al. 2021, arXiv:2107.02027). A dialogue longer than T loses its last turns until it fits,
-and is dropped when not even its first answer does; both are counted and printed. Two options work against
-forgetting: rows of pretraining text in every batch (--replay; Ouyang et al. mix it in likewise) and smaller learning rates for lower layers (--layer_decay; Howard & Ruder 2018, arXiv:1801.06146).
+Dialogues are packed into rows of T tokens; attention stays inside a dialogue and positions start
+anew in each (Krell et al. 2021, arXiv:2107.02027). A dialogue longer than T loses its last turns
+until it fits, and is dropped when not even its first answer does; both are counted and printed. Two
+options work against forgetting: rows of pretraining text in every batch (--replay; Ouyang et al.
+mix it in likewise) and smaller learning rates for lower layers (--layer_decay; Howard & Ruder 2018,
+arXiv:1801.06146).
 
 Run     python train_sft.py
         python train_sft.py --init path/to/SmolLM2-135M --data chats.jsonl --out runs/mine
@@ -23,10 +28,16 @@ import torch
 
 from data import village
 from nanollm.config import UserError, cli
-from nanollm.data import (
-    Packed, Sampler, Windows, identity, load_shards, pack, read_chats, read_documents, split_documents,
-)  # fmt: skip
-from nanollm.evaluate import accuracy_by_family, bits_per_byte, first_of_each_family, read_items, table, token_lengths
+from nanollm.data import Packed, Sampler, Windows, load_shards, pack
+from nanollm.evaluate import (
+    accuracy_by_family,
+    bits_per_byte,
+    first_of_each_family,
+    read_items,
+    table,
+    token_lengths,
+)
+from nanollm.formats import identity, read_chats, read_documents, split_documents
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model
 from nanollm.logprobs import token_logprobs
@@ -37,21 +48,27 @@ from nanollm.runtime import start
 
 @dataclass
 class Config:
-    preset: str = "tiny"  # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
+    preset: str = "tiny"
     # -- Data
     init: str = "runs/pretrain"  # run folder or model folder to start from
-    data: str = "village"  # village, or JSONL of dialogues (messages, ShareGPT or Alpaca; see data/README.md)
+    # village, or JSONL of dialogues (messages, ShareGPT or Alpaca; see data/README.md)
+    data: str = "village"
     val_data: str | None = None  # held-out dialogues; default: the last --val_fraction of --data
-    val_fraction: float = 0.05  # share of --data that is held out (the village has held-out dialogues of its own)
-    test_data: str | None = None  # test items to measure accuracy on, before and after; the village has its own
+    # share of --data that is held out (the village has held-out dialogues of its own)
+    val_fraction: float = 0.05
+    # test items to measure accuracy on, before and after; the village has its own
+    test_data: str | None = None
     test_items: int = 64  # items per family for that
     villagers: int = 32  # the village, as in pretraining
     megabytes: float = 8.0  # likewise
-    context: int | None = None  # row length T; default: 256, or the model's context where that is shorter
+    # row length T; default: 256, or the model's context where that is shorter
+    context: int | None = None
     # -- Against forgetting
     replay: float = 0.33  # share of the rows that are pretraining text, trained on at every token
     replay_data: str = "village"  # that text: village, or a .txt or .jsonl file
-    layer_decay: float = 1.0  # learning rate factor per layer below the head; 1: the same everywhere
+    # learning rate factor per layer below the head; 1: the same everywhere
+    layer_decay: float = 1.0
     # -- Training
     out: str = "runs/sft"  # run folder to write
     steps: int = 500  # optimizer steps
@@ -68,19 +85,36 @@ class Config:
     # -- Machine
     seed: int = 0  # of the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:N
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers; weights stay fp32
+    # precision of the layers; weights stay fp32
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: bool = False  # torch.compile: about half a minute to start, then faster
-    checkpoint_activations: bool = False  # recompute activations in backward: less memory, a third more time
+    # recompute activations in backward: less memory, a third more time
+    checkpoint_activations: bool = False
     resume: bool = False  # continue the run in --out from its last checkpoint
 
 
 PRESETS = {
-    "smoke": {"steps": 20, "megabytes": 0.3, "context": 128, "batch_size": 8, "eval_every": 10, "warmup": 4,
-              "test_items": 4},
+    "smoke": {
+        "steps": 20,
+        "megabytes": 0.3,
+        "context": 128,
+        "batch_size": 8,
+        "eval_every": 10,
+        "warmup": 4,
+        "test_items": 4,
+    },
     "tiny": {},
-    "gpu": {"villagers": 512, "megabytes": 200.0, "context": 1024, "batch_size": 128, "accumulate": 4,
-            "lr": 5e-3, "adam_lr": 3e-4, "compile": True},
-}  # fmt: skip
+    "gpu": {
+        "villagers": 512,
+        "megabytes": 200.0,
+        "context": 1024,
+        "batch_size": 128,
+        "accumulate": 4,
+        "lr": 5e-3,
+        "adam_lr": 3e-4,
+        "compile": True,
+    },
+}
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -96,7 +130,10 @@ def load_chats(cfg):
     if cfg.val_data:
         val = read_chats(cfg.val_data)
     else:
-        train, val = split_documents(train, "train", cfg.val_fraction), split_documents(train, "val", cfg.val_fraction)
+        train, val = (
+            split_documents(train, "train", cfg.val_fraction),
+            split_documents(train, "val", cfg.val_fraction),
+        )
     return train, val, read_items(cfg.test_data) if cfg.test_data else []
 
 
@@ -108,7 +145,11 @@ def load_replay(cfg, tokenizer):
         return [load_shards(lambda p=p: read_documents(p), identity(p), tokenizer) for p in paths]
     documents = read_documents(cfg.replay_data)
     return [
-        load_shards(lambda part=part: split_documents(documents, part), [*identity(cfg.replay_data), part], tokenizer)
+        load_shards(
+            lambda part=part: split_documents(documents, part),
+            [*identity(cfg.replay_data), part],
+            tokenizer,
+        )
         for part in ("train", "val")
     ]
 
@@ -134,18 +175,28 @@ def tokenize_chats(chats, tokenizer, T):
 
 
 def pack_chats(chats, tokenizer, T, name, rt):
-    """Packed rows of T tokens; says what was cut. Raises UserError when nothing is left to train on."""
+    """Packed rows of T tokens; says what was cut. Raises UserError when nothing is left to train
+    on.
+    """
     examples, shortened, dropped = tokenize_chats(chats, tokenizer, T)
     if not examples:
-        raise UserError(f"none of the {len(chats)} {name} dialogues has an answer within {T} tokens; raise --context")
+        raise UserError(
+            f"none of the {len(chats)} {name} dialogues has an answer within {T} tokens; raise "
+            f"--context"
+        )
     rows = pack(examples, T, tokenizer.pad_id)
-    rt.print(f"{name}: {len(examples)} dialogues in {len(rows)} rows of {T} tokens, {rows.mask.sum():,} trained on; "
-             f"{shortened} shortened, {dropped} dropped because they were longer")  # fmt: skip
+    rt.print(
+        f"{name}: {len(examples)} dialogues in {len(rows)} rows of {T} tokens, "
+        f"{rows.mask.sum():,} trained on; "
+        f"{shortened} shortened, {dropped} dropped because they were longer"
+    )
     return rows
 
 
 def replay_rows(windows, numbers, eot_id):
-    """Rows of plain text in the form of packed dialogues: documents begin with <|endoftext|>, all is trained on."""
+    """Rows of plain text in the form of packed dialogues: documents begin with <|endoftext|>, all
+    is trained on.
+    """
     tokens = windows.rows(numbers)  # (R, T)
     documents = (tokens == eot_id).cumsum(1)
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -158,8 +209,8 @@ def replay_rows(windows, numbers, eot_id):
 def sft_loss(logits, tokens, mask):
     """Sum of -log p over the trained tokens: logits (B, T, V), tokens and mask (B, T) -> scalar.
 
-    The caller divides by the number of trained tokens of the whole batch, so that each weighs the same
-    however the batch is split over parts and processes.
+    The caller divides by the number of trained tokens of the whole batch, so that each weighs the
+    same however the batch is split over parts and processes.
     """
     return -(token_logprobs(logits[:, :-1], tokens[:, 1:]) * mask[:, 1:]).sum()
 
@@ -191,7 +242,9 @@ def main(cfg):
     model, tokenizer = load_model(cfg.init)
     T = cfg.context or min(256, model.cfg.max_position_embeddings)
     if T > model.cfg.max_position_embeddings:
-        raise UserError(f"--context {T} is beyond the model's context of {model.cfg.max_position_embeddings}")
+        raise UserError(
+            f"--context {T} is beyond the model's context of {model.cfg.max_position_embeddings}"
+        )
     chats, val_chats, items = load_chats(cfg)
     train_rows = pack_chats(chats, tokenizer, T, "training", rt)
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)
@@ -207,7 +260,10 @@ def main(cfg):
     optimizers = build_optimizers(
         model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay, layer_decay=cfg.layer_decay
     )
-    chat_sampler, text_sampler = Sampler(len(train_rows), cfg.seed), Sampler(windows.n, cfg.seed + 1)
+    chat_sampler, text_sampler = (
+        Sampler(len(train_rows), cfg.seed),
+        Sampler(windows.n, cfg.seed + 1),
+    )
     scaler, trained = rt.scaler(), [model, optimizers, [chat_sampler, text_sampler]]
     before = run.restore(*trained, scaler)
     if not before:
@@ -221,14 +277,18 @@ def main(cfg):
         chat_rows = train_rows.rows(chat_sampler.take(cfg.batch_size - n_replay))
         text_rows = replay_rows(windows, text_sampler.take(n_replay), tokenizer.eot_id)
         rows = chat_rows.join(text_rows).rows(share).to(rt.device)
-        count = rt.sum(rows.mask[:, 1:].sum().item())  # trained tokens of the whole batch, never zero
+        count = rt.sum(
+            rows.mask[:, 1:].sum().item()
+        )  # trained tokens of the whole batch, never zero
         loss = 0.0
         parts = torch.arange(len(rows)).chunk(cfg.accumulate)
         for i, numbers in enumerate(parts):
             part = rows.rows(numbers)
             with rt.accumulating(called, more=i + 1 < len(parts)):
                 part_loss = sft_loss(packed_logits(called, part), part.tokens, part.mask) / count
-                scaler.scale(part_loss * rt.world).backward()  # times the processes that DDP's mean divides by
+                scaler.scale(
+                    part_loss * rt.world
+                ).backward()  # times the processes that DDP's mean divides by
             loss += part_loss.detach()
         optimizers.unscale(scaler)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
@@ -240,7 +300,13 @@ def main(cfg):
         since += cfg.batch_size * T
         last = run.step == cfg.steps
         if run.step % 10 == 0 or last:
-            run.log(since, show=("loss",), loss=loss, grad_norm=norm.item(), lr=optimizers.groups()[0]["lr"])
+            run.log(
+                since,
+                show=("loss",),
+                loss=loss,
+                grad_norm=norm.item(),
+                lr=optimizers.groups()[0]["lr"],
+            )
             since = 0
         if run.step % cfg.eval_every == 0 or last:
             model.eval()
@@ -258,14 +324,19 @@ def main(cfg):
 def measure(model, tokenizer, items, val_windows, token_bytes):
     """Accuracy by family, and bits per byte of held-out text: what fine-tuning gives and takes."""
     families = accuracy_by_family(model, tokenizer, items)[0] if items else {}
-    return {"families": families, "bits_per_byte": bits_per_byte(model, val_windows, token_bytes, tokenizer.eot_id)[1]}
+    return {
+        "families": families,
+        "bits_per_byte": bits_per_byte(model, val_windows, token_bytes, tokenizer.eot_id)[1],
+    }
 
 
 def sample_dialogues(model, tokenizer, items):
     """The model's answer to one item of each family."""
     chosen = first_of_each_family(items, 1)
     replies = accuracy_by_family(model, tokenizer, chosen)[1]
-    return "\n".join(f"{i['messages'][-1]['content']}\n    {reply}" for i, reply in zip(chosen, replies))
+    return "\n".join(
+        f"{i['messages'][-1]['content']}\n    {reply}" for i, reply in zip(chosen, replies)
+    )
 
 
 def finish(cfg, rt, run, before, after):
@@ -275,10 +346,16 @@ def finish(cfg, rt, run, before, after):
     if after["families"]:
         rt.print(table({"before": before["families"], "after": after["families"]}))
     change = after["bits_per_byte"] - before["bits_per_byte"]
-    rt.print(f"forgetting: held-out text from {before['bits_per_byte']:.4f} to {after['bits_per_byte']:.4f} bits per "
-             f"byte ({change:+.4f})")  # fmt: skip
+    rt.print(
+        f"forgetting: held-out text from {before['bits_per_byte']:.4f} to "
+        f"{after['bits_per_byte']:.4f} bits per "
+        f"byte ({change:+.4f})"
+    )
     run.write_result(before=before, after=after, forgetting_bits_per_byte=change, **run.speed())
-    rt.print(f"{cfg.out}: {run.step} steps in {run.elapsed:.0f} s, median {run.speed()['tokens_per_second']:,.0f} tokens/s")
+    rt.print(
+        f"{cfg.out}: {run.step} steps in {run.elapsed:.0f} s, median "
+        f"{run.speed()['tokens_per_second']:,.0f} tokens/s"
+    )
     rt.close()
 
 

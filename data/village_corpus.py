@@ -65,7 +65,7 @@ def fact_sentences(villager, attributes, rng, name_first):
 
 
 def renown(world):
-    """How often each villager is spoken of: k^-0.6 for the k-th of either half, asked and never asked.
+    """How often each villager is spoken of: k^-0.6 for the k-th of either half.
 
     A model stores facts only after it has learned to look them up by name, and it learns that much
     earlier when some names are frequent: with all alike, the same model learned no fact from the

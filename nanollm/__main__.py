@@ -1,7 +1,8 @@
 """The whole pipeline on the embedded village, with a report: python -m nanollm
 
-Each stage is a command that you could type yourself; it is printed before it runs. A stage that is done is not
-run again, and one that was interrupted is resumed: call it once more to continue. --fresh begins anew.
+Each stage is a command that you could type yourself; it is printed before it runs. A stage that is
+done is not run again, and one that was interrupted is resumed: call it once more to continue.
+--fresh begins anew.
 
     runs/<stage>/       the run folder of each stage
     runs/report.html    what each stage did and what it changed; report.md is the same as text
@@ -22,9 +23,11 @@ from nanollm.hub import load_model, read_json
 from nanollm.report import Section, to_html, to_markdown
 from nanollm.runtime import start
 
+
 @dataclass
 class Config:
-    preset: str = "tiny"  # smoke: seconds, to see that it runs; tiny: minutes on a laptop; gpu: one GPU
+    # smoke: seconds, to see that it runs; tiny: minutes on a laptop; gpu: one GPU
+    preset: str = "tiny"
     root: str = "runs"  # folder of the run folders and of the report
     fresh: bool = False  # forget what earlier calls have done
     device: str = "auto"  # auto, cpu, cuda, cuda:N; passed on to every stage
@@ -42,22 +45,34 @@ class Stage:
     script: str
     flags: dict
     what: str  # what the stage does, in a sentence or two
-    effect: Callable  # (section, result.json, root) -> None: adds the measured effect to the section
+    effect: (
+        Callable  # (section, result.json, root) -> None: adds the measured effect to the section
+    )
 
 
 def stages(root):
     return [
         Stage(
-            "pretrain", "Pretraining", "train_pretrain.py", {"out": f"{root}/pretrain", "compare_xz": None},
-            "A model with random weights reads the village's texts and learns to predict the next token. It learns "
-            "the language, and on the way who lives where and keeps which pet.", pretraining_effect,
+            "pretrain",
+            "Pretraining",
+            "train_pretrain.py",
+            {"out": f"{root}/pretrain", "compare_xz": None},
+            "A model with random weights reads the village's texts and learns to predict the "
+            "next token. It learns "
+            "the language, and on the way who lives where and keeps which pet.",
+            pretraining_effect,
         ),
         Stage(
-            "sft", "Supervised fine-tuning", "train_sft.py", {"init": f"{root}/pretrain", "out": f"{root}/sft"},
-            "The model learns from dialogues to answer instead of to continue. Half of the villagers never occur in "
-            "them: what it can say about those, it knows from pretraining.", sft_effect,
+            "sft",
+            "Supervised fine-tuning",
+            "train_sft.py",
+            {"init": f"{root}/pretrain", "out": f"{root}/sft"},
+            "The model learns from dialogues to answer instead of to continue. Half of the "
+            "villagers never occur in "
+            "them: what it can say about those, it knows from pretraining.",
+            sft_effect,
         ),
-    ]  # fmt: skip
+    ]
 
 
 # --- what each stage's section shows --------------------------------------------------------------
@@ -67,9 +82,11 @@ def pretraining_effect(section, result, root):
     cloze = read_json(root / "pretrain" / "evaluation.json")["families"]["cloze"]
     section.table(
         ["held-out text", "bits per byte"],
-        [["the model", f"{result['bits_per_byte']:.3f}"],
-         ["xz -9, given the training text as a prefix", f"{result['xz_bits_per_byte']:.3f}"]],
-    )  # fmt: skip
+        [
+            ["the model", f"{result['bits_per_byte']:.3f}"],
+            ["xz -9, given the training text as a prefix", f"{result['xz_bits_per_byte']:.3f}"],
+        ],
+    )
     section.text(
         f"Completing sentences about the villagers, such as “By trade Nora is a …”, it is right in "
         f"{cloze['accuracy']:.1%} of {cloze['n']} cases; chance is about 6%."
@@ -78,11 +95,21 @@ def pretraining_effect(section, result, root):
 
 
 def sft_effect(section, result, root):
-    before, after = (read_json(root / name / "evaluation.json")["families"] for name in ("pretrain", "sft"))
-    section.table(["held-out questions", "before", "after", "n"], [
-        [EXPLAINED.get(name, name), f"{before[name]['accuracy']:.1%}", f"{after[name]['accuracy']:.1%}", str(after[name]["n"])]
-        for name in after
-    ])  # fmt: skip
+    before, after = (
+        read_json(root / name / "evaluation.json")["families"] for name in ("pretrain", "sft")
+    )
+    section.table(
+        ["held-out questions", "before", "after", "n"],
+        [
+            [
+                EXPLAINED.get(name, name),
+                f"{before[name]['accuracy']:.1%}",
+                f"{after[name]['accuracy']:.1%}",
+                str(after[name]["n"]),
+            ]
+            for name in after
+        ],
+    )
     section.text(
         f"Forgetting: held-out text went from {result['before']['bits_per_byte']:.4f} to "
         f"{result['after']['bits_per_byte']:.4f} bits per byte."
@@ -112,20 +139,34 @@ def run_stage(stage, cfg, root):
         flags = {"preset": cfg.preset, **flags}
     if cfg.device != "auto":
         flags["device"] = cfg.device
-    words = [w for name, value in flags.items() for w in ([f"--{name}"] if value is None else [f"--{name}", str(value)])]
+    words = [
+        w
+        for name, value in flags.items()
+        for w in ([f"--{name}"] if value is None else [f"--{name}", str(value)])
+    ]
     command = ["python", stage.script, *words]
-    evaluate = ["python", "-m", "nanollm.evaluate", str(folder), *(["--limit", "20"] if cfg.preset == "smoke" else [])]
+    evaluate = [
+        "python",
+        "-m",
+        "nanollm.evaluate",
+        str(folder),
+        *(["--limit", "20"] if cfg.preset == "smoke" else []),
+    ]
     done = folder / "stage.json"
     if done.exists() and not cfg.fresh:
         record = read_json(done)
         if record["command"] == shlex.join(command):
-            print(f"{stage.title}: done before in {record['seconds']:.0f} s (--fresh to do it again)")
+            print(
+                f"{stage.title}: done before in {record['seconds']:.0f} s (--fresh to do it again)"
+            )
             return record
     begin = time.perf_counter()
     interrupted = (folder / "state.pt").exists() and not done.exists() and not cfg.fresh
     execute([*command, "--resume"] if interrupted else command)
     execute(evaluate)
-    seconds = read_json(folder / "result.json")["seconds"] if interrupted else time.perf_counter() - begin
+    seconds = (
+        read_json(folder / "result.json")["seconds"] if interrupted else time.perf_counter() - begin
+    )
     record = {"command": shlex.join(command), "evaluate": shlex.join(evaluate), "seconds": seconds}
     atomic_write(done, json.dumps(record, indent=2) + "\n")
     return record
@@ -135,7 +176,10 @@ def execute(command):
     print(f"\n$ {shlex.join(command)}", flush=True)
     code = subprocess.call([sys.executable, *command[1:]])
     if code:
-        raise UserError(f"`{shlex.join(command)}` ended with exit code {code}; mend it and call python -m nanollm again")
+        raise UserError(
+            f"`{shlex.join(command)}` ended with exit code {code}; mend it and call python -m "
+            f"nanollm again"
+        )
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -147,12 +191,18 @@ def stage_section(stage, record, root):
     section.text(stage.what)
     section.code(f"$ {record['command']}\n$ {record['evaluate']}")
     stage.effect(section, read_json(folder / "result.json"), root)
-    section.figure(f"{stage.name}/curves.svg", (folder / "curves.svg").read_text(), "Loss over the optimizer steps.")
+    section.figure(
+        f"{stage.name}/curves.svg",
+        (folder / "curves.svg").read_text(),
+        "Loss over the optimizer steps.",
+    )
     return section
 
 
 def five_prompts(root):
-    """Held-out questions that every model answers: two facts never asked about, a stranger, a format, a sum."""
+    """Held-out questions that every model answers: two facts never asked about, a stranger, a
+    format, a sum.
+    """
     items = read_items(village_of(root / "pretrain") / "sft_test.jsonl")
     wanted = {"fact_never_asked": 2, "unknown": 1, "formatting": 1, "arithmetic": 1}
     return [i for name, n in wanted.items() for i in [i for i in items if i["family"] == name][:n]]
@@ -167,25 +217,38 @@ def prompts_section(done, root, rt):
         prompts = [tokenizer.render(item["messages"], generation_prompt=True)[0] for item in items]
         columns.append([reply.strip() for reply in reply_all(model, tokenizer, prompts, 48)])
     section = Section("The same five prompts, before and after")
-    rows = [[item["messages"][-1]["content"], *replies, item["answer"]] for item, *replies in zip(items, *columns)]
+    rows = [
+        [item["messages"][-1]["content"], *replies, item["answer"]]
+        for item, *replies in zip(items, *columns)
+    ]
     section.table(["prompt", *(f"after {stage.title.lower()}" for stage in done), "right"], rows)
-    section.text("None of these questions occurs in training. Answers are greedy and cut after 48 tokens.")
+    section.text(
+        "None of these questions occurs in training. Answers are greedy and cut after 48 tokens."
+    )
     return section
 
 
 def write_report(done, records, root, rt):
     overview = Section("Overview")
-    overview.table(["stage", "seconds", "run folder"], [
-        [stage.title, f"{records[stage.name]['seconds']:.0f}", f"{root}/{stage.name}"] for stage in done
-    ])  # fmt: skip
+    overview.table(
+        ["stage", "seconds", "run folder"],
+        [
+            [stage.title, f"{records[stage.name]['seconds']:.0f}", f"{root}/{stage.name}"]
+            for stage in done
+        ],
+    )
     size = read_json(root / "pretrain" / "config.json")
     overview.text(
-        f"A model of {size['num_hidden_layers']} layers and {size['hidden_size']} channels, trained on {rt.device.type} in "
+        f"A model of {size['num_hidden_layers']} layers and {size['hidden_size']} channels, "
+        f"trained on {rt.device.type} in "
         f"{str(rt.dtype)[6:]}. Talk with it: python -m nanollm.chat {root}/{done[-1].name}"
     )
     sections = [overview, prompts_section(done, root, rt)]
     sections += [stage_section(stage, records[stage.name], root) for stage in done]
-    title, lead = "nanollm: the training of a language model", "From raw text to a model that answers, stage by stage."
+    title, lead = (
+        "nanollm: the training of a language model",
+        "From raw text to a model that answers, stage by stage.",
+    )
     atomic_write(root / "report.html", to_html(title, lead, sections))
     atomic_write(root / "report.md", to_markdown(title, lead, sections))
 
@@ -199,7 +262,10 @@ def main(cfg):
         records[stage.name] = run_stage(stage, cfg, root)
         done.append(stage)
         write_report(done, records, root, rt)
-    print(f"\n{root}/report.html and report.md are written ({time.perf_counter() - begin:.0f} s in all). Now talk with it:")
+    print(
+        f"\n{root}/report.html and report.md are written ({time.perf_counter() - begin:.0f} s in "
+        f"all). Now talk with it:"
+    )
     print(f"python -m nanollm.chat {root}/{done[-1].name}")
 
 

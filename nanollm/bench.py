@@ -1,11 +1,14 @@
-"""How fast it is, and beside what: training and sampling tokens per second, memory, share of the hardware's peak.
+"""How fast it is, and beside what: training and sampling tokens per second, memory, share of the
+hardware's peak.
 
 Run     python -m nanollm.bench                        # a 1M-parameter model
         python -m nanollm.bench --peer transformers    # beside transformers, same shape, same run
-        python -m nanollm.bench --preset gpu           # 124M parameters, context 1024, decoding at batch 256
+        python -m nanollm.bench --preset gpu           # 124M parameters, context 1024, decoding at
+        batch 256
 
-Medians of --repeats runs. With --peer the two take turns, so that a machine whose speed drifts slows both; the
-peer computes in fp32 eagerly, as its examples do. The roofline is measured: the rate of one large matrix product.
+Medians of --repeats runs. With --peer the two take turns, so that a machine whose speed drifts
+slows both; the peer computes in fp32 eagerly, as its examples do. The roofline is measured: the
+rate of one large matrix product.
 """
 
 import json
@@ -56,13 +59,26 @@ class Config:
 
 PRESETS = {
     "tiny": {},
-    "gpu": {"layers": 12, "channels": 768, "heads": 12, "mlp": 2048, "vocab_size": 50304, "context": 1024,
-            "batch_size": 32, "prompts": 256, "prompt_tokens": 128, "new_tokens": 256, "compile": True},
-}  # fmt: skip
+    "gpu": {
+        "layers": 12,
+        "channels": 768,
+        "heads": 12,
+        "mlp": 2048,
+        "vocab_size": 50304,
+        "context": 1024,
+        "batch_size": 32,
+        "prompts": 256,
+        "prompt_tokens": 128,
+        "new_tokens": 256,
+        "compile": True,
+    },
+}
 
 
 def matmul_rate(rt):
-    """FLOP per second of one large matrix product in the run's precision: the measured roof of everything here."""
+    """FLOP per second of one large matrix product in the run's precision: the measured roof of
+    everything here.
+    """
     n = 8192 if rt.device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=rt.device, dtype=rt.dtype) for _ in range(2))
     return 2 * n**3 / statistics.median(seconds(lambda: a @ b, rt, 10))
@@ -95,8 +111,13 @@ def peer_model(shape, rt):
     try:
         import transformers
     except ImportError:
-        raise UserError("--peer transformers needs it installed: pip install -r requirements-dev.txt") from None
-    values = config_json(shape, Tokenizer.from_bytes(), torch.float32) | {"eos_token_id": None, "pad_token_id": None}
+        raise UserError(
+            "--peer transformers needs it installed: pip install -r requirements-dev.txt"
+        ) from None
+    values = config_json(shape, Tokenizer.from_bytes(), torch.float32) | {
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
     config = transformers.AutoConfig.for_model(**values)
     return transformers.AutoModelForCausalLM.from_config(config).to(rt.device)
 
@@ -117,19 +138,36 @@ def training_work(model, called, tokens, optimizers=None):
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     shape = GPTConfig(
-        vocab_size=cfg.vocab_size, hidden_size=cfg.channels, intermediate_size=cfg.mlp,
-        num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
-        head_dim=cfg.channels // cfg.heads, qk_norm=cfg.qk_norm,
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.channels,
+        intermediate_size=cfg.mlp,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.heads,
+        head_dim=cfg.channels // cfg.heads,
+        qk_norm=cfg.qk_norm,
         max_position_embeddings=max(cfg.context, cfg.prompt_tokens + cfg.new_tokens),
-    )  # fmt: skip
+    )
     model = GPT(shape)
     called = rt.prepare(model, cfg.compile)
     total, matrices = count_parameters(model)
     roof = matmul_rate(rt)
-    where = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{total:,} parameters, {str(rt.dtype)[6:]}, {where}; roof: {roof / 1e12:.2f} TFLOP/s in a matrix product")
+    where = (
+        torch.cuda.get_device_name(rt.device)
+        if rt.device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(
+        f"{total:,} parameters, {str(rt.dtype)[6:]}, {where}; roof: {roof / 1e12:.2f} TFLOP/s in "
+        f"a matrix product"
+    )
     peer = peer_model(shape, rt) if cfg.peer else None
-    figures = {"parameters": total, "dtype": str(rt.dtype), "device": where, "roof_flop_per_second": roof}
+    figures = {
+        "parameters": total,
+        "dtype": str(rt.dtype),
+        "device": where,
+        "roof_flop_per_second": roof,
+    }
     if cfg.what in ("all", "train", "step"):
         figures |= bench_training(cfg, rt, model, called, peer, matrices, roof)
     if cfg.what in ("all", "sample"):
@@ -156,7 +194,9 @@ def bench_training(cfg, rt, model, called, peer, matrices, roof):
     times = in_turn(works, rt, cfg.repeats)
     flop = flop_per_token(model.cfg, matrices, cfg.context)
     mfu = model_flops_utilisation(n / times["nanollm"], flop, rt.device)
-    share = f"{flop * n / times['nanollm'] / roof:.1%} of the roof" + (f", MFU {mfu:.1%} of the datasheet" if mfu else "")
+    share = f"{flop * n / times['nanollm'] / roof:.1%} of the roof" + (
+        f", MFU {mfu:.1%} of the datasheet" if mfu else ""
+    )
     report("training", times, n, share)
     return {f"train_tokens_per_second_{name}": n / t for name, t in times.items()} | {"mfu": mfu}
 
@@ -165,21 +205,41 @@ def bench_sampling(cfg, rt, model, peer):
     model.eval()
     prompts = torch.randint(cfg.vocab_size, (cfg.prompts, cfg.prompt_tokens), device=rt.device)
     generator, n = torch.Generator(rt.device).manual_seed(cfg.seed), cfg.prompts * cfg.new_tokens
-    works = {"nanollm": lambda: generate(model, prompts.tolist(), cfg.new_tokens, generator=generator)}
+    works = {
+        "nanollm": lambda: generate(model, prompts.tolist(), cfg.new_tokens, generator=generator)
+    }
     if peer is not None:
         peer.eval()
         works["transformers"] = lambda: peer.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=cfg.new_tokens,
-            min_new_tokens=cfg.new_tokens, do_sample=True, top_k=0, pad_token_id=0,
-        )  # fmt: skip
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=cfg.new_tokens,
+            min_new_tokens=cfg.new_tokens,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=0,
+        )
     times = in_turn(works, rt, cfg.repeats)
-    report("sampling", times, n, f"{cfg.prompts} prompts of {cfg.prompt_tokens} tokens, {cfg.new_tokens} new ones")
+    report(
+        "sampling",
+        times,
+        n,
+        f"{cfg.prompts} prompts of {cfg.prompt_tokens} tokens, {cfg.new_tokens} new ones",
+    )
     return {f"sample_tokens_per_second_{name}": n / t for name, t in times.items()}
 
 
 def report(name, times, tokens, remark):
-    print(f"{name:10}" + "".join(f"{who} {tokens / t:>11,.0f} tokens/s   " for who, t in times.items())
-          + (f"ratio {times['transformers'] / times['nanollm']:.2f}   " if "transformers" in times else "") + remark)  # fmt: skip
+    print(
+        f"{name:10}"
+        + "".join(f"{who} {tokens / t:>11,.0f} tokens/s   " for who, t in times.items())
+        + (
+            f"ratio {times['transformers'] / times['nanollm']:.2f}   "
+            if "transformers" in times
+            else ""
+        )
+        + remark
+    )
 
 
 if __name__ == "__main__":

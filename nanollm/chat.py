@@ -1,7 +1,7 @@
 """Talk with a model: python -m nanollm.chat runs/sft
 
-The answer appears while it is written, and earlier turns stay in the conversation; when it outgrows the
-context, the oldest turns are left out. /reset begins anew, an empty line or Ctrl-D ends. With
+The answer appears while it is written, and earlier turns stay in the conversation; when it outgrows
+the context, the oldest turns are left out. /reset begins anew, an empty line or Ctrl-D ends. With
 --prompt it answers once and exits; input from a pipe is read line by line.
 """
 
@@ -19,7 +19,9 @@ from nanollm.runtime import start
 
 @dataclass
 class Config:
-    model: str = field(default="runs/sft", metadata={"positional": True})  # run folder or model folder
+    model: str = field(
+        default="runs/sft", metadata={"positional": True}
+    )  # run folder or model folder
     prompt: str | None = None  # answer this and exit
     system: str | None = None  # a system message before the conversation
     max_new_tokens: int = 100  # longest answer
@@ -32,14 +34,18 @@ class Config:
 
 
 def fitting_prompt(tokenizer, messages, room):
-    """Ids of the conversation without its oldest turns, as many as needed to fit; drops them from messages."""
+    """Ids of the conversation without its oldest turns, as many as needed to fit; drops them from
+    messages.
+    """
     while True:
         ids, _ = tokenizer.render(messages, generation_prompt=True)
         if len(ids) <= room:
             return ids
         oldest = next((i for i, m in enumerate(messages[:-1]) if m["role"] != "system"), None)
         if oldest is None:
-            raise UserError(f"the message is {len(ids)} tokens long, but the model can read {room}; shorten it")
+            raise UserError(
+                f"the message is {len(ids)} tokens long, but the model can read {room}; shorten it"
+            )
         del messages[oldest]
 
 
@@ -47,13 +53,21 @@ def answer(model, tokenizer, messages, cfg, generator):
     """Stream the answer to stdout and return it as text."""
     room = model.cfg.max_position_embeddings - cfg.max_new_tokens
     if room < 1:
-        raise UserError(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for a prompt; the model's context is "
-                        f"{model.cfg.max_position_embeddings}")  # fmt: skip
+        raise UserError(
+            f"--max_new_tokens {cfg.max_new_tokens} leaves no room for a prompt; the model's "
+            f"context is "
+            f"{model.cfg.max_position_embeddings}"
+        )
     prompt = fitting_prompt(tokenizer, messages, room)
     ids, shown = [], ""
     sampling = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
     for token in stream(
-        model, prompt, cfg.max_new_tokens, stop_ids=tokenizer.stop_ids, generator=generator, **sampling
+        model,
+        prompt,
+        cfg.max_new_tokens,
+        stop_ids=tokenizer.stop_ids,
+        generator=generator,
+        **sampling,
     ):
         ids.append(token)
         text = tokenizer.decode(ids)
@@ -73,11 +87,16 @@ def main(cfg):
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages = list(opening)
     if cfg.prompt is not None:
-        answer(model, tokenizer, [*messages, {"role": "user", "content": cfg.prompt}], cfg, generator)
+        answer(
+            model, tokenizer, [*messages, {"role": "user", "content": cfg.prompt}], cfg, generator
+        )
         return
     typed = sys.stdin.isatty()
     if typed:
-        print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters. /reset begins anew, Ctrl-D ends.")
+        print(
+            f"{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters. /reset "
+            f"begins anew, Ctrl-D ends."
+        )
     while True:
         if typed:
             print("> ", end="", flush=True)

@@ -1,4 +1,5 @@
-"""From files to batches: strict reading, token shards on disk, windows for pretraining, packed rows for chat.
+"""From files to batches: strict reading, token shards on disk, windows for pretraining, packed rows
+for chat.
 
 Formats are documented in data/README.md. Wrong input raises UserError with file and line number.
 T is the length of a row in tokens; L the length of an example.
@@ -21,97 +22,6 @@ from nanollm.config import UserError
 
 CACHE = Path("data/cache/tokens")
 SHARD_TOKENS = 2**27  # tokens per shard file
-DEFAULT_VAL_FRACTION = 0.1
-
-
-# --- reading -------------------------------------------------------------------------------------
-
-
-def read_text(path):
-    """A UTF-8 text file as str; missing, empty or other encodings raise UserError."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, a file is wanted")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start})") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty")
-    return text
-
-
-def read_jsonl(path):
-    """The records of a JSONL file (or of one JSON array) with their line numbers: [(line, dict), ...]."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path}, line {e.lineno}: broken JSON ({e.msg})") from None
-        numbered = list(enumerate(records, 1))
-    else:
-        numbered = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    numbered.append((number, json.loads(line)))
-                except json.JSONDecodeError as e:
-                    raise UserError(f"{path}, line {number}: broken JSON ({e.msg})") from None
-    for number, record in numbered:
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: a JSON object is wanted, not {type(record).__name__}")
-    return numbered
-
-
-def read_documents(path):
-    """Documents of a corpus: the whole of a .txt file, or the "text" of every record of a .jsonl file."""
-    if Path(path).suffix not in (".jsonl", ".json"):
-        return [read_text(path)]
-    documents = []
-    for line, record in read_jsonl(path):
-        if not isinstance(record.get("text"), str):
-            raise UserError(f'{path}, line {line}: a corpus record needs a "text", as in {{"text": "Once upon..."}}')
-        documents.append(record["text"])
-    return documents
-
-
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-ROLES = ("system", "user", "assistant", "tool")
-
-
-def read_chats(path):
-    """Chat records as dicts with "messages"; ShareGPT's and Alpaca's records are turned into that form."""
-    return [_as_chat(record, f"{path}, line {line}") for line, record in read_jsonl(path)]
-
-
-def _as_chat(record, where):
-    if "conversations" in record:  # ShareGPT
-        turns = record["conversations"]
-        if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
-            raise UserError(f'{where}: "conversations" must be a list of {{"from", "value"}}')
-        messages = [{"role": SHAREGPT_ROLES.get(str(t.get("from")), t.get("from")), "content": t.get("value")} for t in turns]
-    elif "instruction" in record:  # Alpaca
-        prompt = "\n\n".join(str(record[key]) for key in ("instruction", "input") if record.get(key))
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": record.get("output")}]
-    else:
-        messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f'{where}: a chat record needs "messages", a list of {{"role", "content"}}')
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message:
-            raise UserError(f'{where}: message {i} has no "role"')
-        if message["role"] not in ROLES:
-            raise UserError(f"{where}: message {i} has the unknown role {message['role']!r}; roles are {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise UserError(f'{where}: message {i} has no text in "content"')
-    return {**record, "messages": messages}
-
-
-def write_jsonl(path, records):
-    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
 
 # --- token shards --------------------------------------------------------------------------------
@@ -119,7 +29,9 @@ def write_jsonl(path, records):
 
 @dataclass
 class TokenShards:
-    """A corpus as tokens on disk: a folder with meta.json and shard_*.bin (little-endian uint16 or uint32)."""
+    """A corpus as tokens on disk: a folder with meta.json and shard_*.bin (little-endian uint16 or
+    uint32).
+    """
 
     arrays: list  # memory maps
     tokens: int
@@ -128,23 +40,35 @@ class TokenShards:
 
     @classmethod
     def open(cls, folder, tokenizer):
-        """Open a folder of shards; raises UserError when it was made with another tokenizer or is damaged."""
+        """Open a folder of shards; raises UserError when it was made with another tokenizer or is
+        damaged.
+        """
         folder = Path(folder)
         try:
             meta = json.loads((folder / "meta.json").read_text())
             if meta["tokenizer"] != tokenizer.fingerprint():
-                raise UserError(f"the tokens in {folder} were made with another tokenizer; tokenize the text again")
-            arrays = [np.memmap(folder / name, dtype=meta["dtype"], mode="r") for name in meta["shards"]]
+                raise UserError(
+                    f"the tokens in {folder} were made with another tokenizer; tokenize the text "
+                    f"again"
+                )
+            arrays = [
+                np.memmap(folder / name, dtype=meta["dtype"], mode="r") for name in meta["shards"]
+            ]
             shards = cls(arrays, meta["tokens"], meta["text_bytes"], meta["documents"])
         except (FileNotFoundError, KeyError, TypeError, ValueError) as e:
-            raise UserError(f"{folder} is no intact folder of token shards ({e}); delete it to have it made anew") from None
+            raise UserError(
+                f"{folder} is no intact folder of token shards ({e}); delete it to have it made "
+                f"anew"
+            ) from None
         if sum(len(a) for a in arrays) != shards.tokens:
             raise UserError(f"{folder} is truncated; delete it to have it made anew")
         return shards
 
 
 def write_shards(documents, tokenizer, folder):
-    """Tokenise documents (str) into a new folder of shards, <|endoftext|> before each; all or nothing."""
+    """Tokenise documents (str) into a new folder of shards, <|endoftext|> before each; all or
+    nothing.
+    """
     folder = Path(folder)
     tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     tmp.mkdir(parents=True, exist_ok=True)
@@ -183,41 +107,34 @@ def write_shards(documents, tokenizer, folder):
 def load_shards(documents, source, tokenizer):
     """Token shards of a corpus, made once and found again by the identity of source and tokenizer.
 
-    documents: a function that returns the texts; source: strings that identify them (path, size, part).
+    documents: a function that returns the texts; source: strings that identify them (path, size,
+    part).
     """
-    key = hashlib.sha256(json.dumps([*map(str, source), tokenizer.fingerprint()]).encode()).hexdigest()[:24]
+    key = hashlib.sha256(
+        json.dumps([*map(str, source), tokenizer.fingerprint()]).encode()
+    ).hexdigest()[:24]
     folder = CACHE / key
     if not (folder / "meta.json").exists():
         write_shards(documents(), tokenizer, folder)
     return TokenShards.open(folder, tokenizer)
 
 
-def split_documents(documents, part, fraction=DEFAULT_VAL_FRACTION):
-    """The first or last part of a corpus: a single document is cut by characters, several are counted."""
-    whole = documents[0] if len(documents) == 1 else documents
-    cut = int(len(whole) * (1 - fraction))
-    kept = whole[:cut] if part == "train" else whole[cut:]
-    return [kept] if isinstance(kept, str) else kept
-
-
-def identity(path):
-    """What tells one version of a file from another: its place, size and time of change."""
-    stat = Path(path).stat()
-    return [Path(path).resolve(), stat.st_size, stat.st_mtime_ns]
-
-
 # --- batches -------------------------------------------------------------------------------------
 
 
 class Sampler:
-    """Numbers 0..n-1 in random order without replacement, epoch after epoch; its position can be saved."""
+    """Numbers 0..n-1 in random order without replacement, epoch after epoch; its position can be
+    saved.
+    """
 
     def __init__(self, n, seed=0):
         self.n, self.seed, self.epoch, self.index = n, seed, 0, 0
         self._order = self._permutation()
 
     def _permutation(self):
-        return torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
+        return torch.randperm(
+            self.n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        )
 
     def take(self, k):
         """The next k numbers, as an int64 tensor (k,)."""
@@ -236,7 +153,9 @@ class Sampler:
 
     def load_state_dict(self, state):
         if state["n"] != self.n:
-            raise UserError(f"the data has changed since the checkpoint: {state['n']} rows then, {self.n} now")
+            raise UserError(
+                f"the data has changed since the checkpoint: {state['n']} rows then, {self.n} now"
+            )
         self.epoch, self.index = state["epoch"], state["index"]
         self._order = self._permutation()
 
@@ -250,7 +169,10 @@ class Windows:
         self.ends = np.cumsum(counts)
         self.n = sum(counts)
         if self.n == 0:
-            raise UserError(f"{shards.tokens} tokens are too few for one row of {T + 1}; use more text or a shorter --context")
+            raise UserError(
+                f"{shards.tokens} tokens are too few for one row of {T + 1}; use more text or a "
+                f"shorter --context"
+            )
 
     def rows(self, numbers):
         """int64 tensor (len(numbers), T + 1)."""
@@ -268,14 +190,21 @@ class Packed:
 
     tokens: torch.Tensor  # (R, T) int64
     mask: torch.Tensor  # (R, T) bool: True where the token is trained on
-    documents: torch.Tensor  # (R, T) int64: which example of the row a token belongs to; attention stays inside
+    documents: (
+        torch.Tensor
+    )  # (R, T) int64: which example of the row a token belongs to; attention stays inside
     positions: torch.Tensor  # (R, T) int64: counted from 0 in each example
 
     def __len__(self):
         return len(self.tokens)
 
     def rows(self, numbers):
-        return Packed(self.tokens[numbers], self.mask[numbers], self.documents[numbers], self.positions[numbers])
+        return Packed(
+            self.tokens[numbers],
+            self.mask[numbers],
+            self.documents[numbers],
+            self.positions[numbers],
+        )
 
     def join(self, other):
         """The rows of both."""
@@ -308,7 +237,10 @@ def pack(examples, T, pad_id):
             open_rows.pop(0)
     tokens = torch.full((len(rows), T), pad_id)
     mask = torch.zeros((len(rows), T), dtype=torch.bool)
-    documents, positions = torch.full((len(rows), T), -1), torch.zeros((len(rows), T), dtype=torch.int64)
+    documents, positions = (
+        torch.full((len(rows), T), -1),
+        torch.zeros((len(rows), T), dtype=torch.int64),
+    )
     for r, members in enumerate(rows):
         start = 0
         for number, i in enumerate(members):
@@ -321,9 +253,11 @@ def pack(examples, T, pad_id):
 
 
 def xz_bits_per_byte(train_texts, val_texts):
-    """Bits per byte that `xz -9` needs for the val texts when it has seen the training texts just before.
+    """Bits per byte that `xz -9` needs for the val texts when it has seen the training texts just
+    before.
 
-    A compressor is a language model that needs no training (Shannon 1948): the floor that ours must beat.
+    A compressor is a language model that needs no training (Shannon 1948): the floor that ours must
+    beat.
     """
     seen, unseen = ("\n".join(texts).encode() for texts in (train_texts, val_texts))
     extra = len(lzma.compress(seen + b"\n" + unseen, preset=9)) - len(lzma.compress(seen, preset=9))

@@ -3,8 +3,9 @@
 Run     python -m nanollm.evaluate runs/sft                      # the village's held-out items
         python -m nanollm.evaluate runs/sft --data problems.jsonl
 Prints a table and writes it as JSON to <run>/evaluation.json. Items are JSONL, one per line:
-{"messages": [..., a user's turn], "answer": "...", "check": "contains" | "exact" | "number" | "unknown",
-"family": "..."}, or {"prompt", "answer"}; see data/README.md. Answers are greedy unless --temperature says else.
+{"messages": [..., a user's turn], "answer": "...", "check": "contains" | "exact" | "number" |
+"unknown", "family": "..."}, or {"prompt", "answer"}; see data/README.md. Answers are greedy unless
+--temperature says else.
 """
 
 import json
@@ -18,7 +19,8 @@ import torch
 
 from data import village
 from nanollm.config import UserError, atomic_write, cli
-from nanollm.data import Windows, identity, load_shards, read_documents, read_jsonl
+from nanollm.data import Windows, load_shards
+from nanollm.formats import identity, read_documents, read_jsonl
 from nanollm.generate import generate
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, read_json
@@ -30,7 +32,9 @@ CHECKS = ("contains", "exact", "number", "unknown")
 
 @dataclass
 class Config:
-    model: str = field(default="runs/sft", metadata={"positional": True})  # run folder or model folder
+    model: str = field(
+        default="runs/sft", metadata={"positional": True}
+    )  # run folder or model folder
     data: str = "village"  # village, or a JSONL file of test items
     out: str | None = None  # JSON file to write; default: evaluation.json in the model's folder
     limit: int = 0  # items per family; 0: all
@@ -55,24 +59,34 @@ def token_lengths(tokenizer, vocab_size):
 
 
 def next_token_logits(model, tokens, eot_id=None):
-    """Logits (B, T, V) of plain rows; with eot_id attention stays inside the documents that <|endoftext|> begins."""
-    return model(tokens, mask=None if eot_id is None else document_mask((tokens == eot_id).cumsum(1)))
+    """Logits (B, T, V) of plain rows; with eot_id attention stays inside the documents that
+    <|endoftext|> begins.
+    """
+    return model(
+        tokens, mask=None if eot_id is None else document_mask((tokens == eot_id).cumsum(1))
+    )
 
 
 @torch.no_grad()
 def bits_per_byte(model, windows, token_bytes, eot_id=None, most=None, batch=32):
-    """(nats per token, bits per byte) on held-out rows of T + 1 tokens; token_bytes as token_lengths gives it.
+    """(nats per token, bits per byte) on held-out rows of T + 1 tokens; token_bytes as
+    token_lengths gives it.
 
-    With eot_id each document is read on its own, as in training with a document mask. `most` bounds the number
-    of tokens. In data-parallel training every process computes the same rows,
-    so that all agree on when to stop.
+    With eot_id each document is read on its own, as in training with a document mask. `most` bounds
+    the number of tokens. In data-parallel training every process computes the same rows, so that
+    all agree on when to stop.
     """
     nats = tokens = text_bytes = 0
     rows_wanted = windows.n if most is None else min(windows.n, -(-most // windows.T))
     for part in torch.arange(rows_wanted).split(batch):
         rows = windows.rows(part).to(model.device)
         targets = rows[:, 1:]
-        nats -= token_logprobs(next_token_logits(model, rows[:, :-1], eot_id), targets).double().sum().item()
+        nats -= (
+            token_logprobs(next_token_logits(model, rows[:, :-1], eot_id), targets)
+            .double()
+            .sum()
+            .item()
+        )
         tokens += targets.numel()
         text_bytes += token_bytes[targets.cpu()].sum().item()
     return nats / tokens, nats / math.log(2) / max(1, text_bytes)
@@ -93,22 +107,35 @@ def read_items(path):
         if not isinstance(item.get("answer"), str):
             raise UserError(f'{where}: a test item needs an "answer", as text')
         if item.setdefault("check", "contains") not in CHECKS:
-            raise UserError(f"{where}: unknown check {item['check']!r}; checks are {', '.join(CHECKS)}")
+            raise UserError(
+                f"{where}: unknown check {item['check']!r}; checks are {', '.join(CHECKS)}"
+            )
         items.append({"family": "all", **item})
     return items
 
 
-def reply_all(model, tokenizer, prompts, max_new_tokens, temperature=0.0, batch_size=256, generator=None):
-    """Continue prompts (lists of ids) and return the texts in their order; short prompts run beside short ones."""
+def reply_all(
+    model, tokenizer, prompts, max_new_tokens, temperature=0.0, batch_size=256, generator=None
+):
+    """Continue prompts (lists of ids) and return the texts in their order; short prompts run beside
+    short ones.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies = [""] * len(prompts)
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
-        room = model.cfg.max_position_embeddings - len(prompts[numbers[-1]])  # at least one token, or generate refuses
+        room = model.cfg.max_position_embeddings - len(
+            prompts[numbers[-1]]
+        )  # at least one token, or generate refuses
         out = generate(
-            model, [prompts[i] for i in numbers], max(1, min(max_new_tokens, room)), temperature=temperature,
-            stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, generator=generator,
-        )  # fmt: skip
+            model,
+            [prompts[i] for i in numbers],
+            max(1, min(max_new_tokens, room)),
+            temperature=temperature,
+            stop_ids=tokenizer.stop_ids,
+            pad_id=tokenizer.pad_id,
+            generator=generator,
+        )
         for i, ids in zip(numbers, out.lists()):
             replies[i] = tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids])
     return replies
@@ -121,10 +148,11 @@ def accuracy_by_family(model, tokenizer, items, max_new_tokens=64, **sampling):
     every other item is asked as a chat, and judged by its check.
     """
     prompts = [
-        [tokenizer.eot_id, *tokenizer.encode(item["prompt"])] if item["family"] == "cloze"
+        [tokenizer.eot_id, *tokenizer.encode(item["prompt"])]
+        if item["family"] == "cloze"
         else tokenizer.render(item["messages"], generation_prompt=True)[0]
         for item in items
-    ]  # fmt: skip
+    ]
     replies = reply_all(model, tokenizer, prompts, max_new_tokens, **sampling)
     right = defaultdict(list)
     for item, reply in zip(items, replies):
@@ -161,10 +189,14 @@ def table(columns):
 
 
 def village_of(run_folder):
-    """Folder of the village that a run was trained on; the default one where its settings don't say."""
+    """Folder of the village that a run was trained on; the default one where its settings don't
+    say.
+    """
     path = Path(run_folder) / "train_config.json"
     known = read_json(path) if path.exists() else {}
-    return village.prepare(known.get("villagers", 32), known.get("seed", 0), known.get("megabytes", 8.0))
+    return village.prepare(
+        known.get("villagers", 32), known.get("seed", 0), known.get("megabytes", 8.0)
+    )
 
 
 def main(cfg):
@@ -174,24 +206,35 @@ def main(cfg):
     result = {"model": cfg.model, "data": cfg.data}
     if cfg.data == "village":
         folder = village_of(cfg.model)
-        items = [item for _, item in read_jsonl(folder / "cloze.jsonl")] + read_items(folder / "sft_test.jsonl")
+        items = [item for _, item in read_jsonl(folder / "cloze.jsonl")] + read_items(
+            folder / "sft_test.jsonl"
+        )
         path = folder / "corpus_val.jsonl"
         shards = load_shards(lambda: read_documents(path), identity(path), tokenizer)
         windows = Windows(shards, min(256, model.cfg.max_position_embeddings))
-        nats, bpb = bits_per_byte(model, windows, token_lengths(tokenizer, model.cfg.vocab_size), tokenizer.eot_id)
+        nats, bpb = bits_per_byte(
+            model, windows, token_lengths(tokenizer, model.cfg.vocab_size), tokenizer.eot_id
+        )
         result |= {"nats_per_token": nats, "bits_per_byte": bpb}
     else:
         items = read_items(cfg.data)
     items = first_of_each_family(items, cfg.limit)
     generator = torch.Generator(rt.device).manual_seed(cfg.seed)
     result["families"], replies = accuracy_by_family(
-        model, tokenizer, items, cfg.max_new_tokens, temperature=cfg.temperature, batch_size=cfg.batch_size,
+        model,
+        tokenizer,
+        items,
+        cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        batch_size=cfg.batch_size,
         generator=generator,
-    )  # fmt: skip
+    )
     print(table({"accuracy": result["families"]}))
     if "bits_per_byte" in result:
         print(f"held-out text: {bpb:.4f} bits per byte")
-    wrong = [item | {"reply": reply} for item, reply in zip(items, replies) if not is_right(item, reply)]
+    wrong = [
+        item | {"reply": reply} for item, reply in zip(items, replies) if not is_right(item, reply)
+    ]
     for item in first_of_each_family(wrong, cfg.show) if cfg.show else []:
         asked = item.get("prompt") or item["messages"][-1]["content"]
         print(f"{item['family']}: {asked!r} -> {item['reply']!r}, expected {item['answer']!r}")

@@ -1,8 +1,9 @@
-"""Sampling from a GPT: many prompts of different lengths, G samples each, in one batch with a static KV cache.
+"""Sampling from a GPT: many prompts of different lengths, G samples each, in one batch with a
+static KV cache.
 
-Prompts are padded on the left, so that every row writes its next token into the same slot of the cache.
-The prefill runs once per prompt and is shared by its G samples. On a CPU, rows that are done leave the
-batch; on a GPU a decoding step is recorded once as a CUDA graph and replayed.
+Prompts are padded on the left, so that every row writes its next token into the same slot of the
+cache. The prefill runs once per prompt and is shared by its G samples. On a CPU, rows that are done
+leave the batch; on a GPU a decoding step is recorded once as a CUDA graph and replayed.
 
 N prompts, G samples each, B = N * G rows; P longest prompt, L new tokens, S slots of the cache.
 """
@@ -41,7 +42,8 @@ def keep_top_k(logits, k):
 
 
 def keep_top_p(logits, p):
-    """The smallest set whose probability reaches p stays (Holtzman et al. 2019, arXiv:1904.09751)."""
+    """The smallest set whose probability reaches p stays (Holtzman et al. 2019, arXiv:1904.09751).
+    """
     sorted_logits, order = logits.sort(descending=True)
     probs = sorted_logits.softmax(-1)
     beyond = probs.cumsum(-1) - probs >= p  # what comes before it already reaches p
@@ -52,11 +54,15 @@ def keep_top_p(logits, p):
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one token per row: logits (B, V) -> tokens (B,), logprobs (B,) at this temperature.
 
-    temperature 0 takes the largest. The logprobs are those of the full distribution, before top-k and top-p.
+    temperature 0 takes the largest. The logprobs are those of the full distribution, before top-k
+    and top-p.
     """
     if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
-        raise UserError(f"temperature {temperature}, top_k {top_k} and top_p {top_p} are no way to sample: the first two "
-                        "are at least 0, top_p lies between 0 and 1")  # fmt: skip
+        raise UserError(
+            f"temperature {temperature}, top_k {top_k} and top_p {top_p} are no way to sample: "
+            f"the first two "
+            "are at least 0, top_p lies between 0 and 1"
+        )
     logits = logits.float()
     if temperature == 0:
         tokens = logits.argmax(-1)
@@ -79,15 +85,21 @@ class Engine:
     """A batch of rows being decoded: prefill once, then one token per row and step."""
 
     def __init__(self, model, prompts, new_tokens, samples=1, pad_id=0):
-        """prompts: list of N lists of ids. Raises UserError when prompt and new tokens exceed the context."""
+        """prompts: list of N lists of ids. Raises UserError when prompt and new tokens exceed the
+        context.
+        """
         lengths = [len(p) for p in prompts]
         self.P = max(lengths)
         size, context = self.P + new_tokens, model.cfg.max_position_embeddings
         if min(lengths) == 0 or new_tokens < 1:
-            raise UserError("an empty prompt or zero new tokens: give at least one token, and ask for at least one")
+            raise UserError(
+                "an empty prompt or zero new tokens: give at least one token, and ask for at "
+                "least one"
+            )
         if size > context:
             raise UserError(
-                f"a prompt of {self.P} tokens and {new_tokens} new ones don't fit the model's context of {context}; "
+                f"a prompt of {self.P} tokens and {new_tokens} new ones don't fit the model's "
+                f"context of {context}; "
                 "shorten the prompt or ask for fewer new tokens"
             )
         self.model, self.pad_id, device = model, pad_id, model.device
@@ -114,7 +126,9 @@ class Engine:
             positions = (slots - self.pads[:, None]).clamp(min=0)
             causal = slots[:, None] >= slots  # (P, P)
             real = slots >= self.pads[:, None]  # (N, P)
-            itself = slots[:, None] == slots  # padding sees itself: a row without any key has no softmax
+            itself = (
+                slots[:, None] == slots
+            )  # padding sees itself: a row without any key has no softmax
             mask = (causal & real[:, None] | itself)[:, None]
         hidden = self.model.hidden(self.prompts, positions, mask, self.cache)
         return self.model.head(hidden[:, -1])
@@ -154,8 +168,14 @@ class Engine:
 
     def _graphed_step(self, tokens):
         if self.graph is None:
-            self.static_tokens, self.static_positions = tokens[:, None].clone(), (self.length - self.pads)[:, None]
-            self.cache.slots, self.cache.visible = torch.tensor([self.length], device=tokens.device), self.allowed.shape[-1]
+            self.static_tokens, self.static_positions = (
+                tokens[:, None].clone(),
+                (self.length - self.pads)[:, None],
+            )
+            self.cache.slots, self.cache.visible = (
+                torch.tensor([self.length], device=tokens.device),
+                self.allowed.shape[-1],
+            )
             arguments = (self.static_tokens, self.static_positions, self.allowed)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -173,7 +193,9 @@ class Engine:
 
 
 def for_inference(model):
-    """A copy whose weights are cast once instead of at every step, and whose sister projections are one product."""
+    """A copy whose weights are cast once instead of at every step, and whose sister projections are
+    one product.
+    """
     light = copy.deepcopy(model).to(model.compute_dtype)
     light.model.cos, light.model.sin = model.model.cos, model.model.sin  # angles stay fp32
     for block in light.model.layers:
@@ -186,7 +208,9 @@ def for_inference(model):
 def fuse(*linears):
     """One matrix product that gives what several linear layers of one input give, as a tuple."""
     if not all(type(linear) is Linear for linear in linears):
-        return lambda x: tuple(linear(x) for linear in linears)  # wrapped layers, such as LoRA's, stay apart
+        return lambda x: tuple(
+            linear(x) for linear in linears
+        )  # wrapped layers, such as LoRA's, stay apart
     weight = torch.cat([linear.weight for linear in linears])
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     sizes = [linear.out_features for linear in linears]
@@ -195,9 +219,20 @@ def fuse(*linears):
 
 @torch.no_grad()
 def generate(
-    model, prompts, max_new_tokens, samples=1, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), pad_id=0, generator=None
-):  # fmt: skip
-    """Continue each of N prompts (lists of ids) G = `samples` times, until a stop id or max_new_tokens; Generated."""
+    model,
+    prompts,
+    max_new_tokens,
+    samples=1,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    stop_ids=(),
+    pad_id=0,
+    generator=None,
+):
+    """Continue each of N prompts (lists of ids) G = `samples` times, until a stop id or
+    max_new_tokens; Generated.
+    """
     engine = Engine(for_inference(model), prompts, max_new_tokens, samples, pad_id)
     B, device = len(engine.pads), model.device
     tokens = torch.full((B, max_new_tokens), pad_id, device=device)
@@ -206,14 +241,19 @@ def generate(
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     rows = torch.arange(B, device=device)  # the rows of the result that the engine still works on
     alive = torch.ones(B, dtype=torch.bool, device=device)
-    prompt_rows, prompt_mask = engine.prompts, torch.arange(engine.P, device=device) >= engine.pads[:, None]
+    prompt_rows, prompt_mask = (
+        engine.prompts,
+        torch.arange(engine.P, device=device) >= engine.pads[:, None],
+    )
     logits = engine.last_logits
     for t in range(max_new_tokens):
         new, logprob = sample(logits, temperature, top_k, top_p, generator)
         new = torch.where(alive, new, pad_id)
         tokens[rows, t], mask[rows, t], logprobs[rows, t] = new, alive, logprob * alive
         alive = alive & ~torch.isin(new, stops)
-        left = int(alive.sum()) if not engine.cuda or t % 16 == 15 else 1  # asking a GPU makes it wait
+        left = (
+            int(alive.sum()) if not engine.cuda or t % 16 == 15 else 1
+        )  # asking a GPU makes it wait
         if left == 0 or t + 1 == max_new_tokens:
             break
         if not engine.cuda and left <= len(rows) // 2:
@@ -221,12 +261,18 @@ def generate(
             engine.keep(keep)
             rows, alive, new = rows[keep], alive[keep], new[keep]
         logits = engine.step(new)
-    return Generated(prompt_rows, prompt_mask, tokens[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1])
+    return Generated(
+        prompt_rows, prompt_mask, tokens[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1]
+    )
 
 
 @torch.no_grad()
-def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), generator=None):
-    """Continue one prompt and yield each id as it is drawn; a stop id ends the stream and is not yielded."""
+def stream(
+    model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), generator=None
+):
+    """Continue one prompt and yield each id as it is drawn; a stop id ends the stream and is not
+    yielded.
+    """
     engine = Engine(for_inference(model), [prompt], max_new_tokens)
     logits = engine.last_logits
     for t in range(max_new_tokens):

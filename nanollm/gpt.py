@@ -3,13 +3,15 @@
     x = x + Attention(RMSNorm(x))        grouped-query attention, rotary positions, causal
     x = x + SwiGLU(RMSNorm(x))           SwiGLU(x) = W_down (silu(W_gate x) * W_up x)
 
-Pre-norm decoder: Vaswani et al. 2017 (arXiv:1706.03762); RMSNorm: Zhang & Sennrich 2019 (1910.07467);
-RoPE: Su et al. 2021 (2104.09864); SwiGLU: Shazeer 2020 (2002.05202); grouped-query attention:
-Ainslie et al. 2023 (2305.13245); QK-norm: Henry et al. 2020 (2010.04245), placed as in Qwen3.
+Pre-norm decoder: Vaswani et al. 2017 (arXiv:1706.03762); RMSNorm: Zhang & Sennrich 2019
+(1910.07467); RoPE: Su et al. 2021 (2104.09864); SwiGLU: Shazeer 2020 (2002.05202); grouped-query
+attention: Ainslie et al. 2023 (2305.13245); QK-norm: Henry et al. 2020 (2010.04245), placed as in
+Qwen3.
 
 Module names equal those of Hugging Face's Llama and Qwen3, so a state dict needs no mapping.
-Precision: parameters are fp32 masters; `model.compute_dtype` says in which precision the layers compute.
-Shapes: B batch, T tokens, S cached tokens, C channels, H heads, G key-value heads, D head size, V vocabulary.
+Precision: parameters are fp32 masters; `model.compute_dtype` says in which precision the layers
+compute. Shapes: B batch, T tokens, S cached tokens, C channels, H heads, G key-value heads, D head
+size, V vocabulary.
 """
 
 import math
@@ -77,34 +79,46 @@ def rotation_table(cfg):
 
 
 def rotate(x, cos, sin):
-    """Rotate each pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle; cos, sin (B or 1, 1, T, D).
+    """Rotate each pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle; cos, sin (B or 1, 1, T,
+    D).
 
-    (a, b) -> (a cos - b sin, b cos + a sin), as a product with (a, b) plus one with the halves swapped.
+    (a, b) -> (a cos - b sin, b cos + a sin), as a product with (a, b) plus one with the halves
+    swapped.
     """
     x = x.float()
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def document_mask(documents):
-    """The attention mask of packed rows: a token sees itself and what came before in its own document.
+    """The attention mask of packed rows: a token sees itself and what came before in its own
+    document.
 
-    documents (B, T): the number of the document that each token belongs to. Returns (B, 1, T, T) bool,
-    True where attention is allowed; on CUDA a BlockMask, with which flex attention skips empty blocks.
+    documents (B, T): the number of the document that each token belongs to. Returns (B, 1, T, T)
+    bool, True where attention is allowed; on CUDA a BlockMask, with which flex attention skips
+    empty blocks.
     """
     B, T = documents.shape
     if documents.is_cuda:
         return create_block_mask(
-            lambda b, h, q, k: (q >= k) & (documents[b, q] == documents[b, k]), B, None, T, T, documents.device
+            lambda b, h, q, k: (q >= k) & (documents[b, q] == documents[b, k]),
+            B,
+            None,
+            T,
+            T,
+            documents.device,
         )
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     return (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]
 
 
-_flex_attention = torch.compile(flex_attention, dynamic=False)  # compiles at its first call, on CUDA only
+_flex_attention = torch.compile(
+    flex_attention, dynamic=False
+)  # compiles at its first call, on CUDA only
 
 
 def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D), k and v (B, G, S, D); mask None means causal."""
+    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D), k and v (B, G, S, D); mask None means causal.
+    """
     shared = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         return _flex_attention(q, k, v, block_mask=mask, enable_gqa=shared)
@@ -112,14 +126,17 @@ def attend(q, k, v, mask):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         shared = False
     causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared
+    )
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in buffers of fixed size: (layers, B, G, S, D) each.
+    """Keys and values of the tokens seen so far, in buffers of fixed size: (layers, B, G, S, D)
+    each.
 
-    Before each forward pass the owner says where the new tokens go (`slots`, (T,) int64) and how many
-    slots attention looks at (`visible`); generate.py is that owner.
+    Before each forward pass the owner says where the new tokens go (`slots`, (T,) int64) and how
+    many slots attention looks at (`visible`); generate.py is that owner.
     """
 
     def __init__(self, cfg, batch, size, device, dtype):
@@ -129,13 +146,17 @@ class KVCache:
         self.slots, self.visible = None, size
 
     def append(self, layer, k, v):
-        """Store k, v (B, G, T, D) in the slots; returns the visible keys and values (B, G, visible, D)."""
+        """Store k, v (B, G, T, D) in the slots; returns the visible keys and values (B, G, visible,
+        D).
+        """
         self.k[layer].index_copy_(2, self.slots, k)
         self.v[layer].index_copy_(2, self.slots, v)
         return self.k[layer, :, :, : self.visible], self.v[layer, :, :, : self.visible]
 
     def select(self, rows):
-        """Keep these rows of the batch (int64, may repeat): for G samples per prompt, or to drop done rows."""
+        """Keep these rows of the batch (int64, may repeat): for G samples per prompt, or to drop
+        done rows.
+        """
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
@@ -180,10 +201,16 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask, cache):
         B, T, _ = x.shape
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))  # (B, T, H, D), (B, T, G, D) twice
+        q, k, v = (
+            y.view(B, T, -1, self.head_dim) for y in self.project(x)
+        )  # (B, T, H, D), (B, T, G, D) twice
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
+        q, k, v = (
+            rotate(q.transpose(1, 2), cos, sin),
+            rotate(k.transpose(1, 2), cos, sin),
+            v.transpose(1, 2),
+        )
         # torch's CPU kernel needs four times as long for a bf16 backward pass as for one in fp32
         dtype = torch.float32 if torch.is_grad_enabled() and not x.is_cuda else x.dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -232,7 +259,9 @@ class Decoder(nn.Module):
         cos, sin = rotation_table(cfg)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.checkpoint_activations = False  # recompute each block in backward: less memory, more time
+        self.checkpoint_activations = (
+            False  # recompute each block in backward: less memory, more time
+        )
 
     def forward(self, x, positions=None, mask=None, cache=None):
         if positions is None:
@@ -250,14 +279,18 @@ class Decoder(nn.Module):
 
 
 class GPT(nn.Module):
-    """A causal language model: tokens (B, T) -> logits (B, T, V), where logits[:, t] scores tokens[:, t + 1]."""
+    """A causal language model: tokens (B, T) -> logits (B, T, V), where logits[:, t] scores
+    tokens[:, t + 1].
+    """
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.compute_dtype = torch.float32
         self.model = Decoder(cfg)
-        self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.lm_head = (
+            None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        )
         init_weights(self)
 
     def forward(self, tokens, positions=None, mask=None, cache=None):
@@ -283,9 +316,10 @@ class GPT(nn.Module):
 def init_weights(model):
     """The one place where a fresh GPT's weights are set; norms start at one and biases at zero.
 
-    Embedding and head: N(0, 0.02^2), so that logits start near zero. Matrices: N(0, 1/fan_in), which
-    keeps the size of activations. The last matrix of each branch (o_proj, down_proj): zero, so that
-    every block starts as the identity (Zhang et al. 2019, arXiv:1901.09321; Yang et al. 2022, 2203.03466).
+    Embedding and head: N(0, 0.02^2), so that logits start near zero. Matrices: N(0, 1/fan_in),
+    which keeps the size of activations. The last matrix of each branch (o_proj, down_proj): zero,
+    so that every block starts as the identity (Zhang et al. 2019, arXiv:1901.09321; Yang et al.
+    2022, 2203.03466).
     """
     for name, p in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
@@ -297,7 +331,9 @@ def init_weights(model):
 
 
 def count_parameters(model):
-    """Number of parameters, and of those that sit in matrix products (each costs 6 FLOP per token trained)."""
+    """Number of parameters, and of those that sit in matrix products (each costs 6 FLOP per token
+    trained).
+    """
     total = sum(p.numel() for p in model.parameters())
     embedding = model.model.embed_tokens.weight.numel()
     return total, total if model.lm_head is None else total - embedding

@@ -1,7 +1,9 @@
-"""Hugging Face model folders: read any Llama-, Qwen2-, Qwen3- or SmolLM2-shaped one, and write ours the same way.
+"""Hugging Face model folders: read any Llama-, Qwen2-, Qwen3- or SmolLM2-shaped one, and write ours
+the same way.
 
 A folder holds config.json, model.safetensors (or shards and their index), tokenizer.json,
-tokenizer_config.json and generation_config.json; `transformers.AutoModelForCausalLM.from_pretrained` opens it.
+tokenizer_config.json and generation_config.json;
+`transformers.AutoModelForCausalLM.from_pretrained` opens it.
 """
 
 import dataclasses
@@ -15,8 +17,14 @@ from nanollm.config import UserError, atomic_write
 from nanollm.gpt import GPT, GPTConfig, rope_frequencies
 from nanollm.tokenizer import Tokenizer
 
-SAME_NAME = [f.name for f in dataclasses.fields(GPTConfig) if f.name not in ("rope_scaling", "qk_norm")]
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+SAME_NAME = [
+    f.name for f in dataclasses.fields(GPTConfig) if f.name not in ("rope_scaling", "qk_norm")
+]
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
 
 
 def read_json(path):
@@ -59,7 +67,11 @@ def read_config(folder):
         known.setdefault("tie_word_embeddings", False)
         known["rope_theta"] = float(values.get("rope_theta") or rope.get("rope_theta") or 10_000.0)
         known["attention_bias"] = kind == "qwen2" or bool(values.get("attention_bias"))
-        cfg = GPTConfig(**known, qk_norm=kind == "qwen3", rope_scaling=rope if kind_of_rope == "llama3" else None)
+        cfg = GPTConfig(
+            **known,
+            qk_norm=kind == "qwen3",
+            rope_scaling=rope if kind_of_rope == "llama3" else None,
+        )
         rope_frequencies(cfg)  # a llama3 scaling may lack a number
         return cfg
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
@@ -67,40 +79,61 @@ def read_config(folder):
 
 
 def config_json(cfg, tokenizer, dtype):
-    """The config.json of a model of ours: a llama, or with QK-norm a qwen3 (or qwen2, if it came as one)."""
+    """The config.json of a model of ours: a llama, or with QK-norm a qwen3 (or qwen2, if it came as
+    one).
+    """
     kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.attention_bias else "llama"
     values = {"architectures": [ARCHITECTURES[kind]], "model_type": kind, "hidden_act": "silu"}
     values |= {name: getattr(cfg, name) for name in SAME_NAME}
     if cfg.rope_scaling:
         values["rope_scaling"] = {k: v for k, v in cfg.rope_scaling.items() if k != "rope_theta"}
-    values |= {"bos_token_id": None, "eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+    values |= {
+        "bos_token_id": None,
+        "eos_token_id": sorted(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
     values["torch_dtype"] = str(dtype).removeprefix("torch.")
     return values
 
 
 def save_model(model, tokenizer, folder):
-    """Write model and tokenizer as a model folder; each file is replaced atomically, the weights last."""
+    """Write model and tokenizer as a model folder; each file is replaced atomically, the weights
+    last.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
     config = config_json(model.cfg, tokenizer, model.model.norm.weight.dtype)
     tokenizer.save(folder)
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    generation = {"eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"], "do_sample": False}
+    generation = {
+        "eos_token_id": config["eos_token_id"],
+        "pad_token_id": config["pad_token_id"],
+        "do_sample": False,
+    }
     atomic_write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_weights(model, tensors, where):
-    """Copy tensors into the model by name; wrong names or shapes raise UserError naming the first of each kind."""
+    """Copy tensors into the model by name; wrong names or shapes raise UserError naming the first
+    of each kind.
+    """
     own = dict(model.state_dict())
     if "lm_head.weight" not in own:
-        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight"}  # tied: it repeats the embedding
-    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}  # old exports
+        tensors = {
+            k: v for k, v in tensors.items() if k != "lm_head.weight"
+        }  # tied: it repeats the embedding
+    tensors = {
+        k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")
+    }  # old exports
     if missing := sorted(own.keys() - tensors.keys()):
         raise UserError(f"{where} lacks {len(missing)} tensors, such as {missing[0]}")
     if extra := sorted(tensors.keys() - own.keys()):
-        raise UserError(f"{where} has {len(extra)} tensors that the model in config.json has not, such as {extra[0]}")
+        raise UserError(
+            f"{where} has {len(extra)} tensors that the model in config.json has not, such as "
+            f"{extra[0]}"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             shapes = f"{list(tensor.shape)}, but config.json says {list(own[name].shape)}"
@@ -111,19 +144,24 @@ def load_weights(model, tensors, where):
 
 
 def load_model(folder):
-    """(GPT in fp32 on the CPU, Tokenizer) from a run folder or any downloaded folder of a known shape.
+    """(GPT in fp32 on the CPU, Tokenizer) from a run folder or any downloaded folder of a known
+    shape.
 
-    Where the tokenizer had no chat markers and got them, the embedding grows by rows equal to the mean of the others.
+    Where the tokenizer had no chat markers and got them, the embedding grows by rows equal to the
+    mean of the others.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; run the stage that makes it, or name another with --init")
+        raise UserError(
+            f"{folder} is no folder; run the stage that makes it, or name another with --init"
+        )
     model, tokenizer = GPT(read_config(folder)), Tokenizer.load(folder)
     load_weights(model, safetensors.load_folder(folder), folder)
     known = max(tokenizer.ranks.values(), default=0)
     if known >= model.cfg.vocab_size:
         raise UserError(
-            f"vocabulary mismatch: {folder}/tokenizer.json has ids up to {known}, but the model's embedding has "
+            f"vocabulary mismatch: {folder}/tokenizer.json has ids up to {known}, but the "
+            f"model's embedding has "
             f"{model.cfg.vocab_size} rows; the two files don't belong together"
         )
     if tokenizer.vocab_size > model.cfg.vocab_size:
@@ -132,12 +170,16 @@ def load_model(folder):
 
 
 def grow_vocabulary(model, vocab_size):
-    """The same model with more rows in embedding and head; the new rows are the mean of the old ones."""
+    """The same model with more rows in embedding and head; the new rows are the mean of the old
+    ones.
+    """
     grown = GPT(dataclasses.replace(model.cfg, vocab_size=vocab_size))
     tensors = dict(model.state_dict())
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
             old = tensors[name]
-            tensors[name] = torch.cat([old, old.mean(0, keepdim=True).expand(vocab_size - len(old), -1)])
+            tensors[name] = torch.cat(
+                [old, old.mean(0, keepdim=True).expand(vocab_size - len(old), -1)]
+            )
     load_weights(grown, tensors, "the grown model")
     return grown

@@ -1,11 +1,14 @@
-"""Log-probabilities of tokens, their entropy, and means over masks: what lies under nearly every loss.
+"""Log-probabilities of tokens, their entropy, and means over masks: what lies under nearly every
+loss.
 
-Everything is computed in fp32, whatever the precision of the logits. B batch, T tokens, V vocabulary.
+Everything is computed in fp32, whatever the precision of the logits. B batch, T tokens, V
+vocabulary.
 """
 
 import torch
 
-# Logits turned to fp32 at a time: few enough to stay in a CPU's cache, and a 50k vocabulary times a long
+# Logits turned to fp32 at a time: few enough to stay in a CPU's cache, and a 50k vocabulary times a
+# long
 # batch never exists in fp32 on a GPU.
 CHUNK = {"cpu": 2**21, "cuda": 2**27}
 
@@ -16,7 +19,9 @@ def _row_chunks(logits):
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits)[target], whose backward recomputes the softmax instead of keeping it in memory."""
+    """log softmax(logits)[target], whose backward recomputes the softmax instead of keeping it in
+    memory.
+    """
 
     @staticmethod
     def forward(ctx, logits, targets):
@@ -42,13 +47,17 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(logits, targets):
-    """log p(target) at every position: logits (..., V) of any precision, targets (...) -> (...) in fp32."""
+    """log p(target) at every position: logits (..., V) of any precision, targets (...) -> (...) in
+    fp32.
+    """
     V = logits.shape[-1]
     return _TokenLogprobs.apply(logits.reshape(-1, V), targets.reshape(-1)).view(targets.shape)
 
 
 def masked_mean(x, mask):
-    """Mean of x where mask is True; both (...). A mask without a single True is an error of the caller."""
+    """Mean of x where mask is True; both (...). A mask without a single True is an error of the
+    caller.
+    """
     return (x * mask).sum() / mask.sum()
 
 

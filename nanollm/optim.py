@@ -1,20 +1,27 @@
 """Optimizers and learning-rate schedules.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982) for the
-matrices inside the blocks, AdamW (Loshchilov & Hutter 2017, 1711.05101) for embedding, head, gains and biases:
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982) for
+the matrices inside the blocks, AdamW (Loshchilov & Hutter 2017, 1711.05101) for embedding, head,
+gains and biases:
 
-    M <- mu M + G;    O = NewtonSchulz(G + mu M);    W <- W - lr (sqrt(max(1, rows / cols)) O + wd W)
+    M <- mu M + G;    O = NewtonSchulz(G + mu M);    W <- W - lr (sqrt(max(1, rows / cols)) O + wd
+    W)
 """
 
 import math
 
 import torch
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steep at zero, and settles within 0.7 .. 1.2
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # Jordan et al.: steep at zero, and settles within 0.7 .. 1.2
 
 
 def orthogonalise(G, steps=5):
-    """Nearest semi-orthogonal matrix to each G (..., rows, cols): U V^T of its SVD, roughly, with no SVD.
+    """Nearest semi-orthogonal matrix to each G (..., rows, cols): U V^T of its SVD, roughly, with
+    no SVD.
 
     Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X in bf16.
     """
@@ -29,7 +36,9 @@ def orthogonalise(G, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; for 2-D parameters. Matrices of one shape are orthogonalised together."""
+    """Momentum, orthogonalised; for 2-D parameters. Matrices of one shape are orthogonalised
+    together.
+    """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -54,7 +63,9 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Several optimizers stepped as one; `schedule` multiplies the learning rate that each group began with."""
+    """Several optimizers stepped as one; `schedule` multiplies the learning rate that each group
+    began with.
+    """
 
     def __init__(self, *optimizers):
         self.optimizers = [o for o in optimizers if o.param_groups]
@@ -85,7 +96,9 @@ class Optimizers:
         return [o.state_dict() for o in self.optimizers]
 
     def load_state_dict(self, states):
-        """Take over the moments; learning rates and weight decay stay those of this run's own flags."""
+        """Take over the moments; learning rates and weight decay stay those of this run's own
+        flags.
+        """
         for o, state in zip(self.optimizers, states, strict=True):
             own = [{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
             o.load_state_dict(state)
@@ -93,12 +106,15 @@ class Optimizers:
                 group.update(values)
 
 
-def build_optimizers(model, kind="muon", lr=0.02, adam_lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=1.0):
+def build_optimizers(
+    model, kind="muon", lr=0.02, adam_lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=1.0
+):
     """The optimizers of a GPT; raises ValueError for an unknown kind.
 
-    kind "muon": matrices of the blocks by Muon at `lr`, the rest by AdamW at `adam_lr`; "adamw": all by AdamW
-    at `adam_lr`. Weight decay falls on matrices only. `layer_decay` < 1 multiplies the learning rate once per
-    layer below the head (Howard & Ruder 2018, arXiv:1801.06146), so that the lowest layers move least.
+    kind "muon": matrices of the blocks by Muon at `lr`, the rest by AdamW at `adam_lr`; "adamw":
+    all by AdamW at `adam_lr`. Weight decay falls on matrices only. `layer_decay` < 1 multiplies the
+    learning rate once per layer below the head (Howard & Ruder 2018, arXiv:1801.06146), so that the
+    lowest layers move least.
     """
     if kind not in ("muon", "adamw"):
         raise ValueError(f"unknown optimizer {kind!r}")
@@ -109,12 +125,18 @@ def build_optimizers(model, kind="muon", lr=0.02, adam_lr=3e-3, weight_decay=0.1
             continue
         hidden = p.dim() == 2 and ".layers." in name
         into = muon if kind == "muon" and hidden else adam
-        factor = layer_decay ** (layers - _layer(name)) if ".layers." in name or "embed" in name else 1.0
+        factor = (
+            layer_decay ** (layers - _layer(name)) if ".layers." in name or "embed" in name else 1.0
+        )
         into.setdefault((factor, p.dim() >= 2), []).append(p)
 
     def groups(members, base):
         return [
-            {"params": params, "lr": base * factor, "weight_decay": weight_decay if decayed else 0.0}
+            {
+                "params": params,
+                "lr": base * factor,
+                "weight_decay": weight_decay if decayed else 0.0,
+            }
             for (factor, decayed), params in members.items()
         ]
 
@@ -126,7 +148,8 @@ def build_optimizers(model, kind="muon", lr=0.02, adam_lr=3e-3, weight_decay=0.1
 
 
 def _layer(name):
-    """Layer number in a parameter's name: model.layers.3.mlp... -> 3; the embedding counts as -1."""
+    """Layer number in a parameter's name: model.layers.3.mlp... -> 3; the embedding counts as -1.
+    """
     parts = name.split(".")
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
 
@@ -135,7 +158,9 @@ def _layer(name):
 
 
 def cosine(step, steps, warmup, floor=0.1):
-    """Linear warm-up, then half a cosine down to `floor` (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
+    """Linear warm-up, then half a cosine down to `floor` (Loshchilov & Hutter 2016,
+    arXiv:1608.03983).
+    """
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -143,7 +168,9 @@ def cosine(step, steps, warmup, floor=0.1):
 
 
 def trapezoid(step, steps, warmup, decay=0.6):
-    """Linear warm-up, constant, then linear to zero over the last `decay` of the run (Hägele et al. 2024, 2405.18392)."""
+    """Linear warm-up, constant, then linear to zero over the last `decay` of the run (Hägele et al.
+    2024, 2405.18392).
+    """
     return min((step + 1) / max(1, warmup), 1.0, (steps - step) / max(1, decay * steps))
 
 

@@ -1,19 +1,22 @@
-"""The pipeline's report: one page that shows what each stage did and what it changed, as HTML and as Markdown.
+"""The pipeline's report: one page that shows what each stage did and what it changed, as HTML and
+as Markdown.
 
-A report is a list of sections; each holds paragraphs, tables, code and figures, written once for both forms.
+A report is a list of sections; each holds paragraphs, tables, code and figures, written once for
+both forms.
 """
 
 from dataclasses import dataclass, field
 from html import escape
 
 STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 860px; margin: 40px auto; padding: 0 20px; color: #1a1a1a }
-h1 { font-size: 30px; margin-bottom: 4px } h2 { margin-top: 44px; border-bottom: 1px solid #e5e7eb; padding-bottom: 6px }
-table { border-collapse: collapse; width: 100%; font-size: 14.5px; margin: 14px 0 }
-th { text-align: left; color: #555; font-weight: 600 } td, th { padding: 5px 10px; border-bottom: 1px solid #eceff3 }
-td { vertical-align: top } td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-pre { background: #f6f8fa; padding: 10px 14px; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; font-size: 13.5px }
-figure { margin: 14px 0 } svg { width: 100%; height: auto } .lead { color: #555; margin-top: 0 }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 860px; margin: 40px auto; padding: 0 20px;
+color: #1a1a1a } h1 { font-size: 30px; margin-bottom: 4px } h2 { margin-top: 44px; border-bottom:
+1px solid #e5e7eb; padding-bottom: 6px } table { border-collapse: collapse; width: 100%; font-size:
+14.5px; margin: 14px 0 } th { text-align: left; color: #555; font-weight: 600 } td, th { padding:
+5px 10px; border-bottom: 1px solid #eceff3 } td { vertical-align: top } td.number { text-align:
+right; font-variant-numeric: tabular-nums; white-space: nowrap } pre { background: #f6f8fa; padding:
+10px 14px; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; font-size: 13.5px } figure {
+margin: 14px 0 } svg { width: 100%; height: auto } .lead { color: #555; margin-top: 0 }
 """
 
 
@@ -43,7 +46,9 @@ def to_html(title, lead, sections):
         body.append(f"<h2>{escape(section.title)}</h2>")
         body += [_HTML[kind](content) for kind, content in section.parts]
     head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
+    return (
+        f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
+    )
 
 
 def to_markdown(title, lead, sections):
@@ -73,7 +78,10 @@ def _html_table(content):
 def _markdown_table(content):
     header, rows = content
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in line) + " |"
+        for line in lines
+    )
 
 
 _HTML = {

@@ -1,12 +1,14 @@
-"""The run folder: settings, metrics, progress bar, curves, samples, and checkpoints to resume from exactly.
+"""The run folder: settings, metrics, progress bar, curves, samples, and checkpoints to resume from
+exactly.
 
-    runs/<name>/    a model folder (hub.py), and beside it
-      train_config.json    the settings of the run; what --resume reads
-      metrics.jsonl        one JSON object per logged step
-      samples.txt          what the model wrote during training
-      curves.svg           the metrics as a picture
-      result.json          the figures reached at the end
-      state.pt             weights, optimizer, step, random generators, data position: written whole or not at all
+runs/<name>/    a model folder (hub.py), and beside it
+  train_config.json    the settings of the run; what --resume reads
+  metrics.jsonl        one JSON object per logged step
+  samples.txt          what the model wrote during training
+  curves.svg           the metrics as a picture
+  result.json          the figures reached at the end
+  state.pt             weights, optimizer, step, random generators, data position: written whole or
+  not at all
 """
 
 import json
@@ -26,11 +28,16 @@ from nanollm.runtime import peak_memory, rng_state, set_rng_state
 
 
 class Run:
-    """A training run and its folder. Only the main process writes; every process may call every method."""
+    """A training run and its folder. Only the main process writes; every process may call every
+    method.
+    """
 
     def __init__(self, cfg, rt, steps):
         self.folder, self.cfg, self.rt, self.steps = Path(cfg.out), cfg, rt, steps
-        self.step, self.seconds = 0, 0.0  # steps done, and seconds spent in earlier sessions of this run
+        self.step, self.seconds = (
+            0,
+            0.0,
+        )  # steps done, and seconds spent in earlier sessions of this run
         self.state = self._load_state() if cfg.resume else None
         if rt.main:
             self._prepare_folder()
@@ -38,9 +45,14 @@ class Run:
         self.started = self.last_time = time.perf_counter()
         self.ended = None
         self.bar = tqdm(
-            total=steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=0.5,
-            desc=self.folder.name, disable=not (rt.main and sys.stderr.isatty()),
-        )  # fmt: skip
+            total=steps,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            desc=self.folder.name,
+            disable=not (rt.main and sys.stderr.isatty()),
+        )
 
     def _load_state(self):
         path = checkpoint_of(self.folder)
@@ -48,11 +60,15 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.step, self.seconds = state["step"], state["seconds"]
         except Exception as e:  # torch.load raises many kinds on a damaged file
-            raise UserError(f"{path} can't be read ({type(e).__name__}); start without --resume") from None
+            raise UserError(
+                f"{path} can't be read ({type(e).__name__}); start without --resume"
+            ) from None
         return state
 
     def _prepare_folder(self):
-        """A resumed run forgets metrics later than its checkpoint; a new one moves an older run out of the way."""
+        """A resumed run forgets metrics later than its checkpoint; a new one moves an older run out
+        of the way.
+        """
         metrics = self.folder / "metrics.jsonl"
         if self.state is not None:
             kept = [m for m in read_metrics(self.folder) if m["step"] <= self.step]
@@ -60,7 +76,9 @@ class Run:
         else:
             if self.folder.exists() and any(self.folder.iterdir()):
                 if not (self.folder / "train_config.json").exists():
-                    raise UserError(f"{self.folder} holds files that are no run of ours; choose another --out")
+                    raise UserError(
+                        f"{self.folder} holds files that are no run of ours; choose another --out"
+                    )
                 previous = self.folder.with_name(self.folder.name + ".previous")
                 shutil.rmtree(previous, ignore_errors=True)
                 os.replace(self.folder, previous)
@@ -68,23 +86,31 @@ class Run:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as e:
-                raise UserError(f"can't write to {self.folder} ({e.strerror}); choose another --out") from None
+                raise UserError(
+                    f"can't write to {self.folder} ({e.strerror}); choose another --out"
+                ) from None
             atomic_write(metrics, "")
         save_config(self.cfg, self.folder / "train_config.json")
 
     def restore(self, model, optimizers, samplers, scaler):
-        """Put everything back as it was at the checkpoint; does nothing in a fresh run. Returns extra values saved."""
+        """Put everything back as it was at the checkpoint; does nothing in a fresh run. Returns
+        extra values saved.
+        """
         if self.state is None:
             return {}
         try:
             model.load_state_dict(self.state["model"])
             optimizers.load_state_dict(self.state["optimizers"])
         except (RuntimeError, ValueError, KeyError):
-            raise UserError(f"the checkpoint in {self.folder} has another shape than the flags ask for") from None
+            raise UserError(
+                f"the checkpoint in {self.folder} has another shape than the flags ask for"
+            ) from None
         for sampler, state in zip(samplers, self.state["samplers"], strict=True):
             sampler.load_state_dict(state)
         scaler.load_state_dict(self.state["scaler"])
-        set_rng_state(self.state["rng"][min(self.rt.rank, len(self.state["rng"]) - 1)], self.rt.device)
+        set_rng_state(
+            self.state["rng"][min(self.rt.rank, len(self.state["rng"]) - 1)], self.rt.device
+        )
         return self.state["extra"]
 
     def checkpoint(self, model, optimizers, samplers, scaler, **extra):
@@ -99,9 +125,15 @@ class Run:
         if not self.rt.main:
             return
         state = {
-            "step": self.step, "seconds": self.elapsed, "rng": rng, "extra": extra, "model": model.state_dict(),
-            "optimizers": optimizers.state_dict(), "samplers": [s.state_dict() for s in samplers], "scaler": scaler.state_dict(),
-        }  # fmt: skip
+            "step": self.step,
+            "seconds": self.elapsed,
+            "rng": rng,
+            "extra": extra,
+            "model": model.state_dict(),
+            "optimizers": optimizers.state_dict(),
+            "samplers": [s.state_dict() for s in samplers],
+            "scaler": scaler.state_dict(),
+        }
         with atomic_file(self.folder / "state.pt") as f:
             torch.save(state, f)
 
@@ -111,9 +143,11 @@ class Run:
         return self.seconds + (self.ended or time.perf_counter()) - self.started
 
     def log(self, tokens=0, show=(), **metrics):
-        """Append a line to metrics.jsonl; values are numbers, `tokens` those trained on since the last call.
+        """Append a line to metrics.jsonl; values are numbers, `tokens` those trained on since the
+        last call.
 
-        The names in `show` go on the progress bar, or on a line of their own where stderr is no terminal.
+        The names in `show` go on the progress bar, or on a line of their own where stderr is no
+        terminal.
         """
         now = time.perf_counter()
         record = {"step": self.step, "seconds": round(self.elapsed, 3), **metrics}
@@ -124,7 +158,9 @@ class Run:
             return
         with open(self.folder / "metrics.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
-        shown = {name: f"{record[name]:.4g}" for name in (*show, "tokens_per_second") if name in record}
+        shown = {
+            name: f"{record[name]:.4g}" for name in (*show, "tokens_per_second") if name in record
+        }
         self.bar.set_postfix(shown)
         if show and self.bar.disable:
             left = (self.elapsed - self.seconds) / max(1, self.bar_steps) * (self.steps - self.step)
@@ -144,7 +180,8 @@ class Run:
         """A loss that is no number ends the run; the last checkpoint stays as it is."""
         if loss != loss or abs(loss) == float("inf"):
             raise UserError(
-                f"the loss became {loss} at step {self.step}; lower the learning rate, or continue from the last "
+                f"the loss became {loss} at step {self.step}; lower the learning rate, or "
+                f"continue from the last "
                 f"checkpoint in {self.folder} with --resume"
             )
 
@@ -166,19 +203,30 @@ class Run:
             atomic_write(path, json.dumps(known | values, indent=2) + "\n")
 
     def speed(self):
-        """Median tokens per second of the run, seconds of training, and peak memory, for result.json."""
-        speeds = sorted(m["tokens_per_second"] for m in read_metrics(self.folder) if "tokens_per_second" in m)
+        """Median tokens per second of the run, seconds of training, and peak memory, for
+        result.json.
+        """
+        speeds = sorted(
+            m["tokens_per_second"] for m in read_metrics(self.folder) if "tokens_per_second" in m
+        )
         return {
-            "tokens_per_second": speeds[len(speeds) // 2] if speeds else 0.0, "seconds": self.elapsed,
-            "peak_memory_bytes": peak_memory(self.rt.device), "steps": self.step,
-        }  # fmt: skip
+            "tokens_per_second": speeds[len(speeds) // 2] if speeds else 0.0,
+            "seconds": self.elapsed,
+            "peak_memory_bytes": peak_memory(self.rt.device),
+            "steps": self.step,
+        }
 
     def draw_curves(self, *names):
-        """curves.svg: the named metrics over the steps, smoothed a little where there are many points."""
+        """curves.svg: the named metrics over the steps, smoothed a little where there are many
+        points.
+        """
         if not self.rt.main:
             return
         metrics = read_metrics(self.folder)
-        series = {name: smooth([(m["step"], m[name]) for m in metrics if m.get(name) is not None]) for name in names}
+        series = {
+            name: smooth([(m["step"], m[name]) for m in metrics if m.get(name) is not None])
+            for name in names
+        }
         chart = line_chart(series, title=self.folder.name, y_label="nats per token")
         atomic_write(self.folder / "curves.svg", chart)
 
@@ -192,7 +240,9 @@ def checkpoint_of(folder):
     """Path of the checkpoint to resume from; raises UserError where there is none."""
     path = Path(folder) / "state.pt"
     if not path.exists():
-        raise UserError(f"nothing to resume in {folder}: no checkpoint was written yet; start without --resume")
+        raise UserError(
+            f"nothing to resume in {folder}: no checkpoint was written yet; start without --resume"
+        )
     return path
 
 
@@ -211,4 +261,6 @@ def smooth(points, most=100):
     """Means of neighbours, so that at most `most` points are left."""
     size = -(-len(points) // most) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+    return [
+        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts
+    ]

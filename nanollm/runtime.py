@@ -1,8 +1,8 @@
 """Where and how a script computes: device, precision, seeds, and several processes under torchrun.
 
 Every script begins with `rt = start(cfg.device, cfg.dtype, cfg.seed)` and ends with `rt.close()`.
-Data parallelism (Li et al. 2020, arXiv:2006.15704): each process computes the gradient of its share of
-the batch, DistributedDataParallel averages them, so N processes take the step that one would.
+Data parallelism (Li et al. 2020, arXiv:2006.15704): each process computes the gradient of its share
+of the batch, DistributedDataParallel averages them, so N processes take the step that one would.
 """
 
 import contextlib
@@ -18,7 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from nanollm.config import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DATASHEET_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}  # bf16, dense
+DATASHEET_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "4090": 165,
+    "3090": 71,
+}  # bf16, dense
 
 
 @dataclass
@@ -38,7 +45,9 @@ class Runtime:
             print(*args, flush=True)
 
     def prepare(self, model, compile=False, train=True):
-        """The model as it's called in training: on the device, in the precision, compiled, data-parallel."""
+        """The model as it's called in training: on the device, in the precision, compiled, data-
+        parallel.
+        """
         model.to(self.device).train(train)
         model.compute_dtype = self.dtype
         called = torch.compile(model) if compile else model
@@ -48,7 +57,9 @@ class Runtime:
         return called
 
     def accumulating(self, model, more):
-        """Context for a backward pass after which `more` follow before the step: gradients aren't sent yet."""
+        """Context for a backward pass after which `more` follow before the step: gradients aren't
+        sent yet.
+        """
         return model.no_sync() if more and self.world > 1 else contextlib.nullcontext()
 
     def sum(self, value):
@@ -60,13 +71,18 @@ class Runtime:
         return total.item()
 
     def scaler(self):
-        """Gradient scaler, which keeps fp16 gradients from vanishing; it does nothing in other precisions."""
+        """Gradient scaler, which keeps fp16 gradients from vanishing; it does nothing in other
+        precisions.
+        """
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def share(self, n):
         """This process's part of n rows: slice for indexing; n must divide evenly."""
         if n % self.world:
-            raise UserError(f"{n} sequences per step can't be shared by {self.world} processes; change --batch_size")
+            raise UserError(
+                f"{n} sequences per step can't be shared by {self.world} processes; change "
+                f"--batch_size"
+            )
         size = n // self.world
         return slice(self.rank * size, (self.rank + 1) * size)
 
@@ -95,7 +111,8 @@ def start(device="auto", dtype="auto", seed=0):
 
 
 def pick_device(name):
-    """A torch.device from "auto" (a GPU if there is one, else the CPU) or a name such as "cuda:1"."""
+    """A torch.device from "auto" (a GPU if there is one, else the CPU) or a name such as "cuda:1".
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -108,7 +125,9 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """A torch.dtype from "auto" (bf16 where the hardware multiplies in it, else fp32), "bf16", "fp16" or "fp32"."""
+    """A torch.dtype from "auto" (bf16 where the hardware multiplies in it, else fp32), "bf16",
+    "fp16" or "fp32".
+    """
     if name == "auto":
         name = "bf16" if has_bf16(device) else "fp32"
     if name not in DTYPES:
@@ -117,7 +136,9 @@ def pick_dtype(name, device):
 
 
 def has_bf16(device):
-    """True where bf16 matrix products run in hardware: Ampere GPUs and later, CPUs with avx512_bf16."""
+    """True where bf16 matrix products run in hardware: Ampere GPUs and later, CPUs with
+    avx512_bf16.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
@@ -144,7 +165,9 @@ def set_rng_state(state, device):
 
 
 def peak_memory(device):
-    """Bytes: the most that the GPU's allocator held, or on a CPU the most that the process had resident."""
+    """Bytes: the most that the GPU's allocator held, or on a CPU the most that the process had
+    resident.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -153,7 +176,8 @@ def peak_memory(device):
 
 
 def flop_per_token(cfg, matrix_parameters, context):
-    """FLOP that training spends per token: 6 per parameter, and 12 * layers * H * D * T / 2 for causal attention.
+    """FLOP that training spends per token: 6 per parameter, and 12 * layers * H * D * T / 2 for
+    causal attention.
 
     Kaplan et al. 2020 (arXiv:2001.08361), table 1; Chowdhery et al. 2022 (2204.02311), appendix B.
     """
@@ -162,7 +186,9 @@ def flop_per_token(cfg, matrix_parameters, context):
 
 
 def model_flops_utilisation(tokens_per_second, flop, device, world=1):
-    """MFU: share of the GPU's datasheet bf16 rate that the training arithmetic reaches; None for unknown hardware."""
+    """MFU: share of the GPU's datasheet bf16 rate that the training arithmetic reaches; None for
+    unknown hardware.
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

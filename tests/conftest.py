@@ -1,7 +1,10 @@
 """What the tests share: one thread, no network, small models with random weights, a tokenizer."""
+
 import os
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before transformers is imported
+os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = (
+    "1"  # before transformers is imported
+)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -10,9 +13,16 @@ import torch
 from nanollm.gpt import GPT, GPTConfig
 from nanollm.tokenizer import Tokenizer
 
-SMALL = {"vocab_size": 270, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-         "max_position_embeddings": 64}
+SMALL = {
+    "vocab_size": 270,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -28,7 +38,9 @@ def tokenizer():
 
 @pytest.fixture
 def random_model():
-    """A small GPT in which every parameter is random: gains, biases and zero-initialised ones too."""
+    """A small GPT in which every parameter is random: gains, biases and zero-initialised ones too.
+    """
+
     def make(seed=0, **changes):
         model = GPT(GPTConfig(**SMALL | changes)).eval()
         randomise(model, seed)
@@ -43,7 +55,8 @@ def randomised():
 
 
 def randomise(model, seed=0):
-    """Vectors around 1, so that gains stay gains; logits spread by about 2, so that tokens differ."""
+    """Vectors around 1, so that gains stay gains; logits spread by about 2, so that tokens differ.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):

@@ -1,4 +1,5 @@
 """Reading, token shards, windows, samplers and packing: nothing is lost, and errors name the line."""
+
 import json
 import random
 from pathlib import Path
@@ -10,9 +11,22 @@ import torch
 from nanollm import data
 from nanollm.config import UserError
 from nanollm.data import (
-    Sampler, TokenShards, Windows, identity, load_shards, pack, read_chats, read_documents, read_jsonl, read_text,
-    split_documents, write_jsonl, write_shards, xz_bits_per_byte,
-)  # fmt: skip
+    Sampler,
+    TokenShards,
+    Windows,
+    load_shards,
+    pack,
+    write_shards,
+    xz_bits_per_byte,
+)
+from nanollm.formats import (
+    identity,
+    read_chats,
+    read_documents,
+    read_jsonl,
+    read_text,
+    split_documents,
+)
 from nanollm.tokenizer import Tokenizer
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "data"
@@ -27,6 +41,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def write(tmp_path):
     """A file with this content, lines or bytes."""
+
     def make(content, name="data.jsonl"):
         path = tmp_path / name
         content = "\n".join(content) if isinstance(content, list) else content
@@ -44,33 +59,63 @@ def chat(*messages):
     return json.dumps({"messages": messages})
 
 
-@pytest.mark.parametrize("read, lines, sentence", [
-    (read_jsonl, [GOOD_TEXT, '{"text": "b"'], "line 2: broken JSON"),
-    (read_jsonl, [GOOD_TEXT, "", "oops"], "line 3: broken JSON"),
-    (read_jsonl, [GOOD_TEXT, "[1]"], "line 2: a JSON object is wanted, not list"),
-    (read_jsonl, ['"text"'], "line 1: a JSON object is wanted, not str"),
-    (read_jsonl, ["[", GOOD_TEXT + ",", "oops]"], "line 3: broken JSON"),
-    (read_jsonl, ["[1]"], "line 1: a JSON object is wanted, not int"),
-    (read_documents, [GOOD_TEXT, '{"txt": "b"}'], 'line 2: a corpus record needs a "text"'),
-    (read_documents, [GOOD_TEXT, GOOD_TEXT, '{"text": 3}'], 'line 3: a corpus record needs a "text"'),
-    (read_chats, [GOOD_CHAT, "{}"], 'line 2: a chat record needs "messages"'),
-    (read_chats, ['{"messages": []}'], 'line 1: a chat record needs "messages"'),
-    (read_chats, ['{"messages": "hi"}'], 'line 1: a chat record needs "messages"'),
-    (read_chats, [chat("hi")], 'line 1: message 0 has no "role"'),
-    (read_chats, [chat({"content": "a"})], 'line 1: message 0 has no "role"'),
-    (read_chats, [chat({"role": "user", "content": "a"}, {"role": "bot", "content": "b"})],
-     "line 1: message 1 has the unknown role 'bot'"),
-    (read_chats, [chat({"role": ["user"], "content": "a"})], r"line 1: message 0 has the unknown role \['user'\]"),
-    (read_chats, [chat({"role": "user"})], 'line 1: message 0 has no text in "content"'),
-    (read_chats, [chat({"role": "user", "content": None})], 'line 1: message 0 has no text in "content"'),
-    (read_chats, ['{"conversations": "hi"}'], 'line 1: "conversations" must be a list'),
-    (read_chats, ['{"conversations": ["hi"]}'], 'line 1: "conversations" must be a list'),
-    (read_chats, ['{"conversations": [{"from": "cat", "value": "miau"}]}'],
-     "line 1: message 0 has the unknown role 'cat'"),
-    (read_chats, ['{"conversations": [{"from": ["cat"], "value": "miau"}]}'], "line 1: message 0 has the unknown role"),
-    (read_chats, ['{"conversations": [{"from": "human"}]}'], 'line 1: message 0 has no text in "content"'),
-    (read_chats, ['{"instruction": "Sing."}'], 'line 1: message 1 has no text in "content"'),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "read, lines, sentence",
+    [
+        (read_jsonl, [GOOD_TEXT, '{"text": "b"'], "line 2: broken JSON"),
+        (read_jsonl, [GOOD_TEXT, "", "oops"], "line 3: broken JSON"),
+        (read_jsonl, [GOOD_TEXT, "[1]"], "line 2: a JSON object is wanted, not list"),
+        (read_jsonl, ['"text"'], "line 1: a JSON object is wanted, not str"),
+        (read_jsonl, ["[", GOOD_TEXT + ",", "oops]"], "line 3: broken JSON"),
+        (read_jsonl, ["[1]"], "line 1: a JSON object is wanted, not int"),
+        (read_documents, [GOOD_TEXT, '{"txt": "b"}'], 'line 2: a corpus record needs a "text"'),
+        (
+            read_documents,
+            [GOOD_TEXT, GOOD_TEXT, '{"text": 3}'],
+            'line 3: a corpus record needs a "text"',
+        ),
+        (read_chats, [GOOD_CHAT, "{}"], 'line 2: a chat record needs "messages"'),
+        (read_chats, ['{"messages": []}'], 'line 1: a chat record needs "messages"'),
+        (read_chats, ['{"messages": "hi"}'], 'line 1: a chat record needs "messages"'),
+        (read_chats, [chat("hi")], 'line 1: message 0 has no "role"'),
+        (read_chats, [chat({"content": "a"})], 'line 1: message 0 has no "role"'),
+        (
+            read_chats,
+            [chat({"role": "user", "content": "a"}, {"role": "bot", "content": "b"})],
+            "line 1: message 1 has the unknown role 'bot'",
+        ),
+        (
+            read_chats,
+            [chat({"role": ["user"], "content": "a"})],
+            r"line 1: message 0 has the unknown role \['user'\]",
+        ),
+        (read_chats, [chat({"role": "user"})], 'line 1: message 0 has no text in "content"'),
+        (
+            read_chats,
+            [chat({"role": "user", "content": None})],
+            'line 1: message 0 has no text in "content"',
+        ),
+        (read_chats, ['{"conversations": "hi"}'], 'line 1: "conversations" must be a list'),
+        (read_chats, ['{"conversations": ["hi"]}'], 'line 1: "conversations" must be a list'),
+        (
+            read_chats,
+            ['{"conversations": [{"from": "cat", "value": "miau"}]}'],
+            "line 1: message 0 has the unknown role 'cat'",
+        ),
+        (
+            read_chats,
+            ['{"conversations": [{"from": ["cat"], "value": "miau"}]}'],
+            "line 1: message 0 has the unknown role",
+        ),
+        (
+            read_chats,
+            ['{"conversations": [{"from": "human"}]}'],
+            'line 1: message 0 has no text in "content"',
+        ),
+        (read_chats, ['{"instruction": "Sing."}'], 'line 1: message 1 has no text in "content"'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_a_malformed_record_is_named_by_file_and_line(read, lines, sentence, write):
     path = write(lines)
     with pytest.raises(UserError, match=sentence) as error:
@@ -78,9 +123,14 @@ def test_a_malformed_record_is_named_by_file_and_line(read, lines, sentence, wri
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content, sentence", [
-    (b"", "is empty"), (b" \n\t\n", "is empty"), (b"abc\xff", r"is not UTF-8 text \(byte 3\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (b"", "is empty"),
+        (b" \n\t\n", "is empty"),
+        (b"abc\xff", r"is not UTF-8 text \(byte 3\)"),
+    ],
+)
 def test_a_file_without_text_is_refused(content, sentence, write):
     with pytest.raises(UserError, match=sentence):
         read_text(write(content, "a.txt"))
@@ -111,44 +161,74 @@ def test_a_text_file_is_one_document(write):
 
 def test_written_records_are_read_back(tmp_path):
     records = [{"text": "é\n\u2028"}, {"text": "b", "n": 1}]
-    write_jsonl(tmp_path / "a.jsonl", records)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
     assert [record for _, record in read_jsonl(tmp_path / "a.jsonl")] == records
 
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
-@pytest.mark.parametrize("record, messages", [
-    ({"messages": MESSAGES}, MESSAGES),
-    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, MESSAGES),
-    ({"conversations": [{"from": "system", "value": "Be kind"}, {"from": "user", "value": "Hi"},
-                        {"from": "assistant", "value": "Hello"}, {"from": "tool", "value": "4"}]},
-     [{"role": "system", "content": "Be kind"}, *MESSAGES, {"role": "tool", "content": "4"}]),
-    ({"instruction": "Hi", "output": "Hello"}, MESSAGES),
-    ({"instruction": "Hi", "input": "", "output": "Hello"}, MESSAGES),
-    ({"instruction": "Add", "input": "1 2", "output": "3"},
-     [{"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"}]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "record, messages",
+    [
+        ({"messages": MESSAGES}, MESSAGES),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello"},
+                ]
+            },
+            MESSAGES,
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be kind"},
+                    {"from": "user", "value": "Hi"},
+                    {"from": "assistant", "value": "Hello"},
+                    {"from": "tool", "value": "4"},
+                ]
+            },
+            [{"role": "system", "content": "Be kind"}, *MESSAGES, {"role": "tool", "content": "4"}],
+        ),
+        ({"instruction": "Hi", "output": "Hello"}, MESSAGES),
+        ({"instruction": "Hi", "input": "", "output": "Hello"}, MESSAGES),
+        (
+            {"instruction": "Add", "input": "1 2", "output": "3"},
+            [{"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"}],
+        ),
+    ],
+)
 def test_chats_of_three_formats_become_messages(record, messages, write):
     assert read_chats(write([json.dumps(record)]))[0]["messages"] == messages
 
 
 def test_other_keys_of_a_chat_are_kept(write):
-    assert read_chats(write([json.dumps({"messages": MESSAGES, "kind": "greeting"})]))[0]["kind"] == "greeting"
+    assert (
+        read_chats(write([json.dumps({"messages": MESSAGES, "kind": "greeting"})]))[0]["kind"]
+        == "greeting"
+    )
 
 
-@pytest.mark.parametrize("name, read", [("instructions.json", read_chats), ("tinystories.txt", read_documents)])
+@pytest.mark.parametrize(
+    "name, read", [("instructions.json", read_chats), ("tinystories.txt", read_documents)]
+)
 def test_real_samples_are_read(name, read):
     if not (SAMPLES / name).exists():
         pytest.skip("the samples are not here")
     assert len(read(SAMPLES / name)) >= 1
 
 
-@pytest.mark.parametrize("documents, train, val", [
-    (["0123456789"], ["01234567"], ["89"]),
-    (["a", "b", "c", "d", "e"], ["a", "b", "c", "d"], ["e"]),
-    (["a", "b", "c"], ["a", "b"], ["c"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "documents, train, val",
+    [
+        (["0123456789"], ["01234567"], ["89"]),
+        (["a", "b", "c", "d", "e"], ["a", "b", "c", "d"], ["e"]),
+        (["a", "b", "c"], ["a", "b"], ["c"]),
+    ],
+)
 def test_a_corpus_is_split_by_hand(documents, train, val):
     assert split_documents(documents, "train", 0.2) == train
     assert split_documents(documents, "val", 0.2) == val
@@ -202,9 +282,14 @@ def test_tokens_made_once_are_found_again(tokenizer, monkeypatch):
     assert again.text_bytes == 16
 
 
-@pytest.mark.parametrize("source, name", [
-    (["b.txt", 16], "bytes"), (["a.txt", 17], "bytes"), (["a.txt", 16], "trained"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        (["b.txt", 16], "bytes"),
+        (["a.txt", 17], "bytes"),
+        (["a.txt", 16], "trained"),
+    ],
+)
 def test_another_source_or_tokenizer_is_tokenised_anew(source, name, tokenizer, cache):
     load_shards(lambda: ["Once upon a time"], ["a.txt", 16], tokenizer)
     other = tokenizer if name == "bytes" else Tokenizer.train(["aaaa bbbb aaaa"], 272)
@@ -215,7 +300,10 @@ def test_another_source_or_tokenizer_is_tokenised_anew(source, name, tokenizer, 
 def test_a_changed_file_has_another_identity(write):
     before = identity(write("abc", "a.txt"))
     assert identity(write("abcd", "a.txt")) != before
-    assert identity(write("abc", "b.txt"))[1:2] == before[1:2] and identity(write("abc", "b.txt")) != before
+    assert (
+        identity(write("abc", "b.txt"))[1:2] == before[1:2]
+        and identity(write("abc", "b.txt")) != before
+    )
 
 
 @pytest.fixture
@@ -227,30 +315,37 @@ def shard_folder(tokenizer, tmp_path):
 def edit_meta(**changes):
     def edit(folder):
         meta = json.loads((folder / "meta.json").read_text()) | changes
-        (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if v is not ...}))
+        (folder / "meta.json").write_text(
+            json.dumps({k: v for k, v in meta.items() if v is not ...})
+        )
 
     return edit
 
 
 def cut(size):
-    return lambda folder: (folder / "shard_00000.bin").write_bytes((folder / "shard_00000.bin").read_bytes()[:size])
+    return lambda folder: (folder / "shard_00000.bin").write_bytes(
+        (folder / "shard_00000.bin").read_bytes()[:size]
+    )
 
 
-@pytest.mark.parametrize("spoil, sentence", [
-    (edit_meta(tokenizer="other"), "were made with another tokenizer"),
-    (cut(20), "is truncated; delete it"),
-    (cut(21), "no intact folder of token shards.*; delete it"),
-    (cut(0), "no intact folder"),
-    (lambda folder: (folder / "shard_00000.bin").unlink(), "no intact folder"),
-    (lambda folder: (folder / "meta.json").unlink(), "no intact folder"),
-    (lambda folder: (folder / "meta.json").write_text("{"), "no intact folder"),
-    (lambda folder: (folder / "meta.json").write_text("[]"), "no intact folder"),
-    (edit_meta(dtype="<zz"), "no intact folder"),
-    (edit_meta(shards=...), "no intact folder"),
-    (edit_meta(tokens=...), "no intact folder"),
-    (edit_meta(text_bytes=...), "no intact folder"),
-    (edit_meta(documents=...), "no intact folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (edit_meta(tokenizer="other"), "were made with another tokenizer"),
+        (cut(20), "is truncated; delete it"),
+        (cut(21), "no intact folder of token shards.*; delete it"),
+        (cut(0), "no intact folder"),
+        (lambda folder: (folder / "shard_00000.bin").unlink(), "no intact folder"),
+        (lambda folder: (folder / "meta.json").unlink(), "no intact folder"),
+        (lambda folder: (folder / "meta.json").write_text("{"), "no intact folder"),
+        (lambda folder: (folder / "meta.json").write_text("[]"), "no intact folder"),
+        (edit_meta(dtype="<zz"), "no intact folder"),
+        (edit_meta(shards=...), "no intact folder"),
+        (edit_meta(tokens=...), "no intact folder"),
+        (edit_meta(text_bytes=...), "no intact folder"),
+        (edit_meta(documents=...), "no intact folder"),
+    ],
+)
 def test_damaged_shards_are_refused(spoil, sentence, shard_folder, tokenizer):
     spoil(shard_folder)
     with pytest.raises(UserError, match=sentence) as error:
@@ -298,7 +393,9 @@ def test_too_few_tokens_for_one_row_are_refused(lengths):
 
 
 def test_a_token_beyond_32767_stays_positive():
-    shards = TokenShards([np.array([65535, 40000, 1], dtype="<u2")], tokens=3, text_bytes=0, documents=1)
+    shards = TokenShards(
+        [np.array([65535, 40000, 1], dtype="<u2")], tokens=3, text_bytes=0, documents=1
+    )
     assert Windows(shards, 2).rows([0]).tolist() == [[65535, 40000, 1]]
 
 
@@ -396,5 +493,7 @@ def test_xz_needs_almost_nothing_for_what_it_has_seen():
 
 
 def test_xz_needs_four_bits_for_each_of_sixteen_equally_likely_letters():
-    seen, unseen = ("".join(random.Random(seed).choices("abcdefghijklmnop", k=20_000)) for seed in (0, 1))
+    seen, unseen = (
+        "".join(random.Random(seed).choices("abcdefghijklmnop", k=20_000)) for seed in (0, 1)
+    )
     assert 4.0 <= xz_bits_per_byte([seen], [unseen]) < 4.6

@@ -1,4 +1,6 @@
-"""Sampling: parity with transformers and with our own uncached forward, and the laws of samplers."""
+"""Sampling: parity with transformers and with our own uncached forward, and the laws of samplers.
+"""
+
 import math
 
 import pytest
@@ -31,7 +33,7 @@ def slow_greedy(model, prompt, n, stop_ids=()):
         ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
         if ids[-1] in stop_ids:
             break
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 def fresh_logprobs(model, out, temperature=1.0):
@@ -42,7 +44,7 @@ def fresh_logprobs(model, out, temperature=1.0):
         ids = torch.cat([prompt, new])[None]
         with torch.no_grad():
             logprobs = token_logprobs(model(ids[:, :-1]).float() / temperature, ids[:, 1:])[0]
-        rows.append(logprobs[len(prompt) - 1:])
+        rows.append(logprobs[len(prompt) - 1 :])
     return rows
 
 
@@ -50,7 +52,9 @@ def fresh_logprobs(model, out, temperature=1.0):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_equals_an_uncached_loop_for_prompts_of_different_lengths(shape, random_model):
     model, prompts = random_model(**shape), some_prompts()
-    assert generate(model, prompts, 12, temperature=0).lists() == [slow_greedy(model, p, 12) for p in prompts]
+    assert generate(model, prompts, 12, temperature=0).lists() == [
+        slow_greedy(model, p, 12) for p in prompts
+    ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -59,20 +63,28 @@ def test_greedy_equals_transformers_generate(shape, random_model, tokenizer, tmp
     model, prompts = random_model(**shape), some_prompts()
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ours = generate(model, prompts, 12, temperature=0, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
-    tokens = theirs.generate(ours.prompts, attention_mask=ours.prompt_mask.long(), max_new_tokens=12)
-    assert torch.equal(ours.tokens, tokens[:, ours.prompts.shape[1]:])
+    ours = generate(
+        model, prompts, 12, temperature=0, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id
+    )
+    tokens = theirs.generate(
+        ours.prompts, attention_mask=ours.prompt_mask.long(), max_new_tokens=12
+    )
+    assert torch.equal(ours.tokens, tokens[:, ours.prompts.shape[1] :])
 
 
-def test_a_stop_token_in_greedy_decoding_pads_as_transformers_does(random_model, tokenizer, tmp_path):
+def test_a_stop_token_in_greedy_decoding_pads_as_transformers_does(
+    random_model, tokenizer, tmp_path
+):
     transformers = pytest.importorskip("transformers")
     model, prompts = random_model(), some_prompts()
     stop = slow_greedy(model, prompts[0], 4)[-1]
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ours = generate(model, prompts, 12, temperature=0, stop_ids={stop}, pad_id=tokenizer.pad_id)
-    tokens = theirs.generate(ours.prompts, attention_mask=ours.prompt_mask.long(), max_new_tokens=12, eos_token_id=stop)
-    assert torch.equal(ours.tokens, tokens[:, ours.prompts.shape[1]:])
+    tokens = theirs.generate(
+        ours.prompts, attention_mask=ours.prompt_mask.long(), max_new_tokens=12, eos_token_id=stop
+    )
+    assert torch.equal(ours.tokens, tokens[:, ours.prompts.shape[1] :])
     assert ours.mask[0].sum() <= 4
 
 
@@ -89,7 +101,9 @@ def test_each_prompt_is_continued_by_its_own_samples(random_model):
     assert out.tokens.shape == (12, 6)
     greedy = [slow_greedy(model, p, 6) for p in prompts]
     assert out.lists() == [g for g in greedy for _ in range(3)]
-    assert [row[m].tolist() for row, m in zip(out.prompts, out.prompt_mask)] == [p for p in prompts for _ in range(3)]
+    assert [row[m].tolist() for row, m in zip(out.prompts, out.prompt_mask)] == [
+        p for p in prompts for _ in range(3)
+    ]
 
 
 def test_the_samples_of_a_prompt_differ(random_model):
@@ -107,9 +121,19 @@ def test_the_same_seed_gives_the_same_samples_and_another_seed_others(random_mod
 
 def test_a_row_ends_with_its_stop_token_and_is_padding_after_it(random_model):
     stops = set(range(8))  # 3% of the tokens or so
-    out = generate(random_model(), some_prompts(), 40, samples=8, stop_ids=stops, pad_id=257, generator=seeded())
+    out = generate(
+        random_model(),
+        some_prompts(),
+        40,
+        samples=8,
+        stop_ids=stops,
+        pad_id=257,
+        generator=seeded(),
+    )
     ended = 0
-    for tokens, mask, logprobs in zip(out.tokens.tolist(), out.mask.tolist(), out.logprobs.tolist()):
+    for tokens, mask, logprobs in zip(
+        out.tokens.tolist(), out.mask.tolist(), out.logprobs.tolist()
+    ):
         length = sum(mask)
         assert mask == [True] * length + [False] * (len(mask) - length)
         assert not stops & set(tokens[: length - 1])
@@ -132,16 +156,22 @@ def test_decoding_ends_when_all_rows_have(random_model):
 @pytest.mark.parametrize("samples", [1, 3])
 def test_logprobs_are_those_of_a_fresh_forward(samples, temperature, random_model):
     model = random_model()
-    out = generate(model, some_prompts(), 10, samples=samples, temperature=temperature, generator=seeded())
+    out = generate(
+        model, some_prompts(), 10, samples=samples, temperature=temperature, generator=seeded()
+    )
     for ours, mask, fresh in zip(out.logprobs, out.mask, fresh_logprobs(model, out, temperature)):
         assert torch.allclose(ours[mask], fresh, atol=1e-4)
 
 
 def test_logprobs_stay_right_after_finished_rows_have_left_the_batch(random_model, monkeypatch):
     batches, keep = [], module.Engine.keep
-    monkeypatch.setattr(module.Engine, "keep", lambda self, rows: (batches.append(len(rows)), keep(self, rows))[1])
+    monkeypatch.setattr(
+        module.Engine, "keep", lambda self, rows: (batches.append(len(rows)), keep(self, rows))[1]
+    )
     model = random_model()
-    out = generate(model, some_prompts(), 40, samples=8, stop_ids=set(range(30)), generator=seeded(3))
+    out = generate(
+        model, some_prompts(), 40, samples=8, stop_ids=set(range(30)), generator=seeded(3)
+    )
     assert len(batches) >= 3 and batches == sorted(batches, reverse=True) and batches[0] <= 16
     for ours, mask, fresh in zip(out.logprobs, out.mask, fresh_logprobs(model, out)):
         assert torch.allclose(ours[mask], fresh, atol=1e-4)
@@ -179,7 +209,9 @@ def test_top_k_keeps_the_k_largest(k, kept):
     assert [i for i, x in enumerate(logits[0]) if x > -INF] == kept
 
 
-@pytest.mark.parametrize("p, kept", [(0.3, [1]), (0.6, [1, 3]), (0.75, [1, 2, 3]), (0.95, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    "p, kept", [(0.3, [1]), (0.6, [1, 3]), (0.75, [1, 2, 3]), (0.95, [0, 1, 2, 3])]
+)
 def test_top_p_keeps_the_fewest_that_reach_p(p, kept):
     logits = keep_top_p(torch.tensor(LOGITS), p)
     assert [i for i, x in enumerate(logits[0]) if x > -INF] == kept
@@ -200,13 +232,19 @@ def test_top_p_equals_transformers(p):
     assert torch.equal(keep_top_p(logits, p), warpers.TopPLogitsWarper(p)(None, logits))
 
 
-@pytest.mark.parametrize("settings, probabilities", [
-    ({}, [0.1, 0.4, 0.2, 0.3]),
-    ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares
-    ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
-    ({"top_p": 0.75}, [0, 4 / 9, 2 / 9, 3 / 9]),
-    ({"top_k": 3, "top_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),  # of 4/9, 3/9, 2/9 the first two reach 0.7
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, probabilities",
+    [
+        ({}, [0.1, 0.4, 0.2, 0.3]),
+        ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares
+        ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_p": 0.75}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        (
+            {"top_k": 3, "top_p": 0.7},
+            [0, 4 / 7, 0, 3 / 7],
+        ),  # of 4/9, 3/9, 2/9 the first two reach 0.7
+    ],
+)
 def test_tokens_are_drawn_as_often_as_their_probability_says(settings, probabilities):
     n = 20_000
     tokens, _ = sample(torch.tensor(LOGITS).expand(n, 4), generator=seeded(), **settings)
@@ -222,7 +260,9 @@ def test_temperature_zero_takes_the_largest():
     assert logprobs.exp().tolist() == pytest.approx([0.4] * 5)
 
 
-@pytest.mark.parametrize("temperature, p", [(1.0, [0.1, 0.4, 0.2, 0.3]), (0.5, [1 / 30, 16 / 30, 4 / 30, 9 / 30])])
+@pytest.mark.parametrize(
+    "temperature, p", [(1.0, [0.1, 0.4, 0.2, 0.3]), (0.5, [1 / 30, 16 / 30, 4 / 30, 9 / 30])]
+)
 def test_sample_reports_the_logprob_at_its_temperature(temperature, p):
     tokens, logprobs = sample(torch.tensor(LOGITS).expand(50, 4), temperature, generator=seeded())
     assert logprobs.exp().tolist() == pytest.approx([p[i] for i in tokens.tolist()], abs=1e-6)
@@ -239,11 +279,14 @@ def test_a_token_of_zero_probability_is_never_drawn():
 
 
 # --- errors ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("prompts, new, sentence", [
-    ([[1] * 60], 5, "60 tokens and 5 new ones don't fit the model's context of 64"),
-    ([[1], [1] * 65], 1, "65 tokens and 1 new ones"),
-    ([[1, 2], []], 4, "empty prompt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompts, new, sentence",
+    [
+        ([[1] * 60], 5, "60 tokens and 5 new ones don't fit the model's context of 64"),
+        ([[1], [1] * 65], 1, "65 tokens and 1 new ones"),
+        ([[1, 2], []], 4, "empty prompt"),
+    ],
+)
 def test_a_prompt_that_does_not_fit_is_the_users_error(prompts, new, sentence, random_model):
     with pytest.raises(UserError, match=sentence) as error:
         generate(random_model(), prompts, new)
@@ -253,13 +296,18 @@ def test_a_prompt_that_does_not_fit_is_the_users_error(prompts, new, sentence, r
 def test_prompt_and_answer_may_fill_the_context_exactly(random_model):
     model = random_model()
     prompts = some_prompts((60, 12))
-    assert generate(model, prompts, 4, temperature=0).lists() == [slow_greedy(model, p, 4) for p in prompts]
+    assert generate(model, prompts, 4, temperature=0).lists() == [
+        slow_greedy(model, p, 4) for p in prompts
+    ]
 
 
 # --- stream ------------------------------------------------------------------------------------
 def test_stream_yields_what_generate_returns(random_model):
     model, prompt = random_model(), some_prompts()[0]
-    assert list(stream(model, prompt, 10, temperature=0)) == generate(model, [prompt], 10, temperature=0).lists()[0]
+    assert (
+        list(stream(model, prompt, 10, temperature=0))
+        == generate(model, [prompt], 10, temperature=0).lists()[0]
+    )
     streamed = list(stream(model, prompt, 10, temperature=0.9, generator=seeded()))
     assert streamed == generate(model, [prompt], 10, temperature=0.9, generator=seeded()).lists()[0]
 

@@ -1,4 +1,6 @@
-"""GPT: parity with transformers through the files of a folder, and what makes a decoder a decoder."""
+"""GPT: parity with transformers through the files of a folder, and what makes a decoder a decoder.
+"""
+
 import json
 import math
 
@@ -8,23 +10,40 @@ import torch.nn.functional as F
 
 from nanollm.data import pack
 from nanollm.gpt import (
-    GPT, GPTConfig, RMSNorm, attend, count_parameters, document_mask, rope_frequencies, rotation_table, rotate,
-)  # fmt: skip
+    GPT,
+    GPTConfig,
+    RMSNorm,
+    attend,
+    count_parameters,
+    document_mask,
+    rope_frequencies,
+    rotate,
+    rotation_table,
+)
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import token_logprobs
 
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 32}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 SHAPES = {
     "llama, tied, grouped": {"qk_norm": False},
-    "llama, untied, a head size of its own": {"qk_norm": False, "tie_word_embeddings": False, "head_dim": 16},
+    "llama, untied, a head size of its own": {
+        "qk_norm": False,
+        "tie_word_embeddings": False,
+        "head_dim": 16,
+    },
     "llama, one key-value head": {"qk_norm": False, "num_key_value_heads": 1},
     "llama, stretched rope": {"qk_norm": False, "rope_scaling": LLAMA3_ROPE, "rope_theta": 500.0},
     "qwen3, tied, grouped": {"rope_theta": 1e6},
     "qwen3, untied, full": {"tie_word_embeddings": False, "num_key_value_heads": 4},
     "qwen2, tied": {"qk_norm": False, "attention_bias": True},
     "qwen2, untied": {"qk_norm": False, "attention_bias": True, "tie_word_embeddings": False},
-}  # fmt: skip
+}
 CLASSES = {"llama": "Llama", "qwen3": "Qwen3", "qwen2": "Qwen2"}
 
 
@@ -44,7 +63,9 @@ def gradients(model):
 
 # --- parity ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", SHAPES)
-def test_transformers_opens_our_folder_and_computes_our_logits(shape, random_model, tokenizer, tmp_path):
+def test_transformers_opens_our_folder_and_computes_our_logits(
+    shape, random_model, tokenizer, tmp_path
+):
     transformers = pytest.importorskip("transformers")
     model, tokens = random_model(**SHAPES[shape]), some_tokens()
     save_model(model, tokenizer, tmp_path)
@@ -65,9 +86,18 @@ def test_a_saved_model_loads_with_the_same_logits(shape, random_model, tokenizer
 
 def their_model(kind, randomised, **changes):
     transformers = pytest.importorskip("transformers")
-    values = {"vocab_size": 270, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-              "bos_token_id": None, "eos_token_id": None, "head_dim": 8}  # fmt: skip
+    values = {
+        "vocab_size": 270,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "head_dim": 8,
+    }
     if kind == "qwen2":  # Qwen2 has no head size of its own
         del values["head_dim"]
     config = getattr(transformers, CLASSES[kind] + "Config")(**values | changes)
@@ -78,7 +108,9 @@ def their_model(kind, randomised, **changes):
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", CLASSES)
-def test_we_open_transformers_folder_and_compute_its_logits(kind, tied, shards, dtype, tokenizer, randomised, tmp_path):
+def test_we_open_transformers_folder_and_compute_its_logits(
+    kind, tied, shards, dtype, tokenizer, randomised, tmp_path
+):
     rope = {"rope_type": "default", "rope_theta": 5000.0}
     theirs = their_model(kind, randomised, tie_word_embeddings=tied, rope_parameters=rope).to(dtype)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB" if shards > 1 else "5GB")
@@ -88,19 +120,25 @@ def test_we_open_transformers_folder_and_compute_its_logits(kind, tied, shards, 
     assert (tmp_path / "model.safetensors.index.json").exists() == (shards > 1)
     ours, _ = load_model(tmp_path)
     assert ours.model.norm.weight.dtype == torch.float32
-    theirs = type(theirs).from_pretrained(tmp_path, dtype=torch.float32)  # .float() would keep bf16 angles
+    theirs = type(theirs).from_pretrained(
+        tmp_path, dtype=torch.float32
+    )  # .float() would keep bf16 angles
     with torch.no_grad():
         assert_close(ours(tokens), theirs(tokens).logits)
 
 
 def test_the_older_rope_theta_means_the_same_as_rope_parameters(tokenizer, randomised, tmp_path):
-    theirs = their_model("llama", randomised, rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    theirs = their_model(
+        "llama", randomised, rope_parameters={"rope_type": "default", "rope_theta": 77.0}
+    )
     theirs.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     tokens = some_tokens()
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rope_parameters"]
-    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0, "rope_scaling": None}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"rope_theta": 77.0, "rope_scaling": None})
+    )
     assert_close(load_model(tmp_path)[0](tokens), theirs(tokens).logits)
 
 
@@ -135,7 +173,9 @@ def test_rope_leaves_products_that_depend_on_the_distance_alone():
 
 def test_llama3_rope_keeps_short_waves_and_stretches_long_ones():
     scaling = LLAMA3_ROPE | {"original_max_position_embeddings": 64}
-    plain = rope_frequencies(GPTConfig(head_dim=8))  # 1, 0.1, 0.01, 0.001: 10.2, 1.02, .1, .01 turns in 64
+    plain = rope_frequencies(
+        GPTConfig(head_dim=8)
+    )  # 1, 0.1, 0.01, 0.001: 10.2, 1.02, .1, .01 turns in 64
     stretched = rope_frequencies(GPTConfig(head_dim=8, rope_scaling=scaling))
     assert stretched[0] == plain[0]  # more than 4 turns
     assert stretched[2:].tolist() == pytest.approx((plain[2:] / 8).tolist())  # less than 1
@@ -147,10 +187,13 @@ def test_rmsnorm_divides_by_the_root_of_the_mean_square():
     assert norm(torch.tensor([3.0, 4.0])).tolist() == pytest.approx([3 / 12.5**0.5, 4 / 12.5**0.5])
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    ({"num_attention_heads": 4, "num_key_value_heads": 3}, "can't share 3 key-value heads"),
-    ({"head_dim": 7}, "head size 7 is odd"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "can't share 3 key-value heads"),
+        ({"head_dim": 7}, "head size 7 is odd"),
+    ],
+)
 def test_an_impossible_shape_is_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         GPTConfig(**changes)
@@ -177,7 +220,9 @@ def test_a_token_never_sees_what_comes_after_it(random_model):
     changed[0, 12] = (tokens[0, 12] + 1) % 270
     before, after = model(tokens), model(changed)
     assert torch.equal(before[:, :12], after[:, :12])
-    assert ((before - after)[:, 12:].abs().amax(-1) > 1e-3).all()  # and all that follows does see it
+    assert (
+        (before - after)[:, 12:].abs().amax(-1) > 1e-3
+    ).all()  # and all that follows does see it
 
 
 def test_document_mask_by_hand():
@@ -243,7 +288,9 @@ def test_checkpointing_computes_each_block_once_more(checkpointed, forwards, ran
     assert [calls.count(0), calls.count(1)] == [forwards, forwards]
 
 
-@pytest.mark.parametrize("shape", ["llama, untied, a head size of its own", "qwen3, tied, grouped", "qwen2, tied"])
+@pytest.mark.parametrize(
+    "shape", ["llama, untied, a head size of its own", "qwen3, tied, grouped", "qwen2, tied"]
+)
 def test_bf16_computes_within_its_rounding_and_keeps_fp32_weights(shape, random_model):
     model, tokens = random_model(**SHAPES[shape]), some_tokens()
     exact = model(tokens).detach()
@@ -270,8 +317,15 @@ def test_every_block_starts_as_the_identity():
 @pytest.mark.parametrize("C", [64, 128, 768, 2048])
 def test_a_fresh_model_of_any_width_finds_all_tokens_about_equally_likely(C, tied):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=4096, hidden_size=C, intermediate_size=64, num_hidden_layers=1,
-                          tie_word_embeddings=tied))  # fmt: skip
+    model = GPT(
+        GPTConfig(
+            vocab_size=4096,
+            hidden_size=C,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            tie_word_embeddings=tied,
+        )
+    )
     tokens = some_tokens(B=4, T=64, V=4096)
     with torch.no_grad():
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
@@ -281,12 +335,17 @@ def test_a_fresh_model_of_any_width_finds_all_tokens_about_equally_likely(C, tie
 def test_gains_start_at_one_and_biases_at_zero():
     model = GPT(GPTConfig(attention_bias=True))
     values = {name: p.unique().tolist() for name, p in model.named_parameters() if p.dim() == 1}
-    assert values and all(v == ([0.0] if name.endswith("bias") else [1.0]) for name, v in values.items())
+    assert values and all(
+        v == ([0.0] if name.endswith("bias") else [1.0]) for name, v in values.items()
+    )
 
 
 def test_a_fresh_model_learns_one_sequence_by_heart():
     torch.manual_seed(0)
-    model, tokens = GPT(GPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)), some_tokens(1, 16, 64)
+    model, tokens = (
+        GPT(GPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)),
+        some_tokens(1, 16, 64),
+    )
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(100):
         loss = -token_logprobs(model(tokens[:, :-1]), tokens[:, 1:]).mean()
@@ -298,8 +357,16 @@ def test_a_fresh_model_learns_one_sequence_by_heart():
 
 @pytest.mark.parametrize("tied, total, in_products", [(True, 120, 120), (False, 140, 120)])
 def test_parameters_are_counted_by_hand(tied, total, in_products):
-    # q, o 4x4; k, v 2x4; gate, up, down 3x4: 84. Norms 4 + 4 + 4, of heads 2 + 2: 16. Embedding 5x4: 20
-    shape = {"vocab_size": 5, "hidden_size": 4, "intermediate_size": 3, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}  # fmt: skip
+    # q, o 4x4; k, v 2x4; gate, up, down 3x4: 84. Norms 4 + 4 + 4, of heads 2 + 2: 16. Embedding
+    # 5x4: 20
+    shape = {
+        "vocab_size": 5,
+        "hidden_size": 4,
+        "intermediate_size": 3,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+    }
     model = GPT(GPTConfig(**shape, tie_word_embeddings=tied))
     assert count_parameters(model) == (total, in_products)

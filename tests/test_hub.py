@@ -1,4 +1,5 @@
 """Model folders: what transformers opens, what we refuse, and how a vocabulary grows."""
+
 import dataclasses
 import errno
 import json
@@ -60,7 +61,9 @@ def test_transformers_opens_the_folder_of_a_run(random_model, tokenizer, tmp_pat
     assert list(rendered["input_ids"]) == tokenizer.render(messages, generation_prompt=True)[0]
 
 
-def test_a_qwen2_that_we_save_again_keeps_its_tokenizer_in_transformers(random_model, tokenizer, tmp_path):
+def test_a_qwen2_that_we_save_again_keeps_its_tokenizer_in_transformers(
+    random_model, tokenizer, tmp_path
+):
     transformers = pytest.importorskip("transformers")
     save_model(random_model(qk_norm=False, attention_bias=True), tokenizer, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -76,10 +79,17 @@ def test_generation_config_names_both_stop_tokens_and_the_padding(folder, tokeni
     assert config.do_sample is False
 
 
-@pytest.mark.parametrize("shape, kind", [
-    ({}, "qwen3"), ({"qk_norm": False}, "llama"), ({"qk_norm": False, "attention_bias": True}, "qwen2"),
-])  # fmt: skip
-def test_config_json_names_the_architecture_and_the_older_rope_theta(shape, kind, random_model, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "shape, kind",
+    [
+        ({}, "qwen3"),
+        ({"qk_norm": False}, "llama"),
+        ({"qk_norm": False, "attention_bias": True}, "qwen2"),
+    ],
+)
+def test_config_json_names_the_architecture_and_the_older_rope_theta(
+    shape, kind, random_model, tokenizer, tmp_path
+):
     save_model(random_model(rope_theta=5000.0, **shape), tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == kind
@@ -100,15 +110,22 @@ def test_a_folder_gives_back_model_and_tokenizer(folder, random_model, tokenizer
 
 def test_saving_twice_writes_the_same_bytes(folder):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert before.keys() == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-                             "tokenizer_config.json"}  # fmt: skip
+    assert before.keys() == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     save_model(*load_model(folder), folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 # --- atomic writes -----------------------------------------------------------------------------
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_a_failing_write_leaves_the_old_folder_intact(broken, folder, random_model, tokenizer, monkeypatch):
+def test_a_failing_write_leaves_the_old_folder_intact(
+    broken, folder, random_model, tokenizer, monkeypatch
+):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def disk_full(*_):
@@ -121,7 +138,9 @@ def test_a_failing_write_leaves_the_old_folder_intact(broken, folder, random_mod
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_a_failure_in_the_middle_of_the_weights_leaves_the_old_ones(folder, random_model, tokenizer, monkeypatch):
+def test_a_failure_in_the_middle_of_the_weights_leaves_the_old_ones(
+    folder, random_model, tokenizer, monkeypatch
+):
     old, numpy, calls = (folder / "model.safetensors").read_bytes(), torch.Tensor.numpy, []
 
     def third_fails(tensor):
@@ -168,40 +187,59 @@ def fewer_rows(folder):
     edit_weights(folder, lambda t: t.update({"model.embed_tokens.weight": torch.zeros(200, 32)}))
 
 
-@pytest.mark.parametrize("spoil, sentence", [
-    (remove("config.json"), "config.json does not exist"),
-    (write("config.json", "{"), "config.json is not valid JSON"),
-    (write("config.json", "[1]"), "config.json must hold a JSON object"),
-    (config(model_type="mamba"), "model_type 'mamba' is not one of llama, qwen3, qwen2"),
-    (config(model_type=...), "model_type None"),
-    (config(use_sliding_window=True), "sliding-window attention is not implemented"),
-    (config(hidden_act="gelu"), "only SwiGLU"),
-    (config(mlp_bias=True), "only SwiGLU"),
-    (config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "RoPE of type 'yarn' is not implemented"),
-    (config(rope_scaling={"type": "linear", "factor": 4.0}), "RoPE of type 'linear'"),
-    (config(rope_parameters={"rope_type": "dynamic"}), "RoPE of type 'dynamic'"),
-    (config(num_attention_heads=...), "config.json is incomplete or inconsistent"),
-    (config(num_key_value_heads=3), "config.json is incomplete or inconsistent.*can't share"),
-    (config(num_key_value_heads=0), "config.json is incomplete or inconsistent"),
-    (config(hidden_size="32"), "config.json"),
-    (config(num_hidden_layers=2.5), "config.json"),
-    (config(vocab_size=-1), "config.json"),
-    (config(rope_scaling="llama3"), "config.json"),
-    (config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "config.json"),
-    (config(hidden_size=64), r"has shape \[.*32.*\], but config.json says \[.*64.*\]"),
-    (config(num_hidden_layers=3), "lacks 11 tensors, such as model.layers.2"),
-    (config(num_hidden_layers=1), "has 11 tensors that the model in config.json has not, such as model.layers.1"),
-    (remove("model.safetensors"), "no model.safetensors"),
-    (cut_off, "cut off"),
-    (write("model.safetensors", "hello"), "cut off or no safetensors file"),
-    (drop("model.norm.weight"), "lacks 1 tensors, such as model.norm.weight"),
-    (put("model.layers.0.gate", torch.zeros(2)), "has 1 tensors .* such as model.layers.0.gate"),
-    (put("model.norm.weight", torch.zeros(31)), r"model.norm.weight has shape \[31\], but config.json says \[32\]"),
-    (put("model.norm.weight", torch.zeros(32, 1)), r"model.norm.weight has shape \[32, 1\]"),
-    (remove("tokenizer.json"), "tokenizer"),
-    (write("tokenizer.json", "{}"), "tokenizer.json"),
-    (fewer_rows, "vocabulary mismatch: .*ids up to 255, but the model's embedding has 200 rows"),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (remove("config.json"), "config.json does not exist"),
+        (write("config.json", "{"), "config.json is not valid JSON"),
+        (write("config.json", "[1]"), "config.json must hold a JSON object"),
+        (config(model_type="mamba"), "model_type 'mamba' is not one of llama, qwen3, qwen2"),
+        (config(model_type=...), "model_type None"),
+        (config(use_sliding_window=True), "sliding-window attention is not implemented"),
+        (config(hidden_act="gelu"), "only SwiGLU"),
+        (config(mlp_bias=True), "only SwiGLU"),
+        (
+            config(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+            "RoPE of type 'yarn' is not implemented",
+        ),
+        (config(rope_scaling={"type": "linear", "factor": 4.0}), "RoPE of type 'linear'"),
+        (config(rope_parameters={"rope_type": "dynamic"}), "RoPE of type 'dynamic'"),
+        (config(num_attention_heads=...), "config.json is incomplete or inconsistent"),
+        (config(num_key_value_heads=3), "config.json is incomplete or inconsistent.*can't share"),
+        (config(num_key_value_heads=0), "config.json is incomplete or inconsistent"),
+        (config(hidden_size="32"), "config.json"),
+        (config(num_hidden_layers=2.5), "config.json"),
+        (config(vocab_size=-1), "config.json"),
+        (config(rope_scaling="llama3"), "config.json"),
+        (config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "config.json"),
+        (config(hidden_size=64), r"has shape \[.*32.*\], but config.json says \[.*64.*\]"),
+        (config(num_hidden_layers=3), "lacks 11 tensors, such as model.layers.2"),
+        (
+            config(num_hidden_layers=1),
+            "has 11 tensors that the model in config.json has not, such as model.layers.1",
+        ),
+        (remove("model.safetensors"), "no model.safetensors"),
+        (cut_off, "cut off"),
+        (write("model.safetensors", "hello"), "cut off or no safetensors file"),
+        (drop("model.norm.weight"), "lacks 1 tensors, such as model.norm.weight"),
+        (
+            put("model.layers.0.gate", torch.zeros(2)),
+            "has 1 tensors .* such as model.layers.0.gate",
+        ),
+        (
+            put("model.norm.weight", torch.zeros(31)),
+            r"model.norm.weight has shape \[31\], but config.json says \[32\]",
+        ),
+        (put("model.norm.weight", torch.zeros(32, 1)), r"model.norm.weight has shape \[32, 1\]"),
+        (remove("tokenizer.json"), "tokenizer"),
+        (write("tokenizer.json", "{}"), "tokenizer.json"),
+        (
+            fewer_rows,
+            "vocabulary mismatch: .*ids up to 255, but the model's embedding has 200 rows",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_a_spoilt_folder_is_refused_in_one_line(spoil, sentence, folder):
     spoil(folder)
     with pytest.raises(UserError, match=sentence) as error:
@@ -225,7 +263,12 @@ def test_bias_of_the_output_projection_is_refused_rather_than_dropped(folder):
 def test_what_config_json_leaves_out_has_the_values_of_hugging_face(folder):
     config(head_dim=..., num_key_value_heads=..., tie_word_embeddings=..., rope_theta=...)(folder)
     cfg = read_config(folder)
-    assert (cfg.head_dim, cfg.num_key_value_heads, cfg.tie_word_embeddings, cfg.rope_theta) == (8, 4, False, 10_000.0)
+    assert (cfg.head_dim, cfg.num_key_value_heads, cfg.tie_word_embeddings, cfg.rope_theta) == (
+        8,
+        4,
+        False,
+        10_000.0,
+    )
 
 
 # --- tolerated differences ---------------------------------------------------------------------
@@ -257,7 +300,9 @@ def test_a_foreign_vocabulary_without_chat_marks_grows_the_model(random_model, t
     save_model(model, tokenizer, tmp_path)
     source = json.loads((tmp_path / "tokenizer.json").read_text())
     source["added_tokens"] = source["added_tokens"][:1]
-    source["model"]["vocab"] = {name: id for name, id in source["model"]["vocab"].items() if id < 257}
+    source["model"]["vocab"] = {
+        name: id for name, id in source["model"]["vocab"].items() if id < 257
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
     grown, loaded = load_model(tmp_path)
     assert loaded.vocab_size == grown.cfg.vocab_size == 256 + len(SPECIAL_TOKENS)
@@ -267,14 +312,23 @@ def test_a_foreign_vocabulary_without_chat_marks_grows_the_model(random_model, t
     assert torch.allclose(grown(text)[..., :257], model(text), atol=1e-5)
 
 
-def test_an_embedding_padded_beyond_the_vocabulary_stays_as_it_is(random_model, tokenizer, tmp_path):
+def test_an_embedding_padded_beyond_the_vocabulary_stays_as_it_is(
+    random_model, tokenizer, tmp_path
+):
     save_model(random_model(vocab_size=320), tokenizer, tmp_path)
     assert load_model(tmp_path)[0].cfg.vocab_size == 320
 
 
 def test_a_config_survives_the_round_trip_through_config_json(random_model, tokenizer, tmp_path):
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 32}  # fmt: skip
-    model = random_model(rope_scaling=scaling, rope_theta=5e5, rms_norm_eps=1e-5, head_dim=16, num_key_value_heads=1)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    model = random_model(
+        rope_scaling=scaling, rope_theta=5e5, rms_norm_eps=1e-5, head_dim=16, num_key_value_heads=1
+    )
     save_model(model, tokenizer, tmp_path)
     assert read_config(tmp_path) == model.cfg

@@ -1,4 +1,5 @@
 """Log-probabilities, entropy and masked means: parity with torch, and numbers by hand."""
+
 import math
 
 import pytest
@@ -33,7 +34,9 @@ def test_values_and_gradients_equal_cross_entropys(shape, chunk, monkeypatch):
     (ours, targets), (theirs, _) = some_logits(shape=shape), some_logits(shape=shape)
     weights = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
     a = token_logprobs(ours, targets)
-    b = -F.cross_entropy(theirs.reshape(-1, 7), targets.reshape(-1), reduction="none").view(targets.shape)
+    b = -F.cross_entropy(theirs.reshape(-1, 7), targets.reshape(-1), reduction="none").view(
+        targets.shape
+    )
     assert a.shape == targets.shape
     assert torch.allclose(a, b, atol=1e-6, rtol=1e-6)
     (a * weights).sum().backward()
@@ -85,12 +88,15 @@ def test_the_logits_are_left_as_they_were():
     assert torch.equal(logits.detach(), before)
 
 
-@pytest.mark.parametrize("logits, nats", [
-    ([0.0] * 8, math.log(8)),  # uniform
-    ([5.0, 5.0], math.log(2)),
-    ([100.0, 0.0, 0.0], 0.0),  # certain
-    ([math.log(3.0), 0.0], 0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "logits, nats",
+    [
+        ([0.0] * 8, math.log(8)),  # uniform
+        ([5.0, 5.0], math.log(2)),
+        ([100.0, 0.0, 0.0], 0.0),  # certain
+        ([math.log(3.0), 0.0], 0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
+    ],
+)
 def test_entropy_by_hand(logits, nats):
     assert entropy(torch.tensor([[logits]])).item() == pytest.approx(nats, abs=1e-6)
 
@@ -102,7 +108,9 @@ def test_entropy_equals_torchs():
     assert torch.allclose(entropy(logits), theirs, atol=1e-6)
 
 
-@pytest.mark.parametrize("mask, mean", [([1, 1, 1, 1], 2.5), ([0, 1, 0, 1], 3.0), ([1, 0, 0, 0], 1.0)])
+@pytest.mark.parametrize(
+    "mask, mean", [([1, 1, 1, 1], 2.5), ([0, 1, 0, 1], 3.0), ([1, 0, 0, 0], 1.0)]
+)
 def test_masked_mean_by_hand(mask, mean):
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert masked_mean(x, torch.tensor(mask, dtype=torch.bool).view(2, 2)).item() == mean

@@ -1,4 +1,5 @@
 """Optimizers and schedules: parity with torch's Muon, groups by hand, schedules by hand."""
+
 import copy
 import io
 import math
@@ -7,7 +8,15 @@ import pytest
 import torch
 
 from nanollm.gpt import GPT, GPTConfig
-from nanollm.optim import SCHEDULES, Muon, Optimizers, build_optimizers, cosine, orthogonalise, trapezoid
+from nanollm.optim import (
+    SCHEDULES,
+    Muon,
+    Optimizers,
+    build_optimizers,
+    cosine,
+    orthogonalise,
+    trapezoid,
+)
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -17,26 +26,43 @@ def some_gradient(shape, seed):
 
 
 def small_gpt(**changes):
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
     return GPT(GPTConfig(**shape | changes))
 
 
 # --- Muon --------------------------------------------------------------------------------------
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare with")
+@pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare with"
+)
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.06), ("fp32", 1e-4)])
-@pytest.mark.parametrize("settings", [
-    {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0},
-    {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.1},
-])  # fmt: skip
-@pytest.mark.parametrize("shapes", [[(32, 32)], [(16, 64)], [(64, 16)], [(32, 32), (8, 24), (32, 32), (24, 8)]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0},
+        {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.1},
+    ],
+)
+@pytest.mark.parametrize(
+    "shapes", [[(32, 32)], [(16, 64)], [(64, 16)], [(32, 32), (8, 24), (32, 32), (24, 8)]]
+)
 def test_muon_takes_the_steps_of_torchs_muon(shapes, settings, precision, tolerance, monkeypatch):
-    if precision == "fp32":  # both round to bf16, in another order; without rounding they must agree
+    if (
+        precision == "fp32"
+    ):  # both round to bf16, in another order; without rounding they must agree
         monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.float().clone())
     ours = [torch.nn.Parameter(some_gradient(s, 50 + i)) for i, s in enumerate(shapes)]
     theirs = copy.deepcopy(ours)
     start = [p.detach().clone() for p in ours]
-    optimizers = [Muon(ours, **settings),
-                  torch.optim.Muon(theirs, **settings, nesterov=True, adjust_lr_fn="original")]
+    optimizers = [
+        Muon(ours, **settings),
+        torch.optim.Muon(theirs, **settings, nesterov=True, adjust_lr_fn="original"),
+    ]
     for step in range(4):
         for params, optimizer in zip((ours, theirs), optimizers):
             for i, p in enumerate(params):
@@ -110,31 +136,48 @@ def named_groups(model, optimizers):
     return found
 
 
-@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": False}, {"attention_bias": True, "qk_norm": False}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"tie_word_embeddings": False}, {"attention_bias": True, "qk_norm": False}]
+)
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_each_parameter_is_in_one_group_and_only_matrices_decay(kind, shape):
     model = small_gpt(**shape)
-    groups = named_groups(model, build_optimizers(model, kind, lr=0.02, adam_lr=3e-3, weight_decay=0.1))
+    groups = named_groups(
+        model, build_optimizers(model, kind, lr=0.02, adam_lr=3e-3, weight_decay=0.1)
+    )
     assert groups.keys() == dict(model.named_parameters()).keys()
     for name, p in model.named_parameters():
         hidden = "layers" in name and p.dim() == 2
         by_muon = kind == "muon" and hidden
-        assert groups[name] == ("Muon" if by_muon else "AdamW", 0.02 if by_muon else 3e-3, 0.1 if p.dim() == 2 else 0.0)
+        assert groups[name] == (
+            "Muon" if by_muon else "AdamW",
+            0.02 if by_muon else 3e-3,
+            0.1 if p.dim() == 2 else 0.0,
+        )
 
 
 def test_frozen_parameters_are_left_out():
     model = small_gpt()
     model.model.embed_tokens.weight.requires_grad_(False)
     groups = named_groups(model, build_optimizers(model))
-    assert len(groups) == len(list(model.parameters())) - 1 and "model.embed_tokens.weight" not in groups
+    assert (
+        len(groups) == len(list(model.parameters())) - 1
+        and "model.embed_tokens.weight" not in groups
+    )
 
 
-@pytest.mark.parametrize("name, factor", [
-    ("lm_head.weight", 1), ("model.norm.weight", 1),
-    ("model.layers.1.mlp.up_proj.weight", 0.5), ("model.layers.1.input_layernorm.weight", 0.5),
-    ("model.layers.0.mlp.up_proj.weight", 0.25), ("model.layers.0.self_attn.q_norm.weight", 0.25),
-    ("model.embed_tokens.weight", 0.125),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, factor",
+    [
+        ("lm_head.weight", 1),
+        ("model.norm.weight", 1),
+        ("model.layers.1.mlp.up_proj.weight", 0.5),
+        ("model.layers.1.input_layernorm.weight", 0.5),
+        ("model.layers.0.mlp.up_proj.weight", 0.25),
+        ("model.layers.0.self_attn.q_norm.weight", 0.25),
+        ("model.embed_tokens.weight", 0.125),
+    ],
+)
 def test_layer_decay_halves_the_learning_rate_with_each_layer_below_the_head(name, factor):
     model = small_gpt(tie_word_embeddings=False)
     groups = named_groups(model, build_optimizers(model, lr=1.0, adam_lr=1.0, layer_decay=0.5))
@@ -150,7 +193,9 @@ def test_a_schedule_multiplies_what_each_group_began_with():
     optimizers = build_optimizers(small_gpt(), lr=0.02, adam_lr=3e-3)
     for factor in (0.5, 0.1):
         optimizers.schedule(factor)
-        assert sorted({round(g["lr"], 9) for g in optimizers.groups()}) == pytest.approx([3e-3 * factor, 0.02 * factor])
+        assert sorted({round(g["lr"], 9) for g in optimizers.groups()}) == pytest.approx(
+            [3e-3 * factor, 0.02 * factor]
+        )
 
 
 def test_zero_grad_drops_the_gradients():
@@ -209,18 +254,23 @@ def test_warmup_rises_linearly_from_its_first_step_to_its_last(schedule, step, f
     assert schedule(step, 110, 10) == pytest.approx(factor)
 
 
-@pytest.mark.parametrize("step, factor", [
-    (10, 1.0),
-    (35, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2),  # a quarter: cos 45 degrees
-    (60, 0.55),  # the middle
-    (110, 0.1),  # the floor
-    (500, 0.1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "step, factor",
+    [
+        (10, 1.0),
+        (35, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2),  # a quarter: cos 45 degrees
+        (60, 0.55),  # the middle
+        (110, 0.1),  # the floor
+        (500, 0.1),
+    ],
+)
 def test_cosine_by_hand(step, factor):
     assert cosine(step, 110, 10) == pytest.approx(factor)
 
 
-@pytest.mark.parametrize("step, factor", [(10, 1.0), (40, 1.0), (70, 0.5), (85, 0.25), (99, 1 / 60), (100, 0.0)])
+@pytest.mark.parametrize(
+    "step, factor", [(10, 1.0), (40, 1.0), (70, 0.5), (85, 0.25), (99, 1 / 60), (100, 0.0)]
+)
 def test_trapezoid_by_hand(step, factor):
     assert trapezoid(step, 100, 10, decay=0.6) == pytest.approx(factor)
 

@@ -1,4 +1,5 @@
 """data/prepare.py against a server on 127.0.0.1 that holds small files in the true formats."""
+
 import gzip
 import http.server
 import json
@@ -15,27 +16,40 @@ import pytest
 from data import prepare as module
 from data.prepare import DATASETS, Config, main, prepare, read_array
 from nanollm.config import UserError, cli
-from nanollm.data import read_chats, read_documents, read_jsonl
+from nanollm.formats import read_chats, read_documents, read_jsonl
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared" / "data"
 
 PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
 STORIES = "\n\nOne day, Tom ran.\n\nHe fell.\n<|endoftext|>\nLily sang.\n<|endoftext|>\n"
-GSM8K = {"question": "48 clips in April, half as many in May. How many clips?",
-         "answer": "Half is 48/2 = <<48/2=24>>24.\nTogether 48+24 = <<48+24=72>>72.\n#### 1,072"}
+GSM8K = {
+    "question": "48 clips in April, half as many in May. How many clips?",
+    "answer": "Half is 48/2 = <<48/2=24>>24.\nTogether 48+24 = <<48+24=72>>72.\n#### 1,072",
+}
 DIALOGUE = "\n\nHuman: Hello?\n\nAssistant: {}\n\nHuman: Why?\n\nAssistant: {}"
 PAIR = {"chosen": DIALOGUE.format("Hi!", "Ask away."), "rejected": DIALOGUE.format("Hi!", "Go.")}
 ALPACA = {"instruction": "Write in capitals.", "input": "goat", "output": "GOAT"}
 DOLLY = {"instruction": "Which is a fish?", "context": "", "response": "Tope", "category": "qa"}
-HERMES = {"custom_instruction": None, "source": "x", "conversations": [
-    {"from": "system", "value": "Be brief.", "weight": None},
-    {"from": "human", "value": "Is 7 prime?", "weight": None},
-    {"from": "gpt", "value": "Yes. “七”", "weight": None}]}
-LLAVA = {"id": "33471", "image": "000000033471.jpg", "conversations": [
-    {"from": "human", "value": "<image>\nWhat colour is the bus?"},
-    {"from": "gpt", "value": "White and red."},
-    {"from": "human", "value": "Does it move?"}, {"from": "gpt", "value": "It is parked."}]}
+HERMES = {
+    "custom_instruction": None,
+    "source": "x",
+    "conversations": [
+        {"from": "system", "value": "Be brief.", "weight": None},
+        {"from": "human", "value": "Is 7 prime?", "weight": None},
+        {"from": "gpt", "value": "Yes. “七”", "weight": None},
+    ],
+}
+LLAVA = {
+    "id": "33471",
+    "image": "000000033471.jpg",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat colour is the bus?"},
+        {"from": "gpt", "value": "White and red."},
+        {"from": "human", "value": "Does it move?"},
+        {"from": "gpt", "value": "It is parked."},
+    ],
+}
 
 
 def jsonl(*records):
@@ -47,15 +61,21 @@ def array(*records):
 
 
 FILES = {  # dataset -> what each of its files holds, as its publisher packs it
-    "tinyshakespeare": PLAY.encode(), "tinystories": STORIES.encode(),
-    "alpaca": array(ALPACA, ALPACA | {"input": ""}), "dolly": jsonl(DOLLY, DOLLY),
-    "openhermes": array(HERMES), "hh-harmless": gzip.compress(jsonl(PAIR)),
-    "hh-helpful": gzip.compress(jsonl(PAIR, PAIR)), "gsm8k": jsonl(GSM8K),
-    "llava-instruct": array(LLAVA)}
+    "tinyshakespeare": PLAY.encode(),
+    "tinystories": STORIES.encode(),
+    "alpaca": array(ALPACA, ALPACA | {"input": ""}),
+    "dolly": jsonl(DOLLY, DOLLY),
+    "openhermes": array(HERMES),
+    "hh-harmless": gzip.compress(jsonl(PAIR)),
+    "hh-helpful": gzip.compress(jsonl(PAIR, PAIR)),
+    "gsm8k": jsonl(GSM8K),
+    "llava-instruct": array(LLAVA),
+}
 
 
 class Server(http.server.ThreadingHTTPServer):
     """Answers with `body`, whatever the path, and counts. `claimed` is its Content-Length."""
+
     daemon_threads = True
     body, status, claimed, asked = b"", 200, None, ()
     wait = 0  # seconds of silence after the body
@@ -91,20 +111,24 @@ def server(monkeypatch):
 @pytest.fixture
 def get(server, tmp_path):
     """get(name, body) is prepare(name) where the server answers with that body."""
+
     def get(name, body=None, limit=None, **answer):
         vars(server).update(answer, body=FILES[name] if body is None else body)
         return prepare(name, tmp_path / "out", limit, server.url)
+
     return get
 
 
 @pytest.fixture
 def refuses(get, tmp_path):
     """refuses(words, ...): get raises one line with these words, and leaves no file."""
+
     def refuses(words, *args, **answer):
         with pytest.raises(UserError, match=words) as caught:
             get(*args, **answer)
         assert "\n" not in str(caught.value)
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
     return refuses
 
 
@@ -113,6 +137,7 @@ def records(path):
 
 
 # --- each dataset, in the format that its stage reads -----------------------------------------
+
 
 def test_shakespeare_stays_as_it_is(get):
     assert read_documents(get("tinyshakespeare")["train"]) == [PLAY]
@@ -124,8 +149,10 @@ def test_each_story_becomes_a_document(get):
     assert read_documents(paths["train"]) == read_documents(paths["val"]) == stories
 
 
-@pytest.mark.parametrize("body", [STORIES[:-1], STORIES[:-15], STORIES.replace("\n<|", "<|"),
-                                  STORIES.replace("|>\n", "|>")])
+@pytest.mark.parametrize(
+    "body",
+    [STORIES[:-1], STORIES[:-15], STORIES.replace("\n<|", "<|"), STORIES.replace("|>\n", "|>")],
+)
 def test_the_last_story_needs_no_separator_and_separators_no_line(get, body):
     stories = read_documents(get("tinystories", body.encode())["train"])
     assert stories == ["One day, Tom ran.\n\nHe fell.", "Lily sang."]
@@ -133,8 +160,12 @@ def test_the_last_story_needs_no_separator_and_separators_no_line(get, body):
 
 def test_alpaca_becomes_chat_with_the_input_under_the_instruction(get):
     first, second = records(get("alpaca")["train"])
-    assert first == {"messages": [{"role": "user", "content": "Write in capitals.\n\ngoat"},
-                                  {"role": "assistant", "content": "GOAT"}]}
+    assert first == {
+        "messages": [
+            {"role": "user", "content": "Write in capitals.\n\ngoat"},
+            {"role": "assistant", "content": "GOAT"},
+        ]
+    }
     assert second["messages"][0]["content"] == "Write in capitals."
 
 
@@ -146,8 +177,10 @@ def test_alpaca_reads_the_same_converted_or_not(get, tmp_path):
 
 def test_dolly_becomes_chat(get):
     first, _ = read_chats(get("dolly")["train"])
-    assert first["messages"] == [{"role": "user", "content": "Which is a fish?"},
-                                 {"role": "assistant", "content": "Tope"}]
+    assert first["messages"] == [
+        {"role": "user", "content": "Which is a fish?"},
+        {"role": "assistant", "content": "Tope"},
+    ]
 
 
 def test_sharegpt_becomes_chat_with_its_system_prompt(get):
@@ -165,8 +198,11 @@ def test_hh_is_unpacked_and_otherwise_as_it_is(get, name):
 
 def test_gsm8k_gives_the_answer_without_commas_and_keeps_the_steps(get):
     [problem] = records(get("gsm8k")["train"])
-    assert problem == {"prompt": GSM8K["question"], "answer": "1072",
-                       "solution": GSM8K["answer"].partition("\n####")[0]}
+    assert problem == {
+        "prompt": GSM8K["question"],
+        "answer": "1072",
+        "solution": GSM8K["answer"].partition("\n####")[0],
+    }
 
 
 def test_llava_keeps_the_place_of_the_picture(get):
@@ -176,9 +212,15 @@ def test_llava_keeps_the_place_of_the_picture(get):
     assert [m["role"] for m in record["messages"]] == ["user", "assistant"] * 2
 
 
-@pytest.mark.parametrize("name, file, count", [
-    ("gsm8k", "gsm8k/train.jsonl", 7473), ("hh-harmless", "hh_harmless_test.jsonl.gz", 2312),
-    ("alpaca", "instructions.json", 1100), ("tinyshakespeare", "tinyshakespeare.txt", 40000)])
+@pytest.mark.parametrize(
+    "name, file, count",
+    [
+        ("gsm8k", "gsm8k/train.jsonl", 7473),
+        ("hh-harmless", "hh_harmless_test.jsonl.gz", 2312),
+        ("alpaca", "instructions.json", 1100),
+        ("tinyshakespeare", "tinyshakespeare.txt", 40000),
+    ],
+)
 def test_the_real_files_convert_without_loss(get, capsys, name, file, count):
     if not (SAMPLES / file).exists():
         pytest.skip("the real samples are not here")
@@ -187,6 +229,7 @@ def test_the_real_files_convert_without_loss(get, capsys, name, file, count):
 
 
 # --- what may go wrong ------------------------------------------------------------------------
+
 
 def test_a_missing_file_names_the_status_and_the_mirror_flag(refuses):
     refuses("404: Not Found.*--base_url", "gsm8k", status=404)
@@ -208,32 +251,58 @@ def test_a_body_that_ends_early_is_refused_even_where_it_could_be_read(refuses, 
     refuses(r"broke after [\d,]+ of 3000 bytes", name, claimed=3000)
 
 
-@pytest.mark.parametrize("page", [b"<!DOCTYPE html><p>Log in", b"\n<html>Sorry", b"version https:"
-                                  b"//git-lfs.github.com/spec/v1\noid sha256:419d\nsize 13160427"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        b"<!DOCTYPE html><p>Log in",
+        b"\n<html>Sorry",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:419d\nsize 13160427",
+    ],
+)
 @pytest.mark.parametrize("name", ["tinyshakespeare", "alpaca", "hh-harmless"])
 def test_a_web_page_or_a_pointer_instead_of_the_data_is_refused(refuses, name, page):
     refuses("a web page, or a pointer", name, page)
 
 
 def damaged(body, at):
-    return body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1:]
+    return body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :]
 
 
-@pytest.mark.parametrize("body", [
-    damaged(FILES["hh-helpful"], 0), damaged(FILES["hh-helpful"], 20),
-    damaged(FILES["hh-helpful"], -5 % len(FILES["hh-helpful"])),  # in its checksum
-    FILES["hh-helpful"][:-12], jsonl(PAIR)])
+@pytest.mark.parametrize(
+    "body",
+    [
+        damaged(FILES["hh-helpful"], 0),
+        damaged(FILES["hh-helpful"], 20),
+        damaged(FILES["hh-helpful"], -5 % len(FILES["hh-helpful"])),  # in its checksum
+        FILES["hh-helpful"][:-12],
+        jsonl(PAIR),
+    ],
+)
 def test_damaged_gzip_is_refused(refuses, body):
     refuses("damaged", "hh-helpful", body)
 
 
-@pytest.mark.parametrize("name, body", [
-    ("gsm8k", b'{"question": "1 + 1?", "answer'), ("gsm8k", b"\xff\xfe{}"), ("gsm8k", b"{}"),
-    ("gsm8k", b""), ("gsm8k", jsonl({"question": "1 + 1?", "answer": "2"})), ("dolly", b"[]"),
-    ("tinyshakespeare", b""), ("tinyshakespeare", b"caf\xe9"), ("tinystories", b"\n"),
-    ("alpaca", b"[]"), ("alpaca", b"{}"), ("alpaca", array(ALPACA)[:-2]), ("alpaca", b"[1, 2]"),
-    ("alpaca", array(ALPACA, "text", 5)), ("llava-instruct", array(HERMES)),
-    ("hh-harmless", gzip.compress(jsonl({"chosen": "Hi", "rejected": "Ho"})))])
+@pytest.mark.parametrize(
+    "name, body",
+    [
+        ("gsm8k", b'{"question": "1 + 1?", "answer'),
+        ("gsm8k", b"\xff\xfe{}"),
+        ("gsm8k", b"{}"),
+        ("gsm8k", b""),
+        ("gsm8k", jsonl({"question": "1 + 1?", "answer": "2"})),
+        ("dolly", b"[]"),
+        ("tinyshakespeare", b""),
+        ("tinyshakespeare", b"caf\xe9"),
+        ("tinystories", b"\n"),
+        ("alpaca", b"[]"),
+        ("alpaca", b"{}"),
+        ("alpaca", array(ALPACA)[:-2]),
+        ("alpaca", b"[1, 2]"),
+        ("alpaca", array(ALPACA, "text", 5)),
+        ("llava-instruct", array(HERMES)),
+        ("hh-harmless", gzip.compress(jsonl({"chosen": "Hi", "rejected": "Ho"}))),
+    ],
+)
 def test_other_data_than_expected_is_refused(refuses, name, body):
     refuses("not the data that was expected", name, body)
 
@@ -266,8 +335,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(server, tmp_path, capsys):
 def test_ctrl_c_in_a_download_leaves_nothing_half_written(server, tmp_path):
     server.body, server.claimed, server.wait = FILES["gsm8k"], 10**6, 30
     command = [sys.executable, str(ROOT / "data" / "prepare.py"), "gsm8k", "--base_url", server.url]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"no_proxy": "*"})
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"no_proxy": "*"}
+    )
     while not [*tmp_path.rglob("*.tmp")]:
         time.sleep(0.02)
         assert process.poll() is None
@@ -277,6 +347,7 @@ def test_ctrl_c_in_a_download_leaves_nothing_half_written(server, tmp_path):
 
 
 # --- what is fetched, and how much ------------------------------------------------------------
+
 
 def test_what_is_there_is_not_fetched_again(get, server, capsys):
     first = get("gsm8k")
@@ -289,8 +360,9 @@ def test_what_is_there_is_not_fetched_again(get, server, capsys):
 def test_after_a_failure_only_what_is_missing_is_fetched(get, server):
     get("gsm8k")["test"].unlink()
     get("gsm8k")
-    assert server.asked[2:] == ("/openai/grade-school-math/master/grade_school_math/data/"
-                                "test.jsonl",)
+    assert server.asked[2:] == (
+        "/openai/grade-school-math/master/grade_school_math/data/test.jsonl",
+    )
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -298,7 +370,8 @@ def test_a_mirror_is_asked_for_the_paths_of_the_original(get, server, name):
     get(name)
     assert ["https:/" + path for path in server.asked] == [
         url.replace("//huggingface.co", "/").replace("//raw.githubusercontent.com", "/")
-        for url in DATASETS[name].files.values()]
+        for url in DATASETS[name].files.values()
+    ]
 
 
 def test_a_limit_keeps_the_first_records_in_a_file_of_its_own(get):
@@ -319,7 +392,7 @@ def test_a_limit_ends_the_download_early(get, monkeypatch):
 @pytest.mark.parametrize("chunk", [1, 2, 7, 100, 10**6])
 def test_an_array_reads_the_same_in_pieces_of_any_size(monkeypatch, tmp_path, chunk):
     monkeypatch.setattr(module, "CHUNK", chunk)
-    items = [ALPACA, {"deep": [{"a": "]"}, "},{"], "n": 1e-3}, {"ünï": "\\\"[七"}]
+    items = [ALPACA, {"deep": [{"a": "]"}, "},{"], "n": 1e-3}, {"ünï": '\\"[七'}]
     for text in (json.dumps(items), json.dumps(items, indent=2, ensure_ascii=False) + "\n"):
         (tmp_path / "array.json").write_text(text, encoding="utf-8")
         with open(tmp_path / "array.json", encoding="utf-8") as file:
@@ -327,6 +400,7 @@ def test_an_array_reads_the_same_in_pieces_of_any_size(monkeypatch, tmp_path, ch
 
 
 # --- the command ------------------------------------------------------------------------------
+
 
 def test_without_a_name_the_datasets_are_listed_with_their_commands(capsys):
     cli(main, Config, argv=[])
@@ -343,12 +417,14 @@ def test_the_end_of_the_output_is_the_next_command(server, tmp_path, capsys):
     cli(main, Config, argv=argv)
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"next: python train_pretrain.py --data {tmp_path}/train_1.jsonl "
-        f"--val_data {tmp_path}/val_1.jsonl")
+        f"--val_data {tmp_path}/val_1.jsonl"
+    )
 
 
 def test_the_readme_lists_each_dataset():
     readme = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     rows = [line for line in readme.splitlines() if line.startswith("| `")]
     for name, dataset in DATASETS.items():
-        assert any(f"`{name}`" in row and dataset.licence in row and dataset.size in row
-                   for row in rows), name
+        assert any(
+            f"`{name}`" in row and dataset.licence in row and dataset.size in row for row in rows
+        ), name

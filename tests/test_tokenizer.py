@@ -13,17 +13,23 @@ from nanollm.config import UserError
 from nanollm.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, merge_pair, train_bpe
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "data"
-TEXT = ("The cat's hat sat on 12 mats; the café owner said: \"we'll see, it's 3.14!\"\n\n"
-        "  def add(a, b):\n\treturn a + b  # naïve\r\n"
-        "谁能告诉我, что это? 🙂👩‍👩‍👧 e\u0301 हिन्दी ١٢٣ ½ ﬁ 'tis 'twas I'd they've\u00a0done   \n ") * 3
-QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
-                r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEXT = (
+    "The cat's hat sat on 12 mats; the café owner said: \"we'll see, it's 3.14!\"\n\n"
+    "  def add(a, b):\n\treturn a + b  # naïve\r\n"
+    "谁能告诉我, что это? 🙂👩‍👩‍👧 e\u0301 हिन्दी ١٢٣ ½ ﬁ 'tis 'twas I'd they've\u00a0done   \n "
+) * 3
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
+    r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-CHAT = [{"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "2+2? \n"},
-        {"role": "assistant", "content": "<think>add</think><tool_call>2+2</tool_call>"},
-        {"role": "tool", "content": "<tool_result>4</tool_result>"},
-        {"role": "assistant", "content": "It's 4. 🙂"}]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2+2? \n"},
+    {"role": "assistant", "content": "<think>add</think><tool_call>2+2</tool_call>"},
+    {"role": "tool", "content": "<tool_result>4</tool_result>"},
+    {"role": "assistant", "content": "It's 4. 🙂"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +41,51 @@ def trained():
 def texts():
     """Thousands of short texts: real ones where there are samples, and unicode noise."""
     noise = random.Random(0)
-    ranges = [(32, 127), (9, 14), (32, 33), (0xA0, 0x250), (0x300, 0x700), (0x900, 0xE00),
-              (0x2000, 0x2070), (0x3000, 0x9FFF), (0x1F300, 0x1FAFF), (0, 0xD800)]
+    ranges = [
+        (32, 127),
+        (9, 14),
+        (32, 33),
+        (0xA0, 0x250),
+        (0x300, 0x700),
+        (0x900, 0xE00),
+        (0x2000, 0x2070),
+        (0x3000, 0x9FFF),
+        (0x1F300, 0x1FAFF),
+        (0, 0xD800),
+    ]
+
     def word():
         low, high = noise.choice(ranges)
         return "".join(chr(noise.randrange(low, high)) for _ in range(noise.randrange(1, 6)))
+
     made = ["".join(word() for _ in range(noise.randrange(1, 12))) for _ in range(1500)]
-    glue = ["'s", "'S", "'ll", "'t", " ", "  ", "\n", "\r\n", "\t", "a", "ab", "1", "12", ".",
-            "!\n", "é", "e\u0301", "\u2028", "\u0085", "ſ", "中", "🙂", "'", "\u200d", "K"]
+    glue = [
+        "'s",
+        "'S",
+        "'ll",
+        "'t",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "a",
+        "ab",
+        "1",
+        "12",
+        ".",
+        "!\n",
+        "é",
+        "e\u0301",
+        "\u2028",
+        "\u0085",
+        "ſ",
+        "中",
+        "🙂",
+        "'",
+        "\u200d",
+        "K",
+    ]
     made += ["".join(noise.choices(glue, k=noise.randrange(1, 15))) for _ in range(2000)]
     for name in ("tinystories.txt", "tinyshakespeare.txt"):
         if (SAMPLES / name).exists():
@@ -72,6 +115,7 @@ def hf_ids(peer, text):
 
 # --- training ---------------------------------------------------------------------------------
 
+
 def naive_bpe(texts, vocab_size):
     pieces = [piece for text in texts for piece in regex.findall(PATTERN, text)]
     words = Counter(tuple(piece.encode()) for piece in pieces)
@@ -84,15 +128,19 @@ def naive_bpe(texts, vocab_size):
         if not counts:
             break
         best = min(counts, key=lambda pair: (-counts[pair], pair))
-        words = Counter({tuple(merge_pair(word, best, len(tokens))): count
-                         for word, count in words.items()})
+        words = Counter(
+            {tuple(merge_pair(word, best, len(tokens))): count for word, count in words.items()}
+        )
         tokens.append(tokens[best[0]] + tokens[best[1]])
     return {token: rank for rank, token in enumerate(tokens)}
 
 
 def test_the_most_frequent_pair_becomes_the_first_token():
     assert train_bpe(["abab abab cd"], 258) == {
-        **{bytes([byte]): byte for byte in range(256)}, b"ab": 256, b"abab": 257}
+        **{bytes([byte]): byte for byte in range(256)},
+        b"ab": 256,
+        b"abab": 257,
+    }
 
 
 @pytest.mark.parametrize("text", [TEXT, "aaaa aaa aa aaaaa baaab", "hug pug pun bun hugs " * 3])
@@ -123,30 +171,37 @@ def test_a_vocabulary_too_small_or_too_large_for_the_text_is_refused():
 
 # --- text and ids -----------------------------------------------------------------------------
 
+
 def test_a_byte_tokenizer_gives_the_bytes():
     assert Tokenizer.from_bytes().encode("hé") == [104, 0xC3, 0xA9]
     assert Tokenizer.load("bytes") == Tokenizer.from_bytes()
 
 
-@pytest.mark.parametrize("text, pieces", [
-    ("it's we'll 'tis", ["it", "'s", " we", "'ll", " '", "tis"]),
-    ("12+34 = 46", ["1", "2", "+", "3", "4", " =", " ", "4", "6"]),
-    ("a\n\n  b", ["a", "\n\n", " ", " b"]),
-    ("end.\n\nNext", ["end", ".\n\n", "Next"])])
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        ("it's we'll 'tis", ["it", "'s", " we", "'ll", " '", "tis"]),
+        ("12+34 = 46", ["1", "2", "+", "3", "4", " =", " ", "4", "6"]),
+        ("a\n\n  b", ["a", "\n\n", " ", " b"]),
+        ("end.\n\nNext", ["end", ".\n\n", "Next"]),
+    ],
+)
 def test_the_pattern_cuts_words_digits_and_line_ends(text, pieces):
     assert regex.findall(PATTERN, text) == pieces
 
 
 def test_every_code_point_survives_in_context(trained):
     for context in ("{}", " {}a"):
-        text = "".join(context.replace("{}", chr(c)) for c in range(0x110000)
-                       if not 0xD800 <= c < 0xE000)
+        text = "".join(
+            context.replace("{}", chr(c)) for c in range(0x110000) if not 0xD800 <= c < 0xE000
+        )
         assert trained.decode(trained.encode(text)) == text
 
 
 def test_the_pattern_cuts_alike_in_tiktoken_regex_and_tokenizers():
     pytest.importorskip("tokenizers")
     from tokenizers import Regex, pre_tokenizers
+
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     ranks = train_bpe([], 256)  # and every two bytes are a token: a cut between them shows
     ranks |= {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
@@ -154,7 +209,7 @@ def test_the_pattern_cuts_alike_in_tiktoken_regex_and_tokenizers():
     chars = assigned()
     for context in ("{}", " {}a", "'s{}\n", "1 {} \r\n"):
         for part in range(0, len(chars), 200):  # short texts: pre_tokenize_str is quadratic
-            text = "".join(context.replace("{}", c) for c in chars[part:part + 200])
+            text = "".join(context.replace("{}", c) for c in chars[part : part + 200])
             cuts = regex.findall(PATTERN, text)
             assert [piece for piece, _ in split.pre_tokenize_str(text)] == cuts
             merged = [id for piece in cuts for id in encoding._encode_single_piece(piece)]
@@ -183,8 +238,16 @@ def test_a_lone_surrogate_is_not_lost(trained):
     assert trained.decode_bytes(trained.encode(text)).decode("utf-8", "surrogatepass") == text
 
 
-@pytest.mark.parametrize("text", [" " * 300_000 + "x", "\n" * 300_000, "a" * 300_000,
-                                  " \n" * 100_000 + " " * 100_000, "'" * 300_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 300_000 + "x",
+        "\n" * 300_000,
+        "a" * 300_000,
+        " \n" * 100_000 + " " * 100_000,
+        "'" * 300_000,
+    ],
+)
 def test_very_long_runs_are_encoded(trained, text):
     assert trained.decode(trained.encode(text)) == text
 
@@ -206,13 +269,23 @@ def test_special_tokens_are_read_when_asked_for(trained):
 
 # --- chat -------------------------------------------------------------------------------------
 
+
 def test_the_mask_covers_the_answer_and_the_end_of_its_turn():
     tokenizer = Tokenizer.from_bytes()
     special = tokenizer.special
-    ids, mask = tokenizer.render([{"role": "user", "content": "hi"},
-                                  {"role": "assistant", "content": "yo"}])
-    assert ids == [special["<|user|>"], 104, 105, special["<|end|>"],
-                   special["<|assistant|>"], 121, 111, special["<|end|>"]]
+    ids, mask = tokenizer.render(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    )
+    assert ids == [
+        special["<|user|>"],
+        104,
+        105,
+        special["<|end|>"],
+        special["<|assistant|>"],
+        121,
+        111,
+        special["<|end|>"],
+    ]
     assert mask == [False, False, False, False, False, True, True, True]
 
 
@@ -226,7 +299,7 @@ def test_a_generation_prompt_opens_the_turn_of_the_assistant(trained):
 def test_a_prompt_and_its_answer_are_the_ids_of_the_whole_chat(trained):
     prompt, _ = trained.render(CHAT[:2], generation_prompt=True)
     whole, mask = trained.render(CHAT[:3])
-    assert whole[:len(prompt)] == prompt
+    assert whole[: len(prompt)] == prompt
     assert mask == [False] * len(prompt) + [True] * (len(whole) - len(prompt))
 
 
@@ -257,19 +330,24 @@ def test_pictures_need_a_token_for_them(tmp_path):
         Tokenizer.load(tmp_path).render([{"role": "user", "content": "<image>"}], images=True)
 
 
-@pytest.mark.parametrize("message, complaint", [
-    ({"role": "boss", "content": "x"}, "message 1: role 'boss'"),
-    ({"content": "x"}, "message 1: role None"),
-    ({"role": "user"}, "message 1: .*content"),
-    ({"role": "user", "content": ["x"]}, "message 1: .*content"),
-    ({"role": ["user"], "content": "x"}, "message 1: role"),
-    ("hello", "message 1: ")])
+@pytest.mark.parametrize(
+    "message, complaint",
+    [
+        ({"role": "boss", "content": "x"}, "message 1: role 'boss'"),
+        ({"content": "x"}, "message 1: role None"),
+        ({"role": "user"}, "message 1: .*content"),
+        ({"role": "user", "content": ["x"]}, "message 1: .*content"),
+        ({"role": ["user"], "content": "x"}, "message 1: role"),
+        ("hello", "message 1: "),
+    ],
+)
 def test_a_malformed_message_is_named(trained, message, complaint):
     with pytest.raises(UserError, match=complaint):
         trained.render([CHAT[0], message])
 
 
 # --- tokenizer.json, ours ---------------------------------------------------------------------
+
 
 def test_a_saved_tokenizer_loads_as_itself(trained, tmp_path):
     trained.save(tmp_path)
@@ -314,40 +392,73 @@ def test_the_chat_template_gives_the_ids_of_render(trained, texts, tmp_path, gen
     peer = auto_tokenizer(tmp_path)
     varied = [[{"role": "user", "content": text}, CHAT[4]] for text in texts[::50]]
     for chat in [CHAT, CHAT[:2], *varied]:
-        theirs = peer.apply_chat_template(chat, tokenize=True, return_dict=False,
-                                          add_generation_prompt=generation_prompt)
+        theirs = peer.apply_chat_template(
+            chat, tokenize=True, return_dict=False, add_generation_prompt=generation_prompt
+        )
         assert theirs == trained.render(chat, generation_prompt=generation_prompt)[0]
 
 
 # --- tokenizer.json, foreign ------------------------------------------------------------------
 
+
 def foreign(folder, kind):
     """Train and write a tokenizer.json with the `tokenizers` library; return it loaded there."""
     tokenizers = pytest.importorskip("tokenizers")
-    from tokenizers import (Regex, decoders, models, normalizers, pre_tokenizers, processors,
-                            trainers)
+    from tokenizers import (
+        Regex,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt2", "smollm2"))
-    first = {"gpt2": [], "smollm2": [pre_tokenizers.Digits(individual_digits=True)],
-             "qwen": [pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated")],
-             "gaps": [pre_tokenizers.Split(Regex(r"[a-z]+|\d"), "isolated")],
-             "llama3": [pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")]}[kind]
-    special = {"gpt2": [], "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "gaps": [],
-               "qwen": [], "llama3": []}[kind]
-    later = {"gpt2": ["<|endoftext|>"], "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-             "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
-                        "<|end_header_id|>", "<|eot_id|>"]}.get(kind, [])
+    first = {
+        "gpt2": [],
+        "smollm2": [pre_tokenizers.Digits(individual_digits=True)],
+        "qwen": [pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated")],
+        "gaps": [pre_tokenizers.Split(Regex(r"[a-z]+|\d"), "isolated")],
+        "llama3": [pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")],
+    }[kind]
+    special = {
+        "gpt2": [],
+        "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "gaps": [],
+        "qwen": [],
+        "llama3": [],
+    }[kind]
+    later = {
+        "gpt2": ["<|endoftext|>"],
+        "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "llama3": [
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+        ],
+    }.get(kind, [])
     peer = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
     peer.normalizer = normalizers.NFC() if kind == "qwen" else None
     peer.pre_tokenizer = pre_tokenizers.Sequence([*first, level]) if first else level
     peer.decoder = decoders.ByteLevel()
-    peer.train_from_iterator([TEXT], trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    peer.train_from_iterator(
+        [TEXT],
+        trainers.BpeTrainer(
+            vocab_size=500,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     peer.add_special_tokens(later)
     if kind == "llama3":
         start = peer.token_to_id("<|begin_of_text|>")
         peer.post_processor = processors.TemplateProcessing(
-            single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", start)])
+            single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", start)]
+        )
     folder.mkdir(exist_ok=True)
     peer.save(str(folder / "tokenizer.json"))
     return peer
@@ -381,20 +492,27 @@ def test_foreign_chat_marks_are_used_where_they_exist(kind, tmp_path):
     ours = Tokenizer.load(tmp_path)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     ids, mask = ours.render(chat, generation_prompt=True)
-    assert ours.decode(ids) == {
-        "qwen": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
-                "<|im_start|>assistant\n",
-        "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
-                  "<|start_header_id|>assistant<|end_header_id|>\n\nyo<|eot_id|>"
-                  "<|start_header_id|>assistant<|end_header_id|>\n\n"}[kind]
-    assert ours.decode([id for id, on in zip(ids, mask) if on]) == {
-        "qwen": "yo<|im_end|>", "llama3": "yo<|eot_id|>"}[kind]
+    assert (
+        ours.decode(ids)
+        == {
+            "qwen": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nyo<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        }[kind]
+    )
+    assert (
+        ours.decode([id for id, on in zip(ids, mask) if on])
+        == {"qwen": "yo<|im_end|>", "llama3": "yo<|eot_id|>"}[kind]
+    )
     assert ours.vocab_size == peer.get_vocab_size()
     eot = {"qwen": "<|endoftext|>", "llama3": "<|end_of_text|>"}[kind]
     assert ours.eot_id == peer.token_to_id(eot)
     ours.save(tmp_path / "ours")
     theirs = auto_tokenizer(tmp_path / "ours").apply_chat_template(
-        CHAT, tokenize=True, return_dict=False, add_generation_prompt=True)
+        CHAT, tokenize=True, return_dict=False, add_generation_prompt=True
+    )
     assert theirs == ours.render(CHAT, generation_prompt=True)[0]
 
 
@@ -442,21 +560,25 @@ def change(spec, path, value):
     spec[last] = value
 
 
-@pytest.mark.parametrize("path, value, complaint", [
-    (["model", "type"], "WordPiece", "model is WordPiece"),
-    (["model", "byte_fallback"], True, "byte_fallback"),
-    (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"),
-    (["model", "vocab", "▁the"], 9999, "does not spell bytes"),
-    (["model", "vocab", "zzzz"], 9999, "made by no merge"),
-    (["model", "merges", 0], ["Ġ", "zzz"], "merges are not in the order"),
-    (["model", "merges"], 5, "malformed"),
-    (["model"], None, "malformed"),
-    (["pre_tokenizer"], {"type": "Metaspace"}, "Metaspace"),
-    (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": []}, "malformed|unknown kind"),
-    (["pre_tokenizer"], None, "pre-tokenizer"),
-    (["pre_tokenizer", "add_prefix_space"], True, "pre-tokenizer"),
-    (["normalizer"], {"type": "Lowercase"}, "Lowercase"),
-    (["added_tokens"], [5], "malformed")])
+@pytest.mark.parametrize(
+    "path, value, complaint",
+    [
+        (["model", "type"], "WordPiece", "model is WordPiece"),
+        (["model", "byte_fallback"], True, "byte_fallback"),
+        (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"),
+        (["model", "vocab", "▁the"], 9999, "does not spell bytes"),
+        (["model", "vocab", "zzzz"], 9999, "made by no merge"),
+        (["model", "merges", 0], ["Ġ", "zzz"], "merges are not in the order"),
+        (["model", "merges"], 5, "malformed"),
+        (["model"], None, "malformed"),
+        (["pre_tokenizer"], {"type": "Metaspace"}, "Metaspace"),
+        (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": []}, "malformed|unknown kind"),
+        (["pre_tokenizer"], None, "pre-tokenizer"),
+        (["pre_tokenizer", "add_prefix_space"], True, "pre-tokenizer"),
+        (["normalizer"], {"type": "Lowercase"}, "Lowercase"),
+        (["added_tokens"], [5], "malformed"),
+    ],
+)
 def test_what_would_encode_differently_is_refused(tmp_path, path, value, complaint):
     foreign(tmp_path, "gpt2")
     spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
@@ -491,9 +613,11 @@ def test_a_missing_tokenizer_is_named(tmp_path):
 
 # --- tiktoken's encodings ---------------------------------------------------------------------
 
+
 def test_a_failed_download_is_said_in_one_line(monkeypatch):
     def offline(name):
         raise ConnectionError("no network")
+
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(UserError, match="could not download the tokenizer gpt2"):
         Tokenizer.load("gpt2")

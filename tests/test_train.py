@@ -1,4 +1,6 @@
-"""Both training scripts, run for real on small data: what they learn, resume, refuse and share between processes."""
+"""Both training scripts, run for real on small data: what they learn, resume, refuse and share
+between processes.
+"""
 
 import json
 import math
@@ -22,8 +24,9 @@ from nanollm.hub import load_model
 from nanollm.run import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = "--layers 1 --channels 32 --heads 2 --context 32 --batch_size 4 --tokenizer bytes --dtype fp32 --device cpu".split()
-SFT = "--batch_size 4 --context 48 --replay 0.25 --replay_data text.txt --data chats.jsonl --dtype fp32 --device cpu".split()
+SMALL = "--batch_size 4 --dtype fp32 --device cpu".split()
+TINY = [*SMALL, *"--layers 1 --channels 32 --heads 2 --context 32 --tokenizer bytes".split()]
+SFT = [*SMALL, *"--context 48 --replay_data text.txt --data chats.jsonl".split()]
 CHATS = [
     {"messages": [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}]}
     for w in ("owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split() * 3)
@@ -87,17 +90,23 @@ def test_a_run_folder_opens_in_transformers_with_our_logits_and_ids(here):
     their_tokenizer = transformers.AutoTokenizer.from_pretrained("runs/sft")
     messages = [{"role": "user", "content": "say owl"}]
     ids, _ = tokenizer.render(messages, generation_prompt=True)
-    got = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    got = their_tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     assert got == ids
     tokens = torch.tensor([ids])
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_early_stopping_keeps_the_best_weights(here, capsys):
-    metrics = pretrain("--steps", 60, "--eval_every", 2, "--patience", 2, "--adam_lr", 0.5, "--lr", 1.0)
+    metrics = pretrain(
+        "--steps", 60, "--eval_every", 2, "--patience", 2, "--adam_lr", 0.5, "--lr", 1.0
+    )
     assert "stopped early" in capsys.readouterr().out
     losses = [m["bits_per_byte"] for m in metrics if "bits_per_byte" in m]
-    assert json.loads(Path("runs/pretrain/result.json").read_text())["bits_per_byte"] == pytest.approx(min(losses))
+    assert json.loads(Path("runs/pretrain/result.json").read_text())[
+        "bits_per_byte"
+    ] == pytest.approx(min(losses))
 
 
 def test_a_second_run_moves_the_first_out_of_the_way(here):
@@ -108,7 +117,9 @@ def test_a_second_run_moves_the_first_out_of_the_way(here):
 
 
 def test_the_preset_gives_way_to_typed_flags():
-    cfg = parse(train_pretrain.Config, train_pretrain.PRESETS, ["--preset", "smoke", "--steps", "7"])
+    cfg = parse(
+        train_pretrain.Config, train_pretrain.PRESETS, ["--preset", "smoke", "--steps", "7"]
+    )
     assert (cfg.steps, cfg.layers, cfg.heads) == (7, 2, 2)
 
 
@@ -125,16 +136,24 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script
     else:
         sft(*steps)
         flags, whole = [*SFT, "--init", "runs/pretrain", *steps], "runs/sft"
-    process = subprocess.Popen(**command(script, *flags, "--out", "runs/killed"), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        **command(script, *flags, "--out", "runs/killed"), stdout=subprocess.DEVNULL
+    )
     random_step, last = random.choice((4, 8, 10, 12, 16, 20)), 0
-    while process.poll() is None and (last < random_step or not Path("runs/killed/state.pt").exists()):
+    while process.poll() is None and (
+        last < random_step or not Path("runs/killed/state.pt").exists()
+    ):
         last = max([m["step"] for m in read_metrics("runs/killed")], default=0)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = subprocess.run(**command(script, "--out", "runs/killed", "--resume"), capture_output=True, text=True)
+    done = subprocess.run(
+        **command(script, "--out", "runs/killed", "--resume"), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert same(weights(whole), weights("runs/killed"))
-    assert [m["step"] for m in read_metrics("runs/killed")] == [m["step"] for m in read_metrics(whole)]
+    assert [m["step"] for m in read_metrics("runs/killed")] == [
+        m["step"] for m in read_metrics(whole)
+    ]
 
 
 def test_a_finished_run_resumes_to_itself(here):
@@ -155,7 +174,11 @@ def test_two_processes_give_the_gradients_of_one(script, here):
         pretrain("--steps", 1, "--context", 64)
         flags = [*SFT, "--init", "runs/pretrain"]
     flags += ["--steps", 1, "--clip", 0]
-    subprocess.run(**command(script, *flags, "--accumulate", 2, "--out", "runs/one"), check=True, capture_output=True)
+    subprocess.run(
+        **command(script, *flags, "--accumulate", 2, "--out", "runs/one"),
+        check=True,
+        capture_output=True,
+    )
     two = command(script, *flags, "--out", "runs/two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -164,7 +187,9 @@ def test_two_processes_give_the_gradients_of_one(script, here):
     two["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
     done = subprocess.run(**two, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    moments = [first_moments(torch.load(f"runs/{n}/state.pt", weights_only=True)) for n in ("one", "two")]
+    moments = [
+        first_moments(torch.load(f"runs/{n}/state.pt", weights_only=True)) for n in ("one", "two")
+    ]
     assert len(moments[0]) > 5
     for one, other in zip(*moments):
         torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-4)
@@ -172,9 +197,12 @@ def test_two_processes_give_the_gradients_of_one(script, here):
 
 def first_moments(state):
     return [
-        s[name] for optimizer in state["optimizers"] for s in optimizer["state"].values()
-        for name in ("momentum", "exp_avg") if name in s
-    ]  # fmt: skip
+        s[name]
+        for optimizer in state["optimizers"]
+        for s in optimizer["state"].values()
+        for name in ("momentum", "exp_avg")
+        if name in s
+    ]
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -195,8 +223,14 @@ BAD_CHATS = {
     "no messages": (GOOD + GOOD + '{"text": "a"}', 'line 3: a chat record needs "messages"'),
     "message without role": ('{"messages": [{"content": "a"}]}', 'line 1: message 0 has no "role"'),
     "unknown role": ('{"messages": [{"role": "judge", "content": "a"}]}', "unknown role 'judge'"),
-    "content is no text": ('{"messages": [{"role": "user", "content": 3}]}', "message 0 has no text"),
-    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}\n' * 40, "has an answer within"),
+    "content is no text": (
+        '{"messages": [{"role": "user", "content": 3}]}',
+        "message 0 has no text",
+    ),
+    "no answer": (
+        '{"messages": [{"role": "user", "content": "a"}]}\n' * 40,
+        "has an answer within",
+    ),
     "empty": ("", "is empty"),
 }
 
@@ -206,7 +240,9 @@ def test_wrong_dialogues_are_refused_with_their_line(name, here, capsys):
     pretrain("--steps", 1)
     Path("bad.jsonl").write_text(BAD_CHATS[name][0])
     capsys.readouterr()
-    said = refused(capsys, train_sft, *SFT, "--context", 32, "--init", "runs/pretrain", "--data", "bad.jsonl")
+    said = refused(
+        capsys, train_sft, *SFT, "--context", 32, "--init", "runs/pretrain", "--data", "bad.jsonl"
+    )
     assert BAD_CHATS[name][1] in said
     assert not Path("runs/sft").exists()
 
@@ -266,7 +302,9 @@ def test_a_checkpoint_of_another_shape_is_refused(here, capsys):
 def test_a_tokenizer_that_does_not_belong_is_refused(here, capsys):
     path = damaged("runs/pretrain", "config.json", capsys)
     text = path.read_text()
-    path.write_text(text.replace(f'"vocab_size": {json.loads(text)["vocab_size"]}', '"vocab_size": 100'))
+    path.write_text(
+        text.replace(f'"vocab_size": {json.loads(text)["vocab_size"]}', '"vocab_size": 100')
+    )
     assert refused(capsys, chat, "runs/pretrain", "--prompt", "hi")
 
 
@@ -274,14 +312,18 @@ def test_resuming_with_another_shape_is_refused_and_the_checkpoint_stays(here, c
     pretrain("--steps", 2)
     state = Path("runs/pretrain/state.pt").read_bytes()
     capsys.readouterr()
-    assert "another shape" in refused(capsys, train_pretrain, "--out", "runs/pretrain", "--layers", 2, "--resume")
+    assert "another shape" in refused(
+        capsys, train_pretrain, "--out", "runs/pretrain", "--layers", 2, "--resume"
+    )
     assert Path("runs/pretrain/state.pt").read_bytes() == state
 
 
 def test_a_prompt_beyond_the_context_is_refused(here, capsys):
     pretrain("--steps", 1, "--context", 64)
     capsys.readouterr()
-    assert "shorten" in refused(capsys, chat, "runs/pretrain", "--prompt", "a" * 90, "--max_new_tokens", 8)
+    assert "shorten" in refused(
+        capsys, chat, "runs/pretrain", "--prompt", "a" * 90, "--max_new_tokens", 8
+    )
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(here, capsys):
@@ -289,9 +331,20 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(her
     state = Path("runs/pretrain/state.pt").read_bytes()
     capsys.readouterr()
     said = refused(
-        capsys, train_pretrain, "--out", "runs/pretrain", "--resume", "--steps", 50, "--lr", 1e30, "--clip", 0,
-        "--eval_every", 100,
-    )  # fmt: skip
+        capsys,
+        train_pretrain,
+        "--out",
+        "runs/pretrain",
+        "--resume",
+        "--steps",
+        50,
+        "--lr",
+        1e30,
+        "--clip",
+        0,
+        "--eval_every",
+        100,
+    )
     assert "the loss became nan" in said and "--resume" in said
     assert Path("runs/pretrain/state.pt").read_bytes() == state
     load_model("runs/pretrain")

@@ -302,7 +302,7 @@ def test_cloze_sentences_occur_in_the_corpus(world, texts):
 
 def test_the_families_have_their_sizes(chat):
     train = Counter(i["family"] for i in chat["train"])
-    assert train == {family: round(6000 * share) for family, share in FAMILIES.items()}
+    assert train == {family: round(12000 * share) for family, share in FAMILIES.items()}
     test = Counter(i["family"] for i in chat["test"])
     assert set(test) == set(MAKERS) and min(test.values()) >= 200
     assert len(chat["val"]) == 300
