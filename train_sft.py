@@ -138,7 +138,7 @@ def load_chats(cfg):
 
 
 def load_replay(cfg, tokenizer):
-    """(training shards, held-out shards) of pretraining text, for replay and to measure forgetting."""
+    """(training shards, held-out shards) of text, for replay and to measure forgetting."""
     if cfg.replay_data == "village":
         folder = village.prepare(cfg.villagers, cfg.seed, cfg.megabytes)
         paths = [folder / "corpus_train.jsonl", folder / "corpus_val.jsonl"]

@@ -96,7 +96,7 @@ def bits_per_byte(model, windows, token_bytes, eot_id=None, most=None, batch=32)
 
 
 def read_items(path):
-    """Test items of a JSONL file, checked and completed: "messages", "answer", "check", "family"."""
+    """Test items of a JSONL file, checked: "messages", "answer", "check", "family"."""
     items = []
     for line, item in read_jsonl(path):
         where = f"{path}, line {line}"

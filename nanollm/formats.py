@@ -1,6 +1,6 @@
 """Reading files: text, JSONL, corpora and dialogues, strictly.
 
-The formats are documented in data/README.md. Wrong input raises UserError with file and line number.
+data/README.md documents the formats. Wrong input raises UserError with file and line number.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Reading, token shards, windows, samplers and packing: nothing is lost, and errors name the line."""
+"""Reading, shards, windows, samplers and packing: nothing is lost, and errors name the line."""
 
 import json
 import random
