@@ -215,7 +215,7 @@ def prompts_section(done, root, rt):
         model, tokenizer = load_model(root / stage.name)
         rt.prepare(model, train=False)
         prompts = [tokenizer.render(item["messages"], generation_prompt=True)[0] for item in items]
-        columns.append([reply.strip() for reply in reply_all(model, tokenizer, prompts, 48)])
+        columns.append([reply.strip() for reply in reply_all(model, tokenizer, prompts, 64)])
     section = Section("The same five prompts, before and after")
     rows = [
         [item["messages"][-1]["content"], *replies, item["answer"]]
@@ -223,7 +223,7 @@ def prompts_section(done, root, rt):
     ]
     section.table(["prompt", *(f"after {stage.title.lower()}" for stage in done), "right"], rows)
     section.text(
-        "None of these questions occurs in training. Answers are greedy and cut after 48 tokens."
+        "None of these questions occurs in training. Answers are greedy and cut after 64 tokens."
     )
     return section
 
