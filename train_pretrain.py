@@ -32,7 +32,7 @@ from nanollm.gpt import GPT, GPTConfig, count_parameters
 from nanollm.hub import load_model, load_weights
 from nanollm.logprobs import token_logprobs
 from nanollm.optim import SCHEDULES, build_optimizers
-from nanollm.run import Run, checkpoint_of
+from nanollm.run import Run, check_folders, checkpoint_of
 from nanollm.runtime import flop_per_token, model_flops_utilisation, start
 from nanollm.safetensors import load_folder
 from nanollm.tokenizer import Tokenizer
@@ -230,8 +230,8 @@ def build_model(cfg, rt):
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    if cfg.init and Path(cfg.init).resolve() == Path(cfg.out).resolve():
-        raise UserError("--init and --out name the same folder; write to another one")
+    if cfg.init:
+        check_folders(cfg.init, cfg.out)
     model, tokenizer = build_model(cfg, rt)
     if cfg.context > model.cfg.max_position_embeddings:
         raise UserError(
@@ -243,6 +243,7 @@ def main(cfg):
     eot_id = tokenizer.eot_id if cfg.document_mask and train.documents > 1 else None
     token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
 
+    share = rt.share(cfg.batch_size)
     run = Run(cfg, rt, cfg.steps)
     called = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
@@ -251,7 +252,7 @@ def main(cfg):
     trained = [model, optimizers, [sampler]]
     best = {"bits_per_byte": math.inf, "misses": 0} | run.restore(*trained, scaler)
     schedule = SCHEDULES[cfg.schedule]
-    share, tokens_per_step = rt.share(cfg.batch_size), cfg.batch_size * cfg.context
+    tokens_per_step = cfg.batch_size * cfg.context
     total, matrices = count_parameters(model)
     flop = flop_per_token(model.cfg, matrices, cfg.context)
     rt.print(
@@ -261,7 +262,7 @@ def main(cfg):
     )
 
     since = 0  # tokens since the last logged line
-    while run.step < cfg.steps:
+    while run.step < cfg.steps and not (cfg.patience and best["misses"] >= cfg.patience):
         optimizers.schedule(schedule(run.step, cfg.steps, cfg.warmup))
         optimizers.zero_grad()
         rows = windows.rows(sampler.take(cfg.batch_size)[share]).to(rt.device)  # (B, T + 1)
@@ -276,6 +277,8 @@ def main(cfg):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         loss = rt.sum(loss.item()) / rt.world
         run.check_finite(loss)
+        if rt.dtype != torch.float16:  # there the scaler skips such steps
+            run.check_finite(norm.item(), "gradient")
         optimizers.step(scaler)
         run.advance()
 
@@ -295,6 +298,7 @@ def main(cfg):
             nats, bpb = bits_per_byte(
                 model, val_windows, token_bytes, eot_id, None if last else cfg.eval_tokens
             )
+            run.check_finite(nats, "held-out loss")
             run.log(val_loss=nats, bits_per_byte=bpb, show=("val_loss", "bits_per_byte"))
             if cfg.sample_tokens and rt.main:
                 run.write_sample(sample_text(model, tokenizer, cfg, run.step))

@@ -21,12 +21,10 @@ Expect  see README.md: answers about villagers that it was never asked about, an
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from data import village
 from nanollm.config import UserError, cli
 from nanollm.data import Packed, Sampler, Windows, load_shards, pack
 from nanollm.evaluate import (
@@ -36,13 +34,14 @@ from nanollm.evaluate import (
     read_items,
     table,
     token_lengths,
+    village_of,
 )
 from nanollm.formats import identity, read_chats, read_documents, split_documents
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model
 from nanollm.logprobs import token_logprobs
 from nanollm.optim import SCHEDULES, build_optimizers
-from nanollm.run import Run
+from nanollm.run import Run, check_folders
 from nanollm.runtime import start
 
 
@@ -60,8 +59,6 @@ class Config:
     # test items to measure accuracy on, before and after; the village has its own
     test_data: str | None = None
     test_items: int = 64  # items per family for that
-    villagers: int = 32  # the village, as in pretraining
-    megabytes: float = 8.0  # likewise
     # row length T; default: 256, or the model's context where that is shorter
     context: int | None = None
     # -- Against forgetting
@@ -96,7 +93,6 @@ class Config:
 PRESETS = {
     "smoke": {
         "steps": 20,
-        "megabytes": 0.3,
         "context": 128,
         "batch_size": 8,
         "eval_every": 10,
@@ -105,8 +101,6 @@ PRESETS = {
     },
     "tiny": {},
     "gpu": {
-        "villagers": 512,
-        "megabytes": 200.0,
         "context": 1024,
         "batch_size": 128,
         "accumulate": 4,
@@ -123,7 +117,7 @@ PRESETS = {
 def load_chats(cfg):
     """(training dialogues, held-out dialogues, test items)."""
     if cfg.data == "village":
-        folder = village.prepare(cfg.villagers, cfg.seed, cfg.megabytes)
+        folder = village_of(cfg.init)
         train, val = read_chats(folder / "sft_train.jsonl"), read_chats(folder / "sft_val.jsonl")
         return train, val, read_items(cfg.test_data or folder / "sft_test.jsonl")
     train = read_chats(cfg.data)
@@ -140,7 +134,7 @@ def load_chats(cfg):
 def load_replay(cfg, tokenizer):
     """(training shards, held-out shards) of text, for replay and to measure forgetting."""
     if cfg.replay_data == "village":
-        folder = village.prepare(cfg.villagers, cfg.seed, cfg.megabytes)
+        folder = village_of(cfg.init)
         paths = [folder / "corpus_train.jsonl", folder / "corpus_val.jsonl"]
         return [load_shards(lambda p=p: read_documents(p), identity(p), tokenizer) for p in paths]
     documents = read_documents(cfg.replay_data)
@@ -235,8 +229,7 @@ def validation_loss(model, rows, batch=32):
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    if Path(cfg.init).resolve() == Path(cfg.out).resolve():
-        raise UserError("--init and --out name the same folder; write to another one")
+    check_folders(cfg.init, cfg.out)
     if not 0 <= cfg.replay < 1:
         raise UserError(f"--replay {cfg.replay} is no share: it lies between 0 and 1, 1 excluded")
     model, tokenizer = load_model(cfg.init)
@@ -254,6 +247,7 @@ def main(cfg):
     token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
     items = first_of_each_family(items, cfg.test_items)
 
+    share = rt.share(cfg.batch_size)
     run = Run(cfg, rt, cfg.steps)
     called = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
@@ -269,7 +263,7 @@ def main(cfg):
     if not before:
         before = measure(model.eval(), tokenizer, items, val_windows, token_bytes)
         model.train()
-    share, since = rt.share(cfg.batch_size), 0
+    since = 0
 
     while run.step < cfg.steps:
         optimizers.schedule(SCHEDULES[cfg.schedule](run.step, cfg.steps, cfg.warmup))
@@ -294,6 +288,8 @@ def main(cfg):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         loss = rt.sum(loss.item())
         run.check_finite(loss)
+        if rt.dtype != torch.float16:  # there the scaler skips such steps
+            run.check_finite(norm.item(), "gradient")
         optimizers.step(scaler)
         run.advance()
 
@@ -312,6 +308,7 @@ def main(cfg):
             model.eval()
             bpb = bits_per_byte(model, val_windows, token_bytes, tokenizer.eot_id, 32768)[1]
             val_loss = validation_loss(model, val_rows)
+            run.check_finite(val_loss, "held-out loss")
             run.log(val_loss=val_loss, bits_per_byte=bpb, show=("val_loss", "bits_per_byte"))
             if items and rt.main:
                 run.write_sample(sample_dialogues(model, tokenizer, items))

@@ -10,6 +10,7 @@ done is not run again, and one that was interrupted is resumed: call it once mor
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -131,7 +132,7 @@ EXPLAINED = {
 # --- running -------------------------------------------------------------------------------------
 
 
-def run_stage(stage, cfg, root):
+def run_stage(stage, cfg, root, later):
     """Run the stage's commands unless they are done; returns {"command", "evaluate", "seconds"}."""
     folder = root / stage.name
     flags = dict(stage.flags)
@@ -161,7 +162,9 @@ def run_stage(stage, cfg, root):
             )
             return record
     begin = time.perf_counter()
-    interrupted = (folder / "state.pt").exists() and not done.exists() and not cfg.fresh
+    interrupted = not cfg.fresh and not done.exists() and resumable(folder, cfg)
+    for name in later:  # what was built on an older run of this stage is stale
+        set_aside(root / name)
     execute([*command, "--resume"] if interrupted else command)
     execute(evaluate)
     seconds = (
@@ -170,6 +173,21 @@ def run_stage(stage, cfg, root):
     record = {"command": shlex.join(command), "evaluate": shlex.join(evaluate), "seconds": seconds}
     atomic_write(done, json.dumps(record, indent=2) + "\n")
     return record
+
+
+def set_aside(folder):
+    if folder.exists():
+        previous = folder.with_name(folder.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+
+
+def resumable(folder, cfg):
+    """True where a stage of the same preset was interrupted after its first checkpoint."""
+    settings = folder / "train_config.json"
+    if not (folder / "state.pt").exists() or not settings.exists():
+        return False
+    return read_json(settings).get("preset") == cfg.preset
 
 
 def execute(command):
@@ -258,8 +276,10 @@ def main(cfg):
         raise UserError("call python -m nanollm in the folder that holds train_pretrain.py")
     root, begin = Path(cfg.root), time.perf_counter()
     rt, records, done = start(cfg.device), {}, []
+    names = [stage.name for stage in stages(root)]
     for stage in stages(root):
-        records[stage.name] = run_stage(stage, cfg, root)
+        later = names[names.index(stage.name) + 1 :]
+        records[stage.name] = run_stage(stage, cfg, root, later)
         done.append(stage)
         write_report(done, records, root, rt)
     print(

@@ -30,7 +30,13 @@ from pathlib import Path
 
 WANTS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-MENDABLE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+MENDABLE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
+            errno.EISDIR}
+AT_LEAST_ONE = {"steps", "batch_size", "accumulate", "eval_every", "eval_tokens", "layers",
+                "channels", "heads", "kv_heads", "mlp", "context", "vocab_size", "repeats",
+                "max_new_tokens", "prompts", "prompt_tokens", "new_tokens"}
+NOT_NEGATIVE = {"lr", "adam_lr", "weight_decay", "warmup", "clip", "patience", "sample_tokens",
+                "seed", "limit", "show", "test_items", "layer_decay", "top_k", "temperature"}
 
 
 class UserError(Exception):
@@ -216,7 +222,22 @@ def parse(config_class, presets=None, argv=None):
     for name, value in values.items():
         if value is dataclasses.MISSING:
             raise UserError(f"--{name} is needed; it has no default")
+    check_ranges(values)
     return config_class(**values)
+
+
+def check_ranges(values):
+    """Flags of these names mean the same in every script, and below these bounds nothing."""
+    for name, value in values.items():
+        least = 1 if name in AT_LEAST_ONE else 0 if name in NOT_NEGATIVE else None
+        if least is not None and isinstance(value, (int, float)) and value < least:
+            raise UserError(f"--{name} must be at least {least}, not {value}")
+    if values.get("seed", 0) >= 2**63:
+        raise UserError("--seed must be less than 2^63")
+    if not 0 < values.get("val_fraction", 0.5) < 1:
+        raise UserError(f"--val_fraction must lie between 0 and 1, not {values['val_fraction']}")
+    if values.get("megabytes", 1) <= 0:
+        raise UserError(f"--megabytes must be more than 0, not {values['megabytes']}")
 
 
 # --- the edge of the program: errors become one line, and files are written whole --------------

@@ -259,6 +259,8 @@ def xz_bits_per_byte(train_texts, val_texts):
     A compressor is a language model that needs no training (Shannon 1948): the floor that ours must
     beat.
     """
-    seen, unseen = ("\n".join(texts).encode() for texts in (train_texts, val_texts))
+    seen, unseen = (
+        "\n".join(texts).encode("utf-8", "surrogatepass") for texts in (train_texts, val_texts)
+    )
     extra = len(lzma.compress(seen + b"\n" + unseen, preset=9)) - len(lzma.compress(seen, preset=9))
     return 8 * extra / len(unseen)

@@ -194,6 +194,8 @@ def village_of(run_folder):
     """
     path = Path(run_folder) / "train_config.json"
     known = read_json(path) if path.exists() else {}
+    if "villagers" not in known and known.get("init"):  # as the run that this one began from
+        return village_of(known["init"])
     return village.prepare(
         known.get("villagers", 32), known.get("seed", 0), known.get("megabytes", 8.0)
     )

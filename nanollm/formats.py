@@ -19,7 +19,7 @@ def read_text(path):
     if path.is_dir():
         raise UserError(f"{path} is a folder, a file is wanted")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start})") from None
     if not text.strip():
@@ -35,8 +35,10 @@ def read_jsonl(path):
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path}, line {e.lineno}: broken JSON ({e.msg})") from None
+        except (ValueError, RecursionError) as e:
+            raise UserError(
+                f"{path}, line {getattr(e, 'lineno', '?')}: broken JSON ({getattr(e, 'msg', e)})"
+            ) from None
         numbered = list(enumerate(records, 1))
     else:
         numbered = []
@@ -44,8 +46,10 @@ def read_jsonl(path):
             if line.strip():
                 try:
                     numbered.append((number, json.loads(line)))
-                except json.JSONDecodeError as e:
-                    raise UserError(f"{path}, line {number}: broken JSON ({e.msg})") from None
+                except (ValueError, RecursionError) as e:
+                    raise UserError(
+                        f"{path}, line {number}: broken JSON ({getattr(e, 'msg', e)})"
+                    ) from None
     for number, record in numbered:
         if not isinstance(record, dict):
             raise UserError(
@@ -129,7 +133,8 @@ def split_documents(documents, part, fraction=DEFAULT_VAL_FRACTION):
     """The first or last part of a corpus: a single document is cut by characters, several are
     counted.
     """
-    whole = documents[0] if len(documents) == 1 else documents
+    alone = len(documents) == 1 and isinstance(documents[0], str)
+    whole = documents[0] if alone else documents
     cut = int(len(whole) * (1 - fraction))
     kept = whole[:cut] if part == "train" else whole[cut:]
     return [kept] if isinstance(kept, str) else kept
@@ -137,5 +142,7 @@ def split_documents(documents, part, fraction=DEFAULT_VAL_FRACTION):
 
 def identity(path):
     """What tells one version of a file from another: its place, size and time of change."""
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist")
     stat = Path(path).stat()
     return [Path(path).resolve(), stat.st_size, stat.st_mtime_ns]

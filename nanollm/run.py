@@ -80,9 +80,13 @@ class Run:
                         f"{self.folder} holds files that are no run of ours; choose another --out"
                     )
                 previous = self.folder.with_name(self.folder.name + ".previous")
-                shutil.rmtree(previous, ignore_errors=True)
-                os.replace(self.folder, previous)
-                print(f"the run that was in {self.folder} is now in {previous}")
+                worth = [self.folder / name for name in ("model.safetensors", "state.pt")]
+                if any(path.exists() for path in worth):
+                    shutil.rmtree(previous, ignore_errors=True)
+                    os.replace(self.folder, previous)
+                    print(f"the run that was in {self.folder} is now in {previous}")
+                else:  # an attempt that never reached its first checkpoint
+                    shutil.rmtree(self.folder)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as e:
@@ -176,11 +180,11 @@ class Run:
     def bar_steps(self):
         return self.step - (self.state["step"] if self.state else 0)
 
-    def check_finite(self, loss):
+    def check_finite(self, loss, name="loss"):
         """A loss that is no number ends the run; the last checkpoint stays as it is."""
         if loss != loss or abs(loss) == float("inf"):
             raise UserError(
-                f"the loss became {loss} at step {self.step}; lower the learning rate, or "
+                f"the {name} became {loss} at step {self.step}; lower the learning rate, or "
                 f"continue from the last "
                 f"checkpoint in {self.folder} with --resume"
             )
@@ -234,6 +238,13 @@ class Run:
         """Training is over: stop the clock and the bar."""
         self.ended = time.perf_counter()
         self.bar.close()
+
+
+def check_folders(init, out):
+    """Refuse to start from a folder that writing to `out` would replace."""
+    start, out = Path(init).resolve(), Path(out).resolve()
+    if start in (out, out.with_name(out.name + ".previous")) or out in start.parents:
+        raise UserError(f"--out {out} would replace --init {init}; write to another folder")
 
 
 def checkpoint_of(folder):

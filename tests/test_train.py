@@ -350,6 +350,36 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(her
     load_model("runs/pretrain")
 
 
+def test_weights_that_are_no_numbers_never_replace_a_checkpoint(here, capsys):
+    pretrain("--steps", 2)
+    capsys.readouterr()
+    rates = ["--lr", 1e38, "--adam_lr", 1e38, "--clip", 0]
+    flags = ["--out", "runs/pretrain", "--resume", "--steps", 9, "--eval_every", 1, *rates]
+    assert "became nan" in refused(capsys, train_pretrain, *flags)
+    assert all(p.isfinite().all() for p in weights("runs/pretrain").values())
+    state = torch.load("runs/pretrain/state.pt", weights_only=True)
+    assert all(p.isfinite().all() for p in state["model"].values())
+
+
+def test_an_attempt_that_fails_leaves_the_finished_run_alone(here, capsys):
+    pretrain("--steps", 2)
+    before = weights("runs/pretrain")
+    capsys.readouterr()
+    for flags in (["--batch_size", 0], ["--eval_every", 0], ["--data", "nowhere.txt"]):
+        refused(capsys, train_pretrain, *TINY, "--data", "text.txt", *flags)
+    assert same(before, weights("runs/pretrain"))
+
+
+@pytest.mark.parametrize("init", ["runs/pretrain", "runs/pretrain.previous"])
+def test_the_folder_to_start_from_is_never_replaced(init, here, capsys):
+    pretrain("--steps", 1)
+    pretrain("--steps", 1)
+    capsys.readouterr()
+    assert "would replace --init" in refused(
+        capsys, train_pretrain, *TINY, "--data", "text.txt", "--init", init
+    )
+
+
 # --- what scripts share --------------------------------------------------------------------------
 
 

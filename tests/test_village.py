@@ -10,8 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from data.village import (POOLS, build_world, check_answer, cloze, corpus, documents, instructions,
-                          prepare)
+from data.village import (
+    POOLS,
+    build_world,
+    check_answer,
+    cloze,
+    corpus,
+    documents,
+    instructions,
+    prepare,
+)
 from data.village_corpus import SHARES, held_out, written_steps
 from data.village_facts import PHRASES
 from data.village_tasks import FAMILIES, MAKERS, QUESTIONS, user_turns
