@@ -1,7 +1,7 @@
 """Pretraining: learn to predict the next token of raw text.
 
-    loss = - mean_t log p(x_t | x_<t)                     Bengio et al. 2003; Radford et al. 2018
-    (GPT) bits per byte = total nats / (ln 2 * bytes of text)   comparable across tokenizers
+    loss = - mean_t log p(x_t | x_<t)           Bengio et al. 2003; Radford et al. 2018 (GPT)
+    bits per byte = total nats / (ln 2 * bytes of text)        comparable across tokenizers
 
 The text is the village by default (data/village.py), or any .txt or .jsonl file, or a folder of
 token shards. Rows of T tokens tile the text; each token is predicted once per epoch. A model of
@@ -316,7 +316,6 @@ def main(cfg):
                     f"stopped early: no better for {cfg.patience} evaluations; {cfg.out} keeps "
                     f"the best weights"
                 )
-                break
     finish(cfg, rt, run, model, val_windows, token_bytes, eot_id, flop)
 
 

@@ -1,10 +1,9 @@
-"""Supervised fine-tuning: learn to answer, from dialogues, by predicting the assistant's tokens
-only.
+"""Supervised fine-tuning: learn to answer from dialogues, predicting the assistant's tokens only.
 
-    loss = - sum_t m_t log p(x_t | x_<t) / sum_t m_t      m_t = 1 on the assistant's tokens and end
-    of turn
-                                                          Ouyang et al. 2022 (InstructGPT,
-                                                          arXiv:2203.02155)
+    loss = - sum_t m_t log p(x_t | x_<t) / sum_t m_t
+
+with m_t = 1 on the assistant's tokens and its end of turn, 0 elsewhere
+(Ouyang et al. 2022, InstructGPT, arXiv:2203.02155).
 
 Dialogues are packed into rows of T tokens; attention stays inside a dialogue and positions start
 anew in each (Krell et al. 2021, arXiv:2107.02027). A dialogue longer than T loses its last turns
@@ -254,10 +253,8 @@ def main(cfg):
     optimizers = build_optimizers(
         model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay, layer_decay=cfg.layer_decay
     )
-    chat_sampler, text_sampler = (
-        Sampler(len(train_rows), cfg.seed),
-        Sampler(windows.n, cfg.seed + 1),
-    )
+    chat_sampler = Sampler(len(train_rows), cfg.seed)
+    text_sampler = Sampler(windows.n, cfg.seed + 1)
     scaler, trained = rt.scaler(), [model, optimizers, [chat_sampler, text_sampler]]
     before = run.restore(*trained, scaler)
     if not before:
@@ -271,18 +268,16 @@ def main(cfg):
         chat_rows = train_rows.rows(chat_sampler.take(cfg.batch_size - n_replay))
         text_rows = replay_rows(windows, text_sampler.take(n_replay), tokenizer.eot_id)
         rows = chat_rows.join(text_rows).rows(share).to(rt.device)
-        count = rt.sum(
-            rows.mask[:, 1:].sum().item()
-        )  # trained tokens of the whole batch, never zero
+        # trained tokens of the whole batch, never zero
+        count = rt.sum(rows.mask[:, 1:].sum().item())
         loss = 0.0
         parts = torch.arange(len(rows)).chunk(cfg.accumulate)
         for i, numbers in enumerate(parts):
             part = rows.rows(numbers)
             with rt.accumulating(called, more=i + 1 < len(parts)):
                 part_loss = sft_loss(packed_logits(called, part), part.tokens, part.mask) / count
-                scaler.scale(
-                    part_loss * rt.world
-                ).backward()  # times the processes that DDP's mean divides by
+                # times the number of processes, by which DDP's mean divides
+                scaler.scale(part_loss * rt.world).backward()
             loss += part_loss.detach()
         optimizers.unscale(scaler)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)

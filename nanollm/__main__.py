@@ -10,7 +10,6 @@ done is not run again, and one that was interrupted is resumed: call it once mor
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from nanollm.config import UserError, atomic_write, cli
 from nanollm.evaluate import read_items, reply_all, village_of
 from nanollm.hub import load_model, read_json
 from nanollm.report import Section, to_html, to_markdown
+from nanollm.run import set_aside
 from nanollm.runtime import start
 
 
@@ -164,7 +164,8 @@ def run_stage(stage, cfg, root, later):
     begin = time.perf_counter()
     interrupted = not cfg.fresh and not done.exists() and resumable(folder, cfg)
     for name in later:  # what was built on an older run of this stage is stale
-        set_aside(root / name)
+        if (root / name).exists():
+            set_aside(root / name)
     execute([*command, "--resume"] if interrupted else command)
     execute(evaluate)
     seconds = (
@@ -173,13 +174,6 @@ def run_stage(stage, cfg, root, later):
     record = {"command": shlex.join(command), "evaluate": shlex.join(evaluate), "seconds": seconds}
     atomic_write(done, json.dumps(record, indent=2) + "\n")
     return record
-
-
-def set_aside(folder):
-    if folder.exists():
-        previous = folder.with_name(folder.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
 
 
 def resumable(folder, cfg):

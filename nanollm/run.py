@@ -1,5 +1,4 @@
-"""The run folder: settings, metrics, progress bar, curves, samples, and checkpoints to resume from
-exactly.
+"""The run folder: settings, metrics, progress, samples, and checkpoints to resume from exactly.
 
 runs/<name>/    a model folder (hub.py), and beside it
   train_config.json    the settings of the run; what --resume reads
@@ -7,8 +6,8 @@ runs/<name>/    a model folder (hub.py), and beside it
   samples.txt          what the model wrote during training
   curves.svg           the metrics as a picture
   result.json          the figures reached at the end
-  state.pt             weights, optimizer, step, random generators, data position: written whole or
-  not at all
+  state.pt             weights, optimizer, step, random generators and data position, written
+                       whole or not at all
 """
 
 import json
@@ -34,10 +33,8 @@ class Run:
 
     def __init__(self, cfg, rt, steps):
         self.folder, self.cfg, self.rt, self.steps = Path(cfg.out), cfg, rt, steps
-        self.step, self.seconds = (
-            0,
-            0.0,
-        )  # steps done, and seconds spent in earlier sessions of this run
+        self.step = 0  # optimizer steps done
+        self.seconds = 0.0  # spent in earlier sessions of this run
         self.state = self._load_state() if cfg.resume else None
         if rt.main:
             self._prepare_folder()
@@ -79,12 +76,9 @@ class Run:
                     raise UserError(
                         f"{self.folder} holds files that are no run of ours; choose another --out"
                     )
-                previous = self.folder.with_name(self.folder.name + ".previous")
                 worth = [self.folder / name for name in ("model.safetensors", "state.pt")]
                 if any(path.exists() for path in worth):
-                    shutil.rmtree(previous, ignore_errors=True)
-                    os.replace(self.folder, previous)
-                    print(f"the run that was in {self.folder} is now in {previous}")
+                    print(f"the run that was in {self.folder} is now in {set_aside(self.folder)}")
                 else:  # an attempt that never reached its first checkpoint
                     shutil.rmtree(self.folder)
             try:
@@ -240,10 +234,23 @@ class Run:
         self.bar.close()
 
 
+def previous_of(folder):
+    """Where the run that was in a folder goes when another one takes its place."""
+    return folder.with_name(folder.name + ".previous")
+
+
+def set_aside(folder):
+    """Move a run out of the way, in place of the one moved before; returns where it went."""
+    previous = previous_of(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+    os.replace(folder, previous)
+    return previous
+
+
 def check_folders(init, out):
     """Refuse to start from a folder that writing to `out` would replace."""
     start, out = Path(init).resolve(), Path(out).resolve()
-    if start in (out, out.with_name(out.name + ".previous")) or out in start.parents:
+    if start in (out, previous_of(out)) or out in start.parents:
         raise UserError(f"--out {out} would replace --init {init}; write to another folder")
 
 

@@ -7,13 +7,12 @@ This docstring is the description in --help, with its layout.
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
-
-import re
 
 import pytest
 
