@@ -3,8 +3,7 @@ hardware's peak.
 
 Run     python -m nanollm.bench                        # a 1M-parameter model
         python -m nanollm.bench --peer transformers    # beside transformers, same shape, same run
-        python -m nanollm.bench --preset gpu           # 124M parameters, context 1024, decoding at
-        batch 256
+        python -m nanollm.bench --preset gpu           # 124M parameters, context 1024, batch 256
 
 Medians of --repeats runs. With --peer the two take turns, so that a machine whose speed drifts
 slows both; the peer computes in fp32 eagerly, as its examples do. The roofline is measured: the

@@ -4,8 +4,9 @@ Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, ar
 the matrices inside the blocks, AdamW (Loshchilov & Hutter 2017, 1711.05101) for embedding, head,
 gains and biases:
 
-    M <- mu M + G;    O = NewtonSchulz(G + mu M);    W <- W - lr (sqrt(max(1, rows / cols)) O + wd
-    W)
+    M <- mu M + (1 - mu) G
+    O = NewtonSchulz(mu M + (1 - mu) G)                       Nesterov's look ahead
+    W <- W - lr (sqrt(max(1, rows / cols)) O + wd W)
 """
 
 import math
