@@ -9,6 +9,8 @@ tuning, and the other half measures what pretraining alone stored. The parts are
     village_school.py   word games
     village_corpus.py   the mixture of documents
     village_tasks.py    chat items, test items and their checks
+    village_manners.py  courteous, rude and long-winded answers
+    village_preferences.py  prompts, composed replies, the gold score, and annotators
 
 Run     python data/village.py      # prints samples of everything, and the counts
 """
@@ -27,14 +29,16 @@ if not __package__:  # run as a file: the repository root holds the package
 
 from data.village_corpus import corpus, documents
 from data.village_facts import cloze
+from data.village_preferences import preference_prompts
 from data.village_tasks import check_answer, instructions
 from data.village_world import POOLS, Villager, World, build_world
 
 __all__ = ["POOLS", "Villager", "World", "build_world", "check_answer", "cloze", "corpus",
            "documents", "instructions", "prepare"]
 
-VERSION = 8  # raise it when the generated text changes, so that no old cache is read
+VERSION = 9  # raise it when the generated text changes, so that no old cache is read
 VAL_SHARE = 0.02
+PROMPTS = {"train": 3000, "test": 400}  # for preferences
 
 
 def write_lines(path, rows):
@@ -47,7 +51,8 @@ def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
     """Write the village once and return its folder; later calls find it there.
 
     The folder holds corpus_train.jsonl and corpus_val.jsonl ({"text"}), cloze.jsonl,
-    sft_train.jsonl, sft_val.jsonl and sft_test.jsonl, and world.json.
+    sft_train.jsonl, sft_val.jsonl and sft_test.jsonl, prompts_train.jsonl and prompts_test.jsonl
+    for preferences, and world.json.
     """
     folder = Path(root) / f"village-{n_villagers}-{seed}-{megabytes:g}mb-v{VERSION}"
     if folder.is_dir():
@@ -65,6 +70,9 @@ def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
         write_lines(new / "cloze.jsonl", cloze(world))
         for split in ("train", "val", "test"):
             write_lines(new / f"sft_{split}.jsonl", instructions(world, split, seed))
+        for split, n in PROMPTS.items():
+            prompts = preference_prompts(world, split, n, seed)
+            write_lines(new / f"prompts_{split}.jsonl", prompts)
         (new / "world.json").write_text(json.dumps(world.as_dict(), indent=1), encoding="utf-8")
         new.chmod(0o755)
         try:

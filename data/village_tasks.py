@@ -9,6 +9,7 @@ import re
 
 from data.village_corpus import held_out, written_steps
 from data.village_facts import answer_sentence
+from data.village_manners import draw_manner, with_manner
 from data.village_school import WORDS
 from data.village_world import ATTRIBUTES, CASES, POOLS, capitalise, split_of
 
@@ -247,7 +248,8 @@ def as_item(family, turns, check, split):
 def instructions(world, split, seed=0, n_items=None):
     """Chat items of "train", "val" or "test", no question twice, families shuffled.
 
-    Train and val items are {"messages", "family"}; test items end with the user's turn and carry
+    Train and val items are {"messages", "family"}, their answers in various manners where the wording
+    of the answer is free (village_manners.py); test items end with the user's turn and carry
     "answer" and "check" for `check_answer`. `n_items` is the total for train and val, and the
     number per family for test. A small village may have fewer questions than asked for.
     """
@@ -264,7 +266,10 @@ def instructions(world, split, seed=0, n_items=None):
         seen, misses = set(), 0
         while len(seen) < size and misses < 1000:  # a thousand repeats in a row: that was all
             misses += 1
-            item = as_item(family, *MAKERS[family](world, split, rng), split)
+            turns, check = MAKERS[family](world, split, rng)
+            if split != "test" and check["check"] != "exact":
+                turns[-1] = with_manner(turns[-1], draw_manner(rng), rng)
+            item = as_item(family, turns, check, split)
             if user_turns(item) not in seen:
                 misses = 0
                 seen.add(user_turns(item))

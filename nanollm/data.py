@@ -1,5 +1,5 @@
 """From files to batches: strict reading, token shards on disk, windows for pretraining, packed rows
-for chat.
+for chat, padded rows for preferences.
 
 Formats are documented in data/README.md. Wrong input raises UserError with file and line number.
 T is the length of a row in tokens; L the length of an example.
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from nanollm.config import UserError
+from nanollm.gpt import document_mask
 
 CACHE = Path("data/cache/tokens")
 SHARD_TOKENS = 2**27  # tokens per shard file
@@ -250,6 +251,54 @@ def pack(examples, T, pad_id):
             documents[r, part], positions[r, part] = number, torch.arange(len(ids))
             start += len(ids)
     return Packed(tokens, mask, documents, positions)
+
+
+@dataclass
+class Replies:
+    """Prompts with a reply each, one per row: what preferences and reinforcement train on."""
+
+    tokens: torch.Tensor  # (B, T) int64: prompt, reply, padding
+    mask: torch.Tensor  # (B, T) bool: True on the reply's tokens, its end of turn included
+    real: torch.Tensor  # (B, T) bool: False on padding
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def rows(self, numbers):
+        """These rows, without columns that are padding in all of them."""
+        real = self.real[numbers]
+        used = real.any(0).nonzero()[:, 0]
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        return Replies(
+            self.tokens[numbers][:, columns], self.mask[numbers][:, columns], real[:, columns]
+        )
+
+    def to(self, device):
+        return Replies(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+
+    def last(self):
+        """Column of each row's last real token, (B,): found by the mask, not by comparing ids."""
+        return self.real.shape[1] - 1 - self.real.flip(1).long().argmax(1)
+
+    def inputs(self):
+        """(tokens, positions, mask) for a model. Rows padded on the right alone need no mask: causal
+        attention never looks at what comes later.
+        """
+        if self.real[:, 0].all():
+            return self.tokens, None, None
+        positions = (self.real.cumsum(1) - 1).clamp(min=0)
+        return self.tokens, positions, document_mask(self.real.long())
+
+
+def pad_replies(prompts, replies, pad_id):
+    """Replies from lists of ids, one reply per prompt, padded on the right."""
+    lengths = torch.tensor([[len(p), len(p) + len(r)] for p, r in zip(prompts, replies)])
+    tokens = torch.full((len(prompts), int(lengths.max())), pad_id)
+    for row, (prompt, reply) in enumerate(zip(prompts, replies)):
+        tokens[row, : lengths[row, 1]] = torch.tensor([*prompt, *reply])
+    columns = torch.arange(tokens.shape[1])
+    real = columns < lengths[:, 1:]
+    return Replies(tokens, real & (columns >= lengths[:, :1]), real)
 
 
 def xz_bits_per_byte(train_texts, val_texts):

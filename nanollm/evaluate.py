@@ -114,16 +114,23 @@ def read_items(path):
     return items
 
 
-def reply_all(
-    model, tokenizer, prompts, max_new_tokens, temperature=0.0, batch_size=256, generator=None
+def sample_replies(
+    model,
+    tokenizer,
+    prompts,
+    max_new_tokens,
+    samples=1,
+    temperature=1.0,
+    batch_size=256,
+    generator=None,
 ):
-    """Continue prompts (lists of ids) and return the texts in their order; short prompts run beside
-    short ones.
+    """Continue N prompts (lists of ids) `samples` times each; reply n * samples + g is the list of
+    ids of sample g of prompt n, its stop token included. Short prompts run beside short ones.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    replies = [""] * len(prompts)
-    for first in range(0, len(order), batch_size):
-        numbers = order[first : first + batch_size]
+    replies = [None] * len(prompts) * samples
+    for first in range(0, len(order), max(1, batch_size // samples)):
+        numbers = order[first : first + max(1, batch_size // samples)]
         room = model.cfg.max_position_embeddings - len(
             prompts[numbers[-1]]
         )  # at least one token, or generate refuses
@@ -131,14 +138,28 @@ def reply_all(
             model,
             [prompts[i] for i in numbers],
             max(1, min(max_new_tokens, room)),
+            samples,
             temperature=temperature,
             stop_ids=tokenizer.stop_ids,
             pad_id=tokenizer.pad_id,
             generator=generator,
         )
-        for i, ids in zip(numbers, out.lists()):
-            replies[i] = tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids])
+        for row, ids in enumerate(out.lists()):
+            replies[numbers[row // samples] * samples + row % samples] = ids
     return replies
+
+
+def reply_all(model, tokenizer, prompts, max_new_tokens, temperature=0.0, **sampling):
+    """As sample_replies, as texts, greedy where nothing else is said."""
+    replies = sample_replies(
+        model, tokenizer, prompts, max_new_tokens, temperature=temperature, **sampling
+    )
+    return [as_text(tokenizer, ids) for ids in replies]
+
+
+def as_text(tokenizer, ids):
+    """A reply without its stop token."""
+    return tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids])
 
 
 def accuracy_by_family(model, tokenizer, items, max_new_tokens=64, **sampling):

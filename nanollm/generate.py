@@ -51,11 +51,11 @@ def keep_top_p(logits, p):
     return logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
 
 
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
     """Draw one token per row: logits (B, V) -> tokens (B,), logprobs (B,) at this temperature.
 
     temperature 0 takes the largest. The logprobs are those of the full distribution, before top-k
-    and top-p.
+    and top-p. `u` (B,) in [0, 1), float64, takes the place of the generator's random numbers.
     """
     if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
         raise UserError(
@@ -73,8 +73,9 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logits = keep_top_k(logits, min(top_k, logits.shape[1])) if top_k else logits
         kept = (keep_top_p(logits, top_p) if top_p < 1 else logits).softmax(-1)
     cdf = kept.cumsum(-1, dtype=torch.float64)
-    u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
-    tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # the inverse of the CDF at u
+    if u is None:
+        u = torch.rand(len(cdf), dtype=torch.float64, device=cdf.device, generator=generator)
+    tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # the inverse of the CDF at u
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
@@ -229,9 +230,13 @@ def generate(
     stop_ids=(),
     pad_id=0,
     generator=None,
+    noise=None,
 ):
     """Continue each of N prompts (lists of ids) G = `samples` times, until a stop id or
     max_new_tokens; Generated.
+
+    `noise` (B, max_new_tokens), uniform in [0, 1) and float64, takes the place of the generator:
+    what a row draws then depends on its own noise only, not on which rows stand beside it.
     """
     engine = Engine(for_inference(model), prompts, max_new_tokens, samples, pad_id)
     B, device = len(engine.pads), model.device
@@ -247,7 +252,8 @@ def generate(
     )
     logits = engine.last_logits
     for t in range(max_new_tokens):
-        new, logprob = sample(logits, temperature, top_k, top_p, generator)
+        u = None if noise is None else noise[rows, t]
+        new, logprob = sample(logits, temperature, top_k, top_p, generator, u)
         new = torch.where(alive, new, pad_id)
         tokens[rows, t], mask[rows, t], logprobs[rows, t] = new, alive, logprob * alive
         alive = alive & ~torch.isin(new, stops)

@@ -211,8 +211,9 @@ class Attention(nn.Module):
             rotate(k.transpose(1, 2), cos, sin),
             v.transpose(1, 2),
         )
-        # torch's CPU kernel needs four times as long for a bf16 backward pass as for one in fp32
-        dtype = torch.float32 if torch.is_grad_enabled() and not x.is_cuda else x.dtype
+        # torch's CPU kernel needs four times as long for a bf16 backward pass as for one in fp32;
+        # without gradients it is fp32 too, so that the same rows give the same logits
+        dtype = torch.float32 if cache is None and not x.is_cuda else x.dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
@@ -293,9 +294,12 @@ class GPT(nn.Module):
         )
         init_weights(self)
 
-    def forward(self, tokens, positions=None, mask=None, cache=None):
-        """positions (B, T) default to 0..T-1; mask as attend takes it; cache a KVCache."""
-        return self.head(self.hidden(tokens, positions, mask, cache))
+    def forward(self, tokens, positions=None, mask=None, cache=None, where=None):
+        """positions (B, T) default to 0..T-1; mask as attend takes it; cache a KVCache. With `where`
+        (B, T) bool the logits of those positions only, (n, V): the head is a good part of the cost.
+        """
+        hidden = self.hidden(tokens, positions, mask, cache)
+        return self.head(hidden if where is None else hidden[where])
 
     def hidden(self, tokens, positions=None, mask=None, cache=None):
         """What the head reads: (B, T, C)."""
@@ -311,6 +315,31 @@ class GPT(nn.Module):
     @property
     def device(self):
         return self.model.embed_tokens.weight.device
+
+
+class ScalarGPT(nn.Module):
+    """One number per token: tokens (B, T) -> (B, T) in fp32. A reward model, or a critic.
+
+    Named as Hugging Face's LlamaForSequenceClassification with one label. The head starts at
+    N(0, 1 / (C + 1)) (Stiennon et al. 2020, arXiv:2009.01325). `shift` is taken off every number:
+    a reward model's mean, so that rewards lie around zero.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.shift = cfg, 0.0
+        self.compute_dtype = torch.float32
+        self.model = Decoder(cfg)
+        self.score = Linear(cfg.hidden_size, 1, bias=False)
+        init_weights(self)
+        nn.init.normal_(self.score.weight, std=(cfg.hidden_size + 1) ** -0.5)
+
+    def forward(self, tokens, positions=None, mask=None):
+        """As GPT's, without a cache."""
+        x = self.model(self.model.embed_tokens(tokens).to(self.compute_dtype), positions, mask)
+        return self.score(x.float())[..., 0] - self.shift
+
+    device = GPT.device
 
 
 def init_weights(model):

@@ -14,7 +14,7 @@ import torch
 
 from nanollm import safetensors
 from nanollm.config import UserError, atomic_write
-from nanollm.gpt import GPT, GPTConfig, rope_frequencies
+from nanollm.gpt import GPT, GPTConfig, ScalarGPT, rope_frequencies
 from nanollm.tokenizer import Tokenizer
 
 SAME_NAME = [
@@ -104,6 +104,10 @@ def save_model(model, tokenizer, folder):
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
     config = config_json(model.cfg, tokenizer, model.model.norm.weight.dtype)
+    if isinstance(model, ScalarGPT):
+        kind = config["architectures"][0].replace("CausalLM", "SequenceClassification")
+        one_label = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        config |= {"architectures": [kind], **one_label, "reward_shift": model.shift}
     tokenizer.save(folder)
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
     generation = {
@@ -150,11 +154,9 @@ def load_model(folder):
     Where the tokenizer had no chat markers and got them, the embedding grows by rows equal to the
     mean of the others.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is no folder; run the stage that makes it, or name another with --init"
-        )
+    folder = existing_folder(folder)
+    if is_scalar(folder):
+        raise UserError(f"{folder} holds a reward model, which scores text and writes none")
     model, tokenizer = GPT(read_config(folder)), Tokenizer.load(folder)
     load_weights(model, safetensors.load_folder(folder), folder)
     known = max(tokenizer.ranks.values(), default=0)
@@ -166,6 +168,36 @@ def load_model(folder):
         )
     if tokenizer.vocab_size > model.cfg.vocab_size:
         model = grow_vocabulary(model, tokenizer.vocab_size)
+    return model, tokenizer
+
+
+def existing_folder(folder):
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"{folder} is no folder; run the stage that makes it, or name another with --init"
+        )
+    return Path(folder)
+
+
+def is_scalar(folder):
+    """Does the folder hold a reward model (one score per text) rather than a language model?"""
+    kinds = read_json(Path(folder) / "config.json").get("architectures") or [""]
+    return str(kinds[0]).endswith("SequenceClassification")
+
+
+def load_scalar(folder):
+    """(ScalarGPT in fp32 on the CPU, Tokenizer) from the folder of a reward model, ours or any of
+    Hugging Face's shape with one label; or from a language model's, whose head a new one replaces.
+    """
+    folder = existing_folder(folder)
+    if is_scalar(folder):
+        model, tokenizer = ScalarGPT(read_config(folder)), Tokenizer.load(folder)
+        load_weights(model, safetensors.load_folder(folder), folder)
+        model.shift = float(read_json(folder / "config.json").get("reward_shift", 0.0))
+        return model, tokenizer
+    language_model, tokenizer = load_model(folder)
+    model = ScalarGPT(language_model.cfg)
+    model.model.load_state_dict(language_model.model.state_dict())
     return model, tokenizer
 
 

@@ -6,6 +6,7 @@ vocabulary.
 """
 
 import torch
+import torch.nn.functional as F
 
 # Logits turned to fp32 at a time: few enough to stay in a CPU's cache, and a 50k vocabulary times a
 # long
@@ -52,6 +53,24 @@ def token_logprobs(logits, targets):
     """
     V = logits.shape[-1]
     return _TokenLogprobs.apply(logits.reshape(-1, V), targets.reshape(-1)).view(targets.shape)
+
+
+def reply_logprobs(model, rows, temperature=1.0, with_entropy=False):
+    """log p of each reply's tokens: rows a data.Replies of B rows -> (B, T - 1) in fp32.
+
+    Entry t scores tokens[:, t + 1], and is zero where that is no token of the reply. With
+    `with_entropy` also the entropy in nats of the distribution behind each, (B, T - 1).
+    """
+    trained = rows.mask[:, 1:]
+    logits = model(*rows.inputs(), where=F.pad(trained, (0, 1)))  # (n, V)
+    if temperature != 1:
+        logits = logits / temperature
+    blank = torch.zeros(trained.shape, device=logits.device)
+    out = blank.masked_scatter(trained, token_logprobs(logits, rows.tokens[:, 1:][trained]))
+    if not with_entropy:
+        return out
+    with torch.no_grad():
+        return out, blank.masked_scatter(trained, entropy(logits))
 
 
 def masked_mean(x, mask):

@@ -108,7 +108,14 @@ class Optimizers:
 
 
 def build_optimizers(
-    model, kind="muon", lr=0.02, adam_lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=1.0
+    model,
+    kind="muon",
+    lr=0.02,
+    adam_lr=3e-3,
+    weight_decay=0.1,
+    betas=(0.9, 0.95),
+    layer_decay=1.0,
+    eps=1e-8,
 ):
     """The optimizers of a GPT; raises ValueError for an unknown kind.
 
@@ -144,7 +151,7 @@ def build_optimizers(
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     made = [Muon(groups(muon, lr))] if muon else []
     if adam:
-        made.append(torch.optim.AdamW(groups(adam, adam_lr), betas=betas, fused=fused))
+        made.append(torch.optim.AdamW(groups(adam, adam_lr), betas=betas, eps=eps, fused=fused))
     return Optimizers(*made)
 
 

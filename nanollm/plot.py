@@ -20,9 +20,9 @@ def nice_ticks(low, high, count=5):
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(series, title="", x_label="step", y_label=""):
+def line_chart(series, title="", x_label="step", y_label="", join=True):
     """An SVG document as str. series: {name: [(x, y), ...]}; points that aren't finite are left
-    out.
+    out. join=False: dots alone.
     """
     series = {
         name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()
@@ -71,13 +71,15 @@ def line_chart(series, title="", x_label="step", y_label=""):
     for i, (name, points) in reversed(list(enumerate(series.items()))):
         colour = COLOURS[i % len(COLOURS)]
         path = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
-        out.append(
-            f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8" '
-            f'stroke-linejoin="round"/>'
-        )
-        if len(points) < 25:
+        if join:
+            out.append(
+                f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8" '
+                f'stroke-linejoin="round"/>'
+            )
+        if not join or len(points) < 25:
             out += [
-                f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.6" fill="{colour}"/>'
+                f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.6" fill="{colour}" '
+                f'fill-opacity="{1 if join else 0.35}"/>'
                 for x, y in points
             ]
         out.append(

@@ -1,0 +1,113 @@
+"""Preferences with a known truth: prompts, composed replies, the gold score, and the annotators.
+
+The gold score says how good a reply is; only the annotators know it, and they waver:
+
+    gold = 0.5 correct + 0.3 polite + 0.2 concise        correct, concise in 0..1, polite in -1..1
+
+An annotator ranks K replies by Plackett and Luce's model: i comes first with a probability
+proportional to exp(gold_i / temperature), then the next of the others, and so on. Of two replies
+i is then preferred to j with probability sigmoid((gold_i - gold_j) / temperature), which is what
+the Bradley-Terry loss of a reward model assumes. The temperature follows from the stated rate at
+which pairs are to be ranked against their gold.
+"""
+import math
+import random
+import re
+
+from data.village_facts import answer_sentence
+from data.village_manners import MANNERS, conciseness, politeness, with_manner
+from data.village_tasks import MAKERS, check_answer, user_turns
+from data.village_world import Villager, article
+
+WEIGHTS = {"correct": 0.5, "polite": 0.3, "concise": 0.2}
+BEST_GOLD = sum(WEIGHTS.values())
+FAMILIES = {"fact": 0.55, "two_hop": 0.15, "unknown": 0.18, "multi_turn": 0.12}
+DISAGREEMENT = 0.15  # of the pairs, against the gold
+RATINGS = 7  # the scale on which annotators also rate each reply
+
+
+def gold_score(item, reply):
+    """What a reply to a prompt is worth, at most 1; `item` as preference_prompts makes it."""
+    return (WEIGHTS["correct"] * check_answer(item, reply) + WEIGHTS["polite"] * politeness(reply)
+            + WEIGHTS["concise"] * conciseness(reply, item["reference"]))
+
+
+def preference_prompts(world, split, n_items, seed=0):
+    """Prompts {"messages", "reference", "family", "answer", "check", ...}, no question twice.
+
+    `reference` is the plain answer. The splits are those of the instructions: wordings, operands
+    and combinations of "test" are in no training item.
+    """
+    rng = random.Random(f"preferences-{split}-{world.seed}-{seed}")
+    items = []
+    for family, share in FAMILIES.items():
+        seen, misses = set(), 0
+        while len(seen) < round(share * n_items) and misses < 1000:  # a thousand repeats: that was all
+            misses += 1
+            turns, check = MAKERS[family](world, split, rng)
+            if check["check"] == "exact":  # its wording isn't free: no manners to prefer
+                continue
+            messages = [{"role": ("user", "assistant")[i % 2], "content": turn}
+                        for i, turn in enumerate(turns[:-1])]
+            item = {"messages": messages, "reference": turns[-1], "family": family, **check}
+            if user_turns(item) not in seen:
+                misses = 0
+                seen.add(user_turns(item))
+                items.append(item)
+    rng.shuffle(items)
+    return items
+
+
+# --- composed replies --------------------------------------------------------
+
+
+def wrong_reply(item, rng):
+    """A reply like the reference that says something false."""
+    reference, answer = item["reference"], item["answer"]
+    value = rng.choice(item["not"])
+    if item["check"] == "unknown":
+        name = re.search(r"called (\w+)", reference)[1]
+        stranger = Villager(name, rng.choice(("she", "he")), False, {item["attribute"]: value})
+        return answer_sentence(stranger, item["attribute"])
+    return re.sub(rf"\b(?:(an?) )?{re.escape(answer)}(?!\w)",
+                  lambda m: f"{article(value)} {value}" if m[1] else value, reference)
+
+
+def composed_reply(item, rng):
+    """A reply that is right or wrong, in any manner: what the model may not say by itself."""
+    reply = item["reference"] if rng.random() < 0.4 else wrong_reply(item, rng)
+    return with_manner(reply, rng.choice(("plain", "courteous", *MANNERS)), rng)
+
+
+# --- annotators --------------------------------------------------------------
+
+
+def disagreement(golds, temperature):
+    """Share of the pairs of unequal gold that annotators are expected to rank against it.
+
+    golds: per prompt, the gold scores of its replies.
+    """
+    gaps = [abs(a - b) for row in golds for i, a in enumerate(row) for b in row[:i] if a != b]
+    return sum(1 / (1 + math.exp(gap / temperature)) for gap in gaps) / len(gaps)
+
+
+def temperature_for(golds, rate=DISAGREEMENT):
+    """The temperature at which annotators disagree with the gold at this rate, by bisection."""
+    if not 0 < rate < 0.5:
+        raise ValueError(f"a rate of disagreement lies between 0 and 0.5, got {rate}")
+    low, high = 1e-3, 1e3
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if disagreement(golds, middle) < rate else (low, middle)
+    return middle
+
+
+def annotate(golds, temperature, rng):
+    """One annotator's view of K replies: (order, best first; a rating from 1 to 7 of each reply).
+
+    Ranking by gold / temperature plus Gumbel noise is drawing from Plackett and Luce's model.
+    """
+    views = [g - temperature * math.log(-math.log(rng.random())) for g in golds]
+    order = sorted(range(len(golds)), key=lambda i: -views[i])
+    ratings = [1 + round((RATINGS - 1) * min(1.0, max(0.0, view / BEST_GOLD))) for view in views]
+    return order, ratings

@@ -1,0 +1,221 @@
+"""What the preference stages share: the village's rankings of a model's own replies, rows of replies
+with their scores, and the measurement of what a model's replies are worth.
+
+The gold score (data/village_preferences.py) is the village's truth. It makes the annotators'
+rankings and it is reported beside learned rewards; nothing is ever trained on it.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from data.village_preferences import (
+    BEST_GOLD,
+    annotate,
+    composed_reply,
+    gold_score,
+    temperature_for,
+)
+from nanollm.config import UserError
+from nanollm.data import pad_replies
+from nanollm.evaluate import as_text, sample_replies, village_of
+from nanollm.formats import read_preferences, read_prompts, split_documents
+from nanollm.logprobs import reply_logprobs
+
+CACHE = Path("data/cache")
+K = 4  # replies per prompt
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def village_prompts(init, split, limit=0):
+    """The village's prompts of a split ("train", "test"), at most `limit` where it isn't 0."""
+    prompts = read_prompts(village_of(init) / f"prompts_{split}.jsonl")
+    return prompts[:limit] if limit else prompts
+
+
+def village_preferences(init, model, tokenizer, rt, n_prompts, rate, seed=0, max_new_tokens=64):
+    """(training, held-out) rankings of K replies per prompt, as read_preferences gives them.
+
+    Of every prompt's replies up to K - 1 are the model's own, sampled at temperature 1, the others
+    composed; annotators rank them, who disagree with the gold at `rate`. Made once for this model
+    and kept in data/cache/, where the files can be read.
+    """
+    weights = hashlib.sha256((Path(init) / "model.safetensors").read_bytes()).hexdigest()
+    settings = [weights, village_of(init).name, n_prompts, rate, seed, max_new_tokens]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    folder = CACHE / f"preferences-{key}"
+    if rt.main and not folder.is_dir():
+        made = {}
+        for split, n in ("train", n_prompts), ("test", 0):
+            items = village_prompts(init, split, n)
+            rng = random.Random(f"preferences-{split}-{seed}")
+            generator = torch.Generator(model.device).manual_seed(seed)
+            prompts = prompt_ids(items, tokenizer)
+            replies = sample_replies(
+                model, tokenizer, prompts, max_new_tokens, K, generator=generator
+            )
+            made[split] = rank_replies(items, replies, tokenizer, rate, rng)
+        _write_folder(folder, made)
+    rt.barrier()
+    return tuple(read_preferences(folder / f"{split}.jsonl") for split in ("train", "test"))
+
+
+def rank_replies(items, replies, tokenizer, rate, rng):
+    """Ranking records from the model's replies (K lists of ids per item) and composed ones."""
+    candidates = []
+    for n, item in enumerate(items):
+        own = [ids for ids in replies[n * K : (n + 1) * K] if ids[-1] in tokenizer.stop_ids]
+        texts = list(dict.fromkeys(filter(None, (as_text(tokenizer, i).strip() for i in own))))
+        texts = texts[: K - 1]
+        while len(texts) < K:
+            reply = composed_reply(item, rng)
+            if reply not in texts:
+                texts.append(reply)
+        candidates.append(texts)
+    golds = [[gold_score(item, text) for text in row] for item, row in zip(items, candidates)]
+    temperature = temperature_for(golds, rate)
+    records = []
+    for item, texts, gold in zip(items, candidates, golds):
+        order, ratings = annotate(gold, temperature, rng)
+        ranked = {"ranking": texts, "ratings": ratings, "gold": [round(g, 4) for g in gold]}
+        records.append(item | {name: [v[i] for i in order] for name, v in ranked.items()})
+    return records
+
+
+def _write_folder(folder, records):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    for split, rows in records.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (new / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    try:
+        os.replace(new, folder)
+    except OSError:  # another process was faster, with the same bytes
+        shutil.rmtree(new)
+
+
+def load_preferences(cfg, model, tokenizer, rt):
+    """(training, held-out) rankings as the settings say: the village's own, or files.
+
+    Reads cfg.data, val_data, val_fraction, init, prompts, disagreement and seed.
+    """
+    if cfg.data == "village":
+        return village_preferences(
+            cfg.init, model, tokenizer, rt, cfg.prompts, cfg.disagreement, cfg.seed
+        )
+    records = read_preferences(cfg.data)
+    if cfg.val_data:
+        return records, read_preferences(cfg.val_data)
+    parts = [split_documents(records, part, cfg.val_fraction) for part in ("train", "val")]
+    if not all(parts):
+        raise UserError(f"{cfg.data}: {len(records)} records leave none to train on or to hold out")
+    return parts
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def prompt_ids(items, tokenizer):
+    """Each item's messages as ids, up to where the assistant begins."""
+    return [tokenizer.render(item["messages"], generation_prompt=True)[0] for item in items]
+
+
+def reply_rows(items, tokenizer, most):
+    """One row per reply of each item, in order: (data.Replies, counts (N,) of replies per item).
+
+    Items with a row of more than `most` tokens are refused, with the length that they need.
+    """
+    prompts, replies, counts = [], [], []
+    for item, prompt in zip(items, prompt_ids(items, tokenizer)):
+        for text in item["replies"]:
+            ids = [*tokenizer.encode(text), tokenizer.end_id]
+            if len(prompt) + len(ids) > most:
+                asked = item["messages"][-1]["content"][:40]
+                raise UserError(
+                    f"the prompt {asked!r} and a reply need {len(prompt) + len(ids)} tokens, but "
+                    f"the model reads {most}; shorten or drop them"
+                )
+            prompts.append(prompt)
+            replies.append(ids)
+        counts.append(len(item["replies"]))
+    return pad_replies(prompts, replies, tokenizer.pad_id), torch.tensor(counts)
+
+
+def scores(reward_model, rows):
+    """The reward of each row, (B,): what the model says at the last real token."""
+    return reward_model(*rows.inputs()).gather(1, rows.last()[:, None])[:, 0]
+
+
+def in_batches(function, rows, device, batch=128):
+    """function(rows) over batches of similar length, without gradients; results in row order."""
+    order = rows.real.sum(1).argsort()
+    with torch.no_grad():
+        parts = [function(rows.rows(part).to(device)).cpu() for part in order.split(batch)]
+    results = torch.empty(len(rows), *parts[0].shape[1:])
+    results[order] = torch.cat(parts)
+    return results
+
+
+# --- what replies are worth ----------------------------------------------------------------------
+
+
+def has_gold(items):
+    return all("reference" in item and "check" in item for item in items)
+
+
+def judge(model, tokenizer, items, ref=None, reward_model=None, max_new_tokens=64, best_of=1,
+          seed=0):
+    """Sample a reply to every item at temperature 1 and measure it: (figures, replies, golds).
+
+    With `best_of` n the reply is that of n which the reward model scores highest: rejection
+    sampling (Stiennon et al. 2020, arXiv:2009.01325; Llama 2, 2307.09288). Figures are means over
+    items: "gold" (where the items have one), "reward", "kl" (nats per reply, the sum over its
+    tokens of log policy - log ref), "length" in tokens, "ended".
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    prompts = prompt_ids(items, tokenizer)
+    ids = sample_replies(
+        model, tokenizer, prompts, max_new_tokens, best_of, generator=generator
+    )
+    repeated = [prompt for prompt in prompts for _ in range(best_of)]
+    rows = pad_replies(repeated, ids, tokenizer.pad_id)
+    figures, best = {}, torch.arange(len(items)) * best_of
+    if reward_model is not None:
+        rewards = in_batches(lambda part: scores(reward_model, part), rows, model.device)
+        best = best + rewards.view(-1, best_of).argmax(1)
+        figures["reward"] = rewards[best].mean().item()
+    ids, rows = [ids[i] for i in best], rows.rows(best)
+    if ref is not None:
+        figures["kl"] = in_batches(
+            lambda part: (reply_logprobs(model, part) - reply_logprobs(ref, part)).sum(1),
+            rows,
+            model.device,
+        ).mean().item()
+    replies, golds = [as_text(tokenizer, reply) for reply in ids], None
+    if has_gold(items):
+        golds = [gold_score(item, reply) for item, reply in zip(items, replies)]
+        figures["gold"] = sum(golds) / len(golds)
+    figures["length"] = sum(map(len, ids)) / len(ids)
+    figures["ended"] = sum(reply[-1] in tokenizer.stop_ids for reply in ids) / len(ids)
+    return figures, replies, golds
+
+
+def win_rate(golds, others):
+    """Share of prompts on which the first is worth more than the second; a tie counts half, so
+    the two orders add up to one.
+    """
+    wins = [0.5 if abs(a - b) < 1e-9 else float(a > b) for a, b in zip(golds, others)]
+    return sum(wins) / len(wins)
+
+
+def gap_closed(gold, start):
+    """Share of the distance from `start` to the best possible gold score."""
+    return (gold - start) / (BEST_GOLD - start)

@@ -1,0 +1,355 @@
+"""DPO and its relatives: learn from preferred and rejected replies, without a reward model.
+
+With a = log pi(y_w|x) - log ref(y_w|x), b the same of the rejected reply, h = a - b, n lengths:
+
+    sigmoid   -log sigmoid(beta h)                            Rafailov et al. 2023, arXiv:2305.18290, eq. 7
+    cdpo      -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)          Mitchell 2023, cDPO
+    robust    [-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1-2e)   2403.00409, eq. 12
+    hinge     relu(1 - beta h)                                             SLiC, 2305.10425
+    ipo       (a/n_w - b/n_l - 1/(2 beta))^2                               Azar et al., 2310.12036, eq. 17
+    simpo     -log sigmoid(beta (c/n_w - j/n_l) - gamma), c, j = log pi    Meng et al., 2405.14734, eq. 6
+    orpo      -c/n_w - lambda log sigmoid(log odds_w - log odds_l)         Hong et al., 2403.07691, eq. 6
+    kto       1 - sigmoid(beta (a - z)) and 1 - sigmoid(beta (z - b))      Ethayarajh et al., 2402.01306, eq. 8
+
+The reference's log-probabilities are computed once, before training, and stored by index.
+Differs from the papers: ipo averages over tokens, as is usual by now; a ranking of K replies gives
+all its C(K, 2) pairs.
+
+Run     python train_dpo.py
+        python train_dpo.py --loss simpo --beta 2 --data pairs.jsonl --out runs/mine
+Needs   runs/sft                                          (python train_sft.py)
+Expect  see README.md: win rate over the SFT model by gold, on held-out prompts
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from nanollm.config import UserError, cli
+from nanollm.data import Sampler
+from nanollm.hub import load_model
+from nanollm.logprobs import reply_logprobs
+from nanollm.optim import SCHEDULES, build_optimizers
+from nanollm.preferences import (
+    gap_closed,
+    in_batches,
+    judge,
+    load_preferences,
+    reply_rows,
+    win_rate,
+)
+from nanollm.run import Run, check_folders
+from nanollm.runtime import start
+
+
+@dataclass
+class Config:
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
+    preset: str = "tiny"
+    # -- Data
+    init: str = "runs/sft"  # run folder or model folder to start from; also the reference
+    # village, or JSONL of pairs or rankings (see data/README.md)
+    data: str = "village"
+    val_data: str | None = None  # held-out preferences; default: the last --val_fraction of --data
+    val_fraction: float = 0.05  # share of --data that is held out
+    prompts: int = 2000  # prompts of the village that are ranked
+    # share of the village's pairs that annotators rank against the gold
+    disagreement: float = 0.15
+    # -- Loss
+    loss: Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
+    beta: float = 0.1  # how closely to stay at the reference; simpo wants about 2
+    label_smoothing: float = 0.15  # e: share of flipped labels that cdpo and robust assume
+    gamma: float = 0.5  # simpo: the margin aimed at
+    orpo_lambda: float = 0.1  # orpo: weight of the odds ratio
+    desirable_weight: float = 1.0  # kto: w_D
+    undesirable_weight: float = 1.0  # kto: w_U
+    # -- Training
+    out: str = "runs/dpo"  # run folder to write
+    steps: int = 120  # optimizer steps
+    batch_size: int = 64  # pairs per step, over all processes
+    accumulate: int = 1  # parts that a process splits its pairs into, to save memory
+    optimizer: Literal["muon", "adamw"] = "adamw"  # muon: matrices by Muon, the rest by AdamW
+    lr: float = 1e-3  # learning rate of Muon
+    adam_lr: float = 3e-4  # learning rate of AdamW
+    weight_decay: float = 0.0  # on matrices and embeddings
+    schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
+    warmup: int = 10  # steps of linear warm-up
+    clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+    eval_every: int = 40  # steps between evaluations, each followed by a checkpoint
+    eval_prompts: int = 200  # held-out prompts that are answered at every evaluation
+    # -- Machine
+    seed: int = 0  # of the sampled replies, the annotators and the order of the data
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    # precision of the layers; weights stay fp32
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    compile: bool = False  # torch.compile: about half a minute to start, then faster
+    # recompute activations in backward: less memory, a third more time
+    checkpoint_activations: bool = False
+    resume: bool = False  # continue the run in --out from its last checkpoint
+
+
+PRESETS = {
+    "smoke": {
+        "steps": 10,
+        "prompts": 60,
+        "batch_size": 8,
+        "eval_every": 5,
+        "warmup": 2,
+        "eval_prompts": 20,
+    },
+    "tiny": {},
+    "gpu": {"prompts": 3000, "batch_size": 128, "steps": 200, "adam_lr": 2e-5, "compile": True},
+}
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def pair_indices(counts):
+    """Rows (P, 2) of every pair i < j of every prompt, the better first; counts (N,) of replies."""
+    pairs, start = [], 0
+    for K in counts.tolist():
+        pairs.append(start + torch.triu_indices(K, K, 1).T)
+        start += K
+    return torch.cat(pairs)
+
+
+# --- algorithm: losses per pair, all arguments (P,) ----------------------------------------------
+
+
+def sigmoid_loss(h, beta):
+    return -F.logsigmoid(beta * h)
+
+
+def cdpo_loss(h, beta, e):
+    return -(1 - e) * F.logsigmoid(beta * h) - e * F.logsigmoid(-beta * h)
+
+
+def robust_loss(h, beta, e):
+    """Unbiased when a share e of the labels is flipped; may be negative."""
+    return (-(1 - e) * F.logsigmoid(beta * h) + e * F.logsigmoid(-beta * h)) / (1 - 2 * e)
+
+
+def hinge_loss(h, beta):
+    return F.relu(1 - beta * h)
+
+
+def ipo_loss(a, b, n_w, n_l, beta):
+    return (a / n_w - b / n_l - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(c, j, n_w, n_l, beta, gamma):
+    return -F.logsigmoid(beta * (c / n_w - j / n_l) - gamma)
+
+
+def orpo_loss(c, j, n_w, n_l, weight):
+    """NLL of the chosen reply and the odds ratio; odds p / (1 - p) of the mean token's p."""
+    p_w, p_l = (c / n_w).clamp(max=-1e-6), (j / n_l).clamp(max=-1e-6)  # logs of them
+    log_odds = (p_w - p_l) - (torch.log(-torch.expm1(p_w)) - torch.log(-torch.expm1(p_l)))
+    return -c / n_w - weight * F.logsigmoid(log_odds)
+
+
+def kto_loss(a, b, z, beta, w_desirable=1.0, w_undesirable=1.0):
+    """Chosen replies count as desirable, rejected ones as undesirable; z from kto_reference_point."""
+    desirable = w_desirable * (1 - torch.sigmoid(beta * (a - z)))
+    return desirable + w_undesirable * (1 - torch.sigmoid(beta * (z - b)))
+
+
+def kto_reference_point(policy, ref):
+    """z: the batch's KL, estimated on replies to other prompts, at least 0; without gradient."""
+    return (policy - ref).mean().clamp(min=0).detach()
+
+
+def preference_loss(cfg, chosen, rejected, ref_chosen, ref_rejected, n_w, n_l, z=None):
+    """The loss of each pair by its name; the first four are summed log-probabilities (P,)."""
+    a, b = chosen - ref_chosen, rejected - ref_rejected
+    match cfg.loss:
+        case "sigmoid":
+            return sigmoid_loss(a - b, cfg.beta)
+        case "cdpo":
+            return cdpo_loss(a - b, cfg.beta, cfg.label_smoothing)
+        case "robust":
+            return robust_loss(a - b, cfg.beta, cfg.label_smoothing)
+        case "hinge":
+            return hinge_loss(a - b, cfg.beta)
+        case "ipo":
+            return ipo_loss(a, b, n_w, n_l, cfg.beta)
+        case "simpo":
+            return simpo_loss(chosen, rejected, n_w, n_l, cfg.beta, cfg.gamma)
+        case "orpo":
+            return orpo_loss(chosen, rejected, n_w, n_l, cfg.orpo_lambda)
+        case "kto":
+            return kto_loss(a, b, z, cfg.beta, cfg.desirable_weight, cfg.undesirable_weight)
+
+
+def summed_logprobs(model, rows):
+    """log p of each whole reply, (B,)."""
+    return reply_logprobs(model, rows).sum(1)
+
+
+def pair_metrics(a, b, chosen, rejected, beta):
+    """Rewards are beta (log pi - log ref), DPO's implicit ones. The raw log-probabilities are shown
+    beside them, since those of the chosen replies may fall, too.
+    """
+    return {
+        "reward_chosen": beta * a.mean().item(),
+        "reward_rejected": beta * b.mean().item(),
+        "margin": beta * (a - b).mean().item(),
+        "accuracy": (a > b).float().mean().item(),
+        "logp_chosen": chosen.mean().item(),
+        "logp_rejected": rejected.mean().item(),
+    }
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+class Pairs:
+    """Pairs of rows, with the reference's log-probabilities of every row."""
+
+    def __init__(self, records, tokenizer, ref, mismatched=False):
+        most = ref.cfg.max_position_embeddings
+        self.rows, counts = reply_rows(records, tokenizer, most)
+        self.index = pair_indices(counts)  # (P, 2)
+        self.lengths = self.rows.mask.sum(1)
+        self.ref = in_batches(lambda part: summed_logprobs(ref, part), self.rows, ref.device)
+        self.other = None
+        if mismatched:  # for KTO: every prompt with a reply to the prompt before
+            swapped = [
+                r | {"replies": [records[n - 1]["replies"][k % len(records[n - 1]["replies"])]
+                                 for k in range(len(r["replies"]))]}
+                for n, r in enumerate(records)
+            ]
+            self.other, _ = reply_rows(swapped, tokenizer, most)
+            self.ref_other = in_batches(
+                lambda part: summed_logprobs(ref, part), self.other, ref.device
+            )
+
+    def __len__(self):
+        return len(self.index)
+
+    def loss(self, cfg, model, numbers, device):
+        """(loss of each pair, metrics) of these pairs; chosen and rejected in one forward pass."""
+        index = self.index[numbers].T.reshape(-1)  # all chosen, then all rejected
+        chosen, rejected = summed_logprobs(model, self.rows.rows(index).to(device)).chunk(2)
+        ref_w, ref_l = self.ref[index].to(device).chunk(2)
+        n_w, n_l = self.lengths[index].to(device).chunk(2)
+        z = None
+        if self.other is not None:
+            with torch.no_grad():
+                policy = summed_logprobs(model, self.other.rows(index).to(device))
+            z = kto_reference_point(policy, self.ref_other[index].to(device))
+        losses = preference_loss(cfg, chosen, rejected, ref_w, ref_l, n_w, n_l, z)
+        with torch.no_grad():
+            metrics = pair_metrics(chosen - ref_w, rejected - ref_l, chosen, rejected, cfg.beta)
+        return losses, metrics
+
+
+def main(cfg):
+    rt = start(cfg.device, cfg.dtype, cfg.seed)
+    check_folders(cfg.init, cfg.out)
+    if not 0 <= cfg.label_smoothing < 0.5 or cfg.beta <= 0:
+        raise UserError("--label_smoothing lies between 0 and 0.5, and --beta is above 0")
+    model, tokenizer = load_model(cfg.init)
+    ref, _ = load_model(cfg.init)
+    rt.prepare(ref, train=False)
+    records, val_records = load_preferences(cfg, ref, tokenizer, rt)
+    train, val = (Pairs(r, tokenizer, ref, cfg.loss == "kto") for r in (records, val_records))
+    rt.print(f"{len(train)} pairs from {len(records)} prompts; held out: {len(val)}")
+    items = val_records[: cfg.eval_prompts]
+
+    share = rt.share(cfg.batch_size)
+    run = Run(cfg, rt, cfg.steps)
+    called = rt.prepare(model, cfg.compile)
+    model.model.checkpoint_activations = cfg.checkpoint_activations
+    optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay)
+    sampler = Sampler(len(train), cfg.seed)
+    scaler, trained = rt.scaler(), [model, optimizers, [sampler]]
+    before = run.restore(*trained, scaler) or evaluate(model, tokenizer, ref, items, val, cfg, rt)
+    since = 0
+
+    while run.step < cfg.steps:
+        optimizers.schedule(SCHEDULES[cfg.schedule](run.step, cfg.steps, cfg.warmup))
+        optimizers.zero_grad()
+        numbers = sampler.take(cfg.batch_size)[share]
+        loss, parts = 0.0, numbers.chunk(cfg.accumulate)
+        for n, part in enumerate(parts):
+            with rt.accumulating(called, more=n + 1 < len(parts)):
+                losses, metrics = train.loss(cfg, called, part, rt.device)
+                part_loss = losses.sum() / cfg.batch_size
+                scaler.scale(part_loss * rt.world).backward()
+            loss += part_loss.detach()
+            since += train.lengths[train.index[part]].sum().item() * rt.world
+        optimizers.unscale(scaler)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        loss = rt.sum(loss.item())
+        run.check_finite(loss)
+        optimizers.step(scaler)
+        run.advance()
+
+        last = run.step == cfg.steps
+        if run.step % 10 == 0 or last or run.step == 1:
+            run.log(since, show=("loss", "accuracy"), loss=loss, grad_norm=norm.item(), **metrics)
+            since = 0
+        if run.step % cfg.eval_every == 0 or last:
+            after = evaluate(model, tokenizer, ref, items, val, cfg, rt)
+            run.check_finite(after["val_loss"], "held-out loss")
+            run.log(**{k: v for k, v in after.items() if k not in ("replies", "golds")},
+                    show=("val_loss", "gold", "win_rate"))
+            run.write_sample(sample_text(items, after["replies"]))
+            run.export(model, tokenizer)
+            run.checkpoint(*trained, scaler, **before)
+    finish(cfg, rt, run, before, evaluate(model, tokenizer, ref, items, val, cfg, rt))
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, ref, items, val, cfg, rt):
+    """Held-out loss and metrics, and what sampled replies are worth beside the reference's."""
+    model.eval()
+    figures, replies, golds = judge(model, tokenizer, items, ref, seed=cfg.seed)
+    if golds is not None:
+        other = judge(ref, tokenizer, items, seed=cfg.seed)[2]
+        figures["win_rate"] = win_rate(golds, other)
+    total, weighted = 0.0, {}
+    for part in torch.arange(len(val)).split(128):
+        losses, metrics = val.loss(cfg, model, part, rt.device)
+        total += losses.sum().item()
+        for name, value in metrics.items():
+            weighted[name] = weighted.get(name, 0.0) + value * len(part) / len(val)
+    model.train()
+    held_out = {f"val_{name}": value for name, value in weighted.items()}
+    return {"val_loss": total / len(val), **held_out, **figures, "replies": replies, "golds": golds}
+
+
+def sample_text(items, replies, n=5):
+    return "\n".join(
+        f"{item['messages'][-1]['content']}\n    {reply}" for item, reply in zip(items[:n], replies)
+    )
+
+
+def finish(cfg, rt, run, before, after):
+    """Print what the preferences have changed, and keep it in result.json."""
+    run.close()
+    run.draw_curves("loss", "val_loss")
+    for name in ("val_accuracy", "val_logp_chosen", "val_logp_rejected", "length", "ended"):
+        rt.print(f"{name:18} {before[name]:9.3f} -> {after[name]:9.3f}")
+    rt.print(f"KL to the reference: {after['kl']:.2f} nats per reply")
+    closed = {}
+    if after["golds"] is not None:
+        closed = {"gap_closed": gap_closed(after["gold"], before["gold"])}
+        rt.print(
+            f"gold {before['gold']:.3f} -> {after['gold']:.3f}: {closed['gap_closed']:.0%} of the "
+            f"way to the best possible; wins over the reference {after['win_rate']:.1%}"
+        )
+    keep = {k: v for k, v in after.items() if k not in ("replies", "golds")}
+    start_figures = {k: v for k, v in before.items() if k not in ("replies", "golds")}
+    run.write_result(before=start_figures, after=keep, **closed, **run.speed())
+    rt.print(f"{cfg.out}: {run.step} steps in {run.elapsed:.0f} s")
+    rt.close()
+
+
+if __name__ == "__main__":
+    cli(main, Config, PRESETS)

@@ -1,0 +1,525 @@
+"""PPO: sample replies, score them, and make those better than expected more likely.
+
+    R_t = -beta (log pi(y_t) - log ref(y_t)),  + score at the last token       InstructGPT, arXiv:2203.02155
+    delta_t = R_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1}      GAE, 1506.02438
+    policy loss = mean max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = pi / pi_old    PPO, 1707.06347
+    value loss = 0.5 mean max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2),  G = A + V_old
+    beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)          Ziegler et al. 2019, 1909.08593
+
+Advantages are whitened over the batch. A reply without its end token gets a fixed penalty instead
+of its score. The score comes from a reward model, or from rules on the text (ReFT, 2401.08967). The
+critic is a copy of the reward model, a value head on the policy (shared), or none: then the baseline
+is the mean over the prompt's other samples, or over the batch where a prompt has one.
+The KL term is k1 inside the reward, where the policy gradient makes it the reverse KL's.
+
+Run     python train_ppo.py
+        python train_ppo.py --kl_coef 0 --kl_target 0 --adam_lr 1e-3 --steps 150 --out runs/ppo_too_far
+        python train_ppo.py --reward rules --data problems.jsonl --critic shared --out runs/reft
+Needs   runs/sft and runs/rm                       (python train_sft.py && python train_rm.py)
+Expect  see README.md: gold score on held-out prompts, with the KL that it cost. The second command
+        goes too far on purpose: the learned reward goes on rising while the gold falls
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+
+from nanollm.config import UserError, atomic_write, cli
+from nanollm.data import Sampler, pad_replies
+from nanollm.evaluate import as_text
+from nanollm.formats import read_prompts, split_documents
+from nanollm.generate import generate
+from nanollm.gpt import Linear
+from nanollm.hub import load_model, load_scalar, read_json
+from nanollm.logprobs import reply_logprobs
+from nanollm.optim import build_optimizers
+from nanollm.plot import line_chart
+from nanollm.preferences import (
+    gap_closed,
+    gold_score,
+    has_gold,
+    judge,
+    prompt_ids,
+    scores,
+    village_prompts,
+    win_rate,
+)
+from nanollm.rewards import reft_reward
+from nanollm.run import Run, check_folders, read_metrics
+from nanollm.runtime import start
+
+
+@dataclass
+class Config:
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
+    preset: str = "tiny"
+    # -- Data
+    init: str = "runs/sft"  # run folder or model folder to start from; also the reference
+    # village, or JSONL of prompts, of preferences or of problems (see data/README.md)
+    data: str = "village"
+    val_fraction: float = 0.05  # share of --data that is held out
+    prompts: int = 0  # use this many of the prompts; 0: all
+    # -- Reward
+    reward: Literal["model", "rules"] = "model"  # model: --reward_model; rules: the answer's check
+    reward_model: str = "runs/rm"  # run folder of train_rm.py
+    no_end_penalty: float = -6.0  # the score of a reply that doesn't end within --max_new_tokens
+    # separate: a copy of the reward model; shared: a value head on the policy; none: no critic
+    critic: Literal["separate", "shared", "none"] = "separate"
+    # -- KL to the reference
+    kl_coef: float = 0.1  # beta at the start
+    kl_target: float = 6.0  # nats per reply that beta is steered to; 0: beta stays as it is
+    kl_horizon: float = 2000.0  # how slowly: replies
+    # -- PPO
+    batch_size: int = 64  # prompts per update, over all processes
+    samples: int = 1  # replies per prompt
+    max_new_tokens: int = 64  # longest reply
+    temperature: float = 1.0  # of sampling and of training
+    epochs: int = 2  # passes over the batch per update
+    minibatches: int = 2  # optimizer steps per pass
+    clip_range: float = 0.2  # eps of the policy
+    value_clip: float = 0.2  # eps of the value
+    value_coef: float = 0.1  # weight of the value loss
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # lambda of GAE
+    # -- Training
+    out: str = "runs/ppo"  # run folder to write
+    steps: int = 50  # updates, each with a batch of new replies
+    adam_lr: float = 3e-4  # learning rate of AdamW
+    warmup: int = 5  # updates of linear warm-up
+    clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+    eval_every: int = 10  # updates between evaluations, each followed by a checkpoint
+    eval_prompts: int = 200  # held-out prompts that are answered at every evaluation
+    # -- Machine
+    seed: int = 0  # of the sampling and the order of the prompts
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    # precision of the layers; weights stay fp32
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    # recompute activations in backward: less memory, a third more time
+    checkpoint_activations: bool = False
+    resume: bool = False  # continue the run in --out from its last checkpoint
+
+
+PRESETS = {
+    "smoke": {"steps": 4, "batch_size": 8, "eval_every": 2, "eval_prompts": 20},
+    "tiny": {},
+    "gpu": {"batch_size": 512, "steps": 200, "minibatches": 8, "adam_lr": 1e-5},
+}
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def load_prompts(cfg):
+    """(training prompts, held-out prompts)."""
+    if cfg.data == "village":
+        return village_prompts(cfg.init, "train", cfg.prompts), village_prompts(cfg.init, "test")
+    prompts = read_prompts(cfg.data)
+    prompts = prompts[: cfg.prompts] if cfg.prompts else prompts
+    parts = [split_documents(prompts, part, cfg.val_fraction) for part in ("train", "val")]
+    if not all(parts):
+        raise UserError(f"{cfg.data}: {len(prompts)} prompts leave none to train on or to hold out")
+    return parts
+
+
+# --- algorithm: B replies, T tokens; entry t of (B, T - 1) belongs to tokens[:, t + 1] -----------
+
+
+def token_rewards(logprobs, ref_logprobs, scores, mask, beta):
+    """R_t: minus beta times the KL of each token, plus the score (B,) at the last; (B, T - 1)."""
+    rewards = -beta * (logprobs - ref_logprobs) * mask
+    last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+    return rewards.scatter_add(1, last[:, None], scores[:, None])
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """(advantages, returns), (B, T - 1) each: generalised advantage estimation, V after the end is 0.
+
+    The tokens of a reply follow one another; outside of the mask both are 0.
+    """
+    advantages = torch.zeros_like(rewards)
+    A = V_next = torch.zeros(len(rewards), device=rewards.device)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * V_next - values[:, t]
+        A = (delta + gamma * lam * A) * mask[:, t]
+        V_next = values[:, t] * mask[:, t]
+        advantages[:, t] = A
+    return advantages, (advantages + values) * mask
+
+
+def baseline_advantages(rewards, mask, samples):
+    """Without a critic: the return from each token on, less the mean return of the other replies.
+
+    The others are the prompt's `samples` - 1 further ones, or all of the batch where samples is 1
+    (leave-one-out baseline; Ahmadian et al. 2024, arXiv:2402.14740).
+    """
+    to_go = (rewards * mask).flip(1).cumsum(1).flip(1)
+    total = (rewards * mask).sum(1)
+    groups = total.view(-1, samples) if samples > 1 else total[None]
+    G = groups.shape[1]
+    others = (groups.sum(1, keepdim=True) - groups) / max(1, G - 1)
+    return (to_go - others.reshape(-1, 1)) * mask
+
+
+def whiten(x, mask, total=lambda value: value):
+    """(x - mean) / std over the real tokens; `total` sums a number over processes."""
+    n = total(mask.sum().item())
+    mean = total((x * mask).sum().item()) / n
+    variance = total((((x - mean) * mask) ** 2).sum().item()) / n
+    return (x - mean) / math.sqrt(variance + 1e-8) * mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages, eps):
+    """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) of every token."""
+    rho = torch.exp(logprobs - old_logprobs)
+    return torch.maximum(-advantages * rho, -advantages * rho.clamp(1 - eps, 1 + eps))
+
+
+def value_loss(values, old_values, returns, eps):
+    """0.5 max((V - G)^2, (V_old + clip(V - V_old) - G)^2) of every token."""
+    clipped = old_values + (values - old_values).clamp(-eps, eps)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def explained_variance(values, returns, mask):
+    """1 - var(G - V) / var(G) over real tokens: 1 for a perfect critic, 0 for a constant."""
+    G, error = returns[mask], (returns - values)[mask]
+    return (1 - error.var(unbiased=False) / G.var(unbiased=False).clamp(min=1e-8)).item()
+
+
+class AdaptiveKL:
+    """Ziegler et al.'s proportional controller of beta; a target of 0 leaves beta as it is."""
+
+    def __init__(self, coef, target, horizon):
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl, n):
+        """kl: nats per reply, over n replies."""
+        if self.target:
+            error = min(0.2, max(-0.2, kl / self.target - 1))
+            self.coef *= 1 + error * n / self.horizon
+
+
+# --- policy and critic ---------------------------------------------------------------------------
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic in one module, so that one data-parallel wrapper holds both."""
+
+    def __init__(self, policy, critic=None, shared=False):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        self.value_head = Linear(policy.cfg.hidden_size, 1, bias=False) if shared else None
+        if shared:
+            nn.init.zeros_(self.value_head.weight)
+
+    def forward(self, rows, temperature):
+        """(log-probabilities, values or None, entropy), (B, T - 1) each."""
+        if self.value_head is None:
+            logprobs, entropy = reply_logprobs(self.policy, rows, temperature, with_entropy=True)
+            values = None if self.critic is None else self.critic(*rows.inputs())[:, :-1]
+            return logprobs, values, entropy
+        hidden = self.policy.hidden(*rows.inputs())
+        values = self.value_head(hidden.float())[:, :-1, 0]
+        logprobs, entropy = reply_logprobs(
+            _HeadOnly(self.policy, hidden), rows, temperature, with_entropy=True
+        )
+        return logprobs, values, entropy
+
+
+class _HeadOnly:
+    """The policy's head on hidden states that are there already."""
+
+    def __init__(self, policy, hidden):
+        self.policy, self.hidden = policy, hidden
+
+    def __call__(self, tokens, positions, mask, where):
+        return self.policy.head(self.hidden[where])
+
+
+@dataclass
+class Rollout:
+    """Replies and all that an update needs to know of them; (B, T - 1) where nothing is said."""
+
+    rows: object  # data.Replies
+    scores: torch.Tensor  # (B,) as trained on
+    ended: torch.Tensor  # (B,) bool
+    logprobs: torch.Tensor  # of the policy that sampled
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor  # of the critic then; zeros without one
+    entropy: torch.Tensor
+    texts: list
+
+    @property
+    def mask(self):
+        return self.rows.mask[:, 1:]
+
+    @property
+    def kl(self):
+        """Nats per reply, (B,)."""
+        return ((self.logprobs - self.ref_logprobs) * self.mask).sum(1)
+
+
+class Scorer:
+    """The reward of replies: a model's score at the last token, or rules on the text."""
+
+    def __init__(self, cfg, tokenizer, rt):
+        self.model = None
+        if cfg.reward == "model":
+            self.model, own = load_scalar(cfg.reward_model)
+            if own.fingerprint() != tokenizer.fingerprint():
+                raise UserError(
+                    f"{cfg.reward_model} has another tokenizer than {cfg.init}: its scores would "
+                    "be of other text; train the reward model from the same run"
+                )
+            rt.prepare(self.model, train=False)
+
+    def __call__(self, items, rows, texts):
+        if self.model is not None:
+            return scores(self.model, rows)
+        return torch.tensor([reft_reward(i, t) for i, t in zip(items, texts)], device=rows.mask.device)
+
+
+@torch.no_grad()
+def sample_rollout(cfg, actor, ref, scorer, tokenizer, items, prompts, noise):
+    """Sample replies to prompts (lists of ids) with this noise, score them, and look back."""
+    out = generate(
+        actor.policy,
+        prompts,
+        cfg.max_new_tokens,
+        cfg.samples,
+        cfg.temperature,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        noise=noise,
+    )
+    replies = out.lists()  # ids as generated, never made from text again
+    device = out.tokens.device
+    items, prompts = ([x for x in xs for _ in range(cfg.samples)] for xs in (items, prompts))
+    rows = pad_replies(prompts, replies, tokenizer.pad_id).to(device)
+    texts = [as_text(tokenizer, ids) for ids in replies]
+    ended = torch.tensor([ids[-1] in tokenizer.stop_ids for ids in replies], device=device)
+    learned = scorer(items, rows, texts)
+    logprobs, values, entropy = actor(rows, cfg.temperature)
+    return Rollout(
+        rows,
+        torch.where(ended, learned, cfg.no_end_penalty),
+        ended,
+        logprobs,
+        reply_logprobs(ref, rows, cfg.temperature),
+        torch.zeros_like(logprobs) if values is None else values * rows.mask[:, 1:],
+        entropy,
+        texts,
+    )
+
+
+def advantages_of(cfg, rollout, beta, total):
+    """(whitened advantages, returns), (B, T - 1)."""
+    mask = rollout.mask
+    rewards = token_rewards(rollout.logprobs, rollout.ref_logprobs, rollout.scores, mask, beta)
+    if cfg.critic == "none":
+        advantages = baseline_advantages(rewards, mask, cfg.samples)
+        returns = torch.zeros_like(advantages)
+    else:
+        advantages, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam)
+    return whiten(advantages, mask, total), returns
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def update(cfg, rt, called, model, optimizers, scaler, rollout, advantages, returns):
+    """Epochs of minibatches over one batch of replies; returns means of what was seen."""
+    seen = {}
+    B = len(rollout.rows)
+    for _ in range(cfg.epochs):
+        for numbers in torch.randperm(B).chunk(cfg.minibatches):
+            numbers = numbers.to(rt.device)
+            rows = rollout.rows.rows(numbers)
+            width = rows.mask.shape[1] - 1  # rows() leaves out columns of padding, all on the right
+            mask, old, A, G, V_old = (
+                x[numbers][:, :width]
+                for x in (rollout.mask, rollout.logprobs, advantages, returns, rollout.values)
+            )
+            count = rt.sum(mask.sum().item())
+            logprobs, values, _ = called(rows, cfg.temperature)
+            loss = (policy_loss(logprobs, old, A, cfg.clip_range) * mask).sum() / count
+            errors = 0.0
+            if values is not None:
+                errors = (value_loss(values, V_old, G, cfg.value_clip) * mask).sum() / count
+            scaler.scale((loss + cfg.value_coef * errors) * rt.world).backward()
+            optimizers.unscale(scaler)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+            optimizers.step(scaler)
+            optimizers.zero_grad()
+            with torch.no_grad():
+                log_rho = (logprobs - old)[mask]
+                part = {
+                    "policy_loss": loss.item(),
+                    "value_loss": float(errors),
+                    "clip_fraction": (log_rho.exp() - 1).abs().gt(cfg.clip_range).float().mean(),
+                    "approximate_kl": (log_rho.exp() - 1 - log_rho).mean(),  # k3, Schulman
+                    "grad_norm": norm.item(),
+                }
+            for name, value in part.items():
+                seen.setdefault(name, []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in seen.items()}
+
+
+def main(cfg):
+    rt = start(cfg.device, cfg.dtype, cfg.seed)
+    check_folders(cfg.init, cfg.out)
+    if cfg.reward == "model":
+        check_folders(cfg.reward_model, cfg.out)
+    policy, tokenizer = load_model(cfg.init)
+    ref = copy.deepcopy(policy)
+    scorer = Scorer(cfg, tokenizer, rt)
+    train, val = load_prompts(cfg)
+    if cfg.reward == "rules" and not all("answer" in item for item in train + val):
+        raise UserError(f'--reward rules needs an "answer" in every record of {cfg.data}')
+    prompts = prompt_ids(train, tokenizer)
+    room = policy.cfg.max_position_embeddings - cfg.max_new_tokens
+    if (longest := max(map(len, prompts + prompt_ids(val, tokenizer)))) > room:
+        raise UserError(
+            f"a prompt of {longest} tokens and --max_new_tokens {cfg.max_new_tokens} don't fit the "
+            f"model's context of {policy.cfg.max_position_embeddings}; shorten one of them"
+        )
+    critic = None
+    if cfg.critic == "separate":
+        critic = load_scalar(cfg.reward_model if cfg.reward == "model" else cfg.init)[0]
+        critic.compute_dtype = rt.dtype
+
+    share = rt.share(cfg.batch_size)
+    run = Run(cfg, rt, cfg.steps)
+    model = ActorCritic(policy, critic, cfg.critic == "shared")
+    policy.model.checkpoint_activations = cfg.checkpoint_activations
+    policy.compute_dtype = rt.dtype
+    called = rt.prepare(model)
+    rt.prepare(ref, train=False)
+    optimizers = build_optimizers(
+        model, "adamw", adam_lr=cfg.adam_lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-5
+    )
+    sampler = Sampler(len(train), cfg.seed)
+    control = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    scaler, trained = rt.scaler(), [model, optimizers, [sampler]]
+    saved = run.restore(*trained, scaler)
+    control.coef = saved.get("kl_coef", control.coef)
+    items = val[: cfg.eval_prompts]
+    before = saved.get("before") or evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items)
+    since = 0
+
+    while run.step < cfg.steps:
+        optimizers.schedule(min(1.0, (run.step + 1) / max(1, cfg.warmup)))
+        numbers = sampler.take(cfg.batch_size)
+        noise = torch.rand(cfg.batch_size, cfg.samples, cfg.max_new_tokens, dtype=torch.float64)
+        noise = noise[share].flatten(0, 1).to(rt.device)
+        chosen = [train[i] for i in numbers[share]]
+        rollout = sample_rollout(
+            cfg, model, ref, scorer, tokenizer, chosen, [prompts[i] for i in numbers[share]], noise
+        )
+        advantages, returns = advantages_of(cfg, rollout, control.coef, rt.sum)
+        seen = update(
+            cfg, rt, called, model, optimizers, scaler, rollout, advantages, returns
+        )
+        run.check_finite(seen["policy_loss"] + seen["value_loss"])
+        figures = rollout_figures(cfg, rt, rollout, returns, chosen)
+        control.update(figures["kl"], cfg.batch_size * cfg.samples)
+        run.advance()
+
+        since += figures["length"] * cfg.batch_size * cfg.samples
+        run.log(since, show=("reward", "kl"), **figures, **seen, kl_coef=control.coef)
+        since = 0
+        if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
+            evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items)
+            run.export(policy, tokenizer)
+            run.checkpoint(*trained, scaler, kl_coef=control.coef, before=before)
+    finish(cfg, rt, run, before, evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items, False))
+
+
+def rollout_figures(cfg, rt, rollout, returns, items):
+    """Means over the batch, of all processes: what PPO's log shows."""
+    mask, n = rollout.mask, cfg.batch_size * cfg.samples
+    tokens = rt.sum(mask.sum().item())
+    figures = {
+        "reward": rt.sum(rollout.scores.sum().item()) / n,
+        "kl": rt.sum(rollout.kl.sum().item()) / n,
+        "entropy": rt.sum((rollout.entropy * mask).sum().item()) / tokens,
+        "length": tokens / n,
+        "ended": rt.sum(rollout.ended.sum().item()) / n,
+    }
+    if cfg.critic != "none":
+        figures["explained_variance"] = explained_variance(rollout.values, returns, mask)
+    if has_gold(items):  # to look at; nothing is trained on it
+        items = [item for item in items for _ in range(cfg.samples)]
+        golds = [gold_score(item, text) for item, text in zip(items, rollout.texts)]
+        figures["gold"] = rt.sum(sum(golds)) / n
+    return figures
+
+
+@torch.no_grad()
+def evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items, log=True):
+    """What sampled replies to held-out prompts are worth, by the reward and by gold."""
+    policy.eval()
+    figures, replies, golds = judge(
+        policy, tokenizer, items, ref, scorer.model, cfg.max_new_tokens, seed=cfg.seed
+    )
+    if cfg.reward == "rules":
+        figures["reward"] = sum(map(reft_reward, items, replies)) / len(items)
+    policy.train()
+    if golds is not None:
+        other = judge(ref, tokenizer, items, None, None, cfg.max_new_tokens, seed=cfg.seed)[2]
+        figures["win_rate"] = win_rate(golds, other)
+    if log:
+        run.log(**{f"val_{k}": v for k, v in figures.items()}, show=("val_reward", "val_gold", "val_kl"))
+        run.write_sample(
+            "\n".join(
+                f"{i['messages'][-1]['content']}\n    {reply}" for i, reply in zip(items[:5], replies)
+            )
+        )
+    return figures
+
+
+def over_optimisation_chart(cfg, run):
+    """Learned reward and gold over the KL that they cost: where they part, the policy has learnt
+    the reward model's errors (Gao et al. 2022, arXiv:2210.10760).
+    """
+    records = [m for m in read_metrics(run.folder) if "val_kl" in m and "val_gold" in m]
+    line = None
+    if cfg.reward == "model":
+        line = read_json(f"{cfg.reward_model}/result.json").get("gold_line")
+    a, b = line or (0.0, 1.0)
+    series = {
+        "learned reward": [(m["val_kl"], a + b * m["val_reward"]) for m in records],
+        "gold": [(m["val_kl"], m["val_gold"]) for m in records],
+    }
+    return line_chart(
+        series, "Held-out prompts: reward over KL", "KL to the reference, nats per reply", "gold's scale"
+    )
+
+
+def finish(cfg, rt, run, before, after):
+    """Print what the rewards have changed, and keep it in result.json."""
+    run.close()
+    run.draw_curves("reward", "kl")
+    for name in ("reward", "kl", "length", "ended"):
+        rt.print(f"held-out {name:8} {before[name]:9.3f} -> {after[name]:9.3f}")
+    closed = {}
+    if "gold" in after:
+        closed = {"gap_closed": gap_closed(after["gold"], before["gold"])}
+        rt.print(
+            f"held-out gold     {before['gold']:9.3f} -> {after['gold']:9.3f}: "
+            f"{closed['gap_closed']:.0%} of the way to the best possible; wins over the reference "
+            f"{after['win_rate']:.1%}"
+        )
+        if rt.main:
+            atomic_write(run.folder / "reward_over_kl.svg", over_optimisation_chart(cfg, run))
+    run.write_result(before=before, after=after, **closed, **run.speed())
+    rt.print(f"{cfg.out}: {run.step} updates in {run.elapsed:.0f} s")
+    rt.close()
+
+
+if __name__ == "__main__":
+    cli(main, Config, PRESETS)
