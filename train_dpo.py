@@ -58,11 +58,16 @@ class Config:
     prompts: int = 2000  # prompts of the village that are ranked
     # share of the village's pairs that annotators rank against the gold
     disagreement: float = 0.15
+    # of a ranking: every pair, or only the best reply with the worst
+    pairs: Literal["all", "extremes"] = "extremes"
     # -- Loss
     loss: Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
     beta: float = 0.1  # how closely to stay at the reference; simpo wants about 2
     label_smoothing: float = 0.15  # e: share of flipped labels that cdpo and robust assume
     gamma: float = 0.5  # simpo: the margin aimed at
+    # weight of the chosen reply's own negative log-likelihood per token, beside any of the losses:
+    # keeps the chosen replies from becoming less likely, too (Pang et al. 2024, arXiv:2404.19733)
+    nll_coef: float = 0.0
     orpo_lambda: float = 0.1  # orpo: weight of the odds ratio
     desirable_weight: float = 1.0  # kto: w_D
     undesirable_weight: float = 1.0  # kto: w_U
@@ -108,11 +113,15 @@ PRESETS = {
 # --- data ----------------------------------------------------------------------------------------
 
 
-def pair_indices(counts):
-    """Rows (P, 2) of every pair i < j of every prompt, the better first; counts (N,) of replies."""
+def pair_indices(counts, kind="all"):
+    """Rows (P, 2) of pairs i < j of every prompt, the better first; counts (N,) of replies.
+
+    kind "extremes": the best with the worst only.
+    """
     pairs, start = [], 0
     for K in counts.tolist():
-        pairs.append(start + torch.triu_indices(K, K, 1).T)
+        every = torch.triu_indices(K, K, 1).T
+        pairs.append(start + (every if kind == "all" else torch.tensor([[0, K - 1]])))
         start += K
     return torch.cat(pairs)
 
@@ -210,10 +219,10 @@ def pair_metrics(a, b, chosen, rejected, beta):
 class Pairs:
     """Pairs of rows, with the reference's log-probabilities of every row."""
 
-    def __init__(self, records, tokenizer, ref, mismatched=False):
+    def __init__(self, records, tokenizer, ref, kind, mismatched=False):
         most = ref.cfg.max_position_embeddings
         self.rows, counts = reply_rows(records, tokenizer, most)
-        self.index = pair_indices(counts)  # (P, 2)
+        self.index = pair_indices(counts, kind)  # (P, 2)
         self.lengths = self.rows.mask.sum(1)
         self.ref = in_batches(lambda part: summed_logprobs(ref, part), self.rows, ref.device)
         self.other = None
@@ -243,6 +252,7 @@ class Pairs:
                 policy = summed_logprobs(model, self.other.rows(index).to(device))
             z = kto_reference_point(policy, self.ref_other[index].to(device))
         losses = preference_loss(cfg, chosen, rejected, ref_w, ref_l, n_w, n_l, z)
+        losses = losses - cfg.nll_coef * chosen / n_w
         with torch.no_grad():
             metrics = pair_metrics(chosen - ref_w, rejected - ref_l, chosen, rejected, cfg.beta)
         return losses, metrics
@@ -257,7 +267,9 @@ def main(cfg):
     ref, _ = load_model(cfg.init)
     rt.prepare(ref, train=False)
     records, val_records = load_preferences(cfg, ref, tokenizer, rt)
-    train, val = (Pairs(r, tokenizer, ref, cfg.loss == "kto") for r in (records, val_records))
+    train, val = (
+        Pairs(r, tokenizer, ref, cfg.pairs, cfg.loss == "kto") for r in (records, val_records)
+    )
     rt.print(f"{len(train)} pairs from {len(records)} prompts; held out: {len(val)}")
     items = val_records[: cfg.eval_prompts]
 
@@ -334,7 +346,8 @@ def finish(cfg, rt, run, before, after):
     """Print what the preferences have changed, and keep it in result.json."""
     run.close()
     run.draw_curves("loss", "val_loss")
-    for name in ("val_accuracy", "val_logp_chosen", "val_logp_rejected", "length", "ended"):
+    shown = "val_accuracy val_logp_chosen val_logp_rejected length ended correct polite concise"
+    for name in filter(before.get, shown.split()):
         rt.print(f"{name:18} {before[name]:9.3f} -> {after[name]:9.3f}")
     rt.print(f"KL to the reference: {after['kl']:.2f} nats per reply")
     closed = {}

@@ -62,7 +62,7 @@ class Config:
     # village, or JSONL of prompts, of preferences or of problems (see data/README.md)
     data: str = "village"
     val_fraction: float = 0.05  # share of --data that is held out
-    prompts: int = 0  # use this many of the prompts; 0: all
+    prompts: int = 3000  # use at most this many of the prompts
     # -- Reward
     reward: Literal["model", "rules"] = "model"  # model: --reward_model; rules: the answer's check
     reward_model: str = "runs/rm"  # run folder of train_rm.py
@@ -118,7 +118,7 @@ def load_prompts(cfg):
     if cfg.data == "village":
         return village_prompts(cfg.init, "train", cfg.prompts), village_prompts(cfg.init, "test")
     prompts = read_prompts(cfg.data)
-    prompts = prompts[: cfg.prompts] if cfg.prompts else prompts
+    prompts = prompts[: cfg.prompts]
     parts = [split_documents(prompts, part, cfg.val_fraction) for part in ("train", "val")]
     if not all(parts):
         raise UserError(f"{cfg.data}: {len(prompts)} prompts leave none to train on or to hold out")
@@ -504,7 +504,7 @@ def finish(cfg, rt, run, before, after):
     """Print what the rewards have changed, and keep it in result.json."""
     run.close()
     run.draw_curves("reward", "kl")
-    for name in ("reward", "kl", "length", "ended"):
+    for name in filter(before.get, "reward kl length ended correct polite concise".split()):
         rt.print(f"held-out {name:8} {before[name]:9.3f} -> {after[name]:9.3f}")
     closed = {}
     if "gold" in after:

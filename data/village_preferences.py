@@ -26,10 +26,15 @@ DISAGREEMENT = 0.15  # of the pairs, against the gold
 RATINGS = 7  # the scale on which annotators also rate each reply
 
 
+def gold_parts(item, reply):
+    """{"correct", "polite", "concise"} of a reply; `item` as preference_prompts makes it."""
+    return {"correct": float(check_answer(item, reply)), "polite": politeness(reply),
+            "concise": conciseness(reply, item["reference"])}
+
+
 def gold_score(item, reply):
-    """What a reply to a prompt is worth, at most 1; `item` as preference_prompts makes it."""
-    return (WEIGHTS["correct"] * check_answer(item, reply) + WEIGHTS["polite"] * politeness(reply)
-            + WEIGHTS["concise"] * conciseness(reply, item["reference"]))
+    """What a reply to a prompt is worth, at most 1."""
+    return sum(WEIGHTS[name] * part for name, part in gold_parts(item, reply).items())
 
 
 def preference_prompts(world, split, n_items, seed=0):
@@ -42,7 +47,7 @@ def preference_prompts(world, split, n_items, seed=0):
     items = []
     for family, share in FAMILIES.items():
         seen, misses = set(), 0
-        while len(seen) < round(share * n_items) and misses < 1000:  # a thousand repeats: that was all
+        while len(seen) < round(share * n_items) and misses < 1000:  # a thousand repeats: no more
             misses += 1
             turns, check = MAKERS[family](world, split, rng)
             if check["check"] == "exact":  # its wording isn't free: no manners to prefer
@@ -75,7 +80,7 @@ def wrong_reply(item, rng):
 
 def composed_reply(item, rng):
     """A reply that is right or wrong, in any manner: what the model may not say by itself."""
-    reply = item["reference"] if rng.random() < 0.4 else wrong_reply(item, rng)
+    reply = item["reference"] if rng.random() < 0.6 else wrong_reply(item, rng)
     return with_manner(reply, rng.choice(("plain", "courteous", *MANNERS)), rng)
 
 

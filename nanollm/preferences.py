@@ -19,6 +19,7 @@ from data.village_preferences import (
     BEST_GOLD,
     annotate,
     composed_reply,
+    gold_parts,
     gold_score,
     temperature_for,
 )
@@ -177,7 +178,7 @@ def judge(model, tokenizer, items, ref=None, reward_model=None, max_new_tokens=6
 
     With `best_of` n the reply is that of n which the reward model scores highest: rejection
     sampling (Stiennon et al. 2020, arXiv:2009.01325; Llama 2, 2307.09288). Figures are means over
-    items: "gold" (where the items have one), "reward", "kl" (nats per reply, the sum over its
+    items: "gold" and its parts (where the items have one), "reward", "kl" (nats per reply, the sum over its
     tokens of log policy - log ref), "length" in tokens, "ended".
     """
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -203,6 +204,8 @@ def judge(model, tokenizer, items, ref=None, reward_model=None, max_new_tokens=6
     if has_gold(items):
         golds = [gold_score(item, reply) for item, reply in zip(items, replies)]
         figures["gold"] = sum(golds) / len(golds)
+        parts = [gold_parts(item, reply) for item, reply in zip(items, replies)]
+        figures |= {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}
     figures["length"] = sum(map(len, ids)) / len(ids)
     figures["ended"] = sum(reply[-1] in tokenizer.stop_ids for reply in ids) / len(ids)
     return figures, replies, golds
