@@ -2,18 +2,19 @@
 
 With a = log pi(y_w|x) - log ref(y_w|x), b the same of the rejected reply, h = a - b, n lengths:
 
-    sigmoid   -log sigmoid(beta h)                            Rafailov et al. 2023, arXiv:2305.18290, eq. 7
-    cdpo      -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)          Mitchell 2023, cDPO
-    robust    [-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1-2e)   2403.00409, eq. 12
-    hinge     relu(1 - beta h)                                             SLiC, 2305.10425
-    ipo       (a/n_w - b/n_l - 1/(2 beta))^2                               Azar et al., 2310.12036, eq. 17
-    simpo     -log sigmoid(beta (c/n_w - j/n_l) - gamma), c, j = log pi    Meng et al., 2405.14734, eq. 6
-    orpo      -c/n_w - lambda log sigmoid(log odds_w - log odds_l)         Hong et al., 2403.07691, eq. 6
-    kto       1 - sigmoid(beta (a - z)) and 1 - sigmoid(beta (z - b))      Ethayarajh et al., 2402.01306, eq. 8
+    sigmoid   -log sigmoid(beta h)                                        arXiv:2305.18290, eq. 7
+    cdpo      -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)         Mitchell 2023
+    robust    [-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1-2e)  2403.00409, eq. 12
+    hinge     relu(1 - beta h)                                            2305.10425, 2309.06657
+    ipo       (a/n_w - b/n_l - 1/(2 beta))^2                              2310.12036, eq. 17
+    simpo     -log sigmoid(beta (c/n_w - j/n_l) - gamma), c, j = log pi   2405.14734, eq. 6
+    orpo      -c/n_w - lambda log sigmoid(log odds_w - log odds_l)        2403.07691, eq. 6
+    kto       1 - sigmoid(beta (a - z)) and 1 - sigmoid(beta (z - b))     2402.01306, eq. 8
 
 The reference's log-probabilities are computed once, before training, and stored by index.
-Differs from the papers: ipo averages over tokens, as is usual by now; a ranking of K replies gives
-all its C(K, 2) pairs.
+A ranking gives its best and worst reply as a pair (--pairs extremes) or all its pairs. Differs from
+the papers: ipo averages over tokens, as is usual by now; --nll_coef adds the chosen reply's own
+likelihood, without which right answers lose probability together with wrong ones that begin alike.
 
 Run     python train_dpo.py
         python train_dpo.py --loss simpo --beta 2 --data pairs.jsonl --out runs/mine
@@ -28,7 +29,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from nanollm.config import UserError, cli
+from nanollm.config import cli
 from nanollm.data import Sampler
 from nanollm.hub import load_model
 from nanollm.logprobs import reply_logprobs
@@ -55,7 +56,7 @@ class Config:
     data: str = "village"
     val_data: str | None = None  # held-out preferences; default: the last --val_fraction of --data
     val_fraction: float = 0.05  # share of --data that is held out
-    prompts: int = 2000  # prompts of the village that are ranked
+    prompts: int = 3000  # prompts of the village that are ranked
     # share of the village's pairs that annotators rank against the gold
     disagreement: float = 0.15
     # of a ranking: every pair, or only the best reply with the worst
@@ -67,7 +68,7 @@ class Config:
     gamma: float = 0.5  # simpo: the margin aimed at
     # weight of the chosen reply's own negative log-likelihood per token, beside any of the losses:
     # keeps the chosen replies from becoming less likely, too (Pang et al. 2024, arXiv:2404.19733)
-    nll_coef: float = 0.0
+    nll_coef: float = 0.3
     orpo_lambda: float = 0.1  # orpo: weight of the odds ratio
     desirable_weight: float = 1.0  # kto: w_D
     undesirable_weight: float = 1.0  # kto: w_U
@@ -78,12 +79,12 @@ class Config:
     accumulate: int = 1  # parts that a process splits its pairs into, to save memory
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: matrices by Muon, the rest by AdamW
     lr: float = 1e-3  # learning rate of Muon
-    adam_lr: float = 3e-4  # learning rate of AdamW
+    adam_lr: float = 7e-4  # learning rate of AdamW
     weight_decay: float = 0.0  # on matrices and embeddings
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 10  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-    eval_every: int = 40  # steps between evaluations, each followed by a checkpoint
+    eval_every: int = 60  # steps between evaluations, each followed by a checkpoint
     eval_prompts: int = 200  # held-out prompts that are answered at every evaluation
     # -- Machine
     seed: int = 0  # of the sampled replies, the annotators and the order of the data
@@ -162,7 +163,7 @@ def orpo_loss(c, j, n_w, n_l, weight):
 
 
 def kto_loss(a, b, z, beta, w_desirable=1.0, w_undesirable=1.0):
-    """Chosen replies count as desirable, rejected ones as undesirable; z from kto_reference_point."""
+    """Chosen replies count as desirable, rejected as undesirable; z from kto_reference_point."""
     desirable = w_desirable * (1 - torch.sigmoid(beta * (a - z)))
     return desirable + w_undesirable * (1 - torch.sigmoid(beta * (z - b)))
 
@@ -227,10 +228,10 @@ class Pairs:
         self.ref = in_batches(lambda part: summed_logprobs(ref, part), self.rows, ref.device)
         self.other = None
         if mismatched:  # for KTO: every prompt with a reply to the prompt before
+            before = [r["replies"] for r in (records[-1], *records[:-1])]
             swapped = [
-                r | {"replies": [records[n - 1]["replies"][k % len(records[n - 1]["replies"])]
-                                 for k in range(len(r["replies"]))]}
-                for n, r in enumerate(records)
+                r | {"replies": [other[k % len(other)] for k in range(len(r["replies"]))]}
+                for r, other in zip(records, before)
             ]
             self.other, _ = reply_rows(swapped, tokenizer, most)
             self.ref_other = in_batches(
@@ -261,8 +262,6 @@ class Pairs:
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.init, cfg.out)
-    if not 0 <= cfg.label_smoothing < 0.5 or cfg.beta <= 0:
-        raise UserError("--label_smoothing lies between 0 and 0.5, and --beta is above 0")
     model, tokenizer = load_model(cfg.init)
     ref, _ = load_model(cfg.init)
     rt.prepare(ref, train=False)
@@ -309,8 +308,8 @@ def main(cfg):
         if run.step % cfg.eval_every == 0 or last:
             after = evaluate(model, tokenizer, ref, items, val, cfg, rt)
             run.check_finite(after["val_loss"], "held-out loss")
-            run.log(**{k: v for k, v in after.items() if k not in ("replies", "golds")},
-                    show=("val_loss", "gold", "win_rate"))
+            figures = {k: v for k, v in after.items() if k not in ("replies", "golds")}
+            run.log(**figures, show=("val_loss", "gold", "win_rate"))
             run.write_sample(sample_text(items, after["replies"]))
             run.export(model, tokenizer)
             run.checkpoint(*trained, scaler, **before)
@@ -345,7 +344,7 @@ def sample_text(items, replies, n=5):
 def finish(cfg, rt, run, before, after):
     """Print what the preferences have changed, and keep it in result.json."""
     run.close()
-    run.draw_curves("loss", "val_loss")
+    run.draw_curves("loss", "val_loss", y_label="loss per pair")
     shown = "val_accuracy val_logp_chosen val_logp_rejected length ended correct polite concise"
     for name in filter(before.get, shown.split()):
         rt.print(f"{name:18} {before[name]:9.3f} -> {after[name]:9.3f}")

@@ -1,19 +1,19 @@
 """PPO: sample replies, score them, and make those better than expected more likely.
 
-    R_t = -beta (log pi(y_t) - log ref(y_t)),  + score at the last token       InstructGPT, arXiv:2203.02155
-    delta_t = R_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1}      GAE, 1506.02438
-    policy loss = mean max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = pi / pi_old    PPO, 1707.06347
-    value loss = 0.5 mean max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2),  G = A + V_old
-    beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)          Ziegler et al. 2019, 1909.08593
+    R_t = -beta (log pi(y_t) - log ref(y_t)),  + score at the last token         arXiv:2203.02155
+    delta_t = R_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1}   GAE, 1506.02438
+    policy loss = mean max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = pi / pi_old  1707.06347
+    value loss = 0.5 mean max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2),  G = A + V_old
+    beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)              1909.08593
 
 Advantages are whitened over the batch. A reply without its end token gets a fixed penalty instead
-of its score. The score comes from a reward model, or from rules on the text (ReFT, 2401.08967). The
-critic is a copy of the reward model, a value head on the policy (shared), or none: then the baseline
-is the mean over the prompt's other samples, or over the batch where a prompt has one.
+of its score. The score comes from a reward model, or from rules on the text (ReFT, 2401.08967).
+The critic is a copy of the reward model, a value head on the policy (shared), or none: then the
+baseline is the mean over the prompt's other samples, or over the batch where a prompt has one.
 The KL term is k1 inside the reward, where the policy gradient makes it the reverse KL's.
 
 Run     python train_ppo.py
-        python train_ppo.py --kl_coef 0 --kl_target 0 --adam_lr 1e-3 --steps 150 --out runs/ppo_too_far
+        python train_ppo.py --kl_coef 0 --kl_target 0 --adam_lr 1e-3 --steps 60 --out runs/too_far
         python train_ppo.py --reward rules --data problems.jsonl --critic shared --out runs/reft
 Needs   runs/sft and runs/rm                       (python train_sft.py && python train_rm.py)
 Expect  see README.md: gold score on held-out prompts, with the KL that it cost. The second command
@@ -23,6 +23,7 @@ Expect  see README.md: gold score on held-out prompts, with the KL that it cost.
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -43,6 +44,7 @@ from nanollm.preferences import (
     gold_score,
     has_gold,
     judge,
+    load_scorer,
     prompt_ids,
     scores,
     village_prompts,
@@ -87,7 +89,7 @@ class Config:
     lam: float = 0.95  # lambda of GAE
     # -- Training
     out: str = "runs/ppo"  # run folder to write
-    steps: int = 50  # updates, each with a batch of new replies
+    steps: int = 30  # updates, each with a batch of new replies
     adam_lr: float = 3e-4  # learning rate of AdamW
     warmup: int = 5  # updates of linear warm-up
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
@@ -136,9 +138,9 @@ def token_rewards(logprobs, ref_logprobs, scores, mask, beta):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """(advantages, returns), (B, T - 1) each: generalised advantage estimation, V after the end is 0.
+    """(advantages, returns), (B, T - 1) each: generalised advantage estimation.
 
-    The tokens of a reply follow one another; outside of the mask both are 0.
+    V after the end is 0. The tokens of a reply follow one another; outside of the mask both are 0.
     """
     advantages = torch.zeros_like(rewards)
     A = V_next = torch.zeros(len(rewards), device=rewards.device)
@@ -269,18 +271,13 @@ class Scorer:
     def __init__(self, cfg, tokenizer, rt):
         self.model = None
         if cfg.reward == "model":
-            self.model, own = load_scalar(cfg.reward_model)
-            if own.fingerprint() != tokenizer.fingerprint():
-                raise UserError(
-                    f"{cfg.reward_model} has another tokenizer than {cfg.init}: its scores would "
-                    "be of other text; train the reward model from the same run"
-                )
-            rt.prepare(self.model, train=False)
+            self.model = load_scorer(cfg.reward_model, tokenizer, cfg.init, rt)
 
     def __call__(self, items, rows, texts):
         if self.model is not None:
             return scores(self.model, rows)
-        return torch.tensor([reft_reward(i, t) for i, t in zip(items, texts)], device=rows.mask.device)
+        rewards = [reft_reward(item, text) for item, text in zip(items, texts)]
+        return torch.tensor(rewards, device=rows.mask.device)
 
 
 @torch.no_grad()
@@ -408,7 +405,9 @@ def main(cfg):
     saved = run.restore(*trained, scaler)
     control.coef = saved.get("kl_coef", control.coef)
     items = val[: cfg.eval_prompts]
-    before = saved.get("before") or evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items)
+    measure = partial(evaluate, cfg, rt, run, policy, tokenizer, ref, scorer, items)
+    before = saved.get("before") or measure()
+    after = saved.get("after", before)
     since = 0
 
     while run.step < cfg.steps:
@@ -433,10 +432,10 @@ def main(cfg):
         run.log(since, show=("reward", "kl"), **figures, **seen, kl_coef=control.coef)
         since = 0
         if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
-            evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items)
+            after = measure()
             run.export(policy, tokenizer)
-            run.checkpoint(*trained, scaler, kl_coef=control.coef, before=before)
-    finish(cfg, rt, run, before, evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items, False))
+            run.checkpoint(*trained, scaler, kl_coef=control.coef, before=before, after=after)
+    finish(cfg, rt, run, before, after)
 
 
 def rollout_figures(cfg, rt, rollout, returns, items):
@@ -460,7 +459,7 @@ def rollout_figures(cfg, rt, rollout, returns, items):
 
 
 @torch.no_grad()
-def evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items, log=True):
+def evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items):
     """What sampled replies to held-out prompts are worth, by the reward and by gold."""
     policy.eval()
     figures, replies, golds = judge(
@@ -472,13 +471,10 @@ def evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items, log=True):
     if golds is not None:
         other = judge(ref, tokenizer, items, None, None, cfg.max_new_tokens, seed=cfg.seed)[2]
         figures["win_rate"] = win_rate(golds, other)
-    if log:
-        run.log(**{f"val_{k}": v for k, v in figures.items()}, show=("val_reward", "val_gold", "val_kl"))
-        run.write_sample(
-            "\n".join(
-                f"{i['messages'][-1]['content']}\n    {reply}" for i, reply in zip(items[:5], replies)
-            )
-        )
+    shown = ("val_reward", "val_gold", "val_kl")
+    run.log(**{f"val_{name}": value for name, value in figures.items()}, show=shown)
+    pairs = zip(items[:5], replies)
+    run.write_sample("\n".join(f"{i['messages'][-1]['content']}\n    {r}" for i, r in pairs))
     return figures
 
 
@@ -495,15 +491,14 @@ def over_optimisation_chart(cfg, run):
         "learned reward": [(m["val_kl"], a + b * m["val_reward"]) for m in records],
         "gold": [(m["val_kl"], m["val_gold"]) for m in records],
     }
-    return line_chart(
-        series, "Held-out prompts: reward over KL", "KL to the reference, nats per reply", "gold's scale"
-    )
+    title, x = "Held-out prompts: reward over KL", "KL to the reference, nats per reply"
+    return line_chart(series, title, x, "on the gold's scale")
 
 
 def finish(cfg, rt, run, before, after):
     """Print what the rewards have changed, and keep it in result.json."""
     run.close()
-    run.draw_curves("reward", "kl")
+    run.draw_curves("reward", "gold", "kl", x_label="update", y_label="per reply")
     for name in filter(before.get, "reward kl length ended correct polite concise".split()):
         rt.print(f"held-out {name:8} {before[name]:9.3f} -> {after[name]:9.3f}")
     closed = {}

@@ -1,9 +1,9 @@
 """Reward model: learn to score replies from rankings of them.
 
-    Bradley-Terry   loss = -log sigmoid(r_w - r_l)                     Christiano et al. 2017, arXiv:1706.03741
-    margin          loss = -log sigmoid(r_w - r_l - m)                 Llama 2, arXiv:2307.09288, eq. 2
-    ranking         loss = -1 / C(K, 2) sum_{i<j} log sigmoid(r_i - r_j)    InstructGPT, 2203.02155, eq. 1
-    centering       + eta mean((r_w + r_l)^2)                          Eisenstein et al. 2023, 2312.09244
+    Bradley-Terry   loss = -log sigmoid(r_w - r_l)                         arXiv:1706.03741
+    margin          loss = -log sigmoid(r_w - r_l - m)                     2307.09288, eq. 2
+    ranking         loss = -1 / C(K, 2) sum_{i<j} log sigmoid(r_i - r_j)   2203.02155, eq. 1
+    centering       + eta mean((r_w + r_l)^2)                              2312.09244
 
 r is read from a linear head at the last real token of prompt and reply. All K replies of a prompt
 are in one batch: as separate pairs each reply would be seen K - 1 times per epoch, and the model
@@ -45,7 +45,7 @@ class Config:
     data: str = "village"
     val_data: str | None = None  # held-out preferences; default: the last --val_fraction of --data
     val_fraction: float = 0.05  # share of --data that is held out
-    prompts: int = 2000  # prompts of the village that are ranked
+    prompts: int = 3000  # prompts of the village that are ranked
     # share of the village's pairs that annotators rank against the gold
     disagreement: float = 0.15
     # -- Loss
@@ -55,17 +55,17 @@ class Config:
     centering: float = 0.01  # eta
     # -- Training
     out: str = "runs/rm"  # run folder to write
-    steps: int = 120  # optimizer steps
+    steps: int = 280  # optimizer steps
     batch_size: int = 32  # prompts (or pairs) per step, over all processes
     accumulate: int = 1  # parts that a process splits its prompts into, to save memory
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
-    lr: float = 0.005  # learning rate of Muon
-    adam_lr: float = 1e-3  # learning rate of AdamW
+    lr: float = 0.02  # learning rate of Muon
+    adam_lr: float = 2e-3  # learning rate of AdamW
     weight_decay: float = 0.0  # on matrices and embeddings
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 10  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-    eval_every: int = 40  # steps between evaluations, each followed by a checkpoint
+    eval_every: int = 140  # steps between evaluations, each followed by a checkpoint
     # -- Machine
     seed: int = 0  # of the sampled replies, the annotators and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:N
@@ -225,7 +225,7 @@ def main(cfg):
     val_rows, val_counts = reply_rows(val, tokenizer, model.cfg.max_position_embeddings)
     ends = counts.cumsum(0)
     golds = [r["gold"] for r in val] if all("gold" in r for r in val) else None
-    rt.print(f"{len(train)} prompts with {len(rows)} replies; held out: {len(val)}, {len(val_rows)}")
+    rt.print(f"{len(train)} rankings of {len(rows)} replies; held out: {len(val)}, {len(val_rows)}")
 
     share = rt.share(cfg.batch_size)
     run = Run(cfg, rt, cfg.steps)
@@ -296,7 +296,7 @@ def gold_line(rewards, golds):
 def finish(cfg, rt, run, model, val, val_rows, val_counts, golds):
     """Print how well held-out replies are ordered, and draw score against gold."""
     run.close()
-    run.draw_curves("loss", "log_loss")
+    run.draw_curves("loss", "log_loss", y_label="loss per pair")
     model = load_scalar(cfg.out)[0] if rt.main else model  # with its shift
     rt.prepare(model, train=False)
     rewards = in_batches(lambda part: scores(model, part), val_rows, rt.device)

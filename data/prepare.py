@@ -26,6 +26,7 @@ if not __package__:  # run as a file: the repository root holds the package
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanollm.config import UserError, atomic_file, cli, say
+from nanollm.formats import as_ranking
 
 CACHE = Path("data/cache")
 GITHUB = "https://raw.githubusercontent.com/{}".format
@@ -141,10 +142,13 @@ def as_problem(record):
 
 
 def as_pair(record):
-    """HH-RLHF: two whole dialogues."""
-    if not all("\n\nAssistant:" in record[key] for key in ("chosen", "rejected")):
-        raise ValueError("a dialogue without an assistant")
-    return {"chosen": record["chosen"], "rejected": record["rejected"]}
+    """HH-RLHF: two whole dialogues. What the reader of preferences would refuse is left out."""
+    pair = {"chosen": record["chosen"], "rejected": record["rejected"]}
+    try:
+        as_ranking(pair, "the pair")
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return pair
 
 
 def as_chat(turns):

@@ -80,8 +80,9 @@ def wrong_reply(item, rng):
 
 def composed_reply(item, rng):
     """A reply that is right or wrong, in any manner: what the model may not say by itself."""
-    reply = item["reference"] if rng.random() < 0.6 else wrong_reply(item, rng)
-    return with_manner(reply, rng.choice(("plain", "courteous", *MANNERS)), rng)
+    if rng.random() < 0.5:
+        return with_manner(item["reference"], rng.choice(("courteous", "courteous", *MANNERS)), rng)
+    return with_manner(wrong_reply(item, rng), rng.choice(("plain", "plain", *MANNERS)), rng)
 
 
 # --- annotators --------------------------------------------------------------

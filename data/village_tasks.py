@@ -248,8 +248,8 @@ def as_item(family, turns, check, split):
 def instructions(world, split, seed=0, n_items=None):
     """Chat items of "train", "val" or "test", no question twice, families shuffled.
 
-    Train and val items are {"messages", "family"}, their answers in various manners where the wording
-    of the answer is free (village_manners.py); test items end with the user's turn and carry
+    Train and val items are {"messages", "family"}, their answers in various manners where the
+    wording of an answer is free (village_manners.py); test items end with the user's turn and carry
     "answer" and "check" for `check_answer`. `n_items` is the total for train and val, and the
     number per family for test. A small village may have fewer questions than asked for.
     """

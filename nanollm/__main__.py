@@ -49,6 +49,9 @@ class Stage:
     effect: (
         Callable  # (section, result.json, root) -> None: adds the measured effect to the section
     )
+    evaluate: str = ""  # what python -m nanollm.evaluate is called with; default: the run folder
+    talks: bool = True  # False: a reward model, which writes no text
+    curves: str = "Loss over the optimizer steps."
 
 
 def stages(root):
@@ -72,6 +75,42 @@ def stages(root):
             "villagers never occur in "
             "them: what it can say about those, it knows from pretraining.",
             sft_effect,
+        ),
+        Stage(
+            "rm",
+            "Reward model",
+            "train_rm.py",
+            {"init": f"{root}/sft", "out": f"{root}/rm"},
+            "The fine-tuned model answers each prompt several times, and annotators rank the "
+            "answers: right, polite and short ones are better. They are wrong now and then. A "
+            "model learns from the rankings to score answers.",
+            rm_effect,
+            f"{root}/sft --data preferences --reward_model {root}/rm --best_of 4 "
+            f"--against {root}/sft --out {root}/rm/preferences.json",
+            talks=False,
+        ),
+        Stage(
+            "ppo",
+            "PPO",
+            "train_ppo.py",
+            {"init": f"{root}/sft", "reward_model": f"{root}/rm", "out": f"{root}/ppo"},
+            "The model answers, the reward model scores, and answers that were better than "
+            "expected become more likely, at a price for every step away from the fine-tuned "
+            "model (KL).",
+            policy_effect,
+            f"{root}/ppo --data preferences --reward_model {root}/rm --against {root}/sft",
+            curves="Learned reward, gold score and KL of the sampled answers over the updates.",
+        ),
+        Stage(
+            "dpo",
+            "DPO",
+            "train_dpo.py",
+            {"init": f"{root}/sft", "out": f"{root}/dpo"},
+            "The same rankings without a reward model: the better answer of each pair becomes more "
+            "likely than the worse one, measured against the fine-tuned model.",
+            policy_effect,
+            f"{root}/dpo --data preferences --reward_model {root}/rm --against {root}/sft",
+            curves="Loss per pair over the optimizer steps.",
         ),
     ]
 
@@ -117,6 +156,98 @@ def sft_effect(section, result, root):
     )
 
 
+def rm_effect(section, result, root):
+    section.table(
+        ["held-out pairs in the right order", "share"],
+        [
+            ["reward model, by the gold score", f"{result['gold_accuracy']:.1%}"],
+            ["reward model, by the annotators", f"{result['accuracy']:.1%}"],
+            ["annotators, by the gold score", f"{result['annotators_accuracy']:.1%}"],
+        ],
+    )
+    section.text(
+        f"Log-loss {result['log_loss']:.3f}, calibration error {result['calibration_error']:.3f}. "
+        "The gold score is the village's truth: 0.5 for right, 0.3 for polite, 0.2 for short; no "
+        "model ever sees it."
+    )
+    chart = root / "rm" / "score_against_gold.svg"
+    caption = "Scores of held-out replies over their gold."
+    section.figure("rm/score_against_gold.svg", chart.read_text(), caption)
+
+
+def policy_effect(section, result, root):
+    name = section.folder.name
+    now = read_json(section.folder / "preferences.json")["figures"]
+    before = now["against"]
+    rows = [
+        [label, f"{before[key]:.3f}", f"{now[key]:.3f}"]
+        for key, label in PREFERENCE_FIGURES.items()
+        if key in before
+    ]
+    section.table(["held-out prompts, sampled answers", "fine-tuned", name], rows)
+    section.text(
+        f"Better than the fine-tuned model's answer in {now['win_rate']:.1%} of the prompts, by "
+        f"gold; a tie counts half. KL to it: {now['kl']:.2f} nats per answer. "
+        f"{now['gap_closed']:.0%} of the way to the best possible gold score, 1."
+    )
+    if name == "dpo":
+        was, after = result["before"], result["after"]
+        section.text(
+            "Log-probability of held-out chosen answers: "
+            f"{was['val_logp_chosen']:.2f} to {after['val_logp_chosen']:.2f}; of rejected ones: "
+            f"{was['val_logp_rejected']:.2f} to {after['val_logp_rejected']:.2f}."
+        )
+    else:
+        chart = section.folder / "reward_over_kl.svg"
+        section.figure(
+            "ppo/reward_over_kl.svg",
+            chart.read_text(),
+            "Where the two part, the policy has learnt the reward model's errors.",
+        )
+
+
+PREFERENCE_FIGURES = {
+    "gold": "gold score",
+    "correct": "right",
+    "polite": "polite (-1 rude, 1 courteous)",
+    "concise": "short",
+    "reward": "score of the reward model",
+    "length": "tokens",
+}
+
+
+def preferences_section(root):
+    """The same prompts, answered by the fine-tuned model, best-of-4, PPO and DPO, side by side."""
+    section = Section("Preferences: four ways to answer")
+    best = read_json(root / "rm" / "preferences.json")
+    found = {name: read_json(root / name / "preferences.json") for name in ("ppo", "dpo")}
+    rows = [["fine-tuned", best["figures"]["against"]], ["best of 4", best["figures"]]]
+    rows += [[name.upper(), result["figures"]] for name, result in found.items()]
+    section.table(
+        ["answers", "gold", "wins over fine-tuned", "KL", "tokens"],
+        [
+            [
+                name,
+                f"{f['gold']:.3f}",
+                f"{f['win_rate']:.1%}" if "win_rate" in f else "-",
+                f"{f['kl']:.2f}" if "kl" in f and name != "best of 4" else "-",
+                f"{f['length']:.1f}",
+            ]
+            for name, f in rows
+        ],
+    )
+    section.text(
+        "Sampled at temperature 1. A gold score of 1 is right, polite and short; best of 4 takes "
+        "the one of four fine-tuned answers that the reward model likes best."
+    )
+    answers = [best["replies_against"], best["replies"], *(f["replies"] for f in found.values())]
+    samples = zip(best["prompts"], *answers)
+    section.table(
+        ["prompt", "fine-tuned", "best of 4", "PPO", "DPO"], [list(row) for row in samples][:6]
+    )
+    return section
+
+
 EXPLAINED = {
     "cloze": "completing sentences about villagers",
     "fact": "facts, villagers of the training dialogues, new wording",
@@ -146,13 +277,9 @@ def run_stage(stage, cfg, root, later):
         for w in ([f"--{name}"] if value is None else [f"--{name}", str(value)])
     ]
     command = ["python", stage.script, *words]
-    evaluate = [
-        "python",
-        "-m",
-        "nanollm.evaluate",
-        str(folder),
-        *(["--limit", "20"] if cfg.preset == "smoke" else []),
-    ]
+    evaluate = ["python", "-m", "nanollm.evaluate", *shlex.split(stage.evaluate or str(folder))]
+    if cfg.preset == "smoke":
+        evaluate += ["--limit", "20"]
     done = folder / "stage.json"
     if done.exists() and not cfg.fresh:
         record = read_json(done)
@@ -201,12 +328,13 @@ def stage_section(stage, record, root):
     folder = root / stage.name
     section = Section(f"{stage.title} · {record['seconds']:.0f} s")
     section.text(stage.what)
+    section.folder = folder
     section.code(f"$ {record['command']}\n$ {record['evaluate']}")
     stage.effect(section, read_json(folder / "result.json"), root)
     section.figure(
         f"{stage.name}/curves.svg",
         (folder / "curves.svg").read_text(),
-        "Loss over the optimizer steps.",
+        stage.curves,
     )
     return section
 
@@ -223,6 +351,7 @@ def five_prompts(root):
 def prompts_section(done, root, rt):
     """The same five prompts, answered by every model so far."""
     items, columns = five_prompts(root), []
+    done = [stage for stage in done if stage.talks]
     for stage in done:
         model, tokenizer = load_model(root / stage.name)
         rt.prepare(model, train=False)
@@ -240,6 +369,10 @@ def prompts_section(done, root, rt):
     return section
 
 
+def last_that_talks(done):
+    return [stage.name for stage in done if stage.talks][-1]
+
+
 def write_report(done, records, root, rt):
     overview = Section("Overview")
     overview.table(
@@ -253,9 +386,11 @@ def write_report(done, records, root, rt):
     overview.text(
         f"A model of {size['num_hidden_layers']} layers and {size['hidden_size']} channels, "
         f"trained on {rt.device.type} in "
-        f"{str(rt.dtype)[6:]}. Talk with it: python -m nanollm.chat {root}/{done[-1].name}"
+        f"{str(rt.dtype)[6:]}. Talk with it: python -m nanollm.chat {root}/{last_that_talks(done)}"
     )
     sections = [overview, prompts_section(done, root, rt)]
+    if done[-1].name == "dpo":
+        sections.append(preferences_section(root))
     sections += [stage_section(stage, records[stage.name], root) for stage in done]
     title, lead = (
         "nanollm: the training of a language model",
@@ -280,7 +415,7 @@ def main(cfg):
         f"\n{root}/report.html and report.md are written ({time.perf_counter() - begin:.0f} s in "
         f"all). Now talk with it:"
     )
-    print(f"python -m nanollm.chat {root}/{done[-1].name}")
+    print(f"python -m nanollm.chat {root}/{last_that_talks(done)}")
 
 
 if __name__ == "__main__":

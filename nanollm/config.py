@@ -34,9 +34,14 @@ MENDABLE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT
             errno.EISDIR}
 AT_LEAST_ONE = {"steps", "batch_size", "accumulate", "eval_every", "eval_tokens", "layers",
                 "channels", "heads", "kv_heads", "mlp", "context", "vocab_size", "repeats",
-                "max_new_tokens", "prompts", "prompt_tokens", "new_tokens"}
+                "max_new_tokens", "prompts", "prompt_tokens", "new_tokens", "samples", "epochs",
+                "minibatches", "eval_prompts", "best_of"}
 NOT_NEGATIVE = {"lr", "adam_lr", "weight_decay", "warmup", "clip", "patience", "sample_tokens",
-                "seed", "limit", "show", "test_items", "layer_decay", "top_k", "temperature"}
+                "seed", "limit", "show", "test_items", "layer_decay", "top_k", "temperature",
+                "centering", "gamma", "orpo_lambda", "nll_coef", "desirable_weight",
+                "undesirable_weight", "kl_coef", "kl_target", "clip_range", "value_clip",
+                "value_coef", "lam"}
+ABOVE_ZERO = {"beta", "kl_horizon", "megabytes"}
 
 
 class UserError(Exception):
@@ -236,8 +241,12 @@ def check_ranges(values):
         raise UserError("--seed must be less than 2^63")
     if not 0 < values.get("val_fraction", 0.5) < 1:
         raise UserError(f"--val_fraction must lie between 0 and 1, not {values['val_fraction']}")
-    if values.get("megabytes", 1) <= 0:
-        raise UserError(f"--megabytes must be more than 0, not {values['megabytes']}")
+    for name in ABOVE_ZERO & values.keys():
+        if values[name] <= 0:
+            raise UserError(f"--{name} must be more than 0, not {values[name]}")
+    for name in {"label_smoothing", "disagreement"} & values.keys():
+        if not 0 <= values[name] < 0.5:
+            raise UserError(f"--{name} lies between 0 and 0.5, not at {values[name]}")
 
 
 # --- the edge of the program: errors become one line, and files are written whole --------------

@@ -281,8 +281,8 @@ class Replies:
         return self.real.shape[1] - 1 - self.real.flip(1).long().argmax(1)
 
     def inputs(self):
-        """(tokens, positions, mask) for a model. Rows padded on the right alone need no mask: causal
-        attention never looks at what comes later.
+        """(tokens, positions, mask) for a model. Rows padded on the right alone need no mask:
+        causal attention never looks at what comes later.
         """
         if self.real[:, 0].all():
             return self.tokens, None, None

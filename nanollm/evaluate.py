@@ -2,9 +2,11 @@
 
 Run     python -m nanollm.evaluate runs/sft                      # the village's held-out items
         python -m nanollm.evaluate runs/sft --data problems.jsonl
-Prints a table and writes it as JSON to <run>/evaluation.json. Items are JSONL, one per line:
-{"messages": [..., a user's turn], "answer": "...", "check": "contains" | "exact" | "number" |
-"unknown", "family": "..."}, or {"prompt", "answer"}; see data/README.md. Answers are greedy unless
+        python -m nanollm.evaluate runs/ppo --data preferences --against runs/sft
+        python -m nanollm.evaluate runs/sft --data preferences --reward_model runs/rm --best_of 4
+Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json. Items are
+JSONL, one per line: {"messages": [..., a user's turn], "answer": "...", "check": "contains" |
+"exact" | "number" | "unknown", "family": "..."}, or {"prompt", "answer"}; see data/README.md. Answers are greedy unless
 --temperature says else.
 """
 
@@ -35,7 +37,12 @@ class Config:
     model: str = field(
         default="runs/sft", metadata={"positional": True}
     )  # run folder or model folder
-    data: str = "village"  # village, or a JSONL file of test items
+    # village; a JSONL file of test items; or preferences: what sampled replies to the village's
+    # held-out preference prompts are worth
+    data: str = "village"
+    reward_model: str | None = None  # with preferences: run folder of train_rm.py, to score replies
+    best_of: int = 1  # with a reward model: keep the best of so many replies (rejection sampling)
+    against: str | None = None  # with preferences: the model to compare with
     out: str | None = None  # JSON file to write; default: evaluation.json in the model's folder
     limit: int = 0  # items per family; 0: all
     max_new_tokens: int = 64  # longest answer
@@ -222,10 +229,49 @@ def village_of(run_folder):
     )
 
 
+def evaluate_preferences(cfg, rt, model, tokenizer):
+    """Figures of sampled replies to held-out preference prompts, and the replies; prints them."""
+    from nanollm import preferences  # which stands on this module
+
+    items = preferences.village_prompts(cfg.model, "test", cfg.limit)
+    ref = reward_model = None
+    if cfg.best_of > 1 and not cfg.reward_model:
+        raise UserError("--best_of needs a --reward_model that says which reply is best")
+    if cfg.against:
+        ref, _ = load_model(cfg.against)
+        rt.prepare(ref, train=False)
+    if cfg.reward_model:
+        reward_model = preferences.load_scorer(cfg.reward_model, tokenizer, cfg.model, rt)
+    sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
+    figures, replies, golds = preferences.judge(
+        model, tokenizer, items, ref, reward_model, best_of=cfg.best_of, **sampling
+    )
+    if ref is not None:
+        other, other_replies, other_golds = preferences.judge(
+            ref, tokenizer, items, reward_model=reward_model, **sampling
+        )
+        figures["win_rate"] = preferences.win_rate(golds, other_golds)
+        figures["gap_closed"] = preferences.gap_closed(figures["gold"], other["gold"])
+        figures["against"] = other
+    for name, value in figures.items():
+        beside = figures.get("against", {}).get(name, "")
+        if name != "against":
+            print(f"{name:12}{value:9.3f}" + (f"{beside:9.3f} of {cfg.against}" if beside else ""))
+    asked = [item["messages"][-1]["content"] for item in items]
+    result = {"figures": figures, "prompts": asked, "replies": replies}
+    return result | ({"replies_against": other_replies} if ref is not None else {})
+
+
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     model, tokenizer = load_model(cfg.model)
     rt.prepare(model, train=False)
+    if cfg.data == "preferences":
+        result = {"model": cfg.model, **evaluate_preferences(cfg, rt, model, tokenizer)}
+        out = Path(cfg.out or Path(cfg.model) / "preferences.json")
+        atomic_write(out, json.dumps(result, indent=2) + "\n")
+        print(f"written to {out}")
+        return
     result = {"model": cfg.model, "data": cfg.data}
     if cfg.data == "village":
         folder = village_of(cfg.model)

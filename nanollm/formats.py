@@ -4,8 +4,8 @@ data/README.md documents the formats. Wrong input raises UserError with file and
 """
 
 import json
-import math
 import re
+import sys
 from pathlib import Path
 
 from nanollm.config import UserError
@@ -35,29 +35,25 @@ def read_jsonl(path):
     """
     text = read_text(path)
     if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except (ValueError, RecursionError) as e:
-            raise UserError(
-                f"{path}, line {getattr(e, 'lineno', '?')}: broken JSON ({getattr(e, 'msg', e)})"
-            ) from None
-        numbered = list(enumerate(records, 1))
+        numbered = list(enumerate(_parse(text, path), 1))
     else:
-        numbered = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    numbered.append((number, json.loads(line)))
-                except (ValueError, RecursionError) as e:
-                    raise UserError(
-                        f"{path}, line {number}: broken JSON ({getattr(e, 'msg', e)})"
-                    ) from None
+        lines = enumerate(text.split("\n"), 1)
+        numbered = [(number, _parse(line, path, number)) for number, line in lines if line.strip()]
     for number, record in numbered:
         if not isinstance(record, dict):
             raise UserError(
                 f"{path}, line {number}: a JSON object is wanted, not {type(record).__name__}"
             )
     return numbered
+
+
+def _parse(text, path, line=None):
+    """The value of a JSON text; its line is told where it's broken, and found where it's unknown."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        line = line or getattr(e, "lineno", "?")
+        raise UserError(f"{path}, line {line}: broken JSON ({getattr(e, 'msg', e)})") from None
 
 
 def read_documents(path):
@@ -136,9 +132,9 @@ def _as_chat(record, where):
 
 def read_preferences(path):
     """Rankings as dicts with "messages" (the prompt), "replies" (two or more texts, the best first)
-    and "margin" (a number, or None); other keys are kept. Reads pairs, rankings and HH-RLHF.
+    and "margin" (a float, or None); other keys are kept. Reads pairs, rankings and HH-RLHF.
     """
-    return [_as_ranking(record, f"{path}, line {line}") for line, record in read_jsonl(path)]
+    return [as_ranking(record, f"{path}, line {line}") for line, record in read_jsonl(path)]
 
 
 def read_prompts(path):
@@ -150,36 +146,24 @@ def read_prompts(path):
     return [_as_prompt(record, f"{path}, line {line}") for line, record in read_jsonl(path)]
 
 
-def _as_ranking(record, where):
+def as_ranking(record, where):
+    """One record in the form of read_preferences, or a UserError that begins with `where`."""
     if "ranking" in record:
-        replies = record["ranking"]
+        messages, replies = _prompt_of(record, where), record["ranking"]
         if not isinstance(replies, list):
             raise UserError(f'{where}: "ranking" must be a list of replies, the best first')
-        messages = _prompt_of(record, where)
     elif "chosen" in record and "rejected" in record:
         replies = [record["chosen"], record["rejected"]]
         if "prompt" in record or "messages" in record:
             messages = _prompt_of(record, where)
-            replies = [
-                reply[0].get("content")
-                if isinstance(reply, list) and len(reply) == 1 and isinstance(reply[0], dict)
-                else reply
-                for reply in replies
-            ]
+            replies = [_reply_of(reply, where) for reply in replies]
         else:
             messages, replies = _shared_prompt(replies, where)
     else:
         raise UserError(
             f'{where}: a preference record needs "chosen" and "rejected", or a "ranking"'
         )
-    if not all(isinstance(reply, str) for reply in replies):
-        raise UserError(f"{where}: every reply must be text")
-    if len(replies) < 2:
-        raise UserError(f"{where}: a ranking needs two replies or more, not {len(replies)}")
-    if not all(reply.strip() for reply in replies):
-        raise UserError(f"{where}: a reply is empty")
-    if len({reply.strip() for reply in replies}) < len(replies):
-        raise UserError(f"{where}: two replies are equal, which is no preference; drop the record")
+    _check_replies(replies, where)
     for key in ("ratings", "gold"):
         values = record.get(key)
         if values is not None and (
@@ -189,31 +173,58 @@ def _as_ranking(record, where):
         ):
             raise UserError(f'{where}: "{key}" must hold a number for each reply')
     margin = record.get("margin")
-    if margin is not None and not (_is_number(margin) and margin >= 0):
-        raise UserError(f'{where}: "margin" must be a number of at least 0, not {margin!r}')
+    if margin is not None:
+        if not _is_number(margin) or margin < 0:
+            raise UserError(f'{where}: "margin" must be a number of at least 0, not {margin!r:.40}')
+        margin = float(margin)
     kept = {k: v for k, v in record.items() if k not in ("prompt", "chosen", "rejected", "ranking")}
     return {**kept, "messages": messages, "replies": replies, "margin": margin}
 
 
+def _check_replies(replies, where):
+    if not all(isinstance(reply, str) for reply in replies):
+        raise UserError(f"{where}: every reply must be text")
+    if len(replies) < 2:
+        raise UserError(f"{where}: a ranking needs two replies or more, not {len(replies)}")
+    if not all(reply.strip() for reply in replies):
+        raise UserError(f"{where}: a reply is empty")
+    if len({reply.strip() for reply in replies}) < len(replies):
+        raise UserError(f"{where}: two replies are equal, which is no preference; drop the record")
+
+
 def _is_number(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Is it a number that a float can hold? JSON's true, NaN, Infinity and 1000 digits are none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _prompt_of(record, where):
     """The messages before the reply, checked."""
     if "messages" in record:
-        messages = _as_chat(record, where)["messages"]
+        turns = record["messages"]
     elif isinstance(record.get("prompt"), str):
-        messages = [{"role": "user", "content": record["prompt"]}]
+        turns = [{"role": "user", "content": record["prompt"]}]
     elif isinstance(record.get("prompt"), list):
-        messages = _as_chat({"messages": record["prompt"]}, where)["messages"]
+        turns = record["prompt"]
     else:
         raise UserError(f'{where}: a "prompt" (text) or "messages" are wanted')
-    if not messages[-1]["content"].strip():
+    messages = turns and _as_chat({"messages": turns}, where)["messages"]
+    if not messages or not messages[-1]["content"].strip():
         raise UserError(f"{where}: the prompt is empty")
     if messages[-1]["role"] == "assistant":
         raise UserError(f"{where}: the prompt ends with an answer; the replies are to follow it")
     return messages
+
+
+def _reply_of(reply, where):
+    """The text of a reply, which may also be a list with one message (TRL's datasets)."""
+    if not isinstance(reply, list):
+        return reply
+    if len(reply) != 1 or not isinstance(reply[0], dict) or reply[0].get("role") != "assistant":
+        raise UserError(
+            f"{where}: a reply must be text, or one message of the assistant; where both replies "
+            "are whole dialogues, leave the prompt out"
+        )
+    return reply[0].get("content")
 
 
 def _shared_prompt(pair, where):
@@ -237,8 +248,8 @@ def _hh_turns(text, where):
     pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     if pieces[0].strip() or len(pieces) < 5:
         raise UserError(
-            f'{where}: without a "prompt" a dialogue is wanted, as in "\\n\\nHuman: ...\\n\\nAssistant: '
-            '..."'
+            f'{where}: without a "prompt" a dialogue is wanted, as in '
+            r'"\n\nHuman: ...\n\nAssistant: ..."'
         )
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
@@ -249,26 +260,47 @@ def _hh_turns(text, where):
 
 def _as_prompt(record, where):
     if "ranking" in record or "chosen" in record:
-        ranking = _as_ranking(record, where)
-        return {k: v for k, v in ranking.items() if k not in ("replies", "margin")}
-    if "question" in record:  # GSM8K
-        answer = str(record.get("answer", ""))
-        record = {"prompt": record["question"], "answer": answer.rpartition("####")[2].strip()}
-    if isinstance(record.get("messages"), list):
-        messages = list(record["messages"])
-        while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
-            messages.pop()
+        ranking = as_ranking(record, where)
+        record = {k: v for k, v in ranking.items() if k not in ("replies", "margin")}
+    elif "messages" not in record and "prompt" not in record:
+        if "question" in record:
+            record = _as_problem(record, where)
+        elif "conversations" in record or "instruction" in record:  # ShareGPT, Alpaca
+            record = _as_chat(record, where)
+    if "messages" in record:
+        messages = _as_chat({"messages": record["messages"]}, where)["messages"]
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
         record = {**record, "messages": messages}
     kept = {k: v for k, v in record.items() if k != "prompt"}
     prompt = {**kept, "messages": _prompt_of(record, where)}
-    if "answer" in prompt:
-        if not isinstance(prompt["answer"], str) or not prompt["answer"].strip():
-            raise UserError(f'{where}: an "answer" must be text')
-        number = re.fullmatch(r"-?[\d,]+(?:\.\d+)?", prompt["answer"].strip())
-        prompt.setdefault("check", "number" if number else "contains")
-        if number and prompt["check"] == "number":
-            prompt["answer"] = prompt["answer"].strip().replace(",", "")
-    return prompt
+    return _with_check(prompt, where) if "answer" in prompt else prompt
+
+
+def _as_problem(record, where):
+    """GSM8K: the number behind #### is the answer, and what stands before it is left out."""
+    _, mark, answer = str(record.get("answer")).rpartition("####")
+    if not mark:
+        raise UserError(
+            f'{where}: the "answer" to a "question" must end with #### and a number; call the '
+            'question "prompt" where the answer is given alone'
+        )
+    kept = {k: v for k, v in record.items() if k != "question"}
+    return {**kept, "prompt": record["question"], "answer": answer, "check": "number"}
+
+
+def _with_check(prompt, where):
+    """The prompt, its answer as text, a number without the commas of 1,000, and its "check"."""
+    answer = str(prompt["answer"]) if _is_number(prompt["answer"]) else prompt["answer"]
+    if not isinstance(answer, str) or not answer.strip():
+        raise UserError(f'{where}: an "answer" must be text or a number')
+    number = re.fullmatch(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", answer.strip())
+    check = prompt.get("check", "number" if number else "contains")
+    if check == "number":
+        if not number:
+            raise UserError(f'{where}: the "answer" must be a number, not {answer.strip()!r:.40}')
+        answer = answer.strip().replace(",", "")
+    return {**prompt, "answer": answer, "check": check}
 
 
 def split_documents(documents, part, fraction=DEFAULT_VAL_FRACTION):

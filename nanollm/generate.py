@@ -75,7 +75,8 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
     cdf = kept.cumsum(-1, dtype=torch.float64)
     if u is None:
         u = torch.rand(len(cdf), dtype=torch.float64, device=cdf.device, generator=generator)
-    tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # the inverse of the CDF at u
+    # the inverse of the CDF at u
+    tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 

@@ -295,8 +295,8 @@ class GPT(nn.Module):
         init_weights(self)
 
     def forward(self, tokens, positions=None, mask=None, cache=None, where=None):
-        """positions (B, T) default to 0..T-1; mask as attend takes it; cache a KVCache. With `where`
-        (B, T) bool the logits of those positions only, (n, V): the head is a good part of the cost.
+        """positions (B, T) default to 0..T-1; mask as attend takes it; cache a KVCache. With
+        `where` (B, T) bool the logits of those positions only, (n, V): the head costs a good part.
         """
         hidden = self.hidden(tokens, positions, mask, cache)
         return self.head(hidden if where is None else hidden[where])

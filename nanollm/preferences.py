@@ -1,5 +1,5 @@
-"""What the preference stages share: the village's rankings of a model's own replies, rows of replies
-with their scores, and the measurement of what a model's replies are worth.
+"""What the preference stages share: the village's rankings of a model's own replies, rows of
+replies with their scores, and the measurement of what a model's replies are worth.
 
 The gold score (data/village_preferences.py) is the village's truth. It makes the annotators'
 rankings and it is reported beside learned rewards; nothing is ever trained on it.
@@ -27,6 +27,7 @@ from nanollm.config import UserError
 from nanollm.data import pad_replies
 from nanollm.evaluate import as_text, sample_replies, village_of
 from nanollm.formats import read_preferences, read_prompts, split_documents
+from nanollm.hub import existing_folder, is_scalar, load_scalar
 from nanollm.logprobs import reply_logprobs
 
 CACHE = Path("data/cache")
@@ -155,6 +156,20 @@ def scores(reward_model, rows):
     return reward_model(*rows.inputs()).gather(1, rows.last()[:, None])[:, 0]
 
 
+def load_scorer(folder, tokenizer, model_folder, rt):
+    """A reward model to score with; one of another tokenizer than the model's is refused."""
+    if not is_scalar(existing_folder(folder)):
+        raise UserError(f"{folder} is no reward model; train one with train_rm.py")
+    scorer, own = load_scalar(folder)
+    if own.fingerprint() != tokenizer.fingerprint():
+        raise UserError(
+            f"the reward model {folder} has another tokenizer than {model_folder}: it would score "
+            "other text; train it from the same run"
+        )
+    rt.prepare(scorer, train=False)
+    return scorer
+
+
 def in_batches(function, rows, device, batch=128):
     """function(rows) over batches of similar length, without gradients; results in row order."""
     order = rows.real.sum(1).argsort()
@@ -172,14 +187,15 @@ def has_gold(items):
     return all("reference" in item and "check" in item for item in items)
 
 
-def judge(model, tokenizer, items, ref=None, reward_model=None, max_new_tokens=64, best_of=1,
-          seed=0):
+def judge(
+    model, tokenizer, items, ref=None, reward_model=None, max_new_tokens=64, best_of=1, seed=0
+):
     """Sample a reply to every item at temperature 1 and measure it: (figures, replies, golds).
 
     With `best_of` n the reply is that of n which the reward model scores highest: rejection
     sampling (Stiennon et al. 2020, arXiv:2009.01325; Llama 2, 2307.09288). Figures are means over
-    items: "gold" and its parts (where the items have one), "reward", "kl" (nats per reply, the sum over its
-    tokens of log policy - log ref), "length" in tokens, "ended".
+    items: "gold" and its parts (where the items have one), "reward", "kl" (nats per reply, the sum
+    over its tokens of log policy - log ref), "length" in tokens, "ended".
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     prompts = prompt_ids(items, tokenizer)

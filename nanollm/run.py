@@ -214,7 +214,7 @@ class Run:
             "steps": self.step,
         }
 
-    def draw_curves(self, *names):
+    def draw_curves(self, *names, x_label="step", y_label="nats per token"):
         """curves.svg: the named metrics over the steps, smoothed a little where there are many
         points.
         """
@@ -225,7 +225,7 @@ class Run:
             name: smooth([(m["step"], m[name]) for m in metrics if m.get(name) is not None])
             for name in names
         }
-        chart = line_chart(series, title=self.folder.name, y_label="nats per token")
+        chart = line_chart(series, self.folder.name, x_label, y_label)
         atomic_write(self.folder / "curves.svg", chart)
 
     def close(self):

@@ -40,11 +40,13 @@ def test_the_pipeline_runs_reports_and_does_nothing_twice(tmp_path):
         "xz -9",
         "facts, villagers never asked about",
         "The same five prompts",
+        "reward model, by the gold score",
+        "best of 4",
     ):
         assert part in html and part in text
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 7
     second = pipeline(tmp_path / "runs")
-    assert second.stdout.count("done before") == 2 and "step 10" not in second.stdout
+    assert second.stdout.count("done before") == 5 and "step 10" not in second.stdout
 
 
 def readme_commands():

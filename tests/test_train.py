@@ -16,7 +16,10 @@ import pytest
 import torch
 import transformers
 
+import train_dpo
+import train_ppo
 import train_pretrain
+import train_rm
 import train_sft
 from nanollm import chat, evaluate
 from nanollm.config import cli, parse
@@ -180,10 +183,7 @@ def test_two_processes_give_the_gradients_of_one(script, here):
         capture_output=True,
     )
     two = command(script, *flags, "--out", "runs/two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    where = ["--master_addr", "127.0.0.1", "--master_port", port]
+    where = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
     two["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
     done = subprocess.run(**two, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -193,6 +193,12 @@ def test_two_processes_give_the_gradients_of_one(script, here):
     assert len(moments[0]) > 5
     for one, other in zip(*moments):
         torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-4)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def first_moments(state):
@@ -384,7 +390,7 @@ def test_the_folder_to_start_from_is_never_replaced(init, here, capsys):
 
 
 def test_every_flag_has_a_help_text(capsys):
-    for module in (train_pretrain, train_sft, evaluate, chat):
+    for module in (train_pretrain, train_sft, train_rm, train_ppo, train_dpo, evaluate, chat):
         with pytest.raises(SystemExit):
             parse(module.Config, getattr(module, "PRESETS", None), ["--help"])
         assert "--device" in capsys.readouterr().out

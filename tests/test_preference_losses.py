@@ -1,0 +1,446 @@
+"""Losses and estimators of reward model, DPO and PPO, beside trl and beside slow, obvious loops."""
+
+import math
+import random
+from collections import defaultdict
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.reward_trainer import RewardTrainer
+
+import train_dpo
+import train_ppo
+import train_rm
+from data.village_preferences import (
+    annotate,
+    composed_reply,
+    gold_score,
+    preference_prompts,
+    temperature_for,
+    wrong_reply,
+)
+from data.village_tasks import check_answer, instructions, user_turns
+from data.village_world import build_world
+from nanollm.data import Replies, pad_replies
+from nanollm.gpt import GPT, GPTConfig, ScalarGPT
+from nanollm.hub import load_scalar, save_model
+from nanollm.logprobs import reply_logprobs
+from nanollm.preferences import gap_closed, scores, win_rate
+from nanollm.rewards import reft_reward
+from nanollm.tokenizer import Tokenizer
+
+LOG2 = math.log(2)
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=tolerance, rtol=1e-5)
+
+
+def trainer(**attributes):
+    """Stands in for `self` in an unbound method of trl."""
+    me = MagicMock()
+    me.accelerator = SimpleNamespace(
+        device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x
+    )
+    me.model.training = False
+    me._metrics = defaultdict(lambda: defaultdict(list))
+    for name, value in attributes.items():
+        setattr(me, name, value)
+    return me
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# --- reward model --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("margin", [False, True])
+def test_bradley_terry_margin_and_centering_equal_trl(margin):
+    chosen, rejected, m = torch.randn(3, 7)
+    model = MagicMock(return_value=SimpleNamespace(logits=torch.cat([chosen, rejected])[:, None]))
+    model.training = False
+    inputs = {"margin": m} if margin else {}
+    me = trainer(args=SimpleNamespace(center_rewards_coefficient=0.01))
+    theirs = RewardTrainer.compute_loss(me, model, inputs)
+    ours = train_rm.bradley_terry_loss(chosen, rejected, m if margin else 0.0)
+    close(ours + 0.01 * train_rm.centering_loss(chosen, rejected), theirs)
+
+
+def test_ranking_loss_equals_a_loop_over_pairs_and_for_two_replies_bradley_terry():
+    rewards, sizes = torch.randn(5, 4), [4, 2, 3, 4, 2]
+    real = torch.arange(4) < torch.tensor(sizes)[:, None]
+    for row, K, loss in zip(rewards, sizes, train_rm.ranking_loss(rewards, real)):
+        pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
+        close(loss, -sum(F.logsigmoid(row[i] - row[j]) for i, j in pairs) / len(pairs))
+    two = train_rm.ranking_loss(rewards[:, :2], torch.ones(5, 2, dtype=torch.bool))
+    close(two.mean(), train_rm.bradley_terry_loss(rewards[:, 0], rewards[:, 1]))
+
+
+def test_calibration_error_of_a_coin_called_certain_is_a_half():
+    happened = torch.tensor([True, False] * 50)
+    assert train_rm.calibration_error(torch.ones(100), happened) == pytest.approx(0.5)
+    assert train_rm.calibration_error(torch.full((100,), 0.5), happened) == pytest.approx(0.0)
+
+
+def test_pair_figures_count_by_annotators_and_by_gold():
+    figures = train_rm.pair_figures(torch.tensor([2.0, 1.0, 3.0]), torch.tensor([3]), [[1, 0, 0.5]])
+    assert figures["accuracy"] == pytest.approx(1 / 3)  # of 2 > 1, 2 > 3, 1 > 3 the first
+    assert figures["gold_accuracy"] == pytest.approx(2 / 3)  # 0 > 1, 0 > 2, 2 > 1: 2 > 1, 3 > 1
+    assert figures["annotators_accuracy"] == pytest.approx(2 / 3)
+
+
+def tiny(kind, **changes):
+    cfg = GPTConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                    max_position_embeddings=32, **changes)
+    model = kind(cfg)
+    for p in model.parameters():
+        p.data.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_rewards_are_read_where_transformers_reads_them_and_survive_a_folder(qk_norm, tmp_path):
+    model, tokenizer = tiny(ScalarGPT, qk_norm=qk_norm), Tokenizer.from_bytes()
+    model = ScalarGPT(model.cfg.__class__(**{**vars(model.cfg), "vocab_size": tokenizer.vocab_size}))
+    model.shift = 0.75
+    save_model(model, tokenizer, tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, dtype=torch.float32
+    )
+    rows = pad_replies([[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14, 15]], tokenizer.pad_id)
+    mine = scores(model, rows)
+    close(mine + 0.75, theirs(rows.tokens, attention_mask=rows.real.long()).logits[:, 0])
+    close(scores(load_scalar(tmp_path)[0], rows), mine)
+
+
+def test_the_last_real_token_is_found_by_length_though_the_text_holds_the_pad_id():
+    rows = pad_replies([[5, 0], [5]], [[0, 0], [7]], pad_id=0)
+    assert rows.last().tolist() == [3, 1]
+
+
+# --- DPO and its relatives -----------------------------------------------------------------------
+
+P = 6
+N_W, N_L = torch.tensor([3, 5, 2, 7, 4, 1]), torch.tensor([4, 2, 6, 1, 3, 5])
+
+
+def four_logps():
+    return (-10 * torch.rand(4, P)).requires_grad_()
+
+
+def settings(loss, **changes):
+    return train_dpo.Config(loss=loss, **changes)
+
+
+def our_loss(cfg, logps, z=None):
+    return train_dpo.preference_loss(cfg, *logps, N_W, N_L, z)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "robust", "hinge", "ipo"])
+def test_dpo_losses_equal_trl(loss):
+    logps, T = four_logps().detach(), 8
+    completion = torch.zeros(2 * P, T, dtype=torch.long)
+    for row, n in enumerate(torch.cat([N_W, N_L])):
+        completion[row, T - n :] = 1
+    per_token = torch.zeros(2 * P, T - 1)
+    per_token[:, -1] = torch.cat([logps[0], logps[1]])
+    zeros = torch.zeros_like(per_token)
+    outputs = {"entropy": zeros, "mean_logits": zeros, "is_top1": zeros.bool()}
+    model = MagicMock(return_value=SimpleNamespace(log_probs=per_token, **outputs))
+    me = trainer(
+        aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, beta=0.1,
+        f_divergence_type="reverse_kl", loss_types=[loss], loss_weights=[1.0],
+        label_smoothing=0.15 if loss == "robust" else 0.0, use_weighting=False,
+    )
+    inputs = {
+        "input_ids": torch.ones(2 * P, T, dtype=torch.long), "completion_mask": completion,
+        "attention_mask": torch.ones(2 * P, T), "ref_chosen_logps": logps[2],
+        "ref_rejected_logps": logps[3],
+    }
+    theirs = DPOTrainer._compute_loss(me, model, inputs, return_outputs=False)
+    close(our_loss(settings(loss, beta=0.1), logps).mean(), theirs)
+
+
+def test_cdpo_and_simpo_equal_trls_cpo_loss():
+    c, j, ref_c, ref_j = four_logps().detach()
+    me = trainer(alpha=0.0, beta=0.1, label_smoothing=0.15, loss_type="sigmoid")
+    theirs = CPOTrainer.cpo_loss(me, c - ref_c, j - ref_j)[0]
+    close(our_loss(settings("cdpo", beta=0.1), (c, j, ref_c, ref_j)), theirs)
+    me = trainer(alpha=0.0, beta=2.0, label_smoothing=0.0, loss_type="simpo", simpo_gamma=0.5)
+    theirs = CPOTrainer.cpo_loss(me, c / N_W, j / N_L)[0]
+    close(our_loss(settings("simpo", beta=2.0), (c, j, ref_c, ref_j)), theirs)
+
+
+def test_orpo_equals_trls_odds_ratio_beside_the_likelihood():
+    logps = four_logps().detach()
+    c, j = logps[0] / N_W, logps[1] / N_L
+    theirs = ORPOTrainer.odds_ratio_loss(trainer(beta=0.1), c, j)[0]  # + lambda log sigmoid
+    close(our_loss(settings("orpo"), logps), -c - theirs)
+
+
+def test_kto_equals_trl():
+    logps, (policy_kl, ref_kl) = four_logps().detach(), -10 * torch.rand(2, 2 * P)
+    per_token = torch.zeros(2 * P, 4)
+    per_token[:, -1] = torch.cat([logps[0], logps[1]])
+    model = MagicMock(return_value=MagicMock(log_probs=per_token))
+    model.training = False
+    me = trainer(
+        aux_loss_enabled=False, precompute_ref_logps=True, calculate_KL=True, loss_type="kto",
+        beta=0.1, desirable_weight=1.3, undesirable_weight=0.7,
+        _compute_kl_logps=lambda model, batch: policy_kl,
+    )
+    inputs = {
+        "label": torch.tensor([True] * P + [False] * P), "ref_KL_logps": ref_kl,
+        "input_ids": torch.ones(2 * P, 5, dtype=torch.long), "attention_mask": torch.ones(2 * P, 5),
+        "completion_mask": torch.ones(2 * P, 5), "ref_logps": torch.cat([logps[2], logps[3]]),
+    }
+    theirs = KTOTrainer._compute_loss(me, model, inputs, return_outputs=False)
+    cfg = settings("kto", beta=0.1, desirable_weight=1.3, undesirable_weight=0.7)
+    z = train_dpo.kto_reference_point(policy_kl, ref_kl)
+    close(our_loss(cfg, logps, z).mean() / 2, theirs)
+
+
+def test_where_policy_and_reference_agree_the_loss_is_log_two_exactly():
+    same = torch.full((P,), -3.0)
+    assert (our_loss(settings("sigmoid"), (same, same - 1, same, same - 1)) == F.softplus(
+        torch.tensor(0.0))).all()
+    close(our_loss(settings("sigmoid"), (same,) * 4), torch.full((P,), LOG2), 1e-7)
+
+
+@pytest.mark.parametrize("loss", "sigmoid cdpo robust hinge ipo simpo orpo kto".split())
+def test_every_loss_pushes_chosen_up_and_rejected_down(loss):
+    same = torch.full((2, P), -3.0) * torch.stack([N_W, N_L])
+    c, j = same.clone().requires_grad_()
+    c.retain_grad(), j.retain_grad()
+    z = torch.tensor(0.0)
+    our_loss(settings(loss), (c, j, *same), z).sum().backward()
+    assert (c.grad < 0).all() and (j.grad > 0).all()
+
+
+def test_robust_loss_under_flips_is_the_clean_loss_in_expectation():
+    h, e = torch.randn(9), 0.2
+    flipped = (1 - e) * train_dpo.robust_loss(h, 0.5, e) + e * train_dpo.robust_loss(-h, 0.5, e)
+    close(flipped, train_dpo.sigmoid_loss(h, 0.5))
+
+
+def test_pairs_of_rankings():
+    counts = torch.tensor([2, 3])
+    assert train_dpo.pair_indices(counts).tolist() == [[0, 1], [2, 3], [2, 4], [3, 4]]
+    assert train_dpo.pair_indices(counts, "extremes").tolist() == [[0, 1], [2, 4]]
+
+
+# --- PPO -----------------------------------------------------------------------------------------
+
+
+def ragged(B=4, T=7, left=False):
+    """A mask with one run of True per row, which ends at the last column where `left` is true."""
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    for row in mask:
+        n = random.randint(1, T - 1)
+        start = T - n if left else random.randint(0, T - n)
+        row[start : start + n] = True
+    return mask
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_rewards_gae_and_whitening_equal_slow_loops(left):
+    mask = ragged(left=left)
+    logprobs, ref, values = torch.randn(3, *mask.shape)
+    score, beta, gamma, lam = torch.randn(len(mask)), 0.3, 0.9, 0.8
+    rewards = train_ppo.token_rewards(logprobs, ref, score, mask, beta)
+    advantages, returns = train_ppo.gae(rewards, values, mask, gamma, lam)
+    seen = []
+    for b in range(len(mask)):
+        columns = mask[b].nonzero()[:, 0].tolist()
+        R = [-beta * (logprobs[b, t] - ref[b, t]) for t in columns]
+        R[-1] = R[-1] + score[b]
+        close(rewards[b, columns], torch.stack(R))
+        V = [values[b, t] for t in columns] + [torch.tensor(0.0)]
+        for k, t in enumerate(columns):
+            A = sum((gamma * lam) ** (n - k) * (R[n] + gamma * V[n + 1] - V[n])
+                    for n in range(k, len(columns)))
+            close(advantages[b, t], A)
+            close(returns[b, t], A + V[k])
+            seen.append(advantages[b, t])
+    assert (rewards[~mask] == 0).all() and (advantages[~mask] == 0).all()
+    seen = torch.stack(seen)
+    white = train_ppo.whiten(advantages, mask)
+    close(white[mask], (seen - seen.mean()) / seen.std(unbiased=False), 1e-4)
+
+
+def test_gae_by_hand():
+    rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.25, 0.75]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    advantages, returns = train_ppo.gae(rewards, values, mask, 1.0, 1.0)
+    close(advantages, [[0.5, 0.75, 0.25]])  # what came, less what was expected
+    close(returns, [[1.0, 1.0, 1.0]])
+    close(train_ppo.gae(rewards, values, mask, 1.0, 0.0)[0], [[-0.25, 0.5, 0.25]])
+
+
+def test_without_a_critic_the_baseline_is_the_mean_of_the_others():
+    rewards, mask = torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 5.0], [0.0, 5.0]]), torch.ones(4, 2)
+    whole = train_ppo.baseline_advantages(rewards, mask.bool(), 1)
+    close(whole[:, 1], [1 - 13 / 3, 3 - 11 / 3, 5 - 3.0, 5 - 3.0])
+    groups = train_ppo.baseline_advantages(rewards, mask.bool(), 2)
+    close(groups[:, 0], [-2.0, 2.0, 0.0, 0.0])
+
+
+def test_policy_and_value_losses_by_hand():
+    rho = torch.tensor([1.5, 1.5, 0.5, 0.5])
+    A = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    close(train_ppo.policy_loss(rho.log(), torch.zeros(4), A, 0.2), [-1.2, 1.5, -0.5, 0.8])
+    assert train_ppo.policy_loss(A, A, A, 0.2).tolist() == (-A).tolist()  # ratio 1, exactly
+    V, old, G = torch.tensor([2.0, 0.1]), torch.tensor([1.0, 0.0]), torch.tensor([3.0, 1.0])
+    close(train_ppo.value_loss(V, old, G, 0.2), [0.5 * 1.8**2, 0.5 * 0.9**2])
+
+
+def test_the_kl_controller_by_hand():
+    control = train_ppo.AdaptiveKL(0.1, 6.0, 1000)
+    control.update(6.6, 100)  # 10% too much: beta * (1 + 0.1 * 100 / 1000)
+    close(control.coef, 0.101)
+    control.update(60.0, 100)  # clipped at 20%
+    close(control.coef, 0.101 * 1.02)
+    still = train_ppo.AdaptiveKL(0.1, 0.0, 1000)
+    still.update(60.0, 100)
+    assert still.coef == 0.1
+
+
+def test_explained_variance_of_a_perfect_and_of_a_constant_critic():
+    G, mask = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    close(train_ppo.explained_variance(G, G, mask), 1.0)
+    close(train_ppo.explained_variance(torch.zeros(3, 4), G, mask), 0.0)
+
+
+def test_rules_reward_right_extractable_and_no_answers():
+    item = {"answer": "62", "check": "number"}
+    replies = ("so 27 + 35 = 62.", "it is 61", "who knows")
+    assert [reft_reward(item, reply) for reply in replies] == [1.0, 0.1, 0.0]
+
+
+# --- padding and composition of the batch --------------------------------------------------------
+
+
+def moved_left(rows):
+    """The same rows, padded on the left."""
+    shift = (~rows.real).sum(1)
+    columns = (torch.arange(rows.real.shape[1]) - shift[:, None]) % rows.real.shape[1]
+    return Replies(*(x.gather(1, columns) for x in (rows.tokens, rows.mask, rows.real)))
+
+
+def some_rows():
+    lengths = [(3, 4), (6, 2), (2, 9), (5, 5)]
+    draw = [[torch.randint(1, 300, (n,)).tolist() for n in pair] for pair in lengths]
+    return pad_replies([p for p, _ in draw], [r for _, r in draw], pad_id=0)
+
+
+@torch.no_grad()
+def test_padding_and_company_change_no_score_and_no_logprob():
+    policy, reward_model, rows = tiny(GPT), tiny(ScalarGPT), some_rows()
+    wanted = reply_logprobs(policy, rows).sum(1), scores(reward_model, rows)
+    alone = [rows.rows(torch.tensor([i])) for i in range(len(rows))]
+    close(torch.cat([reply_logprobs(policy, row).sum(1) for row in alone]), wanted[0])
+    close(torch.cat([scores(reward_model, row) for row in alone]), wanted[1])
+    left = moved_left(rows)
+    close(reply_logprobs(policy, left).sum(1), wanted[0])
+    close(scores(reward_model, left), wanted[1])
+
+
+@torch.no_grad()
+def test_padding_and_order_change_neither_the_dpo_nor_the_ppo_loss():
+    policy, rows, order = tiny(GPT), some_rows(), torch.tensor([2, 0, 3, 1])
+    old_of = {}
+
+    def losses(rows, key):
+        logprobs = reply_logprobs(policy, rows)
+        chosen, rejected = logprobs.sum(1).sort().values.chunk(2)
+        mask, total = rows.mask[:, 1:], torch.zeros(())
+        for row, m in zip(logprobs, mask):  # an advantage per token, whatever its column
+            A = torch.linspace(-1, 1, int(m.sum()))
+            total += train_ppo.policy_loss(row[m], row[m] - 0.3 * A, A, 0.2).sum()
+        return train_dpo.sigmoid_loss(chosen - rejected, 0.1).mean(), total / mask.sum()
+
+    wanted = losses(rows, old_of)
+    for other in (rows.rows(order), moved_left(rows), moved_left(rows.rows(order))):
+        for got, want in zip(losses(other, old_of), wanted):
+            close(got, want)
+
+
+def test_entropy_comes_with_the_logprobs_and_where_nothing_is_said_both_are_zero():
+    policy, rows = tiny(GPT), some_rows()
+    logprobs, entropy = reply_logprobs(policy, rows, temperature=0.7, with_entropy=True)
+    trained = rows.mask[:, 1:]
+    logp = (policy(rows.tokens)[:, :-1] / 0.7).log_softmax(-1)
+    close(entropy[trained], -(logp.exp() * logp).sum(-1)[trained])
+    close(logprobs[trained], logp.gather(-1, rows.tokens[:, 1:, None])[..., 0][trained])
+    assert (logprobs[~trained] == 0).all() and (entropy[~trained] == 0).all()
+
+
+# --- the village's preferences -------------------------------------------------------------------
+
+WORLD = build_world(32, 0)
+ITEM = {"answer": "goat", "check": "contains", "not": ["cat", "hen"], "attribute": "pet",
+        "reference": "Mira keeps a goat."}
+
+
+@pytest.mark.parametrize(
+    "reply, gold",
+    [
+        ("Mira keeps a goat. I hope that helps.", 1.0),
+        ("Mira keeps a goat.", 0.7),
+        ("Mira keeps a goat. Now leave me alone.", 0.4),
+        ("Gladly! Mira keeps a hen.", 0.5),
+        ("Mira keeps a hen. Stop asking.", -0.1),
+        ("Mira keeps a goat. " + "I like to talk. " * 9, 0.5),
+    ],
+)
+def test_gold_by_hand(reply, gold):
+    assert gold_score(ITEM, reply) == pytest.approx(gold)
+
+
+def test_annotators_prefer_as_often_as_the_model_says_and_disagree_at_the_stated_rate():
+    golds, temperature, rng = [0.9, 0.4, 0.7], 0.3, random.Random(0)
+    orders = [annotate(golds, temperature, rng)[0] for _ in range(4000)]
+    for i, j in ((0, 1), (0, 2), (2, 1)):
+        share = sum(order.index(i) < order.index(j) for order in orders) / len(orders)
+        p = 1 / (1 + math.exp(-(golds[i] - golds[j]) / temperature))
+        assert abs(share - p) < 3 * math.sqrt(p * (1 - p) / len(orders))
+    rows = [[rng.random() for _ in range(4)] for _ in range(500)]
+    temperature, wrong, pairs = temperature_for(rows, 0.15), 0, 0
+    for row in rows:
+        order, _ = annotate(row, temperature, rng)
+        wrong += sum(row[a] < row[b] for k, a in enumerate(order) for b in order[k + 1 :])
+        pairs += 6
+    assert wrong / pairs == pytest.approx(0.15, abs=0.02)
+
+
+def test_no_held_out_prompt_is_in_training():
+    asked = {user_turns(item) for item in instructions(WORLD, "train")}
+    asked |= {user_turns(item) for item in preference_prompts(WORLD, "train", 3000)}
+    held_out = preference_prompts(WORLD, "test", 400)
+    assert len(held_out) == 400 and not asked & {user_turns(item) for item in held_out}
+
+
+def test_references_are_right_and_wrong_replies_are_wrong():
+    rng = random.Random(0)
+    for item in preference_prompts(WORLD, "test", 200):
+        assert check_answer(item, item["reference"])
+        assert not check_answer(item, wrong_reply(item, rng))
+        assert -0.11 <= gold_score(item, composed_reply(item, rng)) <= 1
+
+
+def test_win_rates_of_both_orders_add_up_to_one():
+    a, b = [0.7, 1.0, 0.4, 0.4], [0.7, 0.4, 1.0, 0.1]
+    assert win_rate(a, b) == 0.625 and win_rate(a, b) + win_rate(b, a) == 1
+    assert gap_closed(0.85, 0.7) == pytest.approx(0.5)
