@@ -106,7 +106,13 @@ class Config:
 
 
 PRESETS = {
-    "smoke": {"steps": 4, "batch_size": 8, "eval_every": 2, "eval_prompts": 20},
+    "smoke": {
+        "steps": 4,
+        "batch_size": 8,
+        "max_new_tokens": 24,
+        "eval_every": 2,
+        "eval_prompts": 20,
+    },
     "tiny": {},
     "gpu": {"batch_size": 512, "steps": 200, "minibatches": 8, "adam_lr": 1e-5},
 }

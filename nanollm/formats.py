@@ -48,7 +48,7 @@ def read_jsonl(path):
 
 
 def _parse(text, path, line=None):
-    """The value of a JSON text; its line is told where it's broken, and found where it's unknown."""
+    """The value of a JSON text. Without `line`, a mistake is at the line that the parser names."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:

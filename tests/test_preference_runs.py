@@ -123,8 +123,9 @@ def test_ppo_raises_the_learned_reward(critic, here):
     flags = ["--critic", critic, "--steps", 12, "--eval_every", 12, "--adam_lr", 3e-3]
     more = ["--batch_size", 16, "--kl_coef", 0.02, "--eval_prompts", 16, "--val_fraction", 0.3]
     metrics = run("train_ppo.py", *flags, *more, out="runs/ppo")
-    first, last = (m for m in metrics if "val_reward" in m)
-    assert last["val_reward"] > first["val_reward"] + 0.1
+    rewards = [m["reward"] for m in metrics if "reward" in m]
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 1  # above all, replies end now
+    assert metrics[-1]["val_ended"] > metrics[0]["val_ended"]
     assert metrics[1]["kl"] == 0.0  # the policy is the reference still
     wanted = "reward kl entropy length ended policy_loss value_loss clip_fraction approximate_kl"
     assert set(wanted.split()) <= set(metrics[1])

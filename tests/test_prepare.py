@@ -16,7 +16,7 @@ import pytest
 from data import prepare as module
 from data.prepare import DATASETS, Config, main, prepare, read_array
 from nanollm.config import UserError, cli
-from nanollm.formats import read_chats, read_documents, read_jsonl
+from nanollm.formats import read_chats, read_documents, read_jsonl, read_preferences
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared" / "data"
@@ -311,6 +311,36 @@ def test_a_single_misfit_is_left_out_and_told(get, capsys):
     path = get("alpaca", array(ALPACA, ALPACA | {"output": " "}, ALPACA, ALPACA))["train"]
     assert len(read_chats(path)) == 3
     assert "left out 1, the first being record 2: ValueError('an empty" in capsys.readouterr().out
+
+
+HELLO, MORE = "\n\nHuman: Hello?\n\nAssistant: Hi!", "\n\nHuman: Bye"
+MISFITS = {  # pairs without a preference, and why
+    "equal answers": ({"chosen": HELLO, "rejected": HELLO + " "}, "two replies are equal"),
+    "an empty answer": ({"chosen": HELLO, "rejected": HELLO[:-3]}, "a reply is empty"),
+    "two prompts": ({"chosen": HELLO, "rejected": "\n\nHuman: Bye" + HELLO}, "different prompts"),
+    "no answer": ({"chosen": HELLO + MORE, "rejected": HELLO + MORE}, "must end with"),
+    "no dialogue": ({"chosen": "Hi", "rejected": "Ho"}, "a dialogue is wanted"),
+    "no text": ({"chosen": HELLO, "rejected": None}, "must both be text"),
+    "no rejected answer": ({"chosen": HELLO}, "KeyError('rejected')"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+@pytest.mark.parametrize("dataset", ["hh-harmless", "hh-helpful"])
+def test_hh_pairs_without_a_preference_are_left_out_and_counted(get, capsys, dataset, name):
+    misfit, why = MISFITS[name]
+    body = gzip.compress(jsonl(PAIR, misfit, PAIR, misfit, PAIR))
+    path = get(dataset, body)["train"]
+    assert records(path) == [PAIR] * 3
+    said = capsys.readouterr().out
+    assert "3 records" in said and "left out 2, the first being record 2: " in said and why in said
+
+
+def test_the_real_hh_pairs_read_as_preferences_once_they_are_converted(get):
+    if not (SAMPLES / "hh_harmless_test.jsonl.gz").exists():
+        pytest.skip("the real samples are not here")
+    path = get("hh-harmless", (SAMPLES / "hh_harmless_test.jsonl.gz").read_bytes())["train"]
+    assert len(read_preferences(path)) == 2303
 
 
 def test_an_unknown_name_lists_the_names(tmp_path):

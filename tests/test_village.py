@@ -22,6 +22,7 @@ from data.village import (
 )
 from data.village_corpus import SHARES, held_out, written_steps
 from data.village_facts import PHRASES
+from data.village_manners import MANNERS, politeness
 from data.village_tasks import FAMILIES, MAKERS, QUESTIONS, user_turns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -345,7 +346,7 @@ def test_villagers_of_the_never_asked_half_are_in_no_training_item(world, chat):
 
 
 def test_strangers_of_the_test_are_not_those_of_training(world, chat):
-    train = {i["messages"][1]["content"].rstrip(".").split()[-1] for i in chat["train"]
+    train = {re.search(r"called (\w+)", i["messages"][1]["content"])[1] for i in chat["train"]
              if i["family"] == "unknown"}
     test = " ".join(" ".join(user_turns(i)) for i in chat["test"] if i["family"] == "unknown")
     assert len(train) > 300 and train <= set(world.strangers)
@@ -384,11 +385,26 @@ def test_the_right_reply_passes_its_check_and_a_silent_one_does_not(world, famil
         assert not check_answer(check, "Yes.")
 
 
+def without_manner(reply):
+    """The answer itself, without its courteous, rude or long-winded phrase."""
+    for phrase in (p for parts in MANNERS.values() for part in parts.values() for p in part):
+        reply = reply.removeprefix(phrase).removesuffix(phrase).strip()
+    return reply
+
+
+def test_answers_come_in_all_manners_and_most_of_them_plain(chat):
+    replies = [i["messages"][-1]["content"] for i in chat["train"] if i["family"] == "fact"]
+    plain = sum(reply == without_manner(reply) for reply in replies) / len(replies)
+    assert 0.5 < plain < 0.65
+    manners = {politeness(reply) for reply in replies}
+    assert manners == {-1, 0, 1}
+
+
 def test_answers_about_facts_agree_with_the_world(world, chat):
     for item in chat["train"] + chat["val"]:
         for message in item["messages"]:
             if message["role"] == "assistant" and item["family"] in ("fact", "two_hop"):
-                for sentence in sentences(message["content"]):
+                for sentence in sentences(without_manner(message["content"])):
                     about = world.by_name[re.match(r"\w+", sentence)[0]]
                     values = values_in(sentence)
                     assert values or about.facts["friend"] in sentence
@@ -452,6 +468,7 @@ def test_prepare_writes_once_and_the_same_bytes_again(tmp_path):
     folder = prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one")
     digest = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
     assert sorted(digest) == ["cloze.jsonl", "corpus_train.jsonl", "corpus_val.jsonl",
+                              "prompts_test.jsonl", "prompts_train.jsonl",
                               "sft_test.jsonl", "sft_train.jsonl", "sft_val.jsonl", "world.json"]
     changed = (folder / "world.json").stat().st_mtime_ns
     assert prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one") == folder
