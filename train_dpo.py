@@ -346,7 +346,7 @@ def finish(cfg, rt, run, before, after):
     run.close()
     run.draw_curves("loss", "val_loss", y_label="loss per pair")
     shown = "val_accuracy val_logp_chosen val_logp_rejected length ended correct polite concise"
-    for name in filter(before.get, shown.split()):
+    for name in filter(before.__contains__, shown.split()):
         rt.print(f"{name:18} {before[name]:9.3f} -> {after[name]:9.3f}")
     rt.print(f"KL to the reference: {after['kl']:.2f} nats per reply")
     closed = {}

@@ -505,7 +505,8 @@ def finish(cfg, rt, run, before, after):
     """Print what the rewards have changed, and keep it in result.json."""
     run.close()
     run.draw_curves("reward", "gold", "kl", x_label="update", y_label="per reply")
-    for name in filter(before.get, "reward kl length ended correct polite concise".split()):
+    shown = "reward kl length ended correct polite concise"
+    for name in filter(before.__contains__, shown.split()):
         rt.print(f"held-out {name:8} {before[name]:9.3f} -> {after[name]:9.3f}")
     closed = {}
     if "gold" in after:

@@ -6,8 +6,8 @@ Run     python -m nanollm.evaluate runs/sft                      # the village's
         python -m nanollm.evaluate runs/sft --data preferences --reward_model runs/rm --best_of 4
 Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json. Items are
 JSONL, one per line: {"messages": [..., a user's turn], "answer": "...", "check": "contains" |
-"exact" | "number" | "unknown", "family": "..."}, or {"prompt", "answer"}; see data/README.md. Answers are greedy unless
---temperature says else.
+"exact" | "number" | "unknown", "family": "..."}, or {"prompt", "answer"}; see data/README.md.
+Answers are greedy unless --temperature says else.
 """
 
 import json

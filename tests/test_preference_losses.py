@@ -1,5 +1,6 @@
 """Losses and estimators of reward model, DPO and PPO, beside trl and beside slow, obvious loops."""
 
+import dataclasses
 import math
 import random
 from collections import defaultdict
@@ -112,8 +113,9 @@ def tiny(kind, **changes):
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_rewards_are_read_where_transformers_reads_them_and_survive_a_folder(qk_norm, tmp_path):
-    model, tokenizer = tiny(ScalarGPT, qk_norm=qk_norm), Tokenizer.from_bytes()
-    model = ScalarGPT(model.cfg.__class__(**{**vars(model.cfg), "vocab_size": tokenizer.vocab_size}))
+    tokenizer = Tokenizer.from_bytes()
+    cfg = tiny(ScalarGPT, qk_norm=qk_norm).cfg
+    model = ScalarGPT(dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size))
     model.shift = 0.75
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
