@@ -24,6 +24,7 @@ Expect  see README.md: win rate over the SFT model by gold, on held-out prompts
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -40,6 +41,7 @@ from nanollm.preferences import (
     judge,
     load_preferences,
     reply_rows,
+    sample_text,
     win_rate,
 )
 from nanollm.run import Run, check_folders
@@ -279,7 +281,11 @@ def main(cfg):
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay)
     sampler = Sampler(len(train), cfg.seed)
     scaler, trained = rt.scaler(), [model, optimizers, [sampler]]
-    before = run.restore(*trained, scaler) or evaluate(model, tokenizer, ref, items, val, cfg, rt)
+    ref_golds = judge(ref, tokenizer, items, seed=cfg.seed)[2]
+    measure = partial(evaluate, model, tokenizer, ref, items, ref_golds, val, cfg, rt)
+    saved = run.restore(*trained, scaler)
+    before = saved.get("before") or measure()
+    after = saved.get("after", before)
     since = 0
 
     while run.step < cfg.steps:
@@ -306,24 +312,23 @@ def main(cfg):
             run.log(since, show=("loss", "accuracy"), loss=loss, grad_norm=norm.item(), **metrics)
             since = 0
         if run.step % cfg.eval_every == 0 or last:
-            after = evaluate(model, tokenizer, ref, items, val, cfg, rt)
+            after = measure()
             run.check_finite(after["val_loss"], "held-out loss")
             figures = {k: v for k, v in after.items() if k not in ("replies", "golds")}
             run.log(**figures, show=("val_loss", "gold", "win_rate"))
             run.write_sample(sample_text(items, after["replies"]))
             run.export(model, tokenizer)
-            run.checkpoint(*trained, scaler, **before)
-    finish(cfg, rt, run, before, evaluate(model, tokenizer, ref, items, val, cfg, rt))
+            run.checkpoint(*trained, scaler, before=before, after=after)
+    finish(cfg, rt, run, before, after)
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, ref, items, val, cfg, rt):
+def evaluate(model, tokenizer, ref, items, ref_golds, val, cfg, rt):
     """Held-out loss and metrics, and what sampled replies are worth beside the reference's."""
     model.eval()
     figures, replies, golds = judge(model, tokenizer, items, ref, seed=cfg.seed)
     if golds is not None:
-        other = judge(ref, tokenizer, items, seed=cfg.seed)[2]
-        figures["win_rate"] = win_rate(golds, other)
+        figures["win_rate"] = win_rate(golds, ref_golds)
     total, weighted = 0.0, {}
     for part in torch.arange(len(val)).split(128):
         losses, metrics = val.loss(cfg, model, part, rt.device)
@@ -333,12 +338,6 @@ def evaluate(model, tokenizer, ref, items, val, cfg, rt):
     model.train()
     held_out = {f"val_{name}": value for name, value in weighted.items()}
     return {"val_loss": total / len(val), **held_out, **figures, "replies": replies, "golds": golds}
-
-
-def sample_text(items, replies, n=5):
-    return "\n".join(
-        f"{item['messages'][-1]['content']}\n    {reply}" for item, reply in zip(items[:n], replies)
-    )
 
 
 def finish(cfg, rt, run, before, after):

@@ -30,9 +30,9 @@ import torch
 import torch.nn as nn
 
 from nanollm.config import UserError, atomic_write, cli
-from nanollm.data import Sampler, pad_replies
+from nanollm.data import Sampler, last_true, pad_replies
 from nanollm.evaluate import as_text
-from nanollm.formats import read_prompts, split_documents
+from nanollm.formats import read_prompts
 from nanollm.generate import generate
 from nanollm.gpt import Linear
 from nanollm.hub import load_model, load_scalar, read_json
@@ -46,7 +46,9 @@ from nanollm.preferences import (
     judge,
     load_scorer,
     prompt_ids,
+    sample_text,
     scores,
+    train_and_held_out,
     village_prompts,
     win_rate,
 )
@@ -125,12 +127,7 @@ def load_prompts(cfg):
     """(training prompts, held-out prompts)."""
     if cfg.data == "village":
         return village_prompts(cfg.init, "train", cfg.prompts), village_prompts(cfg.init, "test")
-    prompts = read_prompts(cfg.data)
-    prompts = prompts[: cfg.prompts]
-    parts = [split_documents(prompts, part, cfg.val_fraction) for part in ("train", "val")]
-    if not all(parts):
-        raise UserError(f"{cfg.data}: {len(prompts)} prompts leave none to train on or to hold out")
-    return parts
+    return train_and_held_out(read_prompts(cfg.data)[: cfg.prompts], cfg)
 
 
 # --- algorithm: B replies, T tokens; entry t of (B, T - 1) belongs to tokens[:, t + 1] -----------
@@ -139,8 +136,7 @@ def load_prompts(cfg):
 def token_rewards(logprobs, ref_logprobs, scores, mask, beta):
     """R_t: minus beta times the KL of each token, plus the score (B,) at the last; (B, T - 1)."""
     rewards = -beta * (logprobs - ref_logprobs) * mask
-    last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
-    return rewards.scatter_add(1, last[:, None], scores[:, None])
+    return rewards.scatter_add(1, last_true(mask)[:, None], scores[:, None])
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -224,18 +220,15 @@ class ActorCritic(nn.Module):
         if shared:
             nn.init.zeros_(self.value_head.weight)
 
-    def forward(self, rows, temperature):
-        """(log-probabilities, values or None, entropy), (B, T - 1) each."""
-        if self.value_head is None:
-            logprobs, entropy = reply_logprobs(self.policy, rows, temperature, with_entropy=True)
-            values = None if self.critic is None else self.critic(*rows.inputs())[:, :-1]
-            return logprobs, values, entropy
-        hidden = self.policy.hidden(*rows.inputs())
-        values = self.value_head(hidden.float())[:, :-1, 0]
-        logprobs, entropy = reply_logprobs(
-            _HeadOnly(self.policy, hidden), rows, temperature, with_entropy=True
-        )
-        return logprobs, values, entropy
+    def forward(self, rows, temperature, with_entropy=False):
+        """(what reply_logprobs gives, values or None): (B, T - 1) each."""
+        policy, values = self.policy, None
+        if self.value_head is not None:
+            hidden = policy.hidden(*rows.inputs())
+            policy, values = _HeadOnly(policy, hidden), self.value_head(hidden.float())[:, :-1, 0]
+        elif self.critic is not None:
+            values = self.critic(*rows.inputs())[:, :-1]
+        return reply_logprobs(policy, rows, temperature, with_entropy), values
 
 
 class _HeadOnly:
@@ -306,7 +299,7 @@ def sample_rollout(cfg, actor, ref, scorer, tokenizer, items, prompts, noise):
     texts = [as_text(tokenizer, ids) for ids in replies]
     ended = torch.tensor([ids[-1] in tokenizer.stop_ids for ids in replies], device=device)
     learned = scorer(items, rows, texts)
-    logprobs, values, entropy = actor(rows, cfg.temperature)
+    (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)
     return Rollout(
         rows,
         torch.where(ended, learned, cfg.no_end_penalty),
@@ -348,7 +341,7 @@ def update(cfg, rt, called, model, optimizers, scaler, rollout, advantages, retu
                 for x in (rollout.mask, rollout.logprobs, advantages, returns, rollout.values)
             )
             count = rt.sum(mask.sum().item())
-            logprobs, values, _ = called(rows, cfg.temperature)
+            logprobs, values = called(rows, cfg.temperature)
             loss = (policy_loss(logprobs, old, A, cfg.clip_range) * mask).sum() / count
             errors = 0.0
             if values is not None:
@@ -411,7 +404,8 @@ def main(cfg):
     saved = run.restore(*trained, scaler)
     control.coef = saved.get("kl_coef", control.coef)
     items = val[: cfg.eval_prompts]
-    measure = partial(evaluate, cfg, rt, run, policy, tokenizer, ref, scorer, items)
+    ref_golds = judge(ref, tokenizer, items, None, None, cfg.max_new_tokens, seed=cfg.seed)[2]
+    measure = partial(evaluate, cfg, run, policy, tokenizer, ref, scorer, items, ref_golds)
     before = saved.get("before") or measure()
     after = saved.get("after", before)
     since = 0
@@ -465,7 +459,7 @@ def rollout_figures(cfg, rt, rollout, returns, items):
 
 
 @torch.no_grad()
-def evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items):
+def evaluate(cfg, run, policy, tokenizer, ref, scorer, items, ref_golds):
     """What sampled replies to held-out prompts are worth, by the reward and by gold."""
     policy.eval()
     figures, replies, golds = judge(
@@ -475,12 +469,10 @@ def evaluate(cfg, rt, run, policy, tokenizer, ref, scorer, items):
         figures["reward"] = sum(map(reft_reward, items, replies)) / len(items)
     policy.train()
     if golds is not None:
-        other = judge(ref, tokenizer, items, None, None, cfg.max_new_tokens, seed=cfg.seed)[2]
-        figures["win_rate"] = win_rate(golds, other)
+        figures["win_rate"] = win_rate(golds, ref_golds)
     shown = ("val_reward", "val_gold", "val_kl")
     run.log(**{f"val_{name}": value for name, value in figures.items()}, show=shown)
-    pairs = zip(items[:5], replies)
-    run.write_sample("\n".join(f"{i['messages'][-1]['content']}\n    {r}" for i, r in pairs))
+    run.write_sample(sample_text(items, replies))
     return figures
 
 

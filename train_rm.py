@@ -274,7 +274,7 @@ def main(cfg):
             model.shift = 0.0
             model.train()
             run.checkpoint(*trained, scaler)
-    finish(cfg, rt, run, model.eval(), val, val_rows, val_counts, golds)
+    finish(cfg, rt, run, model.eval(), val_rows, val_counts, golds)
 
 
 def mean_reward(model, policy, tokenizer, prompts, seed):
@@ -293,7 +293,7 @@ def gold_line(rewards, golds):
     return (y.mean() - b * x.mean()).item(), b.item(), correlation.item()
 
 
-def finish(cfg, rt, run, model, val, val_rows, val_counts, golds):
+def finish(cfg, rt, run, model, val_rows, val_counts, golds):
     """Print how well held-out replies are ordered, and draw score against gold."""
     run.close()
     run.draw_curves("loss", "log_loss", y_label="loss per pair")

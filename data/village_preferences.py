@@ -16,7 +16,7 @@ import re
 
 from data.village_facts import answer_sentence
 from data.village_manners import MANNERS, conciseness, politeness, with_manner
-from data.village_tasks import MAKERS, check_answer, user_turns
+from data.village_tasks import MAKERS, as_item, check_answer, distinct_items
 from data.village_world import Villager, article
 
 WEIGHTS = {"correct": 0.5, "polite": 0.3, "concise": 0.2}
@@ -44,23 +44,18 @@ def preference_prompts(world, split, n_items, seed=0):
     and combinations of "test" are in no training item.
     """
     rng = random.Random(f"preferences-{split}-{world.seed}-{seed}")
-    items = []
-    for family, share in FAMILIES.items():
-        seen, misses = set(), 0
-        while len(seen) < round(share * n_items) and misses < 1000:  # a thousand repeats: no more
-            misses += 1
-            turns, check = MAKERS[family](world, split, rng)
-            if check["check"] == "exact":  # its wording isn't free: no manners to prefer
-                continue
-            messages = [{"role": ("user", "assistant")[i % 2], "content": turn}
-                        for i, turn in enumerate(turns[:-1])]
-            item = {"messages": messages, "reference": turns[-1], "family": family, **check}
-            if user_turns(item) not in seen:
-                misses = 0
-                seen.add(user_turns(item))
-                items.append(item)
-    rng.shuffle(items)
-    return items
+
+    def make(family):
+        turns, check = MAKERS[family](world, split, rng)
+        if check["check"] == "exact":  # its wording isn't free: no manners to prefer
+            return None
+        messages = as_item(family, turns, check, split)["messages"]
+        if split != "test":  # there the answer is left out already
+            messages = messages[:-1]
+        return {"messages": messages, "reference": turns[-1], "family": family, **check}
+
+    sizes = {family: round(share * n_items) for family, share in FAMILIES.items()}
+    return distinct_items(sizes, make, rng)
 
 
 # --- composed replies --------------------------------------------------------

@@ -245,6 +245,25 @@ def as_item(family, turns, check, split):
     return {"messages": messages, "family": family}
 
 
+def distinct_items(sizes, make, rng):
+    """Up to sizes[family] items of each family from make(family), no question twice, shuffled.
+
+    make returns None for an item that doesn't suit. A small village may have fewer questions.
+    """
+    items = []
+    for family, size in sizes.items():
+        seen, misses = set(), 0
+        while len(seen) < size and misses < 1000:  # a thousand repeats in a row: that was all
+            misses += 1
+            item = make(family)
+            if item is not None and user_turns(item) not in seen:
+                misses = 0
+                seen.add(user_turns(item))
+                items.append(item)
+    rng.shuffle(items)
+    return items
+
+
 def instructions(world, split, seed=0, n_items=None):
     """Chat items of "train", "val" or "test", no question twice, families shuffled.
 
@@ -261,21 +280,14 @@ def instructions(world, split, seed=0, n_items=None):
     else:
         total = SIZES[split] if n_items is None else n_items
         sizes = {family: round(total * share) for family, share in FAMILIES.items()}
-    items = []
-    for family, size in sizes.items():
-        seen, misses = set(), 0
-        while len(seen) < size and misses < 1000:  # a thousand repeats in a row: that was all
-            misses += 1
-            turns, check = MAKERS[family](world, split, rng)
-            if split != "test" and check["check"] != "exact":
-                turns[-1] = with_manner(turns[-1], draw_manner(rng), rng)
-            item = as_item(family, turns, check, split)
-            if user_turns(item) not in seen:
-                misses = 0
-                seen.add(user_turns(item))
-                items.append(item)
-    rng.shuffle(items)
-    return items
+
+    def make(family):
+        turns, check = MAKERS[family](world, split, rng)
+        if split != "test" and check["check"] != "exact":
+            turns[-1] = with_manner(turns[-1], draw_manner(rng), rng)
+        return as_item(family, turns, check, split)
+
+    return distinct_items(sizes, make, rng)
 
 
 def says(reply, words):

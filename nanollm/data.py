@@ -253,6 +253,11 @@ def pack(examples, T, pad_id):
     return Packed(tokens, mask, documents, positions)
 
 
+def last_true(mask):
+    """Column of the last True of each row, (B,); every row of mask (B, T) holds one."""
+    return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+
+
 @dataclass
 class Replies:
     """Prompts with a reply each, one per row: what preferences and reinforcement train on."""
@@ -278,7 +283,7 @@ class Replies:
 
     def last(self):
         """Column of each row's last real token, (B,): found by the mask, not by comparing ids."""
-        return self.real.shape[1] - 1 - self.real.flip(1).long().argmax(1)
+        return last_true(self.real)
 
     def inputs(self):
         """(tokens, positions, mask) for a model. Rows padded on the right alone need no mask:

@@ -116,6 +116,11 @@ def load_preferences(cfg, model, tokenizer, rt):
     records = read_preferences(cfg.data)
     if cfg.val_data:
         return records, read_preferences(cfg.val_data)
+    return train_and_held_out(records, cfg)
+
+
+def train_and_held_out(records, cfg):
+    """The records of cfg.data in two parts, of which the last cfg.val_fraction is held out."""
     parts = [split_documents(records, part, cfg.val_fraction) for part in ("train", "val")]
     if not all(parts):
         raise UserError(f"{cfg.data}: {len(records)} records leave none to train on or to hold out")
@@ -225,6 +230,12 @@ def judge(
     figures["length"] = sum(map(len, ids)) / len(ids)
     figures["ended"] = sum(reply[-1] in tokenizer.stop_ids for reply in ids) / len(ids)
     return figures, replies, golds
+
+
+def sample_text(items, replies, n=5):
+    """The first few prompts with their replies, for samples.txt."""
+    pairs = zip(items[:n], replies)
+    return "\n".join(f"{item['messages'][-1]['content']}\n    {r}" for item, r in pairs)
 
 
 def win_rate(golds, others):

@@ -362,9 +362,8 @@ def test_padding_and_company_change_no_score_and_no_logprob():
 @torch.no_grad()
 def test_padding_and_order_change_neither_the_dpo_nor_the_ppo_loss():
     policy, rows, order = tiny(GPT), some_rows(), torch.tensor([2, 0, 3, 1])
-    old_of = {}
 
-    def losses(rows, key):
+    def losses(rows):
         logprobs = reply_logprobs(policy, rows)
         chosen, rejected = logprobs.sum(1).sort().values.chunk(2)
         mask, total = rows.mask[:, 1:], torch.zeros(())
@@ -373,9 +372,9 @@ def test_padding_and_order_change_neither_the_dpo_nor_the_ppo_loss():
             total += train_ppo.policy_loss(row[m], row[m] - 0.3 * A, A, 0.2).sum()
         return train_dpo.sigmoid_loss(chosen - rejected, 0.1).mean(), total / mask.sum()
 
-    wanted = losses(rows, old_of)
+    wanted = losses(rows)
     for other in (rows.rows(order), moved_left(rows), moved_left(rows.rows(order))):
-        for got, want in zip(losses(other, old_of), wanted):
+        for got, want in zip(losses(other), wanted):
             close(got, want)
 
 
