@@ -14,7 +14,7 @@ The KL term is k1 inside the reward, where the policy gradient makes it the reve
 
 Run     python train_ppo.py
         python train_ppo.py --kl_coef 0 --kl_target 0 --adam_lr 1e-3 --steps 60 --out runs/too_far
-        python train_ppo.py --reward rules --data problems.jsonl --critic shared --out runs/reft
+        python train_ppo.py --preset reft --out runs/reft           # from runs/cot, rule rewards
 Needs   runs/sft and runs/rm                       (python train_sft.py && python train_rm.py)
 Expect  see README.md: gold score on held-out prompts, with the KL that it cost. The second command
         goes too far on purpose: the learned reward goes on rising while the gold falls
@@ -31,7 +31,7 @@ import torch.nn as nn
 
 from nanollm.config import UserError, atomic_write, cli
 from nanollm.data import Sampler, last_true, pad_replies
-from nanollm.evaluate import as_text
+from nanollm.evaluate import as_text, village_of
 from nanollm.formats import read_prompts
 from nanollm.generate import generate
 from nanollm.gpt import Linear
@@ -52,18 +52,19 @@ from nanollm.preferences import (
     village_prompts,
     win_rate,
 )
-from nanollm.rewards import reft_reward
+from nanollm.rewards import accuracy, reft_reward
 from nanollm.run import Run, check_folders, read_metrics
 from nanollm.runtime import start
 
 
 @dataclass
 class Config:
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; reft: problems, rewarded by rules;
+    # gpu: the gpu preset of pretraining
     preset: str = "tiny"
     # -- Data
     init: str = "runs/sft"  # run folder or model folder to start from; also the reference
-    # village, or JSONL of prompts, of preferences or of problems (see data/README.md)
+    # village: its prompts; problems: its problems; or JSONL of prompts, preferences or problems
     data: str = "village"
     val_fraction: float = 0.05  # share of --data that is held out
     prompts: int = 3000  # use at most this many of the prompts
@@ -116,6 +117,21 @@ PRESETS = {
         "eval_prompts": 20,
     },
     "tiny": {},
+    "reft": {
+        "init": "runs/cot",
+        "data": "problems",
+        "prompts": 9000,
+        "reward": "rules",
+        "critic": "shared",
+        "no_end_penalty": 0.0,
+        "kl_coef": 0.01,
+        "kl_target": 0.0,
+        "batch_size": 256,
+        "max_new_tokens": 112,
+        "epochs": 1,
+        "steps": 40,
+        "out": "runs/reft",
+    },
     "gpu": {"batch_size": 512, "steps": 200, "minibatches": 8, "adam_lr": 1e-5},
 }
 
@@ -127,6 +143,10 @@ def load_prompts(cfg):
     """(training prompts, held-out prompts)."""
     if cfg.data == "village":
         return village_prompts(cfg.init, "train", cfg.prompts), village_prompts(cfg.init, "test")
+    if cfg.data == "problems":
+        files = (village_of(cfg.init) / f"problems_{split}.jsonl" for split in ("train", "test"))
+        train, test = map(read_prompts, files)
+        return train[: cfg.prompts], test
     return train_and_held_out(read_prompts(cfg.data)[: cfg.prompts], cfg)
 
 
@@ -467,10 +487,11 @@ def evaluate(cfg, run, policy, tokenizer, ref, scorer, items, ref_golds):
     )
     if cfg.reward == "rules":
         figures["reward"] = sum(map(reft_reward, items, replies)) / len(items)
+        figures["accuracy"] = sum(map(accuracy, items, replies)) / len(items)
     policy.train()
     if golds is not None:
         figures["win_rate"] = win_rate(golds, ref_golds)
-    shown = ("val_reward", "val_gold", "val_kl")
+    shown = ("val_reward", "val_gold", "val_accuracy", "val_kl")
     run.log(**{f"val_{name}": value for name, value in figures.items()}, show=shown)
     run.write_sample(sample_text(items, replies))
     return figures
@@ -496,8 +517,9 @@ def over_optimisation_chart(cfg, run):
 def finish(cfg, rt, run, before, after):
     """Print what the rewards have changed, and keep it in result.json."""
     run.close()
-    run.draw_curves("reward", "gold", "kl", x_label="update", y_label="per reply")
-    shown = "reward kl length ended correct polite concise"
+    curves = ("reward", "val_accuracy") if cfg.reward == "rules" else ("reward", "gold", "kl")
+    run.draw_curves(*curves, x_label="update", y_label="per reply")
+    shown = "reward accuracy kl length ended correct polite concise"
     for name in filter(before.__contains__, shown.split()):
         rt.print(f"held-out {name:8} {before[name]:9.3f} -> {after[name]:9.3f}")
     closed = {}

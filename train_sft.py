@@ -13,6 +13,8 @@ mix it in likewise) and smaller learning rates for lower layers (--layer_decay; 
 arXiv:1801.06146).
 
 Run     python train_sft.py
+        python train_sft.py --preset cot             # from runs/sft: think first, then answer
+        python train_sft.py --preset tools           # from runs/grpo: call a calculator, or search
         python train_sft.py --init path/to/SmolLM2-135M --data chats.jsonl --out runs/mine
 Needs   runs/pretrain                                     (python train_pretrain.py)
 Expect  see README.md: answers about villagers that it was never asked about, and "I don't know"
@@ -20,6 +22,7 @@ Expect  see README.md: answers about villagers that it was never asked about, an
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -34,6 +37,7 @@ from nanollm.evaluate import (
     table,
     token_lengths,
     village_of,
+    village_tools,
 )
 from nanollm.formats import identity, read_chats, read_documents, split_documents
 from nanollm.gpt import document_mask
@@ -46,11 +50,13 @@ from nanollm.runtime import start
 
 @dataclass
 class Config:
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; cot: chain of thought; tools: calls
+    # of tools; gpu: the gpu preset of pretraining
     preset: str = "tiny"
     # -- Data
     init: str = "runs/pretrain"  # run folder or model folder to start from
-    # village, or JSONL of dialogues (messages, ShareGPT or Alpaca; see data/README.md)
+    # village; its problems with worked solutions (reasoning), with the answers alone (answers) or
+    # some of each (mixed); dialogues with calls (tools); or JSONL of dialogues (see data/README.md)
     data: str = "village"
     val_data: str | None = None  # held-out dialogues; default: the last --val_fraction of --data
     # share of --data that is held out (the village has held-out dialogues of its own)
@@ -99,6 +105,8 @@ PRESETS = {
         "test_items": 4,
     },
     "tiny": {},
+    "cot": {"init": "runs/sft", "data": "mixed", "steps": 300, "replay": 0.1, "out": "runs/cot"},
+    "tools": {"init": "runs/grpo", "data": "tools", "replay": 0.1, "out": "runs/tools"},
     "gpu": {
         "context": 1024,
         "batch_size": 128,
@@ -113,12 +121,22 @@ PRESETS = {
 # --- data ----------------------------------------------------------------------------------------
 
 
+# --data: (training and held-out dialogues, test items) among the village's files
+VILLAGE = {
+    "village": ("sft", "sft_test"),
+    "reasoning": ("reasoning", "problems_test"),
+    "answers": ("answers", "problems_test"),
+    "mixed": ("mixed", "problems_test"),
+    "tools": ("tools", "tools_test"),
+}
+
+
 def load_chats(cfg):
     """(training dialogues, held-out dialogues, test items)."""
-    if cfg.data == "village":
-        folder = village_of(cfg.init)
-        train, val = read_chats(folder / "sft_train.jsonl"), read_chats(folder / "sft_val.jsonl")
-        return train, val, read_items(cfg.test_data or folder / "sft_test.jsonl")
+    if cfg.data in VILLAGE:
+        folder, (chats, test) = village_of(cfg.init), VILLAGE[cfg.data]
+        train, val = (read_chats(folder / f"{chats}_{split}.jsonl") for split in ("train", "val"))
+        return train, val, read_items(cfg.test_data or folder / f"{test}.jsonl")
     train = read_chats(cfg.data)
     if cfg.val_data:
         val = read_chats(cfg.val_data)
@@ -256,10 +274,11 @@ def main(cfg):
     chat_sampler = Sampler(len(train_rows), cfg.seed)
     text_sampler = Sampler(windows.n, cfg.seed + 1)
     scaler, trained = rt.scaler(), [model, optimizers, [chat_sampler, text_sampler]]
+    tools = village_tools(cfg.init, tokenizer) if cfg.data == "tools" else None
+    measured = partial(measure, model, tokenizer, tools, items, val_windows, token_bytes)
     before = run.restore(*trained, scaler)
     if not before:
-        before = measure(model.eval(), tokenizer, items, val_windows, token_bytes)
-        model.train()
+        before = measured()
     since = 0
 
     while run.step < cfg.steps:
@@ -306,26 +325,26 @@ def main(cfg):
             run.check_finite(val_loss, "held-out loss")
             run.log(val_loss=val_loss, bits_per_byte=bpb, show=("val_loss", "bits_per_byte"))
             if items and rt.main:
-                run.write_sample(sample_dialogues(model, tokenizer, items))
+                run.write_sample(sample_dialogues(model, tokenizer, tools, items))
             model.train()
             run.export(model, tokenizer)
             run.checkpoint(*trained, scaler, **before)
-    finish(cfg, rt, run, before, measure(model.eval(), tokenizer, items, val_windows, token_bytes))
+    finish(cfg, rt, run, before, measured())
 
 
-def measure(model, tokenizer, items, val_windows, token_bytes):
+def measure(model, tokenizer, tools, items, val_windows, token_bytes):
     """Accuracy by family, and bits per byte of held-out text: what fine-tuning gives and takes."""
-    families = accuracy_by_family(model, tokenizer, items)[0] if items else {}
-    return {
-        "families": families,
-        "bits_per_byte": bits_per_byte(model, val_windows, token_bytes, tokenizer.eot_id)[1],
-    }
+    model.eval()
+    families = accuracy_by_family(model, tokenizer, items, tools=tools)[0] if items else {}
+    bpb = bits_per_byte(model, val_windows, token_bytes, tokenizer.eot_id)[1]
+    model.train()
+    return {"families": families, "bits_per_byte": bpb}
 
 
-def sample_dialogues(model, tokenizer, items):
+def sample_dialogues(model, tokenizer, tools, items):
     """The model's answer to one item of each family."""
     chosen = first_of_each_family(items, 1)
-    replies = accuracy_by_family(model, tokenizer, chosen)[1]
+    replies = accuracy_by_family(model, tokenizer, chosen, tools=tools)[1]
     return "\n".join(
         f"{i['messages'][-1]['content']}\n    {reply}" for i, reply in zip(chosen, replies)
     )

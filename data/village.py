@@ -11,6 +11,8 @@ tuning, and the other half measures what pretraining alone stored. The parts are
     village_tasks.py    chat items, test items and their checks
     village_manners.py  courteous, rude and long-winded answers
     village_preferences.py  prompts, composed replies, the gold score, and annotators
+    village_problems.py  problems in six grades, and their worked solutions
+    village_tools.py    large numbers, newcomers and what a search finds about them
 
 Run     python data/village.py      # prints samples of everything, and the counts
 """
@@ -30,15 +32,18 @@ if not __package__:  # run as a file: the repository root holds the package
 from data.village_corpus import corpus, documents
 from data.village_facts import cloze
 from data.village_preferences import preference_prompts
+from data.village_problems import GRADES, SHARES_WORKED, lessons, problems, worked
 from data.village_tasks import check_answer, instructions
+from data.village_tools import knowledge, newcomers, tool_items, tool_lessons
 from data.village_world import POOLS, Villager, World, build_world
 
 __all__ = ["POOLS", "Villager", "World", "build_world", "check_answer", "cloze", "corpus",
            "documents", "instructions", "prepare"]
 
-VERSION = 9  # raise it when the generated text changes, so that no old cache is read
+VERSION = 15  # raise it when the generated text changes, so that no old cache is read
 VAL_SHARE = 0.02
 PROMPTS = {"train": 3000, "test": 400}  # for preferences
+PER_GRADE = {"train": 1500, "val": 40, "test": 200}  # problems of each grade
 
 
 def write_lines(path, rows):
@@ -47,12 +52,32 @@ def write_lines(path, rows):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def dialogues(world, seed):
+    """Every file of chat items, test items and problems: {name: records}."""
+    made = {}
+    for split in ("train", "val", "test"):
+        made[f"sft_{split}"] = chats = instructions(world, split, seed)
+        made[f"problems_{split}"] = asked = problems(world, split, PER_GRADE[split], seed)
+        if split == "test":
+            made["tools_test"] = tool_items(world, split, seed)
+        else:
+            all_worked, none = dict.fromkeys(GRADES, 1.0), dict.fromkeys(GRADES, 0.0)
+            made[f"reasoning_{split}"] = lessons(asked, chats, all_worked, seed)
+            made[f"mixed_{split}"] = lessons(asked, chats, SHARES_WORKED, seed)
+            made[f"answers_{split}"] = lessons(asked, chats, none, seed)
+            made[f"tools_{split}"] = tool_lessons(world, split, map(worked, asked), chats, seed)
+    return made
+
+
 def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
     """Write the village once and return its folder; later calls find it there.
 
     The folder holds corpus_train.jsonl and corpus_val.jsonl ({"text"}), cloze.jsonl,
     sft_train.jsonl, sft_val.jsonl and sft_test.jsonl, prompts_train.jsonl and prompts_test.jsonl
-    for preferences, and world.json.
+    for preferences, problems_train.jsonl and problems_test.jsonl, dialogues with worked solutions
+    (reasoning_*.jsonl), with the answers alone (answers_*.jsonl), with some of each (mixed_*.jsonl)
+    and with calls of tools (tools_*.jsonl), the knowledge base of the search tool
+    (knowledge.jsonl), and world.json.
     """
     folder = Path(root) / f"village-{n_villagers}-{seed}-{megabytes:g}mb-v{VERSION}"
     if folder.is_dir():
@@ -68,8 +93,9 @@ def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
             texts = corpus(world, split, approx_bytes=n_bytes, seed=seed)
             write_lines(new / f"corpus_{split}.jsonl", ({"text": text} for text in texts))
         write_lines(new / "cloze.jsonl", cloze(world))
-        for split in ("train", "val", "test"):
-            write_lines(new / f"sft_{split}.jsonl", instructions(world, split, seed))
+        for name, rows in dialogues(world, seed).items():
+            write_lines(new / f"{name}.jsonl", rows)
+        write_lines(new / "knowledge.jsonl", knowledge(newcomers(world)))
         for split, n in PROMPTS.items():
             prompts = preference_prompts(world, split, n, seed)
             write_lines(new / f"prompts_{split}.jsonl", prompts)

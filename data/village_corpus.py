@@ -10,9 +10,9 @@ import zlib
 from data.village_facts import tell, tell_two
 from data.village_school import school
 from data.village_stories import story
-from data.village_world import ATTRIBUTES, article, capitalise
+from data.village_world import ATTRIBUTES, article, capitalise, split_of
 
-SHARES = {"biography": 0.50, "story": 0.10, "school": 0.19, "market": 0.12, "picture": 0.09}
+SHARES = {"biography": 0.50, "story": 0.09, "school": 0.19, "market": 0.15, "picture": 0.07}
 VAL_ONE_IN = 8  # candidates per validation document: costs train an eighth of its documents
 
 # --- biographies ------------------------------------------------------------
@@ -216,10 +216,39 @@ def market_sentence(world, rng):
         is_left="is" if result == 1 else "are")
 
 
+PAGE_QUESTIONS = ("What is {e}?", "How much is {e}?", "{e} = ?", "Please work out {e}.")
+
+
+def equations(rng, n):
+    """A page of a copybook: small sums, differences and products, some going on from the last. On
+    every third page some have the teacher's question before them, save what tests ask.
+    """
+    written, last, asked = [], None, rng.random() < 0.33
+    while len(written) < n:
+        sign = rng.choice("++--*")
+        a, b = rng.randint(1, 9 if sign == "*" else 20), rng.randint(1, 9 if sign == "*" else 10)
+        if last and sign != "*" and rng.random() < 0.3:
+            a = last
+        result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+        if result < 0 or held_out(a, b):
+            continue
+        equation = f"{a} {sign} {b} = {result}."
+        if asked and rng.random() < 0.6 and split_of("easy", *sorted((a, b))) == "train":
+            equation = f"{rng.choice(PAGE_QUESTIONS).format(e=f'{a} {sign} {b}')} {equation}"
+        written.append(equation)
+        last = result if result <= 30 else None
+    return " ".join(written)
+
+
 def market(world, rng):
-    """Sums at the market in words, or bare columns of written steps; every number is right."""
-    if rng.random() < 0.5:
+    """Sums at the market in words, or bare columns of written steps, or a page of small sums; every
+    number is right.
+    """
+    draw = rng.random()
+    if draw < 0.40:
         return step_lines(rng, rng.randint(2, 4))
+    if draw < 0.65:
+        return equations(rng, rng.randint(5, 12))
     sentences = [market_sentence(world, rng) for _ in range(rng.randint(3, 5))]
     if rng.random() < 0.6:
         opening = rng.choice(MARKET_OPENINGS)

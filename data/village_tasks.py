@@ -6,6 +6,7 @@ combinations for two-hop questions, operand pairs, word combinations, follow-ups
 import json
 import random
 import re
+from fractions import Fraction
 
 from data.village_corpus import held_out, written_steps
 from data.village_facts import answer_sentence
@@ -292,7 +293,17 @@ def instructions(world, split, seed=0, n_items=None):
 
 def says(reply, words):
     """Do these words stand in the reply, as whole words, in any case?"""
+    if words.lower() not in reply.lower():  # quick, for there may be a thousand to look for
+        return False
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", reply, re.IGNORECASE) is not None
+
+
+def last_number(text):
+    """The last number in a text as a Fraction, so that large ones are compared digit by digit;
+    None without any, or with one of more than 100 digits. Looks at the last 2,000 characters only.
+    """
+    numbers = re.findall(r"(?<![0-9])-?[0-9]+(?:\.[0-9]+)?", text[-2000:].replace(",", ""))
+    return Fraction(numbers[-1]) if numbers and len(numbers[-1]) <= 100 else None
 
 
 def check_answer(item, reply):
@@ -307,8 +318,7 @@ def check_answer(item, reply):
     if check == "exact":
         return reply.strip() == answer.strip()
     if check == "number":
-        numbers = re.findall(r"(?<!\d)-?\d+(?:\.\d+)?", reply.replace(",", ""))
-        return bool(numbers) and float(numbers[-1]) == float(answer)
+        return last_number(reply) == Fraction(answer)
     if check not in ("contains", "unknown"):
         raise ValueError(f"unknown check {check!r}: exact, number, contains or unknown")
     if any(says(reply, wrong) for wrong in item.get("not", ())):

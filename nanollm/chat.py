@@ -7,11 +7,13 @@ the context, the oldest turns are left out. /reset begins anew, an empty line or
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 
 from nanollm.config import UserError, cli
+from nanollm.evaluate import village_tools
 from nanollm.generate import stream
 from nanollm.hub import load_model
 from nanollm.runtime import start
@@ -28,6 +30,8 @@ class Config:
     temperature: float = 0.3  # 0: always the most likely token
     top_k: int = 0  # draw from the k most likely tokens; 0: from all
     top_p: float = 1.0  # draw from the smallest set with this probability
+    tools: bool = False  # run the calls that the model writes
+    knowledge: str | None = None  # with tools: JSONL of {"title", "text"}; default: the village's
     seed: int = 0  # of the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers
@@ -49,7 +53,7 @@ def fitting_prompt(tokenizer, messages, room):
         del messages[oldest]
 
 
-def answer(model, tokenizer, messages, cfg, generator):
+def answer(model, tokenizer, messages, cfg, generator, tools=None):
     """Stream the answer to stdout and return it as text."""
     room = model.cfg.max_position_embeddings - cfg.max_new_tokens
     if room < 1:
@@ -67,6 +71,7 @@ def answer(model, tokenizer, messages, cfg, generator):
         cfg.max_new_tokens,
         stop_ids=tokenizer.stop_ids,
         generator=generator,
+        tools=tools,
         **sampling,
     ):
         ids.append(token)
@@ -84,12 +89,12 @@ def main(cfg):
     model, tokenizer = load_model(cfg.model)
     rt.prepare(model, train=False)
     generator = torch.Generator(rt.device).manual_seed(cfg.seed)
+    tools = village_tools(cfg.model, tokenizer, cfg.knowledge) if cfg.tools else None
+    reply_to = partial(answer, model, tokenizer, cfg=cfg, generator=generator, tools=tools)
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages = list(opening)
     if cfg.prompt is not None:
-        answer(
-            model, tokenizer, [*messages, {"role": "user", "content": cfg.prompt}], cfg, generator
-        )
+        reply_to([*messages, {"role": "user", "content": cfg.prompt}])
         return
     typed = sys.stdin.isatty()
     if typed:
@@ -108,7 +113,7 @@ def main(cfg):
         elif line.strip():
             messages.append({"role": "user", "content": line.strip()})
             try:
-                reply = answer(model, tokenizer, messages, cfg, generator)
+                reply = reply_to(messages)
             except UserError as error:
                 if not typed:
                     raise

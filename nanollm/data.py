@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from nanollm.config import UserError
 from nanollm.gpt import document_mask
@@ -278,6 +279,14 @@ class Replies:
             self.tokens[numbers][:, columns], self.mask[numbers][:, columns], real[:, columns]
         )
 
+    @classmethod
+    def join(cls, parts):
+        """The rows of several, padded on the right to the longest."""
+        width = max(part.tokens.shape[1] for part in parts)
+        columns = zip(*(vars(part).values() for part in parts))
+        padded = ([F.pad(x, (0, width - x.shape[1])) for x in xs] for xs in columns)
+        return cls(*map(torch.cat, padded))
+
     def to(self, device):
         return Replies(*(x.to(device, non_blocking=True) for x in vars(self).values()))
 
@@ -295,15 +304,21 @@ class Replies:
         return self.tokens, positions, document_mask(self.real.long())
 
 
-def pad_replies(prompts, replies, pad_id):
-    """Replies from lists of ids, one reply per prompt, padded on the right."""
+def pad_replies(prompts, replies, pad_id, own=None):
+    """Replies from lists of ids, one reply per prompt, padded on the right.
+
+    `own` holds a bool for each id of each reply: False where it is not to be trained on.
+    """
     lengths = torch.tensor([[len(p), len(p) + len(r)] for p, r in zip(prompts, replies)])
     tokens = torch.full((len(prompts), int(lengths.max())), pad_id)
     for row, (prompt, reply) in enumerate(zip(prompts, replies)):
         tokens[row, : lengths[row, 1]] = torch.tensor([*prompt, *reply])
     columns = torch.arange(tokens.shape[1])
     real = columns < lengths[:, 1:]
-    return Replies(tokens, real & (columns >= lengths[:, :1]), real)
+    mask = real & (columns >= lengths[:, :1])
+    if own is not None:
+        mask[mask.clone()] = torch.tensor([each for row in own for each in row])
+    return Replies(tokens, mask, real)
 
 
 def xz_bits_per_byte(train_texts, val_texts):

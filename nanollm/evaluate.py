@@ -2,6 +2,8 @@
 
 Run     python -m nanollm.evaluate runs/sft                      # the village's held-out items
         python -m nanollm.evaluate runs/sft --data problems.jsonl
+        python -m nanollm.evaluate runs/grpo --data reasoning --samples 8     # pass@8 and maj@8
+        python -m nanollm.evaluate runs/tools --data tools --tools
         python -m nanollm.evaluate runs/ppo --data preferences --against runs/sft
         python -m nanollm.evaluate runs/sft --data preferences --reward_model runs/rm --best_of 4
 Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json. Items are
@@ -14,6 +16,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +30,9 @@ from nanollm.generate import generate
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, read_json
 from nanollm.logprobs import token_logprobs
+from nanollm.rewards import final_answer, majority, pass_at_k
 from nanollm.runtime import start
+from nanollm.tools import Toolbox
 
 CHECKS = ("contains", "exact", "number", "unknown")
 
@@ -37,15 +42,19 @@ class Config:
     model: str = field(
         default="runs/sft", metadata={"positional": True}
     )  # run folder or model folder
-    # village; a JSONL file of test items; or preferences: what sampled replies to the village's
-    # held-out preference prompts are worth
+    # village; its problems (reasoning) or questions for tools (tools); a JSONL file of test items;
+    # or preferences: what sampled replies to the village's held-out prompts are worth
     data: str = "village"
+    tools: bool = False  # run the calls that the model writes
+    knowledge: str | None = None  # with tools: JSONL of {"title", "text"}; default: the village's
+    # k: beside a greedy answer per item, so many sampled ones, for pass@k and maj@k; 1: none
+    samples: int = 1
     reward_model: str | None = None  # with preferences: run folder of train_rm.py, to score replies
     best_of: int = 1  # with a reward model: keep the best of so many replies (rejection sampling)
     against: str | None = None  # with preferences: the model to compare with
     out: str | None = None  # JSON file to write; default: evaluation.json in the model's folder
     limit: int = 0  # items per family; 0: all
-    max_new_tokens: int = 64  # longest answer
+    max_new_tokens: int = 128  # longest answer
     temperature: float = 0.0  # 0: greedy
     batch_size: int = 256  # answers written side by side
     seed: int = 0  # of the sampling
@@ -130,6 +139,7 @@ def sample_replies(
     temperature=1.0,
     batch_size=256,
     generator=None,
+    tools=None,
 ):
     """Continue N prompts (lists of ids) `samples` times each; reply n * samples + g is the list of
     ids of sample g of prompt n, its stop token included. Short prompts run beside short ones.
@@ -150,6 +160,7 @@ def sample_replies(
             stop_ids=tokenizer.stop_ids,
             pad_id=tokenizer.pad_id,
             generator=generator,
+            tools=tools,
         )
         for row, ids in enumerate(out.lists()):
             replies[numbers[row // samples] * samples + row % samples] = ids
@@ -169,7 +180,7 @@ def as_text(tokenizer, ids):
     return tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids])
 
 
-def accuracy_by_family(model, tokenizer, items, max_new_tokens=64, **sampling):
+def accuracy_by_family(model, tokenizer, items, max_new_tokens=128, **sampling):
     """Let the model answer every item; returns ({family: {"accuracy", "n"}}, replies).
 
     A cloze item is continued as plain text, and right when the text goes on with the answer;
@@ -192,7 +203,51 @@ def is_right(item, reply):
     if item["family"] == "cloze":
         follows = reply[len(item["answer"]) :][:1]
         return reply.startswith(item["answer"]) and not follows.isalpha()
-    return village.check_answer(item, reply)
+    return village.check_answer(item, final_answer(reply))
+
+
+def sampled_figures(items, greedy, sampled=None):
+    """{family: figures}, and "all" for their mean.
+
+    Figures are "n", "greedy" (accuracy of the greedy replies), and where `sampled` holds k replies
+    per item, in order, "sampled" (accuracy of one of them), "maj" (of a vote among k: maj@k) and
+    "pass" (share of items with a right one among k: pass@k).
+    """
+    k = len(sampled) // len(items) if sampled else 0
+    by_family = defaultdict(list)
+    for n, (item, reply) in enumerate(zip(items, greedy)):
+        figures = {"greedy": float(is_right(item, reply))}
+        if k:
+            replies = sampled[n * k : (n + 1) * k]
+            right = sum(is_right(item, each) for each in replies)
+            vote = float(is_right(item, majority(item, replies)))
+            figures |= {"sampled": right / k, "maj": vote, "pass": pass_at_k(k, right, k)}
+        by_family[item["family"]].append(figures)
+    by_family["all"] = [figures for rows in list(by_family.values()) for figures in rows]
+    return {
+        name: {"n": len(rows), "k": k}
+        | {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        for name, rows in by_family.items()
+    }
+
+
+def figures_table(columns):
+    """Text table of {column name: what sampled_figures gives}."""
+    heads = {"greedy": "greedy", "sampled": "sampled", "maj": "maj@", "pass": "pass@"}
+    shown = [
+        (name, key) for name, result in columns.items() for key in heads if key in result["all"]
+    ]
+    titles = [
+        heads[key] + (str(columns[name]["all"]["k"]) if key in ("maj", "pass") else "")
+        for name, key in shown
+    ]
+    lines = [" " * 18 + "".join(f"{name:>10}" for name, _ in shown)] if len(columns) > 1 else []
+    lines.append(f"{'family':18}" + "".join(f"{title:>10}" for title in titles) + f"{'n':>7}")
+    first = next(iter(columns.values()))
+    for family in first:
+        cells = "".join(f"{columns[name][family][key]:>10.1%}" for name, key in shown)
+        lines.append(f"{family:18}{cells}{first[family]['n']:>7}")
+    return "\n".join(lines)
 
 
 def first_of_each_family(items, limit):
@@ -227,6 +282,12 @@ def village_of(run_folder):
     return village.prepare(
         known.get("villagers", 32), known.get("seed", 0), known.get("megabytes", 8.0)
     )
+
+
+def village_tools(run_folder, tokenizer, knowledge=None):
+    """Calculator and search, in the knowledge base of the village or in another (JSONL)."""
+    path = knowledge or village_of(run_folder) / "knowledge.jsonl"
+    return Toolbox.with_knowledge(path, tokenizer)
 
 
 def evaluate_preferences(cfg, rt, model, tokenizer):
@@ -286,19 +347,23 @@ def main(cfg):
         )
         result |= {"nats_per_token": nats, "bits_per_byte": bpb}
     else:
-        items = read_items(cfg.data)
+        named = {"reasoning": "problems_test", "tools": "tools_test"}.get(cfg.data)
+        items = read_items(village_of(cfg.model) / f"{named}.jsonl" if named else cfg.data)
     items = first_of_each_family(items, cfg.limit)
-    generator = torch.Generator(rt.device).manual_seed(cfg.seed)
-    result["families"], replies = accuracy_by_family(
-        model,
-        tokenizer,
-        items,
-        cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        batch_size=cfg.batch_size,
-        generator=generator,
-    )
-    print(table({"accuracy": result["families"]}))
+    sampling = {
+        "batch_size": cfg.batch_size,
+        "generator": torch.Generator(rt.device).manual_seed(cfg.seed),
+        "tools": village_tools(cfg.model, tokenizer, cfg.knowledge) if cfg.tools else None,
+    }
+    answer = partial(accuracy_by_family, model, tokenizer, max_new_tokens=cfg.max_new_tokens)
+    result["families"], replies = answer(items, temperature=cfg.temperature, **sampling)
+    if cfg.samples > 1:
+        repeated = [item for item in items for _ in range(cfg.samples)]
+        sampled = answer(repeated, temperature=1.0, **sampling)[1]
+        result["sampled"] = sampled_figures(items, replies, sampled)
+        print(figures_table({"": result["sampled"]}))
+    else:
+        print(table({"accuracy": result["families"]}))
     if "bits_per_byte" in result:
         print(f"held-out text: {bpb:.4f} bits per byte")
     wrong = [

@@ -25,12 +25,17 @@ class Generated:
     prompts: torch.Tensor  # (B, P) int64, padded on the left
     prompt_mask: torch.Tensor  # (B, P) bool, True on real prompt tokens
     tokens: torch.Tensor  # (B, L) int64, padded on the right; the stop token is part of it
-    mask: torch.Tensor  # (B, L) bool, True on generated tokens
+    mask: torch.Tensor  # (B, L) bool, True on new tokens
+    own: torch.Tensor  # (B, L) bool, True on those that the model chose, False on tools' results
     logprobs: torch.Tensor  # (B, L) fp32, of the tokens under the distribution at `temperature`
 
     def lists(self):
         """The new ids of each row, without padding."""
         return [row[m].tolist() for row, m in zip(self.tokens, self.mask)]
+
+    def owned(self):
+        """For each id of `lists`: did the model choose it?"""
+        return [row[m].tolist() for row, m in zip(self.own, self.mask)]
 
 
 # --- samplers: logits (B, V) -> logits (B, V), with -inf where nothing may be drawn ---------------
@@ -232,17 +237,23 @@ def generate(
     pad_id=0,
     generator=None,
     noise=None,
+    tools=None,
 ):
     """Continue each of N prompts (lists of ids) G = `samples` times, until a stop id or
     max_new_tokens; Generated.
 
     `noise` (B, max_new_tokens), uniform in [0, 1) and float64, takes the place of the generator:
     what a row draws then depends on its own noise only, not on which rows stand beside it.
+
+    `tools` (tools.Toolbox) answers calls: behind a closed call the result is written into the row,
+    token by token, while the other rows go on.
     """
     engine = Engine(for_inference(model), prompts, max_new_tokens, samples, pad_id)
     B, device = len(engine.pads), model.device
     tokens = torch.full((B, max_new_tokens), pad_id, device=device)
     mask = torch.zeros((B, max_new_tokens), dtype=torch.bool, device=device)
+    own = torch.zeros_like(mask)
+    results = {}  # row -> ids of a result that are still to be written
     logprobs = torch.zeros((B, max_new_tokens), device=device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     rows = torch.arange(B, device=device)  # the rows of the result that the engine still works on
@@ -255,8 +266,14 @@ def generate(
     for t in range(max_new_tokens):
         u = None if noise is None else noise[rows, t]
         new, logprob = sample(logits, temperature, top_k, top_p, generator, u)
-        new = torch.where(alive, new, pad_id)
-        tokens[rows, t], mask[rows, t], logprobs[rows, t] = new, alive, logprob * alive
+        new, chosen = torch.where(alive, new, pad_id), alive
+        if results:
+            new, chosen = insert_results(new, alive, rows, results)
+        tokens[rows, t], mask[rows, t], own[rows, t] = new, alive, chosen
+        logprobs[rows, t] = logprob * chosen
+        if tools is not None:
+            for row in rows[(new == tools.call_end) & chosen].tolist():
+                results[row] = tools.respond(tokens[row, : t + 1].tolist())
         alive = alive & ~torch.isin(new, stops)
         left = (
             int(alive.sum()) if not engine.cuda or t % 16 == 15 else 1
@@ -268,24 +285,48 @@ def generate(
             engine.keep(keep)
             rows, alive, new = rows[keep], alive[keep], new[keep]
         logits = engine.step(new)
-    return Generated(
-        prompt_rows, prompt_mask, tokens[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1]
-    )
+    made = (x[:, : t + 1] for x in (tokens, mask, own, logprobs))
+    return Generated(prompt_rows, prompt_mask, *made)
+
+
+def insert_results(new, alive, rows, results):
+    """(tokens, which of them the model chose): rows with a result waiting get its next id."""
+    new, chosen = new.clone(), alive.clone()
+    for i, row in enumerate(rows.tolist()):
+        if row in results:
+            new[i], chosen[i] = results[row][0], False
+            results[row] = results[row][1:]
+            if not results[row]:
+                del results[row]
+    return new, chosen
 
 
 @torch.no_grad()
 def stream(
-    model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), generator=None
+    model,
+    prompt,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    stop_ids=(),
+    generator=None,
+    tools=None,
 ):
-    """Continue one prompt and yield each id as it is drawn; a stop id ends the stream and is not
-    yielded.
+    """Continue one prompt and yield each id as it is drawn, those of tools' results included; a
+    stop id ends the stream and is not yielded.
     """
     engine = Engine(for_inference(model), [prompt], max_new_tokens)
-    logits = engine.last_logits
+    logits, written, result = engine.last_logits, [], []
     for t in range(max_new_tokens):
         new, _ = sample(logits, temperature, top_k, top_p, generator)
-        if int(new) in stop_ids:
+        if result:
+            new[0], result = result[0], result[1:]
+        elif int(new) in stop_ids:
             return
+        elif tools is not None and int(new) == tools.call_end:
+            result = tools.respond([*written, tools.call_end])
+        written.append(int(new))
         yield int(new)
         if t + 1 < max_new_tokens:
             logits = engine.step(new)

@@ -24,7 +24,6 @@ margin: 14px 0 } svg { width: 100%; height: auto } .lead { color: #555; margin-t
 class Section:
     title: str
     parts: list = field(default_factory=list)  # (kind, content) pairs, in order
-    folder: object = None  # Path of the run folder that it is about
 
     def text(self, paragraph):
         self.parts.append(("text", paragraph))

@@ -283,10 +283,11 @@ class Tokenizer:
         """A chat as (ids, mask): per message the prefix of its role, the content, the suffix.
 
         mask is True on what the assistant writes, its content and the end of its turn, save in a
-        message with "loss": false. Ids are put together turn by turn, and never made from the
-        whole text again. Special tokens in a content are plain text, but for <think>, <tool_call>
-        and their like in what the assistant and the tools say, and <image> where `images` is true.
-        `generation_prompt` adds the assistant's prefix. Raises UserError on a malformed message.
+        message with "loss": false and in what tools have answered in between. Ids are put together
+        turn by turn, and never made from the whole text again. Special tokens in a content are
+        plain text, but for <think>, <tool_call> and their like in what the assistant and the tools
+        say, and <image> where `images` is true. `generation_prompt` adds the assistant's prefix.
+        Raises UserError on a malformed message.
         """
         if images and "<image>" not in self.special:
             raise UserError("this tokenizer has no token <image>: start from a model of this "
@@ -305,12 +306,24 @@ class Tokenizer:
             ids += before + content + after
             # In ChatML a line end follows the end of the turn; nobody needs to write it.
             train = role == "assistant" and message.get("loss") is not False
-            mask += [False] * len(before) + [train] * len(content)
+            mask += [False] * len(before) + [train and own for own in self.written(content)]
             mask += [train and id == self.end_id for id in after]
         if generation_prompt:
             before = self._affixes["assistant"][0]
             ids, mask = ids + before, mask + [False] * len(before)
         return ids, mask
+
+    def written(self, ids):
+        """True for each id that an assistant writes itself, False from <tool_result> to
+        </tool_result>: that comes from the tool (nanollm/tools.py), and nobody learns it.
+        """
+        start, end = (self.special.get(token) for token in CONTENT_TOKENS[-2:])
+        own, inside = [], False
+        for id in ids:
+            inside = inside or id == start
+            own.append(not inside)
+            inside = inside and id != end
+        return own
 
     @property
     def chat_template(self):

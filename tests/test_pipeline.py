@@ -42,11 +42,14 @@ def test_the_pipeline_runs_reports_and_does_nothing_twice(tmp_path):
         "The same five prompts",
         "reward model, by the gold score",
         "best of 4",
+        "stories of two steps",
+        "pass@2",
+        "calls not run",
     ):
         assert part in html and part in text
-    assert html.count("<svg") == 7
+    assert html.count("<svg") == 11
     second = pipeline(tmp_path / "runs")
-    assert second.stdout.count("done before") == 5 and "step 10" not in second.stdout
+    assert second.stdout.count("done before") == 9 and "step 10" not in second.stdout
 
 
 def readme_commands():

@@ -24,6 +24,7 @@ from data.village_corpus import SHARES, held_out, written_steps
 from data.village_facts import PHRASES
 from data.village_manners import MANNERS, politeness
 from data.village_tasks import FAMILIES, MAKERS, QUESTIONS, user_turns
+from data.village_world import split_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTRIBUTE_OF = {value.lower(): attribute for attribute, pool in POOLS.items() for value in pool}
@@ -139,7 +140,7 @@ def test_the_corpus_is_deterministic_and_val_shares_no_document_with_train(world
 def test_every_kind_has_thousands_of_distinct_sentences(texts):
     for kind in SHARES:
         distinct = {s for text in texts[kind] for s in sentences(text)}
-        assert len(distinct) > 2500, (kind, len(distinct))
+        assert len(distinct) > 2000, (kind, len(distinct))
 
 
 def test_every_attribute_has_at_least_twelve_phrasings_in_both_directions():
@@ -220,10 +221,22 @@ TRUTHS = [(rf"{N} \w+ at {N} {P} each(?: and pays|: \w+ counts out) {N} {P}", "*
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
+COPYBOOK = r"(\d+) ([+*-]) (\d+) = (\d+)\."
+ASKED = r"(?:What is |How much is |Please work out |)\d+ [+*-] \d+(?:\?| = \?|\.)"
+
+
 def test_every_number_in_market_prose_belongs_to_a_true_statement(texts):
     matched = Counter()
     for text in texts["market"]:
         rest = re.sub(r"\d+ [+-] \d+: .*?; so .*? = \d+\.", "", text)
+        for a, sign, b, result in re.findall(COPYBOOK, rest):
+            assert OPERATIONS[sign](int(a), int(b)) == int(result)
+            matched["copybook"] += 1
+        rest = re.sub(COPYBOOK, "", rest)
+        for question in re.findall(ASKED, rest):  # answered on the page, and by no test
+            a, b = sorted(map(int, re.findall(r"\d+", question)))
+            assert split_of("easy", a, b) == "train"
+        rest = re.sub(ASKED, "", rest)
         for pattern, sign in TRUTHS:
             for found in re.finditer(pattern, rest):
                 a, b, result = map(int, found.groups())
@@ -231,7 +244,7 @@ def test_every_number_in_market_prose_belongs_to_a_true_statement(texts):
                 matched[pattern] += 1
             rest = re.sub(pattern, "", rest)
         assert not re.search(r"\d", rest), rest
-    assert min(matched[pattern] for pattern, _ in TRUTHS) > 30
+    assert min(matched[pattern] for pattern, _ in TRUTHS) > 30 and matched["copybook"] > 1000
 
 
 def test_every_written_step_is_right(texts):
@@ -303,7 +316,7 @@ def test_cloze_asks_for_every_fact_at_least_twice(world):
 def test_cloze_sentences_occur_in_the_corpus(world, texts):
     everything = "\n".join(texts["biography"])
     told = sum(i["prompt"] + i["answer"] in everything for i in cloze(world))
-    assert told > 0.9 * len(cloze(world))
+    assert told > 0.85 * len(cloze(world))
 
 
 # --- chat items -------------------------------------------------------------
@@ -467,9 +480,13 @@ def test_an_unknown_check_is_refused():
 def test_prepare_writes_once_and_the_same_bytes_again(tmp_path):
     folder = prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one")
     digest = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-    assert sorted(digest) == ["cloze.jsonl", "corpus_train.jsonl", "corpus_val.jsonl",
-                              "prompts_test.jsonl", "prompts_train.jsonl",
-                              "sft_test.jsonl", "sft_train.jsonl", "sft_val.jsonl", "world.json"]
+    chats = [f"{name}_{split}" for name in ("answers", "mixed", "reasoning")
+             for split in ("train", "val")]
+    tests = [f"{name}_{split}" for name in ("problems", "sft", "tools")
+             for split in ("train", "val", "test")]
+    others = "cloze corpus_train corpus_val knowledge prompts_test prompts_train".split()
+    wanted = [f"{name}.jsonl" for name in (*chats, *tests, *others)]
+    assert sorted(digest) == sorted([*wanted, "world.json"])
     changed = (folder / "world.json").stat().st_mtime_ns
     assert prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one") == folder
     assert (folder / "world.json").stat().st_mtime_ns == changed

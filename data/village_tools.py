@@ -1,0 +1,162 @@
+"""What cannot be done in the head: large numbers, and questions about people whom no text tells of.
+
+Newcomers have moved to the village after the corpus was written. What is known of them stands in a
+small knowledge base, which a search tool reads; a calculator works out large numbers. Dialogues
+show the calls: the model writes <tool_call>calculator(48213 * 7)</tool_call>, the result follows
+between <tool_result> and </tool_result>, and the model goes on with the answer. Nothing is trained
+on the results. Questions about the other half of the newcomers, and other numbers, are the test.
+"""
+import random
+
+from data.village_facts import answer_sentence
+from data.village_problems import PRODUCTS, result_of
+from data.village_tasks import (
+    QUESTIONS,
+    SUMS,
+    as_item,
+    ask,
+    deal,
+    distinct_items,
+    value_check,
+)
+from data.village_world import (
+    ATTRIBUTES,
+    POOLS,
+    Villager,
+    World,
+    balanced,
+    draw_names,
+    pair_up,
+    split_of,
+)
+
+N_NEWCOMERS = 1000
+FAMILIES = {"large_numbers": 0.3, "lookup": 0.25, "lookup_two_hop": 0.25, "nobody": 0.2}
+SIZES = {"train": 6000, "val": 200}
+N_TEST = 200  # items per family
+TOPICS = {"job": "job", "home": "home", "pet": "pet", "food": "favourite food",
+          "colour": "door colour", "town": "birthplace", "friend": "best friend"}
+NOTHING = "nothing found"  # what the search tool says then
+
+# --- the knowledge base --------------------------------------------------------
+
+
+def newcomers(world, n=N_NEWCOMERS):
+    """A World of people absent from the corpus: training asks about its asked half."""
+    rng = random.Random(f"newcomers-{world.seed}")
+    known = len(world.villagers), len(world.strangers)
+    _, names = draw_names(known[0], known[1] + n, random.Random(f"village-{world.seed}"))
+    names = names[known[1]:]  # neither villagers nor strangers
+    people = []
+    for half, asked in ((names[:n // 2], True), (names[n // 2:], False)):
+        columns = {key: balanced(pool, len(half), rng) for key, pool in POOLS.items()}
+        friends = pair_up(half, rng)
+        for i, name in enumerate(half):
+            facts = {key: column[i] for key, column in columns.items()} | {"friend": friends[name]}
+            people.append(Villager(name, "she" if name.endswith("a") else "he", asked, facts))
+    return World(tuple(people), world.strangers, world.seed)
+
+
+def knowledge(people):
+    """The entries of the knowledge base: {"title", "text"}, one for each fact."""
+    return [{"title": f"{TOPICS[attribute]} of {person.name}",
+             "text": answer_sentence(person, attribute)}
+            for person in people.villagers for attribute in ATTRIBUTES]
+
+
+# --- one item at a time: (question, reply with calls, what to check) --------------
+
+
+def call(tool, argument, result):
+    """How a call and its result stand in a reply."""
+    return (f"<tool_call>{tool}({argument})</tool_call>"
+            f"<tool_result>{result}</tool_result>")
+
+
+def look_up(person, attribute):
+    query = f"{TOPICS[attribute]} of {person.name}"
+    return call("search", query, answer_sentence(person, attribute))
+
+
+def large_numbers(people, split, rng):
+    """Sums and differences of five to seven digits, products of three and four."""
+    sign = rng.choice("+-*")
+    digits = (3, 4) if sign == "*" else (5, 6, 7)
+    while True:
+        a, b = (rng.randint(10 ** (n - 1), 10 ** n - 1) for n in rng.choices(digits, k=2))
+        a, b = max(a, b), min(a, b)
+        if split_of("large", a, b) == split:
+            break
+    question = rng.choice(PRODUCTS if sign == "*" else SUMS[sign]).format(a=a, b=b)
+    result = result_of(a, sign, b)
+    reply = f"{call('calculator', f'{a} {sign} {b}', result)}The answer is {result}."
+    return question, reply, {"answer": str(result), "check": "number"}
+
+
+def half_of(people, split, rng):
+    """Somebody to ask about: validation shares its people with training."""
+    return rng.choice(people.never_asked if split == "test" else people.asked)
+
+
+def lookup(people, split, rng):
+    person, attribute = half_of(people, split, rng), rng.choice(ATTRIBUTES)
+    question = ask(rng.choice(QUESTIONS[attribute]), person.name, split, rng)
+    reply = look_up(person, attribute) + answer_sentence(person, attribute)
+    return question, reply, value_check(people, person, attribute)
+
+
+def lookup_two_hop(people, split, rng):
+    person, attribute = half_of(people, split, rng), rng.choice(list(POOLS))
+    question = rng.choice(QUESTIONS[attribute])
+    of = "{n}'s" in question or rng.random() < 0.5
+    who = f"{person.name}'s best friend" if of else f"the best friend of {person.name}"
+    friend = people.by_name[person.facts["friend"]]
+    calls = look_up(person, "friend") + look_up(friend, attribute)
+    reply = f"{calls}{answer_sentence(person, 'friend')} {answer_sentence(friend, attribute)}"
+    return ask(question, who, split, rng), reply, value_check(people, friend, attribute)
+
+
+def nobody(people, split, rng):
+    """Strangers are in no text and in no knowledge base either."""
+    name = rng.choice(deal(people.strangers, f"strangers-{people.seed}", 150, 50)[split])
+    attribute = rng.choice(ATTRIBUTES)
+    question = ask(rng.choice(QUESTIONS[attribute]), name, split, rng)
+    reply = call("search", f"{TOPICS[attribute]} of {name}", NOTHING)
+    check = {"answer": "I don't know", "check": "unknown", "not": people.values(attribute)}
+    return question, f"{reply}I don't know anyone called {name}.", check
+
+
+MAKERS = {"large_numbers": large_numbers, "lookup": lookup, "lookup_two_hop": lookup_two_hop,
+          "nobody": nobody}
+
+
+def tool_items(world, split, seed=0, n_items=None):
+    """Chat items with calls of "train", "val" or "test", with "answer" and "check"; test items end
+    with the user's turn. `n_items` is the total, and for test the number per family.
+    """
+    people = newcomers(world)
+    rng = random.Random(f"tools-{split}-{world.seed}-{seed}")
+    if split == "test":
+        sizes = dict.fromkeys(MAKERS, N_TEST if n_items is None else n_items)
+    else:
+        total = SIZES[split] if n_items is None else n_items
+        sizes = {family: round(total * share) for family, share in FAMILIES.items()}
+
+    def make(family):
+        question, reply, check = MAKERS[family](people, split, rng)
+        if len(check.get("not", ())) > 40:  # of a thousand names
+            check["not"] = rng.sample(check["not"], 40)
+        return {**as_item(family, [question, reply], check, split), **check}
+
+    return distinct_items(sizes, make, rng)
+
+
+def tool_lessons(world, split, problems, chats, seed=0):
+    """Dialogues for SFT: those with calls, half as many worked problems and as many other chats,
+    which show when no tool is needed.
+    """
+    items = tool_items(world, split, seed)
+    known = [c for c in chats if c["family"] != "unknown"]  # strangers are looked up now
+    items += list(problems)[:len(items) // 2] + known[:len(items) // 2]
+    random.Random(f"tool-lessons-{split}-{seed}").shuffle(items)
+    return items

@@ -1,0 +1,81 @@
+"""Sections of the report that put the answers of several models side by side."""
+
+from nanollm.evaluate import read_items, reply_all, village_of, village_tools
+from nanollm.hub import load_model, read_json
+from nanollm.report import Section
+
+# per kind of question: the test file, how many of each family, and from which model on
+QUESTIONS = {
+    "chat": (
+        "sft_test.jsonl",
+        {"fact_never_asked": 2, "unknown": 1, "formatting": 1, "arithmetic": 1},
+    ),
+    "reasoning": (
+        "problems_test.jsonl",
+        {"three_digits": 2, "products": 1, "two_steps": 1, "three_steps": 1},
+    ),
+    "tools": ("tools_test.jsonl", {"large_numbers": 2, "lookup": 1, "lookup_two_hop": 1}),
+}
+TITLES = {
+    "chat": "The same five prompts, before and after",
+    "reasoning": "The same five problems",
+    "tools": "The same four questions, with tools and without",
+}
+
+
+def answers_section(kind, done, root, rt):
+    """The same held-out questions, answered by every model so far that is about them."""
+    file, wanted = QUESTIONS[kind]
+    items = read_items(village_of(root / "pretrain") / file)
+    items = [i for name, n in wanted.items() for i in [i for i in items if i["family"] == name][:n]]
+    answered = [stage for stage in done if stage.speaks == kind]
+    if kind != "chat":  # and by the model that they began from
+        answered.insert(0, next(stage for stage in done if stage.name == "sft"))
+    columns = {}
+    for stage in answered:
+        model, tokenizer = load_model(root / stage.name)
+        rt.prepare(model, train=False)
+        prompts = [tokenizer.render(item["messages"], generation_prompt=True)[0] for item in items]
+        toolbox = village_tools(root / stage.name, tokenizer) if stage.speaks == "tools" else None
+        replies = reply_all(model, tokenizer, prompts, 112, tools=toolbox)
+        columns[f"after {stage.title[0].lower() + stage.title[1:]}"] = [r.strip() for r in replies]
+    section = Section(TITLES[kind])
+    asked = [item["messages"][-1]["content"] for item in items]
+    rows = [list(row) for row in zip(asked, *columns.values(), [item["answer"] for item in items])]
+    section.table(["prompt", *columns, "right"], rows)
+    section.text(
+        "None of these questions occurs in training. Answers are greedy, and cut after 112 tokens."
+    )
+    return section
+
+
+def preferences_section(root):
+    """The same prompts, answered by the fine-tuned model, best-of-4, PPO and DPO, side by side."""
+    section = Section("Preferences: four ways to answer")
+    best = read_json(root / "rm" / "preferences.json")
+    found = {name: read_json(root / name / "preferences.json") for name in ("ppo", "dpo")}
+    rows = [["fine-tuned", best["figures"]["against"]], ["best of 4", best["figures"]]]
+    rows += [[name.upper(), result["figures"]] for name, result in found.items()]
+    section.table(
+        ["answers", "gold", "wins over fine-tuned", "KL", "tokens"],
+        [
+            [
+                name,
+                f"{f['gold']:.3f}",
+                f"{f['win_rate']:.1%}" if "win_rate" in f else "-",
+                f"{f['kl']:.2f}" if "kl" in f and name != "best of 4" else "-",
+                f"{f['length']:.1f}",
+            ]
+            for name, f in rows
+        ],
+    )
+    section.text(
+        "Sampled at temperature 1. A gold score of 1 is right, polite and short; best of 4 takes "
+        "the one of four fine-tuned answers that the reward model likes best."
+    )
+    answers = [best["replies_against"], best["replies"], *(f["replies"] for f in found.values())]
+    samples = zip(best["prompts"], *answers)
+    section.table(
+        ["prompt", "fine-tuned", "best of 4", "PPO", "DPO"], [list(row) for row in samples][:6]
+    )
+    return section

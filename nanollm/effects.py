@@ -1,0 +1,218 @@
+"""What each stage's section of the report shows: the effect, measured on held-out items."""
+
+from nanollm.hub import read_json
+from nanollm.run import read_metrics
+
+
+def pretraining(section, result, folder):
+    cloze = read_json(folder / "evaluation.json")["families"]["cloze"]
+    section.table(
+        ["held-out text", "bits per byte"],
+        [
+            ["the model", f"{result['bits_per_byte']:.3f}"],
+            ["xz -9, given the training text as a prefix", f"{result['xz_bits_per_byte']:.3f}"],
+        ],
+    )
+    section.text(
+        f"Completing sentences about the villagers, such as “By trade Nora is a …”, it is right in "
+        f"{cloze['accuracy']:.1%} of {cloze['n']} cases; chance is about 6%."
+    )
+    section.code((folder / "samples.txt").read_text().strip())
+
+
+def sft(section, result, folder):
+    folders = folder.parent / "pretrain", folder
+    before, after = (read_json(each / "evaluation.json")["families"] for each in folders)
+    section.table(
+        ["held-out questions", "before", "after", "n"],
+        [
+            [
+                EXPLAINED.get(name, name),
+                f"{before[name]['accuracy']:.1%}",
+                f"{after[name]['accuracy']:.1%}",
+                str(after[name]["n"]),
+            ]
+            for name in after
+        ],
+    )
+    section.text(
+        f"Forgetting: held-out text went from {result['before']['bits_per_byte']:.4f} to "
+        f"{result['after']['bits_per_byte']:.4f} bits per byte."
+    )
+
+
+def rm(section, result, folder):
+    section.table(
+        ["held-out pairs in the right order", "share"],
+        [
+            ["reward model, by the gold score", f"{result['gold_accuracy']:.1%}"],
+            ["reward model, by the annotators", f"{result['accuracy']:.1%}"],
+            ["annotators, by the gold score", f"{result['annotators_accuracy']:.1%}"],
+        ],
+    )
+    section.text(
+        f"Log-loss {result['log_loss']:.3f}, calibration error {result['calibration_error']:.3f}. "
+        "The gold score is the village's truth: 0.5 for right, 0.3 for polite, 0.2 for short; no "
+        "model ever sees it."
+    )
+    chart = folder / "score_against_gold.svg"
+    caption = "Scores of held-out replies over their gold."
+    section.figure("rm/score_against_gold.svg", chart.read_text(), caption)
+
+
+def policy(section, result, folder):
+    name = folder.name
+    now = read_json(folder / "preferences.json")["figures"]
+    before = now["against"]
+    rows = [
+        [label, f"{before[key]:.3f}", f"{now[key]:.3f}"]
+        for key, label in PREFERENCE_FIGURES.items()
+        if key in before
+    ]
+    section.table(["held-out prompts, sampled answers", "fine-tuned", name], rows)
+    section.text(
+        f"Better than the fine-tuned model's answer in {now['win_rate']:.1%} of the prompts, by "
+        f"gold; a tie counts half. KL to it: {now['kl']:.2f} nats per answer. "
+        f"{now['gap_closed']:.0%} of the way to the best possible gold score, 1."
+    )
+    if name == "dpo":
+        was, after = result["before"], result["after"]
+        section.text(
+            "Log-probability of held-out chosen answers: "
+            f"{was['val_logp_chosen']:.2f} to {after['val_logp_chosen']:.2f}; of rejected ones: "
+            f"{was['val_logp_rejected']:.2f} to {after['val_logp_rejected']:.2f}."
+        )
+    else:
+        chart = folder / "reward_over_kl.svg"
+        section.figure(
+            "ppo/reward_over_kl.svg",
+            chart.read_text(),
+            "Where the two part, the policy has learnt the reward model's errors.",
+        )
+
+
+PREFERENCE_FIGURES = {
+    "gold": "gold score",
+    "correct": "right",
+    "polite": "polite (-1 rude, 1 courteous)",
+    "concise": "short",
+    "reward": "score of the reward model",
+    "length": "tokens",
+}
+
+
+EXPLAINED = {
+    "cloze": "completing sentences about villagers",
+    "fact": "facts, villagers of the training dialogues, new wording",
+    "fact_never_asked": "facts, villagers never asked about",
+    "two_hop": "facts about somebody's best friend",
+    "unknown": "\"I don't know\" for people who don't exist",
+    "formatting": "formatting words as told",
+    "arithmetic": "sums with written steps",
+    "multi_turn": "follow-up questions",
+}
+
+
+PROBLEMS = {
+    "all": "all problems",
+    "easy": "sums and differences up to 20",
+    "two_digits": "two digits",
+    "three_digits": "three digits",
+    "products": "products",
+    "two_steps": "stories of two steps",
+    "three_steps": "stories of three steps",
+}
+
+
+def percent(value):
+    return f"{value:.1%}"
+
+
+def cot(section, result, folder):
+    before, after = (result[name]["families"] for name in ("before", "after"))
+    section.table(
+        ["held-out problems", "before", "after", "n"],
+        [
+            [
+                PROBLEMS[name],
+                percent(before[name]["accuracy"]),
+                percent(after[name]["accuracy"]),
+                str(after[name]["n"]),
+            ]
+            for name in PROBLEMS
+            if name in after
+        ],
+    )
+
+
+def grpo(section, result, folder):
+    before, after = result["before"], result["after"]
+    k = before["all"]["k"]
+    section.table(
+        ["held-out problems", "greedy", "after", "one sample", "after", f"maj@{k}", f"pass@{k}"],
+        [
+            [
+                PROBLEMS[name],
+                percent(before[name]["greedy"]),
+                percent(after[name]["greedy"]),
+                percent(before[name]["sampled"]),
+                percent(after[name]["sampled"]),
+                percent(before[name]["maj"]),
+                percent(before[name]["pass"]),
+            ]
+            for name in PROBLEMS
+            if name in after
+        ],
+    )
+    section.text(
+        f"maj@{k} and pass@{k} are those of the model that it began from: the vote of {k} sampled "
+        f"answers, and whether one of {k} is right. What it could do now and then, it does now."
+    )
+    metrics = [m for m in read_metrics(folder) if "length" in m]
+    n = max(1, len(metrics) // 10)
+    first, last = (sum(m["length"] for m in part) / n for part in (metrics[:n], metrics[-n:]))
+    section.text(f"Tokens per sampled answer: {first:.0f} in the first updates, {last:.0f} at last")
+    section.code((folder / "samples.txt").read_text().strip())
+
+
+def reft(section, result, folder):
+    now = read_json(folder / "evaluation.json")["families"]
+    start = read_json(folder.parent / "cot" / "result.json")["after"]["families"]
+    section.table(
+        ["held-out problems, greedy", "before", "after", "n"],
+        [
+            [
+                PROBLEMS[name],
+                percent(start[name]["accuracy"]),
+                percent(now[name]["accuracy"]),
+                str(now[name]["n"]),
+            ]
+            for name in PROBLEMS
+            if name in now and name in start
+        ],
+    )
+
+
+def tools(section, result, folder):
+    without = read_json(folder / "evaluation.json")["families"]
+    names = {
+        "large_numbers": "sums and products of large numbers",
+        "lookup": "facts about newcomers",
+        "lookup_two_hop": "facts about a newcomer's best friend",
+        "nobody": "people who don't exist",
+    }
+    before, after = (result[name]["families"] for name in ("before", "after"))
+    section.table(
+        ["held-out questions", "before", "with tools", "calls not run"],
+        [
+            [
+                label,
+                percent(before[name]["accuracy"]),
+                percent(after[name]["accuracy"]),
+                percent(without[name]["accuracy"]),
+            ]
+            for name, label in names.items()
+            if name in after
+        ],
+    )
+    section.code((folder / "samples.txt").read_text().strip())

@@ -1,0 +1,184 @@
+"""Tools that a model may call while it writes: a calculator, and search in a small knowledge base.
+
+    <tool_call>calculator(48213 * 7)</tool_call><tool_result>337491</tool_result>The answer is ...
+
+The model writes the call; when it has closed it, the engine (generate.py) runs it and writes the
+result behind it. Whatever the model writes, a tool answers in bounded time and with a short text:
+what can't be done gives "error: ...", which the model can read, and never an exception.
+"""
+
+import ast
+import math
+import operator
+import re
+import warnings
+from collections import Counter, defaultdict
+from fractions import Fraction
+
+from data.village_tools import NOTHING
+from nanollm.config import UserError
+from nanollm.formats import read_jsonl
+
+LONGEST = 200  # characters of a call's argument
+LARGEST = 10**40  # of any number on the way
+LONGEST_RESULT = 48  # tokens that a result may have; the rest is cut
+
+
+# --- calculator ----------------------------------------------------------------------------------
+
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
+
+
+def calculator(expression):
+    """The value of an arithmetic expression as text: exact for integers, else to six places.
+
+    The text is parsed, never run. Numbers beyond LARGEST and long texts are errors, so that 9**9**9
+    and its like end at once.
+    """
+    if len(expression) > LONGEST:
+        return f"error: longer than {LONGEST} characters"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's own, about odd expressions
+            tree = ast.parse(expression.strip().replace(",", ""), mode="eval")
+        value = _value(tree.body)
+    except ZeroDivisionError:
+        return "error: division by zero"
+    except OverflowError:
+        return "error: too large"
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return "error: not arithmetic"
+    if value.denominator == 1:
+        return str(value)
+    text = f"{float(value):.6g}" if abs(value) < 1 else f"{float(value):.6f}"
+    return text.rstrip("0").rstrip(".") if "e" not in text else text
+
+
+def _value(node):
+    """The Fraction that a syntax tree stands for."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return _bounded(Fraction(str(node.value)))  # 0.1 is a tenth, not the float beside it
+    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_value(node.operand))
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = _value(node.left), _value(node.right)
+        if isinstance(node.op, ast.Pow):
+            if right.denominator != 1:
+                raise ValueError("a power that is no whole number")
+            size = max(left.numerator.bit_length(), left.denominator.bit_length())
+            if abs(right) * max(0, size - 1) > LARGEST.bit_length():
+                raise OverflowError
+            if size == 1:  # any power of -1, 0 and 1 is as small
+                right = max(-1, min(1, right)) if left == 0 else int(right) % 2
+            right = int(right)
+        return _bounded(Fraction(OPERATORS[type(node.op)](left, right)))
+    raise ValueError("no arithmetic")
+
+
+def _bounded(value):
+    if abs(value.numerator) > LARGEST or value.denominator > LARGEST:
+        raise OverflowError
+    return value
+
+
+# --- search --------------------------------------------------------------------------------------
+
+
+class KnowledgeBase:
+    """Entries {"title", "text"}, found by the words that they share with a query."""
+
+    def __init__(self, entries):
+        self.texts = [entry["text"] for entry in entries]
+        self.titles = [set(self.words(entry["title"])) for entry in entries]
+        self.index = defaultdict(list)  # word -> numbers of the entries that hold it
+        for number, entry in enumerate(entries):
+            for word in set(self.words(f"{entry['title']} {entry['text']}")):
+                self.index[word].append(number)
+
+    @classmethod
+    def load(cls, path):
+        """From JSONL; raises UserError where an entry has no "title" or no "text"."""
+        entries = read_jsonl(path)
+        for line, entry in entries:
+            if not all(isinstance(entry.get(key), str) for key in ("title", "text")):
+                raise UserError(f'{path}, line {line}: an entry needs a "title" and a "text"')
+        return cls([entry for _, entry in entries])
+
+    @staticmethod
+    def words(text):
+        return re.findall(r"\w+", text.lower())
+
+    def weight(self, word):
+        """Inverse document frequency (Spärck Jones 1972): rare words say most."""
+        return math.log((1 + len(self.texts)) / (1 + len(self.index.get(word, ()))))
+
+    def search(self, query):
+        """The text of the entry that holds most of the query's weight, if that is half or more; of
+        several the one whose title holds most of its words, then the first.
+        """
+        weights = {word: self.weight(word) for word in sorted(set(self.words(query[:LONGEST])))}
+        found = Counter()
+        for word, weight in weights.items():
+            for number in self.index.get(word, ()):
+                found[number] += weight
+        most = max(found.values(), default=0.0)
+        if not found or most < sum(weights.values()) / 2:
+            return NOTHING
+        best = [number for number in found if found[number] == most]
+        return self.texts[max(best, key=lambda n: (len(weights.keys() & self.titles[n]), -n))]
+
+
+# --- calls in a stream of tokens -----------------------------------------------------------------
+
+
+class Toolbox:
+    """Functions from text to text by name, and how a tokenizer writes their calls."""
+
+    def __init__(self, tools, tokenizer):
+        markers = "<tool_call>", "</tool_call>", "<tool_result>", "</tool_result>"
+        missing = [marker for marker in markers if marker not in tokenizer.special]
+        if missing:
+            raise UserError(
+                f"this tokenizer has no {missing[0]}: start from a model of this project"
+            )
+        self.tools, self.tokenizer = tools, tokenizer
+        self.call, self.call_end, self.result, self.result_end = map(
+            tokenizer.special.get, markers
+        )
+
+    @classmethod
+    def with_knowledge(cls, path, tokenizer):
+        """Calculator, and search in a knowledge base (JSONL)."""
+        tools = {"calculator": calculator, "search": KnowledgeBase.load(path).search}
+        return cls(tools, tokenizer)
+
+    def run(self, text):
+        """The result of a call such as "calculator(2 + 2)"."""
+        name, bracket, argument = text.strip().partition("(")
+        if not bracket or not argument.endswith(")"):
+            return "error: a call looks like name(argument)"
+        if name not in self.tools:
+            return f"error: no tool of that name; there are {', '.join(self.tools)}"
+        if len(argument) > LONGEST:
+            return f"error: longer than {LONGEST} characters"
+        return self.tools[name](argument[:-1])
+
+    def respond(self, ids):
+        """What follows `ids` (a reply so far, its last id </tool_call>): the ids of the result."""
+        text, begun = "", None
+        for i, id in enumerate(ids[:-1]):  # a call ends with the first end after it
+            begun = i + 1 if id == self.call else None if id == self.call_end else begun
+        if begun is not None:
+            text = self.tokenizer.decode(ids[begun:-1])
+        content = self.tokenizer.encode(self.run(text))[:LONGEST_RESULT]
+        return [self.result, *content, self.result_end]

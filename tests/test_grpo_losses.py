@@ -1,0 +1,718 @@
+"""Losses and advantages of GRPO and its relatives, beside trl and beside slow, obvious loops."""
+
+import copy
+import inspect
+import json
+import math
+import statistics
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from trl.rewards import get_soft_overlong_punishment
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
+
+import train_grpo
+import train_ppo
+from nanollm.config import UserError
+from nanollm.data import pad_replies
+from nanollm.gpt import GPT
+from nanollm.optim import Optimizers
+from nanollm.runtime import Runtime
+from tests.test_preference_losses import close, tiny
+from train_grpo import VARIANTS, Config, Counts, Rollout, Sampling
+
+LOSSES = list(VARIANTS)
+IN_THE_LOSS = [name for name in LOSSES if not VARIANTS[name].kl_in_reward]
+CPU = Runtime(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def ragged(B=16, T=9):
+    """A mask with one run of True per row; in the first row a tool has written in between."""
+    start = torch.randint(0, T // 2, (B, 1))
+    length = torch.randint(1, T // 2 + 1, (B, 1))
+    columns = torch.arange(T)
+    mask = (columns >= start) & (columns < start + length)
+    mask[0] = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0, 0], dtype=torch.bool)
+    return mask
+
+
+def batch(spread):
+    """Logprobs, those of sampling, an advantage per answer, a mask, what to divide by; a reference.
+
+    What stands where the mask is False is no zero, so that nothing can lean on it.
+    """
+    mask = ragged()
+    old, ref = -3 * torch.rand(2, *mask.shape)
+    logprobs = (old + spread * torch.randn(mask.shape)).requires_grad_()
+    counts = Counts(len(mask), mask.sum().item(), longest=9)
+    return logprobs, old, torch.randn(len(mask), 1), mask, counts, ref
+
+
+def equal(ours, theirs, logprobs):
+    """The same value, and the same gradient of the logprobs."""
+    close(ours, theirs)
+    gradients = (torch.autograd.grad(x, logprobs, retain_graph=True)[0] for x in (ours, theirs))
+    close(*gradients)
+
+
+# --- beside trl ----------------------------------------------------------------------------------
+
+
+def self_of_trl(logprobs, **attributes):
+    """Stands in for `self` in an unbound method of trl, where the model gives these logprobs."""
+    return SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, logprobs.detach(), None),
+        accelerator=SimpleNamespace(
+            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
+        ),
+        model=SimpleNamespace(training=False),
+        aux_loss_enabled=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        **attributes,
+    )
+
+
+def inputs_of_trl(mask, **tensors):
+    ids = torch.ones(mask.shape, dtype=torch.long)
+    prompts = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1]}
+    return prompts | {"completion_ids": ids, "completion_mask": mask.long()} | tensors
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("spread", [0.1, 1.5])
+@pytest.mark.parametrize("loss", IN_THE_LOSS)
+def test_value_and_gradient_equal_trls(loss, spread, beta):
+    logprobs, old, A, mask, counts, ref = batch(spread)
+    clip = VARIANTS[loss].clip
+    me = self_of_trl(
+        logprobs, loss_type="grpo" if loss == "gspo" else loss, beta=beta,
+        importance_sampling_level="sequence" if loss == "gspo" else "token",
+        epsilon_low=clip[0], epsilon_high=clip[1], max_completion_length=counts.longest,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
+        _entropy_bonus_enabled=False,
+    )
+    inputs = inputs_of_trl(
+        mask, advantages=A[:, 0], old_per_token_logps=old, ref_per_token_logps=ref,
+        num_items_in_batch=mask.sum(),
+    )
+    penalty = beta * train_grpo.kl_k3(logprobs, ref)
+    ours = VARIANTS[loss].loss(logprobs, old, A, mask, counts, clip, penalty)
+    equal(ours, GRPOTrainer._compute_loss(me, None, inputs), logprobs)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.5])
+def test_value_and_gradient_of_rloo_equal_trls(spread):
+    logprobs, old, A, mask, counts, _ = batch(spread)
+    me = self_of_trl(logprobs, epsilon_low=0.2, epsilon_high=0.2)
+    inputs = inputs_of_trl(mask, advantages=A[:, 0], old_logps=(old * mask).sum(1))
+    ours = train_grpo.rloo(logprobs, old, A, mask, counts, (0.2, 0.2))
+    equal(ours, RLOOTrainer._compute_loss(me, None, inputs), logprobs)
+
+
+@pytest.mark.parametrize("longest, buffer", [(100, 20), (10, 10), (5, 1), (8, 0)])
+def test_the_overlong_penalty_equals_trls(longest, buffer):
+    theirs = get_soft_overlong_punishment(longest, buffer)
+    for n in range(longest + 1):
+        assert train_grpo.overlong_penalty(n, longest, buffer) == theirs([[1] * n])[0]
+
+
+def test_the_overlong_penalty_by_hand():
+    penalties = [train_grpo.overlong_penalty(n, 100, 20) for n in (1, 80, 90, 100, 120)]
+    assert penalties == [0.0, 0.0, -0.5, -1.0, -1.0]
+
+
+# --- advantages ----------------------------------------------------------------------------------
+
+BY_LOOP = {
+    "group_advantages": lambda r: [
+        (x - statistics.fmean(r)) / (statistics.stdev(r) + 1e-4) for x in r
+    ],
+    "centred": lambda r: [x - statistics.fmean(r) for x in r],
+    "leave_one_out": lambda r: [
+        x - statistics.fmean(r[:i] + r[i + 1 :]) for i, x in enumerate(r)
+    ],
+}
+
+
+@pytest.mark.parametrize("function", BY_LOOP)
+def test_advantages_equal_a_loop_over_each_group(function):
+    rewards = torch.randn(5, 7)
+    wanted = [BY_LOOP[function](group) for group in rewards.tolist()]
+    close(getattr(train_grpo, function)(rewards), wanted)
+
+
+@pytest.mark.parametrize(
+    "function, first",
+    [
+        ("group_advantages", 0.5 / (math.sqrt(1 / 3) + 1e-4)),  # the std of a sample: G - 1
+        ("centred", 0.5),
+        ("leave_one_out", 2 / 3),  # 1 less the mean of 0, 0 and 1
+    ],
+)
+def test_advantages_by_hand(function, first):
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
+    got = getattr(train_grpo, function)(rewards)
+    close(got, [[first, -first, -first, first], [0.0] * 4])
+
+
+@pytest.mark.parametrize("function", BY_LOOP)
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1.1])  # wrong or right, in format or not
+def test_equal_rewards_give_exactly_zero_advantage(reward, function):
+    for G in (2, 3, 4, 7, 8, 10, 16):
+        rewards = torch.full((1, G), reward)
+        assert getattr(train_grpo, function)(rewards).tolist() == [[0.0] * G]
+
+
+def test_returns_to_go_by_hand():
+    kl = torch.tensor([[0.5, 1.0, 9.0, 2.0], [1.0, 1.0, 1.0, 9.0]])
+    mask = torch.tensor([[True, True, False, True], [False, True, True, False]])
+    got = train_grpo.returns_to_go(torch.tensor([1.0, -1.0]), kl, mask, 0.1)
+    close(got, [[0.65, 0.7, 0.0, 0.8], [0.0, -1.2, -1.1, 0.0]])
+
+
+def test_without_kl_every_token_of_an_answer_returns_its_reward():
+    mask = ragged()
+    rewards, kl = torch.randn(len(mask)), torch.randn(mask.shape)
+    close(train_grpo.returns_to_go(rewards, kl, mask, 0.0), rewards[:, None] * mask)
+
+
+def test_whitening_is_that_of_ppo():
+    assert inspect.getsource(train_grpo.whiten) == inspect.getsource(train_ppo.whiten)
+
+
+def reinforce_pp_by_loop(rewards, old, ref, mask, beta):
+    """{(answer, column): advantage}: reward less beta k1 of what is still to come, whitened."""
+    returns = {}
+    for b, row in enumerate(mask.tolist()):
+        columns = [t for t, own in enumerate(row) if own]
+        for t in columns:
+            to_come = sum(float(old[b, n] - ref[b, n]) for n in columns if n >= t)
+            returns[b, t] = float(rewards[b]) - beta * to_come
+    mean, std = statistics.fmean(returns.values()), statistics.pstdev(returns.values())
+    return {place: (value - mean) / std for place, value in returns.items()}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_reinforce_pp_equals_a_slow_loop(beta):
+    logprobs, old, _, mask, counts, ref = batch(0.5)
+    rewards = torch.randn(len(mask))
+    cfg, variant = Config(loss="reinforce_pp", kl_coef=beta), VARIANTS["reinforce_pp"]
+    rollout = SimpleNamespace(rewards=rewards, mask=mask)
+    A = train_grpo.advantages_of(cfg, variant, rollout, old, ref, CPU.sum)
+    by_loop = reinforce_pp_by_loop(rewards, old, ref, mask, beta)
+    assert (A[~mask] == 0).all()
+    loss = 0.0
+    for (b, t), a in by_loop.items():
+        close(A[b, t].item(), a)
+        rho = torch.exp(logprobs[b, t] - old[b, t])
+        loss -= torch.min(rho * a, rho.clamp(0.8, 1.2) * a) / len(by_loop)
+    equal(variant.loss(logprobs, old, A, mask, counts, variant.clip), loss, logprobs)
+
+
+def test_reinforce_pp_by_hand():
+    mask, zeros = torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2)
+    rollout = SimpleNamespace(rewards=torch.tensor([1.0, 0.0]), mask=mask)
+    cfg, variant = Config(loss="reinforce_pp", kl_coef=0.0), VARIANTS["reinforce_pp"]
+    A = train_grpo.advantages_of(cfg, variant, rollout, zeros, None, CPU.sum)
+    close(A, [[1.0, 1.0], [-1.0, -1.0]])  # mean and std of the four returns are a half
+    rho, counts = torch.tensor([[1.5, 1.0], [1.5, 0.5]]), Counts(2, 4, 2)
+    loss = variant.loss(rho.log(), zeros, A, mask, counts, variant.clip)
+    close(loss, (-1.2 - 1.0 + 1.5 + 0.8) / 4)
+
+
+def test_in_rloo_the_kl_of_a_whole_answer_is_taken_off_its_reward():
+    mask = torch.tensor([[True, True], [True, False]])
+    old, ref = torch.tensor([[-1.0, -2.0], [-1.0, -9.0]]), torch.tensor([[-2.0, -4.0], [-1.5, 0]])
+    rollout = SimpleNamespace(rewards=torch.tensor([1.0, 0.0]), mask=mask)
+    cfg, variant = Config(loss="rloo", kl_coef=0.1, samples=2), VARIANTS["rloo"]
+    A = train_grpo.advantages_of(cfg, variant, rollout, old, ref, CPU.sum)
+    close(A[:, 0], [0.7 + 0.05, -0.05 - 0.7])  # rewards 1 - 0.1 (1 + 2) and 0 - 0.1 (0.5)
+
+
+# --- KL ------------------------------------------------------------------------------------------
+
+
+def test_k3_is_never_negative_and_zero_where_policy_and_reference_agree():
+    logprobs, ref = -5 * torch.rand(2, 1000)
+    assert (train_grpo.kl_k3(logprobs, ref) >= 0).all()
+    assert (train_grpo.kl_k3(ref, ref) == 0).all()
+    close(train_grpo.kl_k3(torch.tensor(0.25).log(), torch.tensor(0.5).log()), 1 - math.log(2))
+
+
+@pytest.mark.parametrize("estimator", ["kl_k1", "kl_k3"])
+def test_the_mean_over_what_the_policy_samples_is_the_reverse_kl(estimator):
+    logpi, logref = torch.randn(2, 5).log_softmax(-1)
+    estimates = getattr(train_grpo, estimator)(logpi, logref)
+    kl = F.kl_div(logref, logpi, log_target=True, reduction="sum")
+    close((logpi.exp() * estimates).sum(), kl)
+    drawn = torch.multinomial(logpi.exp(), 20_000, replacement=True)
+    error = estimates[drawn].std() / math.sqrt(len(drawn))
+    assert abs(estimates[drawn].mean() - kl) < 4 * error
+
+
+def test_k3_in_the_loss_has_the_forward_kls_gradient_and_k1_in_the_reward_the_reverse_kls():
+    logits, logref = torch.randn(5, requires_grad=True), torch.randn(5).log_softmax(-1)
+    logpi = logits.log_softmax(-1)
+    pi, ref = logpi.exp().detach(), logref.exp()  # pi is what samples, and has no gradient
+    k1, k3 = train_grpo.kl_k1(logpi.detach(), logref), train_grpo.kl_k3(logpi, logref)
+    forward = (ref * (logref - logpi)).sum()
+    reverse = (logpi.exp() * (logpi - logref)).sum()
+    for ours, kl in ((pi * k3).sum(), forward), ((pi * k1 * logpi).sum(), reverse):
+        close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (ours, kl)))
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "cispo"])
+@pytest.mark.parametrize(
+    "A, rho, value, gradient",
+    [
+        (1.0, 1.5, -1.2, 0.0),  # already made much likelier: no more
+        (-1.0, 1.5, 1.5, 1.5),  # likelier by mistake: back
+        (1.0, 0.5, -0.5, -0.5),
+        (-1.0, 0.5, 0.8, 0.0),
+        (1.0, 1.1, -1.1, -1.1),
+        (-1.0, 1.0, 1.0, 1.0),
+    ],
+)
+def test_the_clip_by_hand_on_an_answer_of_one_token(loss, A, rho, value, gradient):
+    logprobs, one = torch.tensor([[rho]]).log().requires_grad_(), torch.ones(1, 1)
+    counts = Counts(1, 1, 1)
+    got = VARIANTS[loss].loss(logprobs, 0 * one, A * one, one.bool(), counts, (0.2, 0.2))
+    close(got, value)
+    close(torch.autograd.grad(got, logprobs)[0], [[gradient]])
+
+
+@pytest.mark.parametrize("A", [1.0, -1.0])
+@pytest.mark.parametrize("rho, weight", [(0.1, 0.1), (1.0, 1.0), (4.0, 4.0), (7.0, 5.0)])
+def test_cispo_weighs_a_token_by_its_clipped_ratio_and_keeps_its_gradient(A, rho, weight):
+    logprobs, one = torch.tensor([[rho]]).log().requires_grad_(), torch.ones(1, 1)
+    counts, clip = Counts(1, 1, 1), VARIANTS["cispo"].clip
+    got = train_grpo.cispo(logprobs, 0 * one, A * one, one.bool(), counts, clip)
+    close(got, -weight * A * math.log(rho))
+    close(torch.autograd.grad(got, logprobs)[0], [[-weight * A]])
+
+
+@pytest.mark.parametrize("loss, gradient", [("grpo", 0.0), ("dapo", -1.25)])
+def test_dapo_clips_higher(loss, gradient):
+    logprobs, one = torch.tensor([[1.25]]).log().requires_grad_(), torch.ones(1, 1)
+    variant, counts = VARIANTS[loss], Counts(1, 1, 1)
+    got = variant.loss(logprobs, 0 * one, one, one.bool(), counts, variant.clip)
+    close(torch.autograd.grad(got, logprobs)[0], [[gradient]])
+
+
+@pytest.mark.parametrize(
+    "loss, value",
+    [
+        ("grpo", -(2 + 1) / 2),
+        ("gspo", -(2 + 1) / 2),
+        ("rloo", -(2 + 1) / 2),
+        ("dr_grpo", -(2 + 3) / (2 * 10)),
+        ("dapo", -(2 + 3) / 4),
+        ("reinforce_pp", -(2 + 3) / 4),
+        ("cispo", -(2 + 3) * -0.5 / 4),
+    ],
+)
+def test_what_a_short_and_a_long_answer_weigh_by_hand(loss, value):
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    same, A = torch.full((2, 3), -0.5), torch.tensor([[2.0], [1.0]])
+    variant, counts = VARIANTS[loss], Counts(2, 4, 10)
+    close(variant.loss(same, same, A, mask, counts, variant.clip), value)
+
+
+@pytest.mark.parametrize("loss, value", [("grpo", 2.5), ("gspo", 2.0), ("rloo", 4.0)])
+def test_the_ratio_is_of_a_token_or_the_answers_geometric_mean_or_the_answers(loss, value):
+    rho, zeros = torch.tensor([[4.0, 1.0, 0.25, 7.0]]), torch.zeros(1, 4)
+    mask = torch.tensor([[True, True, False, False]])
+    args = rho.log(), zeros, torch.tensor([[-1.0]]), mask, Counts(1, 2, 4), (0.2, 0.2)
+    close(VARIANTS[loss].loss(*args), value)
+
+
+def weights(loss, mask, counts):
+    """What REINFORCE weighs -A grad log pi of each token with, (B, 1)."""
+    return {
+        "grpo": 1 / (counts.answers * mask.sum(1, keepdim=True)),
+        "gspo": 1 / (counts.answers * mask.sum(1, keepdim=True)),
+        "rloo": torch.full((len(mask), 1), 1 / counts.answers),
+        "dr_grpo": torch.full((len(mask), 1), 1 / (counts.answers * counts.longest)),
+    }.get(loss, torch.full((len(mask), 1), 1 / counts.tokens))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_where_nothing_has_changed_the_gradient_is_reinforces(loss):
+    logprobs, _, A, mask, counts, _ = batch(0.0)
+    variant = VARIANTS[loss]
+    got = variant.loss(logprobs, logprobs.detach(), A, mask, counts, variant.clip)
+    close(torch.autograd.grad(got, logprobs)[0], -weights(loss, mask, counts) * A * mask)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_parts_of_a_batch_add_up_to_the_whole_however_it_is_split(loss):
+    logprobs, old, A, mask, counts, ref = batch(0.5)
+    variant = VARIANTS[loss]
+
+    def loss_of(rows):
+        penalty = 0.3 * train_grpo.kl_k3(logprobs, ref)[rows]
+        parts = (x[rows] for x in (logprobs, old, A, mask))
+        return variant.loss(*parts, counts, variant.clip, penalty)
+
+    whole, rows = loss_of(torch.arange(len(mask))), torch.randperm(len(mask))
+    for sizes in (1,) * 16, (7, 9), (1, 2, 10, 3), (15, 1):
+        equal(sum(loss_of(part) for part in rows.split(sizes)), whole, logprobs)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_padding_changes_nothing(loss):
+    logprobs, old, A, mask, counts, ref = batch(0.5)
+    variant = VARIANTS[loss]
+
+    def wider(x):
+        fill = -torch.rand(len(x), 3)
+        return torch.cat([fill > 0, x, fill > 0] if x.dtype == torch.bool else [fill, x, -fill], 1)
+
+    def loss_of(logprobs, old, mask, ref):
+        penalty = 0.3 * train_grpo.kl_k3(logprobs, ref)
+        return variant.loss(logprobs, old, A, mask, counts, variant.clip, penalty)
+
+    padded = loss_of(*map(wider, (logprobs, old, mask, ref)))
+    equal(padded, loss_of(logprobs, old, mask, ref), logprobs)
+    rewards, kl = A[:, 0], old - ref
+    narrow = train_grpo.whiten(train_grpo.returns_to_go(rewards, kl, mask, 0.3), mask)
+    wide = train_grpo.returns_to_go(rewards, wider(kl), wider(mask), 0.3)
+    close(train_grpo.whiten(wide, wider(mask))[:, 3:-3], narrow)
+
+
+# --- update: a tiny policy and answers made up ---------------------------------------------------
+
+N, G, END = 2, 4, 299
+
+
+def answers(lengths):
+    """Random ids, and the end of the turn."""
+    return [[*torch.randint(1, END, (n - 1,)).tolist(), END] for n in lengths]
+
+
+def rollout_of(prompts, replies, rewards, own=None):
+    rows, rewards = pad_replies(prompts, replies, 0, own), torch.tensor(rewards)
+    return Rollout(rows, rewards, rewards, torch.ones(len(rows), dtype=torch.bool))
+
+
+def made_up(rewards=(1.1, 0.0, 0.1, 0.1, 0.0, 1.0, 1.0, 0.1)):
+    """Two problems with four answers each, of 1 to 9 tokens; in one a tool has written two ids."""
+    prompts = [[3, 4, 5]] * G + [[6, 7, 8, 9, 10]] * G
+    replies = answers([4, 9, 1, 6, 7, 3, 8, 2])
+    own = [[True] * len(reply) for reply in replies]
+    own[1][3:5] = [False, False]
+    return rollout_of(prompts, replies, list(rewards), own)
+
+
+class Watched(Optimizers):
+    """SGD that keeps the gradient of every step, all parameters' as one vector."""
+
+    def __init__(self, model, lr):
+        super().__init__(torch.optim.SGD(model.parameters(), lr=lr))
+        self.model, self.gradients = model, []
+
+    def step(self, scaler):
+        grads = [p.grad.flatten() for p in self.model.parameters()]
+        self.gradients.append(torch.cat(grads))
+        super().step(scaler)
+
+
+def update(policy, rollout, ref=None, lr=0.05, **flags):
+    """(the updated copy of the policy, gradients of its steps, what was seen)."""
+    policy = copy.deepcopy(policy)
+    flags = {"samples": G, "max_new_tokens": 9, "clip": 0.0, "accumulate": 1} | flags
+    watched = Watched(policy, lr)
+    with torch.random.fork_rng():
+        seen = train_grpo.update(
+            Config(**flags), CPU, policy, ref, watched, CPU.scaler(), rollout
+        )
+    return policy, watched.gradients, seen
+
+
+def vector(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def two_models():
+    """A policy, and a reference that differs a little."""
+    policy = tiny(GPT)
+    ref = copy.deepcopy(policy)
+    for p in ref.parameters():
+        p.data += 0.03 * torch.randn(p.shape)
+    return policy, ref
+
+
+def gradient_by_loop(loss, policy, ref, rollout, beta, temperature, longest=9):
+    """REINFORCE's gradient with the advantages of the variant, answer by answer."""
+    rows, mask = rollout.rows, rollout.mask
+    logprobs, fixed = torch.zeros(mask.shape), torch.zeros(mask.shape)
+    for b, n in enumerate(rows.real.sum(1)):
+        row = rows.tokens[b : b + 1, :n]
+        for model, out in (policy, logprobs), (ref, fixed):
+            logp = (model(row)[0, :-1] / temperature).log_softmax(-1)
+            out[b, : n - 1] = logp[torch.arange(n - 1), row[0, 1:]]
+    old, fixed, rewards = logprobs.detach(), fixed.detach(), rollout.rewards
+    if loss == "rloo":
+        rewards = rewards - beta * ((old - fixed) * mask).sum(1)
+    if loss == "reinforce_pp":
+        A = torch.zeros(mask.shape)
+        for place, a in reinforce_pp_by_loop(rewards, old, fixed, mask, beta).items():
+            A[place] = a
+    else:
+        by_loop = BY_LOOP[VARIANTS[loss].advantages.__name__]
+        A = torch.tensor([by_loop(group) for group in rewards.view(N, G).tolist()]).view(-1, 1)
+    counts = Counts(len(rows), mask.sum().item(), longest)
+    per_token = -A * logprobs
+    if loss in IN_THE_LOSS:
+        per_token = per_token + beta * ((fixed - logprobs).exp() - (fixed - logprobs) - 1)
+    total = (weights(loss, mask, counts) * per_token * mask).sum()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.parameters()))])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_first_update_follows_reinforces_gradient(loss, beta):
+    (policy, ref), rollout = two_models(), made_up()
+    wanted = gradient_by_loop(loss, policy, ref, rollout, beta, 0.7)
+    flags = {"loss": loss, "kl_coef": beta, "temperature": 0.7}
+    _, gradients, seen = update(policy, rollout, ref if beta else None, **flags)
+    close(gradients[0], wanted, 1e-4 * wanted.abs().max().item())
+    assert seen["clip_fraction"] == 0.0
+    assert seen["grad_norm"] == pytest.approx(wanted.norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [4, 5])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_accumulating_over_parts_changes_nothing(loss, accumulate):
+    (policy, ref), rollout = two_models(), made_up()
+    flags = {"loss": loss, "kl_coef": 0.1, "inner_updates": 2, "lr": 0.01}
+    whole, gradients, seen = update(policy, rollout, ref, **flags)
+    parts, others, seen_in_parts = update(policy, rollout, ref, accumulate=accumulate, **flags)
+    for g, other in zip(gradients, others, strict=True):
+        close(other, g, 1e-6 * max(1, g.abs().max().item()))
+    close(vector(parts), vector(whole), 1e-6)
+    assert seen_in_parts == pytest.approx(seen, rel=1e-4, abs=1e-6)
+    assert not torch.equal(gradients[0], gradients[1])
+
+
+def test_no_gradient_is_left_for_the_next_inner_update():
+    _, (first, second), _ = update(tiny(GPT), made_up(), inner_updates=2, lr=0.0)
+    assert torch.equal(first, second) and first.abs().max() > 0
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "reinforce_pp"])
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1.1])
+def test_groups_of_equal_rewards_leave_every_weight_as_it_was(loss, reward):
+    policy, rollout = tiny(GPT), made_up([reward] * 8)
+    after, gradients, _ = update(policy, rollout, samples=8, loss=loss)
+    assert (gradients[0] == 0).all()
+    assert torch.equal(vector(after), vector(policy))
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "reinforce_pp"])
+def test_what_a_group_of_equal_rewards_says_does_not_matter(loss):
+    policy, rollout = tiny(GPT), made_up([1.0, 0.0, 0.0, 1.0] + [1.0] * 4)
+    _, (wanted,), _ = update(policy, rollout, loss=loss)
+    tokens = rollout.rows.tokens
+    tokens[4:, 1:] = torch.where(rollout.mask[4:], 17, tokens[4:, 1:])
+    _, (other,), _ = update(policy, rollout, loss=loss)
+    close(other, wanted, 1e-6 * max(1, wanted.abs().max().item()))
+    assert wanted.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("by_a_tool", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_ids_that_a_tool_has_written_are_not_learned(loss, by_a_tool):
+    policy, replies = tiny(GPT), answers([4, 9, 1, 6, 7, 3, 8, 2])
+    own = [[True] * len(reply) for reply in replies]
+    own[1][-2:] = [not by_a_tool] * 2  # cut off while a result was being written
+
+    def gradient():
+        rollout = rollout_of([[3, 4]] * 8, replies, [1.0, 0.0, 0.0, 1.0] * 2, own)
+        return update(policy, rollout, loss=loss)[1][0]
+
+    wanted = gradient()
+    replies[1][-2:] = [50, 60]
+    same = torch.allclose(gradient(), wanted, rtol=1e-5, atol=1e-6)
+    assert same == by_a_tool
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_rewarded_end_of_turn_becomes_likelier_and_its_rival_less_likely(loss):
+    policy = tiny(GPT)
+    rollout = rollout_of([[3, 4], [3, 4]], [[END], [5]], [1.0, 0.0])
+    after, _, _ = update(policy, rollout, samples=2, loss=loss)
+    before, after = (m(torch.tensor([[3, 4]]))[0, -1].log_softmax(-1) for m in (policy, after))
+    assert after[END] > before[END] and after[5] < before[5]
+
+
+SUM = {"messages": [{"role": "user", "content": "2 + 5?"}], "answer": "7", "check": "number"}
+
+
+def prompt_length(tokenizer):
+    return len(tokenizer.render(SUM["messages"], generation_prompt=True)[0])
+
+
+def test_the_end_token_belongs_to_the_answer_and_without_one_there_is_no_reward(
+    random_model, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda item, text: 1.0),))
+    sampling = Sampling(Config(samples=8, max_new_tokens=40), tokenizer)
+    noise = torch.rand(32, 40, dtype=torch.float64)
+    policy = random_model(max_position_embeddings=128)
+    rollout = sampling.rollout(policy, [SUM] * 4, noise)
+    rows, each, last = rollout.rows, torch.arange(32), rollout.rows.last()
+    assert rows.mask[each, last].all()
+    ended = torch.isin(rows.tokens[each, last], torch.tensor(sorted(tokenizer.stop_ids)))
+    assert 0 < ended.sum() < 32
+    assert rollout.ended.tolist() == ended.tolist() == rollout.rewards.bool().tolist()
+    assert not rows.mask[:, : prompt_length(tokenizer)].any()
+
+
+def test_what_a_tool_writes_into_a_sampled_answer_is_left_out_of_the_mask(random_model, tokenizer):
+    sampling = Sampling(Config(samples=4, max_new_tokens=12), tokenizer)
+    ask = (random_model(), [SUM], torch.rand(4, 12, dtype=torch.float64))
+    first = prompt_length(tokenizer)
+    call_end = sampling.rollout(*ask).rows.tokens[0, first].item()  # taken for the end of a call
+    sampling.tools = SimpleNamespace(call_end=call_end, respond=lambda ids: [65, 66])
+    rows = sampling.rollout(*ask).rows
+    assert rows.tokens[0, first : first + 3].tolist() == [call_end, 65, 66]
+    assert rows.mask[0, first : first + 4].tolist() == [True, False, False, True]
+
+
+class Table(nn.Module):
+    """A policy whose ratios are read from a table, one for each update."""
+
+    def __init__(self, *ratios):
+        super().__init__()
+        self.nothing, self.ratios = nn.Parameter(torch.zeros(())), list(ratios)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def logprobs(self, part, temperature):
+        return F.pad(torch.tensor(self.ratios.pop(0)).log(), (1, 0)) + 0 * self.nothing
+
+
+@pytest.mark.parametrize(
+    "loss, ratios, share",
+    [
+        ("grpo", [[1.5, 1.0], [0.7, 1.1]], 0.5),
+        ("dapo", [[1.25, 1.3], [0.9, 1.1]], 0.25),
+        ("reinforce_pp", [[1.25, 1.3], [0.7, 1.1]], 0.75),
+        ("cispo", [[5.5, 0.1], [7.0, 4.0]], 0.5),  # weights of at most 5
+        ("gspo", [[2.0, 0.5], [1.5, 1.5]], 0.5),  # geometric means 1 and 1.5
+        ("rloo", [[1.15, 1.15], [1.1, 1.1]], 1.0),  # products 1.32 and 1.21
+    ],
+)
+def test_the_clip_fraction_is_the_share_of_tokens_whose_ratio_the_loss_clips(
+    loss, ratios, share, monkeypatch
+):
+    monkeypatch.setattr(train_grpo, "reply_logprobs", Table.logprobs)
+    rollout = rollout_of([[3, 4], [3, 4]], [[5, 6], [7, 8]], [1.0, 0.0])
+    policy = Table([[1.0, 1.0], [1.0, 1.0]], ratios)
+    _, _, seen = update(policy, rollout, loss=loss, samples=2, inner_updates=2)
+    assert seen["clip_fraction"] == pytest.approx(share / 2)  # none at the first of two updates
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1.1])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_groups_of_equal_rewards_are_counted(groups, reward):
+    for size in (2, 7, 8, 10, 16):
+        n = groups * size
+        rollout = rollout_of([[3]] * n, [[END]] * n, [reward] * n)
+        assert train_grpo.figures_of(CPU, rollout, size)["equal_groups"] == 1.0
+
+
+def test_entropy_and_kl_are_read_off_the_sampled_tokens():
+    (policy, ref), rollout = two_models(), made_up()
+    _, _, seen = update(policy, rollout, ref, kl_coef=0.1)
+    parts = [torch.arange(8)]
+    old, fixed = (train_grpo.look_back(m, rollout.rows, parts, 1.0) for m in (policy, ref))
+    assert seen["entropy"] == pytest.approx(-old[rollout.mask].mean().item(), rel=1e-5)
+    assert seen["kl"] == pytest.approx((old - fixed).sum().item() / 8, rel=1e-4)
+    assert seen["tokens"] == rollout.mask.sum() == 38
+
+
+# --- problems ------------------------------------------------------------------------------------
+
+
+def problems_in(path, records, **flags):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return train_grpo.load_problems(Config(data=str(path), **flags))
+
+
+def test_gsm8k_records_are_problems_and_the_last_of_them_held_out(tmp_path):
+    records = [
+        {"question": f"What is {n} more than 4?", "answer": f"4 + {n} = {n + 4}\n#### {n + 4:,}"}
+        for n in [3, 2000, *range(5, 23)]
+    ]
+    train, val = problems_in(tmp_path / "gsm8k.jsonl", records, val_fraction=0.1)
+    assert [item["answer"] for item in train[:2]] == ["7", "2004"]
+    assert train[0]["messages"] == [{"role": "user", "content": "What is 3 more than 4?"}]
+    assert {(item["family"], item["check"]) for item in train + val} == {("all", "number")}
+    assert [item["answer"] for item in val] == ["25", "26"] and len(train) == 18
+
+
+def test_data_without_answers_is_refused(tmp_path):
+    records = [{"prompt": f"say {n}"} for n in range(20)]
+    with pytest.raises(UserError, match='0 problems with an "answer" to train on and 0 held out'):
+        problems_in(tmp_path / "prompts.jsonl", records)
+
+
+def test_too_few_problems_to_hold_one_out_are_refused(tmp_path):
+    with pytest.raises(UserError, match="0 problems.*and 1 held out; both are needed"):
+        problems_in(tmp_path / "one.jsonl", [{"prompt": "2 + 5?", "answer": 7}])
+
+
+def families(count=40):
+    names = "add", "subtract", "count", None
+    return [
+        {"prompt": f"{n}?", "answer": n} | ({"family": names[n % 4]} if names[n % 4] else {})
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "wanted, found",
+    [
+        ("", {"add", "subtract", "count", "all"}),
+        ("add", {"add"}),
+        ("add,count,", {"add", "count"}),
+    ],
+)
+def test_only_the_wanted_families_are_kept_and_no_problem_is_in_both_parts(wanted, found, tmp_path):
+    parts = problems_in(tmp_path / "p.jsonl", families(), families=wanted, val_fraction=0.25)
+    for part in parts:
+        assert {item["family"] for item in part} == found
+    train, val = ({item["answer"] for item in part} for part in parts)
+    assert not train & val and max(map(int, train)) < min(map(int, val))
+
+
+def test_a_family_that_nobody_knows_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="has no problems of divide"):
+        problems_in(tmp_path / "p.jsonl", families(), families="divide", val_fraction=0.25)
+
+
+@pytest.mark.parametrize("data, name", [("village", "problems"), ("tools", "tools")])
+def test_the_villages_own_problems_come_in_two_files(data, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_grpo, "village_of", lambda run_folder: tmp_path)
+    for part, answer in ("train", "3"), ("test", "4"):
+        record = {"prompt": "?", "answer": answer, "family": "add"}
+        (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(record))
+    train, val = train_grpo.load_problems(Config(data=data))
+    assert [item["answer"] for item in train + val] == ["3", "4"]

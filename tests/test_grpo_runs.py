@@ -1,0 +1,167 @@
+"""GRPO, run for real on small data: what it learns, resume, share, refuse."""
+
+import json
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_grpo
+from nanollm import evaluate
+from nanollm.config import parse
+from nanollm.run import read_metrics
+from tests.test_train import command, first_moments, free_port, pretrain, refused, same, sft
+
+OWN = (
+    "--dtype fp32 --device cpu --init runs/sft --data problems.jsonl --max_new_tokens 12 "
+    "--batch_size 4 --samples 4 --accumulate 2 --eval_items 4 --eval_samples 2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a model fine-tuned to say one of four letters, and problems that want b."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
+        turns = [[{"role": "user", "content": f"say {n % 20}"}, {"role": "assistant", "content": c}]
+                 for n, c in enumerate("abcd" * 15)]
+        problems = [{"prompt": f"say {n}", "answer": "b", "check": "exact"} for n in range(40)]
+        files = {"chats": [{"messages": t} for t in turns], "problems": problems}
+        for name, records in files.items():
+            Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        pretrain("--steps", 40, "--eval_every", 40, "--context", 64)
+        sft("--steps", 200, "--eval_every", 200, "--replay", 0)
+    return folder
+
+
+@pytest.fixture
+def here(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    return trained
+
+
+def grpo(*flags, out="runs/grpo"):
+    arguments = [*OWN, "--out", out, *map(str, flags)]
+    train_grpo.main(parse(train_grpo.Config, train_grpo.PRESETS, arguments))
+    return read_metrics(out)
+
+
+@pytest.mark.parametrize("loss", train_grpo.VARIANTS)
+def test_every_loss_makes_right_answers_more_likely(loss, here):
+    flags = ["--loss", loss, "--steps", 14, "--eval_every", 14, "--adam_lr", 1e-3, "--warmup", 2]
+    metrics = grpo(*flags, "--batch_size", 16, "--kl_coef", 0.01)
+    right = [m["accuracy"] for m in metrics if "accuracy" in m]
+    assert sum(right[-3:]) / 3 > right[0] + 0.15
+    first = next(m for m in metrics if "kl" in m)
+    assert first["kl"] == 0.0 and first["clip_fraction"] == 0.0  # still the reference
+    wanted = "reward accuracy equal_groups length truncated entropy grad_norm"
+    assert set(wanted.split()) <= set(first)
+
+
+def test_inner_updates_leave_the_policy_that_sampled(here):
+    one, two = (
+        grpo("--steps", 1, "--inner_updates", n, "--adam_lr", 0.01, "--warmup", 0)[-2:]
+        for n in (1, 3)
+    )
+    assert one[0]["clip_fraction"] == 0 and two[0]["clip_fraction"] > 0
+
+
+def test_groups_with_equal_rewards_are_sampled_again(here):
+    flags = ["--steps", 2, "--dynamic_sampling", "--temperature", 0.7]
+    metrics = [m for m in grpo(*flags) if "equal_groups" in m]
+    assert metrics and all(m["grad_norm"] > 0 for m in metrics if m["equal_groups"] < 1)
+
+
+def test_long_answers_cost_where_a_buffer_is_set(here):
+    plain = [m for m in grpo("--steps", 1, "--max_new_tokens", 8) if "reward" in m][0]
+    dear = grpo("--steps", 1, "--max_new_tokens", 8, "--overlong_buffer", 8)
+    assert [m for m in dear if "reward" in m][0]["reward"] < plain["reward"]
+
+
+def test_the_same_problem_is_answered_all_through_training(here):
+    grpo("--steps", 4, "--eval_every", 2, out="runs/seen")
+    samples = Path("runs/seen/samples.txt").read_text()
+    assert samples.count("--- step") == 3 and samples.count("say ") == 3
+    result = json.loads(Path("runs/seen/result.json").read_text())
+    assert {"greedy", "sampled", "maj", "pass"} <= set(result["before"]["all"])
+
+
+def test_evaluate_counts_votes_and_passes(here, capsys):
+    flags = ["runs/sft", "--data", "problems.jsonl", "--samples", "4", "--dtype", "fp32"]
+    evaluate.main(parse(evaluate.Config, None, [*flags, "--out", "evaluation.json"]))
+    said, found = capsys.readouterr().out, json.loads(Path("evaluation.json").read_text())
+    assert "maj@4" in said and "pass@4" in said
+    figures = found["sampled"]["all"]
+    assert figures["sampled"] <= figures["pass"] and figures["n"] == 40
+
+
+# --- kill and resume, several processes ----------------------------------------------------------
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
+    flags = [*OWN, "--steps", "12", "--eval_every", "2", "--kl_coef", "0.1", "--inner_updates", "2"]
+    whole, killed = "runs/whole", "runs/killed"
+    start = command("train_grpo.py", *flags, "--out", whole)
+    subprocess.run(**start, check=True, capture_output=True)
+    process = subprocess.Popen(
+        **command("train_grpo.py", *flags, "--out", killed), stdout=subprocess.DEVNULL
+    )
+    random_step, last = random.choice((2, 4, 5, 6, 8)), 0
+    while process.poll() is None and (last < random_step or not Path(killed, "state.pt").exists()):
+        last = max([m["step"] for m in read_metrics(killed)], default=0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = command("train_grpo.py", "--out", killed, "--resume")
+    done = subprocess.run(**again, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    states = [torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)]
+    assert same(*states)
+    figures = [
+        [{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(n)]
+        for n in (whole, killed)
+    ]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("loss", ["grpo", "reinforce_pp"])
+def test_two_processes_give_the_gradients_of_one(loss, here):
+    """After one step the optimizer's first moments are the gradients, up to a constant factor."""
+    flags = [*OWN, "--steps", "1", "--clip", "0", "--loss", loss, "--kl_coef", "0.1"]
+    one = command("train_grpo.py", *flags, "--out", "runs/one")
+    subprocess.run(**one, check=True, capture_output=True)
+    both = command("train_grpo.py", *flags, "--out", "runs/two")
+    where = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    both["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
+    done = subprocess.run(**both, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    states = [torch.load(f"runs/{n}/state.pt", weights_only=True) for n in ("one", "two")]
+    moments = [first_moments(state) for state in states]
+    assert len(moments[0]) > 5
+    for a, b in zip(*moments):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+REFUSED = {
+    "prompt too long": (["--max_new_tokens", 60], "don't fit the model's context of 64"),
+    "a group of one": (["--samples", 1], "makes no group"),
+    "no answers": (["--data", "chats.jsonl"], 'problems with an "answer"'),
+    "families that don't exist": (["--families", "riddles"], "no problems of riddles"),
+    "no such model": (["--init", "runs/none"], "runs/none"),
+    "an unknown loss": (["--loss", "ppo"], "--loss"),
+    "a negative clip": (["--clip_low", -1], "--clip_low must be at least 0"),
+    "itself": (["--out", "runs/sft"], "would replace"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_grpo_cannot_do_is_refused(name, here, capsys):
+    flags, sentence = REFUSED[name]
+    said = refused(capsys, train_grpo, *OWN, "--out", "runs/refused", *flags)
+    assert sentence in said and not Path("runs/refused").exists()
