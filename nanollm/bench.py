@@ -1,37 +1,60 @@
-"""How fast it is, and beside what: training and sampling tokens per second, memory, share of the
-hardware's peak.
+"""How fast it is, and beside what: training and sampling tokens per second, seconds per update of
+GRPO, memory, share of the hardware's peak.
 
 Run     python -m nanollm.bench                        # a 1M-parameter model
         python -m nanollm.bench --peer transformers    # beside transformers, same shape, same run
         python -m nanollm.bench --preset gpu           # 124M parameters, context 1024, batch 256
+        python -m nanollm.bench --preset grpo          # one update of GRPO, and where its time goes
+        python -m nanollm.bench --preset grpo --peer trl    # beside trl's GRPOTrainer
 
 Medians of --repeats runs. With --peer the two take turns, so that a machine whose speed drifts
-slows both; the peer computes in fp32 eagerly, as its examples do. The roofline is measured: the
-rate of one large matrix product.
+slows both. transformers computes in fp32 eagerly, as its examples do; trl in fp32 and in bf16, of
+which the faster counts. The roofline is measured: the rate of one large matrix product.
+
+An update of GRPO is all of it: sampling, rewards, logprobs of the reference, loss, backward,
+clipping, AdamW. Both start from the same random weights and see prompts of random digits; the
+reward is the share of even ids, and no stop token is ever drawn, so that all answers are equally
+long.
 """
 
+import copy
 import json
+import math
 import os
+import random
 import statistics
-from dataclasses import dataclass
+import tempfile
+import warnings
+from dataclasses import dataclass, replace
 from typing import Literal
+from unittest import mock
 
 import torch
 
 from nanollm.config import UserError, cli
+from nanollm.data import Sampler
 from nanollm.generate import generate
 from nanollm.gpt import GPT, GPTConfig, count_parameters
-from nanollm.hub import config_json
+from nanollm.hub import config_json, save_model
 from nanollm.logprobs import token_logprobs
 from nanollm.optim import build_optimizers
-from nanollm.runtime import clock, flop_per_token, model_flops_utilisation, peak_memory, start
-from nanollm.tokenizer import Tokenizer
+from nanollm.runtime import (
+    clock,
+    flop_per_token,
+    has_bf16,
+    model_flops_utilisation,
+    peak_memory,
+    start,
+)
+from nanollm.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 @dataclass
 class Config:
-    preset: str = "tiny"  # tiny: the shape of the default pretraining run; gpu: 124M parameters
-    what: Literal["all", "train", "sample", "step"] = "all"  # which measurements
+    # tiny: the shape of the default pretraining run; gpu: 124M parameters; grpo: tiny, --what grpo
+    preset: str = "tiny"
+    # which measurements; all: train and sample
+    what: Literal["all", "train", "sample", "step", "grpo"] = "all"
     # -- Shape
     layers: int = 4  # number of blocks
     channels: int = 128  # width C
@@ -46,8 +69,10 @@ class Config:
     prompts: int = 64  # prompts side by side
     prompt_tokens: int = 32  # length of each
     new_tokens: int = 64  # sampled after each
+    samples: int = 8  # answers per prompt; with --what grpo
     # -- How
-    peer: Literal["transformers"] | None = None  # measure it too; it must be installed
+    # measure it too; it must be installed. trl: with --what grpo; transformers: with the others
+    peer: Literal["transformers", "trl"] | None = None
     repeats: int = 5  # runs to take the median of, after one that is not counted
     compile: bool = False  # torch.compile for training
     seed: int = 0  # of weights and tokens
@@ -71,6 +96,7 @@ PRESETS = {
         "new_tokens": 256,
         "compile": True,
     },
+    "grpo": {"what": "grpo", "prompts": 32, "new_tokens": 32, "samples": 8},
 }
 
 
@@ -107,12 +133,8 @@ def in_turn(works, rt, repeats):
 
 def peer_model(shape, rt):
     """transformers' Llama (or Qwen3) of the same shape."""
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(
-            "--peer transformers needs it installed: pip install -r requirements-dev.txt"
-        ) from None
+    import transformers
+
     values = config_json(shape, Tokenizer.from_bytes(), torch.float32) | {
         "eos_token_id": None,
         "pad_token_id": None,
@@ -134,7 +156,22 @@ def training_work(model, called, tokens, optimizers=None):
     return work
 
 
+def check_peer(what, peer):
+    """Raise UserError where the peer can't do what is measured, or isn't installed."""
+    if peer and (peer == "trl") != (what == "grpo"):
+        other = {"trl": "transformers", "transformers": "trl"}[peer]
+        raise UserError(f"--peer {peer} doesn't measure --what {what}; use --peer {other}")
+    try:
+        if peer:
+            __import__(peer)
+    except ImportError:
+        raise UserError(
+            f"--peer {peer} needs it installed: pip install -r requirements-dev.txt"
+        ) from None
+
+
 def main(cfg):
+    check_peer(cfg.what, cfg.peer)
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     shape = GPTConfig(
         vocab_size=cfg.vocab_size,
@@ -160,7 +197,7 @@ def main(cfg):
         f"{total:,} parameters, {str(rt.dtype)[6:]}, {where}; roof: {roof / 1e12:.2f} TFLOP/s in "
         f"a matrix product"
     )
-    peer = peer_model(shape, rt) if cfg.peer else None
+    peer = peer_model(shape, rt) if cfg.peer == "transformers" else None
     figures = {
         "parameters": total,
         "dtype": str(rt.dtype),
@@ -171,6 +208,8 @@ def main(cfg):
         figures |= bench_training(cfg, rt, model, called, peer, matrices, roof)
     if cfg.what in ("all", "sample"):
         figures |= bench_sampling(cfg, rt, model, peer)
+    if cfg.what == "grpo":
+        figures |= bench_grpo(cfg, rt, model, called)
     figures["peak_memory_bytes"] = peak_memory(rt.device)
     print(f"peak memory {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
     if cfg.json:
@@ -239,6 +278,179 @@ def report(name, times, tokens, remark):
         )
         + remark
     )
+
+
+# --- GRPO ----------------------------------------------------------------------------------------
+
+
+def bench_grpo(cfg, rt, model, called):
+    tokenizer = endless_tokenizer(cfg.vocab_size)
+    digits, n = random.Random(cfg.seed), cfg.prompts * (cfg.repeats + 1)
+    prompts = ["".join(digits.choices("0123456789", k=cfg.prompt_tokens)) for _ in range(n)]
+    laps = Laps(rt.device)
+    settings, work = grpo_work(cfg, rt, model, called, tokenizer, prompts, laps)
+    figures, remark = {}, ""
+    if cfg.peer:
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(model, tokenizer, folder)
+            found = {
+                precision: in_turn_with_trl(cfg, rt, settings, folder, prompts, precision, work)
+                for precision in ("fp32", "bf16")[: 1 + has_bf16(rt.device)]
+            }
+        figures = {f"grpo_seconds_trl_{p}": times["trl"] for p, times in found.items()}
+        fastest = min(found, key=lambda precision: found[precision]["trl"])
+        times, remark = found[fastest], f" in {fastest}"
+    else:
+        times = in_turn({"nanollm": work}, rt, cfg.repeats)
+    shares = laps.shares()
+    print(
+        "GRPO update  "
+        + "   ".join(f"{who} {t:.2f} s" for who, t in times.items())
+        + (f"{remark}   ratio {times['trl'] / times['nanollm']:.2f}" if cfg.peer else "")
+        + f"   {cfg.prompts} prompts x {cfg.samples} answers x {cfg.new_tokens} new tokens, KL on\n"
+        + "of nanollm's "
+        + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    )
+    figures |= {f"grpo_seconds_{who}": t for who, t in times.items()}
+    return figures | {"grpo_shares_nanollm": shares}
+
+
+class Laps:
+    """Where the time of a work goes, run by run."""
+
+    def __init__(self, device):
+        self.device, self.runs = device, []
+
+    def begin(self):
+        self.runs.append({})
+        self.last = clock(self.device)
+
+    def after(self, function, name):
+        """The function; what has passed at its end since the last lap goes down to `name`."""
+
+        def timed(*args):
+            out = function(*args)
+            now, run = clock(self.device), self.runs[-1]
+            run[name], self.last = run.get(name, 0.0) + now - self.last, now
+            return out
+
+        return timed
+
+    def shares(self):
+        """{name: share of the time} over all runs but the first."""
+        totals = {name: sum(run[name] for run in self.runs[1:]) for name in self.runs[0]}
+        return {name: seconds / sum(totals.values()) for name, seconds in totals.items()}
+
+
+def endless_tokenizer(vocab_size):
+    """A tokenizer whose stop tokens lie beyond the model's vocabulary, so that none is ever drawn.
+    A digit is a token.
+    """
+    ranks = {bytes([i]) if i < 256 else i.to_bytes(3, "big"): i for i in range(vocab_size - 1)}
+    special = {token: vocab_size + n for n, token in enumerate(SPECIAL_TOKENS)}
+    return Tokenizer(ranks, special | {"<|pad|>": vocab_size - 1})
+
+
+def share_of_even(answers):
+    """A reward for each list of ids."""
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in answers]
+
+
+def grpo_work(cfg, rt, model, called, tokenizer, prompts, laps):
+    """(settings, one update of ours): all but prompts and reward is train_grpo.py's."""
+    import train_grpo  # at the root of the repository
+
+    class Sampling(train_grpo.Sampling):
+        def rollout(self, *args):
+            out = super().rollout(*args)
+            answers = [row[mask].tolist() for row, mask in zip(out.rows.tokens, out.rows.mask)]
+            return replace(out, rewards=torch.tensor(share_of_even(answers), device=rt.device))
+
+    settings = train_grpo.Config(
+        batch_size=cfg.prompts,
+        samples=cfg.samples,
+        max_new_tokens=cfg.new_tokens,
+        kl_coef=0.04,
+        accumulate=train_grpo.PRESETS.get(cfg.preset, {}).get("accumulate", 4),
+    )
+    sampling = Sampling(settings, tokenizer)
+    sampling.ask = tokenizer.encode
+    train_grpo.check_room(settings, model, sampling, prompts)
+    ref = copy.deepcopy(model)
+    rt.prepare(ref, train=False)
+    optimizers = build_optimizers(model, "adamw", adam_lr=settings.adam_lr, weight_decay=0.0)
+    optimizers.unscale = laps.after(optimizers.unscale, "forward and backward")
+    sample_batch = laps.after(train_grpo.sample_batch, "sampling")
+    look_back = laps.after(train_grpo.look_back, "reference")
+    update = laps.after(train_grpo.update, "optimizer and rest")
+    sampler, scaler = Sampler(len(prompts), cfg.seed), rt.scaler()
+
+    def work():
+        laps.begin()
+        rollout, _ = sample_batch(settings, rt, model, sampling, prompts, sampler)
+        with mock.patch.object(train_grpo, "look_back", look_back):
+            update(settings, rt, called, ref, optimizers, scaler, rollout)
+
+    return settings, work
+
+
+def in_turn_with_trl(cfg, rt, settings, folder, prompts, precision, ours):
+    """As in_turn: trl's GRPOTrainer on the model in `folder`, and after each of its updates ours.
+
+    An update of trl's goes from the end of ours to its next on_step_end, generation included.
+    """
+    import transformers
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    durations = {"nanollm": [], "trl": []}
+
+    class Turns(transformers.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            self.begin = clock(rt.device)
+
+        def on_step_end(self, *args, **kwargs):
+            end = clock(rt.device)
+            ours()
+            durations["trl"].append(end - self.begin)
+            self.begin = clock(rt.device)
+            durations["nanollm"].append(self.begin - end)
+
+    parts = math.gcd(max(8, settings.accumulate), cfg.prompts)  # on a CPU faster than 1 and than 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = GRPOTrainer(
+            folder,
+            reward_funcs=lambda completion_ids, **_: share_of_even(completion_ids),
+            args=GRPOConfig(
+                output_dir=folder,
+                max_steps=cfg.repeats + 1,
+                per_device_train_batch_size=cfg.prompts * cfg.samples // parts,
+                gradient_accumulation_steps=parts,
+                num_generations=cfg.samples,
+                max_completion_length=cfg.new_tokens,
+                loss_type="grpo",
+                beta=settings.kl_coef,
+                learning_rate=settings.adam_lr,
+                lr_scheduler_type="constant",
+                max_grad_norm=settings.clip,
+                bf16=precision == "bf16",
+                gradient_checkpointing=False,  # trl's default, which costs a forward pass
+                use_cpu=rt.device.type == "cpu",
+                dataloader_pin_memory=rt.device.type == "cuda",
+                report_to="none",
+                logging_strategy="no",
+                save_strategy="no",
+                disable_tqdm=True,
+                seed=cfg.seed,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+            callbacks=[Turns],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return {who: statistics.median(times[1:]) for who, times in durations.items()}
 
 
 if __name__ == "__main__":
