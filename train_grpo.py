@@ -103,7 +103,7 @@ PRESETS = {
         "steps": 4,
         "batch_size": 4,
         "samples": 4,
-        "max_new_tokens": 48,
+        "max_new_tokens": 16,
         "accumulate": 1,
         "eval_every": 2,
         "eval_items": 4,

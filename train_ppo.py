@@ -112,7 +112,7 @@ PRESETS = {
     "smoke": {
         "steps": 4,
         "batch_size": 8,
-        "max_new_tokens": 24,
+        "max_new_tokens": 16,
         "eval_every": 2,
         "eval_prompts": 20,
     },

@@ -8,8 +8,9 @@ Run     python -m nanollm.bench                        # a 1M-parameter model
         python -m nanollm.bench --preset grpo --peer trl    # beside trl's GRPOTrainer
 
 Medians of --repeats runs. With --peer the two take turns, so that a machine whose speed drifts
-slows both. transformers computes in fp32 eagerly, as its examples do; trl in fp32 and in bf16, of
-which the faster counts. The roofline is measured: the rate of one large matrix product.
+slows both. transformers computes in fp32 eagerly, as its examples do; trl in fp32 and in bf16, with
+either attention of transformers, and the fastest counts. The roofline is measured: the rate of one
+large matrix product.
 
 An update of GRPO is all of it: sampling, rewards, logprobs of the reference, loss, backward,
 clipping, AdamW. Both start from the same random weights and see prompts of random digits; the
@@ -26,6 +27,7 @@ import statistics
 import tempfile
 import warnings
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 from unittest import mock
 
@@ -159,8 +161,7 @@ def training_work(model, called, tokens, optimizers=None):
 def check_peer(what, peer):
     """Raise UserError where the peer can't do what is measured, or isn't installed."""
     if peer and (peer == "trl") != (what == "grpo"):
-        other = {"trl": "transformers", "transformers": "trl"}[peer]
-        raise UserError(f"--peer {peer} doesn't measure --what {what}; use --peer {other}")
+        raise UserError("--peer trl goes with --what grpo, --peer transformers with all else")
     try:
         if peer:
             __import__(peer)
@@ -291,15 +292,16 @@ def bench_grpo(cfg, rt, model, called):
     settings, work = grpo_work(cfg, rt, model, called, tokenizer, prompts, laps)
     figures, remark = {}, ""
     if cfg.peer:
+        tried = product(("fp32", "bf16")[: 1 + has_bf16(rt.device)], ("sdpa", "eager"))
         with tempfile.TemporaryDirectory() as folder:
             save_model(model, tokenizer, folder)
             found = {
-                precision: in_turn_with_trl(cfg, rt, settings, folder, prompts, precision, work)
-                for precision in ("fp32", "bf16")[: 1 + has_bf16(rt.device)]
+                setting: in_turn_with_trl(cfg, rt, settings, folder, prompts, *setting, work)
+                for setting in tried
             }
-        figures = {f"grpo_seconds_trl_{p}": times["trl"] for p, times in found.items()}
-        fastest = min(found, key=lambda precision: found[precision]["trl"])
-        times, remark = found[fastest], f" in {fastest}"
+        figures = {f"grpo_seconds_trl_{p}_{a}": found[p, a]["trl"] for p, a in found}
+        fastest = min(found, key=lambda setting: found[setting]["trl"])
+        times, remark = found[fastest], f" ({', '.join(fastest)})"
     else:
         times = in_turn({"nanollm": work}, rt, cfg.repeats)
     shares = laps.shares()
@@ -363,7 +365,8 @@ def grpo_work(cfg, rt, model, called, tokenizer, prompts, laps):
     class Sampling(train_grpo.Sampling):
         def rollout(self, *args):
             out = super().rollout(*args)
-            answers = [row[mask].tolist() for row, mask in zip(out.rows.tokens, out.rows.mask)]
+            rows = out.rows.to("cpu")
+            answers = [tokens[mask].tolist() for tokens, mask in zip(rows.tokens, rows.mask)]
             return replace(out, rewards=torch.tensor(share_of_even(answers), device=rt.device))
 
     settings = train_grpo.Config(
@@ -394,7 +397,7 @@ def grpo_work(cfg, rt, model, called, tokenizer, prompts, laps):
     return settings, work
 
 
-def in_turn_with_trl(cfg, rt, settings, folder, prompts, precision, ours):
+def in_turn_with_trl(cfg, rt, settings, folder, prompts, precision, attention, ours):
     """As in_turn: trl's GRPOTrainer on the model in `folder`, and after each of its updates ours.
 
     An update of trl's goes from the end of ours to its next on_step_end, generation included.
@@ -416,9 +419,10 @@ def in_turn_with_trl(cfg, rt, settings, folder, prompts, precision, ours):
             self.begin = clock(rt.device)
             durations["nanollm"].append(self.begin - end)
 
-    parts = math.gcd(max(8, settings.accumulate), cfg.prompts)  # on a CPU faster than 1 and than 4
+    parts = math.gcd(settings.accumulate, cfg.prompts)  # of whole groups
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        transformers.utils.logging.disable_progress_bar()
         trainer = GRPOTrainer(
             folder,
             reward_funcs=lambda completion_ids, **_: share_of_even(completion_ids),
@@ -435,7 +439,8 @@ def in_turn_with_trl(cfg, rt, settings, folder, prompts, precision, ours):
                 lr_scheduler_type="constant",
                 max_grad_norm=settings.clip,
                 bf16=precision == "bf16",
-                gradient_checkpointing=False,  # trl's default, which costs a forward pass
+                model_init_kwargs={"attn_implementation": attention},
+                gradient_checkpointing=False,  # trl's default, True, costs a forward pass
                 use_cpu=rt.device.type == "cpu",
                 dataloader_pin_memory=rt.device.type == "cuda",
                 report_to="none",
