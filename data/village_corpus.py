@@ -166,24 +166,33 @@ def operands(rng, largest, first_larger=False):
             return a, b
 
 
+def result_of(a, sign, b):
+    return {"+": a + b, "-": a - b, "*": a * b}[sign]
+
+
 def written_steps(a, sign, b):
-    """Column addition or subtraction of numbers below 100 (a >= b for "-"), always in this form:
+    """Column addition or subtraction (a >= b for "-") of numbers with as many digits, in this form:
 
     27 + 35: 7 + 5 = 12, write 2 carry 1; 2 + 3 + 1 = 6, write 6; so 27 + 35 = 62.
     62 - 35: 12 - 5 = 7, write 7 borrow 1; 6 - 3 - 1 = 2, write 2; so 62 - 35 = 27.
     """
-    (a10, a1), (b10, b1) = divmod(a, 10), divmod(b, 10)
-    if sign == "+":
-        carry, digit = divmod(a1 + b1, 10)
-        tens, total = a10 + b10 + carry, a + b
-        ones = f"{a1} + {b1} = {a1 + b1}, write {digit} carry {carry}"
-    else:
-        carry = int(a1 < b1)
-        digit = a1 + 10 * carry - b1
-        tens, total = a10 - b10 - carry, a - b
-        ones = f"{a1 + 10 * carry} - {b1} = {digit}, write {digit} borrow {carry}"
-    return (f"{a} {sign} {b}: {ones}; {a10} {sign} {b10} {sign} {carry} = {tens}, write {tens}; "
-            f"so {a} {sign} {b} = {total}.")
+    tops, bottoms = ([int(digit) for digit in reversed(str(number))] for number in (a, b))
+    bottoms += [0] * (len(tops) - len(bottoms))
+    lines, carry = [], 0
+    for i, (top, bottom) in enumerate(zip(tops, bottoms)):
+        before = f" {sign} {carry}" if i else ""
+        if sign == "+":
+            total, word = top + bottom + carry, "carry"
+            carry, digit = divmod(total, 10)
+        else:
+            borrow, word = int(top < bottom + carry), "borrow"
+            top += 10 * borrow
+            total = digit = top - bottom - carry
+            carry = borrow
+        last = i == len(tops) - 1
+        step = f"{top} {sign} {bottom}{before} = {total}, write "
+        lines.append(step + (str(total) if last else f"{digit} {word} {carry}"))
+    return f"{a} {sign} {b}: {'; '.join(lines)}; so {a} {sign} {b} = {result_of(a, sign, b)}."
 
 
 def step_lines(rng, n_lines):
@@ -229,7 +238,7 @@ def equations(rng, n):
         a, b = rng.randint(1, 9 if sign == "*" else 20), rng.randint(1, 9 if sign == "*" else 10)
         if last and sign != "*" and rng.random() < 0.3:
             a = last
-        result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+        result = result_of(a, sign, b)
         if result < 0 or held_out(a, b):
             continue
         equation = f"{a} {sign} {b} = {result}."

@@ -12,12 +12,10 @@ all true. Held out for the test: numbers that occur together in no training prob
 """
 import random
 
-from data.village_corpus import GOODS, WARES, count, held_out
+from data.village_corpus import GOODS, WARES, count, held_out, result_of, written_steps
 from data.village_tasks import SUMS, distinct_items
 from data.village_world import CASES, capitalise, split_of
 
-PRODUCTS = ("What is {a} * {b}?", "Multiply {a} by {b}.", "How much is {a} times {b}?",
-            "{a} * {b} = ?", "Please work out {a} * {b}.", "What is the product of {a} and {b}?")
 STARTS = ("{n} has {A}.", "In the basket of {n} there {are} {A}.", "{n} picks {A}.",
           "{n} comes to the market with {A}.")
 FULL_STARTS = ("{n} has {k} baskets with {A} each.", "{n} fills {k} bags with {A} each.",
@@ -34,33 +32,6 @@ FINAL = ("Give the final answer.", "Only the number, please.", "So what is the r
 # --- worked solutions --------------------------------------------------------
 
 
-def columns(a, sign, b):
-    """Written addition or subtraction (a >= b for "-") of numbers with as many digits, from the
-    ones on. For two digits in the form of the corpus (village_corpus.written_steps):
-
-    274 + 358: 4 + 8 = 12, write 2 carry 1; 7 + 5 + 1 = 13, write 3 carry 1; 2 + 3 + 1 = 6, write
-    6; so 274 + 358 = 632.
-    """
-    tops, bottoms = ([int(digit) for digit in reversed(str(number))] for number in (a, b))
-    bottoms += [0] * (len(tops) - len(bottoms))
-    lines, carry = [], 0
-    for i, (top, bottom) in enumerate(zip(tops, bottoms)):
-        last, before = i == len(tops) - 1, f" {sign} {carry}" if i else ""
-        if sign == "+":
-            total = top + bottom + carry
-            carry = 0 if last else total // 10
-            step, digit, word = f"{top} + {bottom}{before} = {total}", total, "carry"
-            digit = total if last else total % 10
-        else:
-            borrow = int(top < bottom + carry)
-            digit = top + 10 * borrow - bottom - carry
-            step, word = f"{top + 10 * borrow} - {bottom}{before} = {digit}", "borrow"
-            carry = borrow
-        lines.append(f"{step}, write {digit}" + ("" if last else f" {word} {carry}"))
-    result = a + b if sign == "+" else a - b
-    return f"{a} {sign} {b}: " + "; ".join(lines) + f"; so {a} {sign} {b} = {result}."
-
-
 def written_product(a, b):
     """a times one digit b, from the ones on, in the form
 
@@ -70,18 +41,12 @@ def written_product(a, b):
     for i, digit in enumerate(digits):
         total = digit * b + carry
         step = f"{digit} * {b} = {digit * b}" + (f", {digit * b} + {carry} = {total}" if i else "")
-        carry = total // 10
-        last = i == len(digits) - 1
-        lines.append(f"{step}, write {total}" if last
-                     else f"{step}, write {total % 10} carry {carry}")
+        carry, last = total // 10, i == len(digits) - 1
+        lines.append(f"{step}, write " + (str(total) if last else f"{total % 10} carry {carry}"))
     return f"{a} * {b}: " + "; ".join(lines) + f"; so {a} * {b} = {a * b}."
 
 
 # --- one problem at a time: (question, steps, answer) ------------------------
-
-
-def result_of(a, sign, b):
-    return {"+": a + b, "-": a - b, "*": a * b}[sign]
 
 
 def easy(world, split, rng):
@@ -114,7 +79,7 @@ def three_digits(world, split, rng):
 def column_problem(a, sign, b, rng):
     a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
     question = rng.choice(SUMS[sign]).format(a=a, b=b)
-    return question, columns(a, sign, b), result_of(a, sign, b)
+    return question, written_steps(a, sign, b), result_of(a, sign, b)
 
 
 def products(world, split, rng):
@@ -122,7 +87,7 @@ def products(world, split, rng):
         a, b = rng.randint(*rng.choice(((11, 99), (100, 999)))), rng.randint(2, 9)
         if split_of("product", a, b) == split:
             break
-    return rng.choice(PRODUCTS).format(a=a, b=b), written_product(a, b), a * b
+    return rng.choice(SUMS["*"]).format(a=a, b=b), written_product(a, b), a * b
 
 
 def two_steps(world, split, rng):

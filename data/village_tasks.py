@@ -8,7 +8,7 @@ import random
 import re
 from fractions import Fraction
 
-from data.village_corpus import held_out, written_steps
+from data.village_corpus import held_out, result_of, written_steps
 from data.village_facts import answer_sentence
 from data.village_manners import draw_manner, with_manner
 from data.village_school import WORDS
@@ -82,7 +82,10 @@ SUMS = {"+": ("What is {a} + {b}?", "Add {a} and {b}.", "How much is {a} plus {b
               "{a} + {b} = ?", "Please work out {a} + {b}.", "What is the sum of {a} and {b}?"),
         "-": ("What is {a} - {b}?", "Take {b} from {a}.", "How much is {a} minus {b}?",
               "{a} - {b} = ?", "Please work out {a} - {b}.",
-              "What is the difference of {a} and {b}?")}
+              "What is the difference of {a} and {b}?"),
+        "*": ("What is {a} * {b}?", "Multiply {a} by {b}.", "How much is {a} times {b}?",
+              "{a} * {b} = ?", "Please work out {a} * {b}.",
+              "What is the product of {a} and {b}?")}
 FORMATS = {  # name: (requests, what it does to a list of words, numbers of words)
     "capitals": (("Write in capitals: {w}", "In capital letters: {w}"),
                  lambda w: " ".join(w).upper(), (1, 2, 3)),
@@ -147,13 +150,25 @@ def fact_never_asked(world, split, rng):
     return fact(world, split, rng, world.never_asked)
 
 
-def unknown(world, split, rng):
+def ask_about_stranger(world, split, rng):
+    """(name, attribute, question) about somebody who doesn't exist."""
     name = rng.choice(deal(world.strangers, f"strangers-{world.seed}", 150, 50)[split])
     attribute = rng.choice(ATTRIBUTES)
-    turns = [ask(rng.choice(QUESTIONS[attribute]), name, split, rng),
-             f"I don't know anyone called {name}."]
+    return name, attribute, ask(rng.choice(QUESTIONS[attribute]), name, split, rng)
+
+
+def unknown(world, split, rng):
+    name, attribute, question = ask_about_stranger(world, split, rng)
+    turns = [question, f"I don't know anyone called {name}."]
     return turns, {"answer": "I don't know", "check": "unknown", "attribute": attribute,
                    "not": [v for v in world.values(attribute) if v != name]}
+
+
+def ask_about_friend(question, villager, split, rng):
+    """The question about somebody's best friend, whose name isn't said."""
+    of = "{n}'s" in question or rng.random() < 0.5  # never "the best friend of Mira's pet"
+    who = f"{villager.name}'s best friend" if of else f"the best friend of {villager.name}"
+    return ask(question, who, split, rng)
 
 
 def two_hop(world, split, rng):
@@ -165,10 +180,8 @@ def two_hop(world, split, rng):
     if split != "test":  # validation differs from training by the wording alone
         questions = questions[10:] if split == "val" else questions[:10]
     question = rng.choice(questions)
-    of = "{n}'s" in question or rng.random() < 0.5  # never "the best friend of Mira's pet"
-    who = f"{villager.name}'s best friend" if of else f"the best friend of {villager.name}"
     friend = world.by_name[villager.facts["friend"]]
-    turns = [ask(question, who, split, rng),
+    turns = [ask_about_friend(question, villager, split, rng),
              f"{answer_sentence(villager, 'friend')} {answer_sentence(friend, attribute)}"]
     return turns, value_check(world, friend, attribute)
 
@@ -183,7 +196,7 @@ def arithmetic(world, split, rng):
     sign = rng.choice("+-")
     a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
     turns = [rng.choice(SUMS[sign]).format(a=a, b=b), written_steps(a, sign, b)]
-    return turns, {"answer": str(a + b if sign == "+" else a - b), "check": "number"}
+    return turns, {"answer": str(result_of(a, sign, b)), "check": "number"}
 
 
 def formatting(world, split, rng):
@@ -246,6 +259,15 @@ def as_item(family, turns, check, split):
     return {"messages": messages, "family": family}
 
 
+def family_sizes(split, families, shares, totals, per_family):
+    """How many items of each family: `per_family` of each of `families` for the test, else the
+    split's total in `shares`.
+    """
+    if split == "test":
+        return dict.fromkeys(families, per_family)
+    return {family: round(totals[split] * share) for family, share in shares.items()}
+
+
 def distinct_items(sizes, make, rng):
     """Up to sizes[family] items of each family from make(family), no question twice, shuffled.
 
@@ -276,11 +298,9 @@ def instructions(world, split, seed=0, n_items=None):
     if split not in ("train", "val", "test"):
         raise ValueError(f"instructions have the splits train, val and test, not {split!r}")
     rng = random.Random(f"instructions-{split}-{world.seed}-{seed}")
-    if split == "test":
-        sizes = dict.fromkeys(MAKERS, N_TEST if n_items is None else n_items)
-    else:
-        total = SIZES[split] if n_items is None else n_items
-        sizes = {family: round(total * share) for family, share in FAMILIES.items()}
+    totals = SIZES if n_items is None else dict.fromkeys(SIZES, n_items)
+    per_family = N_TEST if n_items is None else n_items
+    sizes = family_sizes(split, MAKERS, FAMILIES, totals, per_family)
 
     def make(family):
         turns, check = MAKERS[family](world, split, rng)

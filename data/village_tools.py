@@ -8,25 +8,25 @@ on the results. Questions about the other half of the newcomers, and other numbe
 """
 import random
 
+from data.village_corpus import result_of
 from data.village_facts import answer_sentence
-from data.village_problems import PRODUCTS, result_of
 from data.village_tasks import (
     QUESTIONS,
     SUMS,
     as_item,
     ask,
-    deal,
+    ask_about_friend,
+    ask_about_stranger,
     distinct_items,
+    family_sizes,
     value_check,
 )
 from data.village_world import (
     ATTRIBUTES,
     POOLS,
-    Villager,
     World,
-    balanced,
     draw_names,
-    pair_up,
+    settle,
     split_of,
 )
 
@@ -49,11 +49,8 @@ def newcomers(world, n=N_NEWCOMERS):
     names = names[known[1]:]  # neither villagers nor strangers
     people = []
     for half, asked in ((names[:n // 2], True), (names[n // 2:], False)):
-        columns = {key: balanced(pool, len(half), rng) for key, pool in POOLS.items()}
-        friends = pair_up(half, rng)
-        for i, name in enumerate(half):
-            facts = {key: column[i] for key, column in columns.items()} | {"friend": friends[name]}
-            people.append(Villager(name, "she" if name.endswith("a") else "he", asked, facts))
+        pronouns = ["she" if name.endswith("a") else "he" for name in half]
+        people += settle(list(zip(half, pronouns)), asked, rng)
     return World(tuple(people), world.strangers, world.seed)
 
 
@@ -87,7 +84,7 @@ def large_numbers(people, split, rng):
         a, b = max(a, b), min(a, b)
         if split_of("large", a, b) == split:
             break
-    question = rng.choice(PRODUCTS if sign == "*" else SUMS[sign]).format(a=a, b=b)
+    question = rng.choice(SUMS[sign]).format(a=a, b=b)
     result = result_of(a, sign, b)
     reply = f"{call('calculator', f'{a} {sign} {b}', result)}The answer is {result}."
     return question, reply, {"answer": str(result), "check": "number"}
@@ -107,20 +104,16 @@ def lookup(people, split, rng):
 
 def lookup_two_hop(people, split, rng):
     person, attribute = half_of(people, split, rng), rng.choice(list(POOLS))
-    question = rng.choice(QUESTIONS[attribute])
-    of = "{n}'s" in question or rng.random() < 0.5
-    who = f"{person.name}'s best friend" if of else f"the best friend of {person.name}"
+    question = ask_about_friend(rng.choice(QUESTIONS[attribute]), person, split, rng)
     friend = people.by_name[person.facts["friend"]]
     calls = look_up(person, "friend") + look_up(friend, attribute)
     reply = f"{calls}{answer_sentence(person, 'friend')} {answer_sentence(friend, attribute)}"
-    return ask(question, who, split, rng), reply, value_check(people, friend, attribute)
+    return question, reply, value_check(people, friend, attribute)
 
 
 def nobody(people, split, rng):
     """Strangers are in no text and in no knowledge base either."""
-    name = rng.choice(deal(people.strangers, f"strangers-{people.seed}", 150, 50)[split])
-    attribute = rng.choice(ATTRIBUTES)
-    question = ask(rng.choice(QUESTIONS[attribute]), name, split, rng)
+    name, attribute, question = ask_about_stranger(people, split, rng)
     reply = call("search", f"{TOPICS[attribute]} of {name}", NOTHING)
     check = {"answer": "I don't know", "check": "unknown", "not": people.values(attribute)}
     return question, f"{reply}I don't know anyone called {name}.", check
@@ -136,11 +129,9 @@ def tool_items(world, split, seed=0, n_items=None):
     """
     people = newcomers(world)
     rng = random.Random(f"tools-{split}-{world.seed}-{seed}")
-    if split == "test":
-        sizes = dict.fromkeys(MAKERS, N_TEST if n_items is None else n_items)
-    else:
-        total = SIZES[split] if n_items is None else n_items
-        sizes = {family: round(total * share) for family, share in FAMILIES.items()}
+    totals = SIZES if n_items is None else dict.fromkeys(SIZES, n_items)
+    per_family = N_TEST if n_items is None else n_items
+    sizes = family_sizes(split, MAKERS, FAMILIES, totals, per_family)
 
     def make(family):
         question, reply, check = MAKERS[family](people, split, rng)

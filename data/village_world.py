@@ -116,6 +116,17 @@ def pair_up(names, rng):
     return {name: order[i ^ 1] for i, name in enumerate(order)}  # i ^ 1: 0 <-> 1, 2 <-> 3, ...
 
 
+def settle(people, asked, rng):
+    """Villagers from (name, pronoun) pairs, with facts and with friends among themselves."""
+    columns = {key: balanced(pool, len(people), rng) for key, pool in POOLS.items()}
+    friends = pair_up([name for name, _ in people], rng)
+    return [
+        Villager(name, pronoun, asked,
+                 {key: column[i] for key, column in columns.items()} | {"friend": friends[name]})
+        for i, (name, pronoun) in enumerate(people)
+    ]
+
+
 def build_world(n_villagers=32, seed=0):
     """A village in which every fact is known.
 
@@ -128,11 +139,7 @@ def build_world(n_villagers=32, seed=0):
     n_asked = 2 * ((n_villagers + 2) // 4)  # about half, and even: friends come in pairs
     villagers = []
     for half, asked in ((people[:n_asked], True), (people[n_asked:], False)):
-        columns = {key: balanced(pool, len(half), rng) for key, pool in POOLS.items()}
-        friends = pair_up([name for name, _ in half], rng)
-        for i, (name, pronoun) in enumerate(half):
-            facts = {key: column[i] for key, column in columns.items()} | {"friend": friends[name]}
-            villagers.append(Villager(name, pronoun, asked, facts))
+        villagers += settle(half, asked, rng)
     rng.shuffle(villagers)
     return World(tuple(villagers), strangers, seed)
 
