@@ -15,7 +15,7 @@ k1 into the reward, which gives the reverse KL's. An answer that doesn't end wit
 Run     python train_grpo.py
         python train_grpo.py --init runs/pretrain --template zero --families easy --out runs/zero
         python train_grpo.py --init runs/tools --data tools --tools --out runs/grpo_tools
-Needs   runs/cot                 (python train_sft.py --preset cot --init runs/sft --out runs/cot)
+Needs   runs/cot                 (python train_sft.py --preset cot)
 Expect  see README.md: held-out accuracy before and after
 """
 
@@ -40,7 +40,7 @@ from nanollm.evaluate import (
     village_tools,
 )
 from nanollm.formats import read_prompts, split_documents
-from nanollm.generate import generate
+from nanollm.generate import check_room, generate
 from nanollm.hub import load_model
 from nanollm.logprobs import reply_logprobs
 from nanollm.optim import build_optimizers, trapezoid
@@ -430,13 +430,17 @@ def figures_of(rt, rollout, G):
 
 
 def main(cfg):
+    if cfg.samples < 2:
+        raise UserError("--samples 1 makes no group to compare with; use two or more")
+    if cfg.temperature == 0:
+        raise UserError("--temperature 0 gives a group of equal answers; use 1")
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.init, cfg.out)
     policy, tokenizer = load_model(cfg.init)
     ref = copy.deepcopy(policy) if cfg.kl_coef else None
     train, val = load_problems(cfg)
     sampling = Sampling(cfg, tokenizer)
-    check_room(cfg, policy, sampling, train + val)
+    check_room(policy, list(map(sampling.ask, train + val)), cfg.max_new_tokens)
 
     run = Run(cfg, rt, cfg.steps)
     called = rt.prepare(policy)
@@ -572,20 +576,6 @@ def finish(rt, run, before, after):
     run.write_result(before=before, after=after, **run.speed())
     rt.print(f"{run.folder}: {run.step} updates in {run.elapsed:.0f} s")
     rt.close()
-
-
-def check_room(cfg, policy, sampling, items):
-    longest = max(len(sampling.ask(item)) for item in items)
-    context = policy.cfg.max_position_embeddings
-    if longest + cfg.max_new_tokens > context:
-        raise UserError(
-            f"a prompt of {longest} tokens and --max_new_tokens {cfg.max_new_tokens} don't fit the "
-            f"model's context of {context}; shorten one of them"
-        )
-    if cfg.samples < 2:
-        raise UserError("--samples 1 makes no group to compare with; use two or more")
-    if cfg.temperature == 0:
-        raise UserError("--temperature 0 gives a group of equal answers; use 1")
 
 
 if __name__ == "__main__":

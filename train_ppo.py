@@ -33,7 +33,7 @@ from nanollm.config import UserError, atomic_write, cli
 from nanollm.data import Sampler, last_true, pad_replies
 from nanollm.evaluate import as_text, village_of
 from nanollm.formats import read_prompts
-from nanollm.generate import generate
+from nanollm.generate import check_room, generate
 from nanollm.gpt import Linear
 from nanollm.hub import load_model, load_scalar, read_json
 from nanollm.logprobs import reply_logprobs
@@ -397,12 +397,7 @@ def main(cfg):
     if cfg.reward == "rules" and not all("answer" in item for item in train + val):
         raise UserError(f'--reward rules needs an "answer" in every record of {cfg.data}')
     prompts = prompt_ids(train, tokenizer)
-    room = policy.cfg.max_position_embeddings - cfg.max_new_tokens
-    if (longest := max(map(len, prompts + prompt_ids(val, tokenizer)))) > room:
-        raise UserError(
-            f"a prompt of {longest} tokens and --max_new_tokens {cfg.max_new_tokens} don't fit the "
-            f"model's context of {policy.cfg.max_position_embeddings}; shorten one of them"
-        )
+    check_room(policy, prompts + prompt_ids(val, tokenizer), cfg.max_new_tokens)
     critic = None
     if cfg.critic == "separate":
         critic = load_scalar(cfg.reward_model if cfg.reward == "model" else cfg.init)[0]

@@ -128,7 +128,7 @@ def chat_command(done, root):
     return f"python -m nanollm.chat {root}/{last.name}" + " --tools" * (last.speaks == "tools")
 
 
-def write_report(done, records, root, rt):
+def write_report(done, records, root, rt, known):
     overview = Section("Overview")
     overview.table(
         ["stage", "seconds", "run folder"],
@@ -145,7 +145,7 @@ def write_report(done, records, root, rt):
     )
     names = {stage.name for stage in done}
     kinds = [kind for kind in QUESTIONS if any(stage.speaks == kind for stage in done)]
-    sections = [overview, *(answers_section(kind, done, root, rt) for kind in kinds)]
+    sections = [overview, *(answers_section(kind, done, root, rt, known) for kind in kinds)]
     if "dpo" in names:
         sections.insert(2, preferences_section(root))
     sections += [stage_section(stage, records[stage.name], root) for stage in done]
@@ -161,13 +161,13 @@ def main(cfg):
     if not Path("train_pretrain.py").exists():
         raise UserError("call python -m nanollm in the folder that holds train_pretrain.py")
     root, begin = Path(cfg.root), time.perf_counter()
-    rt, records, done = start(cfg.device), {}, []
+    rt, records, done, known = start(cfg.device), {}, [], {}
     names = [stage.name for stage in stages(root)]
     for stage in stages(root):
         later = names[names.index(stage.name) + 1 :]
         records[stage.name] = run_stage(stage, cfg, root, later)
         done.append(stage)
-        write_report(done, records, root, rt)
+        write_report(done, records, root, rt, known)
     print(
         f"\n{root}/report.html and report.md are written ({time.perf_counter() - begin:.0f} s in "
         f"all). Now talk with it:"

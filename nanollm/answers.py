@@ -4,7 +4,7 @@ from nanollm.evaluate import read_items, reply_all, village_of, village_tools
 from nanollm.hub import load_model, read_json
 from nanollm.report import Section
 
-# per kind of question: the test file, how many of each family, and from which model on
+# per kind of question: the test file, and how many of each family
 QUESTIONS = {
     "chat": (
         "sft_test.jsonl",
@@ -23,8 +23,11 @@ TITLES = {
 }
 
 
-def answers_section(kind, done, root, rt):
-    """The same held-out questions, answered by every model so far that is about them."""
+def answers_section(kind, done, root, rt, known):
+    """The same held-out questions, answered by every model so far that is about them.
+
+    `known` keeps the answers, by kind and stage: the report is written after every stage.
+    """
     file, wanted = QUESTIONS[kind]
     items = read_items(village_of(root / "pretrain") / file)
     items = [i for name, n in wanted.items() for i in [i for i in items if i["family"] == name][:n]]
@@ -33,12 +36,9 @@ def answers_section(kind, done, root, rt):
         answered.insert(0, next(stage for stage in done if stage.name == "sft"))
     columns = {}
     for stage in answered:
-        model, tokenizer = load_model(root / stage.name)
-        rt.prepare(model, train=False)
-        prompts = [tokenizer.render(item["messages"], generation_prompt=True)[0] for item in items]
-        toolbox = village_tools(root / stage.name, tokenizer) if stage.speaks == "tools" else None
-        replies = reply_all(model, tokenizer, prompts, 112, tools=toolbox)
-        columns[f"after {stage.title[0].lower() + stage.title[1:]}"] = [r.strip() for r in replies]
+        if (kind, stage.name) not in known:
+            known[kind, stage.name] = answers_of(root / stage.name, items, stage.speaks, rt)
+        columns[f"after {stage.title[0].lower() + stage.title[1:]}"] = known[kind, stage.name]
     section = Section(TITLES[kind])
     asked = [item["messages"][-1]["content"] for item in items]
     rows = [list(row) for row in zip(asked, *columns.values(), [item["answer"] for item in items])]
@@ -47,6 +47,15 @@ def answers_section(kind, done, root, rt):
         "None of these questions occurs in training. Answers are greedy, and cut after 112 tokens."
     )
     return section
+
+
+def answers_of(folder, items, speaks, rt):
+    """Greedy replies of the model in a run folder."""
+    model, tokenizer = load_model(folder)
+    rt.prepare(model, train=False)
+    prompts = [tokenizer.render(item["messages"], generation_prompt=True)[0] for item in items]
+    toolbox = village_tools(folder, tokenizer) if speaks == "tools" else None
+    return [reply.strip() for reply in reply_all(model, tokenizer, prompts, 112, tools=toolbox)]
 
 
 def preferences_section(root):

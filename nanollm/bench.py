@@ -35,7 +35,7 @@ import torch
 
 from nanollm.config import UserError, cli
 from nanollm.data import Sampler
-from nanollm.generate import generate
+from nanollm.generate import check_room, generate
 from nanollm.gpt import GPT, GPTConfig, count_parameters
 from nanollm.hub import config_json, save_model
 from nanollm.logprobs import token_logprobs
@@ -378,7 +378,7 @@ def grpo_work(cfg, rt, model, called, tokenizer, prompts, laps):
     )
     sampling = Sampling(settings, tokenizer)
     sampling.ask = tokenizer.encode
-    train_grpo.check_room(settings, model, sampling, prompts)
+    check_room(model, list(map(sampling.ask, prompts)), cfg.new_tokens)
     ref = copy.deepcopy(model)
     rt.prepare(ref, train=False)
     optimizers = build_optimizers(model, "adamw", adam_lr=settings.adam_lr, weight_decay=0.0)

@@ -23,18 +23,7 @@ def pretraining(section, result, folder):
 def sft(section, result, folder):
     folders = folder.parent / "pretrain", folder
     before, after = (read_json(each / "evaluation.json")["families"] for each in folders)
-    section.table(
-        ["held-out questions", "before", "after", "n"],
-        [
-            [
-                EXPLAINED.get(name, name),
-                f"{before[name]['accuracy']:.1%}",
-                f"{after[name]['accuracy']:.1%}",
-                str(after[name]["n"]),
-            ]
-            for name in after
-        ],
-    )
+    accuracy_table(section, "held-out questions", EXPLAINED, before=before, after=after)
     section.text(
         f"Forgetting: held-out text went from {result['before']['bits_per_byte']:.4f} to "
         f"{result['after']['bits_per_byte']:.4f} bits per byte."
@@ -99,8 +88,6 @@ PREFERENCE_FIGURES = {
     "reward": "score of the reward model",
     "length": "tokens",
 }
-
-
 EXPLAINED = {
     "cloze": "completing sentences about villagers",
     "fact": "facts, villagers of the training dialogues, new wording",
@@ -111,8 +98,6 @@ EXPLAINED = {
     "arithmetic": "sums with written steps",
     "multi_turn": "follow-up questions",
 }
-
-
 PROBLEMS = {
     "all": "all problems",
     "easy": "sums and differences up to 20",
@@ -124,73 +109,57 @@ PROBLEMS = {
 }
 
 
-def percent(value):
-    return f"{value:.1%}"
+def accuracy_table(section, head, labels, **columns):
+    """A row for each family of `labels` that every column {family: {"accuracy", "n"}} has."""
+    families = [name for name in labels if all(name in column for column in columns.values())]
+    last = list(columns.values())[-1]
+    section.table(
+        [head, *(name.replace("_", " ") for name in columns), "n"],
+        [
+            [
+                labels[name],
+                *(f"{column[name]['accuracy']:.1%}" for column in columns.values()),
+                str(last[name]["n"]),
+            ]
+            for name in families
+        ],
+    )
 
 
 def cot(section, result, folder):
     before, after = (result[name]["families"] for name in ("before", "after"))
-    section.table(
-        ["held-out problems", "before", "after", "n"],
-        [
-            [
-                PROBLEMS[name],
-                percent(before[name]["accuracy"]),
-                percent(after[name]["accuracy"]),
-                str(after[name]["n"]),
-            ]
-            for name in PROBLEMS
-            if name in after
-        ],
-    )
+    accuracy_table(section, "held-out problems", PROBLEMS, before=before, after=after)
 
 
 def grpo(section, result, folder):
     before, after = result["before"], result["after"]
     k = before["all"]["k"]
+    figures = ("greedy", "sampled", "maj", "pass")
+    heads = ("greedy", "one sample", f"maj@{k}", f"pass@{k}")
+    both = [(each, key) for each in (before, after) for key in figures]
     section.table(
-        ["held-out problems", "greedy", "after", "one sample", "after", f"maj@{k}", f"pass@{k}"],
+        ["held-out problems", *heads, *(f"{head}, after" for head in heads)],
         [
-            [
-                PROBLEMS[name],
-                percent(before[name]["greedy"]),
-                percent(after[name]["greedy"]),
-                percent(before[name]["sampled"]),
-                percent(after[name]["sampled"]),
-                percent(before[name]["maj"]),
-                percent(before[name]["pass"]),
-            ]
+            [PROBLEMS[name], *(f"{each[name][key]:.1%}" for each, key in both)]
             for name in PROBLEMS
             if name in after
         ],
     )
     section.text(
-        f"maj@{k} and pass@{k} are those of the model that it began from: the vote of {k} sampled "
-        f"answers, and whether one of {k} is right. What it could do now and then, it does now."
+        f"maj@{k} is the vote of {k} sampled answers, pass@{k} whether one of them is right. What "
+        "the model could do now and then, it does now."
     )
     metrics = [m for m in read_metrics(folder) if "length" in m]
     n = max(1, len(metrics) // 10)
     first, last = (sum(m["length"] for m in part) / n for part in (metrics[:n], metrics[-n:]))
-    section.text(f"Tokens per sampled answer: {first:.0f} in the first updates, {last:.0f} at last")
+    section.text(f"Tokens per sampled answer: {first:.0f} at first, {last:.0f} in the end.")
     section.code((folder / "samples.txt").read_text().strip())
 
 
 def reft(section, result, folder):
     now = read_json(folder / "evaluation.json")["families"]
     start = read_json(folder.parent / "cot" / "result.json")["after"]["families"]
-    section.table(
-        ["held-out problems, greedy", "before", "after", "n"],
-        [
-            [
-                PROBLEMS[name],
-                percent(start[name]["accuracy"]),
-                percent(now[name]["accuracy"]),
-                str(now[name]["n"]),
-            ]
-            for name in PROBLEMS
-            if name in now and name in start
-        ],
-    )
+    accuracy_table(section, "held-out problems, greedy", PROBLEMS, before=start, after=now)
 
 
 def tools(section, result, folder):
@@ -202,17 +171,6 @@ def tools(section, result, folder):
         "nobody": "people who don't exist",
     }
     before, after = (result[name]["families"] for name in ("before", "after"))
-    section.table(
-        ["held-out questions", "before", "with tools", "calls not run"],
-        [
-            [
-                label,
-                percent(before[name]["accuracy"]),
-                percent(after[name]["accuracy"]),
-                percent(without[name]["accuracy"]),
-            ]
-            for name, label in names.items()
-            if name in after
-        ],
-    )
+    columns = {"before": before, "with_tools": after, "calls_not_run": without}
+    accuracy_table(section, "held-out questions", names, **columns)
     section.code((folder / "samples.txt").read_text().strip())

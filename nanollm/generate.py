@@ -85,6 +85,16 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
+def check_room(model, prompts, new_tokens):
+    """Raise UserError where the longest prompt (list of ids) and new tokens exceed the context."""
+    longest, context = max(map(len, prompts)), model.cfg.max_position_embeddings
+    if longest + new_tokens > context:
+        raise UserError(
+            f"a prompt of {longest} tokens and --max_new_tokens {new_tokens} don't fit the "
+            f"model's context of {context}; shorten one of them"
+        )
+
+
 # --- the engine ----------------------------------------------------------------------------------
 
 

@@ -120,7 +120,7 @@ def stages(root):
             "Reinforced fine-tuning: PPO on the same problems, from the same model, rewarded by "
             "rules: 1 for a right answer, 0.1 for one that can be read, 0 for none.",
             effects.reft,
-            f"{root}/reft --data reasoning --limit 40",
+            f"{root}/reft --data reasoning --limit 64",
             speaks="reasoning",
             curves="Reward of the sampled answers, and accuracy of sampled answers to held-out "
             "problems, over the updates.",

@@ -1,8 +1,6 @@
 """GRPO, run for real on small data: what it learns, resume, share, refuse."""
 
 import json
-import random
-import signal
 import subprocess
 from pathlib import Path
 
@@ -13,7 +11,15 @@ import train_grpo
 from nanollm import evaluate
 from nanollm.config import parse
 from nanollm.run import read_metrics
-from tests.test_train import command, first_moments, free_port, pretrain, refused, same, sft
+from tests.test_train import (
+    command,
+    kill_and_resume,
+    moments_of_two_processes,
+    pretrain,
+    refused,
+    same,
+    sft,
+)
 
 OWN = (
     "--dtype fp32 --device cpu --init runs/sft --data problems.jsonl --max_new_tokens 12 "
@@ -108,17 +114,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
     whole, killed = "runs/whole", "runs/killed"
     start = command("train_grpo.py", *flags, "--out", whole)
     subprocess.run(**start, check=True, capture_output=True)
-    process = subprocess.Popen(
-        **command("train_grpo.py", *flags, "--out", killed), stdout=subprocess.DEVNULL
-    )
-    random_step, last = random.choice((2, 4, 5, 6, 8)), 0
-    while process.poll() is None and (last < random_step or not Path(killed, "state.pt").exists()):
-        last = max([m["step"] for m in read_metrics(killed)], default=0)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    again = command("train_grpo.py", "--out", killed, "--resume")
-    done = subprocess.run(**again, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    kill_and_resume("train_grpo.py", flags, killed, (2, 4, 5, 6, 8))
     states = [torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)]
     assert same(*states)
     figures = [
@@ -132,15 +128,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
 def test_two_processes_give_the_gradients_of_one(loss, here):
     """After one step the optimizer's first moments are the gradients, up to a constant factor."""
     flags = [*OWN, "--steps", "1", "--clip", "0", "--loss", loss, "--kl_coef", "0.1"]
-    one = command("train_grpo.py", *flags, "--out", "runs/one")
-    subprocess.run(**one, check=True, capture_output=True)
-    both = command("train_grpo.py", *flags, "--out", "runs/two")
-    where = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
-    both["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
-    done = subprocess.run(**both, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    states = [torch.load(f"runs/{n}/state.pt", weights_only=True) for n in ("one", "two")]
-    moments = [first_moments(state) for state in states]
+    moments = moments_of_two_processes("train_grpo.py", flags, "runs/one", "runs/two")
     assert len(moments[0]) > 5
     for a, b in zip(*moments):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)

@@ -1,8 +1,6 @@
 """Reward model, PPO and DPO, run for real on small data: what they learn, resume, share, refuse."""
 
 import json
-import random
-import signal
 import subprocess
 from pathlib import Path
 
@@ -20,8 +18,8 @@ from nanollm.hub import load_scalar
 from nanollm.run import read_metrics
 from tests.test_train import (
     command,
-    first_moments,
-    free_port,
+    kill_and_resume,
+    moments_of_two_processes,
     pretrain,
     refused,
     same,
@@ -160,18 +158,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script
     whole, killed = f"runs/whole_{script[6:-3]}", f"runs/killed_{script[6:-3]}"
     _, own = SCRIPTS[script]
     subprocess.run(**command(script, *own, *flags, "--out", whole), check=True, capture_output=True)
-    process = subprocess.Popen(
-        **command(script, *own, *flags, "--out", killed), stdout=subprocess.DEVNULL
-    )
-    random_step, last = random.choice((2, 4, 5, 6, 8)), 0
-    while process.poll() is None and (last < random_step or not Path(killed, "state.pt").exists()):
-        last = max([m["step"] for m in read_metrics(killed)], default=0)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(
-        **command(script, "--out", killed, "--resume"), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    kill_and_resume(script, [*own, *flags], killed, (2, 4, 5, 6, 8))
     states = [torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)]
     assert same(*states)
     figures = [[{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(n)]
@@ -187,13 +174,7 @@ def test_two_processes_give_the_gradients_of_one(script, here):
     if script == "train_ppo.py":
         flags += ["--epochs", 1, "--minibatches", 1]
     one, two = f"runs/one_{script[6:-3]}", f"runs/two_{script[6:-3]}"
-    subprocess.run(**command(script, *flags, "--out", one), check=True, capture_output=True)
-    both = command(script, *flags, "--out", two)
-    where = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
-    both["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
-    done = subprocess.run(**both, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    moments = [first_moments(torch.load(f"{n}/state.pt", weights_only=True)) for n in (one, two)]
+    moments = moments_of_two_processes(script, flags, one, two)
     assert len(moments[0]) > 5
     for a, b in zip(*moments):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)

@@ -71,6 +71,33 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def kill_and_resume(script, flags, out, steps):
+    """Run a script, kill it once it has passed one of `steps` and a checkpoint, and resume it."""
+    process = subprocess.Popen(
+        **command(script, *flags, "--out", out), stdout=subprocess.DEVNULL
+    )
+    random_step, last = random.choice(steps), 0
+    while process.poll() is None and (last < random_step or not Path(out, "state.pt").exists()):
+        last = max([m["step"] for m in read_metrics(out)], default=0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(
+        **command(script, "--out", out, "--resume"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def moments_of_two_processes(script, flags, one, two):
+    """First moments of the optimizers after a run with one process and a run with two."""
+    subprocess.run(**command(script, *flags, "--out", one), check=True, capture_output=True)
+    both = command(script, *flags, "--out", two)
+    where = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    both["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
+    done = subprocess.run(**both, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [first_moments(torch.load(f"{n}/state.pt", weights_only=True)) for n in (one, two)]
+
+
 # --- learning ------------------------------------------------------------------------------------
 
 
@@ -139,20 +166,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script
     else:
         sft(*steps)
         flags, whole = [*SFT, "--init", "runs/pretrain", *steps], "runs/sft"
-    process = subprocess.Popen(
-        **command(script, *flags, "--out", "runs/killed"), stdout=subprocess.DEVNULL
-    )
-    random_step, last = random.choice((4, 8, 10, 12, 16, 20)), 0
-    while process.poll() is None and (
-        last < random_step or not Path("runs/killed/state.pt").exists()
-    ):
-        last = max([m["step"] for m in read_metrics("runs/killed")], default=0)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(
-        **command(script, "--out", "runs/killed", "--resume"), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    kill_and_resume(script, flags, "runs/killed", (4, 8, 10, 12, 16, 20))
     assert same(weights(whole), weights("runs/killed"))
     assert [m["step"] for m in read_metrics("runs/killed")] == [
         m["step"] for m in read_metrics(whole)
