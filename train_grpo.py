@@ -13,7 +13,7 @@ k1 into the reward, which gives the reverse KL's. An answer that doesn't end wit
 --max_new_tokens gets no reward.
 
 Run     python train_grpo.py
-        python train_grpo.py --init runs/pretrain --template zero --families easy --out runs/zero
+        python train_grpo.py --preset zero           # R1-Zero: from runs/pretrain, without SFT
         python train_grpo.py --init runs/tools --data tools --tools --out runs/grpo_tools
 Needs   runs/cot                 (python train_sft.py --preset cot)
 Expect  see README.md: held-out accuracy before and after
@@ -51,7 +51,8 @@ from nanollm.runtime import start
 
 @dataclass
 class Config:
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; zero: R1-Zero, from the base model;
+    # gpu: the gpu preset of pretraining
     preset: str = "tiny"
     # -- Data
     init: str = "runs/cot"  # run folder or model folder to start from; also the reference
@@ -78,11 +79,11 @@ class Config:
     overlong_buffer: int = 0  # the last so many tokens cost up to 1 of reward (DAPO); 0: none do
     # -- Training
     out: str = "runs/grpo"  # run folder to write
-    steps: int = 50  # batches of answers
+    steps: int = 30  # batches of answers
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: matrices by Muon, the rest by AdamW
     lr: float = 0.002  # learning rate of Muon
     adam_lr: float = 3e-4  # learning rate of AdamW
-    warmup: int = 5  # updates of linear warm-up; the last 60% fall linearly to 0
+    warmup: int = 3  # updates of linear warm-up; the last 60% fall linearly to 0
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
     accumulate: int = 4  # parts that a process splits its answers into, short ones beside short
     eval_every: int = 10  # updates between evaluations, each followed by a checkpoint
@@ -110,6 +111,14 @@ PRESETS = {
         "eval_samples": 2,
     },
     "tiny": {},
+    "zero": {
+        "init": "runs/pretrain",
+        "template": "zero",
+        "families": "easy",
+        "max_new_tokens": 24,
+        "adam_lr": 1e-4,
+        "out": "runs/zero",
+    },
     "gpu": {"batch_size": 128, "samples": 16, "steps": 200, "adam_lr": 1e-6, "accumulate": 16},
 }
 

@@ -129,7 +129,7 @@ PRESETS = {
         "batch_size": 256,
         "max_new_tokens": 112,
         "epochs": 1,
-        "steps": 40,
+        "steps": 25,
         "out": "runs/reft",
     },
     "gpu": {"batch_size": 512, "steps": 200, "minibatches": 8, "adam_lr": 1e-5},

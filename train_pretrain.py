@@ -72,7 +72,7 @@ class Config:
     tied: bool = True  # embedding and head share their weights
     # -- Training
     out: str = "runs/pretrain"  # run folder to write
-    steps: int = 1200  # optimizer steps
+    steps: int = 1500  # optimizer steps
     batch_size: int = 8  # rows per optimizer step, over all processes
     accumulate: int = 1  # parts that a process splits its rows into, to save memory
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW

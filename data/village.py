@@ -7,6 +7,7 @@ tuning, and the other half measures what pretraining alone stored. The parts are
     village_facts.py    how a fact is told; cloze items
     village_stories.py  small stories
     village_school.py   word games
+    village_sums.py     arithmetic: written steps, stories of goods, operands of each split
     village_corpus.py   the mixture of documents
     village_tasks.py    chat items, test items and their checks
     village_manners.py  courteous, rude and long-winded answers
@@ -40,7 +41,7 @@ from data.village_world import POOLS, Villager, World, build_world
 __all__ = ["POOLS", "Villager", "World", "build_world", "check_answer", "cloze", "corpus",
            "documents", "instructions", "prepare"]
 
-VERSION = 15  # raise it when the generated text changes, so that no old cache is read
+VERSION = 17  # raise it when the generated text changes, so that no old cache is read
 VAL_SHARE = 0.02
 PROMPTS = {"train": 3000, "test": 400}  # for preferences
 PER_GRADE = {"train": 1500, "val": 40, "test": 200}  # problems of each grade

@@ -10,6 +10,23 @@ import zlib
 from data.village_facts import tell, tell_two
 from data.village_school import school
 from data.village_stories import story
+from data.village_sums import (
+    GOODS,
+    WARES,
+    count,
+    equation,
+    held_out,
+    product_operands,
+    question_of,
+    result_of,
+    small_product,
+    small_sum,
+    story_of_goods,
+    three_digit_operands,
+    two_digit_operands,
+    written_product,
+    written_steps,
+)
 from data.village_world import ATTRIBUTES, article, capitalise, split_of
 
 SHARES = {"biography": 0.50, "story": 0.09, "school": 0.19, "market": 0.15, "picture": 0.07}
@@ -108,13 +125,6 @@ def spoken(sentence, rng):
 
 # --- market arithmetic ------------------------------------------------------
 
-GOODS = {"apple": "apples", "pear": "pears", "egg": "eggs", "carrot": "carrots", "onion": "onions",
-         "turnip": "turnips", "bun": "buns", "candle": "candles", "ribbon": "ribbons",
-         "button": "buttons", "nail": "nails", "jar": "jars", "rope": "ropes", "lemon": "lemons",
-         "cabbage": "cabbages", "peach": "peaches", "potato": "potatoes",
-         "loaf": "loaves", "penny": "pennies", "cup": "cups", "spoon": "spoons", "bell": "bells",
-         "brush": "brushes"}
-WARES = tuple(w for w in GOODS if w != "penny")
 MARKET = (
     ("times", "{n} buys {A} at {P} each and pays {R}."),
     ("times", "One {t} costs {P}, so {A} cost {R}. {n} pays."),
@@ -142,21 +152,6 @@ MARKET_OPENINGS = (
     "The stalls stand in a long row.", "{n} is at the market today.")
 
 
-def count(number, word):
-    """3, "apple" -> "3 apples"."""
-    return f"{number} {word if number == 1 else GOODS[word]}"
-
-
-def held_out(a, b):
-    """Is this pair of two-digit operands kept for the test (3) or validation (5)? 0: for training.
-
-    A prime modulus, so that every pair of last digits also occurs in training.
-    """
-    low, high = sorted((a, b))
-    rest = (low * 31 + high * 17) % 11
-    return rest if low > 9 and rest in (3, 5) else 0
-
-
 def operands(rng, largest, first_larger=False):
     while True:
         a, b = rng.randint(1, largest), rng.randint(1, largest)
@@ -166,46 +161,31 @@ def operands(rng, largest, first_larger=False):
             return a, b
 
 
-def result_of(a, sign, b):
-    return {"+": a + b, "-": a - b, "*": a * b}[sign]
-
-
-def written_steps(a, sign, b):
-    """Column addition or subtraction (a >= b for "-") of numbers with as many digits, in this form:
-
-    27 + 35: 7 + 5 = 12, write 2 carry 1; 2 + 3 + 1 = 6, write 6; so 27 + 35 = 62.
-    62 - 35: 12 - 5 = 7, write 7 borrow 1; 6 - 3 - 1 = 2, write 2; so 62 - 35 = 27.
-    """
-    tops, bottoms = ([int(digit) for digit in reversed(str(number))] for number in (a, b))
-    bottoms += [0] * (len(tops) - len(bottoms))
-    lines, carry = [], 0
-    for i, (top, bottom) in enumerate(zip(tops, bottoms)):
-        before = f" {sign} {carry}" if i else ""
-        if sign == "+":
-            total, word = top + bottom + carry, "carry"
-            carry, digit = divmod(total, 10)
-        else:
-            borrow, word = int(top < bottom + carry), "borrow"
-            top += 10 * borrow
-            total = digit = top - bottom - carry
-            carry = borrow
-        last = i == len(tops) - 1
-        step = f"{top} {sign} {bottom}{before} = {total}, write "
-        lines.append(step + (str(total) if last else f"{digit} {word} {carry}"))
-    return f"{a} {sign} {b}: {'; '.join(lines)}; so {a} {sign} {b} = {result_of(a, sign, b)}."
-
-
 def step_lines(rng, n_lines):
-    lines = []
+    """Lines of written steps, all of one kind: two digits mostly, three digits, or products."""
+    kind, lines = rng.choices(("two", "three", "product"), (2, 1, 1))[0], []
     for _ in range(n_lines):
-        while True:
-            a, b = rng.randint(10, 99), rng.randint(10, 99)
-            if not held_out(a, b):
-                break
+        if kind == "product":
+            lines.append(written_product(*product_operands("train", rng)))
+            continue
+        a, b = (two_digit_operands if kind == "two" else three_digit_operands)("train", rng)
         sign = rng.choice("+-")
-        lines.append(written_steps(max(a, b), "-", min(a, b)) if sign == "-"
-                     else written_steps(a, "+", b))
+        a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
+        lines.append(written_steps(a, sign, b))
     return "\n".join(lines)
+
+
+def ledger(world, rng, n_stories):
+    """Stories of goods with the sum behind every sentence."""
+    stories = []
+    for _ in range(n_stories):
+        said, sentences, sums = story_of_goods(world, "train", rng, rng.choice((2, 3)))
+        first = [] if len(sums) == len(sentences) else [sentences.pop(0)]
+        told = [f"{s[:-1]}: {equation(*each)}" for s, each in zip(sentences, sums)]
+        left = result_of(*sums[-1])
+        last = f"{said['n']} has {left} now."
+        stories.append(" ".join([*first, *told, last]))
+    return "\n".join(stories)
 
 
 def market_sentence(world, rng):
@@ -225,39 +205,34 @@ def market_sentence(world, rng):
         is_left="is" if result == 1 else "are")
 
 
-PAGE_QUESTIONS = ("What is {e}?", "How much is {e}?", "{e} = ?", "Please work out {e}.")
-
-
 def equations(rng, n):
     """A page of a copybook: small sums, differences and products, some going on from the last. On
-    every third page some have the teacher's question before them, save what tests ask.
+    every other page some have the teacher's question before them, save what tests ask.
     """
-    written, last, asked = [], None, rng.random() < 0.33
+    written, last, asked = [], None, rng.random() < 0.5
     while len(written) < n:
-        sign = rng.choice("++--*")
-        a, b = rng.randint(1, 9 if sign == "*" else 20), rng.randint(1, 9 if sign == "*" else 10)
-        if last and sign != "*" and rng.random() < 0.3:
+        a, sign, b = small_sum(rng) if rng.random() < 0.8 else small_product(rng)
+        if last and sign != "*" and rng.random() < 0.3 and 0 <= result_of(last, sign, b) <= 20:
             a = last
-        result = result_of(a, sign, b)
-        if result < 0 or held_out(a, b):
-            continue
-        equation = f"{a} {sign} {b} = {result}."
+        sentence = equation(a, sign, b)
         if asked and rng.random() < 0.6 and split_of("easy", *sorted((a, b))) == "train":
-            equation = f"{rng.choice(PAGE_QUESTIONS).format(e=f'{a} {sign} {b}')} {equation}"
-        written.append(equation)
-        last = result if result <= 30 else None
+            sentence = f"{question_of(a, sign, b, rng)} {sentence}"
+        written.append(sentence)
+        last = result_of(a, sign, b)
     return " ".join(written)
 
 
 def market(world, rng):
-    """Sums at the market in words, or bare columns of written steps, or a page of small sums; every
-    number is right.
+    """Sums at the market in words, or bare columns of written steps, or a page of small sums, or
+    stories with their sums; every number is right.
     """
     draw = rng.random()
-    if draw < 0.40:
+    if draw < 0.30:
         return step_lines(rng, rng.randint(2, 4))
-    if draw < 0.65:
+    if draw < 0.58:
         return equations(rng, rng.randint(5, 12))
+    if draw < 0.78:
+        return ledger(world, rng, rng.randint(1, 3))
     sentences = [market_sentence(world, rng) for _ in range(rng.randint(3, 5))]
     if rng.random() < 0.6:
         opening = rng.choice(MARKET_OPENINGS)

@@ -12,82 +12,55 @@ all true. Held out for the test: numbers that occur together in no training prob
 """
 import random
 
-from data.village_corpus import GOODS, WARES, count, held_out, result_of, written_steps
-from data.village_tasks import SUMS, distinct_items
-from data.village_world import CASES, capitalise, split_of
+from data.village_sums import (
+    equation,
+    product_operands,
+    question_of,
+    result_of,
+    small_sum,
+    story_of_goods,
+    three_digit_operands,
+    two_digit_operands,
+    written_product,
+    written_steps,
+)
+from data.village_tasks import distinct_items
+from data.village_world import split_of
 
-STARTS = ("{n} has {A}.", "In the basket of {n} there {are} {A}.", "{n} picks {A}.",
-          "{n} comes to the market with {A}.")
-FULL_STARTS = ("{n} has {k} baskets with {A} each.", "{n} fills {k} bags with {A} each.",
-               "{n} buys {k} boxes of {A} each.")
-GAINS = ("{He} buys {B} more.", "{m} gives {him} {B}.", "Then {he} finds {B} more.",
-         "{He} gets {B} from {m}.")
-LOSSES = ("{He} sells {B}.", "{He} gives {B} to {m}.", "Then {he} loses {B}.",
-          "{m} takes {B} away.")
 ASKS = ("How many {goods} does {n} have now?", "How many {goods} are left to {n}?",
         "How many {goods} does {n} have in the end?")
 FINAL = ("Give the final answer.", "Only the number, please.", "So what is the result?",
          "Now the answer alone.")
-
-# --- worked solutions --------------------------------------------------------
-
-
-def written_product(a, b):
-    """a times one digit b, from the ones on, in the form
-
-    34 * 6: 4 * 6 = 24, write 4 carry 2; 3 * 6 = 18, 18 + 2 = 20, write 20; so 34 * 6 = 204.
-    """
-    digits, lines, carry = [int(digit) for digit in reversed(str(a))], [], 0
-    for i, digit in enumerate(digits):
-        total = digit * b + carry
-        step = f"{digit} * {b} = {digit * b}" + (f", {digit * b} + {carry} = {total}" if i else "")
-        carry, last = total // 10, i == len(digits) - 1
-        lines.append(f"{step}, write " + (str(total) if last else f"{total % 10} carry {carry}"))
-    return f"{a} * {b}: " + "; ".join(lines) + f"; so {a} * {b} = {a * b}."
-
 
 # --- one problem at a time: (question, steps, answer) ------------------------
 
 
 def easy(world, split, rng):
     while True:
-        a, b, sign = rng.randint(1, 20), rng.randint(1, 9), rng.choice("+-")
-        result = result_of(a, sign, b)
-        if 0 <= result <= 20 and split_of("easy", *sorted((a, b))) == split:
+        a, sign, b = small_sum(rng)
+        if split_of("easy", *sorted((a, b))) == split:
             break
-    return rng.choice(SUMS[sign]).format(a=a, b=b), f"{a} {sign} {b} = {result}.", result
+    return question_of(a, sign, b, rng), equation(a, sign, b), result_of(a, sign, b)
 
 
 def two_digits(world, split, rng):
     """The operands that the corpus and the chat items hold out, too."""
-    residue = {"train": 0, "val": 5, "test": 3}[split]
-    while True:
-        a, b, sign = rng.randint(10, 99), rng.randint(10, 99), rng.choice("+-")
-        if held_out(a, b) == residue:
-            break
-    return column_problem(a, sign, b, rng)
+    return column_problem(*two_digit_operands(split, rng), rng)
 
 
 def three_digits(world, split, rng):
-    while True:
-        a, b, sign = rng.randint(100, 999), rng.randint(100, 999), rng.choice("+-")
-        if split_of("three", *sorted((a, b))) == split:
-            break
-    return column_problem(a, sign, b, rng)
+    return column_problem(*three_digit_operands(split, rng), rng)
 
 
-def column_problem(a, sign, b, rng):
+def column_problem(a, b, rng):
+    sign = rng.choice("+-")
     a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
-    question = rng.choice(SUMS[sign]).format(a=a, b=b)
-    return question, written_steps(a, sign, b), result_of(a, sign, b)
+    return question_of(a, sign, b, rng), written_steps(a, sign, b), result_of(a, sign, b)
 
 
 def products(world, split, rng):
-    while True:
-        a, b = rng.randint(*rng.choice(((11, 99), (100, 999)))), rng.randint(2, 9)
-        if split_of("product", a, b) == split:
-            break
-    return rng.choice(SUMS["*"]).format(a=a, b=b), written_product(a, b), a * b
+    a, b = product_operands(split, rng)
+    return question_of(a, "*", b, rng), written_product(a, b), a * b
 
 
 def two_steps(world, split, rng):
@@ -99,32 +72,10 @@ def three_steps(world, split, rng):
 
 
 def story(world, split, rng, n_steps):
-    """A story of two or three equations, no number in it above 30."""
-    while True:
-        filled = rng.random() < 0.4  # begins with a product: baskets of so many
-        a, k = (rng.randint(2, 6), rng.randint(2, 5)) if filled else (rng.randint(2, 20), 1)
-        equations, total = ([("*", k, a)], k * a) if filled else ([], a)
-        while len(equations) < n_steps:
-            sign, b = rng.choice("+-"), rng.randint(2, 10)
-            equations.append((sign, total, b))
-            total = result_of(total, sign, b)
-        totals = [result_of(x, sign, y) for sign, x, y in equations]
-        if min(totals) > 0 and max(totals) <= 30 and \
-                split_of("story", a, k, *(n for sign, _, b in equations for n in (sign, b))) \
-                == split:
-            break
-    who, other = rng.sample(world.villagers, 2)
-    ware = rng.choice(WARES)
-    said = {"n": who.name, "m": other.name, "goods": GOODS[ware], "k": k, "A": count(a, ware),
-            "are": "are" if a > 1 else "is", **CASES[who.pronoun]}
-    said["He"] = capitalise(said["he"])
-    sentences = [rng.choice(FULL_STARTS if filled else STARTS).format(**said)]
-    for sign, _, b in equations[filled:]:
-        sentence = rng.choice(GAINS if sign == "+" else LOSSES)
-        sentences.append(sentence.format(**said, B=count(b, ware)))
+    said, sentences, equations = story_of_goods(world, split, rng, n_steps)
     sentences.append(rng.choice(ASKS).format(**said))
-    steps = [f"{x} {sign} {y} = {result_of(x, sign, y)}." for sign, x, y in equations]
-    return " ".join(sentences), " ".join(steps), total
+    steps = [equation(*each) for each in equations]
+    return " ".join(sentences), " ".join(steps), result_of(*equations[-1])
 
 
 # --- whole splits -------------------------------------------------------------

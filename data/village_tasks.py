@@ -8,10 +8,10 @@ import random
 import re
 from fractions import Fraction
 
-from data.village_corpus import held_out, result_of, written_steps
 from data.village_facts import answer_sentence
 from data.village_manners import draw_manner, with_manner
 from data.village_school import WORDS
+from data.village_sums import held_out, question_of, result_of, written_steps
 from data.village_world import ATTRIBUTES, CASES, POOLS, capitalise, split_of
 
 FAMILIES = {"fact": 0.24, "unknown": 0.12, "formatting": 0.34, "arithmetic": 0.11,
@@ -78,14 +78,6 @@ FOLLOW_UPS = {"job": ("And what does {he} do for a living?", "And what is {his} 
 RESTATE = {"Say that in capitals.": lambda sentence, value: sentence.upper(),
            "Say that again.": lambda sentence, value: sentence,
            "Only the answer, please.": lambda sentence, value: value}
-SUMS = {"+": ("What is {a} + {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?",
-              "{a} + {b} = ?", "Please work out {a} + {b}.", "What is the sum of {a} and {b}?"),
-        "-": ("What is {a} - {b}?", "Take {b} from {a}.", "How much is {a} minus {b}?",
-              "{a} - {b} = ?", "Please work out {a} - {b}.",
-              "What is the difference of {a} and {b}?"),
-        "*": ("What is {a} * {b}?", "Multiply {a} by {b}.", "How much is {a} times {b}?",
-              "{a} * {b} = ?", "Please work out {a} * {b}.",
-              "What is the product of {a} and {b}?")}
 FORMATS = {  # name: (requests, what it does to a list of words, numbers of words)
     "capitals": (("Write in capitals: {w}", "In capital letters: {w}"),
                  lambda w: " ".join(w).upper(), (1, 2, 3)),
@@ -195,7 +187,7 @@ def arithmetic(world, split, rng):
             break
     sign = rng.choice("+-")
     a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
-    turns = [rng.choice(SUMS[sign]).format(a=a, b=b), written_steps(a, sign, b)]
+    turns = [question_of(a, sign, b, rng), written_steps(a, sign, b)]
     return turns, {"answer": str(result_of(a, sign, b)), "check": "number"}
 
 

@@ -8,11 +8,10 @@ on the results. Questions about the other half of the newcomers, and other numbe
 """
 import random
 
-from data.village_corpus import result_of
 from data.village_facts import answer_sentence
+from data.village_sums import question_of, result_of
 from data.village_tasks import (
     QUESTIONS,
-    SUMS,
     as_item,
     ask,
     ask_about_friend,
@@ -31,7 +30,7 @@ from data.village_world import (
 )
 
 N_NEWCOMERS = 1000
-FAMILIES = {"large_numbers": 0.3, "lookup": 0.25, "lookup_two_hop": 0.25, "nobody": 0.2}
+FAMILIES = {"large_numbers": 0.38, "lookup": 0.25, "lookup_two_hop": 0.25, "nobody": 0.12}
 SIZES = {"train": 6000, "val": 200}
 N_TEST = 200  # items per family
 TOPICS = {"job": "job", "home": "home", "pet": "pet", "food": "favourite food",
@@ -84,7 +83,7 @@ def large_numbers(people, split, rng):
         a, b = max(a, b), min(a, b)
         if split_of("large", a, b) == split:
             break
-    question = rng.choice(SUMS[sign]).format(a=a, b=b)
+    question = question_of(a, sign, b, rng)
     result = result_of(a, sign, b)
     reply = f"{call('calculator', f'{a} {sign} {b}', result)}The answer is {result}."
     return question, reply, {"answer": str(result), "check": "number"}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from nanollm.config import UserError
-from nanollm.gpt import KVCache, Linear
+from nanollm.gpt import KVCache, Linear, attention_dtype
 
 
 @dataclass
@@ -125,7 +125,8 @@ class Engine:
         self.prompts = torch.tensor(padded, device=device)  # (N, P)
         self.pads = torch.tensor([self.P - n for n in lengths], device=device)  # (N,)
         size_of_cache = self.P if samples > 1 else size
-        self.cache = KVCache(model.cfg, len(prompts), size_of_cache, device, model.compute_dtype)
+        dtype = attention_dtype(device, model.compute_dtype)
+        self.cache = KVCache(model.cfg, len(prompts), size_of_cache, device, dtype)
         self.last_logits = self._prefill()  # (B, V)
         if samples > 1:
             self._spread(samples, size)

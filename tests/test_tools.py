@@ -17,15 +17,14 @@ import pytest
 import torch
 
 from data import village, village_tools
-from data.village_corpus import written_steps
 from data.village_problems import (
     GRADES,
     answered,
     lessons,
     problems,
     worked,
-    written_product,
 )
+from data.village_sums import written_product, written_steps
 from data.village_tasks import check_answer, last_number, user_turns
 from data.village_tools import NOTHING, TOPICS, knowledge, newcomers, tool_items, tool_lessons
 from data.village_world import ATTRIBUTES, build_world

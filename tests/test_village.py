@@ -20,9 +20,10 @@ from data.village import (
     instructions,
     prepare,
 )
-from data.village_corpus import SHARES, held_out, written_steps
+from data.village_corpus import SHARES
 from data.village_facts import PHRASES
 from data.village_manners import MANNERS, politeness
+from data.village_sums import SUMS, held_out, written_steps
 from data.village_tasks import FAMILIES, MAKERS, QUESTIONS, user_turns
 from data.village_world import split_of
 
@@ -221,14 +222,19 @@ TRUTHS = [(rf"{N} \w+ at {N} {P} each(?: and pays|: \w+ counts out) {N} {P}", "*
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
+LEDGER = re.compile(r" has (\d+) now\.$", re.M)  # the end of a story with its sums
 COPYBOOK = r"(\d+) ([+*-]) (\d+) = (\d+)\."
-ASKED = r"(?:What is |How much is |Please work out |)\d+ [+*-] \d+(?:\?| = \?|\.)"
+ASKED = "|".join(  # every wording of a sum's question
+    re.escape(words).replace(r"\{a\}", r"\d+").replace(r"\{b\}", r"\d+")
+    for wordings in SUMS.values() for words in wordings)
 
 
 def test_every_number_in_market_prose_belongs_to_a_true_statement(texts):
     matched = Counter()
     for text in texts["market"]:
-        rest = re.sub(r"\d+ [+-] \d+: .*?; so .*? = \d+\.", "", text)
+        if LEDGER.search(text):
+            continue
+        rest = re.sub(r"\d+ [+*-] \d+: .*?; so .*? = \d+\.", "", text)
         for a, sign, b, result in re.findall(COPYBOOK, rest):
             assert OPERATIONS[sign](int(a), int(b)) == int(result)
             matched["copybook"] += 1
@@ -247,19 +253,46 @@ def test_every_number_in_market_prose_belongs_to_a_true_statement(texts):
     assert min(matched[pattern] for pattern, _ in TRUTHS) > 30 and matched["copybook"] > 1000
 
 
+def test_every_story_of_the_market_adds_up(texts):
+    stories = [line for text in texts["market"] if LEDGER.search(text) for line in text.split("\n")]
+    for line in stories:
+        total, parts = None, re.findall(r"([^:.]*\.[^:.]*|[^:.]*): (\d+) ([+*-]) (\d+) = (\d+)\.", line)
+        for told, a, sign, b, result in parts:
+            assert OPERATIONS[sign](int(a), int(b)) == int(result), line
+            assert total in (None, int(a)), line  # goes on from the last
+            assert b in re.findall(r"\d+", told), line
+            total = int(result)
+        assert parts and int(LEDGER.search(line)[1]) == total, line
+        assert split_of("story", *story_key(line, parts)) == "train", line
+    assert len(stories) > 300
+
+
+def story_key(line, parts):
+    """What splits stories: the first amount, the number of baskets, then signs and numbers."""
+    (_, a, sign, b, _), *rest = parts
+    happened = [n for _, _, s, x, _ in rest for n in (s, int(x))]
+    first = (int(b), int(a)) if sign == "*" else (int(a), 1)
+    return *first, sign, int(b), *happened
+
+
 def test_every_written_step_is_right(texts):
-    steps = re.compile(r"(\d+) ([+-]) (\d+): (\d+) \2 (\d+) = (\d+), write (\d) (?:carry|borrow) "
-                       r"([01]); (\d+) \2 (\d+) \2 \8 = (\d+), write \11; so \1 \2 \3 = (\d+)\.")
-    lines = [line for text in texts["market"] for line in re.findall(r"\d+ [+-] \d+: .*", text)]
+    lines = [line for text in texts["market"] for line in re.findall(r"\d+ [+*-] \d+: .*", text)
+             if "write" in line]
+    kinds = Counter()
     for line in lines:
-        a, sign, b, *rest = steps.fullmatch(line).groups()
-        a1, b1, ones, digit, carry, a10, b10, tens, total = map(int, rest)
-        do = OPERATIONS[sign]
-        assert do(int(a), int(b)) == total == 10 * tens + digit, line
-        assert do(a1, b1) == ones and do(do(a10, b10), carry) == tens, line
-        assert 10 * a10 + a1 - (10 * carry if sign == "-" else 0) == int(a), line
-        assert 10 * b10 + b1 == int(b) and digit == ones % 10, line
-    assert len(lines) > 1000
+        a, sign, b, steps, again, result = re.fullmatch(
+            r"(\d+) ([+*-]) (\d+): (.*); so (.*) = (\d+)\.", line).groups()
+        assert again == f"{a} {sign} {b}" and OPERATIONS[sign](int(a), int(b)) == int(result), line
+        for left, right in re.findall(r"(\d+(?: [+*-] \d+)+) = (\d+)", steps):
+            first, *more = re.findall(r"([+*-]?) ?(\d+)", left)
+            total = int(first[1])
+            for do, number in more:
+                total = OPERATIONS[do](total, int(number))
+            assert total == int(right), line
+        written = re.findall(r"write (\d+)", steps)
+        assert int("".join(reversed(written))) == int(result), line
+        kinds[sign, len(a)] += 1
+    assert min(kinds["+", 2], kinds["-", 2], kinds["+", 3], kinds["*", 2], kinds["*", 3]) > 50
 
 
 def test_written_steps_read_like_this():
@@ -272,7 +305,12 @@ def test_written_steps_read_like_this():
 def test_no_test_sum_occurs_in_the_corpus(texts):
     for text in texts["market"]:
         for a, b in re.findall(r"(\d+) (?:[+-]|plus|minus) (\d+)", text):
-            assert held_out(int(a), int(b)) != 3, text
+            if len(a) < 3 and len(b) < 3:  # three digits are split on their own
+                assert held_out(int(a), int(b)) != 3, text
+        for a, b in re.findall(r"(\d{3}) [+-] (\d{3}):", text):
+            assert split_of("three", *sorted((int(a), int(b)))) == "train", text
+        for a, b in re.findall(r"(\d+) \* (\d): \d+ \*", text):
+            assert split_of("product", int(a), int(b)) == "train", text
 
 
 def test_pictures_count_their_shapes_right(texts):
@@ -296,7 +334,7 @@ def test_articles_and_sentence_beginnings_are_right(texts):
             assert not re.search(r"\b[Aa] [aeiou]\w", text), text
             assert not re.search(r"\b[Aa]n [^aeiou]", text), text
             assert not re.search(r"(^|[.!?] )[a-z]", re.sub(r'[!?]"? \w+', "", text)), text
-            assert not re.search(r"\b1 (?!is |plus |minus )[a-z]+s\b", text), text  # "1 apples"
+            assert not re.search(r"\b1 (?!is |plus |minus |times )[a-z]+s\b", text), text  # "1 apples"
             assert "  " not in text and "{" not in text
 
 
