@@ -1,0 +1,113 @@
+"""Parameter-efficient fine-tuning: one way to attach, count, save and load every method.
+
+    lora     y = W x + s B A x                                nanollm/lora.py
+    dora     the same, magnitude and direction apart          nanollm/lora.py
+    qlora    lora on base weights of four bits                nanollm/lora.py, nanollm/nf4.py
+    adapter  y = h + U gelu(D h), h the output of a branch    here: Bottleneck
+    prefix   keys and values in front of every layer          nanollm/soft_prompts.py
+    ptuning  the same, without an MLP behind them             nanollm/soft_prompts.py
+    prompt   embeddings in front of the text                  nanollm/soft_prompts.py
+
+The base stays as it is: `attach` freezes it, and only what it adds is trained and saved.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanollm import safetensors
+from nanollm.config import UserError, atomic_write
+from nanollm.gpt import Linear
+from nanollm.hub import existing_folder, read_json
+
+METHODS = ("lora", "dora", "qlora", "adapter", "prefix", "prompt", "ptuning")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass
+class Settings:
+    """What the methods can be told; each reads its own."""
+
+    rank: int = 16  # r of lora, dora and qlora; the width of a bottleneck adapter
+    alpha: float = 32.0  # lora, dora, qlora: s = alpha / r
+    # lora, dora, qlora: names of linear layers, separated by commas; all: every one in the blocks
+    targets: str = "all"
+    rslora: bool = False  # s = alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732)
+    virtual_tokens: int = 16  # V of prefix, prompt and ptuning
+    hidden: int = 128  # prefix: width of the MLP that makes keys and values while training
+
+
+# --- bottleneck adapters -------------------------------------------------------------------------
+
+
+class Bottleneck(Linear):
+    """The last linear layer of a branch with a bottleneck adapter behind it, before the residual.
+
+        h = W x,  y = h + U gelu(D h)           D (r, C), U (C, r)
+
+    U starts at zero, so that nothing changes at first. Houlsby et al. 2019 (arXiv:1902.00751),
+    figure 2: one behind attention and one behind the MLP, in every block. W keeps its name in the
+    state dict.
+    """
+
+    @classmethod
+    def around(cls, linear, rank):
+        C = linear.out_features
+        new = cls(linear.in_features, C, linear.bias is not None, device="meta")
+        new.weight, new.bias = linear.weight, linear.bias
+        new.down, new.up = Linear(C, rank), Linear(rank, C)
+        nn.init.normal_(new.down.weight, std=C**-0.5)
+        nn.init.zeros_(new.up.weight)
+        nn.init.zeros_(new.down.bias)
+        nn.init.zeros_(new.up.bias)
+        return new.to(linear.weight.device)
+
+    def forward(self, x):
+        h = super().forward(x)
+        return h + self.up(F.gelu(self.down(h)))
+
+
+def add_bottlenecks(model, rank):
+    """Put an adapter behind attention and MLP of every block."""
+    if rank < 1:
+        raise UserError(f"--rank must be at least 1, not {rank}")
+    for block in model.model.layers:
+        block.self_attn.o_proj = Bottleneck.around(block.self_attn.o_proj, rank)
+        block.mlp.down_proj = Bottleneck.around(block.mlp.down_proj, rank)
+
+
+# --- the registry --------------------------------------------------------------------------------
+
+
+def attach(model, method, settings=None):
+    """Freeze the model and add the trainable parameters of a method, in place; returns the model.
+
+    Raises UserError where the settings don't fit the model. `model.adapter` is then the method's
+    name.
+    """
+    from nanollm import lora, soft_prompts  # which stand on this module's Settings
+
+    settings = settings or Settings()
+    if getattr(model, "adapter", None):
+        raise UserError(f"the model has an adapter ({model.adapter}) already; merge it first")
+    model.base_parameters = sum(p.numel() for p in model.parameters())
+    model.requires_grad_(False)
+    if method in ("lora", "dora", "qlora"):
+        lora.add(model, method, settings)
+    elif method == "adapter":
+        add_bottlenecks(model, settings.rank)
+    elif method in ("prefix", "ptuning", "prompt"):
+        soft_prompts.add(model, method, settings)
+    else:
+        raise UserError(f"unknown method {method!r}; methods are {', '.join(METHODS)}")
+    model.adapter = method
+    return model
+
+
+def trainable(model):
+    """(number of trained parameters, their share of the base's)."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, trained / getattr(model, "base_parameters", trained)
