@@ -18,7 +18,7 @@ from pathlib import Path
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanollm import safetensors
+from nanollm import safetensors, soft_prompts
 from nanollm.config import UserError, atomic_write
 from nanollm.gpt import Linear
 from nanollm.hub import existing_folder, read_json
@@ -88,14 +88,14 @@ def attach(model, method, settings=None):
     Raises UserError where the settings don't fit the model. `model.adapter` is then the method's
     name.
     """
-    from nanollm import lora, soft_prompts  # which stand on this module's Settings
-
     settings = settings or Settings()
     if getattr(model, "adapter", None):
         raise UserError(f"the model has an adapter ({model.adapter}) already; merge it first")
     model.base_parameters = sum(p.numel() for p in model.parameters())
     model.requires_grad_(False)
     if method in ("lora", "dora", "qlora"):
+        from nanollm import lora
+
         lora.add(model, method, settings)
     elif method == "adapter":
         add_bottlenecks(model, settings.rank)
@@ -111,3 +111,68 @@ def trainable(model):
     """(number of trained parameters, their share of the base's)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trained, trained / getattr(model, "base_parameters", trained)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def files(model):
+    """(config, tensors) of whatever is attached, in the forms of peft where it knows the method."""
+    if model.adapter == "adapter":
+        layers = [m for m in model.modules() if isinstance(m, Bottleneck)]
+        config = {"peft_type": "BOTTLENECK", "r": layers[0].down.out_features}
+        return config, {n: p.detach().cpu() for n, p in bottleneck_parameters(model).items()}
+    if model.model.prefix is not None:
+        return soft_prompts.files(model)
+    from nanollm import lora
+
+    return lora.files(model)
+
+
+def save_adapter(model, folder, base):
+    """Write adapter_config.json and adapter_model.safetensors, which name the base and hold
+    nothing of it.
+    """
+    config, tensors = files(model)
+    config = config | {"base_model_name_or_path": str(base)}
+    atomic_write(Path(folder) / CONFIG, json.dumps(config, indent=2) + "\n")
+    safetensors.save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+
+
+def is_adapter(folder):
+    return (Path(folder) / CONFIG).exists()
+
+
+def load_adapter(model, folder):
+    """Attach the adapter that lies in a folder, ours or peft's; returns the model.
+
+    Raises UserError where the folder holds none, or one of another base.
+    """
+    folder = existing_folder(folder)
+    config = read_json(folder / CONFIG)
+    tensors = safetensors.load_file(folder / WEIGHTS)
+    kind = config.get("peft_type")
+    model.base_parameters = sum(p.numel() for p in model.parameters())
+    model.requires_grad_(False)
+    if kind == "BOTTLENECK":
+        add_bottlenecks(model, config["r"])
+        own = bottleneck_parameters(model)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if shapes != {name: p.shape for name, p in own.items()}:
+            raise UserError(f"{folder} holds an adapter of another base")
+        for name, p in own.items():
+            p.data.copy_(tensors[name])
+        model.adapter = "adapter"
+    elif kind in ("PREFIX_TUNING", "PROMPT_TUNING"):
+        model.adapter = soft_prompts.load(model, config, tensors)
+    elif kind == "LORA":
+        from nanollm import lora
+
+        model.adapter = lora.load(model, config, tensors)
+    else:
+        raise UserError(f"{folder / CONFIG}: peft_type {kind!r} is not implemented")
+    return model
+
+
+def bottleneck_parameters(model):
+    return {n: p for n, p in model.named_parameters() if ".down." in n or ".up." in n}

@@ -215,6 +215,8 @@ def for_inference(model):
     """
     light = copy.deepcopy(model).to(model.compute_dtype)
     light.model.cos, light.model.sin = model.model.cos, model.model.sin  # angles stay fp32
+    if model.model.prefix is not None:  # computed once, too
+        light.model.prefix = model.model.prefix.fixed(model.model, model.compute_dtype)
     for block in light.model.layers:
         attention, mlp = block.self_attn, block.mlp
         attention.project = fuse(attention.q_proj, attention.k_proj, attention.v_proj)
