@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
-        turns = [[("user", f"say {w}"), ("assistant", w + " please" * (i % 2))]
+        turns = [[("user", f"say {w}"), ("assistant", w + " please" * (i // 8 % 2))]
                  for i, w in enumerate(WORDS * 6)]
         files = {
             "chats": [{"messages": [{"role": r, "content": c} for r, c in t]} for t in turns],
@@ -95,7 +95,7 @@ def loaded(script, folder):
 
 
 def test_fine_tuning_with_an_adapter_learns(here):
-    flags = ["--init", "runs/sft", "--data", "no.jsonl", "--steps", 100, "--eval_every", 100]
+    flags = ["--init", "runs/sft", "--data", "no.jsonl", "--steps", 150, "--eval_every", 150]
     metrics = run("train_sft.py", *LORA, *flags, "--replay", 0, "--lr", 0.02, out="runs/learnt")
     losses = [m["val_loss"] for m in metrics if "val_loss" in m]
     first = next(m["loss"] for m in metrics if "loss" in m)
