@@ -95,11 +95,11 @@ def loaded(script, folder):
 
 
 def test_fine_tuning_with_an_adapter_learns(here):
-    flags = ["--init", "runs/sft", "--data", "no.jsonl", "--steps", 150, "--eval_every", 150]
+    flags = ["--init", "runs/sft", "--data", "no.jsonl", "--steps", 100, "--eval_every", 100]
     metrics = run("train_sft.py", *LORA, *flags, "--replay", 0, "--lr", 0.02, out="runs/learnt")
     losses = [m["val_loss"] for m in metrics if "val_loss" in m]
     first = next(m["loss"] for m in metrics if "loss" in m)
-    assert first > 0.5 and losses[-1] < 0.2
+    assert first > 2 and losses[-1] < 0.3  # the head is frozen, too
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
