@@ -15,16 +15,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanollm import safetensors, soft_prompts
+from nanollm import lora, safetensors, soft_prompts
 from nanollm.config import UserError, atomic_write
 from nanollm.gpt import Linear
-from nanollm.hub import existing_folder, read_json
+from nanollm.hub import ADAPTER_CONFIG, existing_folder, is_adapter, read_json
 
 METHODS = ("lora", "dora", "qlora", "adapter", "prefix", "prompt", "ptuning")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -69,6 +70,14 @@ class Bottleneck(Linear):
         h = super().forward(x)
         return h + self.up(F.gelu(self.down(h)))
 
+    def plain(self, merged):
+        """This layer without its adapter, on the same weights; merging is not possible."""
+        if merged:
+            return self
+        base = Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        base.weight, base.bias = self.weight, self.bias
+        return base
+
 
 def add_bottlenecks(model, rank):
     """Put an adapter behind attention and MLP of every block."""
@@ -77,6 +86,24 @@ def add_bottlenecks(model, rank):
     for block in model.model.layers:
         block.self_attn.o_proj = Bottleneck.around(block.self_attn.o_proj, rank)
         block.mlp.down_proj = Bottleneck.around(block.mlp.down_proj, rank)
+
+
+def bottleneck_parameters(model):
+    return {n: p for n, p in model.named_parameters() if ".down." in n or ".up." in n}
+
+
+def load_bottlenecks(model, config, tensors, where):
+    """Attach the adapters that `files` has written."""
+    rank = config.get("r")
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{where}: the adapter's width is {rank!r}, not a whole number from 1 on")
+    add_bottlenecks(model, rank)
+    own = bottleneck_parameters(model)
+    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in own.items()}:
+        raise UserError(f"{where} holds an adapter of another base: its layers have other shapes")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(tensors[name])
 
 
 # --- the registry --------------------------------------------------------------------------------
@@ -94,8 +121,6 @@ def attach(model, method, settings=None):
     model.base_parameters = sum(p.numel() for p in model.parameters())
     model.requires_grad_(False)
     if method in ("lora", "dora", "qlora"):
-        from nanollm import lora
-
         lora.add(model, method, settings)
     elif method == "adapter":
         add_bottlenecks(model, settings.rank)
@@ -124,8 +149,6 @@ def files(model):
         return config, {n: p.detach().cpu() for n, p in bottleneck_parameters(model).items()}
     if model.model.prefix is not None:
         return soft_prompts.files(model)
-    from nanollm import lora
-
     return lora.files(model)
 
 
@@ -135,12 +158,8 @@ def save_adapter(model, folder, base):
     """
     config, tensors = files(model)
     config = config | {"base_model_name_or_path": str(base)}
-    atomic_write(Path(folder) / CONFIG, json.dumps(config, indent=2) + "\n")
+    atomic_write(Path(folder) / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
     safetensors.save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-
-
-def is_adapter(folder):
-    return (Path(folder) / CONFIG).exists()
 
 
 def load_adapter(model, folder):
@@ -149,30 +168,20 @@ def load_adapter(model, folder):
     Raises UserError where the folder holds none, or one of another base.
     """
     folder = existing_folder(folder)
-    config = read_json(folder / CONFIG)
+    if not is_adapter(folder):
+        raise UserError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG} in it")
+    config = read_json(folder / ADAPTER_CONFIG)
     tensors = safetensors.load_file(folder / WEIGHTS)
     kind = config.get("peft_type")
     model.base_parameters = sum(p.numel() for p in model.parameters())
     model.requires_grad_(False)
     if kind == "BOTTLENECK":
-        add_bottlenecks(model, config["r"])
-        own = bottleneck_parameters(model)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        if shapes != {name: p.shape for name, p in own.items()}:
-            raise UserError(f"{folder} holds an adapter of another base")
-        for name, p in own.items():
-            p.data.copy_(tensors[name])
+        load_bottlenecks(model, config, tensors, folder)
         model.adapter = "adapter"
     elif kind in ("PREFIX_TUNING", "PROMPT_TUNING"):
-        model.adapter = soft_prompts.load(model, config, tensors)
+        model.adapter = soft_prompts.load(model, config, tensors, folder)
     elif kind == "LORA":
-        from nanollm import lora
-
-        model.adapter = lora.load(model, config, tensors)
+        model.adapter = lora.load(model, config, tensors, where=folder)
     else:
-        raise UserError(f"{folder / CONFIG}: peft_type {kind!r} is not implemented")
+        raise UserError(f"{folder / ADAPTER_CONFIG}: peft_type {kind!r} is not implemented")
     return model
-
-
-def bottleneck_parameters(model):
-    return {n: p for n, p in model.named_parameters() if ".down." in n or ".up." in n}

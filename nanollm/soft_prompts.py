@@ -3,11 +3,9 @@
 Every method here is a module that gives keys and values (layers, 2, G, V, D), which each layer's
 attention sees in front of the text's own:
 
-    prefix   K, V = MLP(P), P (V, C)    Li & Liang 2021, arXiv:2101.00190, section 4.3; saved without
-                                        the MLP
-    ptuning  K, V trained themselves    Liu et al. 2021, P-Tuning v2, arXiv:2110.07602
-    prompt   K, V = the model's own,    Lester et al. 2021, arXiv:2104.08691; embeddings in front
-             of embeddings P (V, C)     of the text
+    prefix   K, V = MLP(P), P (V, C); saved without the MLP    Li & Liang 2021, arXiv:2101.00190
+    ptuning  K, V trained themselves (P-Tuning v2)             Liu et al. 2021, 2110.07602
+    prompt   K, V that the model makes of embeddings P (V, C)  Lester et al. 2021, 2104.08691
 
 A causal model reads what stands in front without looking at what follows. So the embeddings of
 prompt tuning can be read once per batch, and their keys and values serve every row, every document
@@ -164,20 +162,24 @@ def files(model):
     return config, {"prompt_embeddings": tensor.contiguous().cpu()}
 
 
-def load(model, config, tensors):
+def load(model, config, tensors, where="the adapter"):
     """Attach what `files` or peft has saved; returns the method's name.
 
-    A prefix comes back without its MLP, so it goes on as P-Tuning v2.
+    A prefix comes back without its MLP, so it goes on as P-Tuning v2. Raises UserError for an
+    adapter of another base.
     """
     prompt, cfg = config["peft_type"] == "PROMPT_TUNING", model.cfg
     width = cfg.hidden_size if prompt else math.prod(shape_of(cfg))
     tensor = tensors.get("prompt_embeddings")
-    if tensor is None or tensor.dim() != 2 or tensor.shape[1] != width:
-        found = "no prompt_embeddings" if tensor is None else f"shape {list(tensor.shape)}"
-        raise UserError(f"the adapter has {found}, but this model wants [V, {width}]: it belongs "
-                        f"to another base")
+    if tensor is None or tensor.dim() != 2 or 0 in tensor.shape:
+        raise UserError(f"{where} lacks the tensor prompt_embeddings of shape [V, {width}]")
+    if tensor.shape[1] != width:
+        raise UserError(
+            f"{where}: prompt_embeddings has shape {list(tensor.shape)}, but the model wants "
+            f"[V, {width}]: the adapter was trained on another base"
+        )
     make_room(model, len(tensor))
-    tensor = tensor.float().to(model.device)
+    tensor = tensor.to(model.device, torch.float32)
     if prompt:
         model.model.prefix = PromptEmbeddings(tensor)
         return "prompt"
