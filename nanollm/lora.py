@@ -26,21 +26,12 @@ from nanollm.nf4 import NF4Linear, dense, quantise_linears
 
 KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 SCORE = "base_model.model.score.weight"  # a reward model's head, which is trained as a whole
-# what peft can and we cannot, with the values that ask for nothing
-UNKNOWN = {
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "alora_invocation_tokens": (None,),
-}
+UNKNOWN = (  # what peft can and we cannot
+    "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias",
+    "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config",
+    "alora_invocation_tokens", "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+UNASKED = (None, False, "none", {}, [])
 
 
 class Choice:
@@ -180,12 +171,12 @@ def named(model, targets):
     return list(dict.fromkeys(chosen))
 
 
-def freeze(model):
-    """Only adapters are trained, and a reward model's new head."""
-    for name, p in model.named_parameters():
-        p.requires_grad = bool(re.search(r"\.(lora_A|lora_B|magnitude)\.", name)) or (
-            isinstance(model, ScalarGPT) and name == "score.weight"
-        )
+def freeze(model, name):
+    """Only the adapter of this name is trained, and a reward model's head."""
+    own = tuple(f".{part}.{name}" for part in ("lora_A", "lora_B", "magnitude"))
+    scored = isinstance(model, ScalarGPT)
+    for where, p in model.named_parameters():
+        p.requires_grad = where.endswith(own) or (scored and where == "score.weight")
 
 
 def add(model, method, settings, name="default"):
@@ -211,7 +202,7 @@ def add(model, method, settings, name="default"):
     if method == "qlora":
         config["base_quantization"] = "nf4"  # not peft's: which base the adapter was trained on
     _add(model, config, chosen, name)
-    freeze(model)
+    freeze(model, name)
     use(model, name)
 
 
@@ -286,8 +277,8 @@ def load(model, config, tensors, name="default", where="the adapter"):
     """Add the adapter of these files to a model, and use it; returns its method. Raises UserError
     where it needs what isn't implemented, or belongs to another base.
     """
-    for key, harmless in UNKNOWN.items():
-        if key in config and config[key] not in harmless:
+    for key in UNKNOWN:
+        if config.get(key) not in UNASKED:
             raise UserError(f"{where}: {key} = {config[key]!r} is not implemented")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and re.match("pissa|olora|corda|loftq|lora_ga", start):

@@ -174,6 +174,21 @@ def test_an_adapters_folder_is_a_start_for_every_script(here):
     load_scalar("runs/third")
 
 
+@pytest.mark.parametrize("method", ["adapter", "prefix"])
+def test_what_cannot_be_merged_opens_attached_and_nothing_is_trained_on_it(method, here, capsys):
+    out, flags = f"runs/{method}", ["--adapter", method, "--rank", 4, "--steps", 2]
+    metrics = run("train_dpo.py", *flags, out=out)
+    assert load_model(out)[0].adapter and metrics[-1]["kl"] != 0
+    capsys.readouterr()
+    module, own = SCRIPTS["train_dpo.py"]
+    for more in ([], LORA):
+        said = refused(capsys, module, *own, "--init", out, *more, "--out", "runs/refused")
+        assert "can't be merged into its base" in said
+    module, own = SCRIPTS["train_rm.py"]
+    said = refused(capsys, module, *own, "--adapter", method, "--out", "runs/refused")
+    assert "they take lora, dora, qlora" in said
+
+
 def test_chat_and_evaluate_take_an_adapter(here, capsys):
     answers = []
     for flags in (["runs/lora"], ["runs/pretrain", "--adapter", "runs/lora"]):

@@ -87,6 +87,12 @@ def test_only_the_adapter_is_trained(random_model):
     assert len(moved) == 2 * 2 * 2 and all(".lora_" in name for name in moved)
 
 
+def test_a_second_adapter_is_trained_alone(random_model):
+    model = adapted(adapted(random_model(), name="a"), name="b")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(name.endswith(".b") for name in trained)
+
+
 def test_lora_plus_lets_b_learn_faster(random_model):
     model = adapted(random_model())
     optimizers = build_optimizers(model, "adamw", adam_lr=1e-3, lora_plus=16.0)
