@@ -17,7 +17,7 @@ nanollm/soft_prompts.py; the loss is that of train_sft.py. The domain is the vil
 facts about ships, asked of sailors who have a manner of their own. No other data is replayed, so
 that what each method forgets can be seen.
 
-Run     python lora.py                                       # LoRA of rank 16 on q_proj and v_proj
+Run     python lora.py                                       # LoRA of rank 3 on every matrix of the blocks
         python lora.py --method prefix --out runs/prefix
         python lora.py --compare full,lora                   # one after the other, and a table
         python lora.py --compare all --ranks 1,4,16          # every method
@@ -65,17 +65,17 @@ class Config:
     method: Literal[
         "lora", "dora", "qlora", "adapter", "prefix", "ptuning", "prompt", "full"
     ] = "lora"
-    rank: int = 16  # r of lora, dora and qlora; width of a bottleneck adapter
-    alpha: float = 32.0  # lora, dora, qlora: s = alpha / r
+    rank: int = 3  # r of lora, dora and qlora; width of a bottleneck adapter
+    alpha: float = 6.0  # lora, dora, qlora: s = alpha / r
     # lora, dora, qlora: names of linear layers, separated by commas; all: every one in the blocks
-    targets: str = "q_proj,v_proj"
+    targets: str = "all"
     rslora: bool = False  # s = alpha / sqrt(r), which keeps high ranks from learning less
     lora_plus: float = 1.0  # learning rate of B over that of A; LoRA+ takes 16
     virtual_tokens: int = 16  # V of prefix, ptuning and prompt
     hidden: int = 128  # prefix: width of the MLP that makes keys and values in training
     # instead of one method: several, separated by commas, or all; each in its own folder of --out
     compare: str = ""
-    ranks: str = "16"  # ranks to compare, separated by commas
+    ranks: str = "3"  # ranks to compare, separated by commas
     # -- Data
     init: str = "runs/sft"  # run folder or model folder to start from
     data: str = "village"  # village: its harbour; or JSONL of dialogues (see data/README.md)
@@ -89,18 +89,19 @@ class Config:
     context: int | None = None
     # -- Training
     out: str = "runs/lora"  # run folder to write
-    steps: int = 150  # optimizer steps
-    batch_size: int = 16  # rows per optimizer step, over all processes
+    steps: int = 300  # optimizer steps
+    batch_size: int = 8  # rows per optimizer step, over all processes
     accumulate: int = 1  # parts that a process splits its rows into, to save memory
-    # muon: matrices of the blocks by Muon, A and B too, the rest by AdamW
-    optimizer: Literal["muon", "adamw"] = "muon"
+    # muon: matrices of the blocks by Muon, A and B too, the rest by AdamW; auto: muon for full,
+    # adamw for the others
+    optimizer: Literal["auto", "muon", "adamw"] = "auto"
     lr: float | None = None  # learning rate of Muon; default: by method
     adam_lr: float | None = None  # learning rate of AdamW; default: by method
     weight_decay: float = 0.0  # on matrices and embeddings
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 10  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-    eval_every: int = 75  # steps between evaluations, each followed by a checkpoint
+    eval_every: int = 150  # steps between evaluations, each followed by a checkpoint
     # -- Machine
     seed: int = 0  # of new parameters and of the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:N
@@ -127,12 +128,12 @@ PRESETS = {
 
 # learning rates of Muon and AdamW: few parameters take, and want, larger steps than all of them
 RATES = {
-    "full": (0.007, 1e-3),
-    "lora": (0.02, 5e-3),
-    "dora": (0.02, 5e-3),
-    "qlora": (0.02, 5e-3),
-    "adapter": (0.02, 5e-3),
-    "prefix": (0.0, 5e-3),
+    "full": (0.002, 3e-4),
+    "lora": (0.01, 1e-2),
+    "dora": (0.01, 1e-2),
+    "qlora": (0.01, 1e-2),
+    "adapter": (0.01, 1e-2),
+    "prefix": (0.0, 1e-2),
     "ptuning": (0.0, 5e-2),
     "prompt": (0.0, 5e-2),
 }
@@ -246,8 +247,11 @@ def main(cfg):
         rate if given is None else given
         for rate, given in zip(RATES[cfg.method], (cfg.lr, cfg.adam_lr))
     )
+    kind = cfg.optimizer
+    if kind == "auto":
+        kind = "muon" if cfg.method == "full" else "adamw"
     optimizers = build_optimizers(
-        model, cfg.optimizer, lr, adam_lr, cfg.weight_decay, lora_plus=cfg.lora_plus
+        model, kind, lr, adam_lr, cfg.weight_decay, lora_plus=cfg.lora_plus
     )
     n_trained, trained_share = adapters.trainable(model)
     rt.print(f"{cfg.method}: {n_trained:,} trained parameters, {trained_share:.2%} of the base's")

@@ -58,6 +58,8 @@ def compare(cfg, script, known):
     results = {}
     for name, own in runs:
         out = Path(cfg.out) / name
+        if "rank" in own:  # the same alpha / r at every rank, so that ranks alone differ
+            own = own | {"alpha": cfg.alpha / cfg.rank * own["rank"]}
         values = dataclasses.asdict(cfg) | own | {"out": str(out), "compare": "", "resume": False}
         words = [f"--{flag}={'none' if v is None else v}" for flag, v in values.items()]
         print(f"\n--- {name}", flush=True)

@@ -42,12 +42,12 @@ def dialogues(items):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model that says the letter that it is told, and a new domain in which it says another."""
+    """A model that says the letter that it is told, and a new domain in which it says d."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
-        old, new = items_of(["aa", "bb", "cc", "dd"], 15), items_of(["eb", "fa", "gd", "hc"], 15)
+        old, new = items_of(["aa", "bb", "cc", "dd"], 15), items_of(["ed", "fd", "gd", "hd"], 15)
         files = {"chats": dialogues(old), "new": dialogues(new)}
         files |= {"old_test": old[:16], "new_test": new[:16]}
         for name, records in files.items():
@@ -72,7 +72,7 @@ def run(*flags, out="runs/new"):
 def test_every_method_learns_a_new_answer_and_what_it_saves_answers_so(method, here):
     rate = RATES.get(method, 0.02)
     flags = ["--method", method, "--rank", 4, "--alpha", 8, "--adam_lr", rate]
-    result = run(*flags, "--steps", 100, "--eval_every", 100, out=f"runs/{method}")
+    result = run(*flags, "--steps", 120, "--eval_every", 120, out=f"runs/{method}")
     assert result["before"]["accuracy"] < 0.3
     wanted = 0.5 if method in ("prompt", "prefix", "ptuning") else 0.95
     assert result["after"]["accuracy"] >= wanted
