@@ -74,8 +74,7 @@ def test_every_method_learns_a_new_answer_and_what_it_saves_answers_so(method, h
     flags = ["--method", method, "--rank", 4, "--alpha", 8, "--adam_lr", rate]
     result = run(*flags, "--steps", 120, "--eval_every", 120, out=f"runs/{method}")
     assert result["before"]["accuracy"] < 0.3
-    wanted = 0.5 if method in ("prompt", "prefix", "ptuning") else 0.95
-    assert result["after"]["accuracy"] >= wanted
+    assert result["after"]["accuracy"] >= 0.95
     assert (result["trained_share"] < 0.9) == (method != "full")
     model, tokenizer = load_model(f"runs/{method}")
     families, _ = accuracy_by_family(model, tokenizer, read_items("new_test.jsonl"))
