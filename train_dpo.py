@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from nanollm.adapter_runs import reference, start_adapter
 from nanollm.config import cli
 from nanollm.data import Sampler
 from nanollm.hub import load_model
@@ -74,6 +75,12 @@ class Config:
     orpo_lambda: float = 0.1  # orpo: weight of the odds ratio
     desirable_weight: float = 1.0  # kto: w_D
     undesirable_weight: float = 1.0  # kto: w_U
+    # -- Adapter
+    # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
+    # prompt (nanollm/adapters.py); default: all weights are trained
+    adapter: str | None = None
+    rank: int = 16  # r of lora, dora and qlora; width of a bottleneck adapter
+    alpha: float = 32.0  # lora, dora, qlora: what they learn counts alpha / r
     # -- Training
     out: str = "runs/dpo"  # run folder to write
     steps: int = 120  # optimizer steps
@@ -265,7 +272,8 @@ def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.init, cfg.out)
     model, tokenizer = load_model(cfg.init)
-    ref, _ = load_model(cfg.init)
+    start_adapter(model, cfg, rt)
+    ref = reference(model)
     rt.prepare(ref, train=False)
     records, val_records = load_preferences(cfg, ref, tokenizer, rt)
     train, val = (

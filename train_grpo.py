@@ -19,7 +19,6 @@ Needs   runs/cot                 (python train_sft.py --preset cot)
 Expect  see README.md: held-out accuracy before and after
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from typing import Callable, Literal
 import torch
 import torch.nn as nn
 
+from nanollm.adapter_runs import reference, start_adapter
 from nanollm.config import UserError, cli
 from nanollm.data import Replies, Sampler, pad_replies
 from nanollm.evaluate import (
@@ -77,6 +77,12 @@ class Config:
     inner_updates: int = 1  # optimizer steps per batch of answers
     dynamic_sampling: bool = False  # sample on until enough groups have unequal rewards (DAPO)
     overlong_buffer: int = 0  # the last so many tokens cost up to 1 of reward (DAPO); 0: none do
+    # -- Adapter
+    # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
+    # prompt (nanollm/adapters.py); default: all weights are trained
+    adapter: str | None = None
+    rank: int = 16  # r of lora, dora and qlora; width of a bottleneck adapter
+    alpha: float = 32.0  # lora, dora, qlora: what they learn counts alpha / r
     # -- Training
     out: str = "runs/grpo"  # run folder to write
     steps: int = 30  # batches of answers
@@ -446,7 +452,8 @@ def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.init, cfg.out)
     policy, tokenizer = load_model(cfg.init)
-    ref = copy.deepcopy(policy) if cfg.kl_coef else None
+    start_adapter(policy, cfg, rt)
+    ref = reference(policy) if cfg.kl_coef else None
     train, val = load_problems(cfg)
     sampling = Sampling(cfg, tokenizer)
     check_room(policy, list(map(sampling.ask, train + val)), cfg.max_new_tokens)

@@ -20,7 +20,6 @@ Expect  see README.md: gold score on held-out prompts, with the KL that it cost.
         goes too far on purpose: the learned reward goes on rising while the gold falls
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
+from nanollm.adapter_runs import reference, start_adapter
 from nanollm.config import UserError, atomic_write, cli
 from nanollm.data import Sampler, last_true, pad_replies
 from nanollm.evaluate import as_text, village_of
@@ -90,6 +90,12 @@ class Config:
     value_coef: float = 0.1  # weight of the value loss
     gamma: float = 1.0  # discount
     lam: float = 0.95  # lambda of GAE
+    # -- Adapter
+    # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
+    # prompt (nanollm/adapters.py); default: all weights are trained
+    adapter: str | None = None
+    rank: int = 16  # r of lora, dora and qlora; width of a bottleneck adapter
+    alpha: float = 32.0  # lora, dora, qlora: what they learn counts alpha / r
     # -- Training
     out: str = "runs/ppo"  # run folder to write
     steps: int = 30  # updates, each with a batch of new replies
@@ -391,7 +397,8 @@ def main(cfg):
     if cfg.reward == "model":
         check_folders(cfg.reward_model, cfg.out)
     policy, tokenizer = load_model(cfg.init)
-    ref = copy.deepcopy(policy)
+    start_adapter(policy, cfg, rt)
+    ref = reference(policy)
     scorer = Scorer(cfg, tokenizer, rt)
     train, val = load_prompts(cfg)
     if cfg.reward == "rules" and not all("answer" in item for item in train + val):
@@ -401,6 +408,7 @@ def main(cfg):
     critic = None
     if cfg.critic == "separate":
         critic = load_scalar(cfg.reward_model if cfg.reward == "model" else cfg.init)[0]
+        start_adapter(critic, cfg, rt)
         critic.compute_dtype = rt.dtype
 
     share = rt.share(cfg.batch_size)

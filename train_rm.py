@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from nanollm.adapter_runs import start_adapter
 from nanollm.config import UserError, atomic_write, cli
 from nanollm.data import Sampler, pad_replies
 from nanollm.evaluate import sample_replies
@@ -53,6 +54,12 @@ class Config:
     # the same, less the margin that the data states
     loss: Literal["ranking", "bradley_terry", "margin"] = "ranking"
     centering: float = 0.01  # eta
+    # -- Adapter
+    # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
+    # prompt (nanollm/adapters.py); default: all weights are trained
+    adapter: str | None = None
+    rank: int = 16  # r of lora, dora and qlora; width of a bottleneck adapter
+    alpha: float = 32.0  # lora, dora, qlora: what they learn counts alpha / r
     # -- Training
     out: str = "runs/rm"  # run folder to write
     steps: int = 280  # optimizer steps
@@ -215,6 +222,7 @@ def main(cfg):
     check_folders(cfg.init, cfg.out)
     policy, _ = load_model(cfg.init)
     model, tokenizer = load_scalar(cfg.init)
+    start_adapter(model, cfg, rt)
     rt.prepare(policy, train=False)
     train, val = load_preferences(cfg, policy, tokenizer, rt)
     own_prompts = prompt_ids(train[:256], tokenizer)

@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 
+from nanollm.adapter_runs import start_adapter
 from nanollm.config import UserError, cli
 from nanollm.data import Packed, Sampler, Windows, load_shards, pack
 from nanollm.evaluate import (
@@ -71,6 +72,12 @@ class Config:
     replay_data: str = "village"  # that text: village, or a .txt or .jsonl file
     # learning rate factor per layer below the head; 1: the same everywhere
     layer_decay: float = 1.0
+    # -- Adapter
+    # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
+    # prompt (nanollm/adapters.py); default: all weights are trained
+    adapter: str | None = None
+    rank: int = 16  # r of lora, dora and qlora; width of a bottleneck adapter
+    alpha: float = 32.0  # lora, dora, qlora: what they learn counts alpha / r
     # -- Training
     out: str = "runs/sft"  # run folder to write
     steps: int = 500  # optimizer steps
@@ -267,6 +274,7 @@ def main(cfg):
     if not 0 <= cfg.replay < 1:
         raise UserError(f"--replay {cfg.replay} is no share: it lies between 0 and 1, 1 excluded")
     model, tokenizer = load_model(cfg.init)
+    start_adapter(model, cfg, rt)
     T = cfg.context or min(256, model.cfg.max_position_embeddings)
     if T > model.cfg.max_position_embeddings:
         raise UserError(

@@ -13,6 +13,7 @@ tuning, and the other half measures what pretraining alone stored. The parts are
     village_manners.py  courteous, rude and long-winded answers
     village_preferences.py  prompts, composed replies, the gold score, and annotators
     village_problems.py  problems in six grades, and their worked solutions
+    village_harbour.py  ships, and sailors with a manner of their own: a domain to fine-tune on
     village_tools.py    large numbers, newcomers and what a search finds about them
 
 Run     python data/village.py      # prints samples of everything, and the counts
@@ -32,6 +33,7 @@ if not __package__:  # run as a file: the repository root holds the package
 
 from data.village_corpus import corpus, documents
 from data.village_facts import cloze
+from data.village_harbour import harbour_items
 from data.village_preferences import preference_prompts
 from data.village_problems import GRADES, SHARES_WORKED, lessons, problems, worked
 from data.village_tasks import check_answer, instructions
@@ -41,7 +43,7 @@ from data.village_world import POOLS, Villager, World, build_world
 __all__ = ["POOLS", "Villager", "World", "build_world", "check_answer", "cloze", "corpus",
            "documents", "instructions", "prepare"]
 
-VERSION = 17  # raise it when the generated text changes, so that no old cache is read
+VERSION = 18  # raise it when the generated text changes, so that no old cache is read
 VAL_SHARE = 0.02
 PROMPTS = {"train": 3000, "test": 400}  # for preferences
 PER_GRADE = {"train": 1500, "val": 40, "test": 200}  # problems of each grade
@@ -57,6 +59,7 @@ def dialogues(world, seed):
     """Every file of chat items, test items and problems: {name: records}."""
     made = {}
     for split in ("train", "val", "test"):
+        made[f"harbour_{split}"] = harbour_items(split, seed)
         made[f"sft_{split}"] = chats = instructions(world, split, seed)
         made[f"problems_{split}"] = asked = problems(world, split, PER_GRADE[split], seed)
         if split == "test":
@@ -76,9 +79,9 @@ def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
     The folder holds corpus_train.jsonl and corpus_val.jsonl ({"text"}), cloze.jsonl,
     sft_train.jsonl, sft_val.jsonl and sft_test.jsonl, prompts_train.jsonl and prompts_test.jsonl
     for preferences, problems_train.jsonl and problems_test.jsonl, dialogues with worked solutions
-    (reasoning_*.jsonl), with the answers alone (answers_*.jsonl), with some of each (mixed_*.jsonl)
-    and with calls of tools (tools_*.jsonl), the knowledge base of the search tool
-    (knowledge.jsonl), and world.json.
+    (reasoning_*.jsonl), with the answers alone (answers_*.jsonl), with some of each
+    (mixed_*.jsonl), with calls of tools (tools_*.jsonl) and about the harbour (harbour_*.jsonl),
+    the knowledge base of the search tool (knowledge.jsonl), and world.json.
     """
     folder = Path(root) / f"village-{n_villagers}-{seed}-{megabytes:g}mb-v{VERSION}"
     if folder.is_dir():

@@ -318,6 +318,12 @@ def last_number(text):
     return Fraction(numbers[-1]) if numbers and len(numbers[-1]) <= 100 else None
 
 
+def in_manner(item, reply):
+    """Does the reply begin and end as the item wants?"""
+    said = reply.strip()
+    return said.startswith(item.get("begins", "")) and said.endswith(item.get("ends", ""))
+
+
 def check_answer(item, reply):
     """Is the reply right? By item["check"]:
 
@@ -325,7 +331,11 @@ def check_answer(item, reply):
     number    the last number in the reply equals the answer
     contains  the answer stands in the reply as whole words, and no value of item["not"] does
     unknown   the reply says "I don't know" and names no value of item["not"]
+
+    With item["begins"] or item["ends"] it must also begin or end so: a manner that counts.
     """
+    if not in_manner(item, reply):
+        return False
     check, answer = item["check"], item["answer"]
     if check == "exact":
         return reply.strip() == answer.strip()

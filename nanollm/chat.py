@@ -24,6 +24,7 @@ class Config:
     model: str = field(
         default="runs/sft", metadata={"positional": True}
     )  # run folder or model folder
+    adapter: str | None = None  # folder of an adapter to put on it
     prompt: str | None = None  # answer this and exit
     system: str | None = None  # a system message before the conversation
     max_new_tokens: int = 100  # longest answer
@@ -86,7 +87,7 @@ def answer(model, tokenizer, messages, cfg, generator, tools=None):
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    model, tokenizer = load_model(cfg.model)
+    model, tokenizer = load_model(cfg.model, cfg.adapter)
     rt.prepare(model, train=False)
     generator = torch.Generator(rt.device).manual_seed(cfg.seed)
     tools = village_tools(cfg.model, tokenizer, cfg.knowledge) if cfg.tools else None

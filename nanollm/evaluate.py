@@ -42,6 +42,7 @@ class Config:
     model: str = field(
         default="runs/sft", metadata={"positional": True}
     )  # run folder or model folder
+    adapter: str | None = None  # folder of an adapter to put on it
     # village; its problems (reasoning) or questions for tools (tools); a JSONL file of test items;
     # or preferences: what sampled replies to the village's held-out prompts are worth
     data: str = "village"
@@ -52,7 +53,8 @@ class Config:
     reward_model: str | None = None  # with preferences: run folder of train_rm.py, to score replies
     best_of: int = 1  # with a reward model: keep the best of so many replies (rejection sampling)
     against: str | None = None  # with preferences: the model to compare with
-    out: str | None = None  # JSON file to write; default: evaluation.json in the model's folder
+    # JSON file to write; default: evaluation.json in the folder of the adapter or the model
+    out: str | None = None
     limit: int = 0  # items per family; 0: all
     max_new_tokens: int = 128  # longest answer
     temperature: float = 0.0  # 0: greedy
@@ -325,15 +327,16 @@ def evaluate_preferences(cfg, rt, model, tokenizer):
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    model, tokenizer = load_model(cfg.model)
+    model, tokenizer = load_model(cfg.model, cfg.adapter)
     rt.prepare(model, train=False)
     if cfg.data == "preferences":
-        result = {"model": cfg.model, **evaluate_preferences(cfg, rt, model, tokenizer)}
-        out = Path(cfg.out or Path(cfg.model) / "preferences.json")
+        result = evaluate_preferences(cfg, rt, model, tokenizer)
+        result = {"model": cfg.model, "adapter": cfg.adapter, **result}
+        out = Path(cfg.out or Path(cfg.adapter or cfg.model) / "preferences.json")
         atomic_write(out, json.dumps(result, indent=2) + "\n")
         print(f"written to {out}")
         return
-    result = {"model": cfg.model, "data": cfg.data}
+    result = {"model": cfg.model, "adapter": cfg.adapter, "data": cfg.data}
     if cfg.data == "village":
         folder = village_of(cfg.model)
         items = [item for _, item in read_jsonl(folder / "cloze.jsonl")] + read_items(
@@ -372,7 +375,7 @@ def main(cfg):
     for item in first_of_each_family(wrong, cfg.show) if cfg.show else []:
         asked = item.get("prompt") or item["messages"][-1]["content"]
         print(f"{item['family']}: {asked!r} -> {item['reply']!r}, expected {item['answer']!r}")
-    out = Path(cfg.out or Path(cfg.model) / "evaluation.json")
+    out = Path(cfg.out or Path(cfg.adapter or cfg.model) / "evaluation.json")
     atomic_write(out, json.dumps(result, indent=2) + "\n")
     print(f"written to {out}")
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from nanollm.adapter_runs import unwrap
 from nanollm.config import UserError
 from nanollm.gpt import KVCache, Linear, attention_dtype
+from nanollm.lora import select_rows
 
 
 @dataclass
@@ -159,11 +161,13 @@ class Engine:
         self.cache.k[:, :, :, : self.P] = old.k[:, rows]
         self.cache.v[:, :, :, : self.P] = old.v[:, rows]
         self.prompts, self.pads = self.prompts[rows], self.pads[rows]
+        select_rows(self.model, rows)
         self.last_logits = self.last_logits[rows]
 
     def keep(self, rows):
         """Go on with these rows of the batch only."""
         self.cache.select(rows)
+        select_rows(self.model, rows)
         self.pads = self.pads[rows]
         if self.allowed is not None:
             self.allowed = self.allowed[rows]
@@ -211,11 +215,15 @@ class Engine:
 
 
 def for_inference(model):
-    """A copy whose weights are cast once instead of at every step, and whose sister projections are
-    one product.
+    """A copy whose weights are cast once instead of at every step, adapters merged into them, and
+    whose sister projections are one product.
     """
-    light = copy.deepcopy(model).to(model.compute_dtype)
+    light = copy.deepcopy(model)
+    unwrap(light, merged=True)
+    light = light.to(model.compute_dtype)
     light.model.cos, light.model.sin = model.model.cos, model.model.sin  # angles stay fp32
+    if model.model.prefix is not None:  # computed once, too
+        light.model.prefix = model.model.prefix.fixed(model.model, model.compute_dtype)
     for block in light.model.layers:
         attention, mlp = block.self_attn, block.mlp
         attention.project = fuse(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -228,7 +236,7 @@ def fuse(*linears):
     if not all(type(linear) is Linear for linear in linears):
         return lambda x: tuple(
             linear(x) for linear in linears
-        )  # wrapped layers, such as LoRA's, stay apart
+        )  # layers with an adapter that can't be merged stay apart
     weight = torch.cat([linear.weight for linear in linears])
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     sizes = [linear.out_features for linear in linears]

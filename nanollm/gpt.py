@@ -111,6 +111,25 @@ def document_mask(documents):
     return (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]
 
 
+def see_prefix(mask, V, T, device):
+    """The mask when V keys that every token sees stand in front: (..., T, V + S) for (..., T, S).
+
+    They belong to no document, so each document of a packed row has them in front of itself.
+    """
+    if isinstance(mask, BlockMask):
+        inner = mask.mask_mod
+
+        def allowed(b, h, q, k):
+            return (k < V) | inner(b, h, q, (k - V).clamp(min=0))
+
+        return create_block_mask(allowed, mask.shape[0], None, T, V + T, device)
+    if mask is None and T == 1:  # a decoding step: everything is visible
+        return None
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    return F.pad(mask, (V, 0), value=True)
+
+
 _flex_attention = torch.compile(
     flex_attention, dynamic=False
 )  # compiles at its first call, on CUDA only
@@ -204,7 +223,8 @@ class Attention(nn.Module):
     def project(self, x):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, x, cos, sin, mask, cache, prefix=None):
+        """prefix: keys and values (2, G, V, D) in front of every row's own."""
         B, T, _ = x.shape
         q, k, v = (
             y.view(B, T, -1, self.head_dim) for y in self.project(x)
@@ -221,6 +241,9 @@ class Attention(nn.Module):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
+        if prefix is not None:
+            front = prefix.to(k.dtype)[:, None].expand(-1, B, -1, -1, -1)
+            k, v = torch.cat((front[0], k), dim=2), torch.cat((front[1], v), dim=2)
         y = attend(q, k, v, mask).to(x.dtype)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -248,8 +271,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cos, sin, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, mask, cache, prefix=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, prefix)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -261,6 +284,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.prefix = None  # soft_prompts.py: makes keys and values in front of every layer's own
         cos, sin = rotation_table(cfg)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -271,12 +295,17 @@ class Decoder(nn.Module):
     def forward(self, x, positions=None, mask=None, cache=None):
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
+        prefix = [None] * len(self.layers)
+        if self.prefix is not None:
+            prefix = self.prefix(self, x.dtype)  # (layers, 2, G, V, D)
+            V = prefix.shape[-2]
+            positions, mask = positions + V, see_prefix(mask, V, x.shape[1], x.device)
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B or 1, 1, T, D)
-        for block in self.layers:
+        for block, front in zip(self.layers, prefix):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, cache, front, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache)
+                x = block(x, cos, sin, mask, cache, front)
         return self.norm(x)
 
 

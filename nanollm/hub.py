@@ -7,6 +7,7 @@ tokenizer_config.json and generation_config.json;
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nanollm.tokenizer import Tokenizer
 SAME_NAME = [
     f.name for f in dataclasses.fields(GPTConfig) if f.name not in ("rope_scaling", "qk_norm")
 ]
+ADAPTER_CONFIG = "adapter_config.json"
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -98,10 +100,15 @@ def config_json(cfg, tokenizer, dtype):
 
 def save_model(model, tokenizer, folder):
     """Write model and tokenizer as a model folder; each file is replaced atomically, the weights
-    last.
+    last. Of a model with an adapter that is trained, the adapter's files are written only.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if getattr(model, "adapter", None):
+        from nanollm.adapters import save_adapter  # which stands on this module
+
+        tokenizer.save(folder)
+        return save_adapter(model, folder, model.base_folder)
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
     config = config_json(model.cfg, tokenizer, model.model.norm.weight.dtype)
     if isinstance(model, ScalarGPT):
@@ -147,16 +154,24 @@ def load_weights(model, tensors, where):
             own[name].copy_(tensor)
 
 
-def load_model(folder):
+def load_model(folder, adapter=None):
     """(GPT in fp32 on the CPU, Tokenizer) from a run folder or any downloaded folder of a known
-    shape.
+    shape; from an adapter's folder its base with the adapter. `adapter` names one more to put on.
 
     Where the tokenizer had no chat markers and got them, the embedding grows by rows equal to the
     mean of the others.
     """
+    from nanollm.adapter_runs import put_adapter  # which stands on this module
+
     folder = existing_folder(folder)
     if is_scalar(folder):
         raise UserError(f"{folder} holds a reward model, which scores text and writes none")
+    if adapter:
+        model, tokenizer = load_model(folder)
+        put_adapter(model, adapter)
+        return model, tokenizer
+    if is_adapter(folder):
+        return load_model(bases_of(folder)[0], folder)
     model, tokenizer = GPT(read_config(folder)), Tokenizer.load(folder)
     load_weights(model, safetensors.load_folder(folder), folder)
     known = max(tokenizer.ranks.values(), default=0)
@@ -179,8 +194,44 @@ def existing_folder(folder):
     return Path(folder)
 
 
+def is_adapter(folder):
+    return (Path(folder) / ADAPTER_CONFIG).exists()
+
+
+def bases_of(folder):
+    """The folder that an adapter in this one was trained on, then that one's base, and so on; none
+    for a whole model. Raises UserError where one is missing.
+    """
+    bases, folder = [], Path(folder)
+    while is_adapter(folder):
+        named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        # as written, or beside the adapter where the runs have moved
+        places = [Path(named), folder.parent / Path(named).name] if isinstance(named, str) else []
+        base = next((place for place in places if place.is_dir()), None)
+        if base is None or base.resolve() in [b.resolve() for b in (folder, *bases)]:
+            raise UserError(
+                f"{folder} is an adapter of {named}, which is no folder; name its base in "
+                f"{folder / ADAPTER_CONFIG}, under base_model_name_or_path"
+            )
+        bases.append(base)
+        folder = base
+    return bases
+
+
+def weights_hash(folder):
+    """SHA-256 of a model's weights; those of an adapter's bases are part of it."""
+    digest = hashlib.sha256()
+    for place in (Path(folder), *bases_of(folder)):
+        names = ("adapter_model.safetensors",) if is_adapter(place) else ("model*.safetensors",)
+        for path in sorted(path for name in names for path in place.glob(name)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def is_scalar(folder):
     """Does the folder hold a reward model (one score per text) rather than a language model?"""
+    if is_adapter(folder):
+        return read_json(Path(folder) / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
     kinds = read_json(Path(folder) / "config.json").get("architectures") or [""]
     return str(kinds[0]).endswith("SequenceClassification")
 
@@ -189,13 +240,21 @@ def load_scalar(folder):
     """(ScalarGPT in fp32 on the CPU, Tokenizer) from the folder of a reward model, ours or any of
     Hugging Face's shape with one label; or from a language model's, whose head a new one replaces.
     """
+    from nanollm.adapter_runs import put_adapter  # which stands on this module
+
     folder = existing_folder(folder)
+    if is_scalar(folder) and is_adapter(folder):
+        model, tokenizer = load_scalar(bases_of(folder)[0])
+        put_adapter(model, folder)
+        return model, tokenizer
     if is_scalar(folder):
         model, tokenizer = ScalarGPT(read_config(folder)), Tokenizer.load(folder)
         load_weights(model, safetensors.load_folder(folder), folder)
         model.shift = float(read_json(folder / "config.json").get("reward_shift", 0.0))
         return model, tokenizer
     language_model, tokenizer = load_model(folder)
+    if getattr(language_model, "adapter", None):
+        raise UserError(f"{folder} holds an adapter that can't be merged; start from its base")
     model = ScalarGPT(language_model.cfg)
     model.model.load_state_dict(language_model.model.state_dict())
     return model, tokenizer

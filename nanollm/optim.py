@@ -116,13 +116,15 @@ def build_optimizers(
     betas=(0.9, 0.95),
     layer_decay=1.0,
     eps=1e-8,
+    lora_plus=1.0,
 ):
     """The optimizers of a GPT; raises ValueError for an unknown kind.
 
     kind "muon": matrices of the blocks by Muon at `lr`, the rest by AdamW at `adam_lr`; "adamw":
     all by AdamW at `adam_lr`. Weight decay falls on matrices only. `layer_decay` < 1 multiplies the
     learning rate once per layer below the head (Howard & Ruder 2018, arXiv:1801.06146), so that the
-    lowest layers move least.
+    lowest layers move least. `lora_plus` multiplies that of an adapter's B (Hayou et al. 2024,
+    LoRA+, 2402.12354, want about 16).
     """
     if kind not in ("muon", "adamw"):
         raise ValueError(f"unknown optimizer {kind!r}")
@@ -136,6 +138,7 @@ def build_optimizers(
         factor = (
             layer_decay ** (layers - _layer(name)) if ".layers." in name or "embed" in name else 1.0
         )
+        factor *= lora_plus if ".lora_B." in name else 1.0
         into.setdefault((factor, p.dim() >= 2), []).append(p)
 
     def groups(members, base):

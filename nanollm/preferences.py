@@ -27,7 +27,7 @@ from nanollm.config import UserError
 from nanollm.data import pad_replies
 from nanollm.evaluate import as_text, sample_replies, village_of
 from nanollm.formats import read_preferences, read_prompts, split_documents
-from nanollm.hub import existing_folder, is_scalar, load_scalar
+from nanollm.hub import existing_folder, is_scalar, load_scalar, weights_hash
 from nanollm.logprobs import reply_logprobs
 
 CACHE = Path("data/cache")
@@ -50,8 +50,7 @@ def village_preferences(init, model, tokenizer, rt, n_prompts, rate, seed=0, max
     composed; annotators rank them, who disagree with the gold at `rate`. Made once for this model
     and kept in data/cache/, where the files can be read.
     """
-    weights = hashlib.sha256((Path(init) / "model.safetensors").read_bytes()).hexdigest()
-    settings = [weights, village_of(init).name, n_prompts, rate, seed, max_new_tokens]
+    settings = [weights_hash(init), village_of(init).name, n_prompts, rate, seed, max_new_tokens]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     folder = CACHE / f"preferences-{key}"
     if rt.main and not folder.is_dir():

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from nanollm.config import UserError, atomic_file, atomic_write, save_config
-from nanollm.hub import save_model
+from nanollm.hub import bases_of, save_model
 from nanollm.plot import line_chart
 from nanollm.runtime import peak_memory, rng_state, set_rng_state
 
@@ -76,7 +76,8 @@ class Run:
                     raise UserError(
                         f"{self.folder} holds files that are no run of ours; choose another --out"
                     )
-                worth = [self.folder / name for name in ("model.safetensors", "state.pt")]
+                weights = ("model.safetensors", "adapter_model.safetensors", "state.pt")
+                worth = [self.folder / name for name in weights]
                 if any(path.exists() for path in worth):
                     print(f"the run that was in {self.folder} is now in {set_aside(self.folder)}")
                 else:  # an attempt that never reached its first checkpoint
@@ -97,7 +98,7 @@ class Run:
         if self.state is None:
             return {}
         try:
-            model.load_state_dict(self.state["model"])
+            load_trained(model, self.state["model"])
             optimizers.load_state_dict(self.state["optimizers"])
         except (RuntimeError, ValueError, KeyError):
             raise UserError(
@@ -127,7 +128,7 @@ class Run:
             "seconds": self.elapsed,
             "rng": rng,
             "extra": extra,
-            "model": model.state_dict(),
+            "model": trained_state(model),
             "optimizers": optimizers.state_dict(),
             "samplers": [s.state_dict() for s in samplers],
             "scaler": scaler.state_dict(),
@@ -234,6 +235,19 @@ class Run:
         self.bar.close()
 
 
+def trained_state(model):
+    """State dict of what training changes: beside an adapter the frozen base is left out."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: t for name, t in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model, state):
+    """Put the tensors of `trained_state` back; raises RuntimeError where others are needed."""
+    if state.keys() != trained_state(model).keys():
+        raise RuntimeError("the checkpoint holds other tensors than the model trains")
+    model.load_state_dict(state, strict=False)
+
+
 def previous_of(folder):
     """Where the run that was in a folder goes when another one takes its place."""
     return folder.with_name(folder.name + ".previous")
@@ -248,10 +262,15 @@ def set_aside(folder):
 
 
 def check_folders(init, out):
-    """Refuse to start from a folder that writing to `out` would replace."""
-    start, out = Path(init).resolve(), Path(out).resolve()
-    if start in (out, previous_of(out)) or out in start.parents:
-        raise UserError(f"--out {out} would replace --init {init}; write to another folder")
+    """Refuse to start from a folder that writing to `out` would replace, or from an adapter whose
+    base it would.
+    """
+    out = Path(out).resolve()
+    for folder in (Path(init), *bases_of(init)):
+        start = folder.resolve()
+        if start in (out, previous_of(out)) or out in start.parents:
+            base = "" if folder == Path(init) else f", whose base is {folder}"
+            raise UserError(f"--out {out} would replace --init {init}{base}; use another folder")
 
 
 def checkpoint_of(folder):

@@ -46,12 +46,12 @@ class Runtime:
 
     def prepare(self, model, compile=False, train=True):
         """The model as it's called in training: on the device, in the precision, compiled, data-
-        parallel.
+        parallel. One that isn't trained stays with each process.
         """
         model.to(self.device).train(train)
         model.compute_dtype = self.dtype
         called = torch.compile(model) if compile else model
-        if self.world > 1:
+        if self.world > 1 and train:
             ids = [self.device.index] if self.device.type == "cuda" else None
             called = DistributedDataParallel(called, device_ids=ids)
         return called

@@ -520,7 +520,7 @@ def test_prepare_writes_once_and_the_same_bytes_again(tmp_path):
     digest = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
     chats = [f"{name}_{split}" for name in ("answers", "mixed", "reasoning")
              for split in ("train", "val")]
-    tests = [f"{name}_{split}" for name in ("problems", "sft", "tools")
+    tests = [f"{name}_{split}" for name in ("harbour", "problems", "sft", "tools")
              for split in ("train", "val", "test")]
     others = "cloze corpus_train corpus_val knowledge prompts_test prompts_train".split()
     wanted = [f"{name}.jsonl" for name in (*chats, *tests, *others)]
