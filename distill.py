@@ -13,22 +13,27 @@ With p_T, p_S = softmax(logits / tau) of teacher and student at every token of a
                   the teacher (DistilBERT; Sanh et al., 1910.01108)
     labels        CE of the labels alone: what a student is compared with
 
-KL may be the forward, the reverse or GKD's generalised JSD (--divergence). Labels are scarce and
-prompts plenty: beside --labels worked examples the teacher answers --unlabelled prompts, and with
-all methods but labels and step_by_step the student learns from those answers, too. soft and
-on_policy take them as they are, hard, both and compress those that the checker finds right.
-Teacher's logits are never stored: they are computed on the fly, or, with --cache_top_k K, once per
-token as its K most likely successors and one sum of all others; KL between such sums is a lower
-bound of the whole (data-processing inequality).
+KL is the forward one, the reverse, or GKD's generalised JSD (--divergence). Labels are scarce and
+prompts are plenty: beside --labels labelled examples there are --unlabelled prompts, which the
+teacher answers. soft and on_policy learn from all of its answers; hard, both and compress from
+those that the checker lets through; labels and step_by_step from none of them.
+
+The teacher's logits are never stored. They are computed on the fly, or once per token with
+--cache_top_k K: then the K most likely successors keep their probabilities, and all others become
+one event. KL between such coarse distributions is a lower bound of KL between the whole ones, and
+reaches it with K (data-processing inequality).
+
 Differs from the papers: rationale and answer of step_by_step are one sequence, not two tasks, and
-its rationales are sampled and checked by the label; on_policy begins once --on_policy_start of the
+the rationales are sampled and checked by the label; on_policy begins once --on_policy_start of the
 steps has taught the student to end an answer; tau^2 scales every divergence.
 
-Run     python distill.py                           # soft
+Run     python distill.py                          # soft; the village's questions about people
         python distill.py --method hard --samples 4 --out runs/hard
-        python distill.py --compare --out runs/distillation       # every kind, three seeds, a table
-Needs   runs/grpo                 (python train_grpo.py)
-Expect  see README.md: a third of the parameters, nearly the accuracy
+        python distill.py --compare --out runs/kinds    # every kind with three seeds, and a table
+        python distill.py --compare --data problems --teacher runs/grpo --steps 800 \
+            --only answers,step_by_step --out runs/steps
+Needs   runs/sft                                         (python train_sft.py)
+Expect  see README.md: a third of the parameters, 95% of the accuracy or more
 """
 
 import dataclasses
@@ -44,29 +49,31 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data.village import build_world
-from data.village_problems import answer_of, worked
-from data.village_tasks import fact_never_asked
+from nanollm.comparison import write_table
 from nanollm.config import UserError, atomic_write, cli, save_config
-from nanollm.data import Packed, Sampler, pack
+from nanollm.data import Sampler
 from nanollm.evaluate import (
     as_text,
     figures_table,
     first_of_each_family,
-    read_items,
     sample_replies,
     sampled_figures,
-    village_of,
 )
-from nanollm.formats import read_chats, read_jsonl, read_prompts, split_documents
 from nanollm.generate import check_room, generate
 from nanollm.gpt import GPT, count_parameters, document_mask
 from nanollm.hub import load_model, read_json
+from nanollm.lessons import (
+    as_dialogue,
+    load_lessons,
+    make_lessons,
+    prompt_ids,
+    read_lessons,
+    tokenize,
+)
 from nanollm.logprobs import token_logprobs
 from nanollm.optim import SCHEDULES, build_optimizers
-from nanollm.plot import line_chart
 from nanollm.rewards import accuracy
-from nanollm.run import Run, check_folders, read_metrics, set_aside
+from nanollm.run import Run, check_folders, set_aside
 from nanollm.runtime import clock, start
 
 
@@ -94,8 +101,8 @@ class Config:
     # label of a problem: its worked solution, or the answer alone
     label: Literal["worked", "answer"] = "worked"
     unlabelled: int = 4000  # so many of the others are prompts for the teacher; 0: none
-    # dialogues with the teacher's answers, as another run has written them (teacher.jsonl); default:
-    # the teacher is asked
+    # dialogues with the teacher's answers, such as another run's teacher.jsonl; default: it is
+    # asked
     answers: str | None = None
     val_fraction: float = 0.05  # share of --data that is held out; the village has its own
     test_data: str | None = None  # test items to measure accuracy on; the village has its own
@@ -115,8 +122,8 @@ class Config:
     on_policy_start: float = 0.5  # share of the steps before the first of those
     rationale_weight: float = 1.0  # lambda of step_by_step
     cosine_weight: float = 0.2  # compress: of the cosine loss
-    # successors whose probabilities are kept of each token; 0: teacher's logits on the fly. compress
-    # needs hidden states and always computes on the fly, as do the student's own answers
+    # probabilities of the teacher that are kept per token; 0: none, it computes them on the fly, as
+    # it always does for compress, which needs hidden states, and for the student's own answers
     cache_top_k: int = 16
     # -- Training
     out: str = "runs/distill"  # run folder to write
@@ -178,145 +185,6 @@ PRESETS = {
         "compile": True,
     },
 }
-
-
-# --- data ----------------------------------------------------------------------------------------
-
-
-def read_lessons(path, kind="worked"):
-    """Records with "messages" (a prompt) and, where the file tells one, "reply" (its label)."""
-    first = read_jsonl(path)[0][1]
-    turns = first.get("messages") or [{}]
-    if {"conversations", "instruction"} & first.keys() or turns[-1].get("role") == "assistant":
-        chats = read_chats(path)
-        return [
-            {**chat, "messages": chat["messages"][:-1], "reply": chat["messages"][-1]["content"]}
-            for chat in chats
-            if chat["messages"][-1]["role"] == "assistant"
-        ]
-    return [item | label_of(item, kind) for item in read_prompts(path)]
-
-
-def label_of(problem, kind):
-    """{"reply"} of a problem: its steps and the answer, or the answer alone; {} without either."""
-    if kind == "worked" and "steps" in problem:
-        return {"reply": worked(problem)["messages"][-1]["content"]}
-    return {"reply": answer_of(problem)} if "answer" in problem else {}
-
-
-VILLAGE = {"village": "sft", "problems": "problems"}  # --data: the village's files
-PEOPLE = ("fact", "fact_never_asked", "unknown", "two_hop", "multi_turn")
-
-
-def prompts_about_people(folder, n_never_asked=1500):
-    """The village's prompts, and questions about the villagers that no dialogue is about, worded
-    as no test item is; shuffled. Their answers are for the checker.
-    """
-    prompts, known = read_prompts(folder / "prompts_train.jsonl"), read_json(folder / "world.json")
-    world = build_world(len(known["villagers"]), known["seed"])
-    rng = random.Random(f"prompts-about-people-{world.seed}")
-    for _ in range(n_never_asked):
-        (question, _), check = fact_never_asked(world, "train", rng)
-        turns = [{"role": "user", "content": question}]
-        prompts.append({"messages": turns, "family": "fact_never_asked", **check})
-    rng.shuffle(prompts)
-    return prompts
-
-
-def load_lessons(cfg):
-    """(labelled, unlabelled, held-out) records and test items; the held-out ones have labels."""
-    if cfg.data in VILLAGE:
-        folder, name = village_of(cfg.teacher), VILLAGE[cfg.data]
-        files = (folder / f"{name}_{part}.jsonl" for part in ("train", "val"))
-        train, val = (read_lessons(path, cfg.label) for path in files)
-        items = read_items(cfg.test_data or folder / f"{name}_test.jsonl")
-        if cfg.data == "village":
-            train, val = ([r for r in part if r["family"] in PEOPLE] for part in (train, val))
-            items = [item for item in items if cfg.test_data or item["family"] in PEOPLE]
-    else:
-        records = read_lessons(cfg.data, cfg.label)
-        train, val = (split_documents(records, p, cfg.val_fraction) for p in ("train", "val"))
-        items = read_items(cfg.test_data) if cfg.test_data else []
-    labelled, rest = train[: cfg.labels], train[cfg.labels :]
-    if cfg.data == "village":
-        rest = prompts_about_people(folder)
-    for n, record in enumerate(labelled):
-        if "reply" not in record:
-            raise UserError(
-                f'{cfg.data}: record {n + 1} has no label: a dialogue that ends with the '
-                f'assistant, or an "answer"; --labels says how many need one'
-            )
-    unlabelled = [{k: v for k, v in r.items() if k != "reply"} for r in rest[: cfg.unlabelled]]
-    return labelled, unlabelled, [r for r in val if "reply" in r], items
-
-
-def prompt_ids(record, tokenizer):
-    return tokenizer.render(record["messages"], generation_prompt=True)[0]
-
-
-@dataclass
-class Lessons:
-    """Packed rows: rows.mask is True on answers, `labelled` on those of their tokens that are
-    labels, `rationale` on those inside of <think>...</think>. All (R, T).
-    """
-
-    rows: Packed
-    labelled: torch.Tensor
-    rationale: torch.Tensor
-
-    def __len__(self):
-        return len(self.labelled)
-
-    def select(self, numbers):
-        return Lessons(self.rows.rows(numbers), self.labelled[numbers], self.rationale[numbers])
-
-    def to(self, device):
-        return Lessons(self.rows.to(device), self.labelled.to(device), self.rationale.to(device))
-
-    def where(self):
-        """Positions whose next token is trained on, (B, T); n of them are True."""
-        return F.pad(self.rows.mask[:, 1:], (0, 1))
-
-    def at(self, values):
-        """`values` (B, T) of the trained tokens themselves, (n,)."""
-        return values[:, 1:][self.rows.mask[:, 1:]]
-
-
-def rationale_of(ids, tokenizer):
-    """For each id: does it stand inside of <think>...</think>, the two marks included?"""
-    begin, end = (tokenizer.special.get(mark) for mark in ("<think>", "</think>"))
-    inside, found = False, []
-    for token in ids:
-        inside = inside or token == begin
-        found.append(inside)
-        inside = inside and token != end
-    return found
-
-
-def make_lessons(examples, T, tokenizer):
-    """Lessons from examples (prompt ids, reply ids, labelled)."""
-    columns = [[], [], []]
-    for prompt, reply, labelled in examples:
-        blank = [False] * len(prompt)
-        ids, rationale = prompt + reply, blank + rationale_of(reply, tokenizer)
-        for column, mask in zip(columns, ([True] * len(reply), [labelled] * len(reply), None)):
-            column.append((ids, rationale if mask is None else blank + mask))
-    # the place of an example depends on lengths alone, so that all three are packed alike
-    rows, labelled, rationale = (pack(column, T, tokenizer.pad_id) for column in columns)
-    return Lessons(rows, labelled.mask, rationale.mask)
-
-
-def tokenize(records, labelled, tokenizer, T):
-    """Examples of at most T tokens; longer ones are left out."""
-    examples = []
-    for record in records:
-        prompt = prompt_ids(record, tokenizer)
-        turn = {"role": "assistant", "content": record["reply"]}
-        ids, mask = tokenizer.render([*record["messages"], turn])
-        last = len(mask) - mask[::-1].index(True)  # some layouts write a line end after the turn
-        if last <= T:
-            examples.append((prompt, ids[len(prompt) : last], labelled))
-    return examples
 
 
 # --- algorithm: log-probabilities (..., V) of student and teacher -> (...) in nats ---------------
@@ -399,7 +267,7 @@ def step_by_step_loss(ce, labelled, rationale, counts, weight):
 
 
 def every_other_layer(teacher):
-    """A student of the teacher's width and half its depth, which starts with its layers 0, 2, ..."""
+    """A student of the teacher's width and half its depth: it starts as its layers 0, 2, ..."""
     kept = range(0, teacher.cfg.num_hidden_layers, 2)
     student = GPT(dataclasses.replace(teacher.cfg, num_hidden_layers=len(kept)))
     for own, other in zip(student.model.layers, kept):
@@ -491,13 +359,6 @@ def filtered(cfg, answered):
     )
 
 
-def as_dialogue(record):
-    """The record in the chat format, as train_sft.py --data reads it."""
-    reply = {"role": "assistant", "content": record["reply"]}
-    rest = {k: v for k, v in record.items() if k not in ("messages", "reply")}
-    return {"messages": [*record["messages"], reply], **rest}
-
-
 def teacher_answers(cfg, rt, teacher, tokenizer, records):
     """What the student learns from, beside the labels: records with the teacher's answers."""
     file = Path(cfg.out) / "teacher.jsonl"
@@ -507,6 +368,8 @@ def teacher_answers(cfg, rt, teacher, tokenizer, records):
         return []
     if cfg.answers:
         answered, count = read_lessons(cfg.answers), ""
+        if not all("reply" in record for record in answered):
+            raise UserError(f"--answers {cfg.answers}: a dialogue doesn't end with an answer")
     else:
         begin = clock(rt.device)
         answered = [ask_teacher(cfg, teacher, tokenizer, records) if rt.main else None]
@@ -561,20 +424,22 @@ class Targets:
 # --- training ------------------------------------------------------------------------------------
 
 
+RANGES = {
+    (0, 1): "alpha jsd_beta on_policy_share on_policy_start",
+    (0, math.inf): "unlabelled cache_top_k rationale_weight cosine_weight",
+    (1, math.inf): "labels seeds",
+    (0.01, math.inf): "temperature sample_temperature",
+}
+
+
 def check(cfg):
-    shares = ("alpha", "jsd_beta", "on_policy_share", "on_policy_start")
-    for name in shares:
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise UserError(f"--{name} lies between 0 and 1, not at {getattr(cfg, name)}")
-    for name in ("unlabelled", "cache_top_k", "rationale_weight", "cosine_weight"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"--{name} must be at least 0, not {getattr(cfg, name)}")
-    for name in ("labels", "seeds"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
-    for name in ("temperature", "sample_temperature"):
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"--{name} must be more than 0, not {getattr(cfg, name)}")
+    """Refuse settings that mean nothing; nanollm/config.py knows those that all scripts share."""
+    for (least, most), names in RANGES.items():
+        for name in names.split():
+            value = getattr(cfg, name)
+            if not least <= value <= most:
+                between = f"between {least} and {most}" if most < math.inf else f"from {least} on"
+                raise UserError(f"--{name} lies {between}, not at {value}")
 
 
 class Distillation:
@@ -593,9 +458,11 @@ class Distillation:
         context = min(m.cfg.max_position_embeddings for m in (self.teacher, self.student))
         self.T = min(cfg.context, context)
         if cfg.cache_top_k >= self.V:
-            raise UserError(f"--cache_top_k {cfg.cache_top_k} must be below the vocabulary, {self.V}")
+            raise UserError(
+                f"--cache_top_k {cfg.cache_top_k} must be below the vocabulary, {self.V}"
+            )
         if cfg.method == "step_by_step" and "<think>" not in self.tokenizer.special:
-            raise UserError(f"--teacher {cfg.teacher} has no <think>: it writes no rationale")
+            raise UserError(f"--teacher {cfg.teacher} knows no <think>: it writes no rationale")
         self._load()
 
     def _load(self):
@@ -710,31 +577,31 @@ class Distillation:
         return total / count
 
     def measure(self, model, limit=0):
-        """{"val_loss", "figures" of each family, "speed" of answering in tokens per second,
-        "sample"} of a model; at most `limit` test items per family.
+        """({"val_loss", "figures" of each family, "speed" of answering in tokens per second}, a
+        sample) of a model; at most `limit` test items per family.
         """
         model.eval()
+        found = {"val_loss": self.validation_loss(model), "figures": {}, "speed": 0.0}
         items = first_of_each_family(self.items, limit)
-        found = {"val_loss": self.validation_loss(model), "figures": {}, "speed": 0.0, "sample": ""}
+        prompts, begin = [prompt_ids(i, self.tokenizer) for i in items], clock(self.rt.device)
+        ids = sample_replies(
+            model, self.tokenizer, prompts, self.cfg.max_new_tokens, temperature=0.0
+        )
+        replies = [as_text(self.tokenizer, reply) for reply in ids]
         if items:
-            prompts, begin = [prompt_ids(i, self.tokenizer) for i in items], clock(self.rt.device)
-            ids = sample_replies(
-                model, self.tokenizer, prompts, self.cfg.max_new_tokens, temperature=0.0
-            )
             found["speed"] = sum(map(len, ids)) / (clock(self.rt.device) - begin)
-            replies = [as_text(self.tokenizer, reply) for reply in ids]
             found["figures"] = sampled_figures(items, replies)
-            first = {i["family"]: (i, r) for i, r in zip(items[::-1], replies[::-1])}
-            asked = ((i["messages"][-1]["content"], reply) for i, reply in first.values())
-            found["sample"] = "\n".join(f"{question}\n    {reply}" for question, reply in asked)
         model.train(model is self.student)
-        return found
+        first = {i["family"]: (i, reply) for i, reply in zip(items[::-1], replies[::-1])}
+        asked = ((i["messages"][-1]["content"], reply) for i, reply in first.values())
+        return found, "\n".join(f"{question}\n    {reply}" for question, reply in asked)
 
 
 def distil(cfg, rt, known=None):
     """Train one student; `known`: the teacher's figures, where they have been measured."""
     task = Distillation(cfg, rt)
-    student, share = task.student, rt.share(cfg.batch_size)
+    student = task.student
+    rt.share(cfg.batch_size)  # refuses what can't be shared before a folder is written
     run = Run(cfg, rt, cfg.steps)
     if rt.main and not cfg.resume:
         lines = (json.dumps(as_dialogue(r), ensure_ascii=False) + "\n" for r in task.answers)
@@ -748,8 +615,8 @@ def distil(cfg, rt, known=None):
     samplers = [Sampler(len(task.lessons), cfg.seed), Sampler(len(task.prompts), cfg.seed + 1)]
     scaler, trained = rt.scaler(), [student, optimizers, samplers]
     saved = run.restore(*trained, scaler)
-    known = saved.get("teacher") or known or task.measure(task.teacher)
-    before = saved.get("before") or task.measure(student)
+    known = saved.get("teacher") or known or task.measure(task.teacher)[0]
+    before = saved.get("before") or task.measure(student)[0]
     after = saved.get("after", before)
     since = 0
 
@@ -782,10 +649,10 @@ def distil(cfg, rt, known=None):
             run.log(since, show=("loss",), loss=loss, grad_norm=norm.item())
             since = 0
         if run.step % cfg.eval_every == 0 or last:
-            after = task.measure(student, 0 if last else cfg.eval_items)
+            after, sample = task.measure(student, 0 if last else cfg.eval_items)
             run.check_finite(after["val_loss"], "held-out loss")
             run.log(**scores(after), show=("val_loss", "val_accuracy"))
-            run.write_sample(after.pop("sample"))
+            run.write_sample(sample)
             run.export(student, task.tokenizer)
             run.checkpoint(*trained, scaler, teacher=known, before=before, after=after)
     return finish(run, task, known, before, after)
@@ -878,6 +745,7 @@ def compare(cfg, rt):
                 each.resume = cfg.resume and (folder / "state.pt").exists()
                 rt.print(f"\n{name}, seed {seed}")
                 distil(each, rt, known)
+                rt.barrier()
             results[name].append(read_json(folder / "result.json"))
             known = results[name][-1]["teacher"]
     if rt.main:
@@ -886,7 +754,7 @@ def compare(cfg, rt):
 
 def share_answers(cfg, rt, path):
     """The file of the teacher's answers to the unlabelled prompts, the same for all students."""
-    if not path.exists():
+    if rt.sum(not path.exists()):  # asked of all, so that every process takes the same way
         teacher, tokenizer = load_model(cfg.teacher)
         rt.prepare(teacher, train=False)
         records = load_lessons(cfg)[1]
@@ -898,45 +766,6 @@ def share_answers(cfg, rt, path):
             atomic_write(path, "".join(lines))
         rt.barrier()
     return path
-
-
-def table_row(name, sees, parameters, measured, seconds):
-    """A row of the table: {column: text}; `measured` holds a measurement of each seed."""
-    families = list(measured[0]["figures"])
-    shares = {f: [each["figures"][f]["greedy"] for each in measured] for f in families}
-    row = {"student": name, "parameters": f"{parameters:,}"}
-    row |= {family: f"{sum(s) / len(s):.1%}" for family, s in shares.items()}
-    if "all" in shares:
-        row["range of all"] = f"{min(shares['all']):.1%} to {max(shares['all']):.1%}"
-    losses, speeds = ([each[key] for each in measured] for key in ("val_loss", "speed"))
-    row["held-out loss"] = f"{sum(losses) / len(losses):.3f}"
-    row["tokens/s"] = f"{sum(speeds) / len(speeds):,.0f}"
-    return row | {"seconds": seconds, "may see": sees}
-
-
-def write_table(cfg, rows, results):
-    """table.md, table.json and curves.svg of {name: results of each seed}."""
-    out, first, curves = Path(cfg.out), next(iter(results.values()))[0], {}
-    table = [table_row("teacher", "", first["teacher_parameters"], [first["teacher"]], "")]
-    for name, (_, sees) in rows.items():
-        seconds = sum(result["seconds"] for result in results[name]) / cfg.seeds
-        measured = [result["after"] for result in results[name]]
-        size = results[name][0]["student_parameters"]
-        table.append(table_row(name, sees, size, measured, f"{seconds:.0f}"))
-        metrics = read_metrics(out / f"{name}_{cfg.seed}")
-        curves[name] = [(m["step"], m["val_accuracy"]) for m in metrics if "val_accuracy" in m]
-    lines = [list(table[0]), ["---"] * len(table[0]), *(list(row.values()) for row in table)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    text += (
-        f"\n\nGreedy accuracy on held-out items, means of {cfg.seeds} seeds; {cfg.steps} steps of "
-        f"{cfg.batch_size} rows for each. tokens/s: of answering. seconds: of training, without "
-        f"those in which the teacher answers.\n"
-    )
-    print(f"\n{text}")
-    atomic_write(out / "table.md", text)
-    atomic_write(out / "table.json", json.dumps(table, indent=2) + "\n")
-    chart = line_chart(curves, f"seed {cfg.seed}", "step", "accuracy on held-out items")
-    atomic_write(out / "curves.svg", chart)
 
 
 def main(cfg):

@@ -1,5 +1,6 @@
 """Distillation's losses: against trl, against slow loops, and numbers that a person can check."""
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,6 @@ from distill import (
     Config,
     Counts,
     Targets,
-    as_dialogue,
     coarse,
     every_other_layer,
     filtered,
@@ -18,16 +18,13 @@ from distill import (
     generalised_jsd,
     hidden_cosine_loss,
     label_loss,
-    make_lessons,
-    rationale_of,
-    read_lessons,
     reverse_kl,
     soft_loss,
     step_by_step_loss,
     tempered,
-    tokenize,
 )
 from nanollm.gpt import document_mask
+from nanollm.lessons import as_dialogue, make_lessons, rationale_of, read_lessons, tokenize
 
 
 def logits(seed=0, shape=(3, 7, 11), spread=2.0):
@@ -200,7 +197,8 @@ def test_coarse_kl_keeps_a_gradient_for_every_token():
 
 def test_the_cache_holds_what_the_teacher_says(tokenizer, random_model):
     teacher = random_model()
-    chats = [{"messages": [{"role": "user", "content": w}], "reply": w * 2} for w in "abc def".split()]
+    words = ("abc", "def")
+    chats = [{"messages": [{"role": "user", "content": w}], "reply": w * 2} for w in words]
     lessons = make_lessons(tokenize(chats, True, tokenizer, 32), 32, tokenizer)
     cfg = Config(cache_top_k=5, temperature=2.0)
     targets = Targets(cfg, teacher, 270)
@@ -259,8 +257,6 @@ def test_the_checker_filters_and_every_answer_is_counted():
 
 
 def test_kept_answers_are_read_again_as_they_were_written(tmp_path):
-    import json
-
     record = {"messages": [{"role": "user", "content": "q"}], "reply": "<think>x</think>1"}
     path = tmp_path / "teacher.jsonl"
     path.write_text(json.dumps(as_dialogue(record)) + "\n")

@@ -155,20 +155,22 @@ def test_the_comparison_runs_every_kind_and_continues_where_it_was(here, capsys)
 # --- kill and resume, several processes ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["soft", "on_policy"])
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, here):
-    flags = [*OWN, "--method", method, "--on_policy_start", "0.2", "--steps", "24"]
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
+    """With on_policy, which has most to remember: cache, noise, whose turn it is to answer."""
+    flags = [*OWN, "--method", "on_policy", "--on_policy_start", "0.2", "--steps", "24"]
     flags += ["--eval_every", "4"]
-    whole, killed = f"runs/whole_{method}", f"runs/killed_{method}"
-    subprocess.run(
-        **command("distill.py", *flags, "--out", whole), check=True, capture_output=True
-    )
-    kill_and_resume("distill.py", flags, killed, (4, 8, 12, 16, 20))
-    states = [torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)]
-    assert same(*states)
+    start = command("distill.py", *flags, "--out", "runs/whole")
+    subprocess.run(**start, check=True, capture_output=True)
+    kill_and_resume("distill.py", flags, "runs/killed", (4, 8, 12, 16, 20))
+    states = [torch.load(f"runs/{n}/state.pt", weights_only=True) for n in ("whole", "killed")]
+    assert same(*(state["model"] for state in states))
+    losses = [
+        [m["loss"] for m in read_metrics(f"runs/{n}") if "loss" in m] for n in ("whole", "killed")
+    ]
+    assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("method", ["both", "on_policy", "step_by_step"])
+@pytest.mark.parametrize("method", ["both", "on_policy"])
 def test_two_processes_give_the_gradients_of_one(method, here):
     """After one step the optimizer's first moments are the gradients, up to a constant factor."""
     flags = [*OWN, "--method", method, "--steps", "1", "--clip", "0", "--on_policy_start", "0"]
@@ -193,7 +195,7 @@ REFUSED = {
     "labels that aren't there": (["--data", "prompts.jsonl"], "record 1 has no label"),
     "a cache of everything": (["--cache_top_k", 1000], "must be below the vocabulary"),
     "alpha is a share": (["--alpha", 1.5], "--alpha lies between 0 and 1"),
-    "no temperature": (["--temperature", 0], "--temperature must be more than 0"),
+    "no temperature": (["--temperature", 0], "--temperature lies from 0.01 on"),
     "heads that don't divide": (["--heads", 5], "--heads 5"),
     "an unknown method": (["--method", "osmosis"], "--method"),
     "itself": (["--out", "runs/sft"], "would replace"),
