@@ -174,3 +174,22 @@ def tools(section, result, folder):
     columns = {"before": before, "with_tools": after, "calls_not_run": without}
     accuracy_table(section, "held-out questions", names, **columns)
     section.code((folder / "samples.txt").read_text().strip())
+
+
+def distillation(section, result, folder):
+    columns = {
+        name: {
+            family: {"accuracy": f["greedy"], "n": f["n"]}
+            for family, f in result[key]["figures"].items()
+        }
+        for name, key in (("teacher", "teacher"), ("student", "after"))
+    }
+    names = {"all": "all questions about people", **EXPLAINED}
+    accuracy_table(section, "held-out questions, greedy", names, **columns)
+    section.text(
+        f"The student has {result['student_parameters']:,} parameters, the teacher "
+        f"{result['teacher_parameters']:,}; it answers {result['after']['speed']:,.0f} tokens per "
+        f"second instead of {result['teacher']['speed']:,.0f}. No dialogue is about the villagers "
+        "never asked about: what the student knows of them, the teacher has told it."
+    )
+    section.code((folder / "samples.txt").read_text().strip())

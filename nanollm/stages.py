@@ -138,4 +138,17 @@ def stages(root):
             speaks="tools",
             preset="tools",
         ),
+        Stage(
+            "distill",
+            "Distillation",
+            "distill.py",
+            {"teacher": f"{root}/sft", "out": f"{root}/distill"},
+            "A new model with a third of the parameters learns from the fine-tuned one: from a "
+            "thousand dialogues, and from the teacher's answers to four thousand other questions, "
+            "with its probabilities of every token.",
+            effects.distillation,
+            speaks="none",
+            curves="Loss per token over the optimizer steps, on held-out labels too, and accuracy "
+            "on held-out questions.",
+        ),
     ]

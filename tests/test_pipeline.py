@@ -47,9 +47,9 @@ def test_the_pipeline_runs_reports_and_does_nothing_twice(tmp_path):
         "calls not run",
     ):
         assert part in html and part in text
-    assert html.count("<svg") == 11
+    assert html.count("<svg") == 12
     second = pipeline(tmp_path / "runs")
-    assert second.stdout.count("done before") == 9 and "step 10" not in second.stdout
+    assert second.stdout.count("done before") == 10 and "step 10" not in second.stdout
 
 
 def readme_commands():
