@@ -60,8 +60,9 @@ class Config:
     data: str = "village"
     families: str = ""  # only these kinds of problems, separated by commas; default: all
     val_fraction: float = 0.05  # share of --data that is held out
-    # chat: a user's question; zero: plain text with an example, for a base model (R1-Zero)
-    template: Literal["chat", "zero"] = "chat"
+    # chat: a user's question; for base models (R1-Zero) zero: an example, then the problem; think:
+    # a description of <think>, as DeepSeek's
+    template: Literal["chat", "zero", "think"] = "chat"
     tools: bool = False  # run the calls that the model writes
     knowledge: str | None = None  # with tools: JSONL of {"title", "text"}; default: the village's
     # -- Loss
@@ -161,6 +162,10 @@ def load_problems(cfg):
 
 
 EXAMPLE = "What is 2 + 3? 2 + 3 = 5."
+DESCRIPTION = (
+    "A user asks and an assistant answers. The assistant first thinks it through, then says the "
+    "result: <think>the thoughts</think> the answer.\n"
+)
 
 
 def chat_prompt(item, tokenizer):
@@ -170,14 +175,22 @@ def chat_prompt(item, tokenizer):
 
 def zero_prompt(item, tokenizer):
     """For a base model, which follows examples instead of instructions: a question thought through,
-    then the problem. The tags of DeepSeek-R1-Zero's template (2501.12948, table 1) are left out: no
-    text has shown them to our base model, so that it would never close one.
+    then the problem. Without tags: no text has shown them to our base model, so that it would never
+    close one.
     """
     text = f"{EXAMPLE} {item['messages'][-1]['content']}"
     return [tokenizer.eot_id, *tokenizer.encode(text)]
 
 
-TEMPLATES = {"chat": chat_prompt, "zero": zero_prompt}
+def think_prompt(item, tokenizer):
+    """For a base model that has read much of the internet: as DeepSeek-R1-Zero's template
+    (2501.12948, table 1), the thought and its tags are described, and rewarded by `think_format`.
+    """
+    question = f"User: {item['messages'][-1]['content']}\nAssistant:"
+    return tokenizer.encode(DESCRIPTION, special=True) + tokenizer.encode(question)
+
+
+TEMPLATES = {"chat": chat_prompt, "zero": zero_prompt, "think": think_prompt}
 
 
 # --- algorithm: N problems, G answers each, B = N G; entry t of (B, T - 1) is tokens[:, t + 1] ---

@@ -13,7 +13,8 @@ mix it in likewise) and smaller learning rates for lower layers (--layer_decay; 
 arXiv:1801.06146).
 
 Run     python train_sft.py
-        python train_sft.py --preset cot             # from runs/sft: think first, then answer
+        python train_sft.py --preset cot             # from runs/sft: think first, then answer;
+                                                     # prints accuracy with and without steps
         python train_sft.py --preset tools           # from runs/grpo: call a calculator, or search
         python train_sft.py --init path/to/SmolLM2-135M --data chats.jsonl --out runs/mine
 Needs   runs/pretrain                                     (python train_pretrain.py)
@@ -354,7 +355,10 @@ def main(cfg):
             model.train()
             run.export(model, tokenizer)
             run.checkpoint(*trained, scaler, **before)
-    finish(cfg, rt, run, before, measured())
+    after = measured()
+    if cfg.data in ("reasoning", "mixed"):
+        after |= with_and_without_steps(model, tokenizer, items)
+    finish(cfg, rt, run, before, after)
 
 
 def measure(model, tokenizer, tools, items, val_windows, token_bytes):
@@ -364,6 +368,16 @@ def measure(model, tokenizer, tools, items, val_windows, token_bytes):
     bpb = bits_per_byte(model, val_windows, token_bytes, tokenizer.eot_id)[1]
     model.train()
     return {"families": families, "bits_per_byte": bpb}
+
+
+def with_and_without_steps(model, tokenizer, items):
+    """Accuracy by family where every answer has to begin with a thought, or with the result."""
+    model.eval()
+    begins = {"with_steps": "<think>", "without_steps": "The answer is"}
+    return {
+        name: accuracy_by_family(model, tokenizer, items, begin=begin)[0]
+        for name, begin in begins.items()
+    }
 
 
 def sample_dialogues(model, tokenizer, tools, items):
@@ -380,7 +394,9 @@ def finish(cfg, rt, run, before, after):
     run.close()
     run.draw_curves("loss", "val_loss")
     if after["families"]:
-        rt.print(table({"before": before["families"], "after": after["families"]}))
+        columns = {"before": before["families"], "after": after["families"]}
+        made_to = {"with steps": after.get("with_steps"), "without": after.get("without_steps")}
+        rt.print(table(columns | {name: column for name, column in made_to.items() if column}))
     change = after["bits_per_byte"] - before["bits_per_byte"]
     rt.print(
         f"forgetting: held-out text from {before['bits_per_byte']:.4f} to "

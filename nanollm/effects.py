@@ -128,7 +128,13 @@ def accuracy_table(section, head, labels, **columns):
 
 def cot(section, result, folder):
     before, after = (result[name]["families"] for name in ("before", "after"))
-    accuracy_table(section, "held-out problems", PROBLEMS, before=before, after=after)
+    made_to = {name: result["after"][name] for name in ("with_steps", "without_steps")}
+    columns = {"before": before, "after": after} | made_to
+    accuracy_table(section, "held-out problems", PROBLEMS, **columns)
+    section.text(
+        "The last two columns: the same model, made to begin every answer with <think>, or with "
+        "“The answer is”."
+    )
 
 
 def grpo(section, result, folder):

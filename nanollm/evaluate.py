@@ -57,6 +57,8 @@ class Config:
     out: str | None = None
     limit: int = 0  # items per family; 0: all
     max_new_tokens: int = 128  # longest answer
+    # how every answer begins: "<think>" makes the model think, "The answer is" keeps it from that
+    begin: str = ""
     temperature: float = 0.0  # 0: greedy
     batch_size: int = 256  # answers written side by side
     seed: int = 0  # of the sampling
@@ -182,19 +184,22 @@ def as_text(tokenizer, ids):
     return tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids])
 
 
-def accuracy_by_family(model, tokenizer, items, max_new_tokens=128, **sampling):
+def accuracy_by_family(model, tokenizer, items, max_new_tokens=128, begin="", **sampling):
     """Let the model answer every item; returns ({family: {"accuracy", "n"}}, replies).
 
     A cloze item is continued as plain text, and right when the text goes on with the answer;
-    every other item is asked as a chat, and judged by its check.
+    every other item is asked as a chat, and judged by its check. Every reply goes on from `begin`.
     """
+    begun = tokenizer.encode(begin, special=True)
     prompts = [
         [tokenizer.eot_id, *tokenizer.encode(item["prompt"])]
         if item["family"] == "cloze"
         else tokenizer.render(item["messages"], generation_prompt=True)[0]
         for item in items
     ]
+    prompts = [prompt + begun for prompt in prompts]
     replies = reply_all(model, tokenizer, prompts, max_new_tokens, **sampling)
+    replies = [begin + reply for reply in replies]
     right = defaultdict(list)
     for item, reply in zip(items, replies):
         right[item["family"]].append(is_right(item, reply))
@@ -358,6 +363,7 @@ def main(cfg):
         "generator": torch.Generator(rt.device).manual_seed(cfg.seed),
         "tools": village_tools(cfg.model, tokenizer, cfg.knowledge) if cfg.tools else None,
     }
+    sampling["begin"] = cfg.begin
     answer = partial(accuracy_by_family, model, tokenizer, max_new_tokens=cfg.max_new_tokens)
     result["families"], replies = answer(items, temperature=cfg.temperature, **sampling)
     if cfg.samples > 1:

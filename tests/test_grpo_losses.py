@@ -716,3 +716,30 @@ def test_the_villages_own_problems_come_in_two_files(data, name, tmp_path, monke
         (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(record))
     train, val = train_grpo.load_problems(Config(data=data))
     assert [item["answer"] for item in train + val] == ["3", "4"]
+
+
+# --- templates ------------------------------------------------------------------------------------
+
+
+def asked(template, tokenizer, question="What is 7 - 3?"):
+    item = {"messages": [{"role": "user", "content": question}]}
+    return train_grpo.TEMPLATES[template](item, tokenizer)
+
+
+def test_a_base_model_reads_a_document_with_an_example_and_the_problem(tokenizer):
+    first, *rest = asked("zero", tokenizer)
+    assert first == tokenizer.eot_id
+    assert tokenizer.decode(rest) == "What is 2 + 3? 2 + 3 = 5. What is 7 - 3?"
+
+
+def test_the_think_template_describes_the_tags_and_a_question_cannot_forge_them(tokenizer):
+    think = tokenizer.special["<think>"]
+    ids = asked("think", tokenizer)
+    assert tokenizer.decode(ids).endswith("\nUser: What is 7 - 3?\nAssistant:")
+    assert ids.count(think) == 1
+    assert asked("think", tokenizer, "What is <think>?").count(think) == 1
+
+
+def test_the_chat_template_ends_where_the_assistant_begins(tokenizer):
+    messages = [{"role": "user", "content": "What is 7 - 3?"}]
+    assert asked("chat", tokenizer) == tokenizer.render(messages, generation_prompt=True)[0]

@@ -10,6 +10,7 @@ import torch
 import train_grpo
 from nanollm import evaluate
 from nanollm.config import parse
+from nanollm.hub import load_model
 from nanollm.run import read_metrics
 from tests.test_train import (
     command,
@@ -153,3 +154,11 @@ def test_what_grpo_cannot_do_is_refused(name, here, capsys):
     flags, sentence = REFUSED[name]
     said = refused(capsys, train_grpo, *OWN, "--out", "runs/refused", *flags)
     assert sentence in said and not Path("runs/refused").exists()
+
+
+def test_a_reply_can_be_made_to_begin_as_asked(here):
+    model, tokenizer = load_model("runs/sft")
+    items = evaluate.read_items("problems.jsonl")[:2]
+    free = evaluate.accuracy_by_family(model, tokenizer, items, 4)[1]
+    begun = evaluate.accuracy_by_family(model, tokenizer, items, 4, begin="b")[1]
+    assert all(reply.startswith("b") for reply in begun) and len(free) == len(begun)
