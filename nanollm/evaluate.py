@@ -8,7 +8,8 @@ Run     python -m nanollm.evaluate runs/sft                      # the village's
         python -m nanollm.evaluate runs/sft --data preferences --reward_model runs/rm --best_of 4
 Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json. Items are
 JSONL, one per line: {"messages": [..., a user's turn], "answer": "...", "check": "contains" |
-"exact" | "number" | "unknown", "family": "..."}, or {"prompt", "answer"}; see data/README.md.
+"exact" | "number" | "unknown", "family": "..."}, or {"prompt", "answer"}, or GSM8K's; see
+data/README.md.
 Answers are greedy unless --temperature says else.
 """
 
@@ -25,7 +26,7 @@ import torch
 from data import village
 from nanollm.config import UserError, atomic_write, cli
 from nanollm.data import Windows, load_shards
-from nanollm.formats import identity, read_documents, read_jsonl
+from nanollm.formats import as_prompt, identity, read_documents, read_jsonl
 from nanollm.generate import generate
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, read_json
@@ -120,6 +121,8 @@ def read_items(path):
     items = []
     for line, item in read_jsonl(path):
         where = f"{path}, line {line}"
+        if "question" in item:  # GSM8K
+            item = as_prompt(item, where)
         if "messages" not in item and isinstance(item.get("prompt"), str):
             item = item | {"messages": [{"role": "user", "content": item["prompt"]}]}
         if not isinstance(item.get("messages"), list) or not item["messages"]:

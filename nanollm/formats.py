@@ -143,7 +143,7 @@ def read_prompts(path):
     Reads prompts, dialogues (their last answer is left out), preferences, and problems with an
     "answer", GSM8K's included; "check" says how that answer is compared.
     """
-    return [_as_prompt(record, f"{path}, line {line}") for line, record in read_jsonl(path)]
+    return [as_prompt(record, f"{path}, line {line}") for line, record in read_jsonl(path)]
 
 
 def as_ranking(record, where):
@@ -258,7 +258,8 @@ def _hh_turns(text, where):
     ]
 
 
-def _as_prompt(record, where):
+def as_prompt(record, where):
+    """One record in the form of read_prompts, or a UserError that begins with `where`."""
     if "ranking" in record or "chosen" in record:
         ranking = as_ranking(record, where)
         record = {k: v for k, v in ranking.items() if k not in ("replies", "margin")}

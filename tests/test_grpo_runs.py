@@ -162,3 +162,13 @@ def test_a_reply_can_be_made_to_begin_as_asked(here):
     free = evaluate.accuracy_by_family(model, tokenizer, items, 4)[1]
     begun = evaluate.accuracy_by_family(model, tokenizer, items, 4, begin="b")[1]
     assert all(reply.startswith("b") for reply in begun) and len(free) == len(begun)
+
+
+def test_gsm8k_is_read_as_test_items(tmp_path):
+    record = {"question": "2 eggs at 600 each?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"}
+    (tmp_path / "gsm.jsonl").write_text(json.dumps(record) + "\n")
+    (item,) = evaluate.read_items(tmp_path / "gsm.jsonl")
+    assert item["messages"] == [{"role": "user", "content": "2 eggs at 600 each?"}]
+    assert item["answer"] == "1200" and item["check"] == "number"
+    assert evaluate.is_right(item, "<think>2 * 600 = 1200.</think>It costs 1,200.")
+    assert not evaluate.is_right(item, "It costs 1,20.")
