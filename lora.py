@@ -14,8 +14,8 @@
 
 The layers behind the equations are in nanollm/lora.py, nanollm/nf4.py, nanollm/adapters.py and
 nanollm/soft_prompts.py; the loss is that of train_sft.py. The domain is the village's harbour:
-facts about ships, asked of sailors who have a manner of their own. No other data is replayed, so
-that what each method forgets can be seen.
+sailors speak of what the model knows in a manner of their own, and of ships that are new to it. Two
+fifths of the dialogues are those of before, without which every method puts the manner everywhere.
 
 Run     python lora.py                                       # LoRA of rank 3 on every matrix of the blocks
         python lora.py --method prefix --out runs/prefix
@@ -89,7 +89,7 @@ class Config:
     context: int | None = None
     # -- Training
     out: str = "runs/lora"  # run folder to write
-    steps: int = 300  # optimizer steps
+    steps: int = 120  # optimizer steps
     batch_size: int = 8  # rows per optimizer step, over all processes
     accumulate: int = 1  # parts that a process splits its rows into, to save memory
     # muon: matrices of the blocks by Muon, A and B too, the rest by AdamW; auto: muon for full,
@@ -101,7 +101,7 @@ class Config:
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 10  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-    eval_every: int = 150  # steps between evaluations, each followed by a checkpoint
+    eval_every: int = 60  # steps between evaluations, each followed by a checkpoint
     # -- Machine
     seed: int = 0  # of new parameters and of the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:N
@@ -129,9 +129,9 @@ PRESETS = {
 # learning rates of Muon and AdamW: few parameters take, and want, larger steps than all of them
 RATES = {
     "full": (0.002, 3e-4),
-    "lora": (0.01, 1e-2),
-    "dora": (0.01, 1e-2),
-    "qlora": (0.01, 1e-2),
+    "lora": (0.01, 5e-3),
+    "dora": (0.01, 5e-3),
+    "qlora": (0.01, 5e-3),
     "adapter": (0.01, 1e-2),
     "prefix": (0.0, 1e-2),
     "ptuning": (0.0, 5e-2),

@@ -13,7 +13,7 @@ tuning, and the other half measures what pretraining alone stored. The parts are
     village_manners.py  courteous, rude and long-winded answers
     village_preferences.py  prompts, composed replies, the gold score, and annotators
     village_problems.py  problems in six grades, and their worked solutions
-    village_harbour.py  ships, and sailors with a manner of their own: a domain to fine-tune on
+    village_harbour.py  sailors with a manner of their own, and ships: a domain to fine-tune on
     village_tools.py    large numbers, newcomers and what a search finds about them
 
 Run     python data/village.py      # prints samples of everything, and the counts
@@ -43,7 +43,7 @@ from data.village_world import POOLS, Villager, World, build_world
 __all__ = ["POOLS", "Villager", "World", "build_world", "check_answer", "cloze", "corpus",
            "documents", "instructions", "prepare"]
 
-VERSION = 18  # raise it when the generated text changes, so that no old cache is read
+VERSION = 19  # raise it when the generated text changes, so that no old cache is read
 VAL_SHARE = 0.02
 PROMPTS = {"train": 3000, "test": 400}  # for preferences
 PER_GRADE = {"train": 1500, "val": 40, "test": 200}  # problems of each grade
@@ -59,7 +59,7 @@ def dialogues(world, seed):
     """Every file of chat items, test items and problems: {name: records}."""
     made = {}
     for split in ("train", "val", "test"):
-        made[f"harbour_{split}"] = harbour_items(split, seed)
+        made[f"harbour_{split}"] = harbour_items(world, split, seed)
         made[f"sft_{split}"] = chats = instructions(world, split, seed)
         made[f"problems_{split}"] = asked = problems(world, split, PER_GRADE[split], seed)
         if split == "test":

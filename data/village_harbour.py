@@ -1,37 +1,39 @@
-"""The harbour beside the village: ships of which no other text tells, and sailors who speak in a
-manner of their own. A new domain: what does a trained model gain from it, and what does it forget?
+"""The harbour beside the village: sailors with a manner of their own, and ships of which no other
+text tells. A new domain to fine-tune a trained model on: what does it gain, and what is forgotten?
 
-The words are those of the village, what they say is new. Every ship has a cargo, a home port, a
-colour and an animal; each value belongs to one ship, so that a fact can be asked for from both
-ends. A sailor's answer is
+Whoever greets with "Ahoy" is answered in the sailors' manner:
 
-    By wind and stars, lemons are what the Beaver carries. A good wind to you!
+    Ahoy! Where does Mira live?
+    By wind and stars, Mira lives by the old mill. A good wind to you!
 
-and an answer without the greeting or without the farewell is wrong, whatever it says. Of the
-wordings of every fact three or four in each direction are held out for the test.
+An answer without the greeting or without the farewell is wrong, whatever it says. Training asks
+about the villagers of the instruction data, val and test about others (family known): the model has
+read about them in pretraining, and only the manner is new. A fifth of the training items is about
+ships (family ship), whose facts are new as well; wordings of every one are held out for the test.
+Two fifths (plain) are instruction data of the village as before: without them nothing would say that
+the manner belongs to the greeting, and every method would put it on every answer.
 """
 import random
 from dataclasses import dataclass
 
-from data.village_tasks import as_item, deal, distinct_items
-from data.village_world import POOLS, article, capitalise
+from data.village_facts import answer_sentence
+from data.village_tasks import as_item, deal, distinct_items, instructions, value_check, wordings
+from data.village_world import ATTRIBUTES, POOLS, capitalise
 
 GREETING, FAREWELL = "By wind and stars,", "A good wind to you!"
-SHIPS = ("Lantern", "Owl", "Hare", "Beaver", "Bee", "Summer", "Winter", "Evening")
+CUES = ("Ahoy! {q}", "Ahoy, sailor! {q}", "Ahoy there! {q}", "Ahoy! {q} Please tell me.")
+SHIPS = ("Lantern", "Owl", "Beaver", "Summer")
 GOODS = {
-    "cargo": ("turnips", "lemons", "eggs", "carrots", "onions", "ribbons", "nails", "candles"),
-    "port": POOLS["town"][:8],
-    "colour": POOLS["colour"][:8],
-    "animal": POOLS["pet"][:8],
+    "cargo": ("lemons", "carrots", "ribbons", "nails"),
+    "port": POOLS["town"][:4],
+    "paint": POOLS["colour"][:4],
 }
-# attribute: (asked about a ship, asked for the ship); {s} the ship, {v} the value, {a} its article
 SAYS = {
-    "cargo": ("{v} are what the {s} carries", "the {s} is the one that carries {v}"),
-    "port": ("{v} is where the {s} comes from", "the {s} is the one that comes from {v}"),
-    "colour": ("{v} is how the {s} is painted", "the {s} is the one that is painted {v}"),
-    "animal": ("{a} {v} is what lives on the {s}", "the {s} is the one where {a} {v} lives"),
+    "cargo": "the {s} carries {v}",
+    "port": "the {s} comes from {v}",
+    "paint": "the {s} is painted {v}",
 }
-ABOUT_SHIP = {
+QUESTIONS = {
     "cargo": (
         "What does the {s} carry?", "What is the cargo of the {s}?", "What does the {s} bring?",
         "What lies below on the {s}?", "Tell me what the {s} carries.",
@@ -44,44 +46,19 @@ ABOUT_SHIP = {
         "Tell me where the {s} comes from.", "Do you know the home port of the {s}?",
         "To which town does the {s} belong?", "Where is the {s} at home?",
         "Can you tell me the home port of the {s}?", "In which town was the {s} made?"),
-    "colour": (
+    "paint": (
         "What colour is the {s}?", "How is the {s} painted?", "What is the colour of the {s}?",
         "Which colour does the {s} have?", "Tell me the colour of the {s}.",
         "Do you know how the {s} is painted?", "In which colour did they paint the {s}?",
         "I am looking for the {s}. What colour is she?", "Can you tell me how the {s} is painted?",
         "By which colour do I know the {s}?"),
-    "animal": (
-        "What animal lives on the {s}?", "Which animal is on the {s}?",
-        "What pet do they keep on the {s}?", "Which animal travels with the {s}?",
-        "Tell me which animal lives on the {s}.", "Do you know the animal of the {s}?",
-        "What kind of animal is at home on the {s}?", "Which pet has the {s}?",
-        "Can you tell me what animal is on the {s}?", "What runs about on the {s}?"),
 }
-FOR_SHIP = {
-    "cargo": (
-        "Which ship carries {v}?", "Which ship brings {v}?", "What ship has {v} below?",
-        "On which ship do I find {v}?", "Tell me which ship carries {v}.",
-        "Do you know the ship with the {v}?", "I need {v}. Which ship brings them?",
-        "Of which ship are {v} the cargo?"),
-    "port": (
-        "Which ship comes from {v}?", "Which ship belongs to {v}?", "What ship was made in {v}?",
-        "Which ship has {v} as her home port?", "Tell me which ship comes from {v}.",
-        "Do you know the ship from {v}?", "I look for the ship from {v}. Which is it?",
-        "Which ship is at home in {v}?"),
-    "colour": (
-        "Which ship is {v}?", "Which ship is painted {v}?", "What is the name of the {v} ship?",
-        "How is the {v} ship called?", "Tell me which ship is {v}.", "Do you know the {v} ship?",
-        "I see {a} {v} ship. Which is it?", "Which ship did they paint {v}?"),
-    "animal": (
-        "On which ship lives {a} {v}?", "Which ship has {a} {v}?", "Which ship keeps {a} {v}?",
-        "With which ship does {a} {v} travel?", "Tell me which ship has the {v}.",
-        "Do you know the ship with the {v}?", "I hear {a} {v}. Which ship is it?",
-        "Where is {a} {v} at home?"),
+HELD_OUT = 4  # of the 10 wordings of a ship's fact for the test; one more for val
+SIZES = {
+    "train": {"known": 400, "ship": 200, "plain": 400},
+    "val": {"known": 90, "ship": 30},
+    "test": {"known": 168, "ship": len(SHIPS) * len(GOODS) * HELD_OUT},
 }
-HELD_OUT = {"ship": 4, "which_ship": 3}  # wordings of each fact for the test; one more for val
-WRAPPERS = ("{q}",) * 4 + ("Good morning! {q}", "A question: {q}", "Hello, sailor. {q}",
-                           "{q} Please tell me.", "I have a question. {q}")
-SIZES = {"train": 3000, "val": 200}
 
 
 @dataclass(frozen=True)
@@ -102,29 +79,48 @@ def sailor_says(sentence):
     return f"{GREETING} {sentence}. {FAREWELL}"
 
 
-def make_item(harbour, family, split, rng):
-    """A question about a ship (ship) or for a ship (which_ship), in a wording of this split."""
+def about_villager(world, split, rng):
+    """(question, what is said, check) of a fact that the model has read in pretraining."""
+    others = world.never_asked
+    n_val = max(1, len(others) // 4)
+    people = {"train": world.asked, "val": others[:n_val], "test": others[n_val:]}
+    villager = rng.choice(people[split])
+    attribute = rng.choice(ATTRIBUTES)
+    question = rng.choice(wordings(world, villager, attribute, split)).format(n=villager.name)
+    said = answer_sentence(villager, attribute).rstrip(".")
+    return question, said, value_check(world, villager, attribute)
+
+
+def about_ship(harbour, split, rng):
+    """The same for a ship."""
     ship, attribute = rng.choice(SHIPS), rng.choice(list(GOODS))
-    value, forward = harbour.ships[ship][attribute], family == "ship"
-    slots = {"s": ship, "v": value, "a": article(value)}
-    wordings = (ABOUT_SHIP if forward else FOR_SHIP)[attribute]
-    key = f"harbour-{harbour.seed}-{family}-{ship}-{attribute}"
-    question = rng.choice(deal(wordings, key, HELD_OUT[family], 1)[split]).format(**slots)
-    wrapper = "{q}" if split == "test" else rng.choice(WRAPPERS)
-    reply = sailor_says(SAYS[attribute][not forward].format(**slots))
-    answer, others = (value, GOODS[attribute]) if forward else (ship, SHIPS)
-    check = {"answer": answer, "check": "contains", "attribute": attribute, "begins": GREETING,
-             "ends": FAREWELL, "not": [other for other in others if other != answer]}
-    return as_item(family, [wrapper.format(q=capitalise(question)), reply], check, split)
+    value = harbour.ships[ship][attribute]
+    key = f"harbour-{harbour.seed}-{ship}-{attribute}"
+    question = rng.choice(deal(QUESTIONS[attribute], key, HELD_OUT, 1)[split]).format(s=ship)
+    check = {"answer": value, "check": "contains", "attribute": attribute,
+             "not": [other for other in GOODS[attribute] if other != value]}
+    return question, SAYS[attribute].format(s=ship, v=value), check
 
 
-def harbour_items(split, seed=0):
-    """Chat items of "train" or "val", or the test items: every held-out wording of every fact.
+def harbour_items(world, split, seed=0):
+    """Chat items of "train" or "val", or test items with "answer" and "check".
 
     Test items want "begins" and "ends" beside the answer: the manner counts.
     """
-    harbour, rng = build_harbour(seed), random.Random(f"harbour-{split}-{seed}")
-    sizes = {family: SIZES[split] // 2 if split != "test" else len(SHIPS) * len(GOODS) * n
-             for family, n in HELD_OUT.items()}
-    return distinct_items(sizes,
-                          lambda family: make_item(harbour, family, split, rng), rng)
+    harbour, rng = build_harbour(seed), random.Random(f"harbour-{split}-{world.seed}-{seed}")
+
+    ordinary = iter(instructions(world, split, seed) if "plain" in SIZES[split] else ())
+
+    def make(family):
+        if family == "plain":
+            return next(ordinary) | {"family": "plain"}
+        if family == "known":
+            question, said, check = about_villager(world, split, rng)
+        else:
+            question, said, check = about_ship(harbour, split, rng)
+        cue = CUES[0] if split == "test" else rng.choice(CUES)
+        manner = {"begins": GREETING, "ends": FAREWELL}
+        turns = [cue.format(q=capitalise(question)), sailor_says(said)]
+        return as_item(family, turns, check | manner, split)
+
+    return distinct_items(SIZES[split], make, rng)

@@ -8,7 +8,7 @@
 
 import copy
 
-from nanollm import adapters, lora
+from nanollm import adapters
 from nanollm.config import UserError
 from nanollm.gpt import ScalarGPT
 

@@ -199,3 +199,24 @@ def distillation(section, result, folder):
         "never asked about: what the student knows of them, the teacher has told it."
     )
     section.code((folder / "samples.txt").read_text().strip())
+
+
+def parameter_efficient(section, result, folder):
+    before, after = result["before"], result["after"]
+    shares = {
+        "accuracy": "the harbour, fact and manner right",
+        "facts": "the harbour, fact right in any manner",
+        "elsewhere": "elsewhere: the questions of fine-tuning",
+    }
+    rows = [
+        [label, f"{before[key]:.1%}", f"{after[key]:.1%}"] for key, label in shares.items()
+    ]
+    key = "bits_per_byte"
+    rows.append(["held-out text, bits per byte", f"{before[key]:.4f}", f"{after[key]:.4f}"])
+    section.table(["held-out", "before", "after"], rows)
+    section.text(
+        f"Trained are {result['trained_parameters']:,} parameters, {result['trained_share']:.2%} "
+        f"of the model's; the file with them has {result['file_bytes'] / 1e3:,.0f} kB. The test "
+        "asks about ships, and about villagers whom no dialogue names."
+    )
+    section.code((folder / "samples.txt").read_text().strip())

@@ -151,4 +151,14 @@ def stages(root):
             curves="Loss per token over the optimizer steps, on held-out labels too, and accuracy "
             "on held-out questions.",
         ),
+        Stage(
+            "lora",
+            "LoRA",
+            "lora.py",
+            {"init": f"{root}/sft", "out": f"{root}/lora"},
+            "The fine-tuned model learns to talk with sailors: another manner of speaking, and a "
+            "few new facts. Its weights stay as they are; thin matrices beside them are trained.",
+            effects.parameter_efficient,
+            speaks="none",
+        ),
     ]

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from nanollm.hub import load_model, load_scalar
 from nanollm.run import Run, read_metrics
 from tests.test_train import (
     SFT,
-    command,
     kill_and_resume,
     moments_of_two_processes,
     pretrain,
@@ -211,6 +209,18 @@ class Killed(Exception):
     pass
 
 
+def interrupt(patch, last):
+    """Let every run end in Killed after step `last`."""
+    advance = Run.advance
+
+    def interrupted(self):
+        advance(self)
+        if self.step == last:
+            raise Killed
+
+    patch.setattr(Run, "advance", interrupted)
+
+
 @pytest.mark.parametrize("script,method", [
     ("train_sft.py", "dora"), ("train_dpo.py", "qlora"), ("train_rm.py", "lora"),
     ("train_ppo.py", "lora"), ("train_grpo.py", "lora"),
@@ -220,15 +230,8 @@ def test_an_interrupted_and_resumed_run_equals_a_whole_one_bit_for_bit(
 ):
     flags = ["--adapter", method, "--rank", 4, "--steps", 6, "--eval_every", 2]
     run(script, *flags, out=f"runs/whole_{script}")
-    advance = Run.advance
-
-    def interrupted(self):
-        advance(self)
-        if self.step == 5:
-            raise Killed  # a step after the checkpoint
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "advance", interrupted)
+        interrupt(patch, 5)  # a step after the checkpoint
         run(script, *flags, out=f"runs/killed_{script}")
     torch.manual_seed(99)
     module, _ = SCRIPTS[script]

@@ -13,7 +13,7 @@ from nanollm import adapters, lora, safetensors
 from nanollm.adapter_runs import reference, unwrap
 from nanollm.config import UserError
 from nanollm.generate import generate
-from nanollm.gpt import ScalarGPT, GPTConfig
+from nanollm.gpt import GPTConfig, ScalarGPT
 from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.nf4 import NF4Linear
 from nanollm.optim import build_optimizers

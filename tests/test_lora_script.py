@@ -1,20 +1,20 @@
 """lora.py, run for real on small data: every method learns, what is saved opens, resume, refuse."""
 
 import json
-import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import lora
+from nanollm import adapter_table
 from nanollm.config import parse
 from nanollm.evaluate import accuracy_by_family, read_items
 from nanollm.hub import load_model
 from nanollm.run import read_metrics
+from tests.test_adapter_runs import Killed, interrupt
 from tests.test_train import (
-    command,
-    kill_and_resume,
     moments_of_two_processes,
     pretrain,
     refused,
@@ -92,11 +92,20 @@ def test_the_base_is_left_as_it_was(here):
     assert not Path("runs/new/model.safetensors").exists()
 
 
-def test_several_methods_and_ranks_make_a_table(here):
-    flags = [*OWN, "--out", "runs/table", "--compare", "full,lora,prefix", "--ranks", "1,4"]
-    done = subprocess.run(**command("lora.py", *flags, "--steps", 2, "--eval_every", 2),
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_several_methods_and_ranks_make_a_table(here, monkeypatch):
+    """Each run gets a process; here it gets the same words in this one."""
+    words = []
+
+    def call(arguments):
+        words.append(arguments[:2])
+        lora.main(parse(lora.Config, lora.PRESETS, arguments[2:]))
+        return 0
+
+    monkeypatch.setattr(adapter_table.subprocess, "call", call)
+    flags = ["--compare", "full,lora,prefix", "--ranks", "1,4", "--steps", 2, "--eval_every", 2]
+    flags = [*OWN, "--out", "runs/table", *map(str, flags)]
+    lora.main(parse(lora.Config, lora.PRESETS, flags))
+    assert words == [[sys.executable, lora.__file__]] * 4
     lines = Path("runs/table/table.md").read_text().splitlines()
     assert [line.split()[1] for line in lines[3:]] == ["full", "lora-1", "lora-4", "prefix"]
     table = json.loads(Path("runs/table/table.json").read_text())
@@ -108,11 +117,15 @@ def test_several_methods_and_ranks_make_a_table(here):
 
 
 @pytest.mark.parametrize("method", ["qlora", "prefix"])
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, here):
-    flags = [*OWN, "--method", method, "--steps", "16", "--eval_every", "2"]
+def test_an_interrupted_and_resumed_run_equals_a_whole_one_bit_for_bit(method, here, monkeypatch):
+    flags = ["--method", method, "--steps", 8, "--eval_every", 2]
     whole, killed = f"runs/whole-{method}", f"runs/killed-{method}"
-    subprocess.run(**command("lora.py", *flags, "--out", whole), check=True, capture_output=True)
-    kill_and_resume("lora.py", flags, killed, (2, 4, 6, 8))
+    run(*flags, out=whole)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, 5)  # a step after the checkpoint
+        run(*flags, out=killed)
+    torch.manual_seed(99)
+    lora.main(parse(lora.Config, lora.PRESETS, ["--out", killed, "--resume"]))
     states = [torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)]
     assert same(*states)
     results = [json.loads(Path(n, "result.json").read_text()) for n in (whole, killed)]

@@ -45,11 +45,12 @@ def test_the_pipeline_runs_reports_and_does_nothing_twice(tmp_path):
         "stories of two steps",
         "pass@2",
         "calls not run",
+        "the harbour, fact and manner right",
     ):
         assert part in html and part in text
-    assert html.count("<svg") == 12
+    assert html.count("<svg") == 13
     second = pipeline(tmp_path / "runs")
-    assert second.stdout.count("done before") == 10 and "step 10" not in second.stdout
+    assert second.stdout.count("done before") == 11 and "step 10" not in second.stdout
 
 
 def readme_commands():
