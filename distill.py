@@ -138,6 +138,10 @@ class Config:
 
 PRESETS = {
     "smoke": {
+        "layers": 2,
+        "channels": 32,
+        "heads": 2,
+        "mlp": 64,
         "steps": 10,
         "labels": 40,
         "unlabelled": 40,

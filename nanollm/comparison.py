@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nanollm.config import UserError, save_config
+from nanollm.config import UserError, save_config, say
 from nanollm.hub import read_json
 
 
@@ -38,7 +38,8 @@ def run_each(cfg, runs, train):
         if not (cfg.resume and (folder / "result.json").exists()):
             own = {"compare": "", "out": str(folder)} | changes
             own["resume"] = cfg.resume and (folder / "state.pt").exists()
-            print(f"\n--- {name}", flush=True)
+            say(f"\n--- {name}")
+            sys.stdout.flush()  # before what another process prints
             train(dataclasses.replace(cfg, **own))
         results[name] = read_json(folder / "result.json")
     return results
