@@ -345,7 +345,7 @@ class Distillation:
         return Counts(*(self.rt.sum(number.item()) for number in numbers))
 
     def loss(self, part, numbers, counts):
-        """Loss of a part of the batch; `numbers` of its rows in the lessons, or None (see batch)."""
+        """Loss of a part of the batch; `numbers` of its rows among the lessons, or None."""
         cfg, rows, where = self.cfg, part.rows, part.where()
         mask = document_mask(rows.documents)
         logits = self.called(rows.tokens, rows.positions, mask, where=where)[:, : self.V]  # (n, V)

@@ -1,4 +1,4 @@
-"""distill.py --compare: the kinds of distillation side by side, what each may see, and the table."""
+"""distill.py --compare: the kinds of distillation side by side, what each may see, and a table."""
 
 import json
 from pathlib import Path
