@@ -105,7 +105,7 @@ PRESETS = {
         "layers": 2,
         "channels": 64,
         "heads": 2,
-        "context": 128,
+        "context": 160,
         "megabytes": 0.3,
         "vocab_size": 512,
         "eval_every": 10,

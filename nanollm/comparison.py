@@ -1,46 +1,63 @@
-"""The table and the curves of several ways to train a student, side by side (distill.py)."""
+"""Several runs of one script, one after the other, and a table of them."""
 
-import json
+import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
-from nanollm.config import atomic_write
-from nanollm.plot import line_chart
-from nanollm.run import read_metrics
+from nanollm.config import UserError, save_config, say
+from nanollm.hub import read_json
 
 
-def table_row(name, sees, parameters, measured, seconds):
-    """A row of the table: {column: text}; `measured` holds a measurement of each seed."""
-    families = list(measured[0]["figures"])
-    shares = {f: [each["figures"][f]["greedy"] for each in measured] for f in families}
-    row = {"student": name, "parameters": f"{parameters:,}"}
-    row |= {family: f"{sum(s) / len(s):.1%}" for family, s in shares.items()}
-    if "all" in shares:
-        row["range of all"] = f"{min(shares['all']):.1%} to {max(shares['all']):.1%}"
-    speed = sum(each["speed"] for each in measured) / len(measured)
-    row["tokens/s"] = f"{speed:,.0f}"
-    return row | {"seconds": seconds, "may see": sees}
+def named(text, known):
+    """The names in `text`, separated by commas, or all that are `known`; --compare."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known and name != "all"]
+    if unknown or not names:
+        wrong = unknown[0] if unknown else text
+        raise UserError(f"--compare {wrong}: it takes {', '.join(known)}, or all")
+    return [name for name in known if name in names or "all" in names]
 
 
-def write_table(cfg, rows, results):
-    """table.md, table.json and curves.svg of {name: results of each seed}."""
-    out, first, curves = Path(cfg.out), next(iter(results.values()))[0], {}
-    table = [table_row("teacher", "", first["teacher_parameters"], [first["teacher"]], "")]
-    for name, (_, sees) in rows.items():
-        seconds = sum(result["seconds"] for result in results[name]) / cfg.seeds
-        measured = [result["after"] for result in results[name]]
-        size = results[name][0]["student_parameters"]
-        table.append(table_row(name, sees, size, measured, f"{seconds:.0f}"))
-        metrics = read_metrics(out / f"{name}_{cfg.seed}")
-        curves[name] = [(m["step"], m["val_accuracy"]) for m in metrics if "val_accuracy" in m]
-    lines = [list(table[0]), ["---"] * len(table[0]), *(list(row.values()) for row in table)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    text += (
-        f"\n\nGreedy accuracy on held-out items, means of {cfg.seeds} seeds; {cfg.steps} steps of "
-        f"{cfg.batch_size} rows for each. tokens/s: of answering. seconds: of training and "
-        f"evaluation, without those in which the teacher answers.\n"
-    )
-    print(f"\n{text}")
-    atomic_write(out / "table.md", text)
-    atomic_write(out / "table.json", json.dumps(table, indent=2) + "\n")
-    chart = line_chart(curves, f"seed {cfg.seed}", "step", "accuracy on held-out items")
-    atomic_write(out / "curves.svg", chart)
+def start_comparison(cfg):
+    """Keep the settings in --out, so that --compare ... --resume goes on with them."""
+    out = Path(cfg.out)
+    if (out / "metrics.jsonl").exists():
+        raise UserError(f"{out} holds a run; choose another --out for a comparison")
+    save_config(cfg, out / "train_config.json")
+
+
+def run_each(cfg, runs, train):
+    """{name: result.json} of `runs` {name: {flag: value}}, each in its own folder of --out.
+
+    train(cfg) trains one. With --resume those that are done stay, and one cut short goes on.
+    """
+    results = {}
+    for name, changes in runs.items():
+        folder = Path(cfg.out) / name
+        if not (cfg.resume and (folder / "result.json").exists()):
+            own = {"compare": "", "out": str(folder)} | changes
+            own["resume"] = cfg.resume and (folder / "state.pt").exists()
+            say(f"\n--- {name}")
+            sys.stdout.flush()  # before what another process prints
+            train(dataclasses.replace(cfg, **own))
+        results[name] = read_json(folder / "result.json")
+    return results
+
+
+def in_own_process(script):
+    """A `train` for run_each that calls the script, so that a run's memory is its own."""
+
+    def train(cfg):
+        values = dataclasses.asdict(cfg).items()
+        words = [f"--{flag}={'none' if v is None else v}" for flag, v in values]
+        if code := subprocess.call([sys.executable, script, *words]):
+            raise UserError(f"{cfg.out} ended with exit code {code}; mend it and compare again")
+
+    return train
+
+
+def markdown(rows):
+    """A table from lists of cells; the first is its head."""
+    head, *rest = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))

@@ -36,12 +36,14 @@ AT_LEAST_ONE = {"steps", "batch_size", "accumulate", "eval_every", "eval_tokens"
                 "channels", "heads", "kv_heads", "mlp", "context", "vocab_size", "repeats",
                 "max_new_tokens", "prompts", "prompt_tokens", "new_tokens", "samples", "epochs",
                 "minibatches", "eval_prompts", "best_of", "inner_updates", "eval_items",
-                "eval_samples", "rank"}
+                "eval_samples", "rank", "labels", "seeds"}
 NOT_NEGATIVE = {"lr", "adam_lr", "weight_decay", "warmup", "clip", "patience", "sample_tokens",
                 "seed", "limit", "show", "test_items", "layer_decay", "top_k", "temperature",
                 "centering", "gamma", "orpo_lambda", "nll_coef", "desirable_weight",
                 "undesirable_weight", "kl_coef", "kl_target", "clip_range", "value_clip",
-                "value_coef", "lam", "clip_low", "clip_high", "overlong_buffer", "threshold"}
+                "value_coef", "lam", "clip_low", "clip_high", "overlong_buffer", "threshold",
+                "unlabelled", "sample_temperature", "rationale_weight", "cosine_weight",
+                "cache_top_k"}
 ABOVE_ZERO = {"beta", "kl_horizon", "megabytes"}
 
 

@@ -137,6 +137,21 @@ class Lessons:
         return values[:, 1:][self.rows.mask[:, 1:]]
 
 
+class PerToken:
+    """Values of every trained token of all lessons, (n, ...) each, found by numbers of rows."""
+
+    def __init__(self, lessons, *values):
+        self.lengths = lessons.where().sum(1)
+        self.begins, self.values = self.lengths.cumsum(0) - self.lengths, values
+
+    def rows(self, numbers, device):
+        """The values of these rows' trained tokens, in order."""
+        lengths = self.lengths[numbers]
+        shift = self.begins[numbers] - (lengths.cumsum(0) - lengths)
+        chosen = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
+        return [value[chosen].to(device) for value in self.values]
+
+
 def rationale_of(ids, tokenizer):
     """For each id: does it stand inside of <think>...</think>, the two marks included?"""
     begin, end = (tokenizer.special.get(mark) for mark in ("<think>", "</think>"))

@@ -1,6 +1,5 @@
 """Distillation's losses: against trl, against slow loops, and numbers that a person can check."""
 
-import json
 import math
 
 import pytest
@@ -8,23 +7,23 @@ import torch
 from trl.experimental.gkd import GKDTrainer
 
 from distill import (
-    Config,
     Counts,
-    Targets,
+    cache_top_k,
     coarse,
     every_other_layer,
-    filtered,
     forward_kl,
     generalised_jsd,
     hidden_cosine_loss,
     label_loss,
+    probabilities,
     reverse_kl,
     soft_loss,
     step_by_step_loss,
     tempered,
 )
 from nanollm.gpt import document_mask
-from nanollm.lessons import as_dialogue, make_lessons, rationale_of, read_lessons, tokenize
+from nanollm.lessons import make_lessons, rationale_of, read_lessons, tokenize
+from nanollm.teacher import filtered, write_answers
 
 
 def logits(seed=0, shape=(3, 7, 11), spread=2.0):
@@ -197,16 +196,17 @@ def test_coarse_kl_keeps_a_gradient_for_every_token():
 
 def test_the_cache_holds_what_the_teacher_says(tokenizer, random_model):
     teacher = random_model()
-    words = ("abc", "def")
+    words = ("abc", "def", "g", "hi")
     chats = [{"messages": [{"role": "user", "content": w}], "reply": w * 2} for w in words]
     lessons = make_lessons(tokenize(chats, True, tokenizer, 32), 32, tokenizer)
-    cfg = Config(cache_top_k=5, temperature=2.0)
-    targets = Targets(cfg, teacher, 270)
-    targets.fill(lessons, "cpu")
-    whole, _ = targets.on_the_fly(lessons)
-    kept, ids = targets.cached(lessons, torch.arange(len(lessons)))
-    assert ids.shape[1] == 5
-    torch.testing.assert_close(kept, coarse(whole, ids))
+    assert len(lessons) > 1
+    cache = cache_top_k(teacher, lessons, 5, 270, 2.0, batch=1)
+    for numbers in (torch.arange(len(lessons)), torch.tensor([1, 0])):
+        whole, _ = probabilities(teacher, lessons.select(numbers), 270, 2.0)
+        kept, ids = cache.rows(numbers, "cpu")
+        assert ids.shape == (len(whole), 5)
+        torch.testing.assert_close(kept, coarse(whole, ids.long()))
+    whole, _ = probabilities(teacher, lessons, 270, 2.0)
     rows = lessons.rows
     plain = teacher(rows.tokens, rows.positions, document_mask(rows.documents))
     expected = (plain[lessons.where()] / 2).log_softmax(-1)
@@ -247,19 +247,19 @@ def test_the_checker_filters_and_every_answer_is_counted():
         return {"messages": [{"role": "user", "content": prompt}], "reply": reply, "right": right}
 
     answers = [said("1", True), said("1", True), said("2", False), said("?", None, "open")]
-    kept, counts = filtered(Config(method="hard"), answers)
+    kept, counts = filtered("hard", answers)
     assert [r["reply"] for r in kept] == ["1", "?"]
     assert counts == (
         "1 found wrong by the checker, 1 equal to another, 2 kept, 1 of them unchecked: no answer "
         "is known"
     )
-    assert [r["reply"] for r in filtered(Config(method="soft"), answers)[0]] == ["1", "2", "?"]
+    assert [r["reply"] for r in filtered("soft", answers)[0]] == ["1", "2", "?"]
 
 
 def test_kept_answers_are_read_again_as_they_were_written(tmp_path):
     record = {"messages": [{"role": "user", "content": "q"}], "reply": "<think>x</think>1"}
     path = tmp_path / "teacher.jsonl"
-    path.write_text(json.dumps(as_dialogue(record)) + "\n")
+    write_answers([record], path)
     assert read_lessons(path) == [record]
 
 
