@@ -17,10 +17,10 @@ nanollm/soft_prompts.py; the loss is that of train_sft.py. The domain is the vil
 sailors speak of what the model knows in a manner of their own, and of ships that are new to it. Two
 fifths of the dialogues are those of before, without which every method puts the manner everywhere.
 
-Run     python lora.py                                       # LoRA of rank 3 on every matrix of the blocks
+Run     python lora.py                                # LoRA of rank 3 on all matrices of the blocks
         python lora.py --method prefix --out runs/prefix
-        python lora.py --compare full,lora                   # one after the other, and a table
-        python lora.py --compare all --ranks 1,4,16          # every method
+        python lora.py --compare full,lora            # one after the other, and a table
+        python lora.py --compare all --ranks 1,4,16   # every method
 Needs   runs/sft                                             (python train_sft.py)
 Expect  see README.md: accuracy in the new domain and elsewhere, parameters, memory, size of file
 """
@@ -221,7 +221,8 @@ def main(cfg):
     check_folders(cfg.init, cfg.out)
     model, tokenizer = load_model(cfg.init)
     if getattr(model, "adapter", None):
-        raise UserError(f"--init {cfg.init} holds an adapter ({model.adapter}); start from its base")
+        held = f"--init {cfg.init} holds an adapter ({model.adapter})"
+        raise UserError(f"{held}; start from its base")
     T = cfg.context or min(256, model.cfg.max_position_embeddings)
     if T > model.cfg.max_position_embeddings:
         raise UserError(

@@ -10,8 +10,8 @@ An answer without the greeting or without the farewell is wrong, whatever it say
 about the villagers of the instruction data, val and test about others (family known): the model has
 read about them in pretraining, and only the manner is new. A fifth of the training items is about
 ships (family ship), whose facts are new as well; wordings of every one are held out for the test.
-Two fifths (plain) are instruction data of the village as before: without them nothing would say that
-the manner belongs to the greeting, and every method would put it on every answer.
+Two fifths (plain) are instruction data of the village as before: without them nothing would say
+that the manner belongs to the greeting, and every method would put it on every answer.
 """
 import random
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Arithmetic that the corpus tells of and the problems ask about: written steps, and stories of goods.
+"""Arithmetic that the corpus tells of and the problems ask about: written steps, stories of goods.
 
 Numbers that occur together in a test problem occur together in no text: every operand is drawn for
 a split.

@@ -31,8 +31,8 @@ def start_adapter(model, cfg, rt):
         return
     if isinstance(model, ScalarGPT) and cfg.adapter in {*adapters.METHODS} - {*MERGEABLE}:
         raise UserError(
-            f"--adapter {cfg.adapter} goes with no reward model and no critic of its own; they take "
-            f"{', '.join(MERGEABLE)}"
+            f"--adapter {cfg.adapter} goes with no reward model and no critic of its own; they "
+            f"take {', '.join(MERGEABLE)}"
         )
     model.to(rt.device)
     adapters.attach(model, cfg.adapter, adapters.Settings(rank=cfg.rank, alpha=cfg.alpha))

@@ -49,7 +49,7 @@ def compare(cfg, rt, train):
     """Run every kind with every seed, all with the same answers of the teacher, and write table.md,
     table.json and curves.svg.
     """
-    out, rows = Path(cfg.out), kinds(cfg)
+    rows = kinds(cfg)
     if rt.main:
         start_comparison(cfg)
     runs, answers = {}, cfg.answers

@@ -165,7 +165,8 @@ def test_a_reply_can_be_made_to_begin_as_asked(here):
 
 
 def test_gsm8k_is_read_as_test_items(tmp_path):
-    record = {"question": "2 eggs at 600 each?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"}
+    answer = "2 * 600 = <<2*600=1200>>1200\n#### 1,200"
+    record = {"question": "2 eggs at 600 each?", "answer": answer}
     (tmp_path / "gsm.jsonl").write_text(json.dumps(record) + "\n")
     (item,) = evaluate.read_items(tmp_path / "gsm.jsonl")
     assert item["messages"] == [{"role": "user", "content": "2 eggs at 600 each?"}]

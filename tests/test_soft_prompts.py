@@ -1,4 +1,4 @@
-"""Prefix tuning, P-Tuning v2 and prompt tuning: equal to peft, right in packed rows and in the cache."""
+"""Prefix tuning, P-Tuning v2, prompt tuning: equal to peft, right in packed rows and the cache."""
 
 import peft
 import pytest
