@@ -484,7 +484,7 @@ def test_every_composed_reply_is_right_and_has_its_answer_after_the_calls(asked_
 
 
 def test_there_are_as_many_items_of_each_family_as_planned(asked_of_tools):
-    sizes = {"large_numbers": 1800, "lookup": 1500, "lookup_two_hop": 1500, "nobody": 1200}
+    sizes = {"large_numbers": 2280, "lookup": 1500, "lookup_two_hop": 1500, "nobody": 720}
     assert Counter(item["family"] for item in asked_of_tools["train"]) == sizes
     assert set(Counter(item["family"] for item in asked_of_tools["test"]).values()) == {200}
 
