@@ -38,7 +38,9 @@ def answers_section(kind, done, root, rt, known):
     for stage in answered:
         if (kind, stage.name) not in known:
             known[kind, stage.name] = answers_of(root / stage.name, items, stage.speaks, rt)
-        columns[f"after {stage.title[0].lower() + stage.title[1:]}"] = known[kind, stage.name]
+        acronym = any(letter.isupper() for letter in stage.title[1:])
+        title = stage.title if acronym else stage.title.lower()
+        columns[f"after {title}"] = known[kind, stage.name]
     section = Section(TITLES[kind])
     asked = [item["messages"][-1]["content"] for item in items]
     rows = [list(row) for row in zip(asked, *columns.values(), [item["answer"] for item in items])]

@@ -13,7 +13,7 @@ body { font: 16px/1.55 system-ui, sans-serif; max-width: 860px; margin: 40px aut
 color: #1a1a1a } h1 { font-size: 30px; margin-bottom: 4px } h2 { margin-top: 44px; border-bottom:
 1px solid #e5e7eb; padding-bottom: 6px } table { border-collapse: collapse; width: 100%; font-size:
 14.5px; margin: 14px 0 } th { text-align: left; color: #555; font-weight: 600 } td, th { padding:
-5px 10px; border-bottom: 1px solid #eceff3 } td { vertical-align: top } td.number { text-align:
+5px 10px; border-bottom: 1px solid #eceff3 } td { vertical-align: top } .number { text-align:
 right; font-variant-numeric: tabular-nums; white-space: nowrap } pre { background: #f6f8fa; padding:
 10px 14px; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; font-size: 13.5px } figure {
 margin: 14px 0 } svg { width: 100%; height: auto } .lead { color: #555; margin-top: 0 }
@@ -67,10 +67,12 @@ def looks_like_number(text):
 def _html_table(content):
     header, rows = content
 
-    def cell(text):
-        return f"<td{' class=number' if looks_like_number(text) else ''}>{escape(text)}</td>"
+    def cell(text, tag="td", like=None):
+        number = " class=number" if looks_like_number(text if like is None else like) else ""
+        return f"<{tag}{number}>{escape(text)}</{tag}>"
 
-    top = "".join(f"<th>{escape(name)}</th>" for name in header)
+    below = rows[-1] if rows else header
+    top = "".join(cell(name, "th", like) for name, like in zip(header, below))  # over its column
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
