@@ -121,8 +121,7 @@ class Config:
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
     eval_every: int = 100  # steps between evaluations, each followed by a checkpoint
     # -- Comparison
-    # instead of one run: rows of the table, separated by commas, or all; each in its own folder of
-    # --out
+    # instead of one run: rows of the table, separated by commas, or all, each in its own folder
     compare: str = ""
     seeds: int = 3  # runs of each row
     # -- Machine

@@ -460,6 +460,13 @@ def figures_of(rt, rollout, G):
 def main(cfg):
     if cfg.samples < 2:
         raise UserError("--samples 1 makes no group to compare with; use two or more")
+    if cfg.overlong_buffer >= cfg.max_new_tokens:
+        raise UserError(
+            f"--overlong_buffer {cfg.overlong_buffer} leaves no length without a penalty: it must "
+            f"be below --max_new_tokens {cfg.max_new_tokens}"
+        )
+    if cfg.knowledge and not cfg.tools:
+        raise UserError("--knowledge is what tools search in; add --tools")
     if cfg.temperature == 0:
         raise UserError("--temperature 0 gives a group of equal answers; use 1")
     rt = start(cfg.device, cfg.dtype, cfg.seed)

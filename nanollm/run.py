@@ -89,7 +89,7 @@ class Run:
                     f"can't write to {self.folder} ({e.strerror}); choose another --out"
                 ) from None
             atomic_write(metrics, "")
-        save_config(self.cfg, self.folder / "train_config.json")
+            save_config(self.cfg, self.folder / "train_config.json")
 
     def restore(self, model, optimizers, samplers, scaler):
         """Put everything back as it was at the checkpoint; does nothing in a fresh run. Returns
@@ -104,6 +104,8 @@ class Run:
             raise UserError(
                 f"the checkpoint in {self.folder} has another shape than the flags ask for"
             ) from None
+        if self.rt.main:  # now that the flags fit the checkpoint
+            save_config(self.cfg, self.folder / "train_config.json")
         for sampler, state in zip(samplers, self.state["samplers"], strict=True):
             sampler.load_state_dict(state)
         scaler.load_state_dict(self.state["scaler"])

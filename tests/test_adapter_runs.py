@@ -303,5 +303,7 @@ def test_the_base_of_an_adapter_is_never_replaced(here, capsys):
 def test_resuming_with_another_rank_is_refused(here, capsys):
     run("train_sft.py", *LORA, "--steps", 1, out="runs/ranked")
     capsys.readouterr()
+    settings = Path("runs/ranked/train_config.json").read_text()
     said = refused(capsys, train_sft, "--out", "runs/ranked", "--resume", "--rank", 2)
     assert "another shape" in said
+    assert Path("runs/ranked/train_config.json").read_text() == settings  # resumes as before

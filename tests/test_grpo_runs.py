@@ -173,3 +173,14 @@ def test_gsm8k_is_read_as_test_items(tmp_path):
     assert item["answer"] == "1200" and item["check"] == "number"
     assert evaluate.is_right(item, "<think>2 * 600 = 1200.</think>It costs 1,200.")
     assert not evaluate.is_right(item, "It costs 1,20.")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--overlong_buffer", 12], "--overlong_buffer 12"),
+        (["--knowledge", "people.jsonl"], "add --tools"),
+    ],
+)
+def test_settings_that_could_mean_nothing_are_refused(flags, said, here, capsys):
+    assert said in refused(capsys, train_grpo, *OWN, *flags)
