@@ -16,7 +16,7 @@ Run     python train_grpo.py
         python train_grpo.py --preset zero           # R1-Zero: from runs/pretrain, without SFT
         python train_grpo.py --init runs/tools --data tools --tools --out runs/grpo_tools
 Needs   runs/cot                 (python train_sft.py --preset cot)
-Expect  see README.md: held-out accuracy before and after
+Expect  held-out problems 49% -> 89% in a minute on 2 cores; R1-Zero 0.5% -> 62% in 20 s (README.md)
 """
 
 import math
@@ -460,10 +460,10 @@ def figures_of(rt, rollout, G):
 def main(cfg):
     if cfg.samples < 2:
         raise UserError("--samples 1 makes no group to compare with; use two or more")
-    if cfg.overlong_buffer >= cfg.max_new_tokens:
+    if cfg.overlong_buffer > cfg.max_new_tokens:
         raise UserError(
-            f"--overlong_buffer {cfg.overlong_buffer} leaves no length without a penalty: it must "
-            f"be below --max_new_tokens {cfg.max_new_tokens}"
+            f"--overlong_buffer {cfg.overlong_buffer} is longer than the longest answer, "
+            f"--max_new_tokens {cfg.max_new_tokens}: even an empty one would pay"
         )
     if cfg.knowledge and not cfg.tools:
         raise UserError("--knowledge is what tools search in; add --tools")

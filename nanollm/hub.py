@@ -189,7 +189,7 @@ def load_model(folder, adapter=None):
 def existing_folder(folder):
     if not Path(folder).is_dir():
         raise UserError(
-            f"{folder} is no folder; run the stage that makes it, or name another one"
+            f"{folder} is no folder; run the stage that makes it, or name another with --init"
         )
     return Path(folder)
 

@@ -178,7 +178,7 @@ def test_gsm8k_is_read_as_test_items(tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--overlong_buffer", 12], "--overlong_buffer 12"),
+        (["--overlong_buffer", 13], "--overlong_buffer 13"),
         (["--knowledge", "people.jsonl"], "add --tools"),
     ],
 )
