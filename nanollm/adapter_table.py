@@ -1,15 +1,12 @@
 """Several methods of lora.py one after the other, and one table of what each costs and gives."""
 
-import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
+from nanollm.comparison import in_own_process, markdown, named, run_each
 from nanollm.config import UserError, atomic_write
-from nanollm.hub import read_json
 from nanollm.run import check_folders
 
 RANKED = ("lora", "dora", "qlora", "adapter")  # methods with a rank
@@ -31,21 +28,20 @@ def state_bytes(model, optimizers):
     return sum(x.numel() * x.element_size() for x in held)
 
 
-def planned(methods, ranks, known):
-    """[(name, {flag: value})] of the runs: every method, those with a rank once per rank."""
-    names = known if methods == "all" else methods.split(",")
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"--compare {unknown[0]}: methods are {', '.join(known)}, or all")
+def planned(cfg, known):
+    """{name: {flag: value}} of the runs: every method, those with a rank once per rank, at the same
+    alpha / r, so that ranks alone differ.
+    """
+    methods, ranks = named(cfg.compare, known), cfg.ranks
     try:
         ranks = [int(rank) for rank in ranks.split(",")]
     except ValueError:
         raise UserError(f"--ranks wants whole numbers with commas between, got {ranks!r}") from None
-    runs = []
-    for name in names:
-        if name in RANKED:
-            runs += [(f"{name}-{rank}", {"method": name, "rank": rank}) for rank in ranks]
-        else:
-            runs.append((name, {"method": name}))
+    runs = {}
+    for method in methods:
+        for rank in ranks if method in RANKED else [None]:
+            own = {} if rank is None else {"rank": rank, "alpha": cfg.alpha / cfg.rank * rank}
+            runs[method if rank is None else f"{method}-{rank}"] = {"method": method} | own
     return runs
 
 
@@ -53,19 +49,9 @@ def compare(cfg, script, known):
     """Run what --compare and --ranks name, each in a process and a folder of its own, so that its
     memory is its own; then write table.md and table.json.
     """
-    runs = planned(cfg.compare, cfg.ranks, known)
+    runs = planned(cfg, known)
     check_folders(cfg.init, cfg.out)
-    results = {}
-    for name, own in runs:
-        out = Path(cfg.out) / name
-        if "rank" in own:  # the same alpha / r at every rank, so that ranks alone differ
-            own = own | {"alpha": cfg.alpha / cfg.rank * own["rank"]}
-        values = dataclasses.asdict(cfg) | own | {"out": str(out), "compare": "", "resume": False}
-        words = [f"--{flag}={'none' if v is None else v}" for flag, v in values.items()]
-        print(f"\n--- {name}", flush=True)
-        if code := subprocess.call([sys.executable, script, *words]):
-            raise UserError(f"{name} ended with exit code {code}; mend it and compare again")
-        results[name] = read_json(out / "result.json")
+    results = run_each(cfg, runs, in_own_process(script))
     text = comparison(results)
     atomic_write(Path(cfg.out) / "table.json", json.dumps(results, indent=2) + "\n")
     atomic_write(Path(cfg.out) / "table.md", text + "\n")
@@ -79,7 +65,6 @@ def comparison(results):
     rows = [
         ["method", "trained", "share", "new domain", "of full's gain", "elsewhere",
          "bits per byte", "weights, gradients, moments", "peak memory", "seconds", "file"],
-        ["---"] * 11,
         ["before", "", "", f"{before['accuracy']:.1%}", "", f"{before['elsewhere']:.1%}",
          f"{before['bits_per_byte']:.4f}", "", "", "", ""],
     ]  # fmt: skip
@@ -92,4 +77,4 @@ def comparison(results):
             f"{r['state_bytes'] / 1e6:.2f} MB", f"{r['peak_memory_bytes'] / 1e6:.0f} MB",
             f"{r['seconds']:.0f}", f"{r['file_bytes'] / 1e3:,.0f} kB",
         ])  # fmt: skip
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lora
-from nanollm import adapter_table
+from nanollm import comparison
 from nanollm.config import parse
 from nanollm.evaluate import accuracy_by_family, read_items
 from nanollm.hub import load_model
@@ -101,7 +101,7 @@ def test_several_methods_and_ranks_make_a_table(here, monkeypatch):
         lora.main(parse(lora.Config, lora.PRESETS, arguments[2:]))
         return 0
 
-    monkeypatch.setattr(adapter_table.subprocess, "call", call)
+    monkeypatch.setattr(comparison.subprocess, "call", call)
     flags = ["--compare", "full,lora,prefix", "--ranks", "1,4", "--steps", 2, "--eval_every", 2]
     flags = [*OWN, "--out", "runs/table", *map(str, flags)]
     lora.main(parse(lora.Config, lora.PRESETS, flags))
