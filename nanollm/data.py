@@ -196,30 +196,41 @@ class Packed:
         torch.Tensor
     )  # (R, T) int64: which example of the row a token belongs to; attention stays inside
     positions: torch.Tensor  # (R, T) int64: counted from 0 in each example
+    # per row the numbers of its pictures, in the order of their placeholders; None: all is text
+    pictures: list | None = None
 
     def __len__(self):
         return len(self.tokens)
 
+    def tensors(self):
+        return self.tokens, self.mask, self.documents, self.positions
+
     def rows(self, numbers):
-        return Packed(
-            self.tokens[numbers],
-            self.mask[numbers],
-            self.documents[numbers],
-            self.positions[numbers],
-        )
+        pictures = self.pictures
+        if pictures is not None:
+            pictures = [pictures[i] for i in torch.arange(len(self))[numbers].tolist()]
+        return Packed(*(x[numbers] for x in self.tensors()), pictures)
 
     def join(self, other):
         """The rows of both."""
-        return Packed(*(torch.cat(pair) for pair in zip(vars(self).values(), vars(other).values())))
+        pictures = None
+        if self.pictures is not None or other.pictures is not None:
+            pictures = [p for rows in (self, other) for p in rows.pictures or [[]] * len(rows)]
+        return Packed(*map(torch.cat, zip(self.tensors(), other.tensors())), pictures)
 
     def to(self, device):
-        return Packed(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+        return Packed(*(x.to(device, non_blocking=True) for x in self.tensors()), self.pictures)
+
+    def picture_numbers(self):
+        """The numbers of all pictures, row after row."""
+        return [number for row in self.pictures or () for number in row]
 
 
-def pack(examples, T, pad_id):
+def pack(examples, T, pad_id, pictures=None):
     """First-fit packing of (ids, mask) examples, each at most T long, into rows of T tokens.
 
     Padding is a document of its own, never trained on. Longest first, so that few gaps stay.
+    `pictures` holds the numbers of each example's pictures.
     """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]))
     rows, room, open_rows = [], [], []
@@ -251,7 +262,9 @@ def pack(examples, T, pad_id):
             tokens[r, part], mask[r, part] = torch.tensor(ids), torch.tensor(trained)
             documents[r, part], positions[r, part] = number, torch.arange(len(ids))
             start += len(ids)
-    return Packed(tokens, mask, documents, positions)
+    if pictures is not None:
+        pictures = [[p for i in members for p in pictures[i]] for members in rows]
+    return Packed(tokens, mask, documents, positions, pictures)
 
 
 def last_true(mask):

@@ -31,9 +31,11 @@ from nanollm.generate import generate
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, read_json
 from nanollm.logprobs import token_logprobs
+from nanollm.picture_data import show_pictures, with_images
 from nanollm.rewards import final_answer, majority, pass_at_k
 from nanollm.runtime import start
 from nanollm.tools import Toolbox
+from nanollm.vlm import render_with_pictures
 
 CHECKS = ("contains", "exact", "number", "unknown")
 
@@ -60,6 +62,8 @@ class Config:
     max_new_tokens: int = 128  # longest answer
     # how every answer begins: "<think>" makes the model think, "The answer is" keeps it from that
     begin: str = ""
+    # where items have pictures: right; grey: a grey one instead; shuffled: another item's
+    pictures: Literal["right", "grey", "shuffled"] = "right"
     temperature: float = 0.0  # 0: greedy
     batch_size: int = 256  # answers written side by side
     seed: int = 0  # of the sampling
@@ -121,7 +125,7 @@ def read_items(path):
     items = []
     for line, item in read_jsonl(path):
         where = f"{path}, line {line}"
-        if "question" in item:  # GSM8K
+        if "question" in item or "conversations" in item:  # GSM8K, LLaVA
             item = as_prompt(item, where)
         if "messages" not in item and isinstance(item.get("prompt"), str):
             item = item | {"messages": [{"role": "user", "content": item["prompt"]}]}
@@ -133,6 +137,8 @@ def read_items(path):
             raise UserError(
                 f"{where}: unknown check {item['check']!r}; checks are {', '.join(CHECKS)}"
             )
+        if "image" in item:
+            item = with_images(item, Path(path).parent, where)
         items.append({"family": "all", **item})
     return items
 
@@ -147,9 +153,11 @@ def sample_replies(
     batch_size=256,
     generator=None,
     tools=None,
+    pictures=None,
 ):
     """Continue N prompts (lists of ids) `samples` times each; reply n * samples + g is the list of
     ids of sample g of prompt n, its stop token included. Short prompts run beside short ones.
+    `pictures`: a tensor (n, 3, H, W) or None for each prompt, in a list or what is indexed like it.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies = [None] * len(prompts) * samples
@@ -168,6 +176,7 @@ def sample_replies(
             pad_id=tokenizer.pad_id,
             generator=generator,
             tools=tools,
+            pictures=None if pictures is None else [pictures[i] for i in numbers],
         )
         for row, ids in enumerate(out.lists()):
             replies[numbers[row // samples] * samples + row % samples] = ids
@@ -187,26 +196,39 @@ def as_text(tokenizer, ids):
     return tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids])
 
 
-def accuracy_by_family(model, tokenizer, items, max_new_tokens=128, begin="", **sampling):
+def accuracy_by_family(
+    model, tokenizer, items, max_new_tokens=128, begin="", store=None, shown="right", **sampling
+):
     """Let the model answer every item; returns ({family: {"accuracy", "n"}}, replies).
 
     A cloze item is continued as plain text, and right when the text goes on with the answer;
     every other item is asked as a chat, and judged by its check. Every reply goes on from `begin`.
+    Items with "images" are asked with their pictures, or as `shown` says (show_pictures); a
+    PictureStore given as `store` keeps those that it has opened.
     """
     begun = tokenizer.encode(begin, special=True)
-    prompts = [
-        [tokenizer.eot_id, *tokenizer.encode(item["prompt"])]
-        if item["family"] == "cloze"
-        else tokenizer.render(item["messages"], generation_prompt=True)[0]
-        for item in items
-    ]
-    prompts = [prompt + begun for prompt in prompts]
-    replies = reply_all(model, tokenizer, prompts, max_new_tokens, **sampling)
+    pictures = None
+    if any(item.get("images") for item in items):
+        pictures = show_pictures(model, items, store, shown)
+    prompts = [prompt_of(item, model, tokenizer) + begun for item in items]
+    replies = reply_all(
+        model, tokenizer, prompts, max_new_tokens, pictures=pictures, **sampling
+    )
     replies = [begin + reply for reply in replies]
     right = defaultdict(list)
     for item, reply in zip(items, replies):
         right[item["family"]].append(is_right(item, reply))
     return {name: {"accuracy": sum(r) / len(r), "n": len(r)} for name, r in right.items()}, replies
+
+
+def prompt_of(item, model, tokenizer):
+    """The ids that a test item's answer follows."""
+    if item["family"] == "cloze":
+        return [tokenizer.eot_id, *tokenizer.encode(item["prompt"])]
+    if item.get("images"):
+        n = model.tokens_per_picture
+        return render_with_pictures(tokenizer, item["messages"], n, len(item["images"]), True)[0]
+    return tokenizer.render(item["messages"], generation_prompt=True)[0]
 
 
 def is_right(item, reply):
@@ -300,44 +322,13 @@ def village_tools(run_folder, tokenizer, knowledge=None):
     return Toolbox.with_knowledge(path, tokenizer)
 
 
-def evaluate_preferences(cfg, rt, model, tokenizer):
-    """Figures of sampled replies to held-out preference prompts, and the replies; prints them."""
-    from nanollm import preferences  # which stands on this module
-
-    items = preferences.village_prompts(cfg.model, "test", cfg.limit)
-    ref = reward_model = None
-    if cfg.best_of > 1 and not cfg.reward_model:
-        raise UserError("--best_of needs a --reward_model that says which reply is best")
-    if cfg.against:
-        ref, _ = load_model(cfg.against)
-        rt.prepare(ref, train=False)
-    if cfg.reward_model:
-        reward_model = preferences.load_scorer(cfg.reward_model, tokenizer, cfg.model, rt)
-    sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
-    figures, replies, golds = preferences.judge(
-        model, tokenizer, items, ref, reward_model, best_of=cfg.best_of, **sampling
-    )
-    if ref is not None:
-        other, other_replies, other_golds = preferences.judge(
-            ref, tokenizer, items, reward_model=reward_model, **sampling
-        )
-        figures["win_rate"] = preferences.win_rate(golds, other_golds)
-        figures["gap_closed"] = preferences.gap_closed(figures["gold"], other["gold"])
-        figures["against"] = other
-    for name, value in figures.items():
-        beside = figures.get("against", {}).get(name, "")
-        if name != "against":
-            print(f"{name:12}{value:9.3f}" + (f"{beside:9.3f} of {cfg.against}" if beside else ""))
-    asked = [item["messages"][-1]["content"] for item in items]
-    result = {"figures": figures, "prompts": asked, "replies": replies}
-    return result | ({"replies_against": other_replies} if ref is not None else {})
-
-
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     model, tokenizer = load_model(cfg.model, cfg.adapter)
     rt.prepare(model, train=False)
     if cfg.data == "preferences":
+        from nanollm.preferences import evaluate_preferences  # which stands on this module
+
         result = evaluate_preferences(cfg, rt, model, tokenizer)
         result = {"model": cfg.model, "adapter": cfg.adapter, **result}
         out = Path(cfg.out or Path(cfg.adapter or cfg.model) / "preferences.json")
@@ -366,7 +357,7 @@ def main(cfg):
         "generator": torch.Generator(rt.device).manual_seed(cfg.seed),
         "tools": village_tools(cfg.model, tokenizer, cfg.knowledge) if cfg.tools else None,
     }
-    sampling["begin"] = cfg.begin
+    sampling |= {"begin": cfg.begin, "shown": cfg.pictures}
     answer = partial(accuracy_by_family, model, tokenizer, max_new_tokens=cfg.max_new_tokens)
     result["families"], replies = answer(items, temperature=cfg.temperature, **sampling)
     if cfg.samples > 1:

@@ -87,10 +87,11 @@ def read_chats(path):
     """Chat records as dicts with "messages"; ShareGPT's and Alpaca's records are turned into that
     form.
     """
-    return [_as_chat(record, f"{path}, line {line}") for line, record in read_jsonl(path)]
+    return [as_chat(record, f"{path}, line {line}") for line, record in read_jsonl(path)]
 
 
-def _as_chat(record, where):
+def as_chat(record, where):
+    """One record in the form of read_chats, or a UserError that begins with `where`."""
     if "conversations" in record:  # ShareGPT
         turns = record["conversations"]
         if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
@@ -207,7 +208,7 @@ def _prompt_of(record, where):
         turns = record["prompt"]
     else:
         raise UserError(f'{where}: a "prompt" (text) or "messages" are wanted')
-    messages = turns and _as_chat({"messages": turns}, where)["messages"]
+    messages = turns and as_chat({"messages": turns}, where)["messages"]
     if not messages or not messages[-1]["content"].strip():
         raise UserError(f"{where}: the prompt is empty")
     if messages[-1]["role"] == "assistant":
@@ -232,7 +233,7 @@ def _shared_prompt(pair, where):
     if all(isinstance(text, str) for text in pair):
         dialogues = [_hh_turns(text, where) for text in pair]
     elif all(isinstance(turns, list) for turns in pair):
-        dialogues = [_as_chat({"messages": turns}, where)["messages"] for turns in pair]
+        dialogues = [as_chat({"messages": turns}, where)["messages"] for turns in pair]
     else:
         raise UserError(f'{where}: "chosen" and "rejected" must both be text, or both messages')
     if any(turns[-1]["role"] != "assistant" for turns in dialogues):
@@ -267,9 +268,9 @@ def as_prompt(record, where):
         if "question" in record:
             record = _as_problem(record, where)
         elif "conversations" in record or "instruction" in record:  # ShareGPT, Alpaca
-            record = _as_chat(record, where)
+            record = as_chat(record, where)
     if "messages" in record:
-        messages = _as_chat({"messages": record["messages"]}, where)["messages"]
+        messages = as_chat({"messages": record["messages"]}, where)["messages"]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         record = {**record, "messages": messages}

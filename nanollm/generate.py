@@ -5,6 +5,8 @@ Prompts are padded on the left, so that every row writes its next token into the
 cache. The prefill runs once per prompt and is shared by its G samples. On a CPU, rows that are done
 leave the batch; on a GPU a decoding step is recorded once as a CUDA graph and replayed.
 
+Pictures (vlm.py) are read in the prefill, once per prompt; in the cache they are tokens like any.
+
 N prompts, G samples each, B = N * G rows; P longest prompt, L new tokens, S slots of the cache.
 """
 
@@ -18,6 +20,7 @@ from nanollm.adapter_runs import unwrap
 from nanollm.config import UserError
 from nanollm.gpt import KVCache, Linear, attention_dtype
 from nanollm.lora import select_rows
+from nanollm.vlm import gather_pictures
 
 
 @dataclass
@@ -103,9 +106,9 @@ def check_room(model, prompts, new_tokens):
 class Engine:
     """A batch of rows being decoded: prefill once, then one token per row and step."""
 
-    def __init__(self, model, prompts, new_tokens, samples=1, pad_id=0):
-        """prompts: list of N lists of ids. Raises UserError when prompt and new tokens exceed the
-        context.
+    def __init__(self, model, prompts, new_tokens, samples=1, pad_id=0, pictures=None):
+        """prompts: list of N lists of ids; pictures as generate takes them. Raises UserError when
+        prompt and new tokens exceed the context.
         """
         lengths = [len(p) for p in prompts]
         self.P = max(lengths)
@@ -129,7 +132,8 @@ class Engine:
         size_of_cache = self.P if samples > 1 else size
         dtype = attention_dtype(device, model.compute_dtype)
         self.cache = KVCache(model.cfg, len(prompts), size_of_cache, device, dtype)
-        self.last_logits = self._prefill()  # (B, V)
+        self.never = getattr(model, "image_id", None)  # a placeholder is no word of an answer
+        self.last_logits = self._prefill(pictures)  # (B, V)
         if samples > 1:
             self._spread(samples, size)
         slots = torch.arange(size, device=device)
@@ -138,7 +142,7 @@ class Engine:
         self.length = self.P
         self.graph = None
 
-    def _prefill(self):
+    def _prefill(self, pictures):
         slots = torch.arange(self.P, device=self.prompts.device)
         self.cache.slots, self.cache.visible = slots, self.P
         positions = mask = None
@@ -150,8 +154,14 @@ class Engine:
                 slots[:, None] == slots
             )  # padding sees itself: a row without any key has no softmax
             mask = (causal & real[:, None] | itself)[:, None]
-        hidden = self.model.hidden(self.prompts, positions, mask, self.cache)
-        return self.model.head(hidden[:, -1])
+        shown = {} if pictures is None else {"pictures": pictures}
+        hidden = self.model.hidden(self.prompts, positions, mask, self.cache, **shown)
+        return self._speakable(self.model.head(hidden[:, -1]))
+
+    def _speakable(self, logits):
+        if self.never is not None:
+            logits[:, self.never] = float("-inf")
+        return logits
 
     def _spread(self, samples, size):
         """Copy each prompt's keys and values to its G rows, and make room for the new tokens."""
@@ -183,7 +193,7 @@ class Engine:
             mask = None if self.allowed is None else self.allowed[..., : self.length + 1]
             logits = self._forward(tokens[:, None], (self.length - self.pads)[:, None], mask)
         self.length += 1
-        return logits
+        return self._speakable(logits)
 
     def _forward(self, tokens, positions, mask):
         return self.model(tokens, positions, mask, self.cache)[:, -1]
@@ -218,9 +228,12 @@ def for_inference(model):
     """A copy whose weights are cast once instead of at every step, adapters merged into them, and
     whose sister projections are one product.
     """
-    light = copy.deepcopy(model)
+    eyes = getattr(model, "vision", None)  # read once per prompt: shared, neither copied nor cast
+    light = copy.deepcopy(model, {id(eyes): eyes})
     unwrap(light, merged=True)
-    light = light.to(model.compute_dtype)
+    for part in light.children():
+        if part is not eyes:
+            part.to(model.compute_dtype)
     light.model.cos, light.model.sin = model.model.cos, model.model.sin  # angles stay fp32
     if model.model.prefix is not None:  # computed once, too
         light.model.prefix = model.model.prefix.fixed(model.model, model.compute_dtype)
@@ -257,6 +270,7 @@ def generate(
     generator=None,
     noise=None,
     tools=None,
+    pictures=None,
 ):
     """Continue each of N prompts (lists of ids) G = `samples` times, until a stop id or
     max_new_tokens; Generated.
@@ -266,8 +280,12 @@ def generate(
 
     `tools` (tools.Toolbox) answers calls: behind a closed call the result is written into the row,
     token by token, while the other rows go on.
+
+    `pictures` holds for each prompt a tensor (n, 3, H, W) with those that its placeholders stand
+    for, in order, or None.
     """
-    engine = Engine(for_inference(model), prompts, max_new_tokens, samples, pad_id)
+    shown = gather_pictures(model, prompts, pictures)
+    engine = Engine(for_inference(model), prompts, max_new_tokens, samples, pad_id, shown)
     B, device = len(engine.pads), model.device
     tokens = torch.full((B, max_new_tokens), pad_id, device=device)
     mask = torch.zeros((B, max_new_tokens), dtype=torch.bool, device=device)
@@ -331,11 +349,13 @@ def stream(
     stop_ids=(),
     generator=None,
     tools=None,
+    pictures=None,
 ):
     """Continue one prompt and yield each id as it is drawn, those of tools' results included; a
-    stop id ends the stream and is not yielded.
+    stop id ends the stream and is not yielded. `pictures`: (n, 3, H, W), or None.
     """
-    engine = Engine(for_inference(model), [prompt], max_new_tokens)
+    shown = gather_pictures(model, [prompt], [pictures])
+    engine = Engine(for_inference(model), [prompt], max_new_tokens, pictures=shown)
     logits, written, result = engine.last_logits, [], []
     for t in range(max_new_tokens):
         new, _ = sample(logits, temperature, top_k, top_p, generator)

@@ -44,7 +44,11 @@ def read_json(path):
 def read_config(folder):
     """config.json -> GPTConfig; shapes that GPT doesn't have raise UserError."""
     path = Path(folder) / "config.json"
-    values = read_json(path)
+    return config_of(read_json(path), path)
+
+
+def config_of(values, path):
+    """The GPTConfig that these values of a config.json mean; `path` is where they stand."""
     kind = values.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(f"{path}: model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
@@ -109,6 +113,10 @@ def save_model(model, tokenizer, folder):
 
         tokenizer.save(folder)
         return save_adapter(model, folder, model.base_folder)
+    if hasattr(model, "vision"):
+        from nanollm.vlm import save_vlm  # which stands on this module
+
+        return save_vlm(model, tokenizer, model.preprocessing, folder)
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
     config = config_json(model.cfg, tokenizer, model.model.norm.weight.dtype)
     if isinstance(model, ScalarGPT):
@@ -116,14 +124,19 @@ def save_model(model, tokenizer, folder):
         one_label = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         config |= {"architectures": [kind], **one_label, "reward_shift": model.shift}
     tokenizer.save(folder)
-    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_configs(config, tokenizer, folder)
+    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_configs(config, tokenizer, folder):
+    """Write config.json, and generation_config.json with what ends an answer."""
     generation = {
-        "eos_token_id": config["eos_token_id"],
-        "pad_token_id": config["pad_token_id"],
+        "eos_token_id": sorted(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad_id,
         "do_sample": False,
     }
+    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
     atomic_write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_weights(model, tensors, where):
@@ -157,6 +170,7 @@ def load_weights(model, tensors, where):
 def load_model(folder, adapter=None):
     """(GPT in fp32 on the CPU, Tokenizer) from a run folder or any downloaded folder of a known
     shape; from an adapter's folder its base with the adapter. `adapter` names one more to put on.
+    A folder of LLaVA's shape gives a VLM (vlm.py).
 
     Where the tokenizer had no chat markers and got them, the embedding grows by rows equal to the
     mean of the others.
@@ -172,6 +186,10 @@ def load_model(folder, adapter=None):
         return model, tokenizer
     if is_adapter(folder):
         return load_model(bases_of(folder)[0], folder)
+    if "vision_config" in read_json(folder / "config.json"):
+        from nanollm.vlm import load_vlm  # which stands on this module
+
+        return load_vlm(folder)[:2]
     model, tokenizer = GPT(read_config(folder)), Tokenizer.load(folder)
     load_weights(model, safetensors.load_folder(folder), folder)
     known = max(tokenizer.ranks.values(), default=0)

@@ -27,7 +27,7 @@ from nanollm.config import UserError
 from nanollm.data import pad_replies
 from nanollm.evaluate import as_text, sample_replies, village_of
 from nanollm.formats import read_preferences, read_prompts, split_documents
-from nanollm.hub import existing_folder, is_scalar, load_scalar, weights_hash
+from nanollm.hub import existing_folder, is_scalar, load_model, load_scalar, weights_hash
 from nanollm.logprobs import reply_logprobs
 
 CACHE = Path("data/cache")
@@ -248,3 +248,34 @@ def win_rate(golds, others):
 def gap_closed(gold, start):
     """Share of the distance from `start` to the best possible gold score."""
     return (gold - start) / (BEST_GOLD - start)
+
+
+def evaluate_preferences(cfg, rt, model, tokenizer):
+    """Figures of sampled replies to held-out preference prompts, and the replies; prints them."""
+    items = village_prompts(cfg.model, "test", cfg.limit)
+    ref = reward_model = None
+    if cfg.best_of > 1 and not cfg.reward_model:
+        raise UserError("--best_of needs a --reward_model that says which reply is best")
+    if cfg.against:
+        ref, _ = load_model(cfg.against)
+        rt.prepare(ref, train=False)
+    if cfg.reward_model:
+        reward_model = load_scorer(cfg.reward_model, tokenizer, cfg.model, rt)
+    sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
+    figures, replies, golds = judge(
+        model, tokenizer, items, ref, reward_model, best_of=cfg.best_of, **sampling
+    )
+    if ref is not None:
+        other, other_replies, other_golds = judge(
+            ref, tokenizer, items, reward_model=reward_model, **sampling
+        )
+        figures["win_rate"] = win_rate(golds, other_golds)
+        figures["gap_closed"] = gap_closed(figures["gold"], other["gold"])
+        figures["against"] = other
+    for name, value in figures.items():
+        beside = figures.get("against", {}).get(name, "")
+        if name != "against":
+            print(f"{name:12}{value:9.3f}" + (f"{beside:9.3f} of {cfg.against}" if beside else ""))
+    asked = [item["messages"][-1]["content"] for item in items]
+    result = {"figures": figures, "prompts": asked, "replies": replies}
+    return result | ({"replies_against": other_replies} if ref is not None else {})

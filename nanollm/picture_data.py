@@ -1,0 +1,175 @@
+"""Dialogues and test items with pictures: reading the files, and keeping the pictures.
+
+    {"image": "a.png" or ["a.png", "b.png"], "messages": [... "<image>What is this?" ...]}
+    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}
+
+The second form is LLaVA's (Liu et al. 2023, arXiv:2304.08485), often one JSON array. Paths count
+from the file's folder. Records without "image" are text. data/README.md documents the formats.
+"""
+
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from nanollm.config import UserError
+from nanollm.data import pack
+from nanollm.formats import as_chat, read_jsonl
+from nanollm.pictures import as_batch, open_picture
+from nanollm.vlm import VLM, check_markers, pictures_in, render_with_pictures
+
+
+def read_picture_chats(path):
+    """Chat records as dicts with "messages" and "images", a list of paths (empty for text).
+
+    Raises UserError with file and line where a picture is missing, or markers and pictures differ.
+    """
+    chats = []
+    for line, record in read_jsonl(path):
+        where = f"{path}, line {line}"
+        chats.append(with_images(as_chat(record, where), Path(path).parent, where))
+    return chats
+
+
+def with_images(record, folder, where):
+    """The record with "images": the paths that its "image" names, relative to the folder."""
+    named = record.get("image") or []
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError(f'{where}: "image" must be a file name or a list of them, not {named!r}')
+    images = [str(Path(folder) / name) for name in named]
+    for image in images:
+        if not Path(image).is_file():
+            raise UserError(f"{where}: the picture {image} does not exist")
+    check_markers(record["messages"], len(images), where)
+    return {**record, "images": images}
+
+
+GREY = "<grey>"  # in place of a path: a plain grey picture
+
+
+class PictureStore:
+    """Pictures by number, each file opened once and kept as the vision tower sees it, in bytes."""
+
+    def __init__(self, preprocessing):
+        self.preprocessing = preprocessing
+        self.known, self.kept = {}, []  # path -> number; number -> (3, H, W) uint8
+
+    def __len__(self):
+        return len(self.kept)
+
+    def numbers(self, paths):
+        """The numbers of these files' pictures; opens those that it hasn't yet."""
+        for path in paths:
+            if path not in self.known:
+                grey = Image.new("RGB", (64, 64), (128, 128, 128))
+                picture = grey if path == GREY else open_picture(path)
+                pixels = np.array(self.preprocessing.resized(picture))  # (H, W, 3)
+                self.kept.append(torch.from_numpy(pixels).permute(2, 0, 1))
+                self.known[path] = len(self.kept) - 1
+        return [self.known[path] for path in paths]
+
+    def pictures(self, numbers):
+        """(len(numbers), 3, H, W) float32; None where there are none."""
+        if not len(numbers):
+            return None
+        return as_batch(torch.stack([self.kept[i] for i in numbers]), self.preprocessing)
+
+    def of(self, paths):
+        """The pictures of these files, as `pictures`."""
+        return self.pictures(self.numbers(paths))
+
+
+class Shown:
+    """The pictures of a list of prompts, made when asked for: shown[i] (n, 3, H, W), or None."""
+
+    def __init__(self, store, paths):
+        self.store, self.paths = store, paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return self.store.of(self.paths[i])
+
+
+def show_pictures(model, items, store=None, shown="right"):
+    """What each of the items is shown, for generate: its own pictures ("right"), grey ones
+    ("grey"), or those of another item ("shuffled"). Raises UserError where the model reads text
+    only.
+    """
+    if not isinstance(model, VLM):
+        raise UserError("there are pictures, but this model reads text only; name one that has a "
+                        "vision tower (train_vlm.py)")
+    store = store or PictureStore(model.preprocessing)
+    paths = [item.get("images", []) for item in items]
+    if shown == "grey":
+        paths = [[GREY] * len(own) for own in paths]
+    elif shown == "shuffled":
+        paths = shuffled(paths)
+    return Shown(store, paths)
+
+
+def shuffled(paths, seed=0):
+    """For each list of paths another that is as long, at random, an empty one for none. Raises UserError where
+    there is none.
+    """
+    rng, out = random.Random(seed), []
+    by_length = defaultdict(list)
+    for own in dict.fromkeys(map(tuple, paths)):
+        by_length[len(own)].append(own)
+    for own in map(tuple, paths):
+        others = by_length[len(own)]
+        if own and len(others) < 2:
+            raise UserError(f"no other item has {len(own)} pictures to show in place of {own[0]}")
+        i = rng.randrange(len(others))
+        out.append(list(others[i] if others[i] != own else others[i - 1]))
+    return out
+
+
+def tokenize_picture_chats(chats, tokenizer, T, n_per_picture, store):
+    """(examples (ids, mask) of at most T tokens, the numbers of each one's pictures, how many
+    dialogues were shortened, and dropped).
+
+    A dialogue is cut after the last assistant turn that still fits, and pictures that were shown
+    after it are left out; without any it is dropped. No picture is ever cut.
+    """
+    examples, pictures, shortened, dropped = [], [], 0, 0
+    for chat in chats:
+        messages = chat["messages"]
+        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for end in reversed(ends):
+            shown = pictures_in(messages[:end])
+            ids, mask = render_with_pictures(tokenizer, messages[:end], n_per_picture, shown)
+            if len(ids) <= T and any(mask):
+                examples.append((ids, mask))
+                pictures.append(store.numbers(chat.get("images", [])[:shown]))
+                shortened += end < ends[-1]
+                break
+        else:
+            dropped += 1
+    return examples, pictures, shortened, dropped
+
+
+def pack_picture_chats(chats, tokenizer, T, vlm, store, name, rt):
+    """data.Packed rows that know their pictures; says what was cut. Raises UserError when nothing
+    is left to train on.
+    """
+    examples, pictures, shortened, dropped = tokenize_picture_chats(
+        chats, tokenizer, T, vlm.tokens_per_picture, store
+    )
+    if not examples:
+        raise UserError(
+            f"none of the {len(chats)} {name} dialogues has an answer within {T} tokens, of which "
+            f"a picture takes {vlm.tokens_per_picture}; raise --context"
+        )
+    rows = pack(examples, T, tokenizer.pad_id, pictures)
+    rt.print(
+        f"{name}: {len(examples)} dialogues with {sum(map(len, pictures))} pictures in {len(rows)} "
+        f"rows of {T} tokens, {rows.mask.sum():,} trained on; {shortened} shortened, {dropped} "
+        "dropped because they were longer"
+    )
+    return rows

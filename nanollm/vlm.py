@@ -1,0 +1,381 @@
+"""The vision-language model: a GPT that reads pictures where its text says <image>.
+
+    picture (3, H, W) -> ViT -> features (N, C_v) -> projector -> (n, C), n tokens of the GPT
+
+In the token ids every picture stands as n placeholders, and their embeddings are overwritten by the
+projected features; everything else is the GPT as it was (Liu et al. 2023, LLaVA, arXiv:2304.08485).
+
+Files are those of transformers' LlavaForConditionalGeneration; with a projector that it doesn't
+have (pixel_shuffle) model_type is another, so that it refuses to open them.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanollm import safetensors
+from nanollm.config import UserError, atomic_write
+from nanollm.gpt import GPT, Linear
+from nanollm.hub import config_json, config_of, load_model, load_weights, read_json, write_configs
+from nanollm.tokenizer import Tokenizer
+from nanollm.vision import CLIP_KIND, ViT, load_preprocessing, load_vision, vision_config_of, without_ids
+
+IMAGE = "<image>"
+PROJECTORS = ("linear", "mlp", "pixel_shuffle")
+
+
+class Projector(nn.Module):
+    """Features of patches (P, N, C_v) -> embeddings of the language model (P, n, C).
+
+    linear: W x + b, n = N (Liu et al. 2023, arXiv:2304.08485)
+    mlp: W2 gelu(W1 x + b1) + b2, n = N (LLaVA-1.5, Liu et al. 2023, 2310.03744)
+    pixel_shuffle: r x r neighbouring patches side by side in the channels, then the mlp, so that
+    n = N / r^2 (Shi et al. 2016, 1609.05158, backwards; as in InternVL, Chen et al. 2024,
+    2404.16821)
+
+    Patches stand in raster order, and so do the groups of them.
+    """
+
+    def __init__(self, vision_size, text_size, kind="mlp", r=2):
+        super().__init__()
+        if kind not in PROJECTORS:
+            raise UserError(f"unknown projector {kind!r}; there are {', '.join(PROJECTORS)}")
+        self.kind, self.r = kind, r if kind == "pixel_shuffle" else 1
+        self.linear_1 = Linear(self.r**2 * vision_size, text_size)
+        self.linear_2 = None if kind == "linear" else Linear(text_size, text_size)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            else:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+
+    def tokens(self, patches):
+        """n for N patches; raises UserError where their grid can't be grouped by r x r."""
+        side = math.isqrt(patches)
+        if self.r > 1 and (side**2 != patches or side % self.r):
+            raise UserError(
+                f"pixel_shuffle wants a square grid of patches whose side {self.r} divides, not "
+                f"{patches} patches; choose another picture or patch size, or the projector mlp"
+            )
+        return patches // self.r**2
+
+    def forward(self, x):
+        P, N, C = x.shape
+        n, r, side = self.tokens(N), self.r, math.isqrt(N)
+        if r > 1:
+            x = x.view(P, side // r, r, side // r, r, C).transpose(2, 3)
+            x = x.reshape(P, n, r * r * C)  # rows of groups, in each r rows of r patches
+        x = self.linear_1(x)
+        return x if self.linear_2 is None else self.linear_2(F.gelu(x))
+
+
+class VLM(GPT):
+    """A GPT with eyes: a vision tower, a projector, and the id of the token <image>.
+
+    `pictures` (P, 3, H, W) are given in the order in which their placeholders stand in the batch,
+    row after row. Rows of text alone have none, and a batch of such rows needs no pictures.
+    """
+
+    def __init__(self, cfg, vision, projector, image_id, feature_layer=-2):
+        """vision: a ViT; projector: a kind; feature_layer: which of the ViT's hidden states."""
+        super().__init__(cfg)
+        if not isinstance(feature_layer, int):
+            raise UserError(f"features of one layer are wanted, not of {feature_layer}")
+        layers = vision.cfg.num_hidden_layers
+        if not -layers - 1 <= feature_layer <= layers:
+            raise UserError(f"the vision tower has {layers} layers; there is no {feature_layer}")
+        self.vision, self.image_id, self.feature_layer = vision, image_id, feature_layer
+        self.projector = Projector(vision.cfg.hidden_size, cfg.hidden_size, projector)
+        self.preprocessing = None  # from a Pillow picture to what the vision tower reads
+        self.tokens_per_picture  # raises where the projector doesn't fit the patches
+
+    @property
+    def tokens_per_picture(self):
+        return self.projector.tokens(self.vision.cfg.num_patches)
+
+    def forward(
+        self, tokens, positions=None, mask=None, cache=None, where=None, pictures=None
+    ):
+        """As GPT's; pictures as the class says."""
+        hidden = self.hidden(tokens, positions, mask, cache, pictures)
+        return self.head(hidden if where is None else hidden[where])
+
+    def hidden(self, tokens, positions=None, mask=None, cache=None, pictures=None):
+        """What the head reads: (B, T, C)."""
+        x = self.model.embed_tokens(tokens).to(self.compute_dtype)
+        decoding = cache is not None and tokens.shape[1] == 1 and pictures is None
+        if not decoding:  # counting would make a GPU wait
+            x = self.see(x, tokens, pictures)
+        return self.model(x, positions, mask, cache)
+
+    def see(self, x, tokens, pictures):
+        """Embeddings x (B, T, C) of the tokens, those of placeholders overwritten by features."""
+        where = tokens == self.image_id
+        places, P = int(where.sum()), 0 if pictures is None else len(pictures)
+        n = self.tokens_per_picture
+        if places != P * n:
+            raise UserError(
+                f"the tokens hold {places} placeholders, but {P} pictures of {n} tokens need {P * n}"
+            )
+        if P:
+            return x.masked_scatter(where[..., None], self.picture_features(pictures).to(x.dtype))
+        if self.training and torch.is_grad_enabled():
+            # DDP waits for a gradient of all that is trained, here it is zero
+            eyes = [*self.vision.parameters(), *self.projector.parameters()]
+            x = x + sum(0.0 * p.sum() for p in eyes if p.requires_grad)
+        return x
+
+    def picture_features(self, pictures):
+        """(P, 3, H, W) -> (P, n, C)."""
+        self.vision.compute_dtype = self.compute_dtype
+        features = self.vision.features(pictures, self.feature_layer)  # (P, N, C_v)
+        return self.projector(features.to(self.compute_dtype))
+
+    def train_parts(self, vision=False, projector=True, language=False):
+        """Say which parts are trained; the others are frozen. What lies behind the layer whose
+        features are read gets no gradient, and stays frozen with the rest.
+        """
+        for part, trained in (
+            (self.vision, False),
+            (self.projector, projector),
+            (self.model, language),
+            (self.lm_head, language),
+        ):
+            if part is not None:
+                part.requires_grad_(trained)
+        for name in self.read_parameters() if vision else ():
+            self.vision.get_parameter(name).requires_grad_(True)
+
+    def read_parameters(self):
+        """Names of the vision tower's parameters that the features depend on."""
+        size, device = self.vision.cfg.image_size, self.device
+        names, parameters = zip(*self.vision.named_parameters())
+        were = [p.requires_grad for p in parameters]
+        self.vision.requires_grad_(True)
+        features = self.vision.features(
+            torch.zeros(1, 3, size, size, device=device), self.feature_layer
+        )
+        grads = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        for p, was in zip(parameters, were):
+            p.requires_grad_(was)
+        return [name for name, grad in zip(names, grads) if grad is not None]
+
+
+# --- text with pictures ----------------------------------------------------------------------------
+
+
+def image_id_of(tokenizer):
+    """The id of <image>; raises UserError where the tokenizer has none."""
+    if IMAGE not in tokenizer.special:
+        raise UserError(
+            f"this tokenizer has no token {IMAGE}: start from a model of this project, or one "
+            "whose vocabulary has no chat tokens of its own"
+        )
+    return tokenizer.special[IMAGE]
+
+
+def expand(ids, image_id, n):
+    """The ids with n placeholders for each image_id."""
+    return [id for each in ids for id in [each] * (n if each == image_id else 1)]
+
+
+def render_with_pictures(tokenizer, messages, n_per_picture, pictures, generation_prompt=False):
+    """As Tokenizer.render, (ids, mask), with n placeholders for each <image> in a user's turn.
+
+    `pictures` is how many there are; raises UserError where the text has more markers, or fewer.
+    """
+    image_id = image_id_of(tokenizer)
+    check_markers(messages, pictures)
+    ids, mask = tokenizer.render(messages, generation_prompt, images=True)
+    times = [n_per_picture if id == image_id else 1 for id in ids]
+    mask = [trained for trained, k in zip(mask, times) for _ in range(k)]
+    return expand(ids, image_id, n_per_picture), mask
+
+
+def pictures_in(messages):
+    """How many pictures the text of these messages has."""
+    return sum(message["content"].count(IMAGE) for message in messages)
+
+
+def check_markers(messages, pictures, where="the dialogue"):
+    """Raise UserError, beginning with `where`, unless users' turns say <image> once per picture."""
+    for message in messages:
+        if message["role"] != "user" and IMAGE in message["content"]:
+            raise UserError(f"{where}: {IMAGE} stands in a turn of the {message['role']}; only "
+                            "users show pictures")
+    markers = pictures_in(messages)
+    if markers != pictures:
+        raise UserError(
+            f"{where}: {markers} times {IMAGE}, but {pictures} pictures; each picture needs one"
+        )
+
+
+def gather_pictures(model, prompts, pictures):
+    """(P, 3, H, W) on the model's device: the pictures of all prompts in order; None for none.
+
+    prompts: lists of ids; pictures: for each a tensor (n, 3, H, W) or None; or None altogether.
+    Raises UserError where a prompt has other pictures than placeholders, or the model no eyes.
+    """
+    if pictures is None:
+        return None
+    if len(pictures) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts, but pictures for {len(pictures)}")
+    if not isinstance(model, VLM):
+        if any(each is not None and len(each) for each in pictures):
+            raise UserError("this model reads text only; take one that train_vlm.py has made")
+        return None
+    n = model.tokens_per_picture
+    for number, (prompt, each) in enumerate(zip(prompts, pictures)):
+        places, P = prompt.count(model.image_id), 0 if each is None else len(each)
+        if places != P * n:
+            raise UserError(
+                f"prompt {number} holds {places} placeholders, but its {P} pictures need {P * n}"
+            )
+    shown = [each for each in pictures if each is not None and len(each)]
+    return torch.cat(shown).to(model.device) if shown else None
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+# our names -> those in a file
+PREFIXES = {
+    "model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "vision.": "vision_tower.",
+    "projector.": "multi_modal_projector.",
+}
+ACTIVATIONS = {"mlp": "gelu", "linear": "linear", "pixel_shuffle": "gelu"}
+LLAVA, OURS = "llava", "nanollm_vlm"  # model_type; the second is for what transformers has not
+
+
+def build_vlm(language_folder, vision_folder, projector="mlp", feature_layer=-2):
+    """(VLM, Tokenizer) of a text model and a vision tower, each with its weights, and a new
+    projector between them; vlm.preprocessing is the tower's.
+
+    Raises UserError where the tokenizer has no <image>, or the projector doesn't fit the patches.
+    """
+    language, tokenizer = load_model(language_folder)
+    if isinstance(language, VLM):
+        raise UserError(f"{language_folder} holds a vision-language model already; name a text one")
+    if getattr(language, "adapter", None):
+        raise UserError(f"{language_folder} holds an adapter that can't be merged; name its base")
+    vision, preprocessing = load_vision(vision_folder)
+    vlm = VLM(language.cfg, vision, projector, image_id_of(tokenizer), feature_layer)
+    vlm.load_state_dict(language.state_dict(), strict=False)
+    vlm.preprocessing = preprocessing
+    return vlm, tokenizer
+
+
+def save_vlm(vlm, tokenizer, preprocessing, folder):
+    """Write a model folder; transformers' LlavaForConditionalGeneration and AutoProcessor open it,
+    save with pixel_shuffle. Each file is replaced atomically, the weights last.
+
+    A linear projector is LLaVA's without activation, and with the identity as second layer.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    preprocessing.save(folder)
+    write_configs(vlm_config(vlm, tokenizer), tokenizer, folder)
+    cfg = vlm.vision.cfg
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE,
+        "patch_size": cfg.patch_size,
+        "vision_feature_select_strategy": strategy(cfg),
+        "num_additional_image_tokens": int(strategy(cfg) == "default"),
+    }
+    if vlm.projector.r == 1:
+        atomic_write(folder / "processor_config.json", json.dumps(processor, indent=2) + "\n")
+    tensors = {name: p.detach().cpu() for name, p in vlm.state_dict().items()}
+    if vlm.projector.kind == "linear":
+        bias = torch.zeros_like(tensors["projector.linear_1.bias"])
+        tensors["projector.linear_2.weight"] = torch.eye(len(bias), dtype=bias.dtype)
+        tensors["projector.linear_2.bias"] = bias
+    tensors = {renamed(name, PREFIXES): tensor for name, tensor in tensors.items()}
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def vlm_config(vlm, tokenizer):
+    """What config.json holds."""
+    text = config_json(vlm.cfg, tokenizer, vlm.model.norm.weight.dtype)
+    known = vlm.projector.r == 1
+    vision, kind = dataclasses.asdict(vlm.vision.cfg), vlm.projector.kind
+    return {
+        "architectures": ["LlavaForConditionalGeneration" if known else "VLM"],
+        "model_type": LLAVA if known else OURS,
+        "projector": kind,
+        "projector_hidden_act": ACTIVATIONS[kind],
+        "multimodal_projector_bias": True,
+        "image_token_index": vlm.image_id,
+        "image_seq_length": vlm.tokens_per_picture,
+        "vision_feature_layer": vlm.feature_layer,
+        "vision_feature_select_strategy": strategy(vlm.vision.cfg),
+        "tie_word_embeddings": vlm.cfg.tie_word_embeddings,
+        **{name: text[name] for name in ("eos_token_id", "pad_token_id", "torch_dtype")},
+        "text_config": text,
+        "vision_config": vision,
+    }
+
+
+def strategy(vision_cfg):
+    """LLaVA's word for which tokens are features: "default" leaves the class token out."""
+    return "default" if vision_cfg.model_type == CLIP_KIND else "full"
+
+
+def renamed(name, prefixes):
+    """The name with the first of the prefixes that it has replaced."""
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def load_vlm(folder):
+    """(VLM in fp32 on the CPU, Tokenizer, Preprocessing) from a folder that save_vlm or a
+    LlavaForConditionalGeneration has written. Raises UserError for what isn't implemented.
+    """
+    path = Path(folder) / "config.json"
+    values = read_json(path)
+    kind = projector_of(values, path)
+    vision_cfg = vision_config_of(values["vision_config"], path)
+    if values.get("vision_feature_select_strategy", "default") != strategy(vision_cfg):
+        raise UserError(f"{path}: features with the class token, or without it where there is none")
+    tokenizer = Tokenizer.load(folder)
+    image_id = values.get("image_token_index", values.get("image_token_id"))
+    if image_id != image_id_of(tokenizer):
+        raise UserError(f"{path}: image_token_index {image_id} is not the tokenizer's {IMAGE}")
+    vlm = VLM(
+        config_of(values["text_config"], path),
+        ViT(vision_cfg),
+        kind,
+        image_id,
+        values.get("vision_feature_layer", -2),
+    )
+    back = {"vision_tower.vision_model.": "vision."} | {new: old for old, new in PREFIXES.items()}
+    tensors = {renamed(name, back): x for name, x in safetensors.load_folder(folder).items()}
+    if kind == "linear":
+        tensors = {name: x for name, x in tensors.items() if ".linear_2." not in name}
+    load_weights(vlm, without_ids(tensors), folder)
+    vlm.preprocessing = load_preprocessing(folder, vision_cfg)
+    return vlm, tokenizer, vlm.preprocessing
+
+
+def projector_of(values, path):
+    """The kind of projector that a config.json asks for."""
+    if values.get("model_type") not in (LLAVA, OURS):
+        raise UserError(f"{path}: model_type {values.get('model_type')!r} is not {LLAVA}")
+    for part in ("text_config", "vision_config"):
+        if not isinstance(values.get(part), dict):
+            raise UserError(f"{path} has no {part}")
+    kind = values.get("projector", "mlp")
+    if ACTIVATIONS.get(kind) != values.get("projector_hidden_act", "gelu"):
+        raise UserError(f"{path}: projector {kind!r} with this projector_hidden_act is unknown")
+    if not values.get("multimodal_projector_bias", True):
+        raise UserError(f"{path}: a projector without biases is not implemented")
+    return kind
