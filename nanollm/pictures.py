@@ -1,0 +1,240 @@
+"""Image files to tensors, with Pillow alone.
+
+    open_picture(path)            any image file -> RGB, or one clear line
+    Preprocessing()(image)        resize, crop, (pixel * rescale - mean) / std -> (3, H, W)
+    as_batch(pixels, how)         the same for pixels that have the right size already
+
+Resizing and numbers are those of Hugging Face's CLIPImageProcessor and SiglipImageProcessor.
+"""
+
+import json
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from nanollm.config import UserError, atomic_write
+from nanollm.hub import read_json
+
+MAX_PIXELS = 64_000_000  # 8,000 x 8,000: 192 MB as RGB; a file of a few bytes may claim any size
+# Formats that Pillow decodes itself; EPS, for one, is a program that another program would run.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+# What Pillow's decoders raise on damaged files.
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
+CONFIG = "preprocessor_config.json"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def open_picture(path):
+    """The picture in an image file as an RGB image, upright; of an animation its first frame.
+
+    Transparency is laid on white, as whoever looks at the file on a page sees it. Raises UserError
+    where the file is missing, no image, damaged, cut off, or larger than MAX_PIXELS.
+    """
+    try:
+        with warnings.catch_warnings():  # Pillow warns of what is an error or no matter here
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:  # nothing is decoded yet
+                    raise Image.DecompressionBombError
+                return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{path} claims more than {MAX_PIXELS:,} pixels, too many to decode; make it smaller"
+        ) from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name an image file in it") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{path} is no image that can be read ({', '.join(FORMATS)})") from None
+    except DAMAGE as e:
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"{path}: the image is damaged or cut off ({why})") from None
+
+
+def to_rgb(image):
+    """The image as 8-bit RGB: transparency on white, 16-bit grey scaled by 255 / 65535."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return grey_of_16_bits(image).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; convert it to 8 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def grey_of_16_bits(image):
+    """Pillow's own conversion would clip at 255, and nearly everything would be white."""
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise ValueError("its pixels have 32 bits; convert it to 8 bits")
+    scaled = (grey * 255 + 32767) // 65535  # rounded to the nearest
+    if isinstance(image.info.get("transparency"), int):
+        scaled[grey == image.info["transparency"]] = 255
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+# --- preprocessing -------------------------------------------------------------------------------
+
+
+@dataclass
+class Preprocessing:
+    """How an image becomes what a ViT reads.
+
+    Without `shortest_edge` it is resized to exactly `size`, which may stretch it (SigLIP). With it,
+    its shorter side is resized to so many pixels and the middle is cut out (CLIP).
+    """
+
+    size: tuple[int, int] = (64, 64)  # height and width of what comes out; one number: both
+    shortest_edge: int | None = None
+    resample: int = 3  # Pillow's number of the filter: 0 nearest, 2 bilinear, 3 bicubic ...
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    rescale: float = 1 / 255
+
+    def __post_init__(self):
+        if isinstance(self.size, int):
+            self.size = (self.size, self.size)
+        self.size, self.mean, self.std = tuple(self.size), tuple(self.mean), tuple(self.std)
+
+    def __call__(self, image):
+        """A Pillow image of any mode -> (3, H, W) float32."""
+        pixels = np.array(self.resized(to_rgb(image)))  # (H, W, 3)
+        return as_batch(torch.from_numpy(pixels).permute(2, 0, 1)[None], self)[0]
+
+    def resized(self, image):
+        """The RGB image in the size that the ViT reads."""
+        height, width = self.size
+        if self.shortest_edge is None:
+            return image.resize((width, height), self.resample)
+        short, long = sorted(image.size)
+        edge = self.shortest_edge
+        longer = int(edge * long / short)  # cut, not rounded, as Hugging Face does
+        if edge * longer > MAX_PIXELS:
+            raise UserError(f"a picture of {image.width} x {image.height} is too narrow to resize")
+        portrait = image.width <= image.height
+        image = image.resize((edge, longer) if portrait else (longer, edge), self.resample)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))  # beyond the edge it is black
+
+    @classmethod
+    def from_folder(cls, folder):
+        """From preprocessor_config.json, as CLIPImageProcessor or SiglipImageProcessor write it."""
+        path = Path(folder) / CONFIG
+        values = read_json(path)
+        kind = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
+        if not kind.startswith(("CLIP", "Siglip")):
+            raise UserError(f"{path}: its type {kind} is neither CLIP's nor SigLIP's")
+        clip = kind.startswith("CLIP")
+        try:
+            return cls(**read_sizes(values, clip), **read_numbers(values, clip))
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{path} is incomplete or not implemented: {e}") from None
+
+    def save(self, folder):
+        """Write preprocessor_config.json, which transformers' AutoImageProcessor opens."""
+        height, width = self.size
+        exact, edge = {"height": height, "width": width}, self.shortest_edge
+        values = {
+            "image_processor_type": "CLIPImageProcessor" if edge else "SiglipImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": edge} if edge else exact,
+            "resample": int(self.resample),
+            "do_rescale": True,
+            "rescale_factor": self.rescale,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        if edge:
+            values |= {"do_center_crop": True, "crop_size": exact}
+        atomic_write(Path(folder) / CONFIG, json.dumps(values, indent=2) + "\n")
+
+
+def read_sizes(values, clip):
+    """size and shortest_edge from a preprocessor_config.json; old ones hold plain numbers."""
+    if not values.get("do_resize", True):
+        raise ValueError("do_resize is false, so that pictures would differ in size")
+    size = values.get("size") or ({"shortest_edge": 224} if clip else 224)
+    crop = values.get("crop_size") or 224
+    crops = values.get("do_center_crop", clip)
+    if isinstance(size, int):
+        size = {"shortest_edge": size} if clip else {"height": size, "width": size}
+    if isinstance(crop, int):
+        crop = {"height": crop, "width": crop}
+    crop = whole(crop["height"]), whole(crop["width"])
+    if "shortest_edge" in size:
+        if not crops or size.get("longest_edge"):
+            raise ValueError("pictures would differ in size without do_center_crop")
+        return {"size": crop, "shortest_edge": whole(size["shortest_edge"])}
+    exact = whole(size["height"]), whole(size["width"])
+    if crops and crop != exact:
+        raise ValueError(f"it resizes to {exact} and then crops to {crop}")
+    return {"size": exact}
+
+
+def whole(number):
+    if type(number) is not int or number < 1:
+        raise ValueError(f"a size is {number!r}")
+    return number
+
+
+def read_numbers(values, clip):
+    """resample, mean, std and rescale from a preprocessor_config.json."""
+    mean, std = (CLIP_MEAN, CLIP_STD) if clip else ((0.5,) * 3, (0.5,) * 3)
+    mean, std = values.get("image_mean") or mean, values.get("image_std") or std
+    if not values.get("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    for numbers in (mean, std):
+        if len(numbers) != 3 or not all(isinstance(x, (int, float)) for x in numbers):
+            raise ValueError(f"image_mean and image_std must hold 3 numbers, not {numbers}")
+    if not all(std):
+        raise ValueError("image_std holds a zero")
+    rescale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
+    resample = values.get("resample", Image.Resampling.BICUBIC)
+    return {
+        "mean": mean,
+        "std": std,
+        "rescale": float(rescale),
+        "resample": int(Image.Resampling(resample)),
+    }
+
+
+def as_batch(pixels, preprocessing):
+    """(pixel * rescale - mean) / std for pixels (n, 3, H, W) uint8 of the right size; float32.
+
+    Rounded after each step as Hugging Face does, hence equal to the bit.
+    """
+    if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (3, *preprocessing.size):
+        wants = ("n", 3, *preprocessing.size)
+        raise ValueError(f"pixels are {pixels.dtype} {tuple(pixels.shape)}, not uint8 {wants}")
+    mean, std = (
+        torch.tensor(numbers, dtype=torch.float32, device=pixels.device)[:, None, None]
+        for numbers in (preprocessing.mean, preprocessing.std)
+    )
+    return ((pixels.double() * preprocessing.rescale).float() - mean) / std
