@@ -221,7 +221,11 @@ def read_values(cls, values, path, **fixed):
 def read_vision_config(folder):
     """config.json of a vision tower, or of a model that has one -> VisionConfig."""
     path = Path(folder) / "config.json"
-    values = read_json(path)
+    return vision_config_of(read_json(path), path)
+
+
+def vision_config_of(values, path):
+    """The VisionConfig that these values of a config.json mean; `path` is where they stand."""
     kind = values.get("model_type")
     if kind in WHOLE_MODELS:
         values, kind = values.get("vision_config"), WHOLE_MODELS[kind]
