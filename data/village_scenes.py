@@ -1,0 +1,330 @@
+"""Scenes of the village: what stands in a picture, as data, and the picture itself.
+
+A scene has a season, and one to four groups of objects. A group is of one kind, colour and size,
+on the left, in the middle or on the right; no kind occurs twice, so questions have one answer.
+Kites and stars are in the sky, everything else is on the ground. Nothing overlaps.
+
+Lengths are in units: a picture measures 64 by 64, whatever its pixels. x goes right, y down.
+"""
+import math
+import random
+from dataclasses import asdict, dataclass
+
+from PIL import Image, ImageDraw
+
+KINDS = {"house": "houses", "ball": "balls", "flower": "flowers", "boat": "boats",
+         "mushroom": "mushrooms", "kite": "kites", "star": "stars"}
+SKY = ("kite", "star")
+COLOURS = {"red": (222, 38, 43), "blue": (38, 92, 224), "green": (22, 150, 62),
+           "yellow": (255, 208, 20), "purple": (126, 52, 178), "pink": (255, 112, 186)}
+PLACES = ("left", "middle", "right")
+SIZES = {"small": 4.7, "big": 7.1}  # half the width of an object
+SEASONS = ("spring", "summer", "autumn", "winter")
+TIMES = ("day", "evening")
+# Never seen together in training: what a model says of them, it has put together itself.
+HELD_OUT = {"boat": "red", "flower": "blue", "star": "green", "house": "yellow", "ball": "purple"}
+
+UNITS = 64
+CELL = UNITS / 3  # a third of the width; a group has the sky or the ground of it
+ROWS = {"sky": (0.4, 31.2), "ground": (32.2, 63.6)}  # from y to y
+
+
+@dataclass(frozen=True)
+class Group:
+    """`number` objects alike, 1 to 5; of the big ones 1 or 2."""
+    kind: str
+    colour: str
+    size: str
+    place: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`seed` decides what no caption tells: where exactly an object is, trees and clouds."""
+    season: str
+    time: str
+    groups: tuple
+    seed: int
+
+    @property
+    def truth(self):
+        """All that captions and questions are about: two scenes with the same are the same."""
+        return self.season, tuple(sorted(self.groups, key=lambda group: group.kind))
+
+    def group(self, kind):
+        """The group of this kind, or None."""
+        return next((group for group in self.groups if group.kind == kind), None)
+
+    def count(self, kind, colour=None):
+        group = self.group(kind)
+        return group.number if group and colour in (None, group.colour) else 0
+
+    def as_dict(self):
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(record):
+        groups = tuple(Group(**group) for group in record["groups"])
+        return Scene(record["season"], record["time"], groups, record["seed"])
+
+
+def random_scene(rng, held_out=False):
+    """A scene without any pair of HELD_OUT, or with one: its first group."""
+    n_groups = rng.choices((1, 2, 3, 4), (1, 3, 4, 3))[0]
+    while True:
+        kinds = rng.sample(list(KINDS), n_groups)
+        if sum(kind not in SKY for kind in kinds) <= len(PLACES) and (
+                kinds[0] in HELD_OUT or not held_out):
+            break
+    places = {row: iter(rng.sample(PLACES, len(PLACES))) for row in ROWS}
+    groups = []
+    for i, kind in enumerate(kinds):
+        colour = rng.choice([c for c in COLOURS if c != HELD_OUT.get(kind)])
+        if held_out and i == 0:
+            colour = HELD_OUT[kind]
+        size = "big" if rng.random() < 0.35 else "small"
+        number = rng.choice((1, 2)) if size == "big" else rng.choices(
+            (1, 2, 3, 4, 5), (2, 2, 3, 3, 3))[0]  # about as many of each number altogether
+        groups.append(Group(kind, colour, size, next(places[row_of(kind)]), number))
+    return Scene(rng.choice(SEASONS), rng.choice(TIMES), tuple(groups), rng.randrange(10**9))
+
+
+def row_of(kind):
+    return "sky" if kind in SKY else "ground"
+
+
+# --- where everything is -----------------------------------------------------
+
+
+def layout(scene):
+    """Every object as (group, x, y, half its width, 1 or -1: which way it faces), far ones first.
+
+    No part of an object is more than half its width from (x, y), right or left, up or down.
+    """
+    objects = []
+    for group in scene.groups:
+        rng = random.Random(f"layout-{scene.seed}-{group.kind}")  # whatever its colour
+        half, left = SIZES[group.size], PLACES.index(group.place) * CELL
+        top, bottom = ROWS[row_of(group.kind)]
+        spots = spread(group.number, half, (left + 0.6, top, left + CELL - 0.6, bottom), rng)
+        objects += [(group, x, y, half, rng.choice((1, -1))) for x, y in spots]
+    return sorted(objects, key=lambda placed: placed[2])
+
+
+def spread(number, half, box, rng, gap=0.6):
+    """Centres of squares in the box, `gap` apart: thrown at random, or else on a grid."""
+    left, top, right, bottom = box
+    for _ in range(40):
+        spots = [(rng.uniform(left + half, right - half), rng.uniform(top + half, bottom - half))
+                 for _ in range(number)]
+        if all(max(abs(x - u), abs(y - v)) >= 2 * half + gap
+               for i, (x, y) in enumerate(spots) for u, v in spots[:i]):
+            return spots
+    columns, rows = (int((length + gap) // (2 * half + gap))
+                     for length in (right - left, bottom - top))
+    wide, high = (right - left) / columns, (bottom - top) / rows
+    cells = rng.sample([(i, j) for i in range(columns) for j in range(rows)], number)
+    spare_x, spare_y = ((length - 2 * half - gap) / 2 for length in (wide, high))
+    return [(left + (i + 0.5) * wide + rng.uniform(-spare_x, spare_x),
+             top + (j + 0.5) * high + rng.uniform(-spare_y, spare_y)) for i, j in cells]
+
+
+# --- the pen -----------------------------------------------------------------
+
+
+def shade(colour, share):
+    """Darker (share below 1) or paler (above 1: 2 is white)."""
+    if share <= 1:
+        return tuple(round(c * share) for c in colour)
+    return tuple(round(c + (255 - c) * (share - 1)) for c in colour)
+
+
+class Pen:
+    """Draws in units, with alpha, on an image that is `scale` times as large."""
+
+    def __init__(self, image, scale):
+        self.draw, self.scale = ImageDraw.Draw(image, "RGBA"), scale
+        self.outline = 0.5  # the width of outlines
+
+    def polygon(self, points, fill, line=None):
+        points = [(x * self.scale, y * self.scale) for x, y in points]
+        self.draw.polygon(points, fill)
+        if line:
+            self.draw.line([*points, points[0], points[1]], line, self.pixels(self.outline),
+                           "curve")
+
+    def ellipse(self, x, y, rx, ry, fill, line=None):
+        box = [c * self.scale for c in (x - rx, y - ry, x + rx, y + ry)]
+        self.draw.ellipse(box, fill, line, self.pixels(self.outline))
+
+    def line(self, points, fill, width):
+        points = [(x * self.scale, y * self.scale) for x, y in points]
+        self.draw.line(points, fill, self.pixels(width), "curve")
+
+    def pixels(self, width):
+        return max(round(width * self.scale), 1)
+
+
+# --- the objects: each in a square around (x, y), `h` to every side -----------------
+
+CREAM, TRUNK, STEM = (255, 250, 232), (122, 84, 58), (58, 128, 52)
+
+
+def house(pen, x, y, h, colour, turn):
+    dark = shade(colour, 0.42)
+    pen.polygon([(x - 0.5 * h, y - 0.85 * h), (x - 0.2 * h, y - 0.85 * h), (x - 0.2 * h, y),
+                 (x - 0.5 * h, y)] if turn > 0 else
+                [(x + 0.5 * h, y - 0.85 * h), (x + 0.2 * h, y - 0.85 * h), (x + 0.2 * h, y),
+                 (x + 0.5 * h, y)], shade(colour, 0.6), dark)
+    pen.polygon([(x - 0.74 * h, y - 0.1 * h), (x + 0.74 * h, y - 0.1 * h), (x + 0.74 * h, y + h),
+                 (x - 0.74 * h, y + h)], colour, dark)
+    pen.polygon([(x, y - 0.95 * h), (x + 0.95 * h, y), (x - 0.95 * h, y)], shade(colour, 0.74),
+                dark)
+    door, window = x + turn * 0.28 * h, x - turn * 0.32 * h
+    pen.polygon([(door - 0.22 * h, y + 0.28 * h), (door + 0.22 * h, y + 0.28 * h),
+                 (door + 0.22 * h, y + 0.96 * h), (door - 0.22 * h, y + 0.96 * h)], CREAM)
+    pen.polygon([(window - 0.22 * h, y + 0.22 * h), (window + 0.22 * h, y + 0.22 * h),
+                 (window + 0.22 * h, y + 0.62 * h), (window - 0.22 * h, y + 0.62 * h)],
+                (255, 244, 190))
+
+
+def ball(pen, x, y, h, colour, turn):
+    pen.ellipse(x, y, 0.95 * h, 0.95 * h, colour, shade(colour, 0.42))
+    band = [(x - 0.8 * h + 1.6 * h * t, y + turn * 0.35 * h * math.sin(math.pi * (t - 0.5)))
+            for t in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+    pen.line(band, (*CREAM, 225), 0.34 * h)
+    pen.ellipse(x - 0.34 * h, y - 0.46 * h, 0.22 * h, 0.15 * h, (255, 255, 255, 200))
+
+
+def flower(pen, x, y, h, colour, turn):
+    pen.line([(x, y), (x + 0.08 * turn * h, y + h)], STEM, 0.2 * h)
+    pen.ellipse(x + turn * 0.38 * h, y + 0.74 * h, 0.34 * h, 0.16 * h, STEM)
+    top = y - 0.26 * h
+    petals = [(x + 0.42 * h * math.sin(a), top - 0.42 * h * math.cos(a))
+              for a in (2 * math.pi * i / 5 for i in range(5))]
+    for px, py in petals:
+        pen.ellipse(px, py, 0.35 * h, 0.35 * h, shade(colour, 0.45))
+    for px, py in petals:
+        pen.ellipse(px, py, 0.27 * h, 0.27 * h, colour)
+    pen.ellipse(x, top, 0.2 * h, 0.2 * h, CREAM, shade(colour, 0.5))
+
+
+def boat(pen, x, y, h, colour, turn):
+    dark = shade(colour, 0.42)
+    pen.ellipse(x, y + 0.8 * h, 0.98 * h, 0.2 * h, (150, 196, 232))
+    pen.line([(x, y - h), (x, y + 0.4 * h)], TRUNK, 0.13 * h)
+    pen.polygon([(x + turn * 0.12 * h, y - 0.92 * h), (x + turn * 0.82 * h, y + 0.16 * h),
+                 (x + turn * 0.12 * h, y + 0.16 * h)], shade(colour, 1.25), dark)
+    pen.polygon([(x - turn * 0.1 * h, y - 0.6 * h), (x - turn * 0.62 * h, y + 0.16 * h),
+                 (x - turn * 0.1 * h, y + 0.16 * h)], CREAM, dark)
+    pen.polygon([(x - 0.93 * h, y + 0.34 * h), (x + 0.93 * h, y + 0.34 * h),
+                 (x + 0.58 * h, y + 0.86 * h), (x - 0.58 * h, y + 0.86 * h)], colour, dark)
+
+
+def mushroom(pen, x, y, h, colour, turn):
+    dark = shade(colour, 0.42)
+    pen.polygon([(x - 0.24 * h, y), (x + 0.24 * h, y), (x + 0.34 * h, y + 0.95 * h),
+                 (x - 0.34 * h, y + 0.95 * h)], CREAM, (150, 128, 104))
+    arc = [math.pi * i / 12 for i in range(13)]
+    pen.polygon([(x - 0.94 * h * math.cos(a), y + 0.18 * h - 1.1 * h * math.sin(a)) for a in arc],
+                colour, dark)
+    for dx, dy, r in ((-0.45, -0.2, 0.16), (0.05, -0.55, 0.18), (0.48, -0.12, 0.15)):
+        pen.ellipse(x + turn * dx * h, y + dy * h, r * h, r * h, CREAM)
+
+
+def kite(pen, x, y, h, colour, turn):
+    dark = shade(colour, 0.42)
+    top, right = (x + turn * 0.2 * h, y - 0.95 * h), (x + 0.92 * h, y - 0.2 * h)
+    left, tip = (x - 0.92 * h, y - 0.2 * h), (x - turn * 0.1 * h, y + 0.62 * h)
+    pen.line([tip, (x + turn * 0.16 * h, y + 0.78 * h), (x - turn * 0.12 * h, y + 0.97 * h)], dark,
+             0.13 * h)
+    pen.polygon([top, right, tip, left], colour)
+    pen.polygon([top, tip, left if turn > 0 else right], shade(colour, 1.3))
+    pen.polygon([top, right, tip, left], None, dark)
+
+
+def star(pen, x, y, h, colour, turn):
+    def points(radius):
+        reach = [radius if i % 2 == 0 else 0.45 * radius for i in range(10)]
+        return [(x + r * math.sin(math.pi * i / 5), y + 0.06 * h - r * math.cos(math.pi * i / 5))
+                for i, r in enumerate(reach)]
+
+    pen.polygon(points(0.98 * h), colour, shade(colour, 0.42))
+    pen.polygon(points(0.42 * h), shade(colour, 1.5))
+
+
+DRAWN = {"house": house, "ball": ball, "flower": flower, "boat": boat, "mushroom": mushroom,
+         "kite": kite, "star": star}
+
+# --- the country around ----------------------------------------------------------
+
+SKIES = {"day": ((176, 214, 246), (238, 247, 253)), "evening": ((190, 190, 236), (255, 226, 204))}
+GROUNDS = {"spring": (206, 236, 182), "summer": (190, 222, 150), "autumn": (240, 220, 178),
+           "winter": (244, 249, 255)}
+CROWNS = {"spring": (250, 190, 212), "summer": (98, 158, 92), "autumn": (230, 150, 78)}
+SPECKS = {"spring": (250, 170, 200), "summer": (140, 186, 104), "autumn": (214, 126, 56),
+          "winter": (202, 216, 236)}  # petals, tufts of grass, leaves, tracks in the snow
+
+
+def tree(pen, x, foot, height, season):
+    """Blossoms, green or orange leaves; in winter bare branches with snow at the foot."""
+    trunk = shade(TRUNK, 1.25)
+    pen.line([(x, foot), (x, foot - 0.6 * height)], trunk, 0.13 * height)
+    if season == "winter":
+        for reach, low, high in ((-0.34, 0.4, 0.86), (0.32, 0.45, 0.92), (-0.1, 0.5, 1.0),
+                                 (-0.2, 0.3, 0.55), (0.22, 0.3, 0.55)):
+            pen.line([(x, foot - low * height), (x + reach * height, foot - high * height)], trunk,
+                     0.07 * height)
+        pen.ellipse(x, foot, 0.3 * height, 0.08 * height, (255, 255, 255))
+        return
+    crown = CROWNS[season]
+    for dx, dy, r in ((-0.22, 0.6, 0.24), (0.22, 0.6, 0.24), (0, 0.76, 0.27)):
+        pen.ellipse(x + dx * height, foot - dy * height, r * height, r * height, shade(crown, 0.93))
+    for dx, dy, r in ((-0.24, 0.64, 0.15), (0.14, 0.68, 0.16), (-0.04, 0.84, 0.14)):
+        pen.ellipse(x + dx * height, foot - dy * height, r * height, r * height, shade(crown, 1.3))
+
+
+def landscape(pen, scene, rng):
+    """Sun, clouds, two rows of hills, trees between them, and what lies on the ground."""
+    ground = GROUNDS[scene.season]
+    sun_x, sun_y = rng.uniform(8, 56), 6 if scene.time == "day" else 23
+    for r, alpha in ((7, 60), (5.2, 90), (3.8, 230)):
+        pen.ellipse(sun_x, sun_y, r, r, (255, 244, 200, alpha))
+    for _ in range(2):
+        x, y = rng.uniform(4, 60), rng.uniform(4, 18)
+        for dx, dy, r in ((-3, 0.6, 2), (0, 0, 2.8), (3.2, 0.7, 1.9)):
+            pen.ellipse(x + dx, y + dy, 1.5 * r, 0.8 * r, (255, 255, 255, 120))
+    for x, r in ((rng.uniform(4, 20), 26), (rng.uniform(42, 60), 30)):
+        pen.ellipse(x, 28 + 0.5 * r, r, 0.5 * r, shade(ground, 0.9))
+    bend = rng.uniform(-1.5, 1.5)
+    pen.polygon([(0, 64), *((x, 31 + bend * math.sin(x / 11 + bend)) for x in range(0, 65, 4)),
+                 (64, 64)], ground)
+    for i in range(5):
+        x, height = 6.5 + 12.8 * i + rng.uniform(-3, 3), rng.uniform(10, 13)
+        tree(pen, x, 33.5 + rng.uniform(-0.5, 1), height, scene.season)
+    for _ in range(26):
+        x, y = rng.uniform(0, 64), rng.uniform(36, 63)
+        pen.ellipse(x, y, 0.55, 0.3, (*SPECKS[scene.season], 190))
+
+
+def draw(scene, size=64, detail=4):
+    """The picture, RGB, `size` pixels wide and high: drawn `detail` times as large, then reduced.
+
+    Raises ValueError for a size at which objects could not be told apart.
+    """
+    if size < 32:
+        raise ValueError(f"a picture needs at least 32 pixels, got {size}")
+    wide, scale = size * detail, size * detail / UNITS
+    high, low = SKIES[scene.time]
+    image = Image.new("RGB", (1, 3))
+    image.putdata([high, low, low])  # from centre to centre: the horizon is half-way down
+    image = image.resize((wide, wide), Image.Resampling.BILINEAR, (0, 0.5, 1, 2.5))
+    pen = Pen(image, scale)
+    landscape(pen, scene, random.Random(f"landscape-{scene.seed}"))
+    for group, x, y, half, turn in layout(scene):
+        if row_of(group.kind) == "ground":
+            pen.ellipse(x, y + 0.92 * half, 0.98 * half, 0.2 * half, (60, 60, 80, 60))
+        pen.outline = 0.11 * half
+        DRAWN[group.kind](pen, x, y, half, COLOURS[group.colour], turn)
+    return image.reduce(detail)
