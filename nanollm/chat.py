@@ -3,6 +3,11 @@
 The answer appears while it is written, and earlier turns stay in the conversation; when it outgrows
 the context, the oldest turns are left out. /reset begins anew, an empty line or Ctrl-D ends. With
 --prompt it answers once and exits; input from a pipe is read line by line.
+
+    python -m nanollm.chat runs/vlm --image a.png --prompt "What is in the picture?"
+
+A vision-language model is shown --image with the first message, and what a line `/image FILE` names
+with the next one. Pictures stand before the message, or where it says <image>.
 """
 
 import sys
@@ -16,7 +21,9 @@ from nanollm.config import UserError, cli
 from nanollm.evaluate import village_tools
 from nanollm.generate import stream
 from nanollm.hub import load_model
+from nanollm.pictures import open_picture
 from nanollm.runtime import start
+from nanollm.vlm import IMAGE, VLM, check_markers, render_with_pictures
 
 
 @dataclass
@@ -26,6 +33,7 @@ class Config:
     )  # run folder or model folder
     adapter: str | None = None  # folder of an adapter to put on it
     prompt: str | None = None  # answer this and exit
+    image: str | None = None  # picture to show with the first message; several with commas
     system: str | None = None  # a system message before the conversation
     max_new_tokens: int = 100  # longest answer
     temperature: float = 0.3  # 0: always the most likely token
@@ -38,12 +46,42 @@ class Config:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers
 
 
-def fitting_prompt(tokenizer, messages, room):
+def show(model, path):
+    """The picture (3, H, W) in a file, as the model reads it."""
+    if not isinstance(model, VLM):
+        raise UserError("this model reads text only; pictures need one of train_vlm.py's")
+    return model.preprocessing(open_picture(path))
+
+
+def user_message(model, text, pictures):
+    """What the user says and shows: pictures stand in front where the text doesn't place them."""
+    if pictures and IMAGE not in text:
+        text = f"{IMAGE}\n" * len(pictures) + text
+    message = {"role": "user", "content": text, "pictures": pictures}
+    if isinstance(model, VLM):
+        check_markers([message], len(pictures), "the message")
+    return message
+
+
+def pictures_of(messages):
+    """All pictures that the messages show, in order."""
+    return [picture for message in messages for picture in message.get("pictures", [])]
+
+
+def render(model, tokenizer, messages):
+    """Ids of the conversation, its pictures' placeholders included."""
+    shown = len(pictures_of(messages))
+    if not shown:
+        return tokenizer.render(messages, generation_prompt=True)[0]
+    return render_with_pictures(tokenizer, messages, model.tokens_per_picture, shown, True)[0]
+
+
+def fitting_prompt(model, tokenizer, messages, room):
     """Ids of the conversation without its oldest turns, as many as needed to fit; drops them from
-    messages.
+    messages, with their pictures.
     """
     while True:
-        ids, _ = tokenizer.render(messages, generation_prompt=True)
+        ids = render(model, tokenizer, messages)
         if len(ids) <= room:
             return ids
         oldest = next((i for i, m in enumerate(messages[:-1]) if m["role"] != "system"), None)
@@ -63,7 +101,8 @@ def answer(model, tokenizer, messages, cfg, generator, tools=None):
             f"context is "
             f"{model.cfg.max_position_embeddings}"
         )
-    prompt = fitting_prompt(tokenizer, messages, room)
+    prompt = fitting_prompt(model, tokenizer, messages, room)
+    pictures = pictures_of(messages)
     ids, shown = [], ""
     sampling = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
     for token in stream(
@@ -73,6 +112,7 @@ def answer(model, tokenizer, messages, cfg, generator, tools=None):
         stop_ids=tokenizer.stop_ids,
         generator=generator,
         tools=tools,
+        pictures=torch.stack(pictures) if pictures else None,
         **sampling,
     ):
         ids.append(token)
@@ -94,14 +134,16 @@ def main(cfg):
     reply_to = partial(answer, model, tokenizer, cfg=cfg, generator=generator, tools=tools)
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages = list(opening)
+    pictures = [show(model, path.strip()) for path in (cfg.image or "").split(",") if path.strip()]
     if cfg.prompt is not None:
-        reply_to([*messages, {"role": "user", "content": cfg.prompt}])
+        reply_to([*messages, user_message(model, cfg.prompt, pictures)])
         return
     typed = sys.stdin.isatty()
     if typed:
         print(
-            f"{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters. /reset "
-            f"begins anew, Ctrl-D ends."
+            f"{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters. "
+            + "/image FILE shows a picture, " * isinstance(model, VLM)
+            + "/reset begins anew, Ctrl-D ends."
         )
     while True:
         if typed:
@@ -109,19 +151,20 @@ def main(cfg):
         line = sys.stdin.readline()
         if not line or (typed and not line.strip()):
             break
-        if line.strip() == "/reset":
-            messages = list(opening)
-        elif line.strip():
-            messages.append({"role": "user", "content": line.strip()})
-            try:
-                reply = reply_to(messages)
-            except UserError as error:
-                if not typed:
-                    raise
-                print(error)
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": reply})
+        try:
+            if line.strip() == "/reset":
+                messages, pictures = list(opening), []
+            elif line.startswith("/image "):
+                pictures.append(show(model, line.removeprefix("/image ").strip()))
+            elif line.strip():
+                asked = [*messages, user_message(model, line.strip(), pictures)]
+                reply = reply_to(asked)
+                messages = [*asked, {"role": "assistant", "content": reply}]
+                pictures = []
+        except UserError as error:
+            if not typed:
+                raise
+            print(error)
 
 
 if __name__ == "__main__":

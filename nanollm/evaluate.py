@@ -31,7 +31,7 @@ from nanollm.generate import generate
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, read_json
 from nanollm.logprobs import token_logprobs
-from nanollm.picture_data import show_pictures, with_images
+from nanollm.picture_data import show_pictures, store_of, with_images
 from nanollm.rewards import final_answer, majority, pass_at_k
 from nanollm.runtime import start
 from nanollm.tools import Toolbox
@@ -209,11 +209,9 @@ def accuracy_by_family(
     begun = tokenizer.encode(begin, special=True)
     pictures = None
     if any(item.get("images") for item in items):
-        pictures = show_pictures(model, items, store, shown)
+        pictures = show_pictures(items, store or store_of(model), shown)
     prompts = [prompt_of(item, model, tokenizer) + begun for item in items]
-    replies = reply_all(
-        model, tokenizer, prompts, max_new_tokens, pictures=pictures, **sampling
-    )
+    replies = reply_all(model, tokenizer, prompts, max_new_tokens, pictures=pictures, **sampling)
     replies = [begin + reply for reply in replies]
     right = defaultdict(list)
     for item, reply in zip(items, replies):
@@ -358,6 +356,8 @@ def main(cfg):
         "tools": village_tools(cfg.model, tokenizer, cfg.knowledge) if cfg.tools else None,
     }
     sampling |= {"begin": cfg.begin, "shown": cfg.pictures}
+    if any(item.get("images") for item in items):
+        sampling["store"], result["pictures"] = store_of(model), cfg.pictures
     answer = partial(accuracy_by_family, model, tokenizer, max_new_tokens=cfg.max_new_tokens)
     result["families"], replies = answer(items, temperature=cfg.temperature, **sampling)
     if cfg.samples > 1:

@@ -114,7 +114,7 @@ def save_model(model, tokenizer, folder):
         tokenizer.save(folder)
         return save_adapter(model, folder, model.base_folder)
     if hasattr(model, "vision"):
-        from nanollm.vlm import save_vlm  # which stands on this module
+        from nanollm.vlm_files import save_vlm  # which stands on this module
 
         return save_vlm(model, tokenizer, model.preprocessing, folder)
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
@@ -187,7 +187,7 @@ def load_model(folder, adapter=None):
     if is_adapter(folder):
         return load_model(bases_of(folder)[0], folder)
     if "vision_config" in read_json(folder / "config.json"):
-        from nanollm.vlm import load_vlm  # which stands on this module
+        from nanollm.vlm_files import load_vlm  # which stands on this module
 
         return load_vlm(folder)[:2]
     model, tokenizer = GPT(read_config(folder)), Tokenizer.load(folder)

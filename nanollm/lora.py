@@ -24,8 +24,12 @@ from nanollm.config import UserError
 from nanollm.gpt import Linear, ScalarGPT
 from nanollm.nf4 import NF4Linear, dense, quantise_linears
 
-KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
-SCORE = "base_model.model.score.weight"  # a reward model's head, which is trained as a whole
+BASE = "base_model.model."
+KEY = re.compile(r"(base_model\.model\..+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+# What is trained as a whole beside an adapter: a reward model's head, a VLM's projector.
+WHOLE = ("score", "projector")
+# Names of a VLM's parts, and what peft calls them, whose base is a LlavaForConditionalGeneration.
+PARTS = {"model.": "model.language_model.", "projector.": "model.multi_modal_projector."}
 UNKNOWN = (  # what peft can and we cannot
     "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias",
     "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config",
@@ -129,12 +133,21 @@ def layers(model):
 
 
 def linears(model):
-    """{name: layer} of everything that an adapter can go around, or is around already."""
+    """{name: layer} of everything that an adapter can go around, or is around already: of a VLM
+    the language model's alone.
+    """
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, (Linear, NF4Linear, LoRALinear)) and not name.endswith(".base"):
+        if name.endswith(".base") or name.startswith(("vision.", "projector.")):
+            continue
+        if isinstance(module, (Linear, NF4Linear, LoRALinear)):
             found[name] = module
     return found
+
+
+def whole(model):
+    """{name: parameter} of what is trained as a whole beside an adapter."""
+    return {n: p for n, p in model.named_parameters() if n.split(".")[0] in WHOLE}
 
 
 def wrap(model, names):
@@ -172,11 +185,11 @@ def named(model, targets):
 
 
 def freeze(model, name):
-    """Only the adapter of this name is trained, and a reward model's head."""
+    """Only the adapter of this name is trained, and a reward model's head or a VLM's projector."""
     own = tuple(f".{part}.{name}" for part in ("lora_A", "lora_B", "magnitude"))
-    scored = isinstance(model, ScalarGPT)
+    beside = whole(model)
     for where, p in model.named_parameters():
-        p.requires_grad = where.endswith(own) or (scored and where == "score.weight")
+        p.requires_grad = where.endswith(own) or where in beside
 
 
 def add(model, method, settings, name="default"):
@@ -199,6 +212,10 @@ def add(model, method, settings, name="default"):
         "modules_to_save": ["score"] if isinstance(model, ScalarGPT) else None,
         "inference_mode": True,
     }
+    if hasattr(model, "vision"):
+        ends = "|".join(config["target_modules"])
+        config["target_modules"] = rf"model\.language_model\..*\.({ends})"
+        config["modules_to_save"] = ["multi_modal_projector"]
     if method == "qlora":
         config["base_quantization"] = "nf4"  # not peft's: which base the adapter was trained on
     _add(model, config, chosen, name)
@@ -257,18 +274,27 @@ def unmerge(model):
 # --- files ---------------------------------------------------------------------------------------
 
 
+def peft_key(model, name):
+    """What peft calls a tensor that we call `name`."""
+    for ours, theirs in PARTS.items() if hasattr(model, "vision") else ():
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+            break
+    return BASE + name
+
+
 def files(model, name="default"):
     """(adapter_config.json without its base, {key: tensor}) of an adapter, as peft writes them."""
     config, tensors = dict(model.lora.settings[name]), {}
     for where, layer in layers(model).items():
         if name in layer.lora_A:
-            key = f"base_model.model.{where}"
+            key = peft_key(model, where)
             tensors[f"{key}.lora_A.weight"] = layer.lora_A[name].detach()
             tensors[f"{key}.lora_B.weight"] = layer.lora_B[name].detach()
             if name in layer.magnitude:
                 tensors[f"{key}.lora_magnitude_vector"] = layer.magnitude[name].detach()
+    tensors |= {peft_key(model, where): p.detach() for where, p in whole(model).items()}
     if isinstance(model, ScalarGPT):
-        tensors[SCORE] = model.score.weight.detach()
         config["reward_shift"] = model.shift  # not peft's either
     return config, tensors
 
@@ -286,9 +312,11 @@ def load(model, config, tensors, name="default", where="the adapter"):
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)):
         raise UserError(f"{where}: r = {rank!r} and lora_alpha = {alpha!r} are no rank and scale")
-    scored = isinstance(model, ScalarGPT)
-    wanted = shapes(model, {m[1] for m in map(KEY.fullmatch, tensors) if m}, config, where)
-    wanted |= {SCORE: model.score.weight.shape} if scored else {}
+    beside = {peft_key(model, n): p for n, p in whole(model).items()}
+    places = {peft_key(model, name): name for name in linears(model)}
+    found = {places.get(m[1], m[1].removeprefix(BASE)) for m in map(KEY.fullmatch, tensors) if m}
+    wanted = shapes(model, found, config, where)
+    wanted |= {key: p.shape for key, p in beside.items()}
     if odd := sorted(wanted.keys() ^ tensors.keys()):
         fault = "lacks" if odd[0] in wanted else "has a tensor that we can't use:"
         raise UserError(f"{where} {fault} {odd[0]}")
@@ -302,17 +330,18 @@ def load(model, config, tensors, name="default", where="the adapter"):
     quantised = config.get("base_quantization") == "nf4"
     if quantised:
         quantise_linears(model)
-    found = {KEY.fullmatch(key)[1] for key in tensors if key != SCORE}
     _add(model, config, sorted(found), name)
     parts = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
     with torch.no_grad():
-        for key in tensors.keys() - {SCORE}:
+        for key, tensor in tensors.items():
+            if key in beside:
+                beside[key].copy_(tensor)
+                continue
             layer, part = KEY.fullmatch(key).groups()
-            into = getattr(model.get_submodule(layer), parts.get(part, "magnitude"))
-            into[name].copy_(tensors[key])
-        if scored:
-            model.score.weight.copy_(tensors[SCORE])
-            model.shift = float(config.get("reward_shift", 0.0))
+            into = getattr(model.get_submodule(places[layer]), parts.get(part, "magnitude"))
+            into[name].copy_(tensor)
+    if isinstance(model, ScalarGPT):
+        model.shift = float(config.get("reward_shift", 0.0))
     use(model, name)
     return "qlora" if quantised else "dora" if config.get("use_dora") else "lora"
 
@@ -328,7 +357,7 @@ def shapes(model, names, config, where):
                 f"{where} has matrices for {layer}, which the model hasn't: the adapter was "
                 "trained on another base"
             )
-        key, rank = f"base_model.model.{layer}", config["r"]
+        key, rank = peft_key(model, layer), config["r"]
         wanted[f"{key}.lora_A.weight"] = torch.Size((rank, known[layer].in_features))
         wanted[f"{key}.lora_B.weight"] = torch.Size((known[layer].out_features, rank))
         if config.get("use_dora"):

@@ -135,9 +135,8 @@ def build_optimizers(
             continue
         hidden = p.dim() == 2 and ".layers." in name
         into = muon if kind == "muon" and hidden else adam
-        factor = (
-            layer_decay ** (layers - _layer(name)) if ".layers." in name or "embed" in name else 1.0
-        )
+        low = ".layers." in name or "embed" in name or name.startswith("vision.")
+        factor = layer_decay ** (layers - _layer(name)) if low else 1.0
         factor *= lora_plus if ".lora_B." in name else 1.0
         into.setdefault((factor, p.dim() >= 2), []).append(p)
 
@@ -159,10 +158,12 @@ def build_optimizers(
 
 
 def _layer(name):
-    """Layer number in a parameter's name: model.layers.3.mlp... -> 3; the embedding counts as -1.
+    """Layer number in a parameter's name: model.layers.3.mlp... -> 3; the embedding counts as -1,
+    and so does a vision tower, which takes its place.
     """
     parts = name.split(".")
-    return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
+    below = parts[0] == "vision" or "layers" not in parts
+    return -1 if below else int(parts[parts.index("layers") + 1])
 
 
 # --- schedules: step -> factor on the learning rate ----------------------------------------------

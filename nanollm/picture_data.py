@@ -44,7 +44,8 @@ def with_images(record, folder, where):
     for image in images:
         if not Path(image).is_file():
             raise UserError(f"{where}: the picture {image} does not exist")
-    check_markers(record["messages"], len(images), where)
+    messages = as_chat({"messages": record["messages"]}, where)["messages"]
+    check_markers(messages, len(images), where)
     return {**record, "images": images}
 
 
@@ -96,15 +97,20 @@ class Shown:
         return self.store.of(self.paths[i])
 
 
-def show_pictures(model, items, store=None, shown="right"):
-    """What each of the items is shown, for generate: its own pictures ("right"), grey ones
-    ("grey"), or those of another item ("shuffled"). Raises UserError where the model reads text
-    only.
-    """
+def store_of(model):
+    """An empty PictureStore that keeps pictures as this model reads them."""
     if not isinstance(model, VLM):
-        raise UserError("there are pictures, but this model reads text only; name one that has a "
-                        "vision tower (train_vlm.py)")
-    store = store or PictureStore(model.preprocessing)
+        raise UserError(
+            "there are pictures, but this model reads text only; name one that has a vision tower "
+            "(train_vlm.py)"
+        )
+    return PictureStore(model.preprocessing)
+
+
+def show_pictures(items, store, shown="right"):
+    """What each of the items is shown, for generate: its own pictures ("right"), grey ones
+    ("grey"), or those of another item ("shuffled").
+    """
     paths = [item.get("images", []) for item in items]
     if shown == "grey":
         paths = [[GREY] * len(own) for own in paths]
@@ -114,8 +120,9 @@ def show_pictures(model, items, store=None, shown="right"):
 
 
 def shuffled(paths, seed=0):
-    """For each list of paths another that is as long, at random, an empty one for none. Raises UserError where
-    there is none.
+    """For each list of paths another that is as long, at random; for an empty one the same.
+
+    Raises UserError where all of one length are the same.
     """
     rng, out = random.Random(seed), []
     by_length = defaultdict(list)

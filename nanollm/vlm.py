@@ -5,25 +5,18 @@
 In the token ids every picture stands as n placeholders, and their embeddings are overwritten by the
 projected features; everything else is the GPT as it was (Liu et al. 2023, LLaVA, arXiv:2304.08485).
 
-Files are those of transformers' LlavaForConditionalGeneration; with a projector that it doesn't
-have (pixel_shuffle) model_type is another, so that it refuses to open them.
+Shapes: P pictures, N patches, n tokens per picture, B rows, T tokens, C channels. Folders:
+vlm_files.py; rows of training data: picture_data.py.
 """
 
-import dataclasses
-import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanollm import safetensors
-from nanollm.config import UserError, atomic_write
+from nanollm.config import UserError
 from nanollm.gpt import GPT, Linear
-from nanollm.hub import config_json, config_of, load_model, load_weights, read_json, write_configs
-from nanollm.tokenizer import Tokenizer
-from nanollm.vision import CLIP_KIND, ViT, load_preprocessing, load_vision, vision_config_of, without_ids
 
 IMAGE = "<image>"
 PROJECTORS = ("linear", "mlp", "pixel_shuffle")
@@ -98,9 +91,7 @@ class VLM(GPT):
     def tokens_per_picture(self):
         return self.projector.tokens(self.vision.cfg.num_patches)
 
-    def forward(
-        self, tokens, positions=None, mask=None, cache=None, where=None, pictures=None
-    ):
+    def forward(self, tokens, positions=None, mask=None, cache=None, where=None, pictures=None):
         """As GPT's; pictures as the class says."""
         hidden = self.hidden(tokens, positions, mask, cache, pictures)
         return self.head(hidden if where is None else hidden[where])
@@ -120,7 +111,8 @@ class VLM(GPT):
         n = self.tokens_per_picture
         if places != P * n:
             raise UserError(
-                f"the tokens hold {places} placeholders, but {P} pictures of {n} tokens need {P * n}"
+                f"the tokens hold {places} placeholders, but {P} pictures of {n} tokens each need "
+                f"{P * n}"
             )
         if P:
             return x.masked_scatter(where[..., None], self.picture_features(pictures).to(x.dtype))
@@ -137,36 +129,19 @@ class VLM(GPT):
         return self.projector(features.to(self.compute_dtype))
 
     def train_parts(self, vision=False, projector=True, language=False):
-        """Say which parts are trained; the others are frozen. What lies behind the layer whose
-        features are read gets no gradient, and stays frozen with the rest.
+        """Say which parts are trained; the others are frozen. What of the vision tower lies behind
+        the layer whose features are read is frozen in any case: it would get no gradient.
         """
-        for part, trained in (
-            (self.vision, False),
-            (self.projector, projector),
-            (self.model, language),
-            (self.lm_head, language),
-        ):
+        self.requires_grad_(False)
+        eyes, depth = self.vision, self.feature_layer % (len(self.vision.encoder.layers) + 1)
+        parts = [self.projector] * projector + [self.model, self.lm_head] * language
+        parts += [eyes.embeddings, eyes.pre_layrnorm, *eyes.encoder.layers[:depth]] * vision
+        for part in parts:
             if part is not None:
-                part.requires_grad_(trained)
-        for name in self.read_parameters() if vision else ():
-            self.vision.get_parameter(name).requires_grad_(True)
-
-    def read_parameters(self):
-        """Names of the vision tower's parameters that the features depend on."""
-        size, device = self.vision.cfg.image_size, self.device
-        names, parameters = zip(*self.vision.named_parameters())
-        were = [p.requires_grad for p in parameters]
-        self.vision.requires_grad_(True)
-        features = self.vision.features(
-            torch.zeros(1, 3, size, size, device=device), self.feature_layer
-        )
-        grads = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-        for p, was in zip(parameters, were):
-            p.requires_grad_(was)
-        return [name for name, grad in zip(names, grads) if grad is not None]
+                part.requires_grad_(True)
 
 
-# --- text with pictures ----------------------------------------------------------------------------
+# --- text with pictures --------------------------------------------------------------------------
 
 
 def image_id_of(tokenizer):
@@ -206,8 +181,10 @@ def check_markers(messages, pictures, where="the dialogue"):
     """Raise UserError, beginning with `where`, unless users' turns say <image> once per picture."""
     for message in messages:
         if message["role"] != "user" and IMAGE in message["content"]:
-            raise UserError(f"{where}: {IMAGE} stands in a turn of the {message['role']}; only "
-                            "users show pictures")
+            raise UserError(
+                f"{where}: {IMAGE} stands in a turn of the {message['role']}, but only users show "
+                "pictures"
+            )
     markers = pictures_in(messages)
     if markers != pictures:
         raise UserError(
@@ -238,144 +215,3 @@ def gather_pictures(model, prompts, pictures):
             )
     shown = [each for each in pictures if each is not None and len(each)]
     return torch.cat(shown).to(model.device) if shown else None
-
-
-# --- files -----------------------------------------------------------------------------------------
-
-# our names -> those in a file
-PREFIXES = {
-    "model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-    "vision.": "vision_tower.",
-    "projector.": "multi_modal_projector.",
-}
-ACTIVATIONS = {"mlp": "gelu", "linear": "linear", "pixel_shuffle": "gelu"}
-LLAVA, OURS = "llava", "nanollm_vlm"  # model_type; the second is for what transformers has not
-
-
-def build_vlm(language_folder, vision_folder, projector="mlp", feature_layer=-2):
-    """(VLM, Tokenizer) of a text model and a vision tower, each with its weights, and a new
-    projector between them; vlm.preprocessing is the tower's.
-
-    Raises UserError where the tokenizer has no <image>, or the projector doesn't fit the patches.
-    """
-    language, tokenizer = load_model(language_folder)
-    if isinstance(language, VLM):
-        raise UserError(f"{language_folder} holds a vision-language model already; name a text one")
-    if getattr(language, "adapter", None):
-        raise UserError(f"{language_folder} holds an adapter that can't be merged; name its base")
-    vision, preprocessing = load_vision(vision_folder)
-    vlm = VLM(language.cfg, vision, projector, image_id_of(tokenizer), feature_layer)
-    vlm.load_state_dict(language.state_dict(), strict=False)
-    vlm.preprocessing = preprocessing
-    return vlm, tokenizer
-
-
-def save_vlm(vlm, tokenizer, preprocessing, folder):
-    """Write a model folder; transformers' LlavaForConditionalGeneration and AutoProcessor open it,
-    save with pixel_shuffle. Each file is replaced atomically, the weights last.
-
-    A linear projector is LLaVA's without activation, and with the identity as second layer.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder)
-    preprocessing.save(folder)
-    write_configs(vlm_config(vlm, tokenizer), tokenizer, folder)
-    cfg = vlm.vision.cfg
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE,
-        "patch_size": cfg.patch_size,
-        "vision_feature_select_strategy": strategy(cfg),
-        "num_additional_image_tokens": int(strategy(cfg) == "default"),
-    }
-    if vlm.projector.r == 1:
-        atomic_write(folder / "processor_config.json", json.dumps(processor, indent=2) + "\n")
-    tensors = {name: p.detach().cpu() for name, p in vlm.state_dict().items()}
-    if vlm.projector.kind == "linear":
-        bias = torch.zeros_like(tensors["projector.linear_1.bias"])
-        tensors["projector.linear_2.weight"] = torch.eye(len(bias), dtype=bias.dtype)
-        tensors["projector.linear_2.bias"] = bias
-    tensors = {renamed(name, PREFIXES): tensor for name, tensor in tensors.items()}
-    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def vlm_config(vlm, tokenizer):
-    """What config.json holds."""
-    text = config_json(vlm.cfg, tokenizer, vlm.model.norm.weight.dtype)
-    known = vlm.projector.r == 1
-    vision, kind = dataclasses.asdict(vlm.vision.cfg), vlm.projector.kind
-    return {
-        "architectures": ["LlavaForConditionalGeneration" if known else "VLM"],
-        "model_type": LLAVA if known else OURS,
-        "projector": kind,
-        "projector_hidden_act": ACTIVATIONS[kind],
-        "multimodal_projector_bias": True,
-        "image_token_index": vlm.image_id,
-        "image_seq_length": vlm.tokens_per_picture,
-        "vision_feature_layer": vlm.feature_layer,
-        "vision_feature_select_strategy": strategy(vlm.vision.cfg),
-        "tie_word_embeddings": vlm.cfg.tie_word_embeddings,
-        **{name: text[name] for name in ("eos_token_id", "pad_token_id", "torch_dtype")},
-        "text_config": text,
-        "vision_config": vision,
-    }
-
-
-def strategy(vision_cfg):
-    """LLaVA's word for which tokens are features: "default" leaves the class token out."""
-    return "default" if vision_cfg.model_type == CLIP_KIND else "full"
-
-
-def renamed(name, prefixes):
-    """The name with the first of the prefixes that it has replaced."""
-    for old, new in prefixes.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
-def load_vlm(folder):
-    """(VLM in fp32 on the CPU, Tokenizer, Preprocessing) from a folder that save_vlm or a
-    LlavaForConditionalGeneration has written. Raises UserError for what isn't implemented.
-    """
-    path = Path(folder) / "config.json"
-    values = read_json(path)
-    kind = projector_of(values, path)
-    vision_cfg = vision_config_of(values["vision_config"], path)
-    if values.get("vision_feature_select_strategy", "default") != strategy(vision_cfg):
-        raise UserError(f"{path}: features with the class token, or without it where there is none")
-    tokenizer = Tokenizer.load(folder)
-    image_id = values.get("image_token_index", values.get("image_token_id"))
-    if image_id != image_id_of(tokenizer):
-        raise UserError(f"{path}: image_token_index {image_id} is not the tokenizer's {IMAGE}")
-    vlm = VLM(
-        config_of(values["text_config"], path),
-        ViT(vision_cfg),
-        kind,
-        image_id,
-        values.get("vision_feature_layer", -2),
-    )
-    back = {"vision_tower.vision_model.": "vision."} | {new: old for old, new in PREFIXES.items()}
-    tensors = {renamed(name, back): x for name, x in safetensors.load_folder(folder).items()}
-    if kind == "linear":
-        tensors = {name: x for name, x in tensors.items() if ".linear_2." not in name}
-    load_weights(vlm, without_ids(tensors), folder)
-    vlm.preprocessing = load_preprocessing(folder, vision_cfg)
-    return vlm, tokenizer, vlm.preprocessing
-
-
-def projector_of(values, path):
-    """The kind of projector that a config.json asks for."""
-    if values.get("model_type") not in (LLAVA, OURS):
-        raise UserError(f"{path}: model_type {values.get('model_type')!r} is not {LLAVA}")
-    for part in ("text_config", "vision_config"):
-        if not isinstance(values.get(part), dict):
-            raise UserError(f"{path} has no {part}")
-    kind = values.get("projector", "mlp")
-    if ACTIVATIONS.get(kind) != values.get("projector_hidden_act", "gelu"):
-        raise UserError(f"{path}: projector {kind!r} with this projector_hidden_act is unknown")
-    if not values.get("multimodal_projector_bias", True):
-        raise UserError(f"{path}: a projector without biases is not implemented")
-    return kind
