@@ -34,8 +34,36 @@ def read_picture_chats(path):
     return chats
 
 
+def read_captions(path):
+    """Records {"image": path, "caption"} of a JSONL file; of a dialogue with one picture the first
+    answer counts as caption. Raises UserError with file and line.
+    """
+    captions = []
+    for line, record in read_jsonl(path):
+        where = f"{path}, line {line}"
+        caption = record.get("caption")
+        if caption is None:
+            messages = as_chat(record, where)["messages"]
+            caption = next((m["content"] for m in messages if m["role"] == "assistant"), None)
+        if not isinstance(caption, str) or not caption.strip():
+            raise UserError(f'{where}: a "caption" is wanted, as text')
+        images = image_paths(record, Path(path).parent, where)
+        if len(images) != 1:
+            raise UserError(f"{where}: a caption belongs to one picture, not to {len(images)}")
+        captions.append({"image": images[0], "caption": caption})
+    return captions
+
+
 def with_images(record, folder, where):
     """The record with "images": the paths that its "image" names, relative to the folder."""
+    images = image_paths(record, folder, where)
+    messages = as_chat({"messages": record["messages"]}, where)["messages"]
+    check_markers(messages, len(images), where)
+    return {**record, "images": images}
+
+
+def image_paths(record, folder, where):
+    """The paths that a record's "image" names, relative to the folder; each is a file."""
     named = record.get("image") or []
     named = [named] if isinstance(named, str) else named
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
@@ -44,9 +72,7 @@ def with_images(record, folder, where):
     for image in images:
         if not Path(image).is_file():
             raise UserError(f"{where}: the picture {image} does not exist")
-    messages = as_chat({"messages": record["messages"]}, where)["messages"]
-    check_markers(messages, len(images), where)
-    return {**record, "images": images}
+    return images
 
 
 GREY = "<grey>"  # in place of a path: a plain grey picture

@@ -191,10 +191,10 @@ class Run:
             with open(self.folder / "samples.txt", "a", encoding="utf-8") as f:
                 f.write(f"--- step {self.step}\n{text}\n")
 
-    def export(self, model, tokenizer):
+    def export(self, model, tokenizer, save=save_model):
         """Write the model folder: what --init, chat, evaluate and transformers open."""
         if self.rt.main:
-            save_model(model, tokenizer, self.folder)
+            save(model, tokenizer, folder=self.folder)
 
     def write_result(self, **values):
         """Add to result.json what the run has reached: the figures that the report shows."""

@@ -1,0 +1,99 @@
+"""What a vision-language model can do, measured on held-out pictures: the figures of train_vlm.py.
+
+right     accuracy with the right picture                 shuffled  with another item's picture
+combos    colours and kinds never seen together           blind     of the model trained on grey
+with and without steps: answers made to begin with <think>, or with the result
+texts     the language model's own test items, before and after
+"""
+
+import json
+from pathlib import Path
+
+from nanollm.config import atomic_write
+from nanollm.evaluate import accuracy_by_family, first_of_each_family, is_right, table
+from nanollm.hub import read_json
+
+BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
+SHOWN = 6  # items whose replies are kept for the report, one of each family
+
+
+def mean(families):
+    """Mean accuracy over families of {family: {"accuracy", "n"}}."""
+    return sum(f["accuracy"] for f in families.values()) / max(1, len(families))
+
+
+def text_figures(model, tokenizer, items):
+    """Accuracy by family of items without pictures."""
+    model.eval()
+    families = accuracy_by_family(model, tokenizer, items)[0] if items else {}
+    model.train()
+    return families
+
+
+def picture_figures(model, tokenizer, store, items, combos, blind=False):
+    """({name: {family: {"accuracy", "n"}}}, replies to `items`); a blind model sees grey only."""
+    model.eval()
+    shown = "grey" if blind else "right"
+    found, replies = {}, {}
+
+    def ask(name, items, **how):
+        if items:
+            found[name], replies[name] = accuracy_by_family(
+                model, tokenizer, items, store=store, **{"shown": shown} | how
+            )
+
+    ask("right", items)
+    ask("combos", combos)
+    if not blind:
+        ask("shuffled", items, shown="shuffled")
+        steps = [i for i in items if i["check"] == "number" and i["family"] != "count"]
+        for name, begin in BEGINS.items():
+            ask(name, steps, begin=begin)
+    model.train()
+    return found, replies["right"]
+
+
+def keep_samples(path, items, replies, most=24):
+    """Write questions, pictures and replies as JSON: for the report, beside those of the blind."""
+    wanted = {id(item) for item in first_of_each_family(items, -(-most // 9))}
+    samples = [
+        {
+            "image": item["images"][0],
+            "question": item["messages"][-1]["content"].replace("<image>", "").strip(),
+            "answer": item["answer"],
+            "reply": reply,
+            "right": is_right(item, reply),
+        }
+        for item, reply in zip(items, replies)
+        if id(item) in wanted and item["images"]
+    ]
+    atomic_write(path, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+
+
+def picture_table(found, blind=None):
+    """Text table of what picture_figures gives, a line per family."""
+    columns = {"right": found["right"], "shuffled": found.get("shuffled"), "blind": blind}
+    columns |= {"new pairs": found.get("combos")}
+    columns |= {"steps": found.get("with_steps"), "no steps": found.get("without_steps")}
+    return table({name: column for name, column in columns.items() if column})
+
+
+def blind_figures(out):
+    """Accuracy by family of the blind model beside a run, where there is one."""
+    path = Path(f"{out}-blind") / "result.json"
+    return read_json(path)["pictures"]["right"] if path.exists() else None
+
+
+def summary(found, blind=None):
+    """One line: the mean over families of each figure."""
+    parts = [f"right picture {mean(found['right']):.1%}"]
+    if "shuffled" in found:
+        parts.append(f"another item's {mean(found['shuffled']):.1%}")
+    if blind:
+        parts.append(f"the blind model {mean(blind):.1%}")
+    if "combos" in found:
+        parts.append(f"pairs never seen together {mean(found['combos']):.1%}")
+    if "with_steps" in found:
+        with_steps, without = (mean(found[name]) for name in BEGINS)
+        parts.append(f"sums with steps {with_steps:.1%}, without {without:.1%}")
+    return "accuracy, mean over families: " + ", ".join(parts)
