@@ -110,8 +110,8 @@ def dialogue(image, scene, balance, rng):
     """
     turns = []
     for family in rng.sample(FAMILIES, len(FAMILIES)):
-        question = balance.choose(scene, family, rng)
-        if question is not None and len(turns) < 2 * TURNS:
+        question = balance.choose(scene, family, rng) if len(turns) < 2 * TURNS else None
+        if question is not None:
             with_steps = family in STEPS and rng.random() < 0.5
             turns += [ask(question, scene), (worked if with_steps else reply)(scene, question)]
     turns[0] = f"<image>\n{turns[0]}"
