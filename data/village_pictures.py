@@ -31,8 +31,8 @@ from data.village_picture_items import (
     describe_item,
     dialogue,
     problems,
-    reader_dialogues,
     question_items,
+    reader_dialogues,
 )
 from data.village_picture_questions import FAMILIES, answer_of, is_true
 from data.village_scenes import Scene, draw, random_scene
@@ -117,7 +117,7 @@ def prepare(seed=0, root="data/cache", size=64, n_train=6000):
 def write_split(folder, split, scenes, seed, size):
     (folder / split).mkdir()
     for i, scene in enumerate(scenes):
-        draw(scene, size).save(folder / split / f"{i:05}.png", compress_level=3)
+        draw(scene, size).save(folder / split / f"{i:05}.png", compress_level=1)
     for name, rows in records(split, scenes, seed).items():
         with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -115,7 +115,7 @@ def layout(scene):
 def spread(number, half, box, rng, gap=0.6):
     """Centres of squares in the box, `gap` apart: thrown at random, or else on a grid."""
     left, top, right, bottom = box
-    for _ in range(40):
+    for _ in range(15):
         spots = [(rng.uniform(left + half, right - half), rng.uniform(top + half, bottom - half))
                  for _ in range(number)]
         if all(max(abs(x - u), abs(y - v)) >= 2 * half + gap
@@ -315,7 +315,8 @@ def draw(scene, size=64, detail=4):
     high, low = SKIES[scene.time]
     image = Image.new("RGB", (1, 3))
     image.putdata([high, low, low])  # from centre to centre: the horizon is half-way down
-    image = image.resize((wide, wide), Image.Resampling.BILINEAR, (0, 0.5, 1, 2.5))
+    image = image.resize((1, wide), Image.Resampling.BILINEAR, (0, 0.5, 1, 2.5))
+    image = image.resize((wide, wide), Image.Resampling.NEAREST)
     pen = Pen(image, scale)
     landscape(pen, scene, random.Random(f"landscape-{scene.seed}"))
     for group, x, y, half, turn in layout(scene):
