@@ -9,10 +9,9 @@ slots; `read` goes back, by a regular expression made of the same wording. So wh
 can be checked, no matter who asked: `answer_of` and `is_true` filter what a teacher model writes.
 """
 import re
-from collections import Counter, defaultdict
 from typing import NamedTuple
 
-from data.village_scenes import COLOURS, HELD_OUT, KINDS, PLACES, SEASONS
+from data.village_scenes import COLOURS, KINDS, PLACES, SEASONS
 from data.village_tasks import check_answer
 
 PLAIN = ("existence", "count", "colour", "place", "comparison")
@@ -36,7 +35,8 @@ WORDINGS = {
         "Where must I look for {the}: left, middle or right?"),
     "comparison": (
         "Are there more {objects} than {others}?", "Do you see more {objects} than {others}?",
-        "Are there fewer {objects} than {others}?", "Which is bigger here, a {object} or a {other}?",
+        "Are there fewer {objects} than {others}?",
+        "Which is bigger here, a {object} or a {other}?",
         "What is bigger in the picture: a {object} or a {other}?"),
     "sum": (
         "How many {objects} and {others} are there together?",
@@ -106,8 +106,9 @@ def ask(question, scene):
 KIND_OF = {word: kind for kind, plural in KINDS.items() for word in (kind, plural)}
 ANY_KIND = "|".join(sorted(KIND_OF, key=len, reverse=True))
 OBJECT = rf"(?:(?P<colour>{'|'.join(COLOURS)}) )?(?P<kind>{ANY_KIND})"
-SLOTS = {"object": OBJECT, "objects": OBJECT, "the": f"the {OBJECT}", "be": f"(?:is|are) the {OBJECT}",
-         "other": rf"(?P<other>{ANY_KIND})", "others": rf"(?P<other>{ANY_KIND})"}
+OTHER = rf"(?P<other>{ANY_KIND})"
+SLOTS = {"object": OBJECT, "objects": OBJECT, "the": f"the {OBJECT}",
+         "be": f"(?:is|are) the {OBJECT}", "other": OTHER, "others": OTHER}
 
 
 def pattern_of(wording):
@@ -210,10 +211,11 @@ def reply(scene, question):
 def worked(scene, question):
     """The answer after its steps; every number and every sum in them is true."""
     kind, other = question.kind, question.other
-    counts = {group.kind: group.number for group in scene.groups}
     if question.family == "season":
         steps = LOOKS[scene.season]
     elif question.family == "all":
+        in_order = sorted(scene.groups, key=lambda group: PLACES.index(group.place))
+        counts = {group.kind: group.number for group in in_order}
         steps = seen(counts)
         total, *rest = counts.values()
         for number in rest:
@@ -234,76 +236,13 @@ def worked(scene, question):
 
 def seen(counts):
     """{"ball": 3, "boat": 1} -> "There are 3 balls and 1 boat."."""
-    listed = [number_of(number, kind) for kind, number in counts.items()]
     verb = "is" if next(iter(counts.values())) == 1 else "are"
-    return f"There {verb} {' and '.join([', '.join(listed[:-1])] * (len(listed) > 1) + listed[-1:])}."
+    return f"There {verb} {listed([number_of(n, kind) for kind, n in counts.items()])}."
 
 
-# --- which questions to ask --------------------------------------------------------
-
-
-def candidates(scene, wording, family, rng, about=None, held_out=False):
-    """Questions in this wording that may suit the scene; with `about`, those about that kind.
-
-    Unless `held_out`, none names a pair of HELD_OUT, not even to be told that it isn't there.
-    """
-    there = [group.kind for group in scene.groups]
-    found = [(kind, None, other) for kind in there for other in there if kind != other]
-    if family in ("season", "all"):
-        found = [(None, None, None)]
-    elif family in ("colour", "place"):
-        found = [(kind, None, None) for kind in there]
-    elif family in ("existence", "count"):
-        found = [(kind, None, None) for kind in KINDS]
-        if rng.random() < 0.7:  # mostly with a colour: any for what is there, one for what isn't
-            found = [(kind, colour, None) for kind in KINDS for colour in (
-                COLOURS if kind in there else (rng.choice(list(COLOURS)),))]
-    return [Question(family, wording, *each) for each in found
-            if (about is None or about in each)
-            and (held_out or each[1] is None or each[1] != HELD_OUT.get(each[0]))]
-
-
-def label(question, answer):
-    """The answer as somebody would guess it who doesn't look: of two kinds, the first or second."""
-    return ("first" if answer == question.kind else "second") if answer in KINDS else answer
-
-
-class Balance:
-    """Chooses questions so that no answer is more frequent than need be: who guesses, fails."""
-
-    def __init__(self):
-        self.used = defaultdict(Counter)
-
-    def choose(self, scene, family, rng, **limits):
-        """A Question of the family, or None where the scene has none."""
-        wordings = WORDINGS[family]
-        for wording in rng.sample(wordings, len(wordings)):
-            by_label = defaultdict(list)
-            for question in candidates(scene, wording, family, rng, **limits):
-                answer = truth(scene, question)
-                if answer is not None:
-                    by_label[label(question, answer)].append(question)
-            if by_label:
-                any_question = next(iter(by_label.values()))[0]
-                used = self.used[wording, any_question.colour is None]
-                rarest = min(rng.sample(sorted(by_label), len(by_label)), key=used.__getitem__)
-                used[rarest] += 1
-                return rng.choice(by_label[rarest])
-        return None
-
-
-def blind_guess(items):
-    """{family: how many of the test items the most frequent answer to each wording gets right}."""
-    answers = defaultdict(Counter)
-    for item in items:
-        question = read(item["messages"][0]["content"])
-        key = item["family"], question.wording, question.colour is None
-        answers[key][label(question, item["answer"])] += 1
-    right, asked = Counter(), Counter()
-    for (family, *_), counts in answers.items():
-        right[family] += max(counts.values())
-        asked[family] += counts.total()
-    return {family: right[family] / asked[family] for family in FAMILIES if asked[family]}
+def listed(parts):
+    """"a, b and c"."""
+    return " and ".join([", ".join(parts[:-1])] * (len(parts) > 1) + parts[-1:])
 
 
 # --- is an answer true? --------------------------------------------------------------
@@ -332,7 +271,10 @@ def is_true(scene, question, answer_text):
     kinds = {KIND_OF[word] for word in words if word in KIND_OF}
     if asked.kind and not kinds <= {asked.kind, asked.other}:
         return False
-    if not {word for word in words if word in COLOURS} <= {asked.colour, answer}:
+    colours = {asked.colour, answer}
+    if asked.family != "existence":  # 2 red balls, where only the number was asked for
+        colours |= {group.colour for group in scene.groups if group.kind in asked[2:]}
+    if not {word for word in words if word in COLOURS} <= colours:
         return False
     if answer not in ("yes", "no") and any(w in ("no", "not") or w.endswith("n't") for w in words):
         return False

@@ -115,7 +115,7 @@ def layout(scene):
 def spread(number, half, box, rng, gap=0.6):
     """Centres of squares in the box, `gap` apart: thrown at random, or else on a grid."""
     left, top, right, bottom = box
-    for _ in range(40):
+    for _ in range(15):
         spots = [(rng.uniform(left + half, right - half), rng.uniform(top + half, bottom - half))
                  for _ in range(number)]
         if all(max(abs(x - u), abs(y - v)) >= 2 * half + gap
@@ -154,6 +154,9 @@ class Pen:
             self.draw.line([*points, points[0], points[1]], line, self.pixels(self.outline),
                            "curve")
 
+    def box(self, left, top, right, bottom, fill, line=None):
+        self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], fill, line)
+
     def ellipse(self, x, y, rx, ry, fill, line=None):
         box = [c * self.scale for c in (x - rx, y - ry, x + rx, y + ry)]
         self.draw.ellipse(box, fill, line, self.pixels(self.outline))
@@ -173,20 +176,13 @@ CREAM, TRUNK, STEM = (255, 250, 232), (122, 84, 58), (58, 128, 52)
 
 def house(pen, x, y, h, colour, turn):
     dark = shade(colour, 0.42)
-    pen.polygon([(x - 0.5 * h, y - 0.85 * h), (x - 0.2 * h, y - 0.85 * h), (x - 0.2 * h, y),
-                 (x - 0.5 * h, y)] if turn > 0 else
-                [(x + 0.5 * h, y - 0.85 * h), (x + 0.2 * h, y - 0.85 * h), (x + 0.2 * h, y),
-                 (x + 0.5 * h, y)], shade(colour, 0.6), dark)
-    pen.polygon([(x - 0.74 * h, y - 0.1 * h), (x + 0.74 * h, y - 0.1 * h), (x + 0.74 * h, y + h),
-                 (x - 0.74 * h, y + h)], colour, dark)
+    chimney, door, window = x - turn * 0.38 * h, x + turn * 0.28 * h, x - turn * 0.32 * h
+    pen.box(chimney - 0.15 * h, y - 0.85 * h, chimney + 0.15 * h, y, shade(colour, 0.6), dark)
+    pen.box(x - 0.74 * h, y - 0.1 * h, x + 0.74 * h, y + 0.94 * h, colour, dark)
     pen.polygon([(x, y - 0.95 * h), (x + 0.95 * h, y), (x - 0.95 * h, y)], shade(colour, 0.74),
                 dark)
-    door, window = x + turn * 0.28 * h, x - turn * 0.32 * h
-    pen.polygon([(door - 0.22 * h, y + 0.28 * h), (door + 0.22 * h, y + 0.28 * h),
-                 (door + 0.22 * h, y + 0.96 * h), (door - 0.22 * h, y + 0.96 * h)], CREAM)
-    pen.polygon([(window - 0.22 * h, y + 0.22 * h), (window + 0.22 * h, y + 0.22 * h),
-                 (window + 0.22 * h, y + 0.62 * h), (window - 0.22 * h, y + 0.62 * h)],
-                (255, 244, 190))
+    pen.box(door - 0.22 * h, y + 0.28 * h, door + 0.22 * h, y + 0.9 * h, CREAM)
+    pen.box(window - 0.22 * h, y + 0.22 * h, window + 0.22 * h, y + 0.62 * h, (255, 244, 190))
 
 
 def ball(pen, x, y, h, colour, turn):
@@ -319,7 +315,8 @@ def draw(scene, size=64, detail=4):
     high, low = SKIES[scene.time]
     image = Image.new("RGB", (1, 3))
     image.putdata([high, low, low])  # from centre to centre: the horizon is half-way down
-    image = image.resize((wide, wide), Image.Resampling.BILINEAR, (0, 0.5, 1, 2.5))
+    image = image.resize((1, wide), Image.Resampling.BILINEAR, (0, 0.5, 1, 2.5))
+    image = image.resize((wide, wide), Image.Resampling.NEAREST)
     pen = Pen(image, scale)
     landscape(pen, scene, random.Random(f"landscape-{scene.seed}"))
     for group, x, y, half, turn in layout(scene):

@@ -1,0 +1,179 @@
+"""Which questions to ask about which picture: dialogues, test items and problems.
+
+An answer that somebody could guess without looking proves nothing, so answers are balanced: yes and
+no, every number, colour and place are about equally often right.
+"""
+from collections import Counter, defaultdict
+
+from data.village_captions import DESCRIBE
+from data.village_picture_questions import (
+    FAMILIES,
+    STEPS,
+    WORDINGS,
+    Question,
+    ask,
+    check_of,
+    read,
+    reply,
+    truth,
+    worked,
+)
+from data.village_scenes import COLOURS, HELD_OUT, KINDS, PLACES
+
+COUNTING = ("count", "sum", "all")
+TURNS = 5  # questions in a dialogue
+READER = "Here is a picture in words: {c}\nAsk a question about it, and answer it."
+
+# --- which questions to ask --------------------------------------------------------
+
+
+def candidates(scene, wording, family, rng, about=None, held_out=False):
+    """Questions in this wording that may suit the scene; with `about`, those about that kind.
+
+    Unless `held_out`, none names a pair of HELD_OUT, not even to be told that it isn't there.
+    """
+    there = [group.kind for group in scene.groups]
+    found = [(kind, None, other) for kind in there for other in there if kind != other]
+    if family in ("season", "all"):
+        found = [(None, None, None)]
+    elif family in ("colour", "place"):
+        found = [(kind, None, None) for kind in there]
+    elif family in ("existence", "count"):
+        found = [(kind, None, None) for kind in KINDS]
+        if about or rng.random() < 0.7:
+            # mostly with a colour: any colour of what is there, and one of what isn't
+            found = [(kind, colour, None) for kind in KINDS for colour in (
+                COLOURS if kind in there else (rng.choice(list(COLOURS)),))]
+    return [Question(family, wording, kind, colour, other) for kind, colour, other in found
+            if (about is None or about in (kind, other))
+            and (held_out or colour is None or colour != HELD_OUT.get(kind))]
+
+
+def label(question, answer):
+    """The answer as somebody would guess it who doesn't look: of two kinds, the first or second."""
+    return ("first" if answer == question.kind else "second") if answer in KINDS else answer
+
+
+class Balance:
+    """Chooses questions so that no answer is more frequent than need be: who guesses, fails."""
+
+    def __init__(self):
+        self.used = defaultdict(Counter)
+
+    def choose(self, scene, family, rng, **limits):
+        """A Question of the family, or None where the scene has none."""
+        wordings = WORDINGS[family]
+        for wording in rng.sample(wordings, len(wordings)):
+            by_label = defaultdict(list)
+            for question in candidates(scene, wording, family, rng, **limits):
+                answer = truth(scene, question)
+                if answer is not None:
+                    by_label[label(question, answer)].append(question)
+            if by_label:
+                any_question = next(iter(by_label.values()))[0]
+                used = self.used[wording, any_question.colour is None]
+                rarest = min(rng.sample(sorted(by_label), len(by_label)), key=used.__getitem__)
+                used[rarest] += 1
+                return rng.choice(by_label[rarest])
+        return None
+
+
+def blind_guess(items):
+    """{family: how many of the test items the most frequent answer to each wording gets right}."""
+    answers = defaultdict(Counter)
+    for item in items:
+        question = read(item["messages"][0]["content"])
+        key = item["family"], question.wording, question.colour is None
+        answers[key][label(question, item["answer"])] += 1
+    right, asked = Counter(), Counter()
+    for (family, *_), counts in answers.items():
+        right[family] += max(counts.values())
+        asked[family] += counts.total()
+    return {family: right[family] / asked[family] for family in FAMILIES if asked[family]}
+
+
+# --- dialogues and items -----------------------------------------------------
+
+
+def chat(turns):
+    return [{"role": ("user", "assistant")[i % 2], "content": turn}
+            for i, turn in enumerate(turns)]
+
+
+def describe_item(image, text, rng):
+    return {"image": image, "messages": chat([f"<image>\n{rng.choice(DESCRIBE)}", text])}
+
+
+def dialogue(image, scene, balance, rng):
+    """Up to TURNS questions about one picture, of different families; half of the answers that
+    need steps have them.
+    """
+    turns = []
+    for family in rng.sample(FAMILIES, len(FAMILIES)):
+        question = balance.choose(scene, family, rng) if len(turns) < 2 * TURNS else None
+        if question is not None:
+            with_steps = family in STEPS and rng.random() < 0.5
+            turns += [ask(question, scene), (worked if with_steps else reply)(scene, question)]
+    turns[0] = f"<image>\n{turns[0]}"
+    return {"image": image, "messages": chat(turns)}
+
+
+def question_item(image, scene, question):
+    return {"image": image, "messages": chat([f"<image>\n{ask(question, scene)}"]),
+            **check_of(question, truth(scene, question)), "family": question.family}
+
+
+def question_items(pictures, families, per_family, rng, held_out=False):
+    """Up to `per_family` questions of each family, one to a picture; if `held_out`, each about the
+    object whose colour and kind were never together in training.
+    """
+    items, balance = [], Balance()
+    for family in families:
+        made = []
+        for image, scene in rng.sample(pictures, len(pictures)):
+            limits = {"about": pair_of(scene), "held_out": True} if held_out else {}
+            question = balance.choose(scene, family, rng, **limits)
+            if question is not None:
+                made.append(question_item(image, scene, question))
+        items += made[:per_family]
+    rng.shuffle(items)
+    return items
+
+
+def pair_of(scene):
+    """The kind that has its held-out colour here."""
+    return next(g.kind for g in scene.groups if HELD_OUT.get(g.kind) == g.colour)
+
+
+def problems(pictures, rng):
+    """A counting question about each picture, for reinforcement learning."""
+    balance, items = Balance(), []
+    for i, (image, scene) in enumerate(pictures):
+        family = COUNTING[i % len(COUNTING)]
+        question = balance.choose(scene, family, rng) or balance.choose(scene, "all", rng)
+        items.append(question_item(image, scene, question))
+    return items
+
+
+def reader_dialogues(scenes, captions, rng):
+    """Text alone: a caption, then a question that it answers, and the answer. So a text model
+    learns to write questions about pictures it never sees (Liu et al. 2023, 2304.08485).
+    """
+    balance, items = Balance(), []
+    for scene, text in zip(scenes, captions, strict=True):
+        for family in rng.sample(FAMILIES, len(FAMILIES)):
+            question = balance.choose(scene, family, rng)
+            if question is not None and tells(text, scene, question):
+                said = f"Question: {ask(question, scene)}\nAnswer: {reply(scene, question)}"
+                items.append({"messages": chat([READER.format(c=text), said])})
+                break
+    return items
+
+
+def tells(text, scene, question):
+    """Does the caption say what the question asks for?"""
+    if question.family == "season":
+        return scene.season in text
+    if question.family == "place":
+        return any(place in text for place in PLACES)
+    return "bigger" not in question.wording or ("small" in text and "big" in text)

@@ -1,0 +1,376 @@
+"""The pictures show what their texts say, the tests are held out, and guessing doesn't pay."""
+
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from data import village_pictures
+from data.village_picture_items import tells
+from data.village_picture_questions import FAMILIES, STEPS, WORDINGS, read
+from data.village_pictures import (
+    Scene,
+    answer_of,
+    blind_guess,
+    caption,
+    draw,
+    is_true,
+    prepare,
+    random_scene,
+    records,
+    split_scenes,
+)
+from data.village_scenes import (
+    CELL,
+    COLOURS,
+    DRAWN,
+    HELD_OUT,
+    KINDS,
+    PLACES,
+    SEASONS,
+    UNITS,
+    Group,
+    Pen,
+    layout,
+)
+from data.village_tasks import check_answer, user_turns
+
+N_TRAIN = 300
+VILLAGE = Scene("autumn", "day", (Group("house", "red", "big", "left", 1),
+                                  Group("flower", "yellow", "small", "right", 3),
+                                  Group("kite", "blue", "small", "left", 2)), 7)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return split_scenes(0, N_TRAIN)
+
+
+@pytest.fixture(scope="module")
+def files(scenes):
+    """{split: {name: records}}, and the scene of every image."""
+    return {split: records(split, scenes[split], 0) for split in scenes}
+
+
+@pytest.fixture(scope="module")
+def scene_of(scenes):
+    return {f"{split}/{i:05}.png": scene for split in scenes
+            for i, scene in enumerate(scenes[split])}
+
+
+def turns(item):
+    """The (question, answer) pairs of a dialogue."""
+    said = [message["content"] for message in item["messages"]]
+    return list(zip(said[::2], said[1::2]))
+
+
+# --- scenes and drawings ----------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_scenes_and_pixels_and_another_seed_others(scenes):
+    assert split_scenes(0, N_TRAIN) == scenes
+    assert split_scenes(1, 20)["train"] != split_scenes(0, 20)["train"]
+    assert draw(VILLAGE).tobytes() == draw(VILLAGE).tobytes()
+    assert draw(VILLAGE, 224).size == (224, 224) and draw(VILLAGE).mode == "RGB"
+
+
+def test_no_scene_is_in_two_splits_and_the_tests_do_not_depend_on_the_training(scenes):
+    truths = [scene.truth for split in scenes.values() for scene in split]
+    assert len(set(truths)) == len(truths)
+    assert {split: len(drawn) for split, drawn in scenes.items()} == {
+        "train": N_TRAIN, "val": 200, "test": 400, "combos": 150}
+    assert split_scenes(0, 20)["test"] == scenes["test"]
+
+
+def test_nothing_overlaps_leaves_the_frame_or_its_third_of_the_picture(scenes):
+    for scene in scenes["test"] + scenes["combos"]:
+        objects = layout(scene)
+        assert Counter(group.kind for group, *_ in objects) == {
+            group.kind: group.number for group in scene.groups}
+        for i, (group, x, y, half, _) in enumerate(objects):
+            assert half <= y <= UNITS - half
+            left = PLACES.index(group.place) * CELL
+            assert left <= x - half and x + half <= left + CELL
+            assert all(max(abs(x - u), abs(y - v)) >= half + other - 1e-9
+                       for _, u, v, other, _ in objects[:i])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("turn", (1, -1))
+def test_an_object_fills_its_square_and_stays_in_it(kind, turn):
+    image = Image.new("RGB", (400, 400))
+    pen = Pen(image, 1)
+    pen.outline = 0.11 * 100
+    DRAWN[kind](pen, 200, 200, 100, (255, 255, 255), turn)
+    left, top, right, bottom = image.getbbox()
+    assert min(left, top) >= 95 and max(right, bottom) <= 305  # half an outline more
+    assert right - left >= 140 and bottom - top >= 180
+
+
+def test_a_small_object_measures_nine_pixels():
+    one = Scene("winter", "day", (Group("ball", "blue", "small", "left", 1),), 3)
+    white = Scene("winter", "day", (), 3)
+    left, top, right, bottom = ImageChops.difference(draw(one), draw(white)).getbbox()
+    assert right - left >= 9 and bottom - top >= 9
+
+
+def test_another_colour_changes_the_pixels_of_the_object_alone():
+    house, *others = VILLAGE.groups
+    blue = Scene("autumn", "day", (Group("house", "blue", "big", "left", 1), *others), 7)
+    changed = ImageChops.difference(draw(VILLAGE), draw(blue)).getbbox()
+    x, y, half = next(placed[1:4] for placed in layout(VILLAGE) if placed[0] == house)
+    assert changed[0] >= x - half - 1 and changed[2] <= x + half + 1
+    assert changed[1] >= y - half - 1 and changed[3] <= y + half + 1
+    assert changed[2] - changed[0] > 9
+
+
+def test_every_season_paints_other_trees_and_another_ground():
+    painted = [draw(Scene(season, "day", (), 5)) for season in SEASONS]
+    grounds = {image.getpixel((32, 60)) for image in painted}
+    trees = {image.resize((1, 1), box=(0, 20, 64, 32)).getpixel((0, 0)) for image in painted}
+    assert len(grounds) == len(trees) == 4
+
+
+def test_a_picture_too_small_for_its_objects_is_refused():
+    with pytest.raises(ValueError, match="at least 32 pixels"):
+        draw(VILLAGE, 16)
+
+
+def test_a_scene_comes_back_from_its_record():
+    assert Scene.from_dict(json.loads(json.dumps(VILLAGE.as_dict()))) == VILLAGE
+
+
+# --- captions ---------------------------------------------------------------------
+
+
+def test_a_caption_names_number_colour_and_kind_of_every_group(scenes):
+    rng = random.Random(0)
+    for scene in scenes["test"]:
+        text = caption(scene, rng).lower()
+        for group in scene.groups:
+            number = "(?:a|1)" if group.number == 1 else str(group.number)
+            noun = group.kind if group.number == 1 else KINDS[group.kind]
+            assert re.search(rf"\b{number} (?:(?:big|small) )?{group.colour} {noun}\b", text)
+        assert all(season not in text for season in SEASONS if season != scene.season)
+
+
+def test_captions_tell_pictures_apart_and_vary(files):
+    texts = [row["caption"] for row in files["test"]["captions_test"]]
+    assert len(set(texts)) >= len(texts) - 2
+    rng = random.Random(0)
+    assert len({caption(VILLAGE, rng) for _ in range(200)}) > 150
+
+
+# --- questions --------------------------------------------------------------------
+
+
+def test_every_answer_in_a_dialogue_is_true(files, scene_of):
+    asked = Counter()
+    for split in ("train", "val"):
+        for item in files[split][f"questions_{split}"]:
+            assert item["messages"][0]["content"].startswith("<image>\n")
+            for question, answer in turns(item):
+                assert is_true(scene_of[item["image"]], question, answer), (question, answer)
+                asked[read(question).family] += 1
+    assert set(asked) == set(FAMILIES) and min(asked.values()) > 100
+
+
+def test_every_test_answer_is_the_checkers(files, scene_of):
+    for name in ("questions_test", "problems_test", "combos_test"):
+        for item in files["combos" if name == "combos_test" else "test"][name]:
+            (question,) = user_turns(item)
+            assert answer_of(scene_of[item["image"]], question) == item["answer"]
+            assert read(question).family == item["family"]
+            assert check_answer(item, f"It is {item['answer']}.")
+
+
+def test_half_of_the_answers_that_need_steps_have_them(files):
+    worked = [answer.startswith("<think>") for item in files["train"]["questions_train"]
+              for question, answer in turns(item) if read(question).family in STEPS]
+    assert 0.42 < sum(worked) / len(worked) < 0.58
+    for item in files["train"]["questions_train"]:
+        for _, answer in turns(item):
+            assert answer.count("<think>") == answer.count("</think>") <= 1
+
+
+def test_recounting_by_hand_gives_the_same_answers():
+    for question, answer in {
+        "Is there a red house?": "yes", "Is there a blue house?": "no",
+        "Are there any boats?": "no", "How many yellow flowers are there?": "3",
+        "Count the red flowers.": "0", "What colour is the house?": "red",
+        "Where are the flowers?": "right", "Where are the kites?": "left",
+        "Are there more kites than flowers?": "no", "Are there fewer kites than flowers?": "yes",
+        "Which is bigger here, a kite or a house?": "house",
+        "How many kites and flowers are there together?": "5",
+        "Which are more, kites or flowers, and by how many?": "1",
+        "How many things are there in all, not counting the trees?": "6",
+        "Which season is it?": "autumn", "<image>\nwhich season is it?": "autumn",
+    }.items():
+        assert answer_of(VILLAGE, question) == answer, question
+
+
+def test_what_has_no_answer_or_cannot_be_read_has_none():
+    for question in ("What colour is the boat?", "Where is the green house?", "Who lives here?",
+                     "Which is bigger here, a kite or a flower?", "How many dogs are there?",
+                     "Are there more kites than kites?", ""):
+        assert answer_of(VILLAGE, question) is None
+        assert not is_true(VILLAGE, question, "Yes, there are 3.")
+
+
+@pytest.mark.parametrize("question, right, wrong", [
+    ("Is there a red house?", "Yes, there is a red house.", "No, there is no red house."),
+    ("Is there a red house?", "Yes.", "Yes, there is a blue house."),
+    ("Are there any boats?", "No.", "No, there is no house."),
+    ("How many kites are there?", "There are 2 blue kites.", "There are 2 red kites."),
+    ("How many kites are there?", "2", "There are 3 flowers and 2 boats."),
+    ("What colour is the house?", "It is red.", "It isn't red."),
+    ("Where are the kites?", "They are on the left.", "They are on the left or the right."),
+    ("Are there fewer kites than flowers?", "Yes, there are fewer.", "Yes, there are more."),
+    ("Which is bigger here, a kite or a house?", "A house is bigger.", "The house is smaller."),
+    ("How many kites and flowers are there together?",
+     "<think>There are 2 kites and 3 flowers. 2 + 3 = 5.</think>The answer is 5.",
+     "<think>There are 1 kites and 4 flowers. 1 + 4 = 5.</think>The answer is 5."),
+    ("How many kites and flowers are there together?", "5 in all.",
+     "<think>2 + 2 = 5.</think>The answer is 5."),
+    ("Which season is it?", "It is autumn.", "It is autumn or winter."),
+])
+def test_the_checker_knows_right_from_wrong(question, right, wrong):
+    assert is_true(VILLAGE, question, right)
+    assert not is_true(VILLAGE, question, wrong)
+
+
+def test_the_teachers_words_are_checked_in_any_case_and_with_spaces():
+    assert is_true(VILLAGE, " How many  Yellow flowers are there? ", "There are 3 Yellow Flowers.")
+
+
+def test_every_wording_is_read_as_itself(files):
+    texts = [q for item in files["train"]["questions_train"] for q, _ in turns(item)]
+    assert {read(text).wording for text in texts} == {w for ws in WORDINGS.values() for w in ws}
+    assert len({w for ws in WORDINGS.values() for w in ws}) == sum(map(len, WORDINGS.values()))
+
+
+def test_nothing_is_asked_twice_in_a_dialogue(files):
+    for item in files["train"]["questions_train"]:
+        families = [read(question).family for question, _ in turns(item)]
+        assert len(set(families)) == len(families) <= 5
+
+
+# --- what is held out, and what a guess gets -----------------------------------------
+
+
+def pairs_in(text):
+    """The (kind, colour) pairs that a text names."""
+    found = re.findall(rf"\b({'|'.join(COLOURS)}) ({'|'.join(KINDS)})", text.lower())
+    return {(kind, colour) for colour, kind in found}
+
+
+def test_the_held_out_pairs_occur_in_no_training_scene_or_text(scenes, files):
+    for split in ("train", "val", "test"):
+        for scene in scenes[split]:
+            assert not any(HELD_OUT.get(g.kind) == g.colour for g in scene.groups)
+        named = pairs_in(json.dumps(files[split]))
+        assert not named & set(HELD_OUT.items())
+        if split == "train":  # every other pair occurs
+            assert len(named) == len(KINDS) * len(COLOURS) - len(HELD_OUT)
+
+
+def test_the_pairs_of_combos_are_all_asked_about(scenes, files, scene_of):
+    held_out = Counter()
+    for item in files["combos"]["combos_test"]:
+        question = read(user_turns(item)[0])
+        groups = [scene_of[item["image"]].group(kind) for kind in (question.kind, question.other)]
+        about = [g for g in groups if g and HELD_OUT.get(g.kind) == g.colour]
+        assert about
+        held_out[about[0].kind] += 1
+    assert set(held_out) == set(HELD_OUT) and min(held_out.values()) > 60
+
+
+def test_there_are_at_least_200_test_questions_of_every_family(files):
+    counts = Counter(item["family"] for item in files["test"]["questions_test"])
+    assert set(counts) == set(FAMILIES) and min(counts.values()) >= 200
+
+
+def test_a_guess_without_the_picture_gets_little(files):
+    items = files["test"]["questions_test"]
+    blind = blind_guess(items)
+    assert sum(blind.values()) / len(blind) < 0.35
+    assert blind["existence"] < 0.55 and blind["comparison"] < 0.55
+    assert max(share for family, share in blind.items()
+               if family not in ("existence", "comparison")) < 0.4
+    counts = Counter(item["answer"] for item in items if item["family"] == "count")
+    assert set(counts) == set("012345") and max(counts.values()) < 60
+
+
+def test_blind_guess_takes_the_most_frequent_answer_of_each_wording():
+    def item(question, answer):
+        return {"messages": [{"role": "user", "content": question}], "answer": answer,
+                "family": read(question).family}
+
+    items = [item("How many kites are there?", "1"), item("How many balls are there?", "1"),
+             item("Count the kites.", "2"), item("How many kites are there?", "3")]
+    assert blind_guess(items) == {"count": 0.75}
+
+
+# --- text alone ----------------------------------------------------------------------
+
+
+def test_a_reader_is_asked_for_what_the_caption_tells(files, scenes):
+    items = files["val"]["reader_val"]
+    assert len(items) == len(scenes["val"])
+    for item, scene in zip(items, scenes["val"]):
+        words, reply = (message["content"] for message in item["messages"])
+        text = words.removeprefix("Here is a picture in words: ").split("\n")[0]
+        question, answer = re.fullmatch("Question: (.*)\nAnswer: (.*)", reply).groups()
+        assert is_true(scene, question, answer) and tells(text, scene, read(question))
+    assert len({read(item["messages"][1]["content"].split("\n")[0][10:]).family
+                for item in items}) == len(FAMILIES)
+
+
+# --- files ---------------------------------------------------------------------------
+
+
+def test_prepare_writes_everything_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(village_pictures, "SIZES", {"val": 5, "test": 12, "combos": 5})
+    folder = prepare(root=tmp_path, n_train=20)
+    assert prepare(root=tmp_path, n_train=20) == folder and list(tmp_path.iterdir()) == [folder]
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"train", "val", "test", "combos", "captions_train.jsonl",
+                     "captions_val.jsonl", "captions_test.jsonl", "describe_train.jsonl",
+                     "describe_val.jsonl", "questions_train.jsonl", "questions_val.jsonl",
+                     "questions_test.jsonl", "combos_test.jsonl", "problems_train.jsonl",
+                     "problems_test.jsonl", "reader_train.jsonl", "reader_val.jsonl",
+                     "scenes_train.json", "scenes_val.json", "scenes_test.json",
+                     "scenes_combos.json"}
+    for path in folder.glob("*.jsonl"):
+        for row in map(json.loads, path.read_text().splitlines()):
+            assert "reader" in path.name or (folder / row["image"]).is_file()
+    for record in json.loads((folder / "scenes_test.json").read_text()):
+        picture = Image.open(folder / record["image"])
+        assert picture.tobytes() == draw(Scene.from_dict(record)).tobytes()
+
+
+def test_a_preparation_that_breaks_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left on the device")
+
+    monkeypatch.setattr(village_pictures, "records", full)
+    with pytest.raises(OSError, match="no space left"):
+        prepare(root=tmp_path, n_train=5)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="at least one picture"):
+        prepare(root=tmp_path, n_train=0)
+
+
+def test_the_script_prints_samples_and_paints_a_sheet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(village_pictures, "SIZES", {"val": 5, "test": 60, "combos": 5})
+    village_pictures.show(0, 1)
+    shown = capsys.readouterr().out
+    assert "== questions_test" in shown and "blind guess" in shown
+    rng = random.Random(0)
+    sheet = village_pictures.contact_sheet([random_scene(rng) for _ in range(24)], rng)
+    sheet.save(Path(tmp_path) / "sheet.png")
+    assert sheet.width > 1000
