@@ -174,9 +174,15 @@ class Preprocessing:
 
     @classmethod
     def from_folder(cls, folder):
-        """From preprocessor_config.json, as CLIPImageProcessor or SiglipImageProcessor write it."""
+        """From preprocessor_config.json, as CLIPImageProcessor or SiglipImageProcessor write it,
+        or from the part of processor_config.json that CLIPProcessor writes in its place.
+        """
         path = Path(folder) / CONFIG
+        together = path.with_name("processor_config.json")
+        if not path.exists() and together.exists():
+            path = together
         values = read_json(path)
+        values = values.get("image_processor") or {} if path == together else values
         kind = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
         if not kind.startswith(("CLIP", "Siglip")):
             raise UserError(f"{path}: its type {kind} is neither CLIP's nor SigLIP's")

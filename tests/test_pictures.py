@@ -290,6 +290,14 @@ def test_old_and_new_spellings_are_read(tmp_path, values, expected):
     assert Preprocessing.from_folder(tmp_path) == expected
 
 
+def test_the_file_that_holds_a_whole_processor_is_read(tmp_path):
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": NEW}))
+    assert Preprocessing.from_folder(tmp_path) == Preprocessing((8, 9))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": None}))
+    with pytest.raises(UserError, match="processor_config.json"):
+        Preprocessing.from_folder(tmp_path)
+
+
 FAULTS = [
     (dict(image_processor_type="DPTImageProcessor"), "neither CLIP's nor SigLIP's"),
     (dict(), "its type None"),

@@ -14,17 +14,19 @@ from nanollm.clip import (
     caption_tokens,
     clip_loss,
     load_clip,
+    of_all_processes,
     retrieval,
     save_clip,
     siglip_loss,
 )
 from nanollm.config import UserError
+from nanollm.encoder import attention
 from nanollm.pictures import Preprocessing
 from nanollm.vision import (
     CLIP_KIND,
     SIGLIP_KIND,
-    ViT,
     VisionConfig,
+    ViT,
     load_vision,
     read_vision_config,
     save_vision,
@@ -125,6 +127,15 @@ def test_gradients_equal_those_of_transformers(transformers, randomised, kind):
     expected = dict(theirs.named_parameters())
     for name, p in vit.named_parameters():
         assert torch.allclose(p.grad, expected[name].grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_attention_written_out_in_bf16_is_that_of_torch():
+    q, k, v = torch.randn(3, 2, 9, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rough, exact = attention(q, k, v, 3), attention(q.float(), k.float(), v.float(), 3)
+    assert rough.dtype == torch.bfloat16 and rough.shape == (2, 9, 12)
+    assert (rough - exact).abs().max() < 0.02
+    causal = attention(q, k, v, 3, causal=True)
+    assert torch.allclose(causal[:, 0], v[:, 0]) and not torch.allclose(causal, rough)
 
 
 def test_features_run_no_block_above_the_wanted_layer(randomised):
@@ -420,6 +431,39 @@ def test_training_learns_sixteen_pairs_by_heart(sigmoid, dtype):
     assert loss.item() < (0.5 if sigmoid else 0.2)
     assert retrieval(*clip(x, tokens)) == {"text_to_picture": 1.0, "picture_to_text": 1.0}
     assert all(p.grad is not None for p in clip.parameters())
+
+
+def gradients_of(sigmoid, rank=0, world=1):
+    """Of one step on eight pairs, of which this process has its share."""
+    torch.manual_seed(0)
+    clip = CLIP(VisionConfig(**SHAPES["even"]), TextConfig(**TEXT), 16, sigmoid)
+    x, tokens = pictures(32, 8), torch.stack([torch.arange(8), torch.ones(8).long()], dim=1)
+    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    model = torch.nn.parallel.DistributedDataParallel(clip) if world > 1 else clip
+    embeddings = [of_all_processes(e) for e in model(x[share], tokens[share])]
+    if sigmoid:
+        siglip_loss(*embeddings, clip.logit_scale, clip.logit_bias).backward()
+    else:
+        clip_loss(*embeddings, clip.logit_scale).backward()
+    return {name: p.grad for name, p in clip.named_parameters()}
+
+
+def one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    where = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    torch.save([gradients_of(sigmoid, rank, 2) for sigmoid in (False, True)], f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, args=(tmp_path,), nprocs=2)
+    for rank in range(2):
+        for sigmoid, two in enumerate(torch.load(tmp_path / str(rank))):
+            one = gradients_of(bool(sigmoid))
+            assert one.keys() == two.keys()
+            for name in one:
+                assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-6), name
 
 
 def test_captions_end_with_the_end_token_and_are_never_cut(tokenizer):
