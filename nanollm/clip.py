@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
 
 from nanollm import safetensors
 from nanollm.config import UserError
@@ -89,6 +91,18 @@ def siglip_loss(picture_embeddings, text_embeddings, log_scale, bias):
     logits = log_scale.exp() * picture_embeddings @ text_embeddings.T + bias  # (B, B)
     signs = 2 * torch.eye(len(logits), device=logits.device) - 1
     return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+def of_all_processes(embeddings):
+    """The embeddings (B, E) of every process below each other, (B processes, E): the losses compare
+    each pair with all others, wherever they were computed.
+
+    Gradients flow back to the process they came from, so that the average over processes that
+    DistributedDataParallel takes is the gradient of one process with the whole batch.
+    """
+    if not dist.is_initialized():
+        return embeddings
+    return torch.cat(all_gather(embeddings))
 
 
 @torch.no_grad()

@@ -41,10 +41,15 @@ def attention(q, k, v, heads, causal=False):
     """softmax(q k^T / sqrt(D)) v for q (B, T, C) and k, v (B, S, C), each head on D = C / H of the
     channels; returns (B, T, C).
     """
-    dtype = attention_dtype(q.device, q.dtype)
-    split = (x.unflatten(2, (heads, -1)).transpose(1, 2).to(dtype) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(*split, is_causal=causal)  # (B, H, T, D)
-    return y.transpose(1, 2).flatten(2).to(q.dtype)
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not causal:
+        # written out, it takes half the time of torch's kernel in fp32, which is the faster one:
+        # 8 to 16 ms, forward and backward, for 64 pictures of 64 patches on one core
+        y = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1) @ v
+    else:
+        exact = (x.to(attention_dtype(x.device, x.dtype)) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(*exact, is_causal=causal).to(q.dtype)
+    return y.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):

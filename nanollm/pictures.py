@@ -7,8 +7,11 @@
 Resizing and numbers are those of Hugging Face's CLIPImageProcessor and SiglipImageProcessor.
 """
 
+import contextlib
 import json
+import os
 import struct
+import threading
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -37,6 +40,7 @@ DAMAGE = (
     struct.error,
     zlib.error,
 )
+LOCK = threading.Lock()
 CONFIG = "preprocessor_config.json"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -51,25 +55,52 @@ def open_picture(path):
     where the file is missing, no image, damaged, cut off, or larger than MAX_PIXELS.
     """
     try:
-        with warnings.catch_warnings():  # Pillow warns of what is an error or no matter here
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:  # nothing is decoded yet
-                    raise Image.DecompressionBombError
+        with quiet_pillow(), Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:  # nothing is decoded yet
+                raise Image.DecompressionBombError
+            with quiet_libtiff() if image.format == "TIFF" else contextlib.nullcontext():
                 return to_rgb(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError:
-        raise UserError(
-            f"{path} claims more than {MAX_PIXELS:,} pixels, too many to decode; make it smaller"
-        ) from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name an image file in it") from None
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{path} is no image that can be read ({', '.join(FORMATS)})") from None
-    except DAMAGE as e:
-        why = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"{path}: the image is damaged or cut off ({why})") from None
+    except (Image.DecompressionBombError, *DAMAGE) as e:
+        raise UserError(f"{path}{what_is_wrong(e)}") from None
+
+
+def what_is_wrong(error):
+    """The end of the line that begins with the file's name."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f" claims more than {MAX_PIXELS:,} pixels, too many to decode; make it smaller"
+    if isinstance(error, FileNotFoundError):
+        return ": no such file"
+    if isinstance(error, IsADirectoryError):
+        return " is a folder; name an image file in it"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f" is no image that can be read ({', '.join(FORMATS)})"
+    if getattr(error, "errno", None):  # of the file system, such as a missing permission
+        return f" can't be read: {error.strerror}"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f": the image is damaged, cut off or of an unknown kind ({reason})"
+
+
+@contextlib.contextmanager
+def quiet_pillow():
+    """No warnings: what they tell of is an error here, or no matter. Python's filter of warnings
+    belongs to the whole process, hence one thread at a time.
+    """
+    with LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def quiet_libtiff():
+    """The C library writes its complaints to the file descriptor of stderr itself."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def to_rgb(image):
@@ -143,9 +174,15 @@ class Preprocessing:
 
     @classmethod
     def from_folder(cls, folder):
-        """From preprocessor_config.json, as CLIPImageProcessor or SiglipImageProcessor write it."""
+        """From preprocessor_config.json, as CLIPImageProcessor or SiglipImageProcessor write it,
+        or from the part of processor_config.json that CLIPProcessor writes in its place.
+        """
         path = Path(folder) / CONFIG
+        together = path.with_name("processor_config.json")
+        if not path.exists() and together.exists():
+            path = together
         values = read_json(path)
+        values = values.get("image_processor") or {} if path == together else values
         kind = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
         if not kind.startswith(("CLIP", "Siglip")):
             raise UserError(f"{path}: its type {kind} is neither CLIP's nor SigLIP's")

@@ -1,0 +1,480 @@
+"""The picture towers and CLIP: equal to transformers', their losses, their folders."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from nanollm import safetensors
+from nanollm.clip import (
+    CLIP,
+    MAX_LOG_SCALE,
+    TextConfig,
+    caption_tokens,
+    clip_loss,
+    load_clip,
+    of_all_processes,
+    retrieval,
+    save_clip,
+    siglip_loss,
+)
+from nanollm.config import UserError
+from nanollm.encoder import attention
+from nanollm.pictures import Preprocessing
+from nanollm.vision import (
+    CLIP_KIND,
+    SIGLIP_KIND,
+    VisionConfig,
+    ViT,
+    load_vision,
+    read_vision_config,
+    save_vision,
+)
+
+# two shapes per kind; in the second the patches leave a rest of the picture
+SHAPES = {
+    "even": dict(image_size=32, patch_size=8, hidden_size=32, intermediate_size=48)
+    | dict(num_hidden_layers=3, num_attention_heads=4),
+    "rest": dict(image_size=31, patch_size=7, hidden_size=24, intermediate_size=40)
+    | dict(num_hidden_layers=2, num_attention_heads=3, layer_norm_eps=1e-3, hidden_act="gelu"),
+}
+KINDS = [(kind, shape) for kind in (CLIP_KIND, SIGLIP_KIND) for shape in SHAPES]
+TEXT = dict(vocab_size=270, hidden_size=16, intermediate_size=24, num_hidden_layers=2) | dict(
+    num_attention_heads=2, max_position_embeddings=12
+)
+
+
+@pytest.fixture
+def transformers():
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def their_vision(transformers, randomised, kind, shape):
+    name = "CLIP" if kind == CLIP_KIND else "Siglip"
+    cfg = getattr(transformers, f"{name}VisionConfig")(**SHAPES[shape])
+    return randomised(getattr(transformers, f"{name}VisionModel")(cfg).eval())
+
+
+def whole_model(transformers, randomised, name, end=269):
+    """A CLIPModel or SiglipModel with random weights."""
+    ids = dict(bos_token_id=None, eos_token_id=end, pad_token_id=0)
+    extra = dict(projection_dim=20) if name == "CLIP" else {}
+    text = TEXT | ids | ({} if extra else dict(projection_size=32))
+    cfg = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=SHAPES["even"], **extra
+    )
+    model = getattr(transformers, f"{name}Model")(cfg).eval()
+    for seed, part in enumerate((model.text_model, model.vision_model)):
+        randomised(part, seed)
+    with torch.no_grad():
+        model.logit_scale.fill_(1.5)
+        if name == "Siglip":
+            model.logit_bias.fill_(-0.7)
+    return model
+
+
+def pictures(size, n=3):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
+def preprocessing_of(size):
+    return Preprocessing(size=size)
+
+
+def small_vit(randomised, kind=CLIP_KIND, shape="even"):
+    return randomised(ViT(VisionConfig(model_type=kind, **SHAPES[shape])).eval())
+
+
+def edit_json(path, **changes):
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+
+
+# --- the tower -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, shape", KINDS)
+def test_a_folder_of_transformers_gives_its_outputs(
+    transformers, randomised, tmp_path, kind, shape
+):
+    theirs = their_vision(transformers, randomised, kind, shape)
+    theirs.save_pretrained(tmp_path)
+    preprocessing_of(theirs.config.image_size).save(tmp_path)
+    vit, _ = load_vision(tmp_path)
+    assert list(vit.state_dict()) and vit.state_dict().keys() == theirs.state_dict().keys()
+    x = pictures(vit.cfg.image_size)
+    expected = theirs(x, output_hidden_states=True)
+    assert torch.allclose(vit(x), expected.pooler_output, atol=1e-5)
+    first = 1 if kind == CLIP_KIND else 0  # the class token
+    for layer in range(-len(expected.hidden_states), len(expected.hidden_states)):
+        features = vit.features(x, layer)
+        assert features.shape == (3, vit.cfg.num_patches, vit.cfg.hidden_size)
+        assert torch.allclose(features, expected.hidden_states[layer][:, first:], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [CLIP_KIND, SIGLIP_KIND])
+def test_gradients_equal_those_of_transformers(transformers, randomised, kind):
+    theirs = their_vision(transformers, randomised, kind, "rest")
+    vit = small_vit(randomised, kind, "rest")
+    vit.load_state_dict(theirs.state_dict())
+    x = pictures(31)
+    theirs(x).pooler_output.square().mean().backward()
+    vit(x).square().mean().backward()
+    expected = dict(theirs.named_parameters())
+    for name, p in vit.named_parameters():
+        assert torch.allclose(p.grad, expected[name].grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_attention_written_out_in_bf16_is_that_of_torch():
+    q, k, v = torch.randn(3, 2, 9, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rough, exact = attention(q, k, v, 3), attention(q.float(), k.float(), v.float(), 3)
+    assert rough.dtype == torch.bfloat16 and rough.shape == (2, 9, 12)
+    assert (rough - exact).abs().max() < 0.02
+    causal = attention(q, k, v, 3, causal=True)
+    assert torch.allclose(causal[:, 0], v[:, 0]) and not torch.allclose(causal, rough)
+
+
+def test_features_run_no_block_above_the_wanted_layer(randomised):
+    vit = small_vit(randomised)
+    with torch.no_grad():
+        vit.encoder.layers[-1].mlp.fc1.weight.fill_(float("nan"))
+    assert vit.features(pictures(32)).isfinite().all()  # -2, the default
+    assert vit.features(pictures(32), -1).isnan().all()
+
+
+def test_a_layer_that_is_not_there_is_named(randomised):
+    with pytest.raises(ValueError, match="layer 4 is not of the 4 states"):
+        small_vit(randomised).features(pictures(32), 4)
+
+
+def test_pictures_of_another_size_are_refused(randomised):
+    with pytest.raises(ValueError, match=r"instead of \(B, 3, 32, 32\)"):
+        small_vit(randomised)(pictures(40))
+
+
+def test_patches_come_in_rows_from_the_top():
+    vit = ViT(VisionConfig(num_hidden_layers=1))
+    x = pictures(64, n=1)
+    changed = x.clone()
+    changed[:, :, 8:16, 24:32] += 1  # second row of patches, fourth column
+    before, after = vit.features(x, 0), vit.features(changed, 0)
+    assert (before != after).any(-1).nonzero().tolist() == [[0, 8 + 3]]
+
+
+@pytest.mark.parametrize("kind", [CLIP_KIND, SIGLIP_KIND])
+def test_in_bf16_the_outputs_stay_near_and_the_weights_in_fp32(kind):
+    torch.manual_seed(0)
+    vit = ViT(VisionConfig(model_type=kind))
+    x = pictures(64)
+    exact = vit(x)
+    vit.compute_dtype = torch.bfloat16
+    rough = vit(x)
+    assert rough.dtype == vit.features(x).dtype == torch.bfloat16
+    assert (rough.float() - exact).abs().mean() < 0.02 * exact.abs().mean()
+    assert {p.dtype for p in vit.parameters()} == {torch.float32}
+
+
+def test_recomputed_activations_give_the_same_gradients(randomised):
+    gradients = []
+    for recompute in (False, True):
+        vit = small_vit(randomised)
+        vit.encoder.checkpoint_activations = recompute
+        vit(pictures(32)).square().sum().backward()
+        gradients.append([p.grad for p in vit.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+# --- folders of towers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, shape", KINDS)
+def test_transformers_opens_what_save_vision_writes(
+    transformers, randomised, tmp_path, kind, shape
+):
+    vit = small_vit(randomised, kind, shape)
+    size = vit.cfg.image_size
+    save_vision(vit, preprocessing_of(size), tmp_path)
+    name = json.loads((tmp_path / "config.json").read_text())["architectures"][0]
+    theirs, report = getattr(transformers, name).from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    x = pictures(size)
+    assert torch.allclose(vit(x), theirs.eval()(x).pooler_output, atol=1e-5)
+    assert transformers.AutoImageProcessor.from_pretrained(tmp_path).size["height"] == size
+    again, preprocessing = load_vision(tmp_path)
+    assert again.cfg == vit.cfg and preprocessing == preprocessing_of(size)
+    assert torch.equal(again(x), vit(x))
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_the_vision_part_of_a_whole_model_in_shards(transformers, randomised, tmp_path, name):
+    theirs = whole_model(transformers, randomised, name)
+    theirs.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    preprocessing_of(32).save(tmp_path)
+    vit, _ = load_vision(tmp_path)
+    x = pictures(32)
+    assert torch.allclose(vit(x), theirs.vision_model(x).pooler_output, atol=1e-5)
+
+
+def test_names_of_older_versions_load(randomised, tmp_path):
+    vit = small_vit(randomised)
+    save_vision(vit, preprocessing_of(32), tmp_path)
+    old = {f"vision_model.{name}": x for name, x in vit.state_dict().items()}
+    old["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    old["visual_projection.weight"] = torch.zeros(4, 32)  # CLIPVisionModelWithProjection
+    safetensors.save_file(old, tmp_path / "model.safetensors")
+    assert torch.equal(load_vision(tmp_path)[0](pictures(32)), vit(pictures(32)))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_where_config_json_is_silent_it_means_what_transformers_means(
+    transformers, tmp_path, kind
+):
+    silent = {"model_type": kind, "vision_config": {"model_type": f"{kind}_vision_model"}}
+    (tmp_path / "config.json").write_text(json.dumps(silent))
+    cfg = read_vision_config(tmp_path)
+    name = "CLIP" if kind == "clip" else "Siglip"
+    theirs = getattr(transformers, f"{name}VisionConfig")()
+    for field, value in vars(cfg).items():
+        assert getattr(theirs, field) == value, field
+
+
+CONFIG_FAULTS = [
+    (dict(model_type="dinov2"), "model_type 'dinov2' is not one of clip_vision_model"),
+    (dict(model_type=...), "model_type None"),
+    (dict(model_type="siglip"), "has no vision_config"),
+    (dict(hidden_act="relu"), "hidden_act 'relu'"),
+    (dict(num_attention_heads=5), "5 heads can't share 32 channels"),
+    (dict(patch_size=64), "a patch of 64 exceeds a picture of 32"),
+    (dict(image_size=[32, 48]), r"image_size is \[32, 48\]"),
+    (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
+    (dict(hidden_size=True), "hidden_size is True"),
+    (dict(hidden_act=3), "hidden_act is 3"),
+    (dict(vision_use_head=False), "without its pooling head"),
+    (dict(num_hidden_layers=4), "lacks 16 tensors, such as encoder.layers.3"),
+    (dict(num_hidden_layers=2), "has 16 tensors that the model in config.json has not"),
+    (dict(intermediate_size=50), r"fc1.bias has shape \[48\], but config.json says \[50\]"),
+    (dict(image_size=40), "its preprocessing makes 32 x 32 pixels, its ViT reads 40|position"),
+]
+
+
+@pytest.mark.parametrize("changes, message", CONFIG_FAULTS)
+def test_folders_that_do_not_fit_are_named(randomised, tmp_path, changes, message):
+    save_vision(small_vit(randomised), preprocessing_of(32), tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(UserError, match=message) as error:
+        load_vision(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_preprocessing_for_another_size_is_refused(randomised, tmp_path):
+    save_vision(small_vit(randomised), preprocessing_of(64), tmp_path)
+    with pytest.raises(UserError, match="makes 64 x 64 pixels, its ViT reads 32"):
+        load_vision(tmp_path)
+
+
+def test_missing_files_are_named(randomised, tmp_path):
+    with pytest.raises(UserError, match="is no folder"):
+        load_vision(tmp_path / "nowhere")
+    save_vision(small_vit(randomised), preprocessing_of(32), tmp_path)
+    for name in ("preprocessor_config.json", "model.safetensors", "config.json"):
+        (tmp_path / name).unlink()
+        with pytest.raises(UserError, match=name):
+            load_vision(tmp_path)
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+def test_losses_of_two_orthogonal_pairs_by_hand():
+    x, one = torch.eye(2), torch.tensor(0.0)  # exp(0) = 1, so s is the identity
+    # -log(e / (e + 1)) each way
+    assert clip_loss(x, x, one).item() == pytest.approx(math.log(1 + math.exp(-1)))
+    # a row: the pair asks sigmoid(1), the other cell sigmoid(-0)
+    expected = math.log(1 + math.exp(-1)) + math.log(2)
+    assert siglip_loss(x, x, one, torch.tensor(0.0)).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+@pytest.mark.parametrize("n", [1, 5])
+def test_losses_and_gradients_equal_those_of_transformers(transformers, randomised, name, n):
+    theirs = whole_model(transformers, randomised, name)
+    tokens = torch.randint(0, 269, (n, 6), generator=torch.Generator().manual_seed(1))
+    tokens[:, -1] = 269
+    out = theirs(input_ids=tokens, pixel_values=pictures(32, n), return_loss=True)
+    numbers = [theirs.logit_scale] + ([theirs.logit_bias] if name == "Siglip" else [])
+    wrt = [out.image_embeds, out.text_embeds, *numbers]
+    expected = torch.autograd.grad(out.loss, wrt)
+    ours = [x.detach().clone().requires_grad_() for x in wrt]
+    loss = (clip_loss if name == "CLIP" else siglip_loss)(*ours)
+    assert torch.allclose(loss, out.loss, atol=1e-6)
+    for mine, theirs in zip(torch.autograd.grad(loss, ours), expected):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_retrieval_counts_both_ways():
+    pictures = torch.eye(4)
+    texts = pictures[[0, 1, 2, 2]]  # the last text lies on the third picture
+    assert retrieval(pictures, texts) == {"text_to_picture": 0.75, "picture_to_text": 0.75}
+    assert retrieval(pictures, pictures) == {"text_to_picture": 1.0, "picture_to_text": 1.0}
+    # all texts alike: each finds the first picture, each picture the first text
+    alike = retrieval(pictures, torch.ones(4, 4))
+    assert alike == {"text_to_picture": 0.25, "picture_to_text": 0.25}
+
+
+# --- CLIP ----------------------------------------------------------------------------------------
+
+
+def test_a_clip_of_transformers_gives_its_embeddings(
+    transformers, randomised, tokenizer, tmp_path
+):
+    end = tokenizer.end_id
+    theirs = whole_model(transformers, randomised, "CLIP", end)
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    preprocessing_of(32).save(tmp_path)
+    clip, _, _ = load_clip(tmp_path)
+    assert clip.state_dict().keys() == theirs.state_dict().keys()
+    # padded behind the first end token, with another end token, and full
+    tokens = torch.tensor([[5, 6, end, 0, 0], [7, end, 9, end, 3], [1, 2, 3, 4, end]])
+    out = theirs(input_ids=tokens, pixel_values=pictures(32))
+    x, y = clip(pictures(32), tokens)
+    assert torch.allclose(x, out.image_embeds, atol=1e-5)
+    assert torch.allclose(y, out.text_embeds, atol=1e-5)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_transformers_opens_what_save_clip_writes(
+    transformers, randomised, tokenizer, tmp_path, sigmoid
+):
+    text = TextConfig(**TEXT, eos_token_id=tokenizer.end_id, hidden_act="quick_gelu")
+    clip = CLIP(VisionConfig(**SHAPES["rest"]), text, projection_dim=20, sigmoid=sigmoid)
+    randomised(clip.vision_model), randomised(clip.text_model)
+    save_clip(clip, tokenizer, preprocessing_of(31), tmp_path)
+    theirs, report = transformers.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert set(report["unexpected_keys"]) == ({"logit_bias"} if sigmoid else set())
+    tokens = caption_tokens(tokenizer, ["a red", "blue house"], 12)
+    out = theirs.eval()(input_ids=tokens, pixel_values=pictures(31, 2))
+    x, y = clip(pictures(31, 2), tokens)
+    assert torch.allclose(x, out.image_embeds, atol=1e-5)
+    assert torch.allclose(y, out.text_embeds, atol=1e-5)
+    again, their_tokenizer, preprocessing = load_clip(tmp_path)
+    assert torch.equal(again.encode_texts(tokens), y)
+    assert torch.equal(again.encode_pictures(pictures(31, 2)), x)
+    assert (again.logit_bias is not None) == sigmoid and preprocessing == preprocessing_of(31)
+    assert their_tokenizer.encode("a house") == tokenizer.encode("a house")
+    assert torch.equal(load_vision(tmp_path)[0](pictures(31)), clip.vision_model(pictures(31)))
+
+
+CLIP_FAULTS = [
+    (dict(model_type="siglip"), "model_type 'siglip' is not clip"),
+    (dict(text_config=...), "it needs a text_config"),
+    (dict(projection_dim="20"), "it needs a text_config and a projection_dim"),
+    (dict(projection_dim=21), r"has shape \[20, 16\], but config.json says \[21, 16\]"),
+]
+
+
+@pytest.mark.parametrize("changes, message", CLIP_FAULTS)
+def test_clip_folders_that_do_not_fit_are_named(tokenizer, tmp_path, changes, message):
+    clip = CLIP(VisionConfig(**SHAPES["even"]), TextConfig(**TEXT), projection_dim=20)
+    save_clip(clip, tokenizer, preprocessing_of(32), tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        load_clip(tmp_path)
+
+
+def test_the_scale_starts_as_in_the_papers_and_is_limited():
+    cfgs = VisionConfig(**SHAPES["even"]), TextConfig(**TEXT)
+    clip, sigmoid = CLIP(*cfgs), CLIP(*cfgs, sigmoid=True)
+    assert clip.logit_scale.exp().item() == pytest.approx(1 / 0.07) and clip.logit_bias is None
+    assert sigmoid.logit_scale.exp().item() == pytest.approx(10)
+    assert sigmoid.logit_bias.item() == -10
+    torch.nn.init.constant_(clip.logit_scale, 7.0)
+    clip.limit_scale()
+    assert clip.logit_scale.item() == pytest.approx(MAX_LOG_SCALE)
+
+
+def test_a_clip_with_the_vision_tower_of_siglip_is_refused():
+    with pytest.raises(ValueError, match="is a clip_vision_model"):
+        CLIP(VisionConfig(model_type=SIGLIP_KIND), TextConfig())
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_learns_sixteen_pairs_by_heart(sigmoid, dtype):
+    torch.manual_seed(0)
+    shape = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64)
+    clip = CLIP(VisionConfig(image_size=16, **shape), TextConfig(**TEXT), 32, sigmoid)
+    clip.compute_dtype = dtype
+    assert clip.text_model.compute_dtype == clip.vision_model.compute_dtype == dtype
+    x, tokens = pictures(16, 16), torch.stack([torch.arange(16), torch.ones(16).long()], dim=1)
+    before = retrieval(*clip(x, tokens))
+    assert max(before.values()) < 0.5
+    optimizer = torch.optim.Adam(clip.parameters(), 3e-3)
+    for _ in range(60):
+        if sigmoid:
+            loss = siglip_loss(*clip(x, tokens), clip.logit_scale, clip.logit_bias)
+        else:
+            loss = clip_loss(*clip(x, tokens), clip.logit_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        clip.limit_scale()
+    # starts at 10 (SigLIP) and 3; with a scale of 10 and a bias of -10 SigLIP's is at best log 2
+    assert loss.item() < (0.5 if sigmoid else 0.2)
+    assert retrieval(*clip(x, tokens)) == {"text_to_picture": 1.0, "picture_to_text": 1.0}
+    assert all(p.grad is not None for p in clip.parameters())
+
+
+def gradients_of(sigmoid, rank=0, world=1):
+    """Of one step on eight pairs, of which this process has its share."""
+    torch.manual_seed(0)
+    clip = CLIP(VisionConfig(**SHAPES["even"]), TextConfig(**TEXT), 16, sigmoid)
+    x, tokens = pictures(32, 8), torch.stack([torch.arange(8), torch.ones(8).long()], dim=1)
+    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    model = torch.nn.parallel.DistributedDataParallel(clip) if world > 1 else clip
+    embeddings = [of_all_processes(e) for e in model(x[share], tokens[share])]
+    if sigmoid:
+        siglip_loss(*embeddings, clip.logit_scale, clip.logit_bias).backward()
+    else:
+        clip_loss(*embeddings, clip.logit_scale).backward()
+    return {name: p.grad for name, p in clip.named_parameters()}
+
+
+def one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    where = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    torch.save([gradients_of(sigmoid, rank, 2) for sigmoid in (False, True)], f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, args=(tmp_path,), nprocs=2)
+    for rank in range(2):
+        for sigmoid, two in enumerate(torch.load(tmp_path / str(rank))):
+            one = gradients_of(bool(sigmoid))
+            assert one.keys() == two.keys()
+            for name in one:
+                assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_captions_end_with_the_end_token_and_are_never_cut(tokenizer):
+    tokens = caption_tokens(tokenizer, ["abc", "a"], 4)
+    end, pad = tokenizer.end_id, tokenizer.pad_id
+    assert tokens.tolist() == [[97, 98, 99, end], [97, end, pad, pad]]
+    with pytest.raises(UserError, match="'abcd' ... has 5 tokens, more than 4"):
+        caption_tokens(tokenizer, ["a", "abcd"], 4)
+
+
+def test_a_text_without_an_end_token_is_refused():
+    clip = CLIP(VisionConfig(**SHAPES["even"]), TextConfig(**TEXT, eos_token_id=9))
+    with pytest.raises(ValueError, match="with the end token 9"):
+        clip.encode_texts(torch.tensor([[9, 0], [1, 2]]))
