@@ -11,7 +11,7 @@ from nanollm.adapter_runs import unwrap
 from nanollm.config import UserError
 from nanollm.data import Packed, pack
 from nanollm.generate import Engine, generate, stream
-from nanollm.gpt import GPTConfig, document_mask
+from nanollm.gpt import GPTConfig, count_parameters, document_mask
 from nanollm.hub import load_model, save_model
 from nanollm.optim import build_optimizers
 from nanollm.picture_data import (
@@ -265,6 +265,25 @@ def test_a_batch_of_text_gives_each_trained_parameter_a_gradient_so_that_ddp_goe
     assert vlm.projector.linear_1.weight.grad.abs().max() == 0
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone: DDP is as strict in it as with many."""
+    where = f"file://{tmp_path}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_batches_of_text_and_of_pictures_go_through_ddp_in_any_order(vlm, tokenizer, one_process):
+    """It complains of a parameter that got no gradient when the next step begins."""
+    vlm.train().train_parts(vision=True, projector=True, language=True)
+    called = torch.nn.parallel.DistributedDataParallel(vlm)
+    text, pictures = torch.tensor([[1, 2, 3]]), some_pictures(1)
+    shown = torch.tensor([ask(vlm, tokenizer, "<image>?")])
+    for tokens, more in ((text, {}), (shown, {"pictures": pictures}), (text, {}), (text, {})):
+        called(tokens, **more).sum().backward()
+
+
 def test_muon_takes_the_matrices_of_the_vision_blocks_too(vlm):
     vlm.train_parts(vision=True, projector=True, language=True)
     muon, adam = build_optimizers(vlm).optimizers
@@ -272,6 +291,14 @@ def test_muon_takes_the_matrices_of_the_vision_blocks_too(vlm):
     assert any(p is vlm.vision.encoder.layers[0].mlp.fc1.weight for p in shapes)
     adams = [p for group in adam.param_groups for p in group["params"]]
     assert any(p is vlm.projector.linear_1.weight for p in adams)
+
+
+def test_flop_of_a_token_leave_the_vision_tower_out(vlm, random_model):
+    total, through = count_parameters(vlm)
+    assert total == sum(p.numel() for p in vlm.parameters())
+    assert through == count_parameters(random_model())[1]
+    untied = random_model(tie_word_embeddings=False)
+    assert count_parameters(untied)[1] == through  # a head more, and an embedding less
 
 
 def test_layer_decay_moves_the_vision_tower_as_little_as_the_embedding(vlm):
