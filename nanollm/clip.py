@@ -231,7 +231,11 @@ def caption_tokens(tokenizer, texts, context):
 
 
 def save_clip(clip, tokenizer, preprocessing, folder):
-    """Write a folder that transformers' CLIPModel opens, its tokenizer and preprocessing too."""
+    """Write a folder that transformers' CLIPModel opens, its tokenizer and preprocessing too.
+
+    It reads a text off at the first end token as we do, unless that has the id 2: then it takes the
+    highest id for the end, as old files of CLIP want it.
+    """
     text, vision = clip.text_model.cfg, clip.vision_model.cfg
     ids = {"bos_token_id": None, "pad_token_id": tokenizer.pad_id}
     config = {
@@ -263,10 +267,15 @@ def load_clip(folder):
     if not isinstance(text, dict) or type(width) is not int or width < 1:
         raise UserError(f"{path} is incomplete: it needs a text_config and a projection_dim")
     text = SILENT | {k: v for k, v in text.items() if v is not None}
-    if text["eos_token_id"] == 2:  # as old files say, where the last id is meant
-        text["eos_token_id"] = text["vocab_size"] - 1
     vision_cfg, text_cfg = read_vision_config(folder), read_values(TextConfig, text, path)
     tensors = without_ids(safetensors.load_folder(folder))
     clip = CLIP(vision_cfg, text_cfg, width, sigmoid="logit_bias" in tensors)
     load_weights(clip, tensors, folder)
-    return clip, Tokenizer.load(folder), load_preprocessing(folder, vision_cfg)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > text_cfg.vocab_size or tokenizer.end_id != text_cfg.eos_token_id:
+        raise UserError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids and ends texts by "
+            f"{tokenizer.end_id}, but config.json says {text_cfg.vocab_size} and "
+            f"{text_cfg.eos_token_id}; the two files don't belong together"
+        )
+    return clip, tokenizer, load_preprocessing(folder, vision_cfg)

@@ -208,9 +208,12 @@ def read_values(cls, values, path, **fixed):
     given = {name: values[name] for name in known if values.get(name) is not None}
     for name, value in given.items():
         kind = type(known[name])
-        sized = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-        whole = isinstance(value, int) or kind is float
-        if not (isinstance(value, str) if kind is str else sized and whole):
+        if kind is str:
+            fits = isinstance(value, str)
+        else:
+            positive = type(value) in (int, kind) and value > 0
+            fits = positive or (value == 0 and name.endswith("_id"))
+        if not fits:
             raise UserError(f"{path} is incomplete or inconsistent: {name} is {value!r}")
     try:
         return cls(**given, **fixed)

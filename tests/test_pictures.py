@@ -86,6 +86,8 @@ GOOD = {
     "sixteen.png": (sixteen_bits(0, 128, 129, 257, 32896, 65535), {})
     + ([(n, n, n) for n in (0, 0, 1, 1, 128, 255)],),
     "sixteen.tiff": (sixteen_bits(0, 65535), {}, [(0, 0, 0), WHITE]),
+    "sixteen.pgm": (sixteen_bits(0, 257, 65535), {}, [(0, 0, 0), (1, 1, 1), WHITE]),
+    "sixteen_big_endian.tiff": (Image.new("I;16B", (1, 1), 257), {}, [(1, 1, 1)]),
     "sixteen_clear.png": (sixteen_bits(0, 300), dict(transparency=300), [(0, 0, 0), WHITE]),
     "cmyk.tiff": (Image.new("CMYK", (1, 1), (0, 255, 255, 0)), {}, [RED]),
 }

@@ -255,6 +255,8 @@ CONFIG_FAULTS = [
     (dict(image_size=[32, 48]), r"image_size is \[32, 48\]"),
     (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
     (dict(hidden_size=True), "hidden_size is True"),
+    (dict(hidden_size=32.5), "hidden_size is 32.5"),
+    (dict(layer_norm_eps=0), "layer_norm_eps is 0"),
     (dict(hidden_act=3), "hidden_act is 3"),
     (dict(vision_use_head=False), "without its pooling head"),
     (dict(num_hidden_layers=4), "lacks 16 tensors, such as encoder.layers.3"),
@@ -377,13 +379,15 @@ CLIP_FAULTS = [
     (dict(model_type="siglip"), "model_type 'siglip' is not clip"),
     (dict(text_config=...), "it needs a text_config"),
     (dict(projection_dim="20"), "it needs a text_config and a projection_dim"),
+    (dict(text_config=TEXT | dict(eos_token_id=0)), "ends texts by 262, but .* says 270 and 0"),
     (dict(projection_dim=21), r"has shape \[20, 16\], but config.json says \[21, 16\]"),
 ]
 
 
 @pytest.mark.parametrize("changes, message", CLIP_FAULTS)
 def test_clip_folders_that_do_not_fit_are_named(tokenizer, tmp_path, changes, message):
-    clip = CLIP(VisionConfig(**SHAPES["even"]), TextConfig(**TEXT), projection_dim=20)
+    text = TextConfig(**TEXT, eos_token_id=tokenizer.end_id)
+    clip = CLIP(VisionConfig(**SHAPES["even"]), text, projection_dim=20)
     save_clip(clip, tokenizer, preprocessing_of(32), tmp_path)
     edit_json(tmp_path / "config.json", **changes)
     with pytest.raises(UserError, match=message):
@@ -457,7 +461,8 @@ def one_of_two(rank, folder):
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, args=(tmp_path,), nprocs=2)
+    # fork, because importing torch anew takes longer than all other tests
+    torch.multiprocessing.start_processes(one_of_two, (tmp_path,), 2, start_method="fork")
     for rank in range(2):
         for sigmoid, two in enumerate(torch.load(tmp_path / str(rank))):
             one = gradients_of(bool(sigmoid))
