@@ -4,12 +4,14 @@ Run     python -m nanollm.evaluate runs/sft                      # the village's
         python -m nanollm.evaluate runs/sft --data problems.jsonl
         python -m nanollm.evaluate runs/grpo --data reasoning --samples 8     # pass@8 and maj@8
         python -m nanollm.evaluate runs/tools --data tools --tools
+        python -m nanollm.evaluate runs/vlm --data pictures.jsonl --pictures grey    # how a blind
+                                                         # model does; shuffled: a misled one
         python -m nanollm.evaluate runs/ppo --data preferences --against runs/sft
         python -m nanollm.evaluate runs/sft --data preferences --reward_model runs/rm --best_of 4
 Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json. Items are
 JSONL, one per line: {"messages": [..., a user's turn], "answer": "...", "check": "contains" |
-"exact" | "number" | "unknown", "family": "..."}, or {"prompt", "answer"}, or GSM8K's; see
-data/README.md.
+"exact" | "number" | "unknown", "family": "..."}, or {"prompt", "answer"}, or GSM8K's, with an
+"image" where the question is about one; see data/README.md.
 Answers are greedy unless --temperature says else.
 """
 

@@ -393,9 +393,12 @@ def init_weights(model):
 
 
 def count_parameters(model):
-    """Number of parameters, and of those that sit in matrix products (each costs 6 FLOP per token
-    trained).
+    """Number of parameters, and of those that sit in matrix products which every token passes
+    (each costs 6 FLOP per token trained): without a vision tower, through which pictures go.
     """
     total = sum(p.numel() for p in model.parameters())
-    embedding = model.model.embed_tokens.weight.numel()
-    return total, total if model.lm_head is None else total - embedding
+    through = sum(p.numel() for p in model.model.parameters())
+    if model.lm_head is not None:  # else the embedding is the head as well
+        through -= model.model.embed_tokens.weight.numel()
+        through += sum(p.numel() for p in model.lm_head.parameters())
+    return total, through

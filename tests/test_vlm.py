@@ -11,7 +11,7 @@ from nanollm.adapter_runs import unwrap
 from nanollm.config import UserError
 from nanollm.data import Packed, pack
 from nanollm.generate import Engine, generate, stream
-from nanollm.gpt import GPTConfig, document_mask
+from nanollm.gpt import GPTConfig, count_parameters, document_mask
 from nanollm.hub import load_model, save_model
 from nanollm.optim import build_optimizers
 from nanollm.picture_data import (
@@ -23,7 +23,7 @@ from nanollm.picture_data import (
 )
 from nanollm.pictures import Preprocessing
 from nanollm.runtime import Runtime
-from nanollm.vision import CLIP_KIND, SIGLIP_KIND, ViT, VisionConfig, save_vision
+from nanollm.vision import CLIP_KIND, SIGLIP_KIND, VisionConfig, ViT, save_vision
 from nanollm.vlm import PROJECTORS, VLM, Projector, expand, image_id_of, render_with_pictures
 from nanollm.vlm_files import build_vlm, load_vlm
 from tests.conftest import SMALL, randomise
@@ -265,6 +265,25 @@ def test_a_batch_of_text_gives_each_trained_parameter_a_gradient_so_that_ddp_goe
     assert vlm.projector.linear_1.weight.grad.abs().max() == 0
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone: DDP is as strict in it as with many."""
+    where = f"file://{tmp_path}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_batches_of_text_and_of_pictures_go_through_ddp_in_any_order(vlm, tokenizer, one_process):
+    """It complains of a parameter that got no gradient when the next step begins."""
+    vlm.train().train_parts(vision=True, projector=True, language=True)
+    called = torch.nn.parallel.DistributedDataParallel(vlm)
+    text, pictures = torch.tensor([[1, 2, 3]]), some_pictures(1)
+    shown = torch.tensor([ask(vlm, tokenizer, "<image>?")])
+    for tokens, more in ((text, {}), (shown, {"pictures": pictures}), (text, {}), (text, {})):
+        called(tokens, **more).sum().backward()
+
+
 def test_muon_takes_the_matrices_of_the_vision_blocks_too(vlm):
     vlm.train_parts(vision=True, projector=True, language=True)
     muon, adam = build_optimizers(vlm).optimizers
@@ -272,6 +291,14 @@ def test_muon_takes_the_matrices_of_the_vision_blocks_too(vlm):
     assert any(p is vlm.vision.encoder.layers[0].mlp.fc1.weight for p in shapes)
     adams = [p for group in adam.param_groups for p in group["params"]]
     assert any(p is vlm.projector.linear_1.weight for p in adams)
+
+
+def test_flop_of_a_token_leave_the_vision_tower_out(vlm, random_model):
+    total, through = count_parameters(vlm)
+    assert total == sum(p.numel() for p in vlm.parameters())
+    assert through == count_parameters(random_model())[1]
+    untied = random_model(tie_word_embeddings=False)
+    assert count_parameters(untied)[1] == through  # a head more, and an embedding less
 
 
 def test_layer_decay_moves_the_vision_tower_as_little_as_the_embedding(vlm):
@@ -462,7 +489,7 @@ def row(image, asked, answer="yes", **more):
 
 
 def test_rows_with_one_picture_several_and_none_are_read(album):
-    path = album(row("a.png", "<image>?"), row(["b.png", "a.png"], "<image><image>"), row(None, "?"))
+    path = album(row("a.png", "<image>"), row(["b.png", "a.png"], "<image><image>"), row(None, "?"))
     chats = read_picture_chats(path)
     names = [[image.rpartition("/")[2] for image in chat["images"]] for chat in chats]
     assert names == [["a.png"], ["b.png", "a.png"], []]
@@ -471,9 +498,9 @@ def test_rows_with_one_picture_several_and_none_are_read(album):
 def test_llavas_json_array_is_read(album):
     turns = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": "yes"}]
     path = album({"id": "1", "image": "a.png", "conversations": turns}, name="llava.json")
-    chat = read_picture_chats(path)[0]
-    assert chat["messages"][0] == {"role": "user", "content": "<image>\nred?"}
-    assert chat["images"] == [str(path.parent / "a.png")]
+    [read] = read_picture_chats(path)
+    assert read["messages"][0] == {"role": "user", "content": "<image>\nred?"}
+    assert read["images"] == [str(path.parent / "a.png")]
 
 
 @pytest.mark.parametrize(
@@ -544,10 +571,10 @@ def test_packed_dialogues_give_the_loss_of_each_alone(vlm, tokenizer, album, cap
             pictures=store.pictures(rows.picture_numbers()),
         )
     found = 0
-    for chat in chats:
+    for each in chats:
         n = vlm.tokens_per_picture
-        ids, _ = render_with_pictures(tokenizer, chat["messages"], n, len(chat["images"]))
-        alone = logits_of(vlm, ids, store.of(chat["images"]))
+        ids, _ = render_with_pictures(tokenizer, each["messages"], n, len(each["images"]))
+        alone = logits_of(vlm, ids, store.of(each["images"]))
         for r, tokens in enumerate(rows.tokens.tolist()):
             for start in range(len(tokens) - len(ids) + 1):
                 if tokens[start : start + len(ids)] == ids:
@@ -672,7 +699,7 @@ def test_items_are_answered_with_right_grey_or_other_pictures(vlm, tokenizer, al
     a, plain, b, c = replies["right"]
     assert len({a, b, c}) == 3
     assert len({replies["grey"][i] for i in (0, 2, 3)}) == 1
-    assert all(x != y for i, (x, y) in enumerate(zip(replies["right"], replies["shuffled"])) if i != 1)
+    assert all(replies["right"][i] != replies["shuffled"][i] for i in (0, 2, 3))
     assert {replies[how][1] for how in replies} == {plain}
     assert show_pictures(items, store, "grey")[1] is None
 
