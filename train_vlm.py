@@ -40,6 +40,7 @@ from nanollm.clip import (
     TextConfig,
     caption_tokens,
     clip_loss,
+    of_all_processes,
     retrieval,
     save_clip,
     siglip_loss,
@@ -90,6 +91,7 @@ class Config:
     # village: its pictures; or JSONL of {"image", "caption"} (clip) or of dialogues with pictures,
     # ours or LLaVA's (see data/README.md)
     data: str = "village"
+    pictures: int = 6000  # how many the village paints for training
     val_data: str | None = None  # held-out records; default: the last --val_fraction of --data
     val_fraction: float = 0.05  # share of --data that is held out
     test_data: str | None = None  # test items; the village has its own
@@ -137,6 +139,7 @@ class Config:
 
 PRESETS = {
     "smoke": {
+        "pictures": 100,
         "steps": 6,
         "batch_size": 8,
         "eval_every": 3,
@@ -206,10 +209,15 @@ def all_stages(cfg, rt):
 # --- data ----------------------------------------------------------------------------------------
 
 
+def painted(cfg):
+    """Folder of the village's pictures."""
+    return village_pictures.prepare(size=cfg.picture_size, n_train=cfg.pictures)
+
+
 def load_records(cfg, read, village_name):
     """(training records, held-out records) of the village's files of this name, or of --data."""
     if cfg.data == "village":
-        folder = village_pictures.prepare(size=cfg.picture_size)
+        folder = painted(cfg)
         return [read(folder / f"{village_name}_{part}.jsonl") for part in ("train", "val")]
     train = read(cfg.data)
     if cfg.val_data:
@@ -222,7 +230,7 @@ def load_test(cfg, read, village_name):
     if cfg.test_data:
         return read(cfg.test_data)
     if cfg.data == "village":
-        return read(village_pictures.prepare(size=cfg.picture_size) / f"{village_name}.jsonl")
+        return read(painted(cfg) / f"{village_name}.jsonl")
     return None
 
 
@@ -247,14 +255,6 @@ def load_texts(cfg):
 
 
 # --- clip ----------------------------------------------------------------------------------------
-
-
-def gathered(x, world):
-    """Rows (B / world, E) of every process -> (B, E), with gradients: a contrastive loss compares
-    across the whole batch. Each process computes the same loss, and its gradient comes from its own
-    rows in every copy; DDP's mean over the copies is then the gradient of one.
-    """
-    return x if world == 1 else torch.cat(torch.distributed.nn.functional.all_gather(x))
 
 
 def caption_ids(tokenizer, records):
@@ -327,7 +327,7 @@ def train_clip(cfg, rt):
         batch = sampler.take(cfg.batch_size)[share]
         pictures = store.pictures(numbers[batch].tolist()).to(rt.device)
         texts = tokens[0][batch, : lengths[batch].max()].to(rt.device)
-        x, y = (gathered(each, rt.world) for each in called(pictures, texts))
+        x, y = map(of_all_processes, called(pictures, texts))
         loss = contrastive_loss(model, x, y)
         scaler.scale(loss).backward()
         optimizers.unscale(scaler)

@@ -5,8 +5,11 @@ A report is a list of sections; each holds paragraphs, tables, code and figures,
 both forms.
 """
 
+import base64
+import os
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 860px; margin: 40px auto; padding: 0 20px;
@@ -16,8 +19,24 @@ color: #1a1a1a } h1 { font-size: 30px; margin-bottom: 4px } h2 { margin-top: 44p
 5px 10px; border-bottom: 1px solid #eceff3 } td { vertical-align: top } .number { text-align:
 right; font-variant-numeric: tabular-nums; white-space: nowrap } pre { background: #f6f8fa; padding:
 10px 14px; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; font-size: 13.5px } figure {
-margin: 14px 0 } svg { width: 100%; height: auto } .lead { color: #555; margin-top: 0 }
+margin: 14px 0 } svg { width: 100%; height: auto }
+img { width: 96px; image-rendering: pixelated; border-radius: 6px; display: block } .lead { color: #555; margin-top: 0 }
 """
+
+
+@dataclass
+class Picture:
+    """A PNG in a cell of a table: embedded in the HTML, linked in the Markdown."""
+
+    path: Path
+    folder: Path  # of the report, from which the link counts
+
+    def html(self):
+        data = base64.b64encode(Path(self.path).read_bytes()).decode()
+        return f"<td><img src='data:image/png;base64,{data}'></td>"
+
+    def markdown(self):
+        return f"![]({os.path.relpath(self.path, self.folder)})"
 
 
 @dataclass
@@ -32,7 +51,7 @@ class Section:
         self.parts.append(("code", text))
 
     def table(self, header, rows):
-        """header: list of str; rows: lists of str as long as it."""
+        """header: list of str; rows: lists of str, or Pictures, as long as it."""
         self.parts.append(("table", (header, rows)))
 
     def figure(self, path, svg, caption):
@@ -61,6 +80,8 @@ def to_markdown(title, lead, sections):
 
 
 def looks_like_number(text):
+    if isinstance(text, Picture):
+        return False
     return text.strip("+-−%× ").replace(".", "").replace(",", "").removesuffix(" s").isdigit()
 
 
@@ -68,6 +89,8 @@ def _html_table(content):
     header, rows = content
 
     def cell(text, tag="td", like=None):
+        if isinstance(text, Picture):
+            return text.html()
         number = " class=number" if looks_like_number(text if like is None else like) else ""
         return f"<{tag}{number}>{escape(text)}</{tag}>"
 
@@ -81,9 +104,14 @@ def _markdown_table(content):
     header, rows = content
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
-        "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in line) + " |"
-        for line in lines
+        "| " + " | ".join(_markdown_cell(c) for c in line) + " |" for line in lines
     )
+
+
+def _markdown_cell(content):
+    if isinstance(content, Picture):
+        return content.markdown()
+    return content.replace("|", "\\|").replace("\n", " ")
 
 
 _HTML = {
