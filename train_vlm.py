@@ -46,7 +46,7 @@ from nanollm.clip import (
     siglip_loss,
 )
 from nanollm.config import UserError, cli, save_config
-from nanollm.data import Sampler
+from nanollm.data import Sampler, Windows
 from nanollm.evaluate import first_of_each_family, read_items, table, village_of
 from nanollm.formats import read_chats, split_documents
 from nanollm.gpt import document_mask
@@ -74,7 +74,7 @@ from nanollm.vlm_figures import (
     text_figures,
 )
 from nanollm.vlm_files import build_vlm
-from train_sft import sft_loss
+from train_sft import load_replay, replay_rows, sft_loss
 
 
 @dataclass
@@ -96,8 +96,10 @@ class Config:
     val_fraction: float = 0.05  # share of --data that is held out
     test_data: str | None = None  # test items; the village has its own
     test_items: int = 48  # items per family, of text and of pictures
-    text_data: str = "village"  # for instruct: dialogues of text alone, against forgetting
-    replay: float = 0.25  # share of the rows that these are
+    # for instruct, against forgetting: dialogues without pictures, and plain text
+    text_data: str = "village"  # village, or JSONL of dialogues
+    replay_data: str = "village"  # village, or a .txt or .jsonl file
+    replay: float = 0.375  # share of the rows without pictures: half dialogues, half plain text
     blind: bool = False  # for instruct: a grey picture in place of each
     context: int | None = None  # row length T; default: 256, or the model's context if shorter
     # -- Model
@@ -427,8 +429,9 @@ def train_language(cfg, rt):
     chats, val_chats = load_dialogues(cfg)
     pack = partial(pack_picture_chats, tokenizer=tokenizer, T=T, vlm=model, store=store, rt=rt)
     train_rows, val_rows = pack(chats, name="training"), pack(val_chats, name="held-out")
-    n_texts = round(cfg.replay * cfg.batch_size) if cfg.stage == "instruct" else 0
+    n_texts = round(cfg.replay * cfg.batch_size / 2) if cfg.stage == "instruct" else 0
     text_rows = pack(load_texts(cfg), name="text") if n_texts else train_rows
+    windows = Windows(load_replay(cfg, tokenizer)[0], T - 1)
     items = load_items(cfg)
 
     share = rt.share(cfg.batch_size)
@@ -436,7 +439,8 @@ def train_language(cfg, rt):
     called = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay)
-    samplers = [Sampler(len(train_rows), cfg.seed), Sampler(len(text_rows), cfg.seed + 1)]
+    sizes = len(train_rows), len(text_rows), windows.n
+    samplers = [Sampler(n, cfg.seed + i) for i, n in enumerate(sizes)]
     scaler = rt.scaler()
     trained = [model, optimizers, samplers, scaler]
     before = run.restore(*trained)
@@ -447,8 +451,10 @@ def train_language(cfg, rt):
     while run.step < cfg.steps:
         optimizers.schedule(SCHEDULES[cfg.schedule](run.step, cfg.steps, cfg.warmup))
         optimizers.zero_grad()
-        rows = train_rows.rows(samplers[0].take(cfg.batch_size - n_texts))
-        rows = rows.join(text_rows.rows(samplers[1].take(n_texts))).rows(share).to(rt.device)
+        rows = train_rows.rows(samplers[0].take(cfg.batch_size - 2 * n_texts))
+        rows = rows.join(text_rows.rows(samplers[1].take(n_texts)))
+        rows = rows.join(replay_rows(windows, samplers[2].take(n_texts), tokenizer.eot_id))
+        rows = rows.rows(share).to(rt.device)
         count = rt.sum(rows.mask[:, 1:].sum().item())  # trained tokens of the whole batch
         loss = 0.0
         parts = torch.arange(len(rows)).chunk(cfg.accumulate)

@@ -1,7 +1,9 @@
 """What each stage's section of the report shows: the effect, measured on held-out items."""
 
 from nanollm.hub import read_json
+from nanollm.report import Picture
 from nanollm.run import read_metrics
+from nanollm.vlm_figures import BEGINS, mean
 
 
 def pretraining(section, result, folder):
@@ -220,3 +222,47 @@ def parameter_efficient(section, result, folder):
         "asks about ships, and about villagers whom no dialogue names."
     )
     section.code((folder / "samples.txt").read_text().strip())
+
+
+PICTURE_FAMILIES = {
+    "existence": "is it there?",
+    "count": "how many?",
+    "colour": "which colour?",
+    "place": "where?",
+    "comparison": "more, fewer, bigger?",
+    "sum": "two kinds together",
+    "more": "how many more?",
+    "all": "how many things in all?",
+    "season": "which season?",
+}
+
+
+def pictures(section, result, folder):
+    found = result["pictures"]
+    columns = {"right_picture": found["right"], "another_picture": found["shuffled"]}
+    columns["blind_model"] = result["blind"]
+    accuracy_table(section, "held-out questions", PICTURE_FAMILIES, **columns)
+    tower = read_json(folder.with_name(f"{folder.name}-clip") / "result.json")
+    with_steps, without = (mean(found[name]) for name in BEGINS)
+    texts = {when: mean(families) for when, families in result["texts"].items()}
+    section.table(
+        ["", "accuracy"],
+        [
+            ["all kinds of questions", f"{mean(found['right']):.1%}"],
+            ["the blind model", f"{mean(result['blind']):.1%}"],
+            ["colours and kinds never seen together", f"{mean(found['combos']):.1%}"],
+            ["sums and differences, with steps", f"{with_steps:.1%}"],
+            ["sums and differences, without", f"{without:.1%}"],
+            ["the right caption among 64 (chance 1.6%)", f"{tower['picture_to_text']:.1%}"],
+            ["the right picture among 64", f"{tower['text_to_picture']:.1%}"],
+            ["questions without pictures, before", f"{texts['before']:.1%}"],
+            ["questions without pictures, after", f"{texts['after']:.1%}"],
+        ],
+    )
+    blind = read_json(folder.with_name(f"{folder.name}-blind") / "pictures.json", list)
+    rows = [
+        [Picture(seen["image"], folder.parent), seen["question"], seen["reply"], guessed["reply"],
+         seen["answer"]]
+        for seen, guessed in zip(read_json(folder / "pictures.json", list), blind)
+    ]  # fmt: skip
+    section.table(["picture", "question", "the model", "the blind model", "right"], rows)

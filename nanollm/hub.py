@@ -29,15 +29,15 @@ ARCHITECTURES = {
 }
 
 
-def read_json(path):
+def read_json(path, kind=dict):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
+    if not isinstance(value, kind):
+        raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'array'}")
     return value
 
 

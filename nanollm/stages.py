@@ -161,4 +161,17 @@ def stages(root):
             effects.parameter_efficient,
             speaks="none",
         ),
+            Stage(
+            "vlm",
+            "Eyes",
+            "train_vlm.py",
+            {"init": f"{root}/sft", "out": f"{root}/vlm"},
+            "The fine-tuned model learns to see. A vision tower learns which picture belongs to "
+            "which caption, a projector turns its features into tokens of the language model, and "
+            "then both learn from questions about pictures. A second model learns the same from "
+            "grey pictures: what that one gets right can be guessed.",
+            effects.pictures,
+            speaks="none",
+            curves="Loss per token over the optimizer steps.",
+        ),
     ]
