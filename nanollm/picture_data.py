@@ -2,9 +2,10 @@
 
     {"image": "a.png" or ["a.png", "b.png"], "messages": [... "<image>What is this?" ...]}
     {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}
+    {"image": "a.png", "caption": "A red ball."}
 
 The second form is LLaVA's (Liu et al. 2023, arXiv:2304.08485), often one JSON array. Paths count
-from the file's folder. Records without "image" are text. data/README.md documents the formats.
+from the file's folder. Dialogues without "image" are text. data/README.md documents the formats.
 """
 
 import random
@@ -34,16 +35,32 @@ def read_picture_chats(path):
     return chats
 
 
+def read_captions(path):
+    """[(path of a picture, its caption)] from records {"image", "caption"}: what CLIP reads."""
+    pairs = []
+    for line, record in read_jsonl(path):
+        image, caption = record.get("image"), record.get("caption")
+        if not isinstance(image, str) or not isinstance(caption, str) or not caption.strip():
+            raise UserError(
+                f'{path}, line {line}: a caption needs an "image", a file name, and a "caption"'
+            )
+        pairs.append((str(existing(Path(path).parent / image, f"{path}, line {line}")), caption))
+    return pairs
+
+
+def existing(image, where):
+    if not image.is_file():
+        raise UserError(f"{where}: the picture {image} does not exist")
+    return image
+
+
 def with_images(record, folder, where):
     """The record with "images": the paths that its "image" names, relative to the folder."""
     named = record.get("image") or []
     named = [named] if isinstance(named, str) else named
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise UserError(f'{where}: "image" must be a file name or a list of them, not {named!r}')
-    images = [str(Path(folder) / name) for name in named]
-    for image in images:
-        if not Path(image).is_file():
-            raise UserError(f"{where}: the picture {image} does not exist")
+    images = [str(existing(Path(folder) / name, where)) for name in named]
     messages = as_chat({"messages": record["messages"]}, where)["messages"]
     check_markers(messages, len(images), where)
     return {**record, "images": images}
