@@ -55,14 +55,15 @@ def token_logprobs(logits, targets):
     return _TokenLogprobs.apply(logits.reshape(-1, V), targets.reshape(-1)).view(targets.shape)
 
 
-def reply_logprobs(model, rows, temperature=1.0, with_entropy=False):
+def reply_logprobs(model, rows, temperature=1.0, with_entropy=False, **shown):
     """log p of each reply's tokens: rows a data.Replies of B rows -> (B, T - 1) in fp32.
 
     Entry t scores tokens[:, t + 1], and is zero where that is no token of the reply. With
-    `with_entropy` also the entropy in nats of the distribution behind each, (B, T - 1).
+    `with_entropy` also the entropy in nats of the distribution behind each, (B, T - 1). A VLM takes
+    `pictures`, those of the first row, then those of the second, and so on.
     """
     trained = rows.mask[:, 1:]
-    logits = model(*rows.inputs(), where=F.pad(trained, (0, 1)))  # (n, V)
+    logits = model(*rows.inputs(), where=F.pad(trained, (0, 1)), **shown)  # (n, V)
     if temperature != 1:
         logits = logits / temperature
     blank = torch.zeros(trained.shape, device=logits.device)

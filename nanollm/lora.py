@@ -286,6 +286,8 @@ def peft_key(model, name):
 def files(model, name="default"):
     """(adapter_config.json without its base, {key: tensor}) of an adapter, as peft writes them."""
     config, tensors = dict(model.lora.settings[name]), {}
+    if any(p.requires_grad for n, p in model.named_parameters() if n.startswith("vision.")):
+        raise UserError("an adapter is saved without the vision tower; freeze that, or train all")
     for where, layer in layers(model).items():
         if name in layer.lora_A:
             key = peft_key(model, where)

@@ -9,14 +9,16 @@ from PIL import Image
 from nanollm import adapters, chat, evaluate, lora, safetensors
 from nanollm.adapter_runs import unwrap
 from nanollm.config import UserError
-from nanollm.data import Packed, pack
+from nanollm.data import Packed, pack, pad_replies
 from nanollm.generate import Engine, generate, stream
 from nanollm.gpt import GPTConfig, count_parameters, document_mask
 from nanollm.hub import load_model, save_model
+from nanollm.logprobs import reply_logprobs
 from nanollm.optim import build_optimizers
 from nanollm.picture_data import (
     PictureStore,
     pack_picture_chats,
+    read_captions,
     read_picture_chats,
     show_pictures,
     shuffled,
@@ -344,6 +346,13 @@ def test_an_adapters_folder_gives_the_model_back_with_its_projector(vlm, tokeniz
     assert torch.allclose(logits_of(vlm, ids, pictures), expected, atol=1e-4)
 
 
+def test_an_adapter_is_not_saved_where_it_would_lose_the_vision_tower(vlm, tokenizer, tmp_path):
+    adapted(vlm).base_folder = tmp_path / "base"
+    vlm.vision.requires_grad_(True)
+    with pytest.raises(UserError, match="without the vision tower; freeze that, or train all"):
+        save_model(vlm, tokenizer, tmp_path / "adapter")
+
+
 def test_peft_opens_the_adapter_of_a_vlm(tokenizer, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     vlm = make(tokenizer, "mlp")
@@ -466,6 +475,20 @@ def test_replies_keep_their_pictures_when_prompts_are_sorted(vlm, tokenizer):
         assert reply == slow[: ends[0]]
 
 
+def test_replies_are_scored_with_their_pictures(vlm, tokenizer):
+    prompts, pictures = four_prompts(vlm, tokenizer)
+    replies = [[5, 6, 7], [8], [9, 10], [11, 12]]
+    shown = torch.cat([x for x in pictures if x is not None])
+    rows = pad_replies(prompts, replies, tokenizer.pad_id)
+    with torch.no_grad():
+        scored = reply_logprobs(vlm, rows, pictures=shown)
+    for row, prompt, reply, own in zip(scored, prompts, replies, pictures):
+        own = own if own is not None and len(own) else None
+        fresh = logits_of(vlm, prompt + reply, own).log_softmax(-1)
+        for t, token in enumerate(reply, start=len(prompt)):
+            assert row[t - 1].item() == pytest.approx(fresh[t - 1, token].item(), abs=1e-4)
+
+
 # --- data ----------------------------------------------------------------------------------------
 
 
@@ -517,6 +540,25 @@ def test_llavas_json_array_is_read(album):
 def test_a_bad_row_is_named_with_file_and_line(bad, sentence, album):
     with pytest.raises(UserError, match=f"rows.jsonl, {sentence}"):
         read_picture_chats(album(row("a.png", "<image>?"), bad))
+
+
+def test_captions_are_read_and_a_bad_one_is_named(album):
+    good = {"image": "a.png", "caption": "red"}
+    path = album(good)
+    picture = str(path.parent / "a.png")
+    assert read_captions(path) == [{"image": picture, "caption": "red"}]
+    said = row("a.png", "<image>\nWhat is this?", "A red square.")
+    assert read_captions(album(said)) == [{"image": picture, "caption": "A red square."}]
+    bad_rows = {
+        "a chat record needs": {"image": "a.png"},
+        "a caption belongs to one picture, not to 0": {"caption": "x"},
+        'a "caption" is wanted': {"image": "a.png", "caption": " "},
+    }
+    for sentence, bad in bad_rows.items():
+        with pytest.raises(UserError, match=f"rows.jsonl, line 2: {sentence}"):
+            read_captions(album(good, bad))
+    with pytest.raises(UserError, match="line 1: the picture .*z.png does not exist"):
+        read_captions(album({"image": "z.png", "caption": "x"}))
 
 
 def test_a_store_opens_each_file_once_and_gives_what_preprocessing_gives(album, monkeypatch):
