@@ -86,6 +86,8 @@ def answer(model, tokenizer, messages, cfg, generator, tools=None):
 
 
 def main(cfg):
+    if cfg.knowledge and not cfg.tools:
+        raise UserError("--knowledge is what tools search in; add --tools")
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     model, tokenizer = load_model(cfg.model, cfg.adapter)
     rt.prepare(model, train=False)
@@ -96,7 +98,7 @@ def main(cfg):
     messages = list(opening)
     if cfg.prompt is not None:
         reply_to([*messages, {"role": "user", "content": cfg.prompt}])
-        return
+        return rt.close()
     typed = sys.stdin.isatty()
     if typed:
         print(
@@ -122,6 +124,7 @@ def main(cfg):
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": reply})
+    rt.close()
 
 
 if __name__ == "__main__":
