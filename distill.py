@@ -385,11 +385,17 @@ def open_models(cfg, rt):
     return teacher, student, tokenizer
 
 
+def gather(cfg, rt):
+    """(models, lessons) of a run; refuses what it can't do before it writes a folder."""
+    rt.share(cfg.batch_size)
+    models = open_models(cfg, rt)
+    return models, prepare(cfg, rt, *models)
+
+
 def distil(cfg, rt):
     """Train one student."""
-    teacher, student, tokenizer = open_models(cfg, rt)
-    lessons, prompts, val, items, answers = prepare(cfg, rt, teacher, student, tokenizer)
-    rt.share(cfg.batch_size)  # refuses what can't be shared before a folder is written
+    (teacher, student, tokenizer), gathered = gather(cfg, rt)
+    lessons, prompts, val, items, answers = gathered
     run = Run(cfg, rt, cfg.steps)
     if rt.main and not cfg.resume:
         write_answers(answers, run.folder / "teacher.jsonl")
@@ -459,7 +465,7 @@ def main(cfg):
         check_folders(cfg.init, cfg.out)
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     train = partial(distil, rt=rt)
-    compare(cfg, rt, train) if cfg.compare else train(cfg)
+    compare(cfg, rt, partial(gather, rt=rt), train) if cfg.compare else train(cfg)
     rt.close()
 
 
