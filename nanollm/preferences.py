@@ -162,7 +162,7 @@ def scores(reward_model, rows):
 
 def load_scorer(folder, tokenizer, model_folder, rt):
     """A reward model to score with; one of another tokenizer than the model's is refused."""
-    if not is_scalar(existing_folder(folder)):
+    if not is_scalar(existing_folder(folder, "--reward_model")):
         raise UserError(f"{folder} is no reward model; train one with train_rm.py")
     scorer, own = load_scalar(folder)
     if own.fingerprint() != tokenizer.fingerprint():
