@@ -304,8 +304,8 @@ class Distillation:
         if cfg.cache_top_k and cfg.method in ("soft", "both", "on_policy"):
             self.cache = cache_top_k(teacher, lessons, cfg.cache_top_k, self.V, cfg.temperature)
         if cfg.method == "compress":
-            norm = student.model.norm
-            norm.register_forward_hook(lambda module, x, out: setattr(self, "hidden", out))
+            seen = self.seen = {}  # not self in the hook: models that hold each other stay for ever
+            student.model.norm.register_forward_hook(lambda norm, x, out: seen.update(hidden=out))
 
     def batch(self, step):
         """(Lessons of this process, their numbers; None where the student wrote them itself)."""
@@ -364,7 +364,7 @@ class Distillation:
         divergence = self.divergence(student, teacher)
         loss = soft_loss(divergence, ce, labelled, counts, alpha, cfg.temperature)
         if cfg.method == "compress":
-            cosine = hidden_cosine_loss(self.hidden[where], hidden)
+            cosine = hidden_cosine_loss(self.seen["hidden"][where], hidden)
             loss = loss + cfg.cosine_weight * cosine.sum() / counts.tokens
         return loss
 
