@@ -15,6 +15,7 @@ k1 into the reward, which gives the reverse KL's. An answer that doesn't end wit
 Run     python train_grpo.py
         python train_grpo.py --preset zero           # R1-Zero: from runs/pretrain, without SFT
         python train_grpo.py --init runs/tools --data tools --tools --out runs/grpo_tools
+        python train_grpo.py --preset pictures       # counting what is in a picture, from runs/vlm
 Needs   runs/cot                 (python train_sft.py --preset cot)
 Expect  held-out problems 49% -> 89% in a minute on 2 cores; R1-Zero 0.5% -> 62% in 20 s (README.md)
 """
@@ -34,29 +35,33 @@ from nanollm.evaluate import (
     as_text,
     figures_table,
     first_of_each_family,
+    pictures_of,
     sample_replies,
     sampled_figures,
     village_of,
     village_tools,
 )
-from nanollm.formats import read_prompts, split_documents
+from nanollm.formats import split_documents
 from nanollm.generate import check_room, generate
 from nanollm.hub import load_model
 from nanollm.logprobs import reply_logprobs
 from nanollm.optim import build_optimizers, trapezoid
+from nanollm.picture_data import read_picture_prompts, store_of
 from nanollm.rewards import accuracy, think_format
 from nanollm.run import Run, check_folders
 from nanollm.runtime import start
+from nanollm.vlm import VLM, render_with_pictures
 
 
 @dataclass
 class Config:
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; zero: R1-Zero, from the base model;
-    # gpu: the gpu preset of pretraining
+    # pictures: a vision-language model counts; gpu: the gpu preset of pretraining
     preset: str = "tiny"
     # -- Data
     init: str = "runs/cot"  # run folder or model folder to start from; also the reference
-    # village: its problems; tools: its questions for tools; or JSONL of problems, GSM8K's too
+    # village: its problems; tools: its questions for tools; pictures: what to count in its
+    # pictures; or JSONL of problems, GSM8K's too, with an "image" where they are about one
     data: str = "village"
     families: str = ""  # only these kinds of problems, separated by commas; default: all
     val_fraction: float = 0.05  # share of --data that is held out
@@ -126,6 +131,7 @@ PRESETS = {
         "adam_lr": 1e-4,
         "out": "runs/zero",
     },
+    "pictures": {"init": "runs/vlm", "data": "pictures", "out": "runs/vlm-grpo"},
     "gpu": {"batch_size": 128, "samples": 16, "steps": 200, "adam_lr": 1e-6, "accumulate": 16},
 }
 
@@ -133,6 +139,14 @@ REWARDS = ((1.0, accuracy), (0.1, think_format))  # (weight, function of problem
 
 
 # --- data ----------------------------------------------------------------------------------------
+
+
+# --data by name: where its folder is, and its files' name
+VILLAGE = {
+    "village": (village_of, "problems"),
+    "tools": (village_of, "tools"),
+    "pictures": (pictures_of, "problems"),
+}
 
 
 def load_problems(cfg):
@@ -146,12 +160,12 @@ def load_problems(cfg):
             raise UserError(f"{cfg.data} has no problems of {', '.join(sorted(unknown))}")
         return [item for item in items if not wanted or item["family"] in wanted]
 
-    if cfg.data in ("village", "tools"):
-        name, folder = {"village": "problems", "tools": "tools"}[cfg.data], village_of(cfg.init)
-        files = (folder / f"{name}_{split}.jsonl" for split in ("train", "test"))
-        parts = [chosen(read_prompts(path)) for path in files]
+    if cfg.data in VILLAGE:
+        folder_of, name = VILLAGE[cfg.data]
+        files = (folder_of(cfg.init) / f"{name}_{split}.jsonl" for split in ("train", "test"))
+        parts = [chosen(read_picture_prompts(path)) for path in files]
     else:
-        records = chosen(read_prompts(cfg.data))
+        records = chosen(read_picture_prompts(cfg.data))
         parts = [split_documents(records, part, cfg.val_fraction) for part in ("train", "val")]
     if not all(parts):
         raise UserError(
@@ -168,12 +182,15 @@ DESCRIPTION = (
 )
 
 
-def chat_prompt(item, tokenizer):
+def chat_prompt(item, tokenizer, per_picture):
     """Ids of a dialogue up to where the assistant begins."""
-    return tokenizer.render(item["messages"], generation_prompt=True)[0]
+    messages, images = item["messages"], item.get("images")
+    if images:
+        return render_with_pictures(tokenizer, messages, per_picture, len(images), True)[0]
+    return tokenizer.render(messages, generation_prompt=True)[0]
 
 
-def zero_prompt(item, tokenizer):
+def zero_prompt(item, tokenizer, _):
     """For a base model, which follows examples instead of instructions: a question thought through,
     then the problem. Without tags: no text has shown them to our base model, so that it would never
     close one.
@@ -182,7 +199,7 @@ def zero_prompt(item, tokenizer):
     return [tokenizer.eot_id, *tokenizer.encode(text)]
 
 
-def think_prompt(item, tokenizer):
+def think_prompt(item, tokenizer, _):
     """For a base model that has read much of the internet: as DeepSeek-R1-Zero's template
     (2501.12948, table 1), the thought and its tags are described, and rewarded by `think_format`.
     """
@@ -359,17 +376,34 @@ def reward_of(item, text):
 class Sampling:
     """How problems are put to a policy, and what its answers are worth."""
 
-    def __init__(self, cfg, tokenizer):
+    def __init__(self, cfg, tokenizer, model=None):
+        """`model`: the one that reads the problems' pictures, where they have some."""
         self.cfg, self.tokenizer = cfg, tokenizer
-        self.ask = partial(TEMPLATES[cfg.template], tokenizer=tokenizer)
+        self.store = None if model is None else store_of(model)
+        self.per_picture = None if model is None else model.tokens_per_picture
         self.tools = None
         if cfg.tools:
             self.tools = village_tools(cfg.init, tokenizer, cfg.knowledge)
 
+    def ask(self, item):
+        """Ids of the prompt."""
+        return TEMPLATES[self.cfg.template](item, self.tokenizer, self.per_picture)
+
+    @torch.no_grad()
+    def look(self, policy, items):
+        """What the vision tower, which stays frozen, makes of each item's pictures: (n, N, C_v);
+        None where there are none.
+        """
+        paths = [item.get("images", []) for item in items]
+        if not any(paths):
+            return None
+        pictures = self.store.of([path for own in paths for path in own])
+        return policy.look(pictures.to(policy.device)).split([len(own) for own in paths])
+
     def rollout(self, policy, items, noise):
         """Sample G answers to each item with this noise (B, max_new_tokens)."""
         cfg, tokenizer = self.cfg, self.tokenizer
-        prompts = list(map(self.ask, items))
+        prompts, seen = list(map(self.ask, items)), self.look(policy, items)
         out = generate(
             policy,
             prompts,
@@ -380,10 +414,13 @@ class Sampling:
             pad_id=tokenizer.pad_id,
             noise=noise,
             tools=self.tools,
+            pictures=seen,
         )
         answers = out.lists()  # ids as generated, never made from text again
-        items, prompts = ([x for x in xs for _ in range(cfg.samples)] for xs in (items, prompts))
-        rows = pad_replies(prompts, answers, tokenizer.pad_id, out.owned())
+        items, prompts, seen = (
+            xs and [x for x in xs for _ in range(cfg.samples)] for xs in (items, prompts, seen)
+        )
+        rows = pad_replies(prompts, answers, tokenizer.pad_id, out.owned(), seen)
         ended = [ids[-1] in tokenizer.stop_ids for ids in answers]
         rewards, right = [], []
         for item, ids, done in zip(items, answers, ended):
@@ -408,6 +445,7 @@ class Sampling:
             temperature,
             generator=generator,
             tools=self.tools,
+            pictures=self.look(policy, items),
         )
         return [as_text(self.tokenizer, reply) for reply in ids]
 
@@ -473,9 +511,14 @@ def main(cfg):
     check_folders(cfg.init, cfg.out)
     policy, tokenizer = load_model(cfg.init)
     start_adapter(policy, cfg, rt)
+    if isinstance(policy, VLM) and not cfg.adapter:
+        policy.train_parts(language=True)  # and the projector
     ref = reference(policy) if cfg.kl_coef else None
     train, val = load_problems(cfg)
-    sampling = Sampling(cfg, tokenizer)
+    with_pictures = any(item.get("images") for item in train + val)
+    if with_pictures and cfg.template != "chat":
+        raise UserError(f"--template {cfg.template} shows no pictures, but problems have; use chat")
+    sampling = Sampling(cfg, tokenizer, policy if with_pictures else None)
     check_room(policy, list(map(sampling.ask, train + val)), cfg.max_new_tokens)
 
     run = Run(cfg, rt, cfg.steps)

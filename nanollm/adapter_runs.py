@@ -46,11 +46,13 @@ def start_adapter(model, cfg, rt):
 
 def reference(model):
     """The model as it is now, to compare with: a copy, or where an adapter is trained the base
-    alone, which shares its weights and so costs no memory.
+    alone, which shares the frozen weights and so costs no memory.
     """
     shared = {}
     if getattr(model, "adapter", None):
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        tensors = (*model.parameters(), *model.buffers())
+        # a VLM's projector is trained beside the adapter, and must not move here
+        shared = {id(tensor): tensor for tensor in tensors if not tensor.requires_grad}
     ref = copy.deepcopy(model, shared)
     unwrap(ref, merged=False)
     ref.model.prefix = ref.adapter = None

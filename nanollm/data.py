@@ -186,6 +186,14 @@ class Windows:
         return torch.from_numpy(out)
 
 
+def picked(pictures, numbers):
+    """The pictures of these rows, of a list with an entry for each row; None of None."""
+    if pictures is None:
+        return None
+    rows = torch.arange(len(pictures), device=getattr(numbers, "device", None))
+    return [pictures[i] for i in rows[numbers].tolist()]
+
+
 @dataclass
 class Packed:
     """Examples packed into rows of T tokens: what SFT trains on."""
@@ -206,10 +214,7 @@ class Packed:
         return self.tokens, self.mask, self.documents, self.positions
 
     def rows(self, numbers):
-        pictures = self.pictures
-        if pictures is not None:
-            pictures = [pictures[i] for i in torch.arange(len(self))[numbers].tolist()]
-        return Packed(*(x[numbers] for x in self.tensors()), pictures)
+        return Packed(*(x[numbers] for x in self.tensors()), picked(self.pictures, numbers))
 
     def join(self, other):
         """The rows of both."""
@@ -279,29 +284,36 @@ class Replies:
     tokens: torch.Tensor  # (B, T) int64: prompt, reply, padding
     mask: torch.Tensor  # (B, T) bool: True on the reply's tokens, its end of turn included
     real: torch.Tensor  # (B, T) bool: False on padding
+    # per row what a VLM takes as pictures, a tensor (n, ...), or None; None: all is text
+    pictures: list | None = None
 
     def __len__(self):
         return len(self.tokens)
+
+    def tensors(self):
+        return self.tokens, self.mask, self.real
 
     def rows(self, numbers):
         """These rows, without columns that are padding in all of them."""
         real = self.real[numbers]
         used = real.any(0).nonzero()[:, 0]
         columns = slice(int(used[0]), int(used[-1]) + 1)
-        return Replies(
-            self.tokens[numbers][:, columns], self.mask[numbers][:, columns], real[:, columns]
-        )
+        tensors = (x[numbers][:, columns] for x in self.tensors())
+        return Replies(*tensors, picked(self.pictures, numbers))
 
     @classmethod
     def join(cls, parts):
         """The rows of several, padded on the right to the longest."""
         width = max(part.tokens.shape[1] for part in parts)
-        columns = zip(*(vars(part).values() for part in parts))
+        columns = zip(*(part.tensors() for part in parts))
         padded = ([F.pad(x, (0, width - x.shape[1])) for x in xs] for xs in columns)
-        return cls(*map(torch.cat, padded))
+        pictures = None
+        if any(part.pictures is not None for part in parts):
+            pictures = [p for part in parts for p in part.pictures or [None] * len(part)]
+        return cls(*map(torch.cat, padded), pictures)
 
     def to(self, device):
-        return Replies(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+        return Replies(*(x.to(device, non_blocking=True) for x in self.tensors()), self.pictures)
 
     def last(self):
         """Column of each row's last real token, (B,): found by the mask, not by comparing ids."""
@@ -316,11 +328,17 @@ class Replies:
         positions = (self.real.cumsum(1) - 1).clamp(min=0)
         return self.tokens, positions, document_mask(self.real.long())
 
+    def shown(self):
+        """What a model is given beside the inputs: the pictures of all rows, in order, if any."""
+        some = [each for each in self.pictures or () if each is not None and len(each)]
+        return {"pictures": torch.cat(some).to(self.tokens.device)} if some else {}
 
-def pad_replies(prompts, replies, pad_id, own=None):
+
+def pad_replies(prompts, replies, pad_id, own=None, pictures=None):
     """Replies from lists of ids, one reply per prompt, padded on the right.
 
     `own` holds a bool for each id of each reply: False where it is not to be trained on.
+    `pictures`: those of each prompt, as Replies keeps them.
     """
     lengths = torch.tensor([[len(p), len(p) + len(r)] for p, r in zip(prompts, replies)])
     tokens = torch.full((len(prompts), int(lengths.max())), pad_id)
@@ -331,7 +349,7 @@ def pad_replies(prompts, replies, pad_id, own=None):
     mask = real & (columns >= lengths[:, :1])
     if own is not None:
         mask[mask.clone()] = torch.tensor([each for row in own for each in row])
-    return Replies(tokens, mask, real)
+    return Replies(tokens, mask, real, pictures)
 
 
 def xz_bits_per_byte(train_texts, val_texts):

@@ -4,8 +4,10 @@ Run     python -m nanollm.evaluate runs/sft                      # the village's
         python -m nanollm.evaluate runs/sft --data problems.jsonl
         python -m nanollm.evaluate runs/grpo --data reasoning --samples 8     # pass@8 and maj@8
         python -m nanollm.evaluate runs/tools --data tools --tools
-        python -m nanollm.evaluate runs/vlm --data pictures.jsonl --pictures grey    # how a blind
-                                                         # model does; shuffled: a misled one
+        python -m nanollm.evaluate runs/vlm --data pictures      # combos: pairs never seen together
+        python -m nanollm.evaluate runs/vlm --data pictures --pictures grey    # how a blind model
+                                                         # does; shuffled: a misled one
+        python -m nanollm.evaluate runs/vlm-grpo --data counting --samples 8
         python -m nanollm.evaluate runs/ppo --data preferences --against runs/sft
         python -m nanollm.evaluate runs/sft --data preferences --reward_model runs/rm --best_of 4
 Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json. Items are
@@ -25,7 +27,7 @@ from typing import Literal
 
 import torch
 
-from data import village
+from data import village, village_pictures
 from nanollm.config import UserError, atomic_write, cli
 from nanollm.data import Windows, load_shards
 from nanollm.formats import as_prompt, identity, read_documents, read_jsonl
@@ -48,8 +50,9 @@ class Config:
         default="runs/sft", metadata={"positional": True}
     )  # run folder or model folder
     adapter: str | None = None  # folder of an adapter to put on it
-    # village; its problems (reasoning) or questions for tools (tools); a JSONL file of test items;
-    # or preferences: what sampled replies to the village's held-out prompts are worth
+    # village; its problems (reasoning) or questions for tools (tools); about its pictures questions
+    # (pictures), those on combinations held out (combos) or problems (counting); a JSONL file of
+    # test items; or preferences: what sampled replies to the village's held-out prompts are worth
     data: str = "village"
     tools: bool = False  # run the calls that the model writes
     knowledge: str | None = None  # with tools: JSONL of {"title", "text"}; default: the village's
@@ -307,13 +310,39 @@ def village_of(run_folder):
     """Folder of the village that a run was trained on; the default one where its settings don't
     say.
     """
-    path = Path(run_folder) / "train_config.json"
-    known = read_json(path) if path.exists() else {}
-    if "villagers" not in known and known.get("init"):  # as the run that this one began from
-        return village_of(known["init"])
+    known = settings_with("villagers", run_folder)
     return village.prepare(
         known.get("villagers", 32), known.get("seed", 0), known.get("megabytes", 8.0)
     )
+
+
+def pictures_of(run_folder):
+    """Folder of the village's pictures that a run was trained on; the default one where its
+    settings don't say.
+    """
+    known = settings_with("picture_size", run_folder)
+    return village_pictures.prepare(
+        size=known.get("picture_size", 64), n_train=known.get("pictures", 6000)
+    )
+
+
+def settings_with(name, run_folder):
+    """Settings of the run that chose `name`: this one, or one that it began from; {} for none."""
+    path = Path(run_folder) / "train_config.json"
+    known = read_json(path) if path.exists() else {}
+    if name not in known and known.get("init"):
+        return settings_with(name, known["init"])
+    return known if name in known else {}
+
+
+# --data by name: where its folder is, and its file there
+VILLAGE = {
+    "reasoning": (village_of, "problems_test.jsonl"),
+    "tools": (village_of, "tools_test.jsonl"),
+    "pictures": (pictures_of, "questions_test.jsonl"),
+    "combos": (pictures_of, "combos_test.jsonl"),
+    "counting": (pictures_of, "problems_test.jsonl"),
+}
 
 
 def village_tools(run_folder, tokenizer, knowledge=None):
@@ -363,8 +392,8 @@ def main(cfg):
         )
         result |= {"nats_per_token": nats, "bits_per_byte": bpb}
     else:
-        named = {"reasoning": "problems_test", "tools": "tools_test"}.get(cfg.data)
-        items = read_items(village_of(cfg.model) / f"{named}.jsonl" if named else cfg.data)
+        folder_of, name = VILLAGE.get(cfg.data, (None, cfg.data))
+        items = read_items(folder_of(cfg.model) / name if folder_of else cfg.data)
     items = first_of_each_family(items, cfg.limit)
     sampling = {
         "batch_size": cfg.batch_size,

@@ -282,7 +282,7 @@ def generate(
     token by token, while the other rows go on.
 
     `pictures` holds for each prompt a tensor (n, 3, H, W) with those that its placeholders stand
-    for, in order, or None.
+    for, in order, or what VLM.look has made of them, or None.
     """
     shown = gather_pictures(model, prompts, pictures)
     engine = Engine(for_inference(model), prompts, max_new_tokens, samples, pad_id, shown)

@@ -55,17 +55,22 @@ def token_logprobs(logits, targets):
     return _TokenLogprobs.apply(logits.reshape(-1, V), targets.reshape(-1)).view(targets.shape)
 
 
-def reply_logprobs(model, rows, temperature=1.0, with_entropy=False, **shown):
+def reply_logprobs(model, rows, temperature=1.0, with_entropy=False):
     """log p of each reply's tokens: rows a data.Replies of B rows -> (B, T - 1) in fp32.
 
     Entry t scores tokens[:, t + 1], and is zero where that is no token of the reply. With
-    `with_entropy` also the entropy in nats of the distribution behind each, (B, T - 1). A VLM takes
-    `pictures`, those of the first row, then those of the second, and so on.
+    `with_entropy` also the entropy in nats of the distribution behind each, (B, T - 1). The
+    distribution is the one that generate draws from: a VLM's <image> has no share in it.
     """
     trained = rows.mask[:, 1:]
-    logits = model(*rows.inputs(), where=F.pad(trained, (0, 1)), **shown)  # (n, V)
+    logits = model(*rows.inputs(), where=F.pad(trained, (0, 1)), **rows.shown())  # (n, V)
     if temperature != 1:
         logits = logits / temperature
+    never = getattr(getattr(model, "module", model), "image_id", None)  # DDP's module
+    if never is not None:
+        # no -inf, for which p log p of the entropy would be no number
+        at = torch.tensor([never], device=logits.device)
+        logits = logits.index_fill(1, at, torch.finfo(logits.dtype).min)
     blank = torch.zeros(trained.shape, device=logits.device)
     out = blank.masked_scatter(trained, token_logprobs(logits, rows.tokens[:, 1:][trained]))
     if not with_entropy:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from nanollm.config import UserError
 from nanollm.data import pack
-from nanollm.formats import as_chat, read_jsonl
+from nanollm.formats import as_chat, as_prompt, read_jsonl
 from nanollm.pictures import as_batch, open_picture
 from nanollm.vlm import VLM, check_markers, pictures_in, render_with_pictures
 
@@ -53,6 +53,18 @@ def read_captions(path):
             raise UserError(f"{where}: a caption belongs to one picture, not to {len(images)}")
         captions.append({"image": images[0], "caption": caption})
     return captions
+
+
+def read_picture_prompts(path):
+    """Prompts as formats.read_prompts gives them; those with an "image" have "images", too."""
+    prompts = []
+    for line, record in read_jsonl(path):
+        where = f"{path}, line {line}"
+        prompt = as_prompt(record, where)
+        if "image" in prompt:
+            prompt = with_images(prompt, Path(path).parent, where)
+        prompts.append(prompt)
+    return prompts
 
 
 def with_images(record, folder, where):

@@ -71,7 +71,8 @@ class VLM(GPT):
     """A GPT with eyes: a vision tower, a projector, and the id of the token <image>.
 
     `pictures` (P, 3, H, W) are given in the order in which their placeholders stand in the batch,
-    row after row. Rows of text alone have none, and a batch of such rows needs no pictures.
+    row after row. Rows of text alone have none, and a batch of such rows needs no pictures. What
+    `look` has made of pictures may stand for them.
     """
 
     def __init__(self, cfg, vision, projector, image_id, feature_layer=-2):
@@ -122,11 +123,16 @@ class VLM(GPT):
             x = x + sum(0.0 * p.sum() for p in eyes if p.requires_grad)
         return x
 
-    def picture_features(self, pictures):
-        """(P, 3, H, W) -> (P, n, C)."""
+    def look(self, pictures):
+        """(P, 3, H, W) -> what the projector reads, (P, N, C_v). A frozen tower needs to look but
+        once at a picture that is read many times.
+        """
         self.vision.compute_dtype = self.compute_dtype
-        features = self.vision.features(pictures, self.feature_layer)  # (P, N, C_v)
-        return self.projector(features.to(self.compute_dtype))
+        return self.vision.features(pictures, self.feature_layer).to(self.compute_dtype)
+
+    def picture_features(self, pictures):
+        """(P, 3, H, W), or (P, N, C_v) from `look`, -> (P, n, C)."""
+        return self.projector(self.look(pictures) if pictures.dim() == 4 else pictures)
 
     def train_parts(self, vision=False, projector=True, language=False):
         """Say which parts are trained; the others are frozen. What of the vision tower lies behind

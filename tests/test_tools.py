@@ -860,7 +860,7 @@ def test_with_all_chosen_padded_replies_are_as_without_saying(tokenizer):
     prompts, replies = some_prompts((3, 1, 5)), some_prompts((2, 7, 4))
     own = [[True] * len(reply) for reply in replies]
     plain, said = (pad_replies(prompts, replies, 257, own=each) for each in (None, own))
-    assert all(torch.equal(a, b) for a, b in zip(vars(plain).values(), vars(said).values()))
+    assert all(torch.equal(a, b) for a, b in zip(plain.tensors(), said.tensors()))
 
 
 def test_rollouts_and_lessons_leave_out_the_same(tokenizer, products):

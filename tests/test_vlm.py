@@ -478,13 +478,14 @@ def test_replies_keep_their_pictures_when_prompts_are_sorted(vlm, tokenizer):
 def test_replies_are_scored_with_their_pictures(vlm, tokenizer):
     prompts, pictures = four_prompts(vlm, tokenizer)
     replies = [[5, 6, 7], [8], [9, 10], [11, 12]]
-    shown = torch.cat([x for x in pictures if x is not None])
-    rows = pad_replies(prompts, replies, tokenizer.pad_id)
+    rows = pad_replies(prompts, replies, tokenizer.pad_id, pictures=pictures)
     with torch.no_grad():
-        scored = reply_logprobs(vlm, rows, pictures=shown)
+        scored = reply_logprobs(vlm, rows)
     for row, prompt, reply, own in zip(scored, prompts, replies, pictures):
         own = own if own is not None and len(own) else None
-        fresh = logits_of(vlm, prompt + reply, own).log_softmax(-1)
+        fresh = logits_of(vlm, prompt + reply, own)
+        fresh[:, vlm.image_id] = -torch.inf  # never drawn
+        fresh = fresh.log_softmax(-1)
         for t, token in enumerate(reply, start=len(prompt)):
             assert row[t - 1].item() == pytest.approx(fresh[t - 1, token].item(), abs=1e-4)
 

@@ -1,0 +1,301 @@
+"""GRPO on problems about pictures: what rewards alone teach, the same distribution in sampling and
+training, resume, adapters, bad input.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train_grpo
+from nanollm import evaluate
+from nanollm.adapter_runs import reference
+from nanollm.config import parse
+from nanollm.data import Replies, pad_replies
+from nanollm.generate import generate
+from nanollm.gpt import GPTConfig
+from nanollm.hub import load_model, save_model
+from nanollm.logprobs import reply_logprobs
+from nanollm.pictures import Preprocessing
+from nanollm.run import read_metrics
+from nanollm.tokenizer import Tokenizer
+from nanollm.vision import VisionConfig, ViT
+from nanollm.vlm import VLM, image_id_of, render_with_pictures
+from tests.conftest import SMALL
+from tests.test_train import refused, same
+from tests.test_vlm import EYES, adapted, make, some_pictures
+
+COLOURS = {"red": (230, 30, 30), "blue": (30, 30, 230), "grey": (128, 128, 128)}
+ASKED = "<image>Red or blue?"
+OWN = (
+    "--dtype fp32 --device cpu --init runs/blind --data right.jsonl --val_fraction 0.5 "
+    "--max_new_tokens 2 --batch_size 8 --samples 8 --accumulate 2 --eval_samples 1"
+).split()
+
+
+def start_of(vlm, tokenizer):
+    messages = [{"role": "user", "content": ASKED}]
+    return render_with_pictures(tokenizer, messages, vlm.tokens_per_picture, 1, True)[0]
+
+
+def blind_model(tokenizer):
+    """A small VLM that has been taught to say 1 or 2 by chance, whatever the picture."""
+    torch.manual_seed(0)
+    cfg = GPTConfig(**SMALL | {"max_position_embeddings": 96})
+    vlm = VLM(cfg, ViT(VisionConfig(**EYES)), "pixel_shuffle", image_id_of(tokenizer))
+    vlm.preprocessing = Preprocessing(16)
+    vlm.train_parts(language=True)
+    answers = [[*tokenizer.encode(text), tokenizer.end_id] for text in "12"] * 4
+    prompts, pictures = [start_of(vlm, tokenizer)] * 8, list(torch.randn(8, 1, 3, 16, 16))
+    rows = pad_replies(prompts, answers, tokenizer.pad_id, pictures=pictures)
+    optimizer = torch.optim.AdamW(vlm.parameters(), 0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        (-reply_logprobs(vlm, rows).sum() / 8).backward()
+        optimizer.step()
+    return vlm
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The blind model; problems with a red or a blue picture, and the same with grey ones."""
+    folder, tokenizer = tmp_path_factory.mktemp("grpo"), Tokenizer.from_bytes()
+    save_model(blind_model(tokenizer), tokenizer, folder / "runs/blind")
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (16, 16), colour).save(folder / f"{name}.png")
+    rights = [("red", "1"), ("blue", "2")] * 20
+    for name, shown in ("right", None), ("grey", "grey"):
+        problems = [
+            {"image": f"{shown or colour}.png", "prompt": ASKED, "answer": answer}
+            for colour, answer in rights
+        ]
+        write(folder / f"{name}.jsonl", problems)
+    texts = [{"prompt": "One or two?", "answer": "1"}] * 40
+    write(folder / "texts.jsonl", texts)
+    write(folder / "mixed.jsonl", [x for pair in zip(texts, problems) for x in pair])
+    return folder
+
+
+def write(path, records):
+    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def here(made, monkeypatch):
+    monkeypatch.chdir(made)
+    return made
+
+
+def grpo(*flags, out="runs/grpo"):
+    arguments = [*OWN, "--out", out, *map(str, flags)]
+    train_grpo.main(parse(train_grpo.Config, train_grpo.PRESETS, arguments))
+    return read_metrics(out)
+
+
+def accuracies(metrics):
+    return [m["accuracy"] for m in metrics if "accuracy" in m]
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+LEARN = "--steps 30 --eval_every 30 --adam_lr 0.005 --warmup 2".split()
+
+
+def test_rewards_alone_teach_to_look_at_the_picture(here):
+    seen = accuracies(grpo(*LEARN))
+    assert seen[0] < 0.7 and sum(seen[-5:]) / 5 > 0.9
+    result = json.loads(Path("runs/grpo/result.json").read_text())
+    assert result["after"]["all"]["greedy"] == 1.0
+
+
+def test_nothing_is_learnt_from_grey_pictures(here):
+    seen = accuracies(grpo(*LEARN, "--data", "grey.jsonl", out="runs/grey"))
+    assert sum(seen[-5:]) / 5 < 0.65
+    result = json.loads(Path("runs/grey/result.json").read_text())
+    assert result["after"]["all"]["greedy"] == 0.5
+
+
+def test_projector_and_language_model_learn_and_the_vision_tower_is_frozen(here):
+    grpo("--steps", 2, "--warmup", 0)
+    before, after = (dict(load_model(f"runs/{n}")[0].named_parameters()) for n in ("blind", "grpo"))
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert still == {name for name in before if name.startswith("vision.")}
+
+
+@pytest.mark.parametrize("data", ["texts.jsonl", "mixed.jsonl"])
+def test_problems_of_text_are_answered_too_alone_or_beside_pictures(data, here):
+    metrics = grpo("--steps", 2, "--data", data)
+    assert len(accuracies(metrics)) == 2 and all(m.get("grad_norm", 1) > 0 for m in metrics)
+
+
+def test_an_adapter_starts_at_the_reference_and_leaves_it(here):
+    flags = ["--steps", 4, "--eval_every", 4, "--adapter", "lora", "--adam_lr", 0.01]
+    kl = [m["kl"] for m in grpo(*flags, "--warmup", 0, "--kl_coef", 0.1) if "kl" in m]
+    assert kl[0] == 0.0 and kl[-1] != 0.0
+    assert isinstance(load_model("runs/grpo")[0], VLM)
+
+
+# --- one distribution ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vlm(tokenizer):
+    return make(tokenizer, "pixel_shuffle")
+
+
+def rollout_of(vlm, tokenizer, temperature=1.0):
+    """Answers of a random model to problems with two pictures, one, and none."""
+    cfg = train_grpo.Config(samples=4, max_new_tokens=6, temperature=temperature)
+    sampling = train_grpo.Sampling(cfg, tokenizer, vlm)
+    shown = {"two": ["red.png", "blue.png"], "none": [], "one": ["red.png"]}
+    items = [
+        {"messages": [{"role": "user", "content": "<image>" * len(images) + f"{n}?"}],
+         "images": images, "answer": "7", "check": "number"}
+        for n, images in shown.items()
+    ]
+    noise = torch.rand(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return sampling.rollout(vlm, items, noise)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampling_and_training_see_one_distribution(
+    temperature, vlm, tokenizer, here, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(
+        train_grpo, "generate", lambda *a, **k: made.append(generate(*a, **k)) or made[0]
+    )
+    rows = rollout_of(vlm, tokenizer, temperature).rows
+    with torch.no_grad():
+        trained = reply_logprobs(vlm, rows, temperature)[rows.mask[:, 1:]]
+    torch.testing.assert_close(trained, made[0].logprobs[made[0].own], atol=2e-5, rtol=0)
+
+
+def test_the_placeholder_has_no_share_in_logprobs_and_entropy(vlm, tokenizer):
+    prompt = start_of(vlm, tokenizer)
+    rows = pad_replies([prompt], [[5]], 0, pictures=[some_pictures(1)])
+    with torch.no_grad():
+        logprob, entropy = (x.sum() for x in reply_logprobs(vlm, rows, with_entropy=True))
+        logits = vlm(torch.tensor([prompt]), pictures=some_pictures(1))[0, -1]
+        others = torch.arange(len(logits)) != vlm.image_id
+        p = logits[others].softmax(-1)
+    assert logprob.item() == pytest.approx(p[5].log().item(), abs=1e-5)
+    assert entropy.item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-4)
+
+
+def test_at_the_first_update_the_ratio_is_one_and_the_kl_zero(here):
+    first = next(m for m in grpo("--steps", 1, "--kl_coef", 0.1) if "kl" in m)
+    assert first["kl"] == 0.0 and first["clip_fraction"] == 0.0
+
+
+def test_the_reference_keeps_its_projector_where_an_adapter_is_trained(vlm, tokenizer, here):
+    rows, policy = rollout_of(vlm, tokenizer).rows, adapted(vlm)
+    ref = reference(policy)
+    with torch.no_grad():
+        before = reply_logprobs(ref, rows)
+        policy.projector.linear_1.weight.mul_(2)
+        assert torch.equal(reply_logprobs(ref, rows), before)
+    assert ref.model.embed_tokens.weight is policy.model.embed_tokens.weight  # frozen: shared
+
+
+# --- rows and their pictures ---------------------------------------------------------------------
+
+
+def test_each_answer_is_scored_with_its_own_pictures_in_any_order(vlm, tokenizer, here):
+    rows = rollout_of(vlm, tokenizer).rows
+    with torch.no_grad():
+        whole = reply_logprobs(vlm, rows).sum(1)
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+        mixed = reply_logprobs(vlm, rows.rows(order)).sum(1)
+        text, shown = rows.rows(slice(4, 8)), rows.rows(slice(0, 4))
+        joined = reply_logprobs(vlm, Replies.join([text, shown])).sum(1)
+    torch.testing.assert_close(mixed, whole[order], atol=1e-4, rtol=0)
+    torch.testing.assert_close(joined, whole[[4, 5, 6, 7, 0, 1, 2, 3]], atol=1e-4, rtol=0)
+
+
+def test_the_vision_tower_looks_once_at_each_prompts_pictures(vlm, tokenizer, here, monkeypatch):
+    looked, features = [], vlm.vision.features
+    monkeypatch.setattr(
+        vlm.vision, "features", lambda p, layer: looked.append(len(p)) or features(p, layer)
+    )
+    rows = rollout_of(vlm, tokenizer).rows
+    reply_logprobs(vlm, rows).sum().backward()
+    assert looked == [3]  # four samples, and a pass of training, of 2 + 0 + 1 pictures
+
+
+def test_what_look_gives_stands_for_the_pictures(vlm, tokenizer):
+    tokens, pictures = torch.tensor([start_of(vlm, tokenizer)]), some_pictures(1)
+    with torch.no_grad():
+        assert torch.equal(vlm(tokens, pictures=vlm.look(pictures)), vlm(tokens, pictures=pictures))
+
+
+# --- resume, files, bad input --------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(here, monkeypatch):
+    flags = ["--steps", 6, "--eval_every", 2, "--kl_coef", 0.1, "--inner_updates", 2]
+    grpo(*flags, out="runs/whole")
+    calls, update = [], train_grpo.update
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    monkeypatch.setattr(train_grpo, "update", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        grpo(*flags, out="runs/stopped")
+    grpo("--resume", *flags, out="runs/stopped")
+    states = [
+        torch.load(f"runs/{n}/state.pt", weights_only=True)["model"] for n in ("whole", "stopped")
+    ]
+    assert len(calls) == 8 and same(*states)
+
+
+def test_the_villages_pictures_are_found_by_the_run_that_chose_them(here, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate.village_pictures, "prepare", lambda **how: asked.append(how))
+    chain = {
+        "a": {"init": "runs/sft", "picture_size": 32, "pictures": 7},
+        "b": {"init": "runs/a", "data": "pictures"},
+    }
+    for name, settings in chain.items():
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "train_config.json").write_text(json.dumps(settings))
+    for run in "runs/b", "runs/blind":
+        evaluate.pictures_of(run)
+    assert asked == [{"size": 32, "n_train": 7}, {"size": 64, "n_train": 6000}]
+
+
+def test_evaluate_asks_about_the_villages_pictures(here, monkeypatch, capsys):
+    folder = Path("painted")
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "a.png")
+    items = [{"image": "a.png", "prompt": ASKED, "answer": "1"}]
+    for file in "questions_test", "combos_test", "problems_test":
+        write(folder / f"{file}.jsonl", [item | {"family": file} for item in items])
+    monkeypatch.setattr(evaluate.village_pictures, "prepare", lambda **how: folder)
+    for name in "pictures", "combos", "counting":
+        flags = ["runs/blind", "--data", name, "--dtype", "fp32", "--out", "found.json"]
+        evaluate.main(parse(evaluate.Config, None, flags))
+    said = capsys.readouterr().out
+    assert re.findall(r"\w+_test(?= )", said) == ["questions_test", "combos_test", "problems_test"]
+
+
+def test_what_cannot_be_is_refused_in_one_line(here, capsys, random_model, tokenizer):
+    save_model(random_model(max_position_embeddings=96), tokenizer, "runs/text")
+    bad = [{"image": "none.png", "prompt": ASKED, "answer": "1"}]
+    write("missing.jsonl", bad)
+    write("unmarked.jsonl", [bad[0] | {"image": "red.png", "prompt": "Which?"}])
+    for flags, sentence in (
+        (["--init", "runs/text"], "this model reads text only"),
+        (["--template", "zero"], "--template zero shows no pictures"),
+        (["--data", "missing.jsonl"], "line 1: the picture none.png does not exist"),
+        (["--data", "unmarked.jsonl"], "line 1: 0 times <image>, but 1 pictures"),
+    ):
+        assert sentence in refused(capsys, train_grpo, *OWN, "--out", "runs/refused", *flags)
+        assert not Path("runs/refused").exists()
