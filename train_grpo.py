@@ -131,7 +131,15 @@ PRESETS = {
         "adam_lr": 1e-4,
         "out": "runs/zero",
     },
-    "pictures": {"init": "runs/vlm", "data": "pictures", "out": "runs/vlm-grpo"},
+    "pictures": {
+        "init": "runs/vlm",
+        "data": "pictures",
+        "loss": "dr_grpo",  # or the small reward of the format counts in full where all are wrong
+        "max_new_tokens": 64,
+        "steps": 24,
+        "eval_every": 12,
+        "out": "runs/vlm-grpo",
+    },
     "gpu": {"batch_size": 128, "samples": 16, "steps": 200, "adam_lr": 1e-6, "accumulate": 16},
 }
 
@@ -139,14 +147,6 @@ REWARDS = ((1.0, accuracy), (0.1, think_format))  # (weight, function of problem
 
 
 # --- data ----------------------------------------------------------------------------------------
-
-
-# --data by name: where its folder is, and its files' name
-VILLAGE = {
-    "village": (village_of, "problems"),
-    "tools": (village_of, "tools"),
-    "pictures": (pictures_of, "problems"),
-}
 
 
 def load_problems(cfg):
@@ -160,9 +160,10 @@ def load_problems(cfg):
             raise UserError(f"{cfg.data} has no problems of {', '.join(sorted(unknown))}")
         return [item for item in items if not wanted or item["family"] in wanted]
 
-    if cfg.data in VILLAGE:
-        folder_of, name = VILLAGE[cfg.data]
-        files = (folder_of(cfg.init) / f"{name}_{split}.jsonl" for split in ("train", "test"))
+    if cfg.data in ("village", "tools", "pictures"):
+        folder = (pictures_of if cfg.data == "pictures" else village_of)(cfg.init)
+        name = "tools" if cfg.data == "tools" else "problems"
+        files = (folder / f"{name}_{split}.jsonl" for split in ("train", "test"))
         parts = [chosen(read_picture_prompts(path)) for path in files]
     else:
         records = chosen(read_picture_prompts(cfg.data))
