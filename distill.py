@@ -304,8 +304,8 @@ class Distillation:
         if cfg.cache_top_k and cfg.method in ("soft", "both", "on_policy"):
             self.cache = cache_top_k(teacher, lessons, cfg.cache_top_k, self.V, cfg.temperature)
         if cfg.method == "compress":
-            norm = student.model.norm
-            norm.register_forward_hook(lambda module, x, out: setattr(self, "hidden", out))
+            seen = self.seen = {}  # not self in the hook: models that hold each other stay for ever
+            student.model.norm.register_forward_hook(lambda norm, x, out: seen.update(hidden=out))
 
     def batch(self, step):
         """(Lessons of this process, their numbers; None where the student wrote them itself)."""
@@ -364,7 +364,7 @@ class Distillation:
         divergence = self.divergence(student, teacher)
         loss = soft_loss(divergence, ce, labelled, counts, alpha, cfg.temperature)
         if cfg.method == "compress":
-            cosine = hidden_cosine_loss(self.hidden[where], hidden)
+            cosine = hidden_cosine_loss(self.seen["hidden"][where], hidden)
             loss = loss + cfg.cosine_weight * cosine.sum() / counts.tokens
         return loss
 
@@ -385,11 +385,17 @@ def open_models(cfg, rt):
     return teacher, student, tokenizer
 
 
+def gather(cfg, rt):
+    """(models, lessons) of a run; refuses what it can't do before it writes a folder."""
+    rt.share(cfg.batch_size)
+    models = open_models(cfg, rt)
+    return models, prepare(cfg, rt, *models)
+
+
 def distil(cfg, rt):
     """Train one student."""
-    teacher, student, tokenizer = open_models(cfg, rt)
-    lessons, prompts, val, items, answers = prepare(cfg, rt, teacher, student, tokenizer)
-    rt.share(cfg.batch_size)  # refuses what can't be shared before a folder is written
+    (teacher, student, tokenizer), gathered = gather(cfg, rt)
+    lessons, prompts, val, items, answers = gathered
     run = Run(cfg, rt, cfg.steps)
     if rt.main and not cfg.resume:
         write_answers(answers, run.folder / "teacher.jsonl")
@@ -459,7 +465,7 @@ def main(cfg):
         check_folders(cfg.init, cfg.out)
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     train = partial(distil, rt=rt)
-    compare(cfg, rt, train) if cfg.compare else train(cfg)
+    compare(cfg, rt, partial(gather, rt=rt), train) if cfg.compare else train(cfg)
     rt.close()
 
 

@@ -210,8 +210,7 @@ def attach(cfg, model):
         return model
     names = {field.name for field in dataclasses.fields(adapters.Settings)}
     settings = adapters.Settings(**{name: getattr(cfg, name) for name in names})
-    model.base_folder = cfg.init
-    return adapters.attach(model, cfg.method, settings)
+    return adapters.attach(model, cfg.method, settings, cfg.init)
 
 
 def main(cfg):

@@ -108,6 +108,9 @@ class Config:
     vision_layers: int = 4
     vision_channels: int = 128
     loss: Literal["clip", "siglip"] = "clip"  # of the first stage
+    # so many captions that stand side by side in the file come into a batch together: the village's
+    # are of pictures that differ in one thing each, which makes the tower look at everything
+    alike: int = 4
     projector: Literal["linear", "mlp", "pixel_shuffle"] = "mlp"
     feature_layer: int = -2  # whose states the projector reads, as LLaVA; -1: the last layer's
     train_vision: bool = False  # for instruct: the vision tower learns too
@@ -315,18 +318,21 @@ def train_clip(cfg, rt):
         f"{len(records[0])} captions of {len(store)} pictures; vision tower of "
         f"{sum(p.numel() for p in model.vision_model.parameters()):,} parameters"
     )
+    if not 1 <= cfg.alike <= len(records[0]) or cfg.batch_size % cfg.alike:
+        raise UserError(f"--alike {cfg.alike} must divide the batch of {cfg.batch_size}")
     share = rt.share(cfg.batch_size)
     run = Run(cfg, rt, cfg.steps)
     called = rt.prepare(model, cfg.compile)
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay)
-    sampler, scaler = Sampler(len(records[0]), cfg.seed), rt.scaler()
+    sampler, scaler = Sampler(len(records[0]) // cfg.alike, cfg.seed), rt.scaler()
     trained = [model, optimizers, [sampler], scaler]
     run.restore(*trained)
 
     while run.step < cfg.steps:
         optimizers.schedule(SCHEDULES[cfg.schedule](run.step, cfg.steps, cfg.warmup))
         optimizers.zero_grad()
-        batch = sampler.take(cfg.batch_size)[share]
+        batch = sampler.take(cfg.batch_size // cfg.alike)[:, None] * cfg.alike
+        batch = (batch + torch.arange(cfg.alike)).flatten()[share]
         pictures = store.pictures(numbers[batch].tolist()).to(rt.device)
         texts = tokens[0][batch, : lengths[batch].max()].to(rt.device)
         x, y = map(of_all_processes, called(pictures, texts))

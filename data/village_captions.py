@@ -1,5 +1,6 @@
 """What a picture of the village shows, in words: captions in many phrasings."""
 from data.village_picture_questions import listed, named, number_of
+from data.village_scenes import PLACES, SKY
 from data.village_world import capitalise
 
 WHERE = {"left": ("on the left", "on the left side", "on the left of the picture"),
@@ -28,12 +29,15 @@ def phrase(group, with_size, rng):
     return number_of(group.number, group.kind, f"{size}{group.colour}")
 
 
-def caption(scene, rng):
+def caption(scene, rng, detailed=False):
     """What is in the picture: of each group always the number, colour and kind, mostly the place
-    (of all groups or of none), often the size, and perhaps the season and the time.
+    (of all groups or of none), often the size, and perhaps the season and the time. A detailed one
+    leaves nothing out but the time, and goes through the picture as one reads.
     """
-    with_size, with_place = rng.random() < 0.7, rng.random() < 0.9
+    with_size, with_place = rng.random() < 0.7 or detailed, rng.random() < 0.9 or detailed
     groups = rng.sample(scene.groups, len(scene.groups))
+    if detailed:
+        groups.sort(key=lambda group: (group.kind not in SKY, PLACES.index(group.place)))
     phrases = [phrase(group, with_size, rng) for group in groups]
     places = [rng.choice(WHERE[group.place]) for group in groups]
     style = rng.choice(("list", "sentences", "chain")) if with_place else "list"
@@ -44,8 +48,8 @@ def caption(scene, rng):
         is_ = "is" if groups[0].number == 1 else "are"
         said = rng.choice(LISTS).format(x=listed(parts), is_=is_) if style == "list" \
             else capitalise(listed(parts)) + "."
-    around = [rng.choice(SEASON_SAID).format(s=scene.season)] * (rng.random() < 0.6)
-    around += [rng.choice(TIME_SAID[scene.time])] * (rng.random() < 0.25)
+    around = [rng.choice(SEASON_SAID).format(s=scene.season)] * (rng.random() < 0.6 or detailed)
+    around += [rng.choice(TIME_SAID[scene.time])] * (rng.random() < 0.25 and not detailed)
     first = rng.random() < 0.3
     return " ".join([*around, said] if first else [said, *around])
 

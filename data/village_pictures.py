@@ -35,13 +35,14 @@ from data.village_picture_items import (
     reader_dialogues,
 )
 from data.village_picture_questions import FAMILIES, answer_of, is_true
-from data.village_scenes import Scene, draw, random_scene
+from data.village_scenes import Scene, draw, random_scene, vary
 
 __all__ = ["Scene", "answer_of", "blind_guess", "caption", "draw", "is_true", "prepare",
            "random_scene", "reader_dialogues"]
 
-VERSION = 1  # raise it when pictures or texts change, so that no old cache is read
+VERSION = 2  # raise it when pictures or texts change, so that no old cache is read
 SIZES = {"val": 200, "test": 400, "combos": 150}  # pictures of each split, beside training
+ALIKE = 4  # training pictures, and then their captions, side by side: they differ in one thing each
 PER_FAMILY = {"test": 240, "combos": 100}  # test questions
 ABOUT_PAIRS = ("existence", "count", "colour", "place", "comparison", "sum", "more")
 
@@ -49,15 +50,21 @@ ABOUT_PAIRS = ("existence", "count", "colour", "place", "comparison", "sum", "mo
 
 
 def split_scenes(seed, n_train):
-    """{split: scenes}: no scene, whatever its details, is in two splits or twice in one."""
+    """{split: scenes}: no scene, whatever its details, is in two splits or twice in one.
+
+    In training ALIKE scenes in a row differ from the first of them in one thing each.
+    """
     rng, seen, splits = random.Random(f"pictures-{seed}"), set(), {}
     for split, n in {**SIZES, "train": n_train}.items():  # the tests don't depend on n_train
-        splits[split] = []
-        while len(splits[split]) < n:
-            scene = random_scene(rng, held_out=split == "combos")
+        scenes = splits[split] = []
+        while len(scenes) < n:
+            if split == "train" and len(scenes) % ALIKE:
+                scene = vary(scenes[-(len(scenes) % ALIKE)], rng)
+            else:
+                scene = random_scene(rng, held_out=split == "combos")
             if scene.truth not in seen:
                 seen.add(scene.truth)
-                splits[split].append(scene)
+                scenes.append(scene)
     return splits
 
 
@@ -69,16 +76,18 @@ def records(split, scenes, seed):
         return {"combos_test": question_items(pictures, ABOUT_PAIRS, PER_FAMILY[split], rng, True)}
     phrasings = 2 if split == "train" else 1
     told = [[caption(scene, rng) for _ in range(phrasings)] for scene in scenes]
-    made = {f"captions_{split}": [{"image": image, "caption": text}
-                                  for (image, _), texts in zip(pictures, told) for text in texts]}
+    made = {f"captions_{split}": [
+        {"image": pictures[i][0], "caption": told[i][phrasing]}
+        for first in range(0, len(pictures), ALIKE) for phrasing in range(phrasings)
+        for i in range(first, min(first + ALIKE, len(pictures)))]}
     if split != "val":
         made[f"problems_{split}"] = problems(pictures, rng)
     if split == "test":
         made["questions_test"] = question_items(pictures, FAMILIES, PER_FAMILY[split], rng)
         return made
     firsts, balance = [texts[0] for texts in told], Balance()
-    made[f"describe_{split}"] = [describe_item(image, text, rng)
-                                 for (image, _), text in zip(pictures, firsts)]
+    made[f"describe_{split}"] = [describe_item(image, caption(scene, rng, detailed=True), rng)
+                                 for image, scene in pictures]
     made[f"questions_{split}"] = [dialogue(image, scene, balance, rng) for image, scene in pictures]
     made[f"reader_{split}"] = reader_dialogues(scenes, firsts, rng)
     return made

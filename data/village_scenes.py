@@ -8,7 +8,7 @@ Lengths are in units: a picture measures 64 by 64, whatever its pixels. x goes r
 """
 import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from PIL import Image, ImageDraw
 
@@ -21,6 +21,7 @@ PLACES = ("left", "middle", "right")
 SIZES = {"small": 4.7, "big": 7.1}  # half the width of an object
 SEASONS = ("spring", "summer", "autumn", "winter")
 TIMES = ("day", "evening")
+CHANGES = ("kind", "colour", "number", "place", "colours")  # of `vary`
 # Never seen together in training: what a model says of them, it has put together itself.
 HELD_OUT = {"boat": "red", "flower": "blue", "star": "green", "house": "yellow", "ball": "purple"}
 
@@ -88,6 +89,38 @@ def random_scene(rng, held_out=False):
             (1, 2, 3, 4, 5), (2, 2, 3, 3, 3))[0]  # about as many of each number altogether
         groups.append(Group(kind, colour, size, next(places[row_of(kind)]), number))
     return Scene(rng.choice(SEASONS), rng.choice(TIMES), tuple(groups), rng.randrange(10**9))
+
+
+def vary(scene, rng):
+    """The scene with one thing changed: kind, colour, number or place of a group, or the colours of
+    two groups exchanged. Such neighbours make a model look at everything: whoever tells scenes
+    apart by their colours alone confuses them (Yuksekgonul et al. 2023, arXiv:2210.01936).
+    """
+    while True:
+        groups = list(scene.groups)
+        i, j = rng.randrange(len(groups)), rng.randrange(len(groups))
+        group, other, change = groups[i], groups[j], rng.choice(CHANGES)
+        if change == "kind":
+            row = [kind for kind in KINDS if row_of(kind) == row_of(group.kind)]
+            groups[i] = replace(group, kind=rng.choice(row))
+        elif change == "colour":
+            groups[i] = replace(group, colour=rng.choice(list(COLOURS)))
+        elif change == "number":
+            number = rng.choice((1, 2) if group.size == "big" else (1, 2, 3, 4, 5))
+            groups[i] = replace(group, number=number)
+        elif change == "place":  # exchanged with who is there already
+            place = rng.choice(PLACES)
+            row = [row_of(each.kind) for each in groups]
+            groups = [replace(each, place=group.place) if each.place == place and row[k] == row[i]
+                      else each for k, each in enumerate(groups)]
+            groups[i] = replace(group, place=place)
+        else:
+            groups[i] = replace(group, colour=other.colour)
+            groups[j] = replace(other, colour=group.colour)
+        changed = replace(scene, groups=tuple(groups), seed=rng.randrange(10**9))
+        if (changed.truth != scene.truth and len({each.kind for each in groups}) == len(groups)
+                and not any(HELD_OUT.get(each.kind) == each.colour for each in groups)):
+            return changed
 
 
 def row_of(kind):

@@ -3,7 +3,7 @@
     start_adapter(model, cfg, rt)    --adapter, --rank and --alpha of a training script
     reference(model)                 the frozen model that DPO, PPO and GRPO compare with
     unwrap(model, merged)            plain layers again: the base's, or with the adapter in them
-    put_adapter(model, folder)       a trained adapter onto its base
+    put_adapter(model, folder, base) a trained adapter onto its base
 """
 
 import copy
@@ -29,14 +29,17 @@ def start_adapter(model, cfg, rt):
         )
     if not cfg.adapter:
         return
+    if cfg.adapter not in adapters.METHODS:
+        known = ", ".join(adapters.METHODS)
+        raise UserError(f"--adapter {cfg.adapter} is no method; methods are {known}")
     if isinstance(model, ScalarGPT) and cfg.adapter in {*adapters.METHODS} - {*MERGEABLE}:
         raise UserError(
             f"--adapter {cfg.adapter} goes with no reward model and no critic of its own; they "
             f"take {', '.join(MERGEABLE)}"
         )
     model.to(rt.device)
-    adapters.attach(model, cfg.adapter, adapters.Settings(rank=cfg.rank, alpha=cfg.alpha))
-    model.base_folder = cfg.init
+    settings = adapters.Settings(rank=cfg.rank, alpha=cfg.alpha)
+    adapters.attach(model, cfg.adapter, settings, cfg.init)
     trained, share = adapters.trainable(model)
     rt.print(f"{cfg.adapter}: {trained:,} parameters are trained, {share:.2%} of the model's")
 
@@ -67,13 +70,15 @@ def unwrap(module, merged):
             unwrap(child, merged)
 
 
-def put_adapter(model, folder):
-    """Load the adapter in a folder onto its base: merged if it can be, else attached."""
+def put_adapter(model, folder, base):
+    """Load the adapter in a folder onto the model from the folder `base`: merged if it can be, else
+    attached.
+    """
     if getattr(model, "adapter", None):
         raise UserError(
             f"{folder} can't be put on a model that has an adapter ({model.adapter}) already"
         )
-    adapters.load_adapter(model, folder)
+    adapters.load_adapter(model, folder, base)
     if model.adapter in MERGEABLE:
         unwrap(model, merged=True)
         del model.lora

@@ -22,10 +22,22 @@ import torch.nn.functional as F
 from nanollm import lora, safetensors, soft_prompts
 from nanollm.config import UserError, atomic_write
 from nanollm.gpt import Linear
-from nanollm.hub import ADAPTER_CONFIG, existing_folder, is_adapter, read_json
+from nanollm.hub import ADAPTER_CONFIG, existing_folder, is_adapter, read_json, weights_hash
 
 METHODS = ("lora", "dora", "qlora", "adapter", "prefix", "prompt", "ptuning")
 WEIGHTS = "adapter_model.safetensors"
+BASE_HASH = "base_sha256"  # in its metadata: hub.weights_hash of the base; peft writes none
+TYPES = {  # of what is read in adapter_config.json; each may be missing or null
+    "peft_type": str,
+    "task_type": str,
+    "base_quantization": str,
+    "base_model_name_or_path": str,
+    "use_dora": bool,
+    "use_rslora": bool,
+    "target_modules": (str, list),
+    "modules_to_save": list,
+    "reward_shift": (int, float),
+}
 
 
 @dataclass
@@ -109,11 +121,12 @@ def load_bottlenecks(model, config, tensors, where):
 # --- the registry --------------------------------------------------------------------------------
 
 
-def attach(model, method, settings=None):
+def attach(model, method, settings=None, base=None):
     """Freeze the model and add the trainable parameters of a method, in place; returns the model.
 
-    Raises UserError where the settings don't fit the model. `model.adapter` is then the method's
-    name.
+    `base` is the folder that the model came from: what is saved names it, and its weights by their
+    hash. Raises UserError where the settings don't fit the model. `model.adapter` is then the
+    method's name.
     """
     settings = settings or Settings()
     if getattr(model, "adapter", None):
@@ -129,6 +142,7 @@ def attach(model, method, settings=None):
     else:
         raise UserError(f"unknown method {method!r}; methods are {', '.join(METHODS)}")
     model.adapter = method
+    model.base_folder, model.base_hash = base, weights_hash(base) if base else None
     return model
 
 
@@ -154,24 +168,46 @@ def files(model):
 
 def save_adapter(model, folder, base):
     """Write adapter_config.json and adapter_model.safetensors, which name the base and hold
-    nothing of it.
+    nothing of it but the hash that `attach` took.
     """
     config, tensors = files(model)
     config = config | {"base_model_name_or_path": str(base)}
+    known = getattr(model, "base_hash", None)
+    metadata = {"format": "pt"} | ({BASE_HASH: known} if known else {})
     atomic_write(Path(folder) / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
-    safetensors.save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+    safetensors.save_file(tensors, Path(folder) / WEIGHTS, metadata=metadata)
 
 
-def load_adapter(model, folder):
-    """Attach the adapter that lies in a folder, ours or peft's; returns the model.
+def read_adapter(folder, base):
+    """(config, tensors) of the adapter in a folder. Raises UserError where there is none, where a
+    setting has the wrong type, or where the weights in the folder `base` aren't those that it was
+    trained on.
+    """
+    if not is_adapter(folder):
+        raise UserError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG} in it")
+    config = read_json(folder / ADAPTER_CONFIG)
+    for name, kind in TYPES.items():
+        value = config.get(name)
+        mixed = isinstance(value, list) and not all(isinstance(each, str) for each in value)
+        if value is not None and (mixed or not isinstance(value, kind)):
+            raise UserError(f"{folder / ADAPTER_CONFIG}: {name} can't be {value!r}")
+    known = safetensors.read_header(folder / WEIGHTS)[1].get(BASE_HASH)
+    if base and known and known != weights_hash(base):
+        raise UserError(
+            f"{folder} was trained on another base: {base} holds other weights; put it on those "
+            "that it was trained on, or train it anew"
+        )
+    return config, safetensors.load_file(folder / WEIGHTS)
+
+
+def load_adapter(model, folder, base=None):
+    """Attach the adapter that lies in a folder, ours or peft's; returns the model. With `base`, the
+    folder that the model came from, its weights must be those that the adapter was trained on.
 
     Raises UserError where the folder holds none, or one of another base.
     """
     folder = existing_folder(folder)
-    if not is_adapter(folder):
-        raise UserError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG} in it")
-    config = read_json(folder / ADAPTER_CONFIG)
-    tensors = safetensors.load_file(folder / WEIGHTS)
+    config, tensors = read_adapter(folder, base)
     kind = config.get("peft_type")
     model.base_parameters = sum(p.numel() for p in model.parameters())
     model.requires_grad_(False)

@@ -216,6 +216,7 @@ def main(cfg):
     if cfg.json:
         with open(cfg.json, "w") as f:
             json.dump(figures, f, indent=2)
+    rt.close()
 
 
 def bench_training(cfg, rt, model, called, peer, matrices, roof):

@@ -126,6 +126,8 @@ def answer(model, tokenizer, messages, cfg, generator, tools=None):
 
 
 def main(cfg):
+    if cfg.knowledge and not cfg.tools:
+        raise UserError("--knowledge is what tools search in; add --tools")
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     model, tokenizer = load_model(cfg.model, cfg.adapter)
     rt.prepare(model, train=False)
@@ -137,7 +139,7 @@ def main(cfg):
     pictures = [show(model, path.strip()) for path in (cfg.image or "").split(",") if path.strip()]
     if cfg.prompt is not None:
         reply_to([*messages, user_message(model, cfg.prompt, pictures)])
-        return
+        return rt.close()
     typed = sys.stdin.isatty()
     if typed:
         print(
@@ -165,6 +167,7 @@ def main(cfg):
             if not typed:
                 raise
             print(error)
+    rt.close()
 
 
 if __name__ == "__main__":

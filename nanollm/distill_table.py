@@ -1,10 +1,12 @@
 """distill.py --compare: the kinds of distillation side by side, what each may see, and a table."""
 
+import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
 from nanollm.comparison import markdown, named, run_each, start_comparison
-from nanollm.config import atomic_write
+from nanollm.config import UserError, atomic_write
 from nanollm.generate import check_room
 from nanollm.hub import load_model
 from nanollm.lessons import load_lessons, prompt_ids
@@ -40,16 +42,29 @@ def kinds(cfg):
             "as both, and the teacher's hidden states; starts with half of its layers",
         ),
     }
+    chosen = named(cfg.compare, rows)
     if cfg.data == "village":  # whose dialogues have no steps
-        rows = {k: v for k, v in rows.items() if k not in ("answers", "step_by_step")}
-    return {name: rows[name] for name in named(cfg.compare, rows)}
+        typed = [name.strip() for name in cfg.compare.split(",")]
+        if asked := [name for name in ("answers", "step_by_step") if name in typed]:
+            raise UserError(
+                f"--compare {asked[0]} wants problems that are worked step by step, not the "
+                "village's dialogues; add --data problems --teacher runs/grpo, or name others"
+            )
+        chosen = [name for name in chosen if name not in ("answers", "step_by_step")]
+    return {name: rows[name] for name in chosen}
 
 
-def compare(cfg, rt, train):
+def compare(cfg, rt, gather, train):
     """Run every kind with every seed, all with the same answers of the teacher, and write table.md,
-    table.json and curves.svg.
+    table.json and curves.svg. What `gather` refuses, before a run, is refused before anything is
+    written.
     """
     rows = kinds(cfg)
+    if not cfg.resume:
+        rt.print(f"{len(rows)} kinds, {cfg.seeds} times each; first, whether all of them can run")
+        for changes, _ in rows.values():
+            with contextlib.redirect_stdout(None):
+                gather(dataclasses.replace(cfg, **changes | {"unlabelled": 0}))
     if rt.main:
         start_comparison(cfg)
     runs, answers = {}, cfg.answers

@@ -351,7 +351,21 @@ def village_tools(run_folder, tokenizer, knowledge=None):
     return Toolbox.with_knowledge(path, tokenizer)
 
 
+def check_flags(cfg):
+    """Refuse flags that would change nothing."""
+    if cfg.knowledge and not cfg.tools:
+        raise UserError("--knowledge is what tools search in; add --tools")
+    if cfg.best_of > 1 and not cfg.reward_model:
+        raise UserError("--best_of needs a --reward_model that says which reply is best")
+    for name in ("reward_model", "against"):
+        if getattr(cfg, name) and cfg.data != "preferences":
+            raise UserError(f"--{name} goes with --data preferences alone")
+    if cfg.data == "tools" and not cfg.tools:
+        print("without --tools: the calls that the model writes aren't run")
+
+
 def main(cfg):
+    check_flags(cfg)
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     model, tokenizer = load_model(cfg.model, cfg.adapter)
     rt.prepare(model, train=False)
@@ -363,7 +377,7 @@ def main(cfg):
         out = Path(cfg.out or Path(cfg.adapter or cfg.model) / "preferences.json")
         atomic_write(out, json.dumps(result, indent=2) + "\n")
         print(f"written to {out}")
-        return
+        return rt.close()
     result = {"model": cfg.model, "adapter": cfg.adapter, "data": cfg.data}
     if cfg.data == "village":
         folder = village_of(cfg.model)
@@ -409,6 +423,7 @@ def main(cfg):
     out = Path(cfg.out or Path(cfg.adapter or cfg.model) / "evaluation.json")
     atomic_write(out, json.dumps(result, indent=2) + "\n")
     print(f"written to {out}")
+    rt.close()
 
 
 if __name__ == "__main__":

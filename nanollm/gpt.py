@@ -14,6 +14,7 @@ compute. Shapes: B batch, T tokens, S cached tokens, C channels, H heads, G key-
 size, V vocabulary.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -130,9 +131,10 @@ def see_prefix(mask, V, T, device):
     return F.pad(mask, (V, 0), value=True)
 
 
-_flex_attention = torch.compile(
-    flex_attention, dynamic=False
-)  # compiles at its first call, on CUDA only
+@functools.cache
+def compiled_flex_attention():
+    """Made when it is first needed, on CUDA: torch.compile takes two seconds to load."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def attend(q, k, v, mask):
@@ -140,7 +142,9 @@ def attend(q, k, v, mask):
     """
     shared = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        return _flex_attention(q, k, v, block_mask=mask, enable_gqa=shared)
+        compiled = torch.compiler.is_compiling()  # as a part of the whole model
+        flex = flex_attention if compiled else compiled_flex_attention()
+        return flex(q, k, v, block_mask=mask, enable_gqa=shared)
     if shared and not q.is_cuda:  # torch's CPU kernel knows no shared heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         shared = False

@@ -181,8 +181,11 @@ def load_model(folder, adapter=None):
     if is_scalar(folder):
         raise UserError(f"{folder} holds a reward model, which scores text and writes none")
     if adapter:
+        own = existing_folder(adapter, "--adapter").resolve()
+        if own in [place.resolve() for place in (folder, *bases_of(folder))]:
+            raise UserError(f"{folder} holds the adapter in {adapter} already")
         model, tokenizer = load_model(folder)
-        put_adapter(model, adapter)
+        put_adapter(model, adapter, folder)
         return model, tokenizer
     if is_adapter(folder):
         return load_model(bases_of(folder)[0], folder)
@@ -204,11 +207,11 @@ def load_model(folder, adapter=None):
     return model, tokenizer
 
 
-def existing_folder(folder):
+def existing_folder(folder, flag=""):
+    """The folder as a Path; where there is none the message names the flag that asked for it."""
     if not Path(folder).is_dir():
-        raise UserError(
-            f"{folder} is no folder; run the stage that makes it, or name another with --init"
-        )
+        named = f"{flag} {folder}".strip()
+        raise UserError(f"{named} is no folder; run the stage that makes it, or name another")
     return Path(folder)
 
 
@@ -242,7 +245,9 @@ def weights_hash(folder):
     for place in (Path(folder), *bases_of(folder)):
         names = ("adapter_model.safetensors",) if is_adapter(place) else ("model*.safetensors",)
         for path in sorted(path for name in names for path in place.glob(name)):
-            digest.update(path.read_bytes())
+            with open(path, "rb") as file:
+                while part := file.read(2**20):
+                    digest.update(part)
     return digest.hexdigest()
 
 
@@ -262,8 +267,9 @@ def load_scalar(folder):
 
     folder = existing_folder(folder)
     if is_scalar(folder) and is_adapter(folder):
-        model, tokenizer = load_scalar(bases_of(folder)[0])
-        put_adapter(model, folder)
+        base = bases_of(folder)[0]
+        model, tokenizer = load_scalar(base)
+        put_adapter(model, folder, base)
         return model, tokenizer
     if is_scalar(folder):
         model, tokenizer = ScalarGPT(read_config(folder)), Tokenizer.load(folder)

@@ -194,10 +194,12 @@ def freeze(model, name):
 
 def add(model, method, settings, name="default"):
     """Add an adapter to the layers that settings.targets names, in place, and use it; method is
-    lora, dora or qlora. Raises UserError where rank or targets don't fit.
+    lora, dora or qlora. Raises UserError where rank, alpha or targets don't fit.
     """
     if settings.rank < 1:
         raise UserError(f"--rank must be at least 1, not {settings.rank}")
+    if not 0 < settings.alpha < math.inf:
+        raise UserError(f"--alpha must be more than 0, not {settings.alpha}")
     chosen = named(model, settings.targets)
     if method == "qlora":
         quantise_linears(model)

@@ -162,7 +162,7 @@ def scores(reward_model, rows):
 
 def load_scorer(folder, tokenizer, model_folder, rt):
     """A reward model to score with; one of another tokenizer than the model's is refused."""
-    if not is_scalar(existing_folder(folder)):
+    if not is_scalar(existing_folder(folder, "--reward_model")):
         raise UserError(f"{folder} is no reward model; train one with train_rm.py")
     scorer, own = load_scalar(folder)
     if own.fingerprint() != tokenizer.fingerprint():
@@ -254,8 +254,6 @@ def evaluate_preferences(cfg, rt, model, tokenizer):
     """Figures of sampled replies to held-out preference prompts, and the replies; prints them."""
     items = village_prompts(cfg.model, "test", cfg.limit)
     ref = reward_model = None
-    if cfg.best_of > 1 and not cfg.reward_model:
-        raise UserError("--best_of needs a --reward_model that says which reply is best")
     if cfg.against:
         ref, _ = load_model(cfg.against)
         rt.prepare(ref, train=False)

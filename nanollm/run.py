@@ -264,15 +264,17 @@ def set_aside(folder):
 
 
 def check_folders(init, out):
-    """Refuse to start from a folder that writing to `out` would replace, or from an adapter whose
-    base it would.
+    """Refuse to read a folder that writing to `out` would replace, or an adapter whose base it
+    would.
     """
     out = Path(out).resolve()
     for folder in (Path(init), *bases_of(init)):
         start = folder.resolve()
         if start in (out, previous_of(out)) or out in start.parents:
             base = "" if folder == Path(init) else f", whose base is {folder}"
-            raise UserError(f"--out {out} would replace --init {init}{base}; use another folder")
+            raise UserError(
+                f"--out {out} would replace {init}{base}, which the run reads; use another folder"
+            )
 
 
 def checkpoint_of(folder):

@@ -99,7 +99,8 @@ class PromptEmbeddings(nn.Module):
 
 
 def add(model, method, settings):
-    """Put V = settings.virtual_tokens virtual tokens in front; raises UserError for less than one.
+    """Put V = settings.virtual_tokens virtual tokens in front; raises UserError for less than one,
+    and for as many as the model's context has positions.
 
     Embeddings start as those of random tokens of the vocabulary, and the keys and values of ptuning
     as what the model makes of such: words do better than noise (Li & Liang 2021, section 7.4;
@@ -108,6 +109,10 @@ def add(model, method, settings):
     V, cfg, decoder = settings.virtual_tokens, model.cfg, model.model
     if V < 1:
         raise UserError(f"--virtual_tokens must be at least 1, not {V}")
+    if V >= cfg.max_position_embeddings:
+        raise UserError(
+            f"--virtual_tokens {V} fill the model's context of {cfg.max_position_embeddings}"
+        )
     make_room(model, V)
     words = decoder.embed_tokens.weight.detach()
     words = words[torch.randint(cfg.vocab_size, (V,)).to(words.device)].clone()  # (V, C)

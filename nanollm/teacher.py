@@ -99,6 +99,18 @@ def write_answers(records, path):
     atomic_write(path, "".join(lines))
 
 
+def check_rationales(cfg, rt, answers):
+    """Say how many answers of the teacher have a rationale; refuse where none has."""
+    n = sum("<think>" in record["reply"] for record in answers)
+    rt.print(f"{n} of the teacher's {len(answers)} answers that were kept have a rationale")
+    if not n:
+        raise UserError(
+            f"--teacher {cfg.teacher} gives no rationale, <think>...</think>, with --data "
+            f"{cfg.data}; step_by_step wants one that reasons, and questions of that kind, such as "
+            "--teacher runs/grpo --data problems"
+        )
+
+
 def prepare(cfg, rt, teacher, student, tokenizer):
     """(training lessons, ids of all prompts, held-out rows, test items, the teacher's answers)."""
     labelled, unlabelled, val, items = load_lessons(cfg)
@@ -114,11 +126,17 @@ def prepare(cfg, rt, teacher, student, tokenizer):
     examples = tokenize(own, True, tokenizer, T)
     taught = tokenize(answers, cfg.method not in UNCHECKED, tokenizer, T)
     held_out = tokenize(val, True, tokenizer, T)
+    if not own + answers:
+        raise UserError(
+            f"nothing to learn from: none of the teacher's answers was kept; see whether --teacher "
+            f"{cfg.teacher} answers the prompts, or raise --max_new_tokens {cfg.max_new_tokens}"
+        )
+    if cfg.method == "step_by_step":
+        check_rationales(cfg, rt, answers)
     if not examples + taught or not held_out:
         raise UserError(
             f"nothing to learn from: no label and none of the teacher's {len(answers)} answers "
-            f"that were kept fits {T} tokens; see whether --teacher {cfg.teacher} answers the "
-            f"prompts, or raise --context"
+            f"that were kept fits {T} tokens; raise --context"
         )
     lessons = make_lessons(examples + taught, T, tokenizer)
     rt.print(

@@ -119,8 +119,14 @@ def main(cfg):
     generator = torch.Generator(rt.device).manual_seed(cfg.seed)
     sampling = cfg.samples, cfg.threshold, generator
     kept = filter_calls(model, tokenizer, tools, chats, *sampling)
+    if not kept:
+        raise UserError(
+            f"a call helps in none of {len(chats)} dialogues, so {cfg.out} is not written; raise "
+            "--samples or lower --threshold"
+        )
     atomic_write(Path(cfg.out), "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in kept))
     print(f"{cfg.out}: a call helps in {len(kept)} of {len(chats)} dialogues")
+    rt.close()
 
 
 if __name__ == "__main__":

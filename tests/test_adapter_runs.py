@@ -267,7 +267,7 @@ def test_two_processes_give_the_gradients_of_one(script, method, here):
 
 REFUSED = {
     "rank 0": (["--rank", 0], "--rank must be at least 1, not 0"),
-    "an unknown method": (["--adapter", "lola"], "unknown method 'lola'"),
+    "an unknown method": (["--adapter", "lola"], "--adapter lola is no method; methods are lora"),
 }
 
 
@@ -286,6 +286,8 @@ def test_an_adapter_of_another_base_is_refused(here, capsys):
     for module in (chat, evaluate):
         said = refused(capsys, module, "runs/wide", "--adapter", "runs/lora")
         assert "trained on another base" in said
+        said = refused(capsys, module, "runs/pretrain", "--adapter", "runs/none")
+        assert "--adapter runs/none is no folder" in said
     shutil.copytree("runs/lora", "runs/orphan", dirs_exist_ok=True)
     path = Path("runs/orphan/adapter_config.json")
     path.write_text(path.read_text().replace("runs/pretrain", "runs/gone"))
@@ -297,7 +299,7 @@ def test_an_adapter_of_another_base_is_refused(here, capsys):
 def test_the_base_of_an_adapter_is_never_replaced(here, capsys):
     module, own = SCRIPTS["train_dpo.py"]
     said = refused(capsys, module, *own, "--init", "runs/lora", "--out", "runs/pretrain")
-    assert "would replace --init runs/lora, whose base is runs/pretrain" in said
+    assert "would replace runs/lora, whose base is runs/pretrain, which the run reads" in said
 
 
 def test_resuming_with_another_rank_is_refused(here, capsys):

@@ -128,6 +128,11 @@ def test_the_teachers_answers_are_dialogues_that_fine_tuning_reads(here, capsys)
     train_sft.main(parse(train_sft.Config, train_sft.PRESETS, [*flags, *map(str, more)]))
 
 
+def test_it_is_said_how_many_answers_have_a_rationale(here, capsys):
+    distil("--method", "step_by_step", "--steps", 1)
+    assert "4 of the teacher's 4 answers that were kept have a rationale" in capsys.readouterr().out
+
+
 def test_a_student_that_exists_goes_on_from_where_it_is(here):
     distil("--steps", 60, out="runs/first")
     result = distil("--init", "runs/first", "--steps", 2)
@@ -169,11 +174,12 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
     assert losses[0] == losses[1]
 
 
-def test_two_processes_give_the_gradients_of_one(here):
-    """Of a step on given answers and one on the student's own: at a learning rate of zero the
-    optimizer's first moments are a weighted sum of their gradients.
+@pytest.mark.parametrize("method", ["on_policy", "both"])
+def test_two_processes_give_the_gradients_of_one(method, here):
+    """With on_policy of a step on given answers and one on the student's own: at a learning rate of
+    zero the optimizer's first moments are a weighted sum of their gradients.
     """
-    flags = [*OWN, "--method", "on_policy", "--steps", "2", "--clip", "0", "--on_policy_share", "1"]
+    flags = [*OWN, "--method", method, "--steps", "2", "--clip", "0", "--on_policy_share", "1"]
     flags += ["--optimizer", "adamw", "--adam_lr", "0"]
     moments = moments_of_two_processes("distill.py", flags, "runs/one", "runs/two")
     assert len(moments[0]) > 5
@@ -198,6 +204,22 @@ REFUSED = {
     "no temperature": (["--temperature", 0], "--temperature lies from 0.01 on"),
     "heads that don't divide": (["--heads", 5], "--heads 5"),
     "an unknown row of the table": (["--compare", "labels,osmosis"], "--compare osmosis"),
+    "answers that don't end": (
+        ["--method", "step_by_step", "--max_new_tokens", 2],
+        "raise --max_new_tokens 2",
+    ),
+    "a comparison that can't be made": (
+        ["--compare", "answers,step_by_step", "--max_new_tokens", 2],
+        "raise --max_new_tokens 2",
+    ),
+    "dialogues without rationales": (
+        ["--method", "step_by_step", "--answers", "plain.jsonl"],
+        "gives no rationale, <think>...</think>",
+    ),
+    "steps that the village's dialogues don't have": (
+        ["--compare", "labels,answers", "--data", "village"],
+        "--compare answers wants problems that are worked step by step",
+    ),
     "an unknown method": (["--method", "osmosis"], "--method"),
     "itself": (["--out", "runs/sft"], "would replace"),
 }
@@ -206,6 +228,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_distillation_cannot_do_is_refused(name, here, capsys):
     Path("prompts.jsonl").write_text('{"prompt": "say owl"}\n' * 40)
+    turns = [{"role": "user", "content": "say owl"}, {"role": "assistant", "content": "OWL"}]
+    Path("plain.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     if not Path("runs/other").exists():
         flags = ["--steps", 1, "--context", 64, "--tokenizer", "train", "--vocab_size", 280]
         pretrain(*flags, out="runs/other")

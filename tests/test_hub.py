@@ -250,8 +250,10 @@ def test_a_spoilt_folder_is_refused_in_one_line(spoil, sentence, folder):
 
 @pytest.mark.parametrize("name", ["nowhere", "model/config.json"])
 def test_a_path_that_is_no_folder_is_refused(name, folder):
-    with pytest.raises(UserError, match="is no folder; .*--init"):
+    with pytest.raises(UserError, match=f"^{folder.parent / name} is no folder; .* name another$"):
         load_model(folder.parent / name)
+    with pytest.raises(UserError, match=f"^--adapter {folder.parent / name} is no folder; "):
+        load_model(folder, folder.parent / name)
 
 
 def test_bias_of_the_output_projection_is_refused_rather_than_dropped(folder):

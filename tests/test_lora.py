@@ -14,7 +14,7 @@ from nanollm.adapter_runs import reference, unwrap
 from nanollm.config import UserError
 from nanollm.generate import generate
 from nanollm.gpt import GPTConfig, ScalarGPT
-from nanollm.hub import load_model, load_scalar, save_model
+from nanollm.hub import load_model, load_scalar, save_model, weights_hash
 from nanollm.nf4 import NF4Linear
 from nanollm.optim import build_optimizers
 from tests.conftest import SMALL
@@ -305,6 +305,8 @@ def test_a_reward_models_adapter_opens_in_peft_and_keeps_its_shift(base_folder, 
 
 REFUSED = {
     "rank 0": ({"rank": 0}, "--rank must be at least 1, not 0"),
+    "alpha 0": ({"alpha": 0.0}, "--alpha must be more than 0, not 0.0"),
+    "a negative alpha": ({"alpha": -8.0}, "--alpha must be more than 0, not -8.0"),
     "no such layer": ({"targets": "q_proj,query"}, "--targets query matches no layer; there are"),
     "nothing": ({"targets": " , "}, "--targets is empty"),
     "the tied head": ({"targets": "lm_head"}, "no adapter goes around the embedding"),
@@ -351,6 +353,11 @@ def test_files_that_do_not_fit_are_refused(base_folder, tmp_path, random_model):
         ({"use_dora": True}, "lacks .*lora_magnitude_vector"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern .* is not implemented"),
         ({"init_lora_weights": "pissa"}, "convert it with peft"),
+        ({"target_modules": 3}, "target_modules can't be 3"),
+        ({"target_modules": ["q_proj", 3]}, "target_modules can't be"),
+        ({"use_dora": "no"}, "use_dora can't be 'no'"),
+        ({"peft_type": ["LORA"]}, "peft_type can't be"),
+        ({"reward_shift": "0"}, "reward_shift can't be '0'"),
         ({"base_model_name_or_path": "runs/nowhere"}, "is an adapter of runs/nowhere, which is no"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path"),
         ({"base_model_name_or_path": str(folder)}, "base_model_name_or_path"),
@@ -364,6 +371,40 @@ def test_files_that_do_not_fit_are_refused(base_folder, tmp_path, random_model):
         (folder / "adapter_config.json").write_text(good)
         with pytest.raises(UserError, match="trained on another base"):
             adapters.load_adapter(random_model(**shape), folder)
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "prefix"])
+def test_an_adapter_goes_on_the_weights_that_it_was_trained_on_alone(
+    method, base_folder, tmp_path, random_model, tokenizer
+):
+    adapter, other = tmp_path / "adapter", tmp_path / "other"
+    model = adapters.attach(load_model(base_folder)[0], method, base=base_folder)
+    adapters.save_adapter(model, adapter, base_folder)
+    save_model(random_model(seed=1), tokenizer, other)  # with equal shapes
+    load_model(base_folder, adapter)
+    with pytest.raises(UserError, match=f"{adapter} was trained on another base: {other} holds"):
+        load_model(other, adapter)
+    save_model(random_model(seed=1), tokenizer, base_folder)  # trained anew
+    with pytest.raises(UserError, match="was trained on another base"):
+        load_model(adapter)
+
+
+def test_an_adapter_is_not_put_on_twice(base_folder, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM")  # peft writes no hash of the base
+    peft.get_peft_model(theirs(base_folder), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="holds the adapter in .* already"):
+        load_model(tmp_path / "adapter", tmp_path / "adapter")
+
+
+def test_peft_opens_a_file_with_the_hash_of_its_base(base_folder, tmp_path):
+    model = adapters.attach(load_model(base_folder)[0], "lora", base=base_folder)
+    for layer in lora.layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"])
+    adapters.save_adapter(model, tmp_path / "adapter", base_folder)
+    metadata = safetensors.read_header(tmp_path / "adapter/adapter_model.safetensors")[1]
+    assert metadata == {"format": "pt", "base_sha256": weights_hash(base_folder)}
+    other = peft.PeftModel.from_pretrained(theirs(base_folder), tmp_path / "adapter")
+    close(model(TOKENS), other(TOKENS).logits)
 
 
 def test_the_base_is_found_beside_an_adapter_that_has_moved(base_folder, tmp_path):

@@ -151,6 +151,11 @@ REFUSED = {
     "an adapter of width 0": (["--method", "adapter", "--rank", 0], "--rank must be at least 1"),
     "targets that match nothing": (["--targets", "magic"], "magic"),
     "no virtual tokens": (["--method", "prompt", "--virtual_tokens", 0], "--virtual_tokens"),
+    "virtual tokens beyond the context": (
+        ["--method", "prefix", "--virtual_tokens", 5000],
+        "--virtual_tokens 5000 fill the model's context",
+    ),
+    "alpha 0": (["--alpha", 0], "--alpha must be more than 0"),
     "an unknown method": (["--method", "magic"], "--method"),
     "an unknown method to compare": (["--compare", "full,magic"], "--compare magic"),
     "ranks that are no numbers": (["--compare", "lora", "--ranks", "a"], "--ranks wants"),

@@ -219,10 +219,12 @@ def test_checkpointed_gradients_are_the_same(attached):
 # --- bad input -----------------------------------------------------------------------------------
 
 
-def test_no_virtual_tokens_are_refused(random_model):
+def test_no_virtual_tokens_and_a_whole_context_of_them_are_refused(random_model):
     for method in METHODS:
         with pytest.raises(UserError, match="--virtual_tokens must be at least 1"):
             adapters.attach(random_model(), method, adapters.Settings(virtual_tokens=0))
+        with pytest.raises(UserError, match="--virtual_tokens 64 fill the model's context of 64"):
+            adapters.attach(random_model(), method, adapters.Settings(virtual_tokens=64))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1444,3 +1444,15 @@ def test_a_dialogue_too_long_for_a_call_is_dropped_or_the_users_error(tokenizer,
     assert len(tokenizer.render(long["messages"])[0]) == 92
     with contextlib.suppress(UserError):
         assert filter_calls(model, tokenizer, products, [long, CHATS[0]], threshold=0.1) == []
+
+
+def test_where_no_call_helps_nothing_is_written(tmp_path, monkeypatch, random_model, tokenizer):
+    chat = {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    monkeypatch.setattr(toolformer, "load_model", lambda folder: (random_model(), tokenizer))
+    monkeypatch.setattr(toolformer, "village_tools", lambda *_: None)
+    monkeypatch.setattr(toolformer, "filter_calls", lambda *_: [])
+    files = {"data": str(tmp_path / "chats.jsonl"), "out": str(tmp_path / "calls.jsonl")}
+    with pytest.raises(UserError, match="a call helps in none of 1 dialogues"):
+        toolformer.main(toolformer.Config(**files, device="cpu"))
+    assert not (tmp_path / "calls.jsonl").exists()

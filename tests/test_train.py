@@ -2,6 +2,7 @@
 between processes.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,12 +92,43 @@ def kill_and_resume(script, flags, out, steps):
 def moments_of_two_processes(script, flags, one, two):
     """First moments of the optimizers after a run with one process and a run with two."""
     subprocess.run(**command(script, *flags, "--out", one), check=True, capture_output=True)
-    both = command(script, *flags, "--out", two)
+    as_two_processes(script, *flags, "--out", two)
+    return [first_moments(torch.load(f"{n}/state.pt", weights_only=True)) for n in (one, two)]
+
+
+def as_two_processes(script, *flags, timeout=120):
+    """Run a script as two processes; returns what they said. Where they hang, the failure tells
+    what each thread was doing.
+    """
+    both = command(script, *flags)
+    both["env"]["PYTHONFAULTHANDLER"] = "1"
     where = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
     both["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
-    done = subprocess.run(**both, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [first_moments(torch.load(f"{n}/state.pt", weights_only=True)) for n in (one, two)]
+    # a file, because a pipe is at its end only when every process has left
+    with open("said.txt", "w+") as said:
+        parent = subprocess.Popen(**both, stdout=said, stderr=said)
+        hung = False
+        try:
+            parent.wait(timeout)
+        except subprocess.TimeoutExpired:
+            hung = True
+            for pid in (parent.pid, *children(parent.pid)):
+                with contextlib.suppress(ProcessLookupError):  # it has left meanwhile
+                    os.kill(pid, signal.SIGABRT)
+                time.sleep(0.5)  # until it has told, before the next one does
+            parent.wait()
+        said.seek(0)
+        text = said.read()
+    assert not hung, f"{script} hung for {timeout} s:\n{text}"
+    assert parent.returncode == 0, text
+    return text
+
+
+def children(pid):
+    """Processes that a process has started, and those that they have."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    own = [int(child) for task in tasks for child in task.read_text().split()]
+    return [each for child in own for each in (child, *children(child))]
 
 
 # --- learning ------------------------------------------------------------------------------------
@@ -196,17 +229,29 @@ def test_two_processes_give_the_gradients_of_one(script, here):
         check=True,
         capture_output=True,
     )
-    two = command(script, *flags, "--out", "runs/two")
-    where = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
-    two["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
-    done = subprocess.run(**two, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    as_two_processes(script, *flags, "--out", "runs/two")
     moments = [
         first_moments(torch.load(f"runs/{n}/state.pt", weights_only=True)) for n in ("one", "two")
     ]
     assert len(moments[0]) > 5
     for one, other in zip(*moments):
         torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-4)
+
+
+def test_no_thread_of_a_process_group_outlives_a_run(here):
+    """One that does may take part in the end of the interpreter, and block it."""
+    Path("threads.py").write_text(
+        "import glob, torch\nfrom nanollm.runtime import start\n"
+        "def run():\n"
+        "    rt = start('cpu')\n"
+        "    called = rt.prepare(torch.nn.Linear(2, 2))\n"
+        "    called(torch.ones(1, 2)).sum().backward()\n"
+        "    rt.close()\n"
+        "run()\n"
+        "names = [open(name).read() for name in glob.glob('/proc/self/task/*/comm')]\n"
+        "print('gloo threads:', sum('gloo' in name for name in names), flush=True)\n"
+    )
+    assert as_two_processes(here / "threads.py").count("gloo threads: 0") == 2
 
 
 def free_port():
@@ -395,9 +440,31 @@ def test_the_folder_to_start_from_is_never_replaced(init, here, capsys):
     pretrain("--steps", 1)
     pretrain("--steps", 1)
     capsys.readouterr()
-    assert "would replace --init" in refused(
+    assert f"would replace {init}, which the run reads" in refused(
         capsys, train_pretrain, *TINY, "--data", "text.txt", "--init", init
     )
+
+
+KNOWLEDGE = "--knowledge is what tools search in; add --tools"
+MEANINGLESS = [
+    (chat, ["--knowledge", "people.jsonl"], KNOWLEDGE),
+    (evaluate, ["--data", "tools", "--knowledge", "people.jsonl"], KNOWLEDGE),
+    (evaluate, ["--reward_model", "runs/rm"], "--reward_model goes with --data preferences"),
+    (evaluate, ["--data", "tools", "--against", "runs/sft"], "--against goes with --data pref"),
+    (evaluate, ["--best_of", 4], "--best_of needs a --reward_model"),
+]
+
+
+@pytest.mark.parametrize("module, flags, sentence", MEANINGLESS)
+def test_flags_that_would_change_nothing_are_refused(module, flags, sentence, capsys):
+    assert sentence in refused(capsys, module, *flags)
+
+
+def test_questions_for_tools_without_tools_are_answered_and_that_is_said(capsys):
+    evaluate.check_flags(evaluate.Config(data="tools", tools=True))
+    assert not capsys.readouterr().out
+    evaluate.check_flags(evaluate.Config(data="tools"))
+    assert "without --tools" in capsys.readouterr().out
 
 
 # --- what scripts share --------------------------------------------------------------------------
