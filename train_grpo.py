@@ -183,15 +183,12 @@ DESCRIPTION = (
 )
 
 
-def chat_prompt(item, tokenizer, per_picture):
+def chat_prompt(item, tokenizer):
     """Ids of a dialogue up to where the assistant begins."""
-    messages, images = item["messages"], item.get("images")
-    if images:
-        return render_with_pictures(tokenizer, messages, per_picture, len(images), True)[0]
-    return tokenizer.render(messages, generation_prompt=True)[0]
+    return tokenizer.render(item["messages"], generation_prompt=True)[0]
 
 
-def zero_prompt(item, tokenizer, _):
+def zero_prompt(item, tokenizer):
     """For a base model, which follows examples instead of instructions: a question thought through,
     then the problem. Without tags: no text has shown them to our base model, so that it would never
     close one.
@@ -200,7 +197,7 @@ def zero_prompt(item, tokenizer, _):
     return [tokenizer.eot_id, *tokenizer.encode(text)]
 
 
-def think_prompt(item, tokenizer, _):
+def think_prompt(item, tokenizer):
     """For a base model that has read much of the internet: as DeepSeek-R1-Zero's template
     (2501.12948, table 1), the thought and its tags are described, and rewarded by `think_format`.
     """
@@ -388,7 +385,10 @@ class Sampling:
 
     def ask(self, item):
         """Ids of the prompt."""
-        return TEMPLATES[self.cfg.template](item, self.tokenizer, self.per_picture)
+        tokenizer, messages, images = self.tokenizer, item["messages"], item.get("images")
+        if images:
+            return render_with_pictures(tokenizer, messages, self.per_picture, len(images), True)[0]
+        return TEMPLATES[self.cfg.template](item, tokenizer)
 
     @torch.no_grad()
     def look(self, policy, items):
