@@ -7,7 +7,7 @@ WHERE = {"left": ("on the left", "on the left side", "on the left of the picture
          "middle": ("in the middle", "in the middle of the picture"),
          "right": ("on the right", "on the right side", "on the right of the picture")}
 DOES = {"house": ("stands", "stand"), "ball": ("lies", "lie"), "flower": ("grows", "grow"),
-        "boat": ("rests", "rest"), "mushroom": ("grows", "grow"), "kite": ("flies", "fly"),
+        "boat": ("rests", "rest"), "kite": ("flies", "fly"),
         "star": ("shines", "shine")}
 LISTS = ("The picture shows {x}.", "You can see {x}.", "There {is_} {x}.", "I see {x}.",
          "This is a picture of {x}.", "Look: {x}.", "In the picture there {is_} {x}.")

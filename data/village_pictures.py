@@ -40,7 +40,7 @@ from data.village_scenes import Scene, draw, random_scene, vary
 __all__ = ["Scene", "answer_of", "blind_guess", "caption", "draw", "is_true", "prepare",
            "random_scene", "reader_dialogues"]
 
-VERSION = 4  # raise it when pictures or texts change, so that no old cache is read
+VERSION = 5  # raise it when pictures or texts change, so that no old cache is read
 SIZES = {"val": 200, "test": 400, "combos": 150}  # pictures of each split, beside training
 ALIKE = 4  # training pictures, and then their captions, side by side: they differ in one thing each
 PER_FAMILY = {"test": 240, "combos": 100}  # test questions
@@ -57,14 +57,18 @@ def split_scenes(seed, n_train):
     rng, seen, splits = random.Random(f"pictures-{seed}"), set(), {}
     for split, n in {**SIZES, "train": n_train}.items():  # the tests don't depend on n_train
         scenes = splits[split] = []
+        tries = 0
         while len(scenes) < n:
-            if split == "train" and len(scenes) % ALIKE:
-                scene = vary(scenes[-(len(scenes) % ALIKE)], rng)
-            else:
+            first = len(scenes) - len(scenes) % ALIKE  # of the family
+            if split == "train" and first < len(scenes) and tries < 50:
+                scene = vary(scenes[first], rng)
+            else:  # also where all that is like it was there before
                 scene = random_scene(rng, held_out=split == "combos")
+            tries += 1
             if scene.truth not in seen:
                 seen.add(scene.truth)
                 scenes.append(scene)
+                tries = 0
     return splits
 
 

@@ -1,6 +1,6 @@
 """Scenes of the village: what stands in a picture, as data, and the picture itself.
 
-A scene has a season, and one to four groups of objects. A group is of one kind, colour and size,
+A scene has a season, and one to three groups of objects. A group is of one kind, colour and size,
 on the left, in the middle or on the right; no kind occurs twice, so questions have one answer.
 Kites and stars are in the sky, everything else is on the ground. Nothing overlaps.
 
@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from PIL import Image, ImageDraw
 
 KINDS = {"house": "houses", "ball": "balls", "flower": "flowers", "boat": "boats",
-         "mushroom": "mushrooms", "kite": "kites", "star": "stars"}
+         "kite": "kites", "star": "stars"}
 SKY = ("kite", "star")
 COLOURS = {"red": (222, 38, 43), "blue": (38, 92, 224), "green": (22, 150, 62),
-           "yellow": (255, 208, 20), "purple": (126, 52, 178), "pink": (255, 112, 186)}
+           "yellow": (255, 208, 20), "purple": (126, 52, 178)}
 PLACES = ("left", "middle", "right")
 SIZES = {"small": 4.7, "big": 7.1}  # half the width of an object
 SEASONS = ("spring", "summer", "autumn", "winter")
@@ -37,7 +37,7 @@ ROWS = ("sky", "ground")
 
 @dataclass(frozen=True)
 class Group:
-    """`number` objects alike, 1 to 5; of the big ones 1 or 2."""
+    """`number` objects alike, 1 to 3; of the big ones 1 or 2."""
     kind: str
     colour: str
     size: str
@@ -77,7 +77,7 @@ class Scene:
 
 def random_scene(rng, held_out=False):
     """A scene without any pair of HELD_OUT, or with one: its first group."""
-    n_groups = rng.choices((1, 2, 3, 4), (1, 3, 4, 3))[0]
+    n_groups = rng.choices((1, 2, 3), (1, 3, 4))[0]
     while True:
         kinds = rng.sample(list(KINDS), n_groups)
         if sum(kind not in SKY for kind in kinds) <= len(PLACES) and (
@@ -91,7 +91,7 @@ def random_scene(rng, held_out=False):
             colour = HELD_OUT[kind]
         size = "big" if rng.random() < 0.35 else "small"
         number = rng.choice((1, 2)) if size == "big" else rng.choices(
-            (1, 2, 3, 4, 5), (2, 2, 3, 3, 3))[0]  # about as many of each number altogether
+            (1, 2, 3), (3, 3, 5))[0]  # about as many of each number altogether
         groups.append(Group(kind, colour, size, next(places[row_of(kind)]), number))
     return Scene(rng.choice(SEASONS), rng.choice(TIMES), tuple(groups), rng.randrange(10**9))
 
@@ -111,7 +111,7 @@ def vary(scene, rng):
         elif change == "colour":
             groups[i] = replace(group, colour=rng.choice(list(COLOURS)))
         elif change == "number":
-            number = rng.choice((1, 2) if group.size == "big" else (1, 2, 3, 4, 5))
+            number = rng.choice((1, 2) if group.size == "big" else (1, 2, 3))
             groups[i] = replace(group, number=number)
         elif change == "place":  # exchanged with who is there already
             place = rng.choice(PLACES)
@@ -242,17 +242,6 @@ def boat(pen, x, y, h, colour, turn):
                  (x + 0.58 * h, y + 0.86 * h), (x - 0.58 * h, y + 0.86 * h)], colour, dark)
 
 
-def mushroom(pen, x, y, h, colour, turn):
-    dark = shade(colour, 0.42)
-    pen.polygon([(x - 0.24 * h, y), (x + 0.24 * h, y), (x + 0.34 * h, y + 0.95 * h),
-                 (x - 0.34 * h, y + 0.95 * h)], CREAM, (150, 128, 104))
-    arc = [math.pi * i / 12 for i in range(13)]
-    pen.polygon([(x - 0.94 * h * math.cos(a), y + 0.18 * h - 1.1 * h * math.sin(a)) for a in arc],
-                colour, dark)
-    for dx, dy, r in ((-0.45, -0.2, 0.16), (0.05, -0.55, 0.18), (0.48, -0.12, 0.15)):
-        pen.ellipse(x + turn * dx * h, y + dy * h, r * h, r * h, CREAM)
-
-
 def kite(pen, x, y, h, colour, turn):
     dark = shade(colour, 0.42)
     top, right = (x + turn * 0.2 * h, y - 0.95 * h), (x + 0.92 * h, y - 0.2 * h)
@@ -274,7 +263,7 @@ def star(pen, x, y, h, colour, turn):
     pen.polygon(points(0.42 * h), shade(colour, 1.5))
 
 
-DRAWN = {"house": house, "ball": ball, "flower": flower, "boat": boat, "mushroom": mushroom,
+DRAWN = {"house": house, "ball": ball, "flower": flower, "boat": boat,
          "kite": kite, "star": star}
 
 # --- the country around ----------------------------------------------------------

@@ -137,6 +137,8 @@ def build_optimizers(
         into = muon if kind == "muon" and hidden else adam
         low = ".layers." in name or "embed" in name or name.startswith("vision.")
         factor = layer_decay ** (layers - _layer(name)) if low else 1.0
+        import os
+        factor *= float(os.environ.get("PROJ", 1)) if name.startswith("projector.") else 1
         factor *= lora_plus if ".lora_B." in name else 1.0
         into.setdefault((factor, p.dim() >= 2), []).append(p)
 

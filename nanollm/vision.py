@@ -96,6 +96,18 @@ class PatchEmbedding(nn.Conv2d):
         return F.linear(x, self.weight.flatten(1).to(x.dtype), bias)
 
 
+def sines_of_places(side, channels):
+    """Sines and cosines of row and column, a quarter of the channels each, for side x side patches:
+    (N, C). Positions start from these instead of small noise, so that a tower trained on little
+    does not forget where things are (Beyer et al. 2022, arXiv:2205.01580, section 2).
+    """
+    quarter = channels // 4
+    angles = torch.outer(torch.arange(side).float(), 100 ** -torch.linspace(0, 1, quarter))
+    waves = torch.cat((angles.sin(), angles.cos()), dim=1)  # (side, C / 2)
+    rows, columns = waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)
+    return F.pad(torch.cat((rows, columns), dim=1), (0, channels - 4 * quarter))
+
+
 class Embeddings(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -105,7 +117,9 @@ class Embeddings(nn.Module):
             cfg.num_channels, C, cfg.patch_size, stride=cfg.patch_size, bias=not clip
         )
         self.position_embedding = nn.Embedding(cfg.num_patches + clip, C)
-        nn.init.normal_(self.position_embedding.weight, std=C**-0.5)
+        with torch.no_grad():
+            self.position_embedding.weight[: int(clip)] = 0
+            self.position_embedding.weight[int(clip) :] = sines_of_places(cfg.grid, C)
 
     def forward(self, pictures):
         x = self.patch_embedding(pictures)  # (B, N, C)
