@@ -131,7 +131,15 @@ PRESETS = {
         "adam_lr": 1e-4,
         "out": "runs/zero",
     },
-    "pictures": {"init": "runs/vlm", "data": "pictures", "out": "runs/vlm-grpo"},
+    "pictures": {
+        "init": "runs/vlm",
+        "data": "pictures",
+        "loss": "dr_grpo",  # or the small reward of the format counts in full where all are wrong
+        "max_new_tokens": 64,
+        "steps": 24,
+        "eval_every": 12,
+        "out": "runs/vlm-grpo",
+    },
     "gpu": {"batch_size": 128, "samples": 16, "steps": 200, "adam_lr": 1e-6, "accumulate": 16},
 }
 
@@ -139,14 +147,6 @@ REWARDS = ((1.0, accuracy), (0.1, think_format))  # (weight, function of problem
 
 
 # --- data ----------------------------------------------------------------------------------------
-
-
-# --data by name: where its folder is, and its files' name
-VILLAGE = {
-    "village": (village_of, "problems"),
-    "tools": (village_of, "tools"),
-    "pictures": (pictures_of, "problems"),
-}
 
 
 def load_problems(cfg):
@@ -160,9 +160,10 @@ def load_problems(cfg):
             raise UserError(f"{cfg.data} has no problems of {', '.join(sorted(unknown))}")
         return [item for item in items if not wanted or item["family"] in wanted]
 
-    if cfg.data in VILLAGE:
-        folder_of, name = VILLAGE[cfg.data]
-        files = (folder_of(cfg.init) / f"{name}_{split}.jsonl" for split in ("train", "test"))
+    if cfg.data in ("village", "tools", "pictures"):
+        folder = (pictures_of if cfg.data == "pictures" else village_of)(cfg.init)
+        name = "tools" if cfg.data == "tools" else "problems"
+        files = (folder / f"{name}_{split}.jsonl" for split in ("train", "test"))
         parts = [chosen(read_picture_prompts(path)) for path in files]
     else:
         records = chosen(read_picture_prompts(cfg.data))
@@ -182,15 +183,12 @@ DESCRIPTION = (
 )
 
 
-def chat_prompt(item, tokenizer, per_picture):
+def chat_prompt(item, tokenizer):
     """Ids of a dialogue up to where the assistant begins."""
-    messages, images = item["messages"], item.get("images")
-    if images:
-        return render_with_pictures(tokenizer, messages, per_picture, len(images), True)[0]
-    return tokenizer.render(messages, generation_prompt=True)[0]
+    return tokenizer.render(item["messages"], generation_prompt=True)[0]
 
 
-def zero_prompt(item, tokenizer, _):
+def zero_prompt(item, tokenizer):
     """For a base model, which follows examples instead of instructions: a question thought through,
     then the problem. Without tags: no text has shown them to our base model, so that it would never
     close one.
@@ -199,7 +197,7 @@ def zero_prompt(item, tokenizer, _):
     return [tokenizer.eot_id, *tokenizer.encode(text)]
 
 
-def think_prompt(item, tokenizer, _):
+def think_prompt(item, tokenizer):
     """For a base model that has read much of the internet: as DeepSeek-R1-Zero's template
     (2501.12948, table 1), the thought and its tags are described, and rewarded by `think_format`.
     """
@@ -387,7 +385,10 @@ class Sampling:
 
     def ask(self, item):
         """Ids of the prompt."""
-        return TEMPLATES[self.cfg.template](item, self.tokenizer, self.per_picture)
+        tokenizer, messages, images = self.tokenizer, item["messages"], item.get("images")
+        if images:
+            return render_with_pictures(tokenizer, messages, self.per_picture, len(images), True)[0]
+        return TEMPLATES[self.cfg.template](item, tokenizer)
 
     @torch.no_grad()
     def look(self, policy, items):

@@ -108,8 +108,8 @@ class Config:
     blind: bool = False  # for instruct: grey in place of each picture, in training and tests
     context: int | None = None  # row length T; none: 256, or the model's context if shorter
     # -- Model
-    picture_size: int = 64  # pixels per side that the vision tower reads
-    patch_size: int = 8  # pixels per side of a patch
+    picture_size: int = 96  # pixels per side that the vision tower reads
+    patch_size: int = 16  # pixels per side of a patch
     vision_layers: int = 4  # of the vision tower
     vision_channels: int = 128  # of the vision tower; 32 per head
     loss: Literal["clip", "siglip"] = "clip"  # of the first stage
@@ -505,7 +505,7 @@ def load_dialogues(cfg):
     train, val = load_records(cfg, read_picture_chats, "describe")
     if cfg.stage == "instruct" and cfg.data == "village":
         asked, asked_val = load_records(cfg, read_picture_chats, "questions")
-        train, val = asked + train[::4], asked_val  # a few descriptions keep it describing
+        train, val = asked + train, asked_val
     if cfg.blind:
         train, val = ([c | {"images": [GREY] * len(c["images"])} for c in p] for p in (train, val))
     return train, val
@@ -556,6 +556,8 @@ def train_language(cfg, rt):
         store.numbers(item["images"])  # now, so that a damaged one is found now
 
     share = rt.share(cfg.batch_size)
+    if cfg.stage == "align":
+        model.calibrate(store.pictures(train_rows.picture_numbers()[:256]))
     run = Run(cfg, rt, cfg.steps)
     called = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations

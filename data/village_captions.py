@@ -29,15 +29,12 @@ def phrase(group, with_size, rng):
     return number_of(group.number, group.kind, f"{size}{group.colour}")
 
 
-def caption(scene, rng, detailed=False):
+def caption(scene, rng):
     """What is in the picture: of each group always the number, colour and kind, mostly the place
-    (of all groups or of none), often the size, and perhaps the season and the time. A detailed one
-    leaves nothing out but the time, and goes through the picture as one reads.
+    (of all groups or of none), often the size, and perhaps the season and the time.
     """
-    with_size, with_place = rng.random() < 0.7 or detailed, rng.random() < 0.9 or detailed
+    with_size, with_place = rng.random() < 0.7, rng.random() < 0.9
     groups = rng.sample(scene.groups, len(scene.groups))
-    if detailed:
-        groups.sort(key=lambda group: (group.kind not in SKY, PLACES.index(group.place)))
     phrases = [phrase(group, with_size, rng) for group in groups]
     places = [rng.choice(WHERE[group.place]) for group in groups]
     style = rng.choice(("list", "sentences", "chain")) if with_place else "list"
@@ -48,10 +45,23 @@ def caption(scene, rng, detailed=False):
         is_ = "is" if groups[0].number == 1 else "are"
         said = rng.choice(LISTS).format(x=listed(parts), is_=is_) if style == "list" \
             else capitalise(listed(parts)) + "."
-    around = [rng.choice(SEASON_SAID).format(s=scene.season)] * (rng.random() < 0.6 or detailed)
-    around += [rng.choice(TIME_SAID[scene.time])] * (rng.random() < 0.25 and not detailed)
+    around = [rng.choice(SEASON_SAID).format(s=scene.season)] * (rng.random() < 0.6)
+    around += [rng.choice(TIME_SAID[scene.time])] * (rng.random() < 0.25)
     first = rng.random() < 0.3
     return " ".join([*around, said] if first else [said, *around])
+
+
+def description(scene, rng):
+    """Everything but the time, in the order in which one looks: the place comes first, so that
+    whoever learns to say what comes next knows where to look for it.
+    """
+    groups = sorted(scene.groups, key=lambda group: PLACES.index(group.place))
+    rows = {"in the sky": [g for g in groups if g.kind in SKY],
+            "on the ground": [g for g in groups if g.kind not in SKY]}
+    said = [capitalise(f"{row}: " + listed([f"{WHERE[g.place][0]} {phrase(g, True, rng)}"
+                                            for g in found]) + ".")
+            for row, found in rows.items() if found]
+    return " ".join([f"It is {scene.season}.", *said])
 
 
 def sentence(group, words, place, rng):

@@ -27,7 +27,12 @@ HELD_OUT = {"boat": "red", "flower": "blue", "star": "green", "house": "yellow",
 
 UNITS = 64
 CELL = UNITS / 3  # a third of the width; a group has the sky or the ground of it
-ROWS = {"sky": (0.4, 31.2), "ground": (32.2, 63.6)}  # from y to y
+# Where objects may be in it, columns and rows. A small one has a sixth of the picture's width: a
+# vision tower that cuts the picture into 6 x 6 patches sees most of them whole, and so needs
+# thousands of pictures instead of millions.
+SPOTS = {"small": (2, 3), "big": (1, 2)}
+SHIFT = 0.5  # how far from the middle of its spot an object may be, right or left, up or down
+ROWS = ("sky", "ground")
 
 
 @dataclass(frozen=True)
@@ -138,29 +143,15 @@ def layout(scene):
     objects = []
     for group in scene.groups:
         rng = random.Random(f"layout-{scene.seed}-{group.kind}")  # whatever its colour
-        half, left = SIZES[group.size], PLACES.index(group.place) * CELL
-        top, bottom = ROWS[row_of(group.kind)]
-        spots = spread(group.number, half, (left + 0.6, top, left + CELL - 0.6, bottom), rng)
-        objects += [(group, x, y, half, rng.choice((1, -1))) for x, y in spots]
+        left, top = PLACES.index(group.place) * CELL, 0 if group.kind in SKY else UNITS / 2
+        half, columns, rows = SIZES[group.size], *SPOTS[group.size]
+        wide, high = CELL / columns, UNITS / 2 / rows
+        spots = [(i, j) for i in range(columns) for j in range(rows)]
+        for i, j in rng.sample(spots, group.number):
+            x, y = left + (i + 0.5) * wide, top + (j + 0.5) * high
+            x, y = x + rng.uniform(-SHIFT, SHIFT), y + rng.uniform(-SHIFT, SHIFT)
+            objects.append((group, x, y, half, rng.choice((1, -1))))
     return sorted(objects, key=lambda placed: placed[2])
-
-
-def spread(number, half, box, rng, gap=0.6):
-    """Centres of squares in the box, `gap` apart: thrown at random, or else on a grid."""
-    left, top, right, bottom = box
-    for _ in range(15):
-        spots = [(rng.uniform(left + half, right - half), rng.uniform(top + half, bottom - half))
-                 for _ in range(number)]
-        if all(max(abs(x - u), abs(y - v)) >= 2 * half + gap
-               for i, (x, y) in enumerate(spots) for u, v in spots[:i]):
-            return spots
-    columns, rows = (int((length + gap) // (2 * half + gap))
-                     for length in (right - left, bottom - top))
-    wide, high = (right - left) / columns, (bottom - top) / rows
-    cells = rng.sample([(i, j) for i in range(columns) for j in range(rows)], number)
-    spare_x, spare_y = ((length - 2 * half - gap) / 2 for length in (wide, high))
-    return [(left + (i + 0.5) * wide + rng.uniform(-spare_x, spare_x),
-             top + (j + 0.5) * high + rng.uniform(-spare_y, spare_y)) for i, j in cells]
 
 
 # --- the pen -----------------------------------------------------------------
@@ -337,7 +328,7 @@ def landscape(pen, scene, rng):
         pen.ellipse(x, y, 0.55, 0.3, (*SPECKS[scene.season], 190))
 
 
-def draw(scene, size=64, detail=4):
+def draw(scene, size=96, detail=4):
     """The picture, RGB, `size` pixels wide and high: drawn `detail` times as large, then reduced.
 
     Raises ValueError for a size at which objects could not be told apart.

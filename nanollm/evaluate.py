@@ -321,9 +321,9 @@ def pictures_of(run_folder):
     settings don't say.
     """
     known = settings_with("picture_size", run_folder)
-    return village_pictures.prepare(
-        size=known.get("picture_size", 64), n_train=known.get("pictures", 6000)
-    )
+    names = {"size": "picture_size", "n_train": "pictures"}
+    chosen = {to: known[name] for to, name in names.items() if name in known}
+    return village_pictures.prepare(**chosen)
 
 
 def settings_with(name, run_folder):

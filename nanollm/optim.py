@@ -120,7 +120,7 @@ def build_optimizers(
 ):
     """The optimizers of a GPT; raises ValueError for an unknown kind.
 
-    kind "muon": matrices of the blocks by Muon at `lr`, the rest by AdamW at `adam_lr`; "adamw":
+    kind "muon": matrices of the blocks, and of a projector, by Muon at `lr`, the rest by AdamW at `adam_lr`; "adamw":
     all by AdamW at `adam_lr`. Weight decay falls on matrices only. `layer_decay` < 1 multiplies the
     learning rate once per layer below the head (Howard & Ruder 2018, arXiv:1801.06146), so that the
     lowest layers move least. `lora_plus` multiplies that of an adapter's B (Hayou et al. 2024,
@@ -133,7 +133,7 @@ def build_optimizers(
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        hidden = p.dim() == 2 and ".layers." in name
+        hidden = p.dim() == 2 and (".layers." in name or name.startswith("projector."))
         into = muon if kind == "muon" and hidden else adam
         low = ".layers." in name or "embed" in name or name.startswith("vision.")
         factor = layer_decay ** (layers - _layer(name)) if low else 1.0

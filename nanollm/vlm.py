@@ -57,14 +57,36 @@ class Projector(nn.Module):
             )
         return patches // self.r**2
 
-    def forward(self, x):
+    def group(self, x):
+        """(P, N, C) -> (P, n, r r C): what stands side by side."""
         P, N, C = x.shape
         n, r, side = self.tokens(N), self.r, math.isqrt(N)
-        if r > 1:
-            x = x.view(P, side // r, r, side // r, r, C).transpose(2, 3)
-            x = x.reshape(P, n, r * r * C)  # rows of groups, in each r rows of r patches
-        x = self.linear_1(x)
+        if r == 1:
+            return x
+        x = x.view(P, side // r, r, side // r, r, C).transpose(2, 3)
+        return x.reshape(P, n, r * r * C)  # rows of groups, in each r rows of r patches
+
+    def forward(self, x):
+        x = self.linear_1(self.group(x))
         return x if self.linear_2 is None else self.linear_2(F.gelu(x))
+
+    @torch.no_grad()
+    def calibrate(self, x, size):
+        """Adapt a new projector to features x (P, N, C_v), so that what comes out has root mean
+        square `size`, as the embeddings of words have. A tower's features have large means that say
+        nothing of the picture; unadapted, its tokens are many times larger than words, all alike to
+        the layers that normalise them, and hardly changed by what layers add.
+
+        Standardises the first layer's inputs by its own weights and scales the last layer
+        (Kraehenbuehl et al. 2016, arXiv:1511.06856, section 3).
+        """
+        groups = self.group(x.float()).flatten(0, 1)
+        first, last = self.linear_1, self.linear_2 or self.linear_1
+        first.weight.div_(groups.std(0) + 1e-6)
+        first.bias.copy_(-first.weight @ groups.mean(0))
+        scale = size / self(x.float()).square().mean().sqrt()
+        last.weight.mul_(scale)
+        last.bias.mul_(scale)
 
 
 class VLM(GPT):
@@ -133,6 +155,12 @@ class VLM(GPT):
     def picture_features(self, pictures):
         """(P, 3, H, W), or (P, N, C_v) from `look`, -> (P, n, C)."""
         return self.projector(self.look(pictures) if pictures.dim() == 4 else pictures)
+
+    @torch.no_grad()
+    def calibrate(self, pictures):
+        """Adapt a new projector to the tower's features of these pictures (P, 3, H, W)."""
+        size = self.model.embed_tokens.weight.square().mean().sqrt()
+        self.projector.calibrate(self.vision.features(pictures, self.feature_layer), size)
 
     def train_parts(self, vision=False, projector=True, language=False):
         """Say which parts are trained; the others are frozen. What of the vision tower lies behind

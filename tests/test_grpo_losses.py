@@ -708,9 +708,16 @@ def test_a_family_that_nobody_knows_is_refused_by_name(tmp_path):
         problems_in(tmp_path / "p.jsonl", families(), families="divide", val_fraction=0.25)
 
 
-@pytest.mark.parametrize("data, name", [("village", "problems"), ("tools", "tools")])
-def test_the_villages_own_problems_come_in_two_files(data, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_grpo, "village_of", lambda run_folder: tmp_path)
+@pytest.mark.parametrize(
+    "data, name, place",
+    [
+        ("village", "problems", "village_of"),
+        ("tools", "tools", "village_of"),
+        ("pictures", "problems", "pictures_of"),
+    ],
+)
+def test_the_villages_own_problems_come_in_two_files(data, name, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_grpo, place, lambda run_folder: tmp_path)
     for part, answer in ("train", "3"), ("test", "4"):
         record = {"prompt": "?", "answer": answer, "family": "add"}
         (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(record))

@@ -268,7 +268,7 @@ def test_the_villages_pictures_are_found_by_the_run_that_chose_them(here, monkey
         Path("runs", name, "train_config.json").write_text(json.dumps(settings))
     for run in "runs/b", "runs/blind":
         evaluate.pictures_of(run)
-    assert asked == [{"size": 32, "n_train": 7}, {"size": 64, "n_train": 6000}]
+    assert asked == [{"size": 32, "n_train": 7}, {}]
 
 
 def test_evaluate_asks_about_the_villages_pictures(here, monkeypatch, capsys):
