@@ -15,6 +15,7 @@ batches of the last stage, against forgetting. A model proves that it looks by t
 --blind trains it in the same way on grey pictures; what that one gets right can be guessed.
 
 Run     python train_vlm.py                           # all three, and the blind model: runs/vlm
+        python train_vlm.py --stage all --resume      # after a kill: finished stages are kept
         python train_vlm.py --stage clip --out runs/clip
         python train_vlm.py --stage align --vision runs/clip --out runs/align
         python train_vlm.py --stage instruct --init runs/align --out runs/seeing
@@ -34,7 +35,7 @@ from typing import Literal
 import torch
 
 from data import village_pictures
-from nanollm.adapter_runs import start_adapter
+from nanollm.adapter_runs import check_method, start_adapter
 from nanollm.clip import (
     CLIP,
     TextConfig,
@@ -47,7 +48,7 @@ from nanollm.clip import (
 )
 from nanollm.config import UserError, cli, save_config
 from nanollm.data import Sampler, Windows
-from nanollm.evaluate import first_of_each_family, read_items, table, village_of
+from nanollm.evaluate import first_of_each_family, prompt_of, read_items, table, village_of
 from nanollm.formats import read_chats, split_documents
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model
@@ -58,13 +59,14 @@ from nanollm.picture_data import (
     pack_picture_chats,
     read_captions,
     read_picture_chats,
+    show_pictures,
 )
 from nanollm.pictures import Preprocessing
-from nanollm.run import Run, check_folders, set_aside
+from nanollm.run import Run, check_folders, holds_a_run, make_way
 from nanollm.runtime import start
 from nanollm.tokenizer import Tokenizer
-from nanollm.vision import VisionConfig
-from nanollm.vlm import VLM
+from nanollm.vision import VisionConfig, ViT
+from nanollm.vlm import VLM, image_id_of
 from nanollm.vlm_figures import (
     blind_figures,
     keep_samples,
@@ -73,7 +75,7 @@ from nanollm.vlm_figures import (
     summary,
     text_figures,
 )
-from nanollm.vlm_files import build_vlm
+from nanollm.vlm_files import build_vlm, load_language
 from train_sft import load_replay, replay_rows, sft_loss
 
 
@@ -92,25 +94,30 @@ class Config:
     # ours or LLaVA's (see data/README.md)
     data: str = "village"
     pictures: int = 6000  # how many the village paints for training
-    val_data: str | None = None  # held-out records; default: the last --val_fraction of --data
+    val_data: str | None = None  # held-out records; none: the last --val_fraction of --data
     val_fraction: float = 0.05  # share of --data that is held out
-    test_data: str | None = None  # test items; the village has its own
+    # pictures to be tested on: test items, each with an "image" (instruct), or captions (clip);
+    # none: the village's own, or for another --data no test
+    test_data: str | None = None
     test_items: int = 48  # items per family, of text and of pictures
-    # for instruct, against forgetting: dialogues without pictures, and plain text
-    text_data: str = "village"  # village, or JSONL of dialogues
-    replay_data: str = "village"  # village, or a .txt or .jsonl file
-    replay: float = 0.375  # share of the rows without pictures: half dialogues, half plain text
-    blind: bool = False  # for instruct: a grey picture in place of each
-    context: int | None = None  # row length T; default: 256, or the model's context if shorter
+    # for instruct, against forgetting: share of the rows without pictures, half of them dialogues
+    # and half plain text
+    replay: float = 0.375
+    text_data: str = "village"  # those dialogues: the village's, or a JSONL file
+    replay_data: str = "village"  # that plain text: the village's, or a .txt or .jsonl file
+    blind: bool = False  # for instruct: grey in place of each picture, in training and tests
+    context: int | None = None  # row length T; none: 256, or the model's context if shorter
     # -- Model
     picture_size: int = 96  # pixels per side that the vision tower reads
     patch_size: int = 16  # pixels per side of a patch
-    vision_layers: int = 4
-    vision_channels: int = 128
+    vision_layers: int = 4  # of the vision tower
+    vision_channels: int = 128  # of the vision tower; 32 per head
     loss: Literal["clip", "siglip"] = "clip"  # of the first stage
-    # so many captions that stand side by side in the file come into a batch together: the village's
-    # are of pictures that differ in one thing each, which makes the tower look at everything
+    # for clip: so many captions that stand one below the other in the file come into a batch
+    # together; the village's are of pictures that differ in one thing each, so that the tower has
+    # to look at everything
     alike: int = 4
+    # from the tower's features to the language model's tokens; pixel_shuffle joins four patches
     projector: Literal["linear", "mlp", "pixel_shuffle"] = "mlp"
     feature_layer: int = -2  # whose states the projector reads, as LLaVA; -1: the last layer's
     train_vision: bool = False  # for instruct: the vision tower learns too
@@ -120,12 +127,12 @@ class Config:
     alpha: float = 32.0  # what it learns counts alpha / r
     # -- Training
     out: str = "runs/vlm"  # run folder to write
-    steps: int | None = None  # optimizer steps; default: by stage
-    batch_size: int | None = None  # pairs (clip) or rows per optimizer step; default: by stage
+    steps: int | None = None  # optimizer steps; none: by stage
+    batch_size: int | None = None  # pairs (clip) or rows per optimizer step; none: by stage
     accumulate: int = 1  # parts that a process splits its rows into, to save memory; not for clip
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
-    lr: float | None = None  # learning rate of Muon; default: by stage
-    adam_lr: float | None = None  # learning rate of AdamW; default: by stage
+    lr: float | None = None  # learning rate of Muon; none: by stage
+    adam_lr: float | None = None  # learning rate of AdamW; none: by stage
     weight_decay: float = 0.0  # on matrices and embeddings
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 20  # steps of linear warm-up
@@ -170,13 +177,48 @@ BY_STAGE = {
 }
 
 
+# stages where these flags mean something
+GOES_WITH = {
+    "vision": ["align"],
+    "blind": ["instruct"],
+    "train_vision": ["instruct", "all"],
+    "adapter": ["instruct", "all"],
+}
+
+
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
+    check_flags(cfg)
     if cfg.stage == "all":
         all_stages(cfg, rt)
     else:
-        STAGES[cfg.stage](with_defaults(cfg), rt)
+        run_stage(cfg, rt)
     rt.close()
+
+
+def check_flags(cfg):
+    """Refuse flags that would change nothing, and those that can't go together."""
+    for name, stages in GOES_WITH.items():
+        if getattr(cfg, name) and cfg.stage not in stages:
+            raise UserError(f"--{name} goes with --stage {' or '.join(stages)}, not {cfg.stage}")
+    if cfg.stage == "align" and not cfg.vision:
+        raise UserError("--stage align needs --vision, the folder of a vision tower")
+    if cfg.train_vision and cfg.adapter:
+        raise UserError("--train_vision goes with no --adapter, whose folder holds no vision tower")
+    if cfg.adapter:
+        check_method(cfg.adapter)
+    if not 0 <= cfg.replay < 1:
+        raise UserError(f"--replay {cfg.replay} is no share: it lies between 0 and 1, 1 excluded")
+    if cfg.stage in ("clip", "all"):
+        if cfg.picture_size % cfg.patch_size:
+            raise UserError(
+                f"--patch_size {cfg.patch_size} doesn't divide --picture_size {cfg.picture_size}; "
+                "patches must cover the picture, its right and lower edge too"
+            )
+        batch = cfg.batch_size or BY_STAGE["clip"]["batch_size"]
+        if batch % cfg.alike:
+            raise UserError(f"--alike {cfg.alike} doesn't divide --batch_size {batch}")
+        vision_config(cfg)
 
 
 def with_defaults(cfg):
@@ -185,30 +227,51 @@ def with_defaults(cfg):
     return dataclasses.replace(cfg, **{k: v for k, v in own.items() if getattr(cfg, k) is None})
 
 
+def run_stage(cfg, rt):
+    """One stage. With --resume, one that was stopped before its first checkpoint begins anew."""
+    known = any((Path(cfg.out) / name).exists() for name in ("state.pt", "result.json"))
+    torch.manual_seed(cfg.seed)  # new parameters are the same, whatever ran before
+    cfg = dataclasses.replace(with_defaults(cfg), resume=cfg.resume and known)
+    STAGES[cfg.stage](cfg, rt)
+
+
 def all_stages(cfg, rt):
     """The three stages and the blind model, one after the other, each in a folder of its own."""
     out = cfg.out
-    check_folders(cfg.init, out)
     plan = {
-        f"{out}-clip": {"stage": "clip"},
+        f"{out}-clip": {"stage": "clip", "test_data": None},
         f"{out}-align": {"stage": "align", "vision": f"{out}-clip"},
         f"{out}-blind": {"stage": "instruct", "init": f"{out}-align", "blind": True},
         out: {"stage": "instruct", "init": f"{out}-align"},
     }
+    if not cfg.resume:
+        check_plan(cfg, plan)
+        rt.barrier()  # before folders are moved, every process has looked at them
     if rt.main and not cfg.resume:
         for folder in map(Path, plan):
-            if folder.exists() and any(folder.iterdir()):
-                set_aside(folder)
-        Path(out).mkdir(parents=True)
+            make_way(folder)
+        Path(out).mkdir(parents=True, exist_ok=True)
         save_config(cfg, Path(out) / "train_config.json")
     rt.barrier()
     for folder, flags in plan.items():
         if cfg.resume and (Path(folder) / "result.json").exists():
             continue
         rt.print(f"\n{flags['stage']}{' blind' * ('blind' in flags)}: {folder}")
-        resume = cfg.resume and (Path(folder) / "state.pt").exists()
-        one = dataclasses.replace(cfg, out=folder, resume=resume, **flags)
-        STAGES[one.stage](with_defaults(one), rt)
+        run_stage(dataclasses.replace(cfg, out=folder, **flags), rt)
+
+
+def check_plan(cfg, folders):
+    """Find what would stop a later stage before the first one has written anything."""
+    for folder in folders:
+        check_folders(cfg.init, folder)
+        holds_a_run(Path(folder))
+    language, tokenizer = load_language(cfg.init)
+    vision, image_id = ViT(vision_config(cfg)), image_id_of(tokenizer)
+    vlm = VLM(language.cfg, vision, cfg.projector, image_id, cfg.feature_layer)
+    row_length(cfg, vlm)
+    for read in (read_captions, read_picture_chats) if cfg.data != "village" else ():
+        load_records(cfg, read, None)
+    load_items(dataclasses.replace(cfg, stage="instruct"), vlm, tokenizer)
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -224,10 +287,16 @@ def load_records(cfg, read, village_name):
     if cfg.data == "village":
         folder = painted(cfg)
         return [read(folder / f"{village_name}_{part}.jsonl") for part in ("train", "val")]
-    train = read(cfg.data)
+    known = read(cfg.data)
     if cfg.val_data:
-        return train, read(cfg.val_data)
-    return [split_documents(train, part, cfg.val_fraction) for part in ("train", "val")]
+        return known, read(cfg.val_data)
+    train, val = (split_documents(known, part, cfg.val_fraction) for part in ("train", "val"))
+    if not train or not val:
+        raise UserError(
+            f"{cfg.data} has too few records ({len(known)}) for --val_fraction {cfg.val_fraction}; "
+            "add some, or name --val_data"
+        )
+    return train, val
 
 
 def load_test(cfg, read, village_name):
@@ -239,8 +308,10 @@ def load_test(cfg, read, village_name):
     return None
 
 
-def load_items(cfg):
-    """{"pictures", "combos", "texts"}: test items of the last stage; none in the others."""
+def load_items(cfg, model, tokenizer):
+    """{"pictures", "combos", "texts"}: test items of the last stage; none in the others. Raises
+    UserError for what the model can't be asked: better now than after training.
+    """
     items = dict.fromkeys(("pictures", "combos", "texts"), ())
     if cfg.stage != "instruct":
         return items
@@ -249,7 +320,21 @@ def load_items(cfg):
         items["combos"] = load_test(cfg, read_items, "combos_test")
     if cfg.text_data == "village":
         items["texts"] = read_items(village_of(cfg.init) / "sft_test.jsonl")
-    return {name: first_of_each_family(each, cfg.test_items) for name, each in items.items()}
+    items = {name: first_of_each_family(each, cfg.test_items) for name, each in items.items()}
+    limit = model.cfg.max_position_embeddings
+    for item in (*items["pictures"], *items["combos"]):
+        asked = repr(item["messages"][-1].get("content"))
+        if not item.get("images"):
+            raise UserError(f"--test_data: the item {asked} has no picture; add its \"image\"")
+        length = len(prompt_of(item, model, tokenizer))
+        if length >= limit:
+            raise UserError(
+                f"--test_data: the item {asked} has {length} tokens with its pictures, the model "
+                f"reads {limit}; shorten it"
+            )
+    if items["pictures"] and not cfg.blind:
+        show_pictures(items["pictures"], None, "shuffled")  # each has another to be swapped with
+    return items
 
 
 def load_texts(cfg):
@@ -267,6 +352,22 @@ def caption_ids(tokenizer, records):
     return caption_tokens(tokenizer, [record["caption"] for record in records], CAPTION)
 
 
+def vision_config(cfg):
+    """The shape of the vision tower that the flags ask for."""
+    C = cfg.vision_channels
+    heads = max(1, C // 32)
+    if C % heads:
+        raise UserError(f"--vision_channels {C} must be a multiple of 32, the channels of a head")
+    return VisionConfig(
+        image_size=cfg.picture_size,
+        patch_size=cfg.patch_size,
+        hidden_size=C,
+        intermediate_size=4 * C,
+        num_hidden_layers=cfg.vision_layers,
+        num_attention_heads=heads,
+    )
+
+
 def contrastive_loss(clip, pictures, texts):
     if clip.logit_bias is None:
         return clip_loss(pictures, texts, clip.logit_scale)
@@ -275,14 +376,16 @@ def contrastive_loss(clip, pictures, texts):
 
 @torch.no_grad()
 def retrieved(clip, store, records, tokens, among=64):
-    """Top-1 retrieval among `among` held-out pairs, the mean over as many such groups as there are.
+    """Top-1 retrieval among `among` held-out pairs, and the cosine of the right pair, each the mean
+    over as many such groups as there are.
     """
     clip.eval()
     n = min(among, len(records))
     groups = []
     for i in range(0, len(records) - n + 1, n):
         pictures = store.of([r["image"] for r in records[i : i + n]]).to(clip.device)
-        groups.append(retrieval(*clip(pictures, tokens[i : i + n].to(clip.device))))
+        x, y = clip(pictures, tokens[i : i + n].to(clip.device))
+        groups.append(retrieval(x, y) | {"cosine": (x * y).sum(1).mean().item()})
     clip.train()
     return {key: sum(group[key] for group in groups) / len(groups) for key in groups[0]}
 
@@ -292,21 +395,15 @@ def train_clip(cfg, rt):
     tokenizer = Tokenizer.load(cfg.init)
     preprocessing = Preprocessing(size=cfg.picture_size)
     store = PictureStore(preprocessing)
-    records = load_records(cfg, read_captions, "captions")
-    captions = partial(caption_ids, tokenizer)
-    tokens = [captions(part) for part in records]
-    numbers = torch.tensor(store.numbers([r["image"] for r in records[0]]))
-    lengths = (tokens[0] != tokenizer.pad_id).sum(1)
-    C = cfg.vision_channels
+    train, val = load_records(cfg, read_captions, "captions")
+    test = load_test(cfg, read_captions, "captions_test") or val
+    tokens, val_tokens, test_tokens = (caption_ids(tokenizer, part) for part in (train, val, test))
+    numbers = torch.tensor(store.numbers([r["image"] for r in train]))
+    rt.print(f"{len(train)} captions of {len(store)} pictures")
+    store.numbers([r["image"] for r in (*val, *test)])  # now, so that a damaged one is found now
+    lengths = (tokens != tokenizer.pad_id).sum(1)
     model = CLIP(
-        VisionConfig(
-            image_size=cfg.picture_size,
-            patch_size=cfg.patch_size,
-            hidden_size=C,
-            intermediate_size=4 * C,
-            num_hidden_layers=cfg.vision_layers,
-            num_attention_heads=max(1, C // 32),
-        ),
+        vision_config(cfg),
         TextConfig(
             vocab_size=tokenizer.vocab_size,
             max_position_embeddings=CAPTION,
@@ -314,17 +411,15 @@ def train_clip(cfg, rt):
         ),
         sigmoid=cfg.loss == "siglip",
     )
-    rt.print(
-        f"{len(records[0])} captions of {len(store)} pictures; vision tower of "
-        f"{sum(p.numel() for p in model.vision_model.parameters()):,} parameters"
-    )
-    if not 1 <= cfg.alike <= len(records[0]) or cfg.batch_size % cfg.alike:
-        raise UserError(f"--alike {cfg.alike} must divide the batch of {cfg.batch_size}")
+    parameters = sum(p.numel() for p in model.vision_model.parameters())
+    rt.print(f"vision tower of {parameters:,} parameters")
+    if cfg.alike > len(train):
+        raise UserError(f"--alike {cfg.alike} is more than the {len(train)} captions there are")
     share = rt.share(cfg.batch_size)
     run = Run(cfg, rt, cfg.steps)
     called = rt.prepare(model, cfg.compile)
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay)
-    sampler, scaler = Sampler(len(records[0]) // cfg.alike, cfg.seed), rt.scaler()
+    sampler, scaler = Sampler(len(train) // cfg.alike, cfg.seed), rt.scaler()
     trained = [model, optimizers, [sampler], scaler]
     run.restore(*trained)
 
@@ -334,13 +429,15 @@ def train_clip(cfg, rt):
         batch = sampler.take(cfg.batch_size // cfg.alike)[:, None] * cfg.alike
         batch = (batch + torch.arange(cfg.alike)).flatten()[share]
         pictures = store.pictures(numbers[batch].tolist()).to(rt.device)
-        texts = tokens[0][batch, : lengths[batch].max()].to(rt.device)
+        texts = tokens[batch, : lengths[batch].max()].to(rt.device)
         x, y = map(of_all_processes, called(pictures, texts))
         loss = contrastive_loss(model, x, y)
         scaler.scale(loss).backward()
         optimizers.unscale(scaler)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         run.check_finite(loss.item())
+        if rt.dtype != torch.float16:  # there the scaler skips such steps
+            run.check_finite(norm.item(), "gradient")
         optimizers.step(scaler)
         model.limit_scale()
         run.advance()
@@ -349,20 +446,21 @@ def train_clip(cfg, rt):
         if run.step % 10 == 0 or last:
             run.log(show=("loss",), loss=loss.item(), grad_norm=norm.item())
         if run.step % cfg.eval_every == 0 or last:
-            found = retrieved(model, store, records[1], tokens[1])
+            found = retrieved(model, store, val, val_tokens)
+            run.check_finite(found["cosine"], "cosine of held-out pairs")
             run.log(**found, show=tuple(found))
             run.export(model, tokenizer, partial(save_clip, preprocessing=preprocessing))
             run.checkpoint(*trained)
     run.close()
     run.draw_curves("loss", y_label="contrastive loss")
-    test = load_test(cfg, read_captions, "captions_test") or records[1]
-    found = retrieved(model, store, test, captions(test))
+    found = retrieved(model, store, test, test_tokens)
     speed = run.speed() | {"pictures_per_second": cfg.steps * cfg.batch_size / run.elapsed}
     run.write_result(**found, **speed)
+    among = min(64, len(test))
     rt.print(
-        f"{cfg.out}: {run.step} steps in {run.elapsed:.0f} s; the right one among 64 held-out: "
-        f"picture to text {found['picture_to_text']:.1%}, text to picture "
-        f"{found['text_to_picture']:.1%} (chance 1.6%)"
+        f"{cfg.out}: {run.step} steps in {run.elapsed:.0f} s; the right one among {among} held-out:"
+        f" picture to text {found['picture_to_text']:.1%}, text to picture "
+        f"{found['text_to_picture']:.1%} (chance {1 / among:.1%})"
     )
 
 
@@ -372,8 +470,6 @@ def train_clip(cfg, rt):
 def start_model(cfg, rt):
     """(model, tokenizer), and of the model only what the stage trains is not frozen."""
     if cfg.stage == "align":
-        if not cfg.vision:
-            raise UserError("--stage align needs --vision, the folder of a vision tower")
         model, tokenizer = build_vlm(cfg.init, cfg.vision, cfg.projector, cfg.feature_layer)
         model.train_parts()
         return model, tokenizer
@@ -387,6 +483,21 @@ def start_model(cfg, rt):
     if not cfg.adapter:
         model.train_parts(vision=cfg.train_vision, language=True)
     return model, tokenizer
+
+
+def row_length(cfg, model):
+    """T, the tokens of a row; UserError where the model can't read so many, or a picture has more.
+    """
+    limit, picture = model.cfg.max_position_embeddings, model.tokens_per_picture
+    T = cfg.context or min(256, limit)
+    if T > limit:
+        raise UserError(f"--context {T} is beyond the model's context of {limit}")
+    if T <= picture:
+        raise UserError(
+            f"a picture takes {picture} tokens, too many for rows of {T}; raise --context, or "
+            "choose larger patches or --projector pixel_shuffle"
+        )
+    return T
 
 
 def load_dialogues(cfg):
@@ -422,23 +533,27 @@ def validation_loss(model, rows, store, batch=32):
 
 
 def train_language(cfg, rt):
-    check_folders(cfg.init, cfg.out)
-    if not 0 <= cfg.replay < 1:
-        raise UserError(f"--replay {cfg.replay} is no share: it lies between 0 and 1, 1 excluded")
-    model, tokenizer = start_model(cfg, rt)
-    T = cfg.context or min(256, model.cfg.max_position_embeddings)
-    if T > model.cfg.max_position_embeddings:
+    for folder in filter(None, (cfg.init, cfg.vision)):
+        check_folders(folder, cfg.out)
+    n_texts = round(cfg.replay * cfg.batch_size / 2) if cfg.stage == "instruct" else 0
+    if 2 * n_texts >= cfg.batch_size:
         raise UserError(
-            f"--context {T} is beyond the model's context of {model.cfg.max_position_embeddings}"
+            f"--replay {cfg.replay} leaves none of the {cfg.batch_size} rows of a batch to "
+            "pictures; lower it, or raise --batch_size"
         )
+    model, tokenizer = start_model(cfg, rt)
+    T = row_length(cfg, model)
     store = PictureStore(model.preprocessing)
     chats, val_chats = load_dialogues(cfg)
     pack = partial(pack_picture_chats, tokenizer=tokenizer, T=T, vlm=model, store=store, rt=rt)
     train_rows, val_rows = pack(chats, name="training"), pack(val_chats, name="held-out")
-    n_texts = round(cfg.replay * cfg.batch_size / 2) if cfg.stage == "instruct" else 0
-    text_rows = pack(load_texts(cfg), name="text") if n_texts else train_rows
-    windows = Windows(load_replay(cfg, tokenizer)[0], T - 1)
-    items = load_items(cfg)
+    text_rows = windows = None
+    if n_texts:
+        text_rows = pack(load_texts(cfg), name="text")
+        windows = Windows(load_replay(cfg, tokenizer)[0], T - 1)
+    items = load_items(cfg, model, tokenizer)
+    for item in (*items["pictures"], *items["combos"]):
+        store.numbers(item["images"])  # now, so that a damaged one is found now
 
     share = rt.share(cfg.batch_size)
     if cfg.stage == "align":
@@ -447,21 +562,23 @@ def train_language(cfg, rt):
     called = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay)
-    sizes = len(train_rows), len(text_rows), windows.n
+    sizes = [len(train_rows)] + ([len(text_rows), windows.n] if n_texts else [])
     samplers = [Sampler(n, cfg.seed + i) for i, n in enumerate(sizes)]
     scaler = rt.scaler()
     trained = [model, optimizers, samplers, scaler]
     before = run.restore(*trained)
     if not before:
-        before = {"texts": text_figures(model, tokenizer, items["texts"])}
-    since, seen = 0, 0
+        before = {"texts": text_figures(model, tokenizer, items["texts"]), "pictures": 0}
+    since = 0
 
     while run.step < cfg.steps:
         optimizers.schedule(SCHEDULES[cfg.schedule](run.step, cfg.steps, cfg.warmup))
         optimizers.zero_grad()
         rows = train_rows.rows(samplers[0].take(cfg.batch_size - 2 * n_texts))
-        rows = rows.join(text_rows.rows(samplers[1].take(n_texts)))
-        rows = rows.join(replay_rows(windows, samplers[2].take(n_texts), tokenizer.eot_id))
+        if n_texts:
+            rows = rows.join(text_rows.rows(samplers[1].take(n_texts)))
+            rows = rows.join(replay_rows(windows, samplers[2].take(n_texts), tokenizer.eot_id))
+        before["pictures"] += len(rows.picture_numbers())
         rows = rows.rows(share).to(rt.device)
         count = rt.sum(rows.mask[:, 1:].sum().item())  # trained tokens of the whole batch
         loss = 0.0
@@ -478,14 +595,16 @@ def train_language(cfg, rt):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         loss = rt.sum(loss.item())
         run.check_finite(loss)
+        if rt.dtype != torch.float16:  # there the scaler skips such steps
+            run.check_finite(norm.item(), "gradient")
         optimizers.step(scaler)
         run.advance()
 
         since += cfg.batch_size * T
-        seen += len(rows.picture_numbers())
         last = run.step == cfg.steps
         if run.step % 10 == 0 or last:
-            run.log(since, show=("loss",), loss=loss, grad_norm=norm.item(), pictures=seen)
+            figures = {"grad_norm": norm.item(), "pictures": before["pictures"]}
+            run.log(since, show=("loss",), loss=loss, **figures)
             since = 0
         if run.step % cfg.eval_every == 0 or last:
             val_loss = validation_loss(model, val_rows, store)

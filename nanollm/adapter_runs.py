@@ -29,9 +29,7 @@ def start_adapter(model, cfg, rt):
         )
     if not cfg.adapter:
         return
-    if cfg.adapter not in adapters.METHODS:
-        known = ", ".join(adapters.METHODS)
-        raise UserError(f"--adapter {cfg.adapter} is no method; methods are {known}")
+    check_method(cfg.adapter)
     if isinstance(model, ScalarGPT) and cfg.adapter in {*adapters.METHODS} - {*MERGEABLE}:
         raise UserError(
             f"--adapter {cfg.adapter} goes with no reward model and no critic of its own; they "
@@ -42,6 +40,12 @@ def start_adapter(model, cfg, rt):
     adapters.attach(model, cfg.adapter, settings, cfg.init)
     trained, share = adapters.trainable(model)
     rt.print(f"{cfg.adapter}: {trained:,} parameters are trained, {share:.2%} of the model's")
+
+
+def check_method(name):
+    if name not in adapters.METHODS:
+        known = ", ".join(adapters.METHODS)
+        raise UserError(f"--adapter {name} is no method; methods are {known}")
 
 
 def reference(model):

@@ -221,7 +221,7 @@ def caption_tokens(tokenizer, texts, context):
         text = texts[rows.index(longest)]
         raise UserError(
             f"the caption {text[:40]!r} ... has {len(longest)} tokens, more than {context}; "
-            f"shorten it, or give the text tower a longer context"
+            "shorten it"
         )
     padded = [row + [tokenizer.pad_id] * (len(longest) - len(row)) for row in rows]
     return torch.tensor(padded)

@@ -36,7 +36,8 @@ AT_LEAST_ONE = {"steps", "batch_size", "accumulate", "eval_every", "eval_tokens"
                 "channels", "heads", "kv_heads", "mlp", "context", "vocab_size", "repeats",
                 "max_new_tokens", "prompts", "prompt_tokens", "new_tokens", "samples", "epochs",
                 "minibatches", "eval_prompts", "best_of", "inner_updates", "eval_items",
-                "eval_samples", "rank", "labels", "seeds"}
+                "eval_samples", "rank", "labels", "seeds", "pictures", "picture_size", "patch_size",
+                "vision_layers", "vision_channels", "alike"}
 NOT_NEGATIVE = {"lr", "adam_lr", "weight_decay", "warmup", "clip", "patience", "sample_tokens",
                 "seed", "limit", "show", "test_items", "layer_decay", "top_k", "temperature",
                 "centering", "gamma", "orpo_lambda", "nll_coef", "desirable_weight",

@@ -170,7 +170,10 @@ def shuffled(paths, seed=0):
     for own in map(tuple, paths):
         others = by_length[len(own)]
         if own and len(others) < 2:
-            raise UserError(f"no other item has {len(own)} pictures to show in place of {own[0]}")
+            raise UserError(
+                f"no other item has {len(own)} pictures to show in place of {own[0]}; to shuffle "
+                "them takes two that differ"
+            )
         i = rng.randrange(len(others))
         out.append(list(others[i] if others[i] != own else others[i - 1]))
     return out

@@ -71,17 +71,7 @@ class Run:
             kept = [m for m in read_metrics(self.folder) if m["step"] <= self.step]
             atomic_write(metrics, "".join(json.dumps(m) + "\n" for m in kept))
         else:
-            if self.folder.exists() and any(self.folder.iterdir()):
-                if not (self.folder / "train_config.json").exists():
-                    raise UserError(
-                        f"{self.folder} holds files that are no run of ours; choose another --out"
-                    )
-                weights = ("model.safetensors", "adapter_model.safetensors", "state.pt")
-                worth = [self.folder / name for name in weights]
-                if any(path.exists() for path in worth):
-                    print(f"the run that was in {self.folder} is now in {set_aside(self.folder)}")
-                else:  # an attempt that never reached its first checkpoint
-                    shutil.rmtree(self.folder)
+            make_way(self.folder)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as e:
@@ -261,6 +251,28 @@ def set_aside(folder):
     shutil.rmtree(previous, ignore_errors=True)
     os.replace(folder, previous)
     return previous
+
+
+def holds_a_run(folder):
+    """True for a run of ours, False for nothing; UserError where there are other files."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "train_config.json").exists():
+        raise UserError(f"{folder} holds files that are no run of ours; choose another --out")
+    return True
+
+
+def make_way(folder):
+    """Move an earlier run out of the way; an attempt that never reached its first checkpoint is
+    deleted.
+    """
+    if not holds_a_run(folder):
+        return
+    weights = ("model.safetensors", "adapter_model.safetensors", "state.pt")
+    if any((folder / name).exists() for name in weights):
+        print(f"the run that was in {folder} is now in {set_aside(folder)}")
+    else:
+        shutil.rmtree(folder)
 
 
 def check_folders(init, out):

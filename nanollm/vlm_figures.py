@@ -81,7 +81,8 @@ def picture_table(found, blind=None):
 def blind_figures(out):
     """Accuracy by family of the blind model beside a run, where there is one."""
     path = Path(f"{out}-blind") / "result.json"
-    return read_json(path)["pictures"]["right"] if path.exists() else None
+    found = read_json(path).get("pictures") if path.exists() else None
+    return found["right"] if found else None
 
 
 def summary(found, blind=None):

@@ -45,16 +45,23 @@ def build_vlm(language_folder, vision_folder, projector="mlp", feature_layer=-2)
 
     Raises UserError where the tokenizer has no <image>, or the projector doesn't fit the patches.
     """
-    language, tokenizer = load_model(language_folder)
-    if isinstance(language, VLM):
-        raise UserError(f"{language_folder} holds a vision-language model already; name a text one")
-    if getattr(language, "adapter", None):
-        raise UserError(f"{language_folder} holds an adapter that can't be merged; name its base")
+    language, tokenizer = load_language(language_folder)
     vision, preprocessing = load_vision(vision_folder)
     vlm = VLM(language.cfg, vision, projector, image_id_of(tokenizer), feature_layer)
     vlm.load_state_dict(language.state_dict(), strict=False)
     vlm.preprocessing = preprocessing
     return vlm, tokenizer
+
+
+def load_language(folder):
+    """(GPT, Tokenizer) of a text model that can be given eyes; else UserError."""
+    language, tokenizer = load_model(folder)
+    if isinstance(language, VLM):
+        raise UserError(f"{folder} holds a vision-language model already; name a text one")
+    if getattr(language, "adapter", None):
+        raise UserError(f"{folder} holds an adapter that can't be merged; name its base")
+    image_id_of(tokenizer)
+    return language, tokenizer
 
 
 def save_vlm(vlm, tokenizer, preprocessing, folder):
@@ -155,7 +162,7 @@ def load_vlm(folder):
 def projector_of(values, path):
     """The kind of projector that a config.json asks for."""
     if values.get("model_type") not in (LLAVA, OURS):
-        raise UserError(f"{path}: model_type {values.get('model_type')!r} is not {LLAVA}")
+        raise UserError(f"{path}: model_type {values.get('model_type')!r} is not {LLAVA}, a VLM's")
     for part in ("text_config", "vision_config"):
         if not isinstance(values.get(part), dict):
             raise UserError(f"{path} has no {part}")
