@@ -92,7 +92,8 @@ class Config:
     data: str = "village"
     val_data: str | None = None  # held-out records; default: the last --val_fraction of --data
     val_fraction: float = 0.05  # share of --data that is held out
-    test_data: str | None = None  # test items; the village has its own
+    # test items; default, and village: the village's own, where --data is the village's
+    test_data: str | None = None
     test_items: int = 48  # items per family, of text and of pictures
     text_data: str = "village"  # for instruct: dialogues of text alone, against forgetting
     replay: float = 0.25  # share of the rows that these are
@@ -219,11 +220,9 @@ def load_records(cfg, read, village_name):
 
 def load_test(cfg, read, village_name):
     """Test records: --test_data, or the village's of this name; None where there are none."""
-    if cfg.test_data:
-        return read(cfg.test_data)
-    if cfg.data == "village":
+    if (cfg.test_data or cfg.data) == "village":
         return read(village_pictures.prepare(size=cfg.picture_size) / f"{village_name}.jsonl")
-    return None
+    return read(cfg.test_data) if cfg.test_data else None
 
 
 def load_items(cfg):
@@ -232,7 +231,7 @@ def load_items(cfg):
     if cfg.stage != "instruct":
         return items
     items["pictures"] = load_test(cfg, read_items, "questions_test") or ()
-    if cfg.data == "village" and not cfg.test_data:
+    if (cfg.test_data or cfg.data) == "village":
         items["combos"] = load_test(cfg, read_items, "combos_test")
     if cfg.text_data == "village":
         items["texts"] = read_items(village_of(cfg.init) / "sft_test.jsonl")
