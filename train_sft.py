@@ -138,7 +138,7 @@ PRESETS = {
     "reader": {
         "init": "runs/sft",
         "data": "reader",
-        "steps": 200,
+        "steps": 400,
         "batch_size": 8,
         "lr": 0.008,
         "adam_lr": 3e-3,

@@ -218,7 +218,8 @@ def summary(counts, seconds, checked):
     written = total.total()
     readable = written - total["unreadable"]
     true = readable - total["false"]
-    said = f"{written:,} written in {seconds:.0f} s, {readable:,} readable ({readable / written:.1%})"
+    said = f"{written:,} written in {seconds:.0f} s"
+    said += f", {readable:,} readable ({readable / written:.1%})"
     if checked:
         said += f", {true:,} of these true ({true / max(1, readable):.1%})"
     lines = [f"{said}, {total['kept']:,} kept ({total['kept'] / written:.1%} of all)"]
