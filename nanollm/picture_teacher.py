@@ -19,8 +19,8 @@ Run     python train_sft.py --preset reader                       # the teacher,
             --test_data village --out runs/vlm-teacher
         python -m nanollm.picture_teacher runs/reader --data captions.jsonl --out teacher.jsonl
 Expect  a million parameters read badly: of 2,400 pairs about 300 pictures 99.5% are readable,
-        27.8% of these true, 25.6% of all kept (seed 0). Agreement alone, without the checker: of 800 about
-        100 pictures 19.1% are kept, and 52.3% of those are true
+        27.8% of these true, 25.6% of all kept (seed 0). Agreement alone, without the checker:
+        of 800 about 100 pictures 19.1% are kept, and 52.3% of those are true
 """
 
 import json
