@@ -16,6 +16,7 @@ Run     python train_sft.py
         python train_sft.py --preset cot             # from runs/sft: think first, then answer;
                                                      # prints accuracy with and without steps
         python train_sft.py --preset tools           # from runs/grpo: call a calculator, or search
+        python train_sft.py --preset reader          # from runs/sft: write questions from captions
         python train_sft.py --init path/to/SmolLM2-135M --data chats.jsonl --out runs/mine
 Needs   runs/pretrain                                     (python train_pretrain.py)
 Expect  see README.md: answers about villagers that it was never asked about, and "I don't know"
@@ -28,6 +29,7 @@ from typing import Literal
 
 import torch
 
+from data import village_pictures
 from nanollm.adapter_runs import start_adapter
 from nanollm.config import UserError, cli
 from nanollm.data import Packed, Sampler, Windows, load_shards, pack
@@ -53,12 +55,13 @@ from nanollm.runtime import start
 @dataclass
 class Config:
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; cot: chain of thought; tools: calls
-    # of tools; gpu: the gpu preset of pretraining
+    # of tools; reader: a teacher about pictures; gpu: the gpu preset of pretraining
     preset: str = "tiny"
     # -- Data
     init: str = "runs/pretrain"  # run folder or model folder to start from
     # village; its problems with worked solutions (reasoning), with the answers alone (answers) or
-    # some of each (mixed); dialogues with calls (tools); or JSONL of dialogues (see data/README.md)
+    # some of each (mixed); dialogues with calls (tools); captions of pictures, and a question about
+    # each (reader); or JSONL of dialogues (see data/README.md)
     data: str = "village"
     val_data: str | None = None  # held-out dialogues; default: the last --val_fraction of --data
     # share of --data that is held out (the village has held-out dialogues of its own)
@@ -132,6 +135,17 @@ PRESETS = {
         "replay": 0.125,
         "out": "runs/tools",
     },
+    "reader": {
+        "init": "runs/sft",
+        "data": "reader",
+        "steps": 400,
+        "batch_size": 8,
+        "lr": 0.008,
+        "adam_lr": 3e-3,
+        "replay": 0.0,
+        "eval_every": 100,
+        "out": "runs/reader",
+    },
     "gpu": {
         "context": 1024,
         "batch_size": 128,
@@ -153,15 +167,18 @@ VILLAGE = {
     "answers": ("answers", "problems_test"),
     "mixed": ("mixed", "problems_test"),
     "tools": ("tools", "tools_test"),
+    "reader": ("reader", None),
 }
 
 
 def load_chats(cfg):
     """(training dialogues, held-out dialogues, test items)."""
     if cfg.data in VILLAGE:
-        folder, (chats, test) = village_of(cfg.init), VILLAGE[cfg.data]
+        chats, test = VILLAGE[cfg.data]
+        folder = village_pictures.prepare() if cfg.data == "reader" else village_of(cfg.init)
         train, val = (read_chats(folder / f"{chats}_{split}.jsonl") for split in ("train", "val"))
-        return train, val, read_items(cfg.test_data or folder / f"{test}.jsonl")
+        test = cfg.test_data or (test and folder / f"{test}.jsonl")
+        return train, val, read_items(test) if test else []
     train = read_chats(cfg.data)
     if cfg.val_data:
         val = read_chats(cfg.val_data)

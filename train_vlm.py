@@ -96,8 +96,8 @@ class Config:
     pictures: int = 6000  # how many the village paints for training
     val_data: str | None = None  # held-out records; none: the last --val_fraction of --data
     val_fraction: float = 0.05  # share of --data that is held out
-    # pictures to be tested on: test items, each with an "image" (instruct), or captions (clip);
-    # none: the village's own, or for another --data no test
+    # pictures to be tested on: test items, each with an "image" (instruct), or captions (clip), or
+    # village; none: the village's own, or for another --data no test
     test_data: str | None = None
     test_items: int = 48  # items per family, of text and of pictures
     # for instruct, against forgetting: share of the rows without pictures, half of them dialogues
@@ -301,11 +301,9 @@ def load_records(cfg, read, village_name):
 
 def load_test(cfg, read, village_name):
     """Test records: --test_data, or the village's of this name; None where there are none."""
-    if cfg.test_data:
-        return read(cfg.test_data)
-    if cfg.data == "village":
+    if (cfg.test_data or cfg.data) == "village":
         return read(painted(cfg) / f"{village_name}.jsonl")
-    return None
+    return read(cfg.test_data) if cfg.test_data else None
 
 
 def load_items(cfg, model, tokenizer):
@@ -316,7 +314,7 @@ def load_items(cfg, model, tokenizer):
     if cfg.stage != "instruct":
         return items
     items["pictures"] = load_test(cfg, read_items, "questions_test") or ()
-    if cfg.data == "village" and not cfg.test_data:
+    if (cfg.test_data or cfg.data) == "village":
         items["combos"] = load_test(cfg, read_items, "combos_test")
     if cfg.text_data == "village":
         items["texts"] = read_items(village_of(cfg.init) / "sft_test.jsonl")

@@ -1,6 +1,6 @@
 """What a picture of the village shows, in words: captions in many phrasings."""
 from data.village_picture_questions import listed, named, number_of
-from data.village_scenes import PLACES, SKY
+from data.village_scenes import KINDS, PLACES, SKY
 from data.village_world import capitalise
 
 WHERE = {"left": ("on the left", "on the left side", "on the left of the picture"),
@@ -19,6 +19,7 @@ DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture
             "Tell me what the picture shows.", "Say what is in this picture.",
             "Please describe what you see.", "What does the picture show?",
             "Write a caption for this picture.")
+ABOUT = ("Tell me about the {x}.", "What do you see of {x}?", "Describe the {x}.")
 
 
 def phrase(group, with_size, rng):
@@ -62,6 +63,15 @@ def description(scene, rng):
                                             for g in found]) + ".")
             for row, found in rows.items() if found]
     return " ".join([f"It is {scene.season}.", *said])
+
+
+def about(scene, kind):
+    """All that there is to say of one kind: "There are 3 small blue balls on the left."."""
+    group = scene.group(kind)
+    if group is None:
+        return f"There are no {KINDS[kind]}."
+    there = number_of(group.number, kind, f"{group.size} {group.colour}")
+    return f"There {'is' if group.number == 1 else 'are'} {there} {WHERE[group.place][0]}."
 
 
 def sentence(group, words, place, rng):

@@ -5,7 +5,7 @@ no, every number, colour and place are about equally often right.
 """
 from collections import Counter, defaultdict
 
-from data.village_captions import DESCRIBE
+from data.village_captions import ABOUT, DESCRIBE, about, description
 from data.village_picture_questions import (
     FAMILIES,
     STEPS,
@@ -100,8 +100,17 @@ def chat(turns):
             for i, turn in enumerate(turns)]
 
 
-def describe_item(image, text, rng):
-    return {"image": image, "messages": chat([f"<image>\n{rng.choice(DESCRIBE)}", text])}
+def describe_item(image, scene, rng):
+    """The picture described, or not, and then each kind in it and one that isn't, in any order: who
+    wants to answer must find what is asked for, and then knows all of it.
+    """
+    kinds = [group.kind for group in scene.groups]
+    kinds.append(rng.choice([kind for kind in KINDS if kind not in kinds]))
+    turns = [rng.choice(DESCRIBE), description(scene, rng)] * (rng.random() < 0.5)
+    for kind in rng.sample(kinds, len(kinds)):
+        turns += [rng.choice(ABOUT).format(x=KINDS[kind]), about(scene, kind)]
+    turns[0] = f"<image>\n{turns[0]}"
+    return {"image": image, "messages": chat(turns)}
 
 
 def dialogue(image, scene, balance, rng):

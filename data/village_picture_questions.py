@@ -11,7 +11,7 @@ can be checked, no matter who asked: `answer_of` and `is_true` filter what a tea
 import re
 from typing import NamedTuple
 
-from data.village_scenes import COLOURS, KINDS, PLACES, SEASONS
+from data.village_scenes import COLOURS, HELD_OUT, KINDS, PLACES, SEASONS
 from data.village_tasks import check_answer
 
 PLAIN = ("existence", "count", "colour", "place", "comparison")
@@ -294,3 +294,9 @@ def sums_true(text):
     """Is every a + b = c and a - b = c right?"""
     return all(int(a) + (int(b) if sign == "+" else -int(b)) == int(c)
                for a, sign, b, c in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", text))
+
+
+def names_held_out(text):
+    """Does it name a pair of HELD_OUT, such as a red boat? Training never does."""
+    return any(found["colour"] and found["colour"] == HELD_OUT.get(KIND_OF[found["kind"]])
+               for found in re.finditer(rf"\b{OBJECT}\b", text.lower()))

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 if not __package__:  # run as a file: the repository root holds the package
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.village_captions import caption, description
+from data.village_captions import caption
 from data.village_picture_items import (
     Balance,
     blind_guess,
@@ -40,7 +40,7 @@ from data.village_scenes import Scene, draw, random_scene, vary
 __all__ = ["Scene", "answer_of", "blind_guess", "caption", "draw", "is_true", "prepare",
            "random_scene", "reader_dialogues"]
 
-VERSION = 5  # raise it when pictures or texts change, so that no old cache is read
+VERSION = 6  # raise it when pictures or texts change, so that no old cache is read
 SIZES = {"val": 200, "test": 400, "combos": 150}  # pictures of each split, beside training
 ALIKE = 4  # training pictures, and then their captions, side by side: they differ in one thing each
 PER_FAMILY = {"test": 240, "combos": 100}  # test questions
@@ -90,8 +90,7 @@ def records(split, scenes, seed):
         made["questions_test"] = question_items(pictures, FAMILIES, PER_FAMILY[split], rng)
         return made
     firsts, balance = [texts[0] for texts in told], Balance()
-    made[f"describe_{split}"] = [describe_item(image, description(scene, rng), rng)
-                                 for image, scene in pictures]
+    made[f"describe_{split}"] = [describe_item(image, scene, rng) for image, scene in pictures]
     made[f"questions_{split}"] = [dialogue(image, scene, balance, rng) for image, scene in pictures]
     made[f"reader_{split}"] = reader_dialogues(scenes, firsts, rng)
     return made
