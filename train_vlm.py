@@ -119,7 +119,8 @@ class Config:
     alike: int = 4
     # from the tower's features to the language model's tokens; pixel_shuffle joins four patches
     projector: Literal["linear", "mlp", "pixel_shuffle"] = "mlp"
-    feature_layer: int = -2  # whose states the projector reads, as LLaVA; -1: the last layer's
+    feature_layer: int = -1  # whose states the projector reads; -1: the last layer's; LLaVA: -2
+    class_token: bool = True  # the projector reads the tower's summary of the picture as well
     train_vision: bool = False  # for instruct: the vision tower learns too
     # for instruct: train an adapter instead of the language model (lora, dora, qlora)
     adapter: str | None = None
@@ -267,7 +268,7 @@ def check_plan(cfg, folders):
         holds_a_run(Path(folder))
     language, tokenizer = load_language(cfg.init)
     vision, image_id = ViT(vision_config(cfg)), image_id_of(tokenizer)
-    vlm = VLM(language.cfg, vision, cfg.projector, image_id, cfg.feature_layer)
+    vlm = VLM(language.cfg, vision, cfg.projector, image_id, cfg.feature_layer, cfg.class_token)
     row_length(cfg, vlm)
     for read in (read_captions, read_picture_chats) if cfg.data != "village" else ():
         load_records(cfg, read, None)
@@ -468,7 +469,7 @@ def train_clip(cfg, rt):
 def start_model(cfg, rt):
     """(model, tokenizer), and of the model only what the stage trains is not frozen."""
     if cfg.stage == "align":
-        model, tokenizer = build_vlm(cfg.init, cfg.vision, cfg.projector, cfg.feature_layer)
+        model, tokenizer = build_vlm(cfg.init, cfg.vision, cfg.projector, cfg.feature_layer, cfg.class_token)
         model.train_parts()
         return model, tokenizer
     model, tokenizer = load_model(cfg.init)

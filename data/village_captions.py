@@ -6,9 +6,8 @@ from data.village_world import capitalise
 WHERE = {"left": ("on the left", "on the left side", "on the left of the picture"),
          "middle": ("in the middle", "in the middle of the picture"),
          "right": ("on the right", "on the right side", "on the right of the picture")}
-DOES = {"house": ("stands", "stand"), "ball": ("lies", "lie"), "flower": ("grows", "grow"),
-        "boat": ("rests", "rest"), "kite": ("flies", "fly"),
-        "star": ("shines", "shine")}
+DOES = {"cup": ("stands", "stand"), "bell": ("lies", "lie"), "candle": ("burns", "burn"),
+        "basket": ("stands", "stand"), "lantern": ("hangs", "hang"), "star": ("shines", "shine")}
 LISTS = ("The picture shows {x}.", "You can see {x}.", "There {is_} {x}.", "I see {x}.",
          "This is a picture of {x}.", "Look: {x}.", "In the picture there {is_} {x}.")
 SEASON_SAID = ("It is {s}.", "The season is {s}.", "It is {s} in the village.",
@@ -19,11 +18,11 @@ DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture
             "Tell me what the picture shows.", "Say what is in this picture.",
             "Please describe what you see.", "What does the picture show?",
             "Write a caption for this picture.")
-ABOUT = ("Tell me about the {x}.", "What do you see of {x}?", "Describe the {x}.")
+ABOUT = ("Tell me about the {x}.", "What about {x}?", "And the {x}?")
 
 
 def phrase(group, with_size, rng):
-    """"a big red house", "3 yellow flowers"."""
+    """"a big red cup", "3 yellow candles"."""
     size = f"{group.size} " if with_size else ""
     if group.number == 1 and rng.random() < 0.7:
         return f"a {size}{named(group.kind, group.colour)}"
@@ -66,12 +65,12 @@ def description(scene, rng):
 
 
 def about(scene, kind):
-    """All that there is to say of one kind: "There are 3 small blue balls on the left."."""
+    """All that there is to say of one kind: "3 small blue bells on the left."."""
     group = scene.group(kind)
     if group is None:
         return f"There are no {KINDS[kind]}."
     there = number_of(group.number, kind, f"{group.size} {group.colour}")
-    return f"There {'is' if group.number == 1 else 'are'} {there} {WHERE[group.place][0]}."
+    return f"{there} {WHERE[group.place][0]}."
 
 
 def sentence(group, words, place, rng):

@@ -21,7 +21,7 @@ from data.village_picture_questions import (
 from data.village_scenes import COLOURS, HELD_OUT, KINDS, PLACES
 
 COUNTING = ("count", "sum", "all")
-TURNS = 5  # questions in a dialogue
+TURNS = 3  # questions in a dialogue
 READER = "Here is a picture in words: {c}\nAsk a question about it, and answer it."
 
 # --- which questions to ask --------------------------------------------------------
@@ -100,17 +100,18 @@ def chat(turns):
             for i, turn in enumerate(turns)]
 
 
-def describe_item(image, scene, rng):
-    """The picture described, or not, and then each kind in it and one that isn't, in any order: who
-    wants to answer must find what is asked for, and then knows all of it.
+def describe_items(image, scene, rng):
+    """Two dialogues: the picture described, and each kind in it and one that isn't, in any order:
+    who wants to answer must find what is asked for, and then knows all of it. Such answers tell
+    more in fewer words than questions do.
     """
     kinds = [group.kind for group in scene.groups]
     kinds.append(rng.choice([kind for kind in KINDS if kind not in kinds]))
-    turns = [rng.choice(DESCRIBE), description(scene, rng)] * (rng.random() < 0.5)
-    for kind in rng.sample(kinds, len(kinds)):
-        turns += [rng.choice(ABOUT).format(x=KINDS[kind]), about(scene, kind)]
-    turns[0] = f"<image>\n{turns[0]}"
-    return {"image": image, "messages": chat(turns)}
+    tour = [turn for kind in rng.sample(kinds, len(kinds))
+            for turn in (rng.choice(ABOUT).format(x=KINDS[kind]), about(scene, kind))]
+    dialogues = [[rng.choice(DESCRIBE), description(scene, rng)], tour]
+    return [{"image": image, "messages": chat([f"<image>\n{first}", *rest])}
+            for first, *rest in dialogues]
 
 
 def dialogue(image, scene, balance, rng):

@@ -79,12 +79,12 @@ class Question(NamedTuple):
 
 
 def number_of(number, kind, colour=None):
-    """2, "ball", "red" -> "2 red balls"."""
+    """2, "bell", "red" -> "2 red bells"."""
     return f"{number} {named(kind, colour, number)}"
 
 
 def named(kind, colour=None, number=1):
-    """The noun, with its colour if one is given: "red ball", "balls"."""
+    """The noun, with its colour if one is given: "red bell", "bells"."""
     noun = kind if number == 1 else KINDS[kind]
     return f"{colour} {noun}" if colour else noun
 
@@ -137,7 +137,7 @@ def read(text):
 
 
 def truth(scene, question):
-    """The answer, as short as it can be: "yes", "3", "red", "left", "house", "autumn".
+    """The answer, as short as it can be: "yes", "3", "red", "left", "cup", "autumn".
 
     None where the question has no answer, such as the colour of what isn't there.
     """
@@ -235,7 +235,7 @@ def worked(scene, question):
 
 
 def seen(counts):
-    """{"ball": 3, "boat": 1} -> "There are 3 balls and 1 boat."."""
+    """{"bell": 3, "basket": 1} -> "There are 3 bells and 1 basket."."""
     verb = "is" if next(iter(counts.values())) == 1 else "are"
     return f"There {verb} {listed([number_of(n, kind) for kind, n in counts.items()])}."
 
@@ -259,7 +259,7 @@ def answer_of(scene, text):
 def is_true(scene, question, answer_text):
     """Does this text answer the question, and is every number and every sum in it true?
 
-    Stricter than `check_answer`: "Yes, there is a blue ball." doesn't answer whether there is a
+    Stricter than `check_answer`: "Yes, there is a blue bell." doesn't answer whether there is a
     red one. False, too, where the question can't be read or has no answer.
     """
     asked = read(question)
@@ -272,7 +272,7 @@ def is_true(scene, question, answer_text):
     if asked.kind and not kinds <= {asked.kind, asked.other}:
         return False
     colours = {asked.colour, answer}
-    if asked.family != "existence":  # 2 red balls, where only the number was asked for
+    if asked.family != "existence":  # 2 red bells, where only the number was asked for
         colours |= {group.colour for group in scene.groups if group.kind in asked[2:]}
     if not {word for word in words if word in COLOURS} <= colours:
         return False
@@ -284,7 +284,7 @@ def is_true(scene, question, answer_text):
 
 
 def numbers_true(scene, text):
-    """Is everything like "3 red balls" as it is in the scene?"""
+    """Is everything like "3 red bells" as it is in the scene?"""
     return all(scene.count(KIND_OF[kind.lower()], colour.lower() or None) == int(number)
                for number, colour, kind in re.findall(
                    rf"\b(\d+) (?:({'|'.join(COLOURS)}) )?({ANY_KIND})\b", text, re.IGNORECASE))
@@ -297,6 +297,6 @@ def sums_true(text):
 
 
 def names_held_out(text):
-    """Does it name a pair of HELD_OUT, such as a red boat? Training never does."""
+    """Does it name a pair of HELD_OUT, such as a red basket? Training never does."""
     return any(found["colour"] and found["colour"] == HELD_OUT.get(KIND_OF[found["kind"]])
                for found in re.finditer(rf"\b{OBJECT}\b", text.lower()))

@@ -19,6 +19,10 @@ NEWTON_SCHULZ = (
     2.0315,
 )  # Jordan et al.: steep at zero, and settles within 0.7 .. 1.2
 
+# A projector is small and everything stands on it: at the full learning rate its tokens grow to many
+# times the size of words', so that what the layers add to them counts for nothing.
+PROJECTOR = 0.1
+
 
 def orthogonalise(G, steps=5):
     """Nearest semi-orthogonal matrix to each G (..., rows, cols): U V^T of its SVD, roughly, with
@@ -137,8 +141,7 @@ def build_optimizers(
         into = muon if kind == "muon" and hidden else adam
         low = ".layers." in name or "embed" in name or name.startswith("vision.")
         factor = layer_decay ** (layers - _layer(name)) if low else 1.0
-        import os
-        factor *= float(os.environ.get("PROJ", 1)) if name.startswith("projector.") else 1
+        factor *= PROJECTOR if name.startswith("projector.") else 1.0
         factor *= lora_plus if ".lora_B." in name else 1.0
         into.setdefault((factor, p.dim() >= 2), []).append(p)
 

@@ -2,7 +2,7 @@
 
     {"image": "a.png" or ["a.png", "b.png"], "messages": [... "<image>What is this?" ...]}
     {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}
-    {"image": "a.png", "caption": "A red ball."}
+    {"image": "a.png", "caption": "A red bell."}
 
 The second form is LLaVA's (Liu et al. 2023, arXiv:2304.08485), often one JSON array. Paths count
 from the file's folder. Dialogues without "image" are text. data/README.md documents the formats.

@@ -185,8 +185,9 @@ class ViT(nn.Module):
             return self.post_layernorm(x[:, 0])
         return self.head(self.post_layernorm(x))
 
-    def features(self, pictures, layer=-2):
-        """One vector per patch after block `layer`, (B, N, C), rows of the picture from the top.
+    def features(self, pictures, layer=-2, class_token=False):
+        """One vector per patch after block `layer`, (B, N, C), rows of the picture from the top;
+        with `class_token` the class token's in front of them, where the tower has one.
 
         Counted as Hugging Face's hidden_states: 0 is what enters the first block, -1 what leaves
         the last. LLaVA reads -2 (Liu et al. 2023, arXiv:2304.08485); blocks above don't run.
@@ -195,7 +196,7 @@ class ViT(nn.Module):
         if not -states <= layer < states:
             raise ValueError(f"layer {layer} is not of the {states} states of this ViT")
         x = self.hidden(pictures, layer % states)
-        return x if self.embeddings.class_embedding is None else x[:, 1:]
+        return x if class_token or self.embeddings.class_embedding is None else x[:, 1:]
 
     def hidden(self, pictures, depth=None):
         """The tokens after `depth` blocks (all where None), (B, T, C)."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from nanollm.config import UserError
 from nanollm.gpt import GPT, Linear
+from nanollm.vision import CLIP_KIND
 
 IMAGE = "<image>"
 PROJECTORS = ("linear", "mlp", "pixel_shuffle")
@@ -97,22 +98,27 @@ class VLM(GPT):
     `look` has made of pictures may stand for them.
     """
 
-    def __init__(self, cfg, vision, projector, image_id, feature_layer=-2):
-        """vision: a ViT; projector: a kind; feature_layer: which of the ViT's hidden states."""
+    def __init__(self, cfg, vision, projector, image_id, feature_layer=-2, class_token=False):
+        """vision: a ViT; projector: a kind; feature_layer: which of the ViT's hidden states;
+        class_token: the class token's as well, in front of the patches' (CLIP's kind of tower).
+        """
         super().__init__(cfg)
         if not isinstance(feature_layer, int):
             raise UserError(f"features of one layer are wanted, not of {feature_layer}")
         layers = vision.cfg.num_hidden_layers
         if not -layers - 1 <= feature_layer <= layers:
             raise UserError(f"the vision tower has {layers} layers; there is no {feature_layer}")
+        if class_token and vision.cfg.model_type != CLIP_KIND:
+            raise UserError("this vision tower has no class token")
         self.vision, self.image_id, self.feature_layer = vision, image_id, feature_layer
+        self.class_token = class_token
         self.projector = Projector(vision.cfg.hidden_size, cfg.hidden_size, projector)
         self.preprocessing = None  # from a Pillow picture to what the vision tower reads
         self.tokens_per_picture  # raises where the projector doesn't fit the patches
 
     @property
     def tokens_per_picture(self):
-        return self.projector.tokens(self.vision.cfg.num_patches)
+        return self.projector.tokens(self.vision.cfg.num_patches + self.class_token)
 
     def forward(self, tokens, positions=None, mask=None, cache=None, where=None, pictures=None):
         """As GPT's; pictures as the class says."""
@@ -150,7 +156,8 @@ class VLM(GPT):
         once at a picture that is read many times.
         """
         self.vision.compute_dtype = self.compute_dtype
-        return self.vision.features(pictures, self.feature_layer).to(self.compute_dtype)
+        seen = self.vision.features(pictures, self.feature_layer, self.class_token)
+        return seen.to(self.compute_dtype)
 
     def picture_features(self, pictures):
         """(P, 3, H, W), or (P, N, C_v) from `look`, -> (P, n, C)."""
@@ -160,7 +167,7 @@ class VLM(GPT):
     def calibrate(self, pictures):
         """Adapt a new projector to the tower's features of these pictures (P, 3, H, W)."""
         size = self.model.embed_tokens.weight.square().mean().sqrt()
-        self.projector.calibrate(self.vision.features(pictures, self.feature_layer), size)
+        self.projector.calibrate(self.look(pictures), size)
 
     def train_parts(self, vision=False, projector=True, language=False):
         """Say which parts are trained; the others are frozen. What of the vision tower lies behind

@@ -39,7 +39,7 @@ ACTIVATIONS = {"mlp": "gelu", "linear": "linear", "pixel_shuffle": "gelu"}
 LLAVA, OURS = "llava", "nanollm_vlm"  # model_type; the second is for what transformers has not
 
 
-def build_vlm(language_folder, vision_folder, projector="mlp", feature_layer=-2):
+def build_vlm(language_folder, vision_folder, projector="mlp", feature_layer=-2, class_token=False):
     """(VLM, Tokenizer) of a text model and a vision tower, each with its weights, and a new
     projector between them; vlm.preprocessing is the tower's.
 
@@ -47,7 +47,7 @@ def build_vlm(language_folder, vision_folder, projector="mlp", feature_layer=-2)
     """
     language, tokenizer = load_language(language_folder)
     vision, preprocessing = load_vision(vision_folder)
-    vlm = VLM(language.cfg, vision, projector, image_id_of(tokenizer), feature_layer)
+    vlm = VLM(language.cfg, vision, projector, image_id_of(tokenizer), feature_layer, class_token)
     vlm.load_state_dict(language.state_dict(), strict=False)
     vlm.preprocessing = preprocessing
     return vlm, tokenizer
@@ -75,13 +75,13 @@ def save_vlm(vlm, tokenizer, preprocessing, folder):
     tokenizer.save(folder)
     preprocessing.save(folder)
     write_configs(vlm_config(vlm, tokenizer), tokenizer, folder)
-    cfg = vlm.vision.cfg
+    cfg, clip = vlm.vision.cfg, vlm.vision.cfg.model_type == CLIP_KIND
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE,
         "patch_size": cfg.patch_size,
-        "vision_feature_select_strategy": strategy(cfg),
-        "num_additional_image_tokens": int(strategy(cfg) == "default"),
+        "vision_feature_select_strategy": strategy(vlm),
+        "num_additional_image_tokens": int(clip),
     }
     if vlm.projector.r == 1:
         atomic_write(folder / "processor_config.json", json.dumps(processor, indent=2) + "\n")
@@ -108,7 +108,7 @@ def vlm_config(vlm, tokenizer):
         "image_token_index": vlm.image_id,
         "image_seq_length": vlm.tokens_per_picture,
         "vision_feature_layer": vlm.feature_layer,
-        "vision_feature_select_strategy": strategy(vlm.vision.cfg),
+        "vision_feature_select_strategy": strategy(vlm),
         "tie_word_embeddings": vlm.cfg.tie_word_embeddings,
         **{name: text[name] for name in ("eos_token_id", "pad_token_id", "torch_dtype")},
         "text_config": text,
@@ -116,9 +116,18 @@ def vlm_config(vlm, tokenizer):
     }
 
 
-def strategy(vision_cfg):
+def strategy(vlm):
     """LLaVA's word for which tokens are features: "default" leaves the class token out."""
-    return "default" if vision_cfg.model_type == CLIP_KIND else "full"
+    clip = vlm.vision.cfg.model_type == CLIP_KIND
+    return "default" if clip and not vlm.class_token else "full"
+
+
+def chosen_features(values, path):
+    """Does config.json want all tokens of the tower?"""
+    chosen = values.get("vision_feature_select_strategy", "default")
+    if chosen not in ("default", "full"):
+        raise UserError(f"{path}: vision_feature_select_strategy {chosen!r} is unknown")
+    return chosen == "full"
 
 
 def renamed(name, prefixes):
@@ -137,8 +146,9 @@ def load_vlm(folder):
     values = read_json(path)
     kind = projector_of(values, path)
     vision_cfg = vision_config_of(values["vision_config"], path)
-    if values.get("vision_feature_select_strategy", "default") != strategy(vision_cfg):
-        raise UserError(f"{path}: features with the class token, or without it where there is none")
+    full, clip = chosen_features(values, path), vision_cfg.model_type == CLIP_KIND
+    if not full and not clip:
+        raise UserError(f"{path}: a tower without class token has no features without it")
     tokenizer = Tokenizer.load(folder)
     image_id = values.get("image_token_index", values.get("image_token_id"))
     if image_id != image_id_of(tokenizer):
@@ -149,6 +159,7 @@ def load_vlm(folder):
         kind,
         image_id,
         values.get("vision_feature_layer", -2),
+        class_token=full and clip,
     )
     back = {"vision_tower.vision_model.": "vision."} | {new: old for old, new in PREFIXES.items()}
     tensors = {renamed(name, back): x for name, x in safetensors.load_folder(folder).items()}

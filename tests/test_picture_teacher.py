@@ -21,20 +21,20 @@ from nanollm.picture_teacher import Pair, agreeing, dialogues, sift, summary
 GARDEN = Scene(
     "autumn",
     "day",
-    (Group("house", "red", "big", "left", 1), Group("ball", "blue", "small", "right", 3)),
+    (Group("cup", "red", "big", "left", 1), Group("bell", "blue", "small", "right", 3)),
     7,
 )
-PICTURE = {"image": "a.png", "caption": "A red house on the left and 3 blue balls on the right."}
+PICTURE = {"image": "a.png", "caption": "A red cup on the left and 3 blue bells on the right."}
 
 
 def pair(question, answer):
     return f"Question: {question}\nAnswer: {answer}"
 
 
-RIGHT = pair("How many balls are there?", "There are 3 balls.")
-SAME = pair("Count the balls.", "There are 3 balls.")
-FALSE = pair("What colour is the house?", "The house is blue.")
-HELD_OUT = pair("Is there a purple ball?", "No, there is no purple ball.")
+RIGHT = pair("How many bells are there?", "There are 3 bells.")
+SAME = pair("Count the bells.", "There are 3 bells.")
+FALSE = pair("What colour is the cup?", "The cup is blue.")
+HELD_OUT = pair("Is there a purple bell?", "No, there is no purple bell.")
 OTHER = pair("Is there a dog?", "No.")
 
 
@@ -92,10 +92,10 @@ def says(monkeypatch):
 
 
 def test_a_true_pair_is_kept_and_what_is_wrong_with_the_others_is_counted():
-    replies = [RIGHT, FALSE, HELD_OUT, "Is there a ball? Yes.", SAME, OTHER]
+    replies = [RIGHT, FALSE, HELD_OUT, "Is there a bell? Yes.", SAME, OTHER]
     assert reasons(*replies) == ["kept", "false", "held out", "unreadable", "twice", "false"]
     pairs, counts = sift([(PICTURE, reply) for reply in replies], {"a.png": GARDEN})
-    assert pairs == [Pair(PICTURE, "How many balls are there?", "There are 3 balls.")]
+    assert pairs == [Pair(PICTURE, "How many bells are there?", "There are 3 bells.")]
     assert counts == {
         "count": {"kept": 1, "twice": 1},
         "colour": {"false": 1},
@@ -110,12 +110,12 @@ def test_a_true_pair_is_kept_and_what_is_wrong_with_the_others_is_counted():
     [
         None,  # it didn't end
         "",
-        "Question: How many balls are there?",
-        "Question: \nAnswer: There are 3 balls.",
-        "Question: How many balls are there?\nAnswer:",
+        "Question: How many bells are there?",
+        "Question: \nAnswer: There are 3 bells.",
+        "Question: How many bells are there?\nAnswer:",
         f"{RIGHT}\n{RIGHT}",
         f"Look. {RIGHT}",
-        pair("<image> How many balls are there?", "There are 3 balls."),
+        pair("<image> How many bells are there?", "There are 3 bells."),
     ],
 )
 def test_what_is_no_question_with_one_answer_is_unreadable(reply):
@@ -123,7 +123,7 @@ def test_what_is_no_question_with_one_answer_is_unreadable(reply):
 
 
 def test_a_false_pair_does_not_keep_the_true_one_out():
-    lie = pair("How many balls are there?", "There are 2 balls.")
+    lie = pair("How many bells are there?", "There are 2 bells.")
     assert reasons(lie, RIGHT) == ["false", "kept"]
 
 
@@ -134,9 +134,9 @@ def test_the_same_thing_may_be_asked_of_another_picture():
 
 
 def test_more_and_fewer_are_not_the_same_thing():
-    more = pair("Are there more balls than houses?", "Yes, there are more balls than houses.")
+    more = pair("Are there more bells than cups?", "Yes, there are more bells than cups.")
     fewer = pair(
-        "Are there fewer balls than houses?", "No, there are not fewer balls than houses."
+        "Are there fewer bells than cups?", "No, there are not fewer bells than cups."
     )
     assert reasons(more, fewer) == ["kept", "kept"]
 
@@ -144,11 +144,11 @@ def test_more_and_fewer_are_not_the_same_thing():
 @pytest.mark.parametrize(
     "text, names",
     [
-        ("A red boat.", True),
-        ("No, there are no BLUE flowers", True),
-        ("The boat is red.", False),
-        ("a blue boat and a red flower", False),
-        ("a red kite, a boathouse", False),
+        ("A red basket.", True),
+        ("No, there are no BLUE candles", True),
+        ("The basket is red.", False),
+        ("a blue basket and a red candle", False),
+        ("a red lantern, a boathouse", False),
     ],
 )
 def test_pairs_that_training_never_sees_are_found_by_name(text, names):
@@ -165,7 +165,7 @@ def test_without_the_truth_nothing_is_false_and_the_same_words_count_once():
 def test_only_an_answer_that_most_further_samples_repeat_is_believed(tokenizer, says):
     written = [(PICTURE, RIGHT), (PICTURE, FALSE)]
     pairs, counts = sift(written)
-    says(" There are 3 balls.", " there are 3  balls.", " There are 2 balls.", " The house")
+    says(" There are 3 bells.", " there are 3  bells.", " There are 2 bells.", " The cup")
     assert agreeing(None, tokenizer, pairs, counts, votes=3) == pairs[:1]
     assert counts["count"]["kept"] == counts["colour"]["contradicted"] == 1
     assert counts["colour"]["kept"] == 0
@@ -196,14 +196,14 @@ def test_own_captions_become_dialogues_that_open_from_anywhere(
     teacher, captions, says, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(captions.parent)
-    says(RIGHT, FALSE, again=[" There are 3 balls."] * 3)
+    says(RIGHT, FALSE, again=[" There are 3 bells."] * 3)
     out = tmp_path / "far" / "away" / "made.jsonl"
     flags = ["--samples", 2, "--agree", 3, "--device", "cpu"]
     tool(teacher, "--data", captions.name, "--out", out, *flags)
     monkeypatch.chdir("/")
     chats = read_picture_chats(out)
     assert [len(chat["messages"]) for chat in chats] == [2, 2]
-    assert chats[0]["messages"][1]["content"] == "There are 3 balls."
+    assert chats[0]["messages"][1]["content"] == "There are 3 bells."
     assert "nothing says what is true" in (said := capsys.readouterr().out)
     assert "4 readable (100.0%), 2 kept" in said
     tool(teacher, "--data", captions, "--out", out, "--limit", 1, *flags[:2], "--agree", 0)

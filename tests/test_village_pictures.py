@@ -40,9 +40,9 @@ from data.village_scenes import (
 from data.village_tasks import check_answer, user_turns
 
 N_TRAIN = 300
-VILLAGE = Scene("autumn", "day", (Group("house", "red", "big", "left", 1),
-                                  Group("flower", "yellow", "small", "right", 3),
-                                  Group("kite", "blue", "small", "left", 2)), 7)
+VILLAGE = Scene("autumn", "day", (Group("cup", "red", "big", "left", 1),
+                                  Group("candle", "yellow", "small", "right", 3),
+                                  Group("lantern", "blue", "small", "left", 2)), 7)
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +112,17 @@ def test_an_object_fills_its_square_and_stays_in_it(kind, turn):
 
 
 def test_a_small_object_measures_nine_pixels():
-    one = Scene("winter", "day", (Group("ball", "blue", "small", "left", 1),), 3)
+    one = Scene("winter", "day", (Group("bell", "blue", "small", "left", 1),), 3)
     white = Scene("winter", "day", (), 3)
     left, top, right, bottom = ImageChops.difference(draw(one), draw(white)).getbbox()
     assert right - left >= 9 and bottom - top >= 9
 
 
 def test_another_colour_changes_the_pixels_of_the_object_alone():
-    house, *others = VILLAGE.groups
-    blue = Scene("autumn", "day", (Group("house", "blue", "big", "left", 1), *others), 7)
+    cup, *others = VILLAGE.groups
+    blue = Scene("autumn", "day", (Group("cup", "blue", "big", "left", 1), *others), 7)
     changed = ImageChops.difference(draw(VILLAGE), draw(blue)).getbbox()
-    x, y, half = next(placed[1:4] for placed in layout(VILLAGE) if placed[0] == house)
+    x, y, half = next(placed[1:4] for placed in layout(VILLAGE) if placed[0] == cup)
     assert changed[0] >= x - half - 1 and changed[2] <= x + half + 1
     assert changed[1] >= y - half - 1 and changed[3] <= y + half + 1
     assert changed[2] - changed[0] > 9
@@ -199,14 +199,14 @@ def test_half_of_the_answers_that_need_steps_have_them(files):
 
 def test_recounting_by_hand_gives_the_same_answers():
     for question, answer in {
-        "Is there a red house?": "yes", "Is there a blue house?": "no",
-        "Are there any boats?": "no", "How many yellow flowers are there?": "3",
-        "Count the red flowers.": "0", "What colour is the house?": "red",
-        "Where are the flowers?": "right", "Where are the kites?": "left",
-        "Are there more kites than flowers?": "no", "Are there fewer kites than flowers?": "yes",
-        "Which is bigger here, a kite or a house?": "house",
-        "How many kites and flowers are there together?": "5",
-        "Which are more, kites or flowers, and by how many?": "1",
+        "Is there a red cup?": "yes", "Is there a blue cup?": "no",
+        "Are there any baskets?": "no", "How many yellow candles are there?": "3",
+        "Count the red candles.": "0", "What colour is the cup?": "red",
+        "Where are the candles?": "right", "Where are the lanterns?": "left",
+        "Are there more lanterns than candles?": "no", "Are there fewer lanterns than candles?": "yes",
+        "Which is bigger here, a lantern or a cup?": "cup",
+        "How many lanterns and candles are there together?": "5",
+        "Which are more, lanterns or candles, and by how many?": "1",
         "How many things are there in all, not counting the trees?": "6",
         "Which season is it?": "autumn", "<image>\nwhich season is it?": "autumn",
     }.items():
@@ -214,27 +214,27 @@ def test_recounting_by_hand_gives_the_same_answers():
 
 
 def test_what_has_no_answer_or_cannot_be_read_has_none():
-    for question in ("What colour is the boat?", "Where is the green house?", "Who lives here?",
-                     "Which is bigger here, a kite or a flower?", "How many dogs are there?",
-                     "Are there more kites than kites?", ""):
+    for question in ("What colour is the basket?", "Where is the green cup?", "Who lives here?",
+                     "Which is bigger here, a lantern or a candle?", "How many dogs are there?",
+                     "Are there more lanterns than lanterns?", ""):
         assert answer_of(VILLAGE, question) is None
         assert not is_true(VILLAGE, question, "Yes, there are 3.")
 
 
 @pytest.mark.parametrize("question, right, wrong", [
-    ("Is there a red house?", "Yes, there is a red house.", "No, there is no red house."),
-    ("Is there a red house?", "Yes.", "Yes, there is a blue house."),
-    ("Are there any boats?", "No.", "No, there is no house."),
-    ("How many kites are there?", "There are 2 blue kites.", "There are 2 red kites."),
-    ("How many kites are there?", "2", "There are 3 flowers and 2 boats."),
-    ("What colour is the house?", "It is red.", "It isn't red."),
-    ("Where are the kites?", "They are on the left.", "They are on the left or the right."),
-    ("Are there fewer kites than flowers?", "Yes, there are fewer.", "Yes, there are more."),
-    ("Which is bigger here, a kite or a house?", "A house is bigger.", "The house is smaller."),
-    ("How many kites and flowers are there together?",
-     "<think>There are 2 kites and 3 flowers. 2 + 3 = 5.</think>The answer is 5.",
-     "<think>There are 1 kites and 4 flowers. 1 + 4 = 5.</think>The answer is 5."),
-    ("How many kites and flowers are there together?", "5 in all.",
+    ("Is there a red cup?", "Yes, there is a red cup.", "No, there is no red cup."),
+    ("Is there a red cup?", "Yes.", "Yes, there is a blue cup."),
+    ("Are there any baskets?", "No.", "No, there is no cup."),
+    ("How many lanterns are there?", "There are 2 blue lanterns.", "There are 2 red lanterns."),
+    ("How many lanterns are there?", "2", "There are 3 candles and 2 baskets."),
+    ("What colour is the cup?", "It is red.", "It isn't red."),
+    ("Where are the lanterns?", "They are on the left.", "They are on the left or the right."),
+    ("Are there fewer lanterns than candles?", "Yes, there are fewer.", "Yes, there are more."),
+    ("Which is bigger here, a lantern or a cup?", "A cup is bigger.", "The cup is smaller."),
+    ("How many lanterns and candles are there together?",
+     "<think>There are 2 lanterns and 3 candles. 2 + 3 = 5.</think>The answer is 5.",
+     "<think>There are 1 lanterns and 4 candles. 1 + 4 = 5.</think>The answer is 5."),
+    ("How many lanterns and candles are there together?", "5 in all.",
      "<think>2 + 2 = 5.</think>The answer is 5."),
     ("Which season is it?", "It is autumn.", "It is autumn or winter."),
 ])
@@ -244,7 +244,7 @@ def test_the_checker_knows_right_from_wrong(question, right, wrong):
 
 
 def test_the_teachers_words_are_checked_in_any_case_and_with_spaces():
-    assert is_true(VILLAGE, " How many  Yellow flowers are there? ", "There are 3 Yellow Flowers.")
+    assert is_true(VILLAGE, " How many  Yellow candles are there? ", "There are 3 Yellow Candles.")
 
 
 def test_every_wording_is_read_as_itself(files):
@@ -310,8 +310,8 @@ def test_blind_guess_takes_the_most_frequent_answer_of_each_wording():
         return {"messages": [{"role": "user", "content": question}], "answer": answer,
                 "family": read(question).family}
 
-    items = [item("How many kites are there?", "1"), item("How many balls are there?", "1"),
-             item("Count the kites.", "2"), item("How many kites are there?", "3")]
+    items = [item("How many lanterns are there?", "1"), item("How many bells are there?", "1"),
+             item("Count the lanterns.", "2"), item("How many lanterns are there?", "3")]
     assert blind_guess(items) == {"count": 0.75}
 
 
