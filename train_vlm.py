@@ -102,7 +102,7 @@ class Config:
     test_items: int = 48  # items per family, of text and of pictures
     # for instruct, against forgetting: share of the rows without pictures, half of them dialogues
     # and half plain text
-    replay: float = 0.375
+    replay: float = 0.25
     text_data: str = "village"  # those dialogues: the village's, or a JSONL file
     replay_data: str = "village"  # that plain text: the village's, or a .txt or .jsonl file
     blind: bool = False  # for instruct: grey in place of each picture, in training and tests
@@ -138,7 +138,7 @@ class Config:
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 20  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-    eval_every: int = 100  # steps between evaluations, each followed by a checkpoint
+    eval_every: int = 300  # steps between evaluations, each followed by a checkpoint
     # -- Machine
     seed: int = 0  # of new parameters and of the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:N
@@ -172,9 +172,9 @@ PRESETS = {
 }
 CAPTION = 128  # tokens of the longest caption
 BY_STAGE = {
-    "clip": {"steps": 120, "batch_size": 128, "lr": 0.01, "adam_lr": 2e-3},
-    "align": {"steps": 100, "batch_size": 16, "lr": 0.0, "adam_lr": 3e-3},
-    "instruct": {"steps": 400, "batch_size": 16, "lr": 0.007, "adam_lr": 1e-3},
+    "clip": {"steps": 250, "batch_size": 128, "lr": 0.01, "adam_lr": 2e-3},
+    "align": {"steps": 30, "batch_size": 8, "lr": 0.01, "adam_lr": 1e-3},
+    "instruct": {"steps": 1200, "batch_size": 8, "lr": 0.01, "adam_lr": 3e-3},
 }
 
 

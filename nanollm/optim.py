@@ -124,8 +124,9 @@ def build_optimizers(
 ):
     """The optimizers of a GPT; raises ValueError for an unknown kind.
 
-    kind "muon": matrices of the blocks, and of a projector, by Muon at `lr`, the rest by AdamW at `adam_lr`; "adamw":
-    all by AdamW at `adam_lr`. Weight decay falls on matrices only. `layer_decay` < 1 multiplies the
+    kind "muon": matrices of the blocks and of a projector by Muon at `lr`, the rest by AdamW at
+    `adam_lr`; "adamw": all by AdamW at `adam_lr`. A projector learns at PROJECTOR times these
+    rates. Weight decay falls on matrices only. `layer_decay` < 1 multiplies the
     learning rate once per layer below the head (Howard & Ruder 2018, arXiv:1801.06146), so that the
     lowest layers move least. `lora_plus` multiplies that of an adapter's B (Hayou et al. 2024,
     LoRA+, 2402.12354, want about 16).

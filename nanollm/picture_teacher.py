@@ -61,7 +61,7 @@ class Config:
     samples: int = 4  # questions written per caption, at temperature 1
     limit: int = 2000  # pictures, the first of --data; 0 for all
     agree: int = 4  # own data: answers that vote on each kept one; 0: believe the teacher
-    picture_size: int = 64  # pixels per side of the village's pictures
+    picture_size: int = 96  # pixels per side of the village's pictures
     seed: int = 0  # of the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers

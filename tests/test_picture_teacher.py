@@ -14,9 +14,13 @@ from data.village_scenes import SEASONS, Group, Scene
 from nanollm import picture_teacher
 from nanollm.config import UserError, cli, parse
 from nanollm.evaluate import read_items
+from nanollm.gpt import GPTConfig
 from nanollm.hub import save_model
 from nanollm.picture_data import read_picture_chats
 from nanollm.picture_teacher import Pair, agreeing, dialogues, sift, summary
+from nanollm.tokenizer import Tokenizer
+from nanollm.vision import ViT, VisionConfig
+from nanollm.vlm import VLM, image_id_of
 
 GARDEN = Scene(
     "autumn",
@@ -286,12 +290,18 @@ def test_the_preset_reader_learns_from_captions_in_the_teachers_form(tmp_path, m
 def test_own_dialogues_are_tested_on_the_villages_items_where_asked(tmp_path, monkeypatch):
     prepare = village_pictures.prepare
     monkeypatch.setattr(
-        village_pictures, "prepare", lambda size: prepare(0, tmp_path, 32, n_train=3)
+        village_pictures, "prepare", lambda size, n_train: prepare(0, tmp_path, 32, n_train=3)
     )
     flags = ["--stage", "instruct", "--data", "made.jsonl", "--text_data", "none.jsonl"]
 
+    tokenizer = Tokenizer.from_bytes()
+    cfg = GPTConfig(tokenizer.vocab_size, 32, 32, 1, 1, 1, 32, 2048)
+    vision = ViT(VisionConfig(32, 16, 32, 32, 1, 1))
+    model = VLM(cfg, vision, "mlp", image_id_of(tokenizer))
+
     def items(*more):
-        return train_vlm.load_items(parse(train_vlm.Config, train_vlm.PRESETS, [*flags, *more]))
+        cfg = parse(train_vlm.Config, train_vlm.PRESETS, [*flags, *more])
+        return train_vlm.load_items(cfg, model, tokenizer)
 
     assert not any(items().values())
     asked = items("--test_data", "village", "--test_items", "2")
