@@ -100,9 +100,9 @@ class Config:
     # village; none: the village's own, or for another --data no test
     test_data: str | None = None
     test_items: int = 48  # items per family, of text and of pictures
-    # for instruct, against forgetting: share of the rows without pictures, half of them dialogues
-    # and half plain text
-    replay: float = 0.25
+    # for instruct, against forgetting: share of the rows without pictures, a quarter of them plain
+    # text, the others dialogues
+    replay: float = 0.4
     text_data: str = "village"  # those dialogues: the village's, or a JSONL file
     replay_data: str = "village"  # that plain text: the village's, or a .txt or .jsonl file
     blind: bool = False  # for instruct: grey in place of each picture, in training and tests
@@ -174,7 +174,7 @@ CAPTION = 128  # tokens of the longest caption
 BY_STAGE = {
     "clip": {"steps": 250, "batch_size": 128, "lr": 0.01, "adam_lr": 2e-3},
     "align": {"steps": 30, "batch_size": 8, "lr": 0.01, "adam_lr": 1e-3},
-    "instruct": {"steps": 1200, "batch_size": 8, "lr": 0.01, "adam_lr": 3e-3},
+    "instruct": {"steps": 1200, "batch_size": 10, "lr": 0.01, "adam_lr": 3e-3},
 }
 
 
@@ -534,8 +534,9 @@ def validation_loss(model, rows, store, batch=32):
 def train_language(cfg, rt):
     for folder in filter(None, (cfg.init, cfg.vision)):
         check_folders(folder, cfg.out)
-    n_texts = round(cfg.replay * cfg.batch_size / 2) if cfg.stage == "instruct" else 0
-    if 2 * n_texts >= cfg.batch_size:
+    n_texts = round(cfg.replay * cfg.batch_size) if cfg.stage == "instruct" else 0
+    n_plain = n_texts // 4
+    if n_texts >= cfg.batch_size:
         raise UserError(
             f"--replay {cfg.replay} leaves none of the {cfg.batch_size} rows of a batch to "
             "pictures; lower it, or raise --batch_size"
@@ -573,10 +574,10 @@ def train_language(cfg, rt):
     while run.step < cfg.steps:
         optimizers.schedule(SCHEDULES[cfg.schedule](run.step, cfg.steps, cfg.warmup))
         optimizers.zero_grad()
-        rows = train_rows.rows(samplers[0].take(cfg.batch_size - 2 * n_texts))
+        rows = train_rows.rows(samplers[0].take(cfg.batch_size - n_texts))
         if n_texts:
-            rows = rows.join(text_rows.rows(samplers[1].take(n_texts)))
-            rows = rows.join(replay_rows(windows, samplers[2].take(n_texts), tokenizer.eot_id))
+            rows = rows.join(text_rows.rows(samplers[1].take(n_texts - n_plain)))
+            rows = rows.join(replay_rows(windows, samplers[2].take(n_plain), tokenizer.eot_id))
         before["pictures"] += len(rows.picture_numbers())
         rows = rows.rows(share).to(rt.device)
         count = rt.sum(rows.mask[:, 1:].sum().item())  # trained tokens of the whole batch

@@ -27,11 +27,8 @@ READER = "Here is a picture in words: {c}\nAsk a question about it, and answer i
 # --- which questions to ask --------------------------------------------------------
 
 
-def candidates(scene, wording, family, rng, about=None, held_out=False):
-    """Questions in this wording that may suit the scene; with `about`, those about that kind.
-
-    Unless `held_out`, none names a pair of HELD_OUT, not even to be told that it isn't there.
-    """
+def candidates(scene, wording, family, about=None):
+    """Questions in this wording that may suit the scene; with `about`, those about that kind."""
     there = [group.kind for group in scene.groups]
     found = [(kind, None, other) for kind in there for other in there if kind != other]
     if family in ("season", "all"):
@@ -40,13 +37,8 @@ def candidates(scene, wording, family, rng, about=None, held_out=False):
         found = [(kind, None, None) for kind in there]
     elif family in ("existence", "count"):
         found = [(kind, None, None) for kind in KINDS]
-        if about or rng.random() < 0.7:
-            # mostly with a colour: any colour of what is there, and one of what isn't
-            found = [(kind, colour, None) for kind in KINDS for colour in (
-                COLOURS if kind in there else (rng.choice(list(COLOURS)),))]
     return [Question(family, wording, kind, colour, other) for kind, colour, other in found
-            if (about is None or about in (kind, other))
-            and (held_out or colour is None or colour != HELD_OUT.get(kind))]
+            if about is None or about in (kind, other)]
 
 
 def label(question, answer):
@@ -60,12 +52,12 @@ class Balance:
     def __init__(self):
         self.used = defaultdict(Counter)
 
-    def choose(self, scene, family, rng, **limits):
+    def choose(self, scene, family, rng, about=None):
         """A Question of the family, or None where the scene has none."""
         wordings = WORDINGS[family]
         for wording in rng.sample(wordings, len(wordings)):
             by_label = defaultdict(list)
-            for question in candidates(scene, wording, family, rng, **limits):
+            for question in candidates(scene, wording, family, about):
                 answer = truth(scene, question)
                 if answer is not None:
                     by_label[label(question, answer)].append(question)
@@ -141,8 +133,8 @@ def question_items(pictures, families, per_family, rng, held_out=False):
     for family in families:
         made = []
         for image, scene in rng.sample(pictures, len(pictures)):
-            limits = {"about": pair_of(scene), "held_out": True} if held_out else {}
-            question = balance.choose(scene, family, rng, **limits)
+            about = pair_of(scene) if held_out else None
+            question = balance.choose(scene, family, rng, about)
             if question is not None:
                 made.append(question_item(image, scene, question))
         items += made[:per_family]
