@@ -18,7 +18,7 @@ from data.village_picture_questions import (
     truth,
     worked,
 )
-from data.village_scenes import COLOURS, HELD_OUT, KINDS, PLACES
+from data.village_scenes import HELD_OUT, KINDS, PLACES
 
 COUNTING = ("count", "sum", "all")
 TURNS = 3  # questions in a dialogue

@@ -19,7 +19,7 @@ from nanollm.hub import save_model
 from nanollm.picture_data import read_picture_chats
 from nanollm.picture_teacher import Pair, agreeing, dialogues, sift, summary
 from nanollm.tokenizer import Tokenizer
-from nanollm.vision import ViT, VisionConfig
+from nanollm.vision import VisionConfig, ViT
 from nanollm.vlm import VLM, image_id_of
 
 GARDEN = Scene(
