@@ -89,15 +89,16 @@ class Config:
     context: int | None = None
     # -- Training
     out: str = "runs/lora"  # run folder to write
-    steps: int = 120  # optimizer steps
+    steps: int = 240  # optimizer steps
     batch_size: int = 8  # rows per optimizer step, over all processes
     accumulate: int = 1  # parts that a process splits its rows into, to save memory
-    # muon: matrices of the blocks by Muon, A and B too, the rest by AdamW; auto: muon for full,
-    # adamw for the others
-    optimizer: Literal["auto", "muon", "adamw"] = "auto"
+    # adamw, or muon: matrices of the blocks by Muon, A and B too, the rest by AdamW
+    optimizer: Literal["muon", "adamw"] = "adamw"
     lr: float | None = None  # learning rate of Muon; default: by method
     adam_lr: float | None = None  # learning rate of AdamW; default: by method
-    weight_decay: float = 0.0  # on matrices and embeddings
+    # on matrices and embeddings; that of A and B pulls the model back to its base. Default: by
+    # method
+    weight_decay: float | None = None
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 10  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
@@ -126,16 +127,18 @@ PRESETS = {
     "gpu": {"context": 1024, "batch_size": 64, "accumulate": 2, "compile": True},
 }
 
-# learning rates of Muon and AdamW: few parameters take, and want, larger steps than all of them
+# learning rates of Muon and AdamW, and weight decay. Few parameters take, and want, larger steps
+# than all of them. Decay keeps an adapter near its base, and so from forgetting; of all weights it
+# would undo what they know.
 RATES = {
-    "full": (0.002, 3e-4),
-    "lora": (0.01, 5e-3),
-    "dora": (0.01, 5e-3),
-    "qlora": (0.01, 5e-3),
-    "adapter": (0.01, 1e-2),
-    "prefix": (0.0, 1e-2),
-    "ptuning": (0.0, 5e-2),
-    "prompt": (0.0, 5e-2),
+    "full": (0.002, 1e-4, 0.0),
+    "lora": (0.01, 5e-3, 6.0),
+    "dora": (0.01, 5e-3, 6.0),
+    "qlora": (0.01, 5e-3, 6.0),
+    "adapter": (0.01, 1e-2, 0.0),
+    "prefix": (0.0, 1e-2, 0.0),
+    "ptuning": (0.0, 5e-2, 0.0),
+    "prompt": (0.0, 5e-2, 0.0),
 }
 
 
@@ -243,15 +246,12 @@ def main(cfg):
     run = Run(cfg, rt, cfg.steps)
     called = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
-    lr, adam_lr = (
+    lr, adam_lr, weight_decay = (
         rate if given is None else given
-        for rate, given in zip(RATES[cfg.method], (cfg.lr, cfg.adam_lr))
+        for rate, given in zip(RATES[cfg.method], (cfg.lr, cfg.adam_lr, cfg.weight_decay))
     )
-    kind = cfg.optimizer
-    if kind == "auto":
-        kind = "muon" if cfg.method == "full" else "adamw"
     optimizers = build_optimizers(
-        model, kind, lr, adam_lr, cfg.weight_decay, lora_plus=cfg.lora_plus
+        model, cfg.optimizer, lr, adam_lr, weight_decay, lora_plus=cfg.lora_plus
     )
     n_trained, trained_share = adapters.trainable(model)
     rt.print(f"{cfg.method}: {n_trained:,} trained parameters, {trained_share:.2%} of the base's")
