@@ -46,11 +46,13 @@ def test_the_pipeline_runs_reports_and_does_nothing_twice(tmp_path):
         "pass@2",
         "calls not run",
         "the harbour, fact and manner right",
+        "the right caption among",
+        "the blind model",
     ):
         assert part in html and part in text
-    assert html.count("<svg") == 13
+    assert html.count("<svg") == 14 and html.count("<img src='data:image/png") > 3
     second = pipeline(tmp_path / "runs")
-    assert second.stdout.count("done before") == 11 and "step 10" not in second.stdout
+    assert second.stdout.count("done before") == 12 and "step 10" not in second.stdout
 
 
 def readme_commands():
