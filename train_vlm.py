@@ -166,6 +166,7 @@ PRESETS = {
         "vision_layers": 12,
         "vision_channels": 512,
         "projector": "pixel_shuffle",
+        "class_token": False,
         "context": 1024,
         "compile": True,
     },
@@ -469,7 +470,8 @@ def train_clip(cfg, rt):
 def start_model(cfg, rt):
     """(model, tokenizer), and of the model only what the stage trains is not frozen."""
     if cfg.stage == "align":
-        model, tokenizer = build_vlm(cfg.init, cfg.vision, cfg.projector, cfg.feature_layer, cfg.class_token)
+        how = (cfg.projector, cfg.feature_layer, cfg.class_token)
+        model, tokenizer = build_vlm(cfg.init, cfg.vision, *how)
         model.train_parts()
         return model, tokenizer
     model, tokenizer = load_model(cfg.init)

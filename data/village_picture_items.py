@@ -18,7 +18,7 @@ from data.village_picture_questions import (
     truth,
     worked,
 )
-from data.village_scenes import HELD_OUT, KINDS, PLACES
+from data.village_scenes import HELD_OUT, KINDS, PLACES, ROWS, row_of
 
 COUNTING = ("count", "sum", "all")
 TURNS = 3  # questions in a dialogue
@@ -93,14 +93,17 @@ def chat(turns):
 
 
 def describe_items(image, scene, rng):
-    """Two dialogues: the picture described, and each kind in it and one that isn't, in any order:
-    who wants to answer must find what is asked for, and then knows all of it. Such answers tell
-    more in fewer words than questions do.
+    """Two dialogues: the picture described, and what it shows of a kind that would be in the sky
+    and of one on the ground. Such answers tell more in fewer words than questions do.
+
+    Of more kinds they would tell each other: where there are stars, there are no lanterns.
     """
-    kinds = [group.kind for group in scene.groups]
-    kinds.append(rng.choice([kind for kind in KINDS if kind not in kinds]))
-    tour = [turn for kind in rng.sample(kinds, len(kinds))
-            for turn in (rng.choice(ABOUT).format(x=KINDS[kind]), about(scene, kind))]
+    tour = []
+    for row in rng.sample(ROWS, len(ROWS)):
+        kinds = [kind for kind in KINDS if row_of(kind) == row]
+        there = [kind for kind in kinds if scene.group(kind)]
+        kind = rng.choice(there if there and rng.random() < 0.6 else kinds)
+        tour += [rng.choice(ABOUT).format(x=KINDS[kind]), about(scene, kind)]
     dialogues = [[rng.choice(DESCRIBE), description(scene, rng)], tour]
     return [{"image": image, "messages": chat([f"<image>\n{first}", *rest])}
             for first, *rest in dialogues]

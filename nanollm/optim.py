@@ -19,8 +19,8 @@ NEWTON_SCHULZ = (
     2.0315,
 )  # Jordan et al.: steep at zero, and settles within 0.7 .. 1.2
 
-# A projector is small and everything stands on it: at the full learning rate its tokens grow to many
-# times the size of words', so that what the layers add to them counts for nothing.
+# A projector is small and everything stands on it: at the full learning rate its tokens grow to
+# many times the size of words', so that what the layers add to them counts for nothing.
 PROJECTOR = 0.1
 
 

@@ -20,7 +20,8 @@ color: #1a1a1a } h1 { font-size: 30px; margin-bottom: 4px } h2 { margin-top: 44p
 right; font-variant-numeric: tabular-nums; white-space: nowrap } pre { background: #f6f8fa; padding:
 10px 14px; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; font-size: 13.5px } figure {
 margin: 14px 0 } svg { width: 100%; height: auto }
-img { width: 96px; image-rendering: pixelated; border-radius: 6px; display: block } .lead { color: #555; margin-top: 0 }
+img { width: 96px; image-rendering: pixelated; border-radius: 6px; display: block }
+.lead { color: #555; margin-top: 0 }
 """
 
 

@@ -109,7 +109,12 @@ class VLM(GPT):
         if not -layers - 1 <= feature_layer <= layers:
             raise UserError(f"the vision tower has {layers} layers; there is no {feature_layer}")
         if class_token and vision.cfg.model_type != CLIP_KIND:
-            raise UserError("this vision tower has no class token")
+            raise UserError("this vision tower has no class token; add --no_class_token")
+        if class_token and projector == "pixel_shuffle":
+            raise UserError(
+                "pixel_shuffle joins patches that stand side by side, and a class token stands "
+                "nowhere; leave it out with --no_class_token"
+            )
         self.vision, self.image_id, self.feature_layer = vision, image_id, feature_layer
         self.class_token = class_token
         self.projector = Projector(vision.cfg.hidden_size, cfg.hidden_size, projector)

@@ -219,7 +219,7 @@ def test_each_answer_is_scored_with_its_own_pictures_in_any_order(vlm, tokenizer
 def test_the_vision_tower_looks_once_at_each_prompts_pictures(vlm, tokenizer, here, monkeypatch):
     looked, features = [], vlm.vision.features
     monkeypatch.setattr(
-        vlm.vision, "features", lambda p, layer: looked.append(len(p)) or features(p, layer)
+        vlm.vision, "features", lambda p, *how: looked.append(len(p)) or features(p, *how)
     )
     rows = rollout_of(vlm, tokenizer).rows
     reply_logprobs(vlm, rows).sum().backward()

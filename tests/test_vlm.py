@@ -14,7 +14,7 @@ from nanollm.generate import Engine, generate, stream
 from nanollm.gpt import GPTConfig, count_parameters, document_mask
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import reply_logprobs
-from nanollm.optim import build_optimizers
+from nanollm.optim import PROJECTOR, build_optimizers
 from nanollm.picture_data import (
     PictureStore,
     pack_picture_chats,
@@ -291,8 +291,9 @@ def test_muon_takes_the_matrices_of_the_vision_blocks_too(vlm):
     muon, adam = build_optimizers(vlm).optimizers
     shapes = [p for group in muon.param_groups for p in group["params"]]
     assert any(p is vlm.vision.encoder.layers[0].mlp.fc1.weight for p in shapes)
+    assert any(p is vlm.projector.linear_1.weight for p in shapes)
     adams = [p for group in adam.param_groups for p in group["params"]]
-    assert any(p is vlm.projector.linear_1.weight for p in adams)
+    assert any(p is vlm.vision.embeddings.patch_embedding.weight for p in adams)
 
 
 def test_flop_of_a_token_leave_the_vision_tower_out(vlm, random_model):
@@ -311,7 +312,7 @@ def test_layer_decay_moves_the_vision_tower_as_little_as_the_embedding(vlm):
     assert rates[id(vlm.vision.encoder.layers[1].mlp.fc1.weight)] == 0.125  # 2 layers: 0.5^3
     assert rates[id(vlm.model.embed_tokens.weight)] == 0.125
     assert rates[id(vlm.model.layers[1].mlp.up_proj.weight)] == 0.5
-    assert rates[id(vlm.projector.linear_1.weight)] == 1.0
+    assert rates[id(vlm.projector.linear_1.weight)] == PROJECTOR
 
 
 # --- adapters ------------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ def test_each_sample_sees_its_prompts_pictures(vlm, tokenizer):
 def test_the_vision_tower_runs_once_per_prompt(vlm, tokenizer, monkeypatch):
     seen, features = [], ViT.features
     monkeypatch.setattr(
-        ViT, "features", lambda self, x, layer: (seen.append(len(x)), features(self, x, layer))[1]
+        ViT, "features", lambda self, x, *how: (seen.append(len(x)), features(self, x, *how))[1]
     )
     prompts, pictures = four_prompts(vlm, tokenizer)
     generate(vlm, prompts, 6, samples=3, temperature=0, pictures=pictures)
@@ -698,7 +699,7 @@ def test_a_tokenizer_without_image_is_refused(random_model, tokenizer, tmp_path)
         ({"text_config": None}, "has no text_config"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is unknown"),
         ({"multimodal_projector_bias": False}, "without biases"),
-        ({"vision_feature_select_strategy": "full"}, "class token"),
+        ({"vision_feature_select_strategy": "all"}, "'all' is unknown"),
         ({"vision_feature_layer": [-2, -5]}, "of one layer"),
         ({"vision_feature_layer": 9}, "no 9"),
         ({"image_token_index": 3}, "is not the tokenizer's <image>"),

@@ -44,7 +44,7 @@ CLIP = [*COMMON, *"--stage clip --init runs/pretrain --data captions.jsonl".spli
 CLIP += "--val_data captions.jsonl --lr 0.01 --adam_lr 0.002".split()
 LANGUAGE = [*COMMON, *"--data colours.jsonl --val_data colours.jsonl --context 48".split()]
 ALIGN = [*LANGUAGE, *"--stage align --init runs/pretrain --vision runs/clip".split()]
-ALIGN += ["--adam_lr", "0.01"]
+ALIGN += ["--adam_lr", "0.01", "--feature_layer", "-2", "--no_class_token"]
 INSTRUCT = [*LANGUAGE, *"--stage instruct --init runs/align --lr 0.02 --adam_lr 0.01".split()]
 ALL = [*LANGUAGE, *"--stage all --init runs/pretrain --lr 0.01 --adam_lr 0.005".split()]
 MIXED = ["--replay", "0.5"]  # of twelve rows three dialogues and three of plain text
@@ -394,8 +394,11 @@ REFUSED = {
     "patches of nothing": ([*CLIP, "--patch_size", 0], "--patch_size must be at least 1"),
     "heads don't divide": ([*CLIP, "--vision_channels", 100], "must be a multiple of 32"),
     "pixel shuffle of nine": (
-        [*ALL, "--projector", "pixel_shuffle", "--picture_size", 24],
+        [*ALL, "--projector", "pixel_shuffle", "--picture_size", 24, "--no_class_token"],
         "not 9 patches",
+    ),
+    "pixel shuffle of a class token": (
+        [*ALL, "--projector", "pixel_shuffle"], "leave it out with --no_class_token"
     ),
     "a layer too deep": ([*ALIGN, "--feature_layer", 5], "has 2 layers; there is no 5"),
     "replay of all": ([*INSTRUCT, "--replay", 1], "--replay 1.0 is no share"),
