@@ -8,6 +8,7 @@ of the batch, DistributedDataParallel averages them, so N processes take the ste
 import contextlib
 import os
 import random
+import sys
 import time
 from dataclasses import dataclass
 
@@ -92,10 +93,19 @@ class Runtime:
             dist.barrier()
 
     def close(self):
-        """All processes leave together: one that is still busy keeps those that it talks with."""
-        if self.world > 1:
-            dist.barrier()
+        """The last call of a script. Processes that torchrun started leave together, and end here.
+
+        They don't return: torch frees a gloo group while it holds Python's lock, and then may wait
+        for ever for a thread that wants the lock (pytorch/pytorch, pull request 154976).
+        """
+        if self.world == 1:
+            return
+        dist.barrier()  # one that is still busy keeps those that it talks with
+        if self.device.type == "cuda":
             dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def start(device="auto", dtype="auto", seed=0):
