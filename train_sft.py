@@ -274,12 +274,12 @@ def packed_logits(model, rows):
 
 
 @torch.no_grad()
-def validation_loss(model, rows, batch=32):
+def validation_loss(model, rows, batch=32, logits_of=packed_logits):
     """Nats per trained token on held-out packed rows."""
     total = 0.0
     for numbers in torch.arange(len(rows)).split(batch):
         part = rows.rows(numbers).to(model.device)
-        total += sft_loss(packed_logits(model, part), part.tokens, part.mask).item()
+        total += sft_loss(logits_of(model, part), part.tokens, part.mask).item()
     return total / rows.mask[:, 1:].sum().item()
 
 

@@ -76,7 +76,7 @@ from nanollm.vlm_figures import (
     text_figures,
 )
 from nanollm.vlm_files import build_vlm, load_language
-from train_sft import load_replay, replay_rows, sft_loss
+from train_sft import load_replay, replay_rows, sft_loss, validation_loss
 
 
 @dataclass
@@ -177,8 +177,6 @@ BY_STAGE = {
     "align": {"steps": 30, "batch_size": 8, "lr": 0.01, "adam_lr": 1e-3},
     "instruct": {"steps": 1200, "batch_size": 10, "lr": 0.01, "adam_lr": 3e-3},
 }
-
-
 # stages where these flags mean something
 GOES_WITH = {
     "vision": ["align"],
@@ -521,18 +519,6 @@ def packed_logits(model, rows, store):
     return model(rows.tokens, rows.positions, mask, pictures=pictures)
 
 
-@torch.no_grad()
-def validation_loss(model, rows, store, batch=32):
-    """Nats per trained token on held-out packed rows."""
-    model.eval()
-    total = 0.0
-    for numbers in torch.arange(len(rows)).split(batch):
-        part = rows.rows(numbers).to(model.device)
-        total += sft_loss(packed_logits(model, part, store), part.tokens, part.mask).item()
-    model.train()
-    return total / rows.mask[:, 1:].sum().item()
-
-
 def train_language(cfg, rt):
     for folder in filter(None, (cfg.init, cfg.vision)):
         check_folders(folder, cfg.out)
@@ -546,6 +532,7 @@ def train_language(cfg, rt):
     model, tokenizer = start_model(cfg, rt)
     T = row_length(cfg, model)
     store = PictureStore(model.preprocessing)
+    logits_of = partial(packed_logits, store=store)
     chats, val_chats = load_dialogues(cfg)
     pack = partial(pack_picture_chats, tokenizer=tokenizer, T=T, vlm=model, store=store, rt=rt)
     train_rows, val_rows = pack(chats, name="training"), pack(val_chats, name="held-out")
@@ -588,7 +575,7 @@ def train_language(cfg, rt):
         for i, numbers in enumerate(parts):
             part = rows.rows(numbers)
             with rt.accumulating(called, more=i + 1 < len(parts)):
-                logits = packed_logits(called, part, store)
+                logits = logits_of(called, part)
                 part_loss = sft_loss(logits, part.tokens, part.mask) / count
                 # times the number of processes, by which DDP's mean divides
                 scaler.scale(part_loss * rt.world).backward()
@@ -609,7 +596,9 @@ def train_language(cfg, rt):
             run.log(since, show=("loss",), loss=loss, **figures)
             since = 0
         if run.step % cfg.eval_every == 0 or last:
-            val_loss = validation_loss(model, val_rows, store)
+            model.eval()
+            val_loss = validation_loss(model, val_rows, logits_of=logits_of)
+            model.train()
             run.check_finite(val_loss, "held-out loss")
             run.log(val_loss=val_loss, show=("val_loss",))
             run.export(model, tokenizer)

@@ -20,11 +20,8 @@ Run     python data/village.py      # prints samples of everything, and the coun
 """
 import argparse
 import json
-import os
 import random
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -33,6 +30,7 @@ if not __package__:  # run as a file: the repository root holds the package
 
 from data.village_corpus import corpus, documents
 from data.village_facts import cloze
+from data.village_files import whole_folder, write_lines
 from data.village_harbour import harbour_items
 from data.village_preferences import preference_prompts
 from data.village_problems import GRADES, SHARES_WORKED, lessons, problems, worked
@@ -47,12 +45,6 @@ VERSION = 19  # raise it when the generated text changes, so that no old cache i
 VAL_SHARE = 0.02
 PROMPTS = {"train": 3000, "test": 400}  # for preferences
 PER_GRADE = {"train": 1500, "val": 40, "test": 200}  # problems of each grade
-
-
-def write_lines(path, rows):
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def dialogues(world, seed):
@@ -89,9 +81,7 @@ def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
     if megabytes <= 0:
         raise ValueError(f"the corpus needs a positive size in megabytes, got {megabytes}")
     world = build_world(n_villagers, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    try:
+    with whole_folder(folder) as new:
         size = int(megabytes * 1e6)
         for split, n_bytes in ("train", size), ("val", max(int(size * VAL_SHARE), 50_000)):
             texts = corpus(world, split, approx_bytes=n_bytes, seed=seed)
@@ -104,14 +94,6 @@ def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
             prompts = preference_prompts(world, split, n, seed)
             write_lines(new / f"prompts_{split}.jsonl", prompts)
         (new / "world.json").write_text(json.dumps(world.as_dict(), indent=1), encoding="utf-8")
-        new.chmod(0o755)
-        try:
-            os.replace(new, folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return folder
 
 

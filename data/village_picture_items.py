@@ -30,14 +30,15 @@ READER = "Here is a picture in words: {c}\nAsk a question about it, and answer i
 def candidates(scene, wording, family, about=None):
     """Questions in this wording that may suit the scene; with `about`, those about that kind."""
     there = [group.kind for group in scene.groups]
-    found = [(kind, None, other) for kind in there for other in there if kind != other]
     if family in ("season", "all"):
-        found = [(None, None, None)]
+        found = [(None, None)]
     elif family in ("colour", "place"):
-        found = [(kind, None, None) for kind in there]
+        found = [(kind, None) for kind in there]
     elif family in ("existence", "count"):
-        found = [(kind, None, None) for kind in KINDS]
-    return [Question(family, wording, kind, colour, other) for kind, colour, other in found
+        found = [(kind, None) for kind in KINDS]
+    else:
+        found = [(kind, other) for kind in there for other in there if kind != other]
+    return [Question(family, wording, kind, other=other) for kind, other in found
             if about is None or about in (kind, other)]
 
 
@@ -62,8 +63,7 @@ class Balance:
                 if answer is not None:
                     by_label[label(question, answer)].append(question)
             if by_label:
-                any_question = next(iter(by_label.values()))[0]
-                used = self.used[wording, any_question.colour is None]
+                used = self.used[wording]
                 rarest = min(rng.sample(sorted(by_label), len(by_label)), key=used.__getitem__)
                 used[rarest] += 1
                 return rng.choice(by_label[rarest])

@@ -11,11 +11,8 @@ Run     python data/village_pictures.py                     # prints samples and
 """
 import argparse
 import json
-import os
 import random
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +22,7 @@ if not __package__:  # run as a file: the repository root holds the package
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.village_captions import caption
+from data.village_files import whole_folder, write_lines
 from data.village_picture_items import (
     Balance,
     blind_guess,
@@ -111,19 +109,9 @@ def prepare(seed=0, root="data/cache", size=96, n_train=6000):
         return folder
     if n_train < 1:
         raise ValueError(f"training needs at least one picture, got {n_train}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    try:
+    with whole_folder(folder) as new:
         for split, scenes in split_scenes(seed, n_train).items():
             write_split(new, split, scenes, seed, size)
-        new.chmod(0o755)
-        try:
-            os.replace(new, folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return folder
 
 
@@ -132,8 +120,7 @@ def write_split(folder, split, scenes, seed, size):
     for i, scene in enumerate(scenes):
         draw(scene, size).save(folder / split / f"{i:05}.png", compress_level=1)
     for name, rows in records(split, scenes, seed).items():
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        write_lines(folder / f"{name}.jsonl", rows)
     truths = [{"image": f"{split}/{i:05}.png", **scene.as_dict()} for i, scene in enumerate(scenes)]
     (folder / f"scenes_{split}.json").write_text(json.dumps(truths), encoding="utf-8")
 

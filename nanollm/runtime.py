@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a process group, see start
 from torch.nn.parallel import DistributedDataParallel
 
 from nanollm.config import UserError
@@ -109,12 +108,7 @@ class Runtime:
 
 
 def start(device="auto", dtype="auto", seed=0):
-    """Set up this process; reads RANK, WORLD_SIZE and LOCAL_RANK when torchrun started it.
-
-    Where torch.distributed.nn is imported after init_process_group, as DistributedDataParallel
-    does, the defaults of its functions hold the group for ever. Its threads then live on beyond
-    `close`, into the end of the interpreter, which they may block; so this module imports it first.
-    """
+    """Set up this process; reads RANK, WORLD_SIZE and LOCAL_RANK when torchrun started it."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
     if device.type == "cuda":

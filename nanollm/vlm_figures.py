@@ -14,7 +14,7 @@ from nanollm.evaluate import accuracy_by_family, first_of_each_family, is_right,
 from nanollm.hub import read_json
 
 BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
-SHOWN = 6  # items whose replies are kept for the report, one of each family
+SHOWN = 3  # items of each family whose replies are kept for the report
 
 
 def mean(families):
@@ -53,9 +53,9 @@ def picture_figures(model, tokenizer, store, items, combos, blind=False):
     return found, replies["right"]
 
 
-def keep_samples(path, items, replies, most=24):
+def keep_samples(path, items, replies):
     """Write questions, pictures and replies as JSON: for the report, beside those of the blind."""
-    wanted = {id(item) for item in first_of_each_family(items, -(-most // 9))}
+    wanted = {id(item) for item in first_of_each_family(items, SHOWN)}
     samples = [
         {
             "image": item["images"][0],
