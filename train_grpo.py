@@ -50,6 +50,7 @@ from nanollm.picture_data import read_picture_prompts, store_of
 from nanollm.rewards import accuracy, think_format
 from nanollm.run import Run, check_folders
 from nanollm.runtime import start
+from nanollm.tools import check_knowledge
 from nanollm.vlm import VLM, render_with_pictures
 
 
@@ -504,8 +505,7 @@ def main(cfg):
             f"--overlong_buffer {cfg.overlong_buffer} is longer than the longest answer, "
             f"--max_new_tokens {cfg.max_new_tokens}: even an empty one would pay"
         )
-    if cfg.knowledge and not cfg.tools:
-        raise UserError("--knowledge is what tools search in; add --tools")
+    check_knowledge(cfg)
     if cfg.temperature == 0:
         raise UserError("--temperature 0 gives a group of equal answers; use 1")
     rt = start(cfg.device, cfg.dtype, cfg.seed)

@@ -23,6 +23,7 @@ from nanollm.generate import stream
 from nanollm.hub import load_model
 from nanollm.pictures import open_picture
 from nanollm.runtime import start
+from nanollm.tools import check_knowledge
 from nanollm.vlm import IMAGE, VLM, check_markers, render_with_pictures
 
 
@@ -126,8 +127,7 @@ def answer(model, tokenizer, messages, cfg, generator, tools=None):
 
 
 def main(cfg):
-    if cfg.knowledge and not cfg.tools:
-        raise UserError("--knowledge is what tools search in; add --tools")
+    check_knowledge(cfg)
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     model, tokenizer = load_model(cfg.model, cfg.adapter)
     rt.prepare(model, train=False)

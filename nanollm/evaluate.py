@@ -38,7 +38,7 @@ from nanollm.logprobs import token_logprobs
 from nanollm.picture_data import show_pictures, store_of, with_images
 from nanollm.rewards import final_answer, majority, pass_at_k
 from nanollm.runtime import start
-from nanollm.tools import Toolbox
+from nanollm.tools import Toolbox, check_knowledge
 from nanollm.vlm import render_with_pictures
 
 CHECKS = ("contains", "exact", "number", "unknown")
@@ -353,8 +353,7 @@ def village_tools(run_folder, tokenizer, knowledge=None):
 
 def check_flags(cfg):
     """Refuse flags that would change nothing."""
-    if cfg.knowledge and not cfg.tools:
-        raise UserError("--knowledge is what tools search in; add --tools")
+    check_knowledge(cfg)
     if cfg.best_of > 1 and not cfg.reward_model:
         raise UserError("--best_of needs a --reward_model that says which reply is best")
     for name in ("reward_model", "against"):

@@ -138,6 +138,12 @@ class KnowledgeBase:
         return self.texts[max(best, key=lambda n: (len(weights.keys() & self.titles[n]), -n))]
 
 
+def check_knowledge(cfg):
+    """Refuse a --knowledge that nothing would search in."""
+    if cfg.knowledge and not cfg.tools:
+        raise UserError("--knowledge is what tools search in; add --tools")
+
+
 # --- calls in a stream of tokens -----------------------------------------------------------------
 
 
