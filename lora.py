@@ -38,7 +38,8 @@ from data.village_tasks import in_manner
 from nanollm import adapters
 from nanollm.adapter_table import RANKED, compare, state_bytes
 from nanollm.config import UserError, cli
-from nanollm.data import Sampler, Windows, load_shards
+from nanollm.data import Sampler, Windows, load_shards, row_length
+from nanollm.dialogues import pack_chats
 from nanollm.evaluate import (
     accuracy_by_family,
     bits_per_byte,
@@ -54,7 +55,7 @@ from nanollm.hub import load_model
 from nanollm.optim import SCHEDULES, build_optimizers
 from nanollm.run import Run, check_folders
 from nanollm.runtime import start
-from train_sft import pack_chats, packed_logits, sft_loss, validation_loss
+from train_sft import packed_logits, sft_loss, validation_loss
 
 
 @dataclass
@@ -225,11 +226,7 @@ def main(cfg):
     if getattr(model, "adapter", None):
         held = f"--init {cfg.init} holds an adapter ({model.adapter})"
         raise UserError(f"{held}; start from its base")
-    T = cfg.context or min(256, model.cfg.max_position_embeddings)
-    if T > model.cfg.max_position_embeddings:
-        raise UserError(
-            f"--context {T} is beyond the model's context of {model.cfg.max_position_embeddings}"
-        )
+    T = row_length(cfg, model)
     chats, val_chats, items = load_domain(cfg)
     train_rows = pack_chats(chats, tokenizer, T, "training", rt)
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)

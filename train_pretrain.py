@@ -24,7 +24,14 @@ import torch
 
 from data import village
 from nanollm.config import UserError, cli
-from nanollm.data import Sampler, TokenShards, Windows, load_shards, xz_bits_per_byte
+from nanollm.data import (
+    Sampler,
+    TokenShards,
+    Windows,
+    load_shards,
+    row_length,
+    xz_bits_per_byte,
+)
 from nanollm.evaluate import bits_per_byte, next_token_logits, token_lengths
 from nanollm.formats import identity, read_documents, split_documents
 from nanollm.generate import generate
@@ -233,13 +240,9 @@ def main(cfg):
     if cfg.init:
         check_folders(cfg.init, cfg.out)
     model, tokenizer = build_model(cfg, rt)
-    if cfg.context > model.cfg.max_position_embeddings:
-        raise UserError(
-            f"--context {cfg.context} is beyond the model's context of "
-            f"{model.cfg.max_position_embeddings}"
-        )
+    T = row_length(cfg, model)
     train, val = load_shards_of(cfg, tokenizer)
-    windows, val_windows = Windows(train, cfg.context), Windows(val, cfg.context)
+    windows, val_windows = Windows(train, T), Windows(val, T)
     eot_id = tokenizer.eot_id if cfg.document_mask and train.documents > 1 else None
     token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
 
@@ -252,9 +255,9 @@ def main(cfg):
     trained = [model, optimizers, [sampler]]
     best = {"bits_per_byte": math.inf, "misses": 0} | run.restore(*trained, scaler)
     schedule = SCHEDULES[cfg.schedule]
-    tokens_per_step = cfg.batch_size * cfg.context
+    tokens_per_step = cfg.batch_size * T
     total, matrices = count_parameters(model)
-    flop = flop_per_token(model.cfg, matrices, cfg.context)
+    flop = flop_per_token(model.cfg, matrices, T)
     rt.print(
         f"{total:,} parameters on {rt.device} in {str(rt.dtype)[6:]}; {train.tokens:,} training "
         f"tokens of "

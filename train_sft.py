@@ -32,7 +32,8 @@ import torch
 from data import village_pictures
 from nanollm.adapter_runs import start_adapter
 from nanollm.config import UserError, cli
-from nanollm.data import Packed, Sampler, Windows, load_shards, pack
+from nanollm.data import Packed, Sampler, Windows, load_shards, row_length
+from nanollm.dialogues import pack_chats
 from nanollm.evaluate import (
     accuracy_by_family,
     bits_per_byte,
@@ -207,45 +208,6 @@ def load_replay(cfg, tokenizer):
     ]
 
 
-def tokenize_chats(chats, tokenizer, T):
-    """Examples (ids, mask) of at most T tokens, and how many dialogues were shortened and dropped.
-
-    A dialogue is cut after the last assistant turn that still fits; without any it is dropped.
-    """
-    examples, shortened, dropped = [], 0, 0
-    for chat in chats:
-        messages = chat["messages"]
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-        for end in reversed(ends):
-            ids, mask = tokenizer.render(messages[:end])
-            if len(ids) <= T and any(mask):
-                examples.append((ids, mask))
-                shortened += end < ends[-1]
-                break
-        else:
-            dropped += 1
-    return examples, shortened, dropped
-
-
-def pack_chats(chats, tokenizer, T, name, rt):
-    """Packed rows of T tokens; says what was cut. Raises UserError when nothing is left to train
-    on.
-    """
-    examples, shortened, dropped = tokenize_chats(chats, tokenizer, T)
-    if not examples:
-        raise UserError(
-            f"none of the {len(chats)} {name} dialogues has an answer within {T} tokens; raise "
-            f"--context"
-        )
-    rows = pack(examples, T, tokenizer.pad_id)
-    rt.print(
-        f"{name}: {len(examples)} dialogues in {len(rows)} rows of {T} tokens, "
-        f"{rows.mask.sum():,} trained on; "
-        f"{shortened} shortened, {dropped} dropped because they were longer"
-    )
-    return rows
-
-
 def replay_rows(windows, numbers, eot_id):
     """Rows of plain text in the form of packed dialogues: documents begin with <|endoftext|>, all
     is trained on.
@@ -293,11 +255,7 @@ def main(cfg):
         raise UserError(f"--replay {cfg.replay} is no share: it lies between 0 and 1, 1 excluded")
     model, tokenizer = load_model(cfg.init)
     start_adapter(model, cfg, rt)
-    T = cfg.context or min(256, model.cfg.max_position_embeddings)
-    if T > model.cfg.max_position_embeddings:
-        raise UserError(
-            f"--context {T} is beyond the model's context of {model.cfg.max_position_embeddings}"
-        )
+    T = row_length(cfg, model)
     chats, val_chats, items = load_chats(cfg)
     train_rows = pack_chats(chats, tokenizer, T, "training", rt)
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)

@@ -47,7 +47,7 @@ from nanollm.clip import (
     siglip_loss,
 )
 from nanollm.config import UserError, cli, save_config
-from nanollm.data import Sampler, Windows
+from nanollm.data import Sampler, Windows, row_length
 from nanollm.evaluate import first_of_each_family, prompt_of, read_items, table, village_of
 from nanollm.formats import read_chats, split_documents
 from nanollm.gpt import document_mask
@@ -268,7 +268,7 @@ def check_plan(cfg, folders):
     language, tokenizer = load_language(cfg.init)
     vision, image_id = ViT(vision_config(cfg)), image_id_of(tokenizer)
     vlm = VLM(language.cfg, vision, cfg.projector, image_id, cfg.feature_layer, cfg.class_token)
-    row_length(cfg, vlm)
+    picture_row_length(cfg, vlm)
     for read in (read_captions, read_picture_chats) if cfg.data != "village" else ():
         load_records(cfg, read, None)
     load_items(dataclasses.replace(cfg, stage="instruct"), vlm, tokenizer)
@@ -484,13 +484,10 @@ def start_model(cfg, rt):
     return model, tokenizer
 
 
-def row_length(cfg, model):
-    """T, the tokens of a row; UserError where the model can't read so many, or a picture has more.
+def picture_row_length(cfg, model):
+    """T as data.row_length has it; raises UserError where a picture leaves no room for text, too.
     """
-    limit, picture = model.cfg.max_position_embeddings, model.tokens_per_picture
-    T = cfg.context or min(256, limit)
-    if T > limit:
-        raise UserError(f"--context {T} is beyond the model's context of {limit}")
+    T, picture = row_length(cfg, model), model.tokens_per_picture
     if T <= picture:
         raise UserError(
             f"a picture takes {picture} tokens, too many for rows of {T}; raise --context, or "
@@ -530,7 +527,7 @@ def train_language(cfg, rt):
             "pictures; lower it, or raise --batch_size"
         )
     model, tokenizer = start_model(cfg, rt)
-    T = row_length(cfg, model)
+    T = picture_row_length(cfg, model)
     store = PictureStore(model.preprocessing)
     logits_of = partial(packed_logits, store=store)
     chats, val_chats = load_dialogues(cfg)

@@ -162,6 +162,17 @@ class Sampler:
         self._order = self._permutation()
 
 
+def row_length(cfg, model):
+    """T, the tokens of a row: --context, or where that isn't given 256, or as many as the model can
+    read. Raises UserError where --context is more than that.
+    """
+    limit = model.cfg.max_position_embeddings
+    T = cfg.context or min(256, limit)
+    if T > limit:
+        raise UserError(f"--context {T} is beyond the model's context of {limit}")
+    return T
+
+
 class Windows:
     """Rows of T + 1 tokens that tile the shards, so that each token is predicted once per epoch."""
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from nanollm.config import UserError
-from nanollm.data import pack
+from nanollm.dialogues import pack_chats
 from nanollm.formats import as_chat, as_prompt, read_jsonl
 from nanollm.pictures import as_batch, open_picture
 from nanollm.vlm import VLM, check_markers, pictures_in, render_with_pictures
@@ -179,46 +179,18 @@ def shuffled(paths, seed=0):
     return out
 
 
-def tokenize_picture_chats(chats, tokenizer, T, n_per_picture, store):
-    """(examples (ids, mask) of at most T tokens, the numbers of each one's pictures, how many
-    dialogues were shortened, and dropped).
-
-    A dialogue is cut after the last assistant turn that still fits, and pictures that were shown
-    after it are left out; without any it is dropped. No picture is ever cut.
-    """
-    examples, pictures, shortened, dropped = [], [], 0, 0
-    for chat in chats:
-        messages = chat["messages"]
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-        for end in reversed(ends):
-            shown = pictures_in(messages[:end])
-            ids, mask = render_with_pictures(tokenizer, messages[:end], n_per_picture, shown)
-            if len(ids) <= T and any(mask):
-                examples.append((ids, mask))
-                pictures.append(store.numbers(chat.get("images", [])[:shown]))
-                shortened += end < ends[-1]
-                break
-        else:
-            dropped += 1
-    return examples, pictures, shortened, dropped
-
-
 def pack_picture_chats(chats, tokenizer, T, vlm, store, name, rt):
-    """data.Packed rows that know their pictures; says what was cut. Raises UserError when nothing
-    is left to train on.
+    """dialogues.pack_chats for dialogues with pictures: rows that know theirs.
+
+    Pictures that were shown after the cut are left out, and none is ever cut.
     """
-    examples, pictures, shortened, dropped = tokenize_picture_chats(
-        chats, tokenizer, T, vlm.tokens_per_picture, store
-    )
-    if not examples:
-        raise UserError(
-            f"none of the {len(chats)} {name} dialogues has an answer within {T} tokens, of which "
-            f"a picture takes {vlm.tokens_per_picture}; raise --context"
-        )
-    rows = pack(examples, T, tokenizer.pad_id, pictures)
-    rt.print(
-        f"{name}: {len(examples)} dialogues with {sum(map(len, pictures))} pictures in {len(rows)} "
-        f"rows of {T} tokens, {rows.mask.sum():,} trained on; {shortened} shortened, {dropped} "
-        "dropped because they were longer"
-    )
-    return rows
+    n = vlm.tokens_per_picture
+
+    def render(messages):
+        return render_with_pictures(tokenizer, messages, n, pictures_in(messages))
+
+    def pictures_of(chat):
+        return store.numbers(chat.get("images", [])[: pictures_in(chat["messages"])])
+
+    note = f", of which a picture takes {n}"
+    return pack_chats(chats, tokenizer, T, name, rt, render, pictures_of, note)

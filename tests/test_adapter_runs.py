@@ -14,6 +14,7 @@ import train_rm
 import train_sft
 from nanollm import chat, evaluate, safetensors
 from nanollm.config import parse
+from nanollm.dialogues import pack_chats
 from nanollm.hub import load_model, load_scalar
 from nanollm.run import Run, read_metrics
 from tests.test_train import (
@@ -129,7 +130,7 @@ def test_what_opens_is_what_was_trained(here):
     chats, val, _ = train_sft.load_chats(
         parse(train_sft.Config, train_sft.PRESETS, [*SFT, "--init", "runs/pretrain"])
     )
-    rows = train_sft.pack_chats(val, tokenizer, 48, "held-out", Silent())
+    rows = pack_chats(val, tokenizer, 48, "held-out", Silent())
     loss = train_sft.validation_loss(model.eval(), rows)
     assert loss == pytest.approx(metrics[-1]["val_loss"], abs=1e-5)
 

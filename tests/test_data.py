@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from nanollm.data import (
     Windows,
     load_shards,
     pack,
+    row_length,
     write_shards,
     xz_bits_per_byte,
 )
@@ -429,6 +431,21 @@ def test_a_saved_position_continues_alike(taken):
 def test_a_position_in_other_data_is_refused():
     with pytest.raises(UserError, match="10 rows then, 11 now"):
         Sampler(11).load_state_dict(Sampler(10).state_dict())
+
+
+@pytest.mark.parametrize("context, limit, T", [(None, 512, 256), (None, 64, 64), (512, 512, 512)])
+def test_a_row_is_as_long_as_asked_for_or_as_the_model_can_read(context, limit, T):
+    assert row_length(*asked_of_model(context, limit)) == T
+
+
+def test_a_row_beyond_the_models_context_is_refused():
+    with pytest.raises(UserError, match="--context 65 is beyond the model's context of 64"):
+        row_length(*asked_of_model(65, 64))
+
+
+def asked_of_model(context, limit):
+    model = SimpleNamespace(cfg=SimpleNamespace(max_position_embeddings=limit))
+    return SimpleNamespace(context=context), model
 
 
 # --- packing -----------------------------------------------------------------------------------
