@@ -24,6 +24,7 @@ import os
 import sys
 import textwrap
 import tokenize
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -260,8 +261,27 @@ def say(message, file=None):
         print(message, file=file)
 
 
+def alone():
+    """False for one of several processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
+
+
+def leave(code):
+    """Ends the process. One of several ends at once, without the interpreter's own end: there torch
+    frees a gloo group while it holds Python's lock and its threads still run, and then may abort,
+    or wait for ever (pytorch/pytorch, pull request 154976), so that torchrun never learns of it.
+    """
+    if alone():
+        raise SystemExit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def cli(main, config_class, presets=None, argv=None):
-    """Runs main(config). A mistake of the user becomes one line on stderr and exit code 2."""
+    """Runs main(config). A mistake of the user becomes one line on stderr and exit code 2; a bug
+    keeps its traceback.
+    """
     try:
         main(parse(config_class, presets, argv))
         return sys.stdout.flush()
@@ -271,13 +291,17 @@ def cli(main, config_class, presets=None, argv=None):
         code, message = 130, "stopped by Ctrl-C"
     except BrokenPipeError:  # `| head` has read enough: Python must not flush into it once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(141) from None
-    except OSError as error:
-        if error.errno not in MENDABLE:
+        leave(141)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in MENDABLE:
+            code, message = 2, f"error: {error.filename or 'cannot write'}: {error.strerror}"
+        elif alone():
             raise
-        code, message = 2, f"error: {error.filename or 'cannot write'}: {error.strerror}"
+        else:
+            traceback.print_exc()
+            leave(1)
     say(" ".join(message.split()), sys.stderr)
-    raise SystemExit(code)
+    leave(code)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ of the batch, DistributedDataParallel averages them, so N processes take the ste
 import contextlib
 import os
 import random
-import sys
 import time
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from nanollm.config import UserError
+from nanollm.config import UserError, leave
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DATASHEET_TFLOPS = {
@@ -92,19 +91,15 @@ class Runtime:
             dist.barrier()
 
     def close(self):
-        """The last call of a script. Processes that torchrun started leave together, and end here.
-
-        They don't return: torch frees a gloo group while it holds Python's lock, and then may wait
-        for ever for a thread that wants the lock (pytorch/pytorch, pull request 154976).
+        """The last call of a script. Processes that torchrun started leave together, and end here,
+        as config.leave says.
         """
         if self.world == 1:
             return
         dist.barrier()  # one that is still busy keeps those that it talks with
         if self.device.type == "cuda":
             dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        leave(0)
 
 
 def start(device="auto", dtype="auto", seed=0):

@@ -370,6 +370,37 @@ def test_the_shell_sees(line, code, out, err):
     assert done.returncode == code or code is None
 
 
+FAILING = """
+import atexit
+from dataclasses import dataclass
+from nanollm.config import UserError, cli
+@dataclass
+class Config:
+    steps: int = 1
+def main(config):
+    atexit.register(print, "interpreter's end")
+    print("begun")
+    raise {}
+cli(main, Config)
+"""
+
+
+@pytest.mark.parametrize("processes, out", [("1", "begun\ninterpreter's end\n"), ("2", "begun\n")])
+@pytest.mark.parametrize("mistake, code, err", [
+    ("UserError('no')", 2, "error: no\n"),
+    ("KeyboardInterrupt", 130, "stopped by Ctrl-C\n"),
+    ("ValueError('bug')", 1, "Traceback"),
+])
+def test_one_of_several_processes_that_fails_does_not_wait_for_the_interpreters_end(
+    processes, out, mistake, code, err
+):
+    done = subprocess.run([sys.executable, "-c", FAILING.format(mistake)], capture_output=True,
+                          text=True, cwd=Path(__file__).parent.parent,
+                          env={**os.environ, "RANK": "0", "WORLD_SIZE": processes})
+    assert (done.returncode, done.stdout) == (code, out)
+    assert done.stderr.startswith(err)
+
+
 # --- files -------------------------------------------------------------------------------------
 def test_a_saved_config_is_json_of_every_field(tmp_path):
     save_config(Config(steps=5), tmp_path / "new" / "train_config.json")
