@@ -134,7 +134,7 @@ class Config:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
     lr: float | None = None  # learning rate of Muon; none: by stage
     adam_lr: float | None = None  # learning rate of AdamW; none: by stage
-    weight_decay: float = 0.0  # on matrices and embeddings
+    weight_decay: float | None = None  # on matrices and embeddings; none: by stage
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 20  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
@@ -173,9 +173,9 @@ PRESETS = {
 }
 CAPTION = 128  # tokens of the longest caption
 BY_STAGE = {
-    "clip": {"steps": 250, "batch_size": 128, "lr": 0.01, "adam_lr": 2e-3},
-    "align": {"steps": 30, "batch_size": 8, "lr": 0.01, "adam_lr": 1e-3},
-    "instruct": {"steps": 1200, "batch_size": 10, "lr": 0.01, "adam_lr": 3e-3},
+    "clip": {"steps": 250, "batch_size": 128, "lr": 0.01, "adam_lr": 2e-3, "weight_decay": 1.0},
+    "align": {"steps": 30, "batch_size": 8, "lr": 0.01, "adam_lr": 1e-3, "weight_decay": 0.0},
+    "instruct": {"steps": 900, "batch_size": 10, "lr": 0.01, "adam_lr": 3e-3, "weight_decay": 0.0},
 }
 # stages where these flags mean something
 GOES_WITH = {
@@ -316,7 +316,7 @@ def load_items(cfg, model, tokenizer):
     items["pictures"] = load_test(cfg, read_items, "questions_test") or ()
     if (cfg.test_data or cfg.data) == "village":
         items["combos"] = load_test(cfg, read_items, "combos_test")
-    if cfg.text_data == "village":
+    if cfg.text_data == "village" and not cfg.blind:
         items["texts"] = read_items(village_of(cfg.init) / "sft_test.jsonl")
     items = {name: first_of_each_family(each, cfg.test_items) for name, each in items.items()}
     limit = model.cfg.max_position_embeddings
@@ -497,11 +497,9 @@ def picture_row_length(cfg, model):
 
 
 def load_dialogues(cfg):
-    """(training, held-out) dialogues with pictures: descriptions, and then questions too."""
-    train, val = load_records(cfg, read_picture_chats, "describe")
-    if cfg.stage == "instruct" and cfg.data == "village":
-        asked, asked_val = load_records(cfg, read_picture_chats, "questions")
-        train, val = asked + train, asked_val
+    """(training, held-out) dialogues with pictures: descriptions to align with, then questions."""
+    name = "describe" if cfg.stage == "align" else "questions"
+    train, val = load_records(cfg, read_picture_chats, name)
     if cfg.blind:
         train, val = ([c | {"images": [GREY] * len(c["images"])} for c in p] for p in (train, val))
     return train, val
@@ -520,7 +518,7 @@ def train_language(cfg, rt):
     for folder in filter(None, (cfg.init, cfg.vision)):
         check_folders(folder, cfg.out)
     n_texts = round(cfg.replay * cfg.batch_size) if cfg.stage == "instruct" else 0
-    n_plain = n_texts // 4
+    n_plain = round(n_texts / 4)
     if n_texts >= cfg.batch_size:
         raise UserError(
             f"--replay {cfg.replay} leaves none of the {cfg.batch_size} rows of a batch to "

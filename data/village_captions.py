@@ -1,11 +1,7 @@
 """What a picture of the village shows, in words: captions in many phrasings."""
-from data.village_picture_questions import listed, named, number_of
-from data.village_scenes import KINDS, PLACES, SKY
+from data.village_picture_questions import WHERE, listed, named, number_of, survey
 from data.village_world import capitalise
 
-WHERE = {"left": ("on the left", "on the left side", "on the left of the picture"),
-         "middle": ("in the middle", "in the middle of the picture"),
-         "right": ("on the right", "on the right side", "on the right of the picture")}
 DOES = {"cup": ("stands", "stand"), "bell": ("lies", "lie"), "candle": ("burns", "burn"),
         "basket": ("stands", "stand"), "lantern": ("hangs", "hang"), "star": ("shines", "shine")}
 LISTS = ("The picture shows {x}.", "You can see {x}.", "There {is_} {x}.", "I see {x}.",
@@ -18,7 +14,6 @@ DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture
             "Tell me what the picture shows.", "Say what is in this picture.",
             "Please describe what you see.", "What does the picture show?",
             "Write a caption for this picture.")
-ABOUT = ("Tell me about the {x}.", "What about {x}?", "And the {x}?")
 
 
 def phrase(group, with_size, rng):
@@ -51,26 +46,10 @@ def caption(scene, rng):
     return " ".join([*around, said] if first else [said, *around])
 
 
-def description(scene, rng):
-    """Everything but the time, in the order in which one looks: the place comes first, so that
-    whoever learns to say what comes next knows where to look for it.
-    """
-    groups = sorted(scene.groups, key=lambda group: PLACES.index(group.place))
-    rows = {"in the sky": [g for g in groups if g.kind in SKY],
-            "on the ground": [g for g in groups if g.kind not in SKY]}
-    said = [capitalise(f"{row}: " + listed([f"{WHERE[g.place][0]} {phrase(g, True, rng)}"
-                                            for g in found]) + ".")
-            for row, found in rows.items() if found]
-    return " ".join([f"It is {scene.season}.", *said])
-
-
-def about(scene, kind):
-    """All that there is to say of one kind: "3 small blue bells on the left."."""
-    group = scene.group(kind)
-    if group is None:
-        return f"There are no {KINDS[kind]}."
-    there = number_of(group.number, kind, f"{group.size} {group.colour}")
-    return f"{there} {WHERE[group.place][0]}."
+def description(scene):
+    """Everything but the time, the sky first."""
+    seen = [words for number, words in survey(scene, size=True, colour=True) if number]
+    return " ".join([f"It is {scene.season}.", *seen])
 
 
 def sentence(group, words, place, rng):

@@ -5,7 +5,7 @@ no, every number, colour and place are about equally often right.
 """
 from collections import Counter, defaultdict
 
-from data.village_captions import ABOUT, DESCRIBE, about, description
+from data.village_captions import DESCRIBE, description
 from data.village_picture_questions import (
     FAMILIES,
     STEPS,
@@ -18,33 +18,31 @@ from data.village_picture_questions import (
     truth,
     worked,
 )
-from data.village_scenes import HELD_OUT, KINDS, PLACES, ROWS, row_of
+from data.village_scenes import HELD_OUT, KINDS, PLACES, row_of
 
 COUNTING = ("count", "sum", "all")
-TURNS = 3  # questions in a dialogue
+TURNS = 5  # questions in a dialogue
 READER = "Here is a picture in words: {c}\nAsk a question about it, and answer it."
 
 # --- which questions to ask --------------------------------------------------------
 
 
 def candidates(scene, wording, family, about=None):
-    """Questions in this wording that may suit the scene; with `about`, those about that kind."""
+    """Questions in this wording that may suit the scene; with `about`, those about that kind, or,
+    where what isn't there can be asked for, about what would stand in its row.
+    """
     there = [group.kind for group in scene.groups]
     if family in ("season", "all"):
         found = [(None, None)]
     elif family in ("colour", "place"):
         found = [(kind, None) for kind in there]
     elif family in ("existence", "count"):
-        found = [(kind, None) for kind in KINDS]
+        kinds = [kind for kind in KINDS if about is None or row_of(kind) == row_of(about)]
+        return [Question(family, wording, kind) for kind in kinds]
     else:
         found = [(kind, other) for kind in there for other in there if kind != other]
     return [Question(family, wording, kind, other=other) for kind, other in found
             if about is None or about in (kind, other)]
-
-
-def label(question, answer):
-    """The answer as somebody would guess it who doesn't look: of two kinds, the first or second."""
-    return ("first" if answer == question.kind else "second") if answer in KINDS else answer
 
 
 class Balance:
@@ -57,16 +55,16 @@ class Balance:
         """A Question of the family, or None where the scene has none."""
         wordings = WORDINGS[family]
         for wording in rng.sample(wordings, len(wordings)):
-            by_label = defaultdict(list)
+            by_answer = defaultdict(list)
             for question in candidates(scene, wording, family, about):
                 answer = truth(scene, question)
                 if answer is not None:
-                    by_label[label(question, answer)].append(question)
-            if by_label:
+                    by_answer[answer].append(question)
+            if by_answer:
                 used = self.used[wording]
-                rarest = min(rng.sample(sorted(by_label), len(by_label)), key=used.__getitem__)
+                rarest = min(rng.sample(sorted(by_answer), len(by_answer)), key=used.__getitem__)
                 used[rarest] += 1
-                return rng.choice(by_label[rarest])
+                return rng.choice(by_answer[rarest])
         return None
 
 
@@ -76,7 +74,7 @@ def blind_guess(items):
     for item in items:
         question = read(item["messages"][0]["content"])
         key = item["family"], question.wording, question.colour is None
-        answers[key][label(question, item["answer"])] += 1
+        answers[key][item["answer"]] += 1
     right, asked = Counter(), Counter()
     for (family, *_), counts in answers.items():
         right[family] += max(counts.values())
@@ -92,32 +90,20 @@ def chat(turns):
             for i, turn in enumerate(turns)]
 
 
-def describe_items(image, scene, rng):
-    """Two dialogues: the picture described, and what it shows of a kind that would be in the sky
-    and of one on the ground. Such answers tell more in fewer words than questions do.
-
-    Of more kinds they would tell each other: where there are stars, there are no lanterns.
-    """
-    tour = []
-    for row in rng.sample(ROWS, len(ROWS)):
-        kinds = [kind for kind in KINDS if row_of(kind) == row]
-        there = [kind for kind in kinds if scene.group(kind)]
-        kind = rng.choice(there if there and rng.random() < 0.6 else kinds)
-        tour += [rng.choice(ABOUT).format(x=KINDS[kind]), about(scene, kind)]
-    dialogues = [[rng.choice(DESCRIBE), description(scene, rng)], tour]
-    return [{"image": image, "messages": chat([f"<image>\n{first}", *rest])}
-            for first, *rest in dialogues]
+def describe_item(image, scene, rng):
+    return {"image": image, "messages": chat([f"<image>\n{rng.choice(DESCRIBE)}",
+                                              description(scene)])}
 
 
 def dialogue(image, scene, balance, rng):
     """Up to TURNS questions about one picture, of different families; half of the answers that
     need steps have them.
     """
-    turns = []
+    turns = [rng.choice(DESCRIBE), description(scene)] if rng.random() < 0.25 else []
     for family in rng.sample(FAMILIES, len(FAMILIES)):
         question = balance.choose(scene, family, rng) if len(turns) < 2 * TURNS else None
         if question is not None:
-            with_steps = family in STEPS and rng.random() < 0.5
+            with_steps = family in STEPS and rng.random() < 0.75
             turns += [ask(question, scene), (worked if with_steps else reply)(scene, question)]
     turns[0] = f"<image>\n{turns[0]}"
     return {"image": image, "messages": chat(turns)}
@@ -125,7 +111,7 @@ def dialogue(image, scene, balance, rng):
 
 def question_item(image, scene, question):
     return {"image": image, "messages": chat([f"<image>\n{ask(question, scene)}"]),
-            **check_of(question, truth(scene, question)), "family": question.family}
+            **check_of(truth(scene, question)), "family": question.family}
 
 
 def question_items(pictures, families, per_family, rng, held_out=False):
@@ -169,16 +155,18 @@ def reader_dialogues(scenes, captions, rng):
         for family in rng.sample(FAMILIES, len(FAMILIES)):
             question = balance.choose(scene, family, rng)
             if question is not None and tells(text, scene, question):
-                said = f"Question: {ask(question, scene)}\nAnswer: {reply(scene, question)}"
+                answer = (worked if family in ("sum", "more", "all") else reply)(scene, question)
+                said = f"Question: {ask(question, scene)}\nAnswer: {answer}"
                 items.append({"messages": chat([READER.format(c=text), said])})
                 break
     return items
 
 
 def tells(text, scene, question):
-    """Does the caption say what the question asks for?"""
+    """Does the caption say what the answer tells?"""
     if question.family == "season":
         return scene.season in text
-    if question.family == "place":
-        return any(place in text for place in PLACES)
-    return "bigger" not in question.wording or ("small" in text and "big" in text)
+    if question.family in ("existence", "count"):
+        return True
+    sizes = "bigger" not in question.wording or ("small" in text and "big" in text)
+    return sizes and any(place in text for place in PLACES)

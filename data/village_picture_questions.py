@@ -11,16 +11,16 @@ can be checked, no matter who asked: `answer_of` and `is_true` filter what a tea
 import re
 from typing import NamedTuple
 
-from data.village_scenes import COLOURS, HELD_OUT, KINDS, PLACES, SEASONS
+from data.village_scenes import COLOURS, HELD_OUT, KINDS, PLACES, ROWS, SEASONS, SIZES, row_of
 from data.village_tasks import check_answer
 
 PLAIN = ("existence", "count", "colour", "place", "comparison")
 STEPS = ("sum", "more", "all", "season")
 WORDINGS = {
     "existence": (
-        "Is there a {object}?", "Is there a {object} in the picture?", "Do you see a {object}?",
-        "Can you see a {object} anywhere?", "Does the picture show a {object}?",
-        "Are there any {objects}?"),
+        "Are there any {objects}?", "Are there {objects} in the picture?",
+        "Do you see any {objects}?", "Can you see {objects} anywhere?", "Does the picture show any {objects}?",
+        "Look for {objects}: are there any?"),
     "count": (
         "How many {objects} are there?", "How many {objects} do you see?", "Count the {objects}.",
         "How many {objects} are in the picture?", "What is the number of {objects}?",
@@ -35,9 +35,8 @@ WORDINGS = {
         "Where must I look for {the}: left, middle or right?"),
     "comparison": (
         "Are there more {objects} than {others}?", "Do you see more {objects} than {others}?",
-        "Are there fewer {objects} than {others}?",
-        "Which is bigger here, a {object} or a {other}?",
-        "What is bigger in the picture: a {object} or a {other}?"),
+        "Are there fewer {objects} than {others}?", "Is a {object} bigger here than a {other}?",
+        "Are the {objects} bigger than the {others}?"),
     "sum": (
         "How many {objects} and {others} are there together?",
         "Count the {objects} and the {others}. How many are they together?",
@@ -59,6 +58,10 @@ WORDINGS = {
         "What time of the year is it here?"),
 }
 FAMILIES = tuple(WORDINGS)
+WHERE = {"left": ("on the left", "on the left side", "on the left of the picture"),
+         "middle": ("in the middle", "in the middle of the picture"),
+         "right": ("on the right", "on the right side", "on the right of the picture")}
+IN_ROW = {"sky": "In the sky", "ground": "On the ground"}
 LOOKS = {
     "spring": "The trees are pink with blossoms, and the grass is pale green.",
     "summer": "The trees are full of green leaves, and the grass is green.",
@@ -159,50 +162,80 @@ def truth(scene, question):
     if "bigger" in wording:
         if not group or not rest or group.size == rest.size or colour not in (None, group.colour):
             return None
-        return kind if group.size == "big" else other
+        return "yes" if group.size == "big" else "no"
     a, b = scene.count(kind, colour), scene.count(other)
     if family == "comparison":
         return "yes" if (a < b if "fewer" in wording else a > b) else "no"
     return str(a + b if family == "sum" else abs(a - b))
 
 
-def check_of(question, answer):
+def check_of(answer):
     """What `check_answer` needs: "answer", "check" and, beside "contains", "not"."""
     if answer.isdigit():
         return {"answer": answer, "check": "number", "not": []}
-    for answers in (("yes", "no"), tuple(COLOURS), PLACES, SEASONS):
-        if answer in answers:
-            wrong = [a for a in answers if a != answer]
-            break
-    else:  # the bigger of two kinds
-        loser = question.other if answer == question.kind else question.kind
-        wrong = [loser, KINDS[loser]]
+    answers = next(answers for answers in (("yes", "no"), tuple(COLOURS), PLACES, SEASONS)
+                   if answer in answers)
+    wrong = [a for a in answers if a != answer]
     return {"answer": answer, "check": "contains", "not": wrong}
 
 
 def reply(scene, question):
-    """The answer in a sentence."""
+    """The answer, mostly after a look at what was asked for: two easy steps instead of a hard one.
+
+    Of sums the result alone: `worked` has the steps.
+    """
     family, wording, kind, colour, other = question
-    answer, group = truth(scene, question), scene.group(kind)
+    answer = truth(scene, question)
     if family in ("sum", "more", "all"):
         return f"The answer is {answer}."
     if family == "season":
         return f"It is {answer}."
+    if family in ("colour", "place"):
+        return glance(scene, kind, colour=True)
     if family == "count":
-        return f"There {'is' if answer == '1' else 'are'} {number_of(int(answer), kind, colour)}."
-    if family == "existence":  # what is there first, then whether it is what was asked for
-        there = number_of(group.number, kind, group.colour) if group else f"no {KINDS[kind]}"
-        verb = "is" if group and group.number == 1 else "are"
-        return f"There {verb} {there}. {answer.capitalize()}."
-    if "bigger" in wording:
-        return f"A {answer} is bigger."
-    if family == "comparison":
-        counts = {kind: scene.count(kind, colour), other: scene.count(other)}
-        return f"{seen(counts)} {answer.capitalize()}."
-    verb = "is" if group.number == 1 else "are"
-    where = answer if family == "colour" else {"middle": "in the middle"}.get(answer,
-                                                                              f"on the {answer}")
-    return f"The {named(kind, None, group.number)} {verb} {where}."
+        verb = "is" if answer == "1" else "are"
+        return f"{inventory(scene, kind)}There {verb} {number_of(int(answer), kind, colour)}."
+    if family == "existence":
+        return f"{inventory(scene, kind)}{answer.capitalize()}."
+    bigger = "bigger" in wording
+    seen = " ".join(glance(scene, each, size=bigger) for each in (kind, other))
+    if not bigger:
+        a, b = scene.count(kind, colour), scene.count(other)
+        than = "more than" if a > b else "fewer than" if a < b else "as many as"
+        seen += f" {a} is {than} {b}."
+    return f"{seen} {answer.capitalize()}."
+
+
+def inventory(scene, kind):
+    """The number of each kind that could be where this one would be, as a thought:
+    "<think>In the sky: lanterns 0, stars 2. So lanterns 0.</think>".
+
+    To look a number up by its kind is easier than to see whether two kinds are the same.
+    """
+    row = row_of(kind)
+    found = ", ".join(f"{KINDS[k]} {scene.count(k)}" for k in KINDS if row_of(k) == row)
+    return f"<think>{IN_ROW[row]}: {found}. So {KINDS[kind]} {scene.count(kind)}.</think>"
+
+
+def glance(scene, kind, **how):
+    """What is of this kind, or else what is in its place: "In the sky I see stars: 3, on the left."
+    """
+    row, group = row_of(kind), scene.group(kind)
+    groups = [group] if group else [g for g in scene.groups if row_of(g.kind) == row]
+    return told(row, groups, **how)
+
+
+def told(row, groups, size=False, colour=False):
+    """These groups of a row in words, with their size and colour if wanted."""
+    there = [" ".join([g.size] * size + [g.colour] * colour + [f"{KINDS[g.kind]}:"])
+             + f" {g.number}, {WHERE[g.place][0]}" for g in groups]
+    return f"{IN_ROW[row]} I see {'; '.join(there) if there else 'nothing'}."
+
+
+def survey(scene, **how):
+    """What is in the sky, and what on the ground: [(number, words)]."""
+    rows = [(row, [g for g in scene.groups if row_of(g.kind) == row]) for row in ROWS]
+    return [(sum(g.number for g in groups), told(row, groups, **how)) for row, groups in rows]
 
 
 def worked(scene, question):
@@ -210,31 +243,14 @@ def worked(scene, question):
     kind, other = question.kind, question.other
     if question.family == "season":
         steps = LOOKS[scene.season]
-    elif question.family == "all":
-        in_order = sorted(scene.groups, key=lambda group: PLACES.index(group.place))
-        counts = {group.kind: group.number for group in in_order}
-        steps = seen(counts)
-        total, *rest = counts.values()
-        for number in rest:
-            steps += f" {total} + {number} = {total + number}."
-            total += number
     else:
-        a, b = scene.count(kind), scene.count(other)
-        steps = seen({kind: a, other: b})
-        if question.family == "sum":
-            steps += f" {a} + {b} = {a + b}."
-        elif a == b:
-            steps += f" They are as many. {a} - {b} = 0."
-        else:
-            steps += f" There are more {KINDS[kind if a > b else other]}."
-            steps += f" {max(a, b)} - {min(a, b)} = {abs(a - b)}."
+        seen = [(scene.count(k), glance(scene, k)) for k in (kind, other)] if kind \
+            else survey(scene)
+        (a, _), (b, _) = seen
+        sums = f"{max(a, b)} - {min(a, b)} = {abs(a - b)}." if question.family == "more" \
+            else f"{a} + {b} = {a + b}."
+        steps = " ".join([*(words for _, words in seen), sums])
     return f"<think>{steps}</think>{reply(scene, question)}"
-
-
-def seen(counts):
-    """{"bell": 3, "basket": 1} -> "There are 3 bells and 1 basket."."""
-    verb = "is" if next(iter(counts.values())) == 1 else "are"
-    return f"There {verb} {listed([number_of(n, kind) for kind, n in counts.items()])}."
 
 
 def listed(parts):
@@ -264,7 +280,7 @@ def is_true(scene, question, answer_text):
     if answer is None or not (numbers_true(scene, answer_text) and sums_true(answer_text)):
         return False
     said = answer_text.rsplit("</think>", 1)[-1]
-    if said.strip() == reply(scene, asked):
+    if said.strip() == reply(scene, asked).rsplit("</think>", 1)[-1]:
         return True
     words = re.findall(r"[a-z']+", said.lower())
     kinds = {KIND_OF[word] for word in words if word in KIND_OF}
@@ -279,14 +295,17 @@ def is_true(scene, question, answer_text):
         return False
     if any(there in asked.wording and opposite in words for there, opposite in OPPOSITES.items()):
         return False
-    return check_answer(check_of(asked, answer), said)
+    return check_answer(check_of(answer), said)
 
 
 def numbers_true(scene, text):
-    """Is everything like "3 red bells" as it is in the scene?"""
+    """Is everything like "3 red bells", "red bells: 3" or "bells 3" as it is in the scene?"""
+    what = rf"(?:(?:{'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({ANY_KIND})"
+    said = re.findall(rf"\b(\d+) {what}\b", text, re.IGNORECASE)
+    said += [(number, *rest) for *rest, number in re.findall(rf"\b{what}:? (\d+)\b", text,
+                                                             re.IGNORECASE)]
     return all(scene.count(KIND_OF[kind.lower()], colour.lower() or None) == int(number)
-               for number, colour, kind in re.findall(
-                   rf"\b(\d+) (?:({'|'.join(COLOURS)}) )?({ANY_KIND})\b", text, re.IGNORECASE))
+               for number, colour, kind in said)
 
 
 def sums_true(text):

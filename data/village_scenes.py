@@ -31,6 +31,7 @@ CELL = UNITS / 3  # a third of the width; a group has the sky or the ground of i
 # vision tower that cuts the picture into 6 x 6 patches sees most of them whole, and so needs
 # thousands of pictures instead of millions.
 SPOTS = {"small": (2, 3), "big": (1, 2)}
+TINT = 22  # how far R, G and B of a group may be from those of the named colour, of 255
 SHIFT = 0.5  # how far from the middle of its spot an object may be, right or left, up or down
 ROWS = ("sky", "ground")
 
@@ -229,12 +230,12 @@ def bell(pen, x, y, h, colour, turn):
 
 def candle(pen, x, y, h, colour, turn):
     dark = shade(colour, 0.42)
-    pen.ellipse(x, y + 0.78 * h, 0.8 * h, 0.2 * h, shade(colour, 0.6), dark)
-    pen.box(x - 0.3 * h, y - 0.24 * h, x + 0.3 * h, y + 0.78 * h, colour, dark)
-    pen.line([(x - 0.12 * h, y - 0.1 * h), (x - 0.12 * h, y + 0.6 * h)], (255, 255, 255, 170),
+    pen.ellipse(x, y + 0.76 * h, 0.86 * h, 0.22 * h, shade(colour, 0.6), dark)
+    pen.box(x - 0.46 * h, y - 0.36 * h, x + 0.46 * h, y + 0.78 * h, colour, dark)
+    pen.line([(x - 0.24 * h, y - 0.2 * h), (x - 0.24 * h, y + 0.6 * h)], (255, 255, 255, 170),
              0.13 * h)
-    pen.ellipse(x, y - 0.6 * h, 0.22 * h, 0.38 * h, (255, 190, 60), (214, 120, 30))
-    pen.ellipse(x, y - 0.5 * h, 0.1 * h, 0.2 * h, CREAM)
+    pen.ellipse(x, y - 0.68 * h, 0.18 * h, 0.3 * h, (255, 190, 60), (214, 120, 30))
+    pen.ellipse(x, y - 0.6 * h, 0.08 * h, 0.15 * h, CREAM)
 
 
 def basket(pen, x, y, h, colour, turn):
@@ -321,6 +322,12 @@ def landscape(pen, scene, rng):
         pen.ellipse(x, y, 0.55, 0.3, (*SPECKS[scene.season], 190))
 
 
+def tinted(group, seed):
+    """The group's colour, as every painter mixes it a little differently."""
+    rng = random.Random(f"tint-{seed}-{group.kind}")
+    return tuple(min(255, max(0, c + rng.randint(-TINT, TINT))) for c in COLOURS[group.colour])
+
+
 def draw(scene, size=96, detail=4):
     """The picture, RGB, `size` pixels wide and high: drawn `detail` times as large, then reduced.
 
@@ -340,5 +347,5 @@ def draw(scene, size=96, detail=4):
         if row_of(group.kind) == "ground":
             pen.ellipse(x, y + 0.92 * half, 0.98 * half, 0.2 * half, (60, 60, 80, 60))
         pen.outline = 0.11 * half
-        DRAWN[group.kind](pen, x, y, half, COLOURS[group.colour], turn)
+        DRAWN[group.kind](pen, x, y, half, tinted(group, scene.seed), turn)
     return image.reduce(detail)

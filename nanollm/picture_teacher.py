@@ -45,7 +45,7 @@ from nanollm.picture_data import read_captions
 from nanollm.runtime import start
 from nanollm.vlm import IMAGE
 
-LONGEST = 64  # tokens of a question with its answer
+LONGEST = 96  # tokens of a question with its answer
 FORM = re.compile(r"Question: (\S.*)\nAnswer: (\S.*)")
 REASONS = ("unreadable", "false", "held out", "twice", "contradicted")  # why a pair is dropped
 

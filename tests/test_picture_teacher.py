@@ -38,8 +38,8 @@ def pair(question, answer):
 RIGHT = pair("How many bells are there?", "There are 3 bells.")
 SAME = pair("Count the bells.", "There are 3 bells.")
 FALSE = pair("What colour is the cup?", "The cup is blue.")
-HELD_OUT = pair("Is there a purple bell?", "No, there is no purple bell.")
-OTHER = pair("Is there a dog?", "No.")
+HELD_OUT = pair("Are there any purple bells?", "No, there is no purple bell.")
+OTHER = pair("Are there any dogs?", "No.")
 
 
 def reasons(*replies, scene=GARDEN):
@@ -189,11 +189,11 @@ def test_the_summary_says_which_share_is_readable_true_and_kept():
 # --- the file ------------------------------------------------------------------------------------
 
 
-def test_a_dialogue_has_three_questions_at_most_and_shows_its_picture_first(tmp_path):
+def test_a_dialogue_has_five_questions_at_most_and_shows_its_picture_first(tmp_path):
     made = dialogues([Pair(PICTURE, f"Q{n}?", f"A{n}.") for n in range(7)], tmp_path)
-    assert [len(each["messages"]) for each in made] == [6, 6, 2]
-    assert made[1]["messages"][0] == {"role": "user", "content": "<image>\nQ3?"}
-    assert made[1]["messages"][-1] == {"role": "assistant", "content": "A5."}
+    assert [len(each["messages"]) for each in made] == [10, 4]
+    assert made[1]["messages"][0] == {"role": "user", "content": "<image>\nQ5?"}
+    assert made[1]["messages"][-1] == {"role": "assistant", "content": "A6."}
 
 
 def test_own_captions_become_dialogues_that_open_from_anywhere(

@@ -1,6 +1,7 @@
 """The pictures show what their texts say, the tests are held out, and guessing doesn't pay."""
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from data import village_pictures
+from data.village_captions import DESCRIBE, description
 from data.village_picture_items import tells
 from data.village_picture_questions import FAMILIES, STEPS, WORDINGS, read
 from data.village_pictures import (
@@ -36,6 +38,8 @@ from data.village_scenes import (
     Group,
     Pen,
     layout,
+    row_of,
+    tinted,
 )
 from data.village_tasks import check_answer, user_turns
 
@@ -63,9 +67,9 @@ def scene_of(scenes):
 
 
 def turns(item):
-    """The (question, answer) pairs of a dialogue."""
-    said = [message["content"] for message in item["messages"]]
-    return list(zip(said[::2], said[1::2]))
+    """The (question, answer) pairs of a dialogue, without those that describe the whole picture."""
+    said = [message["content"].removeprefix("<image>\n") for message in item["messages"]]
+    return [pair for pair in zip(said[::2], said[1::2]) if pair[0] not in DESCRIBE]
 
 
 # --- scenes and drawings ----------------------------------------------------------
@@ -140,6 +144,14 @@ def test_a_picture_too_small_for_its_objects_is_refused():
         draw(VILLAGE, 16)
 
 
+def test_every_group_has_a_tint_of_its_colour():
+    red = [tinted(VILLAGE.groups[0], seed) for seed in range(50)]
+    assert len(set(red)) > 40
+    for tint in red:
+        distances = {name: math.dist(tint, colour) for name, colour in COLOURS.items()}
+        assert min(distances, key=distances.get) == "red"
+
+
 def test_a_scene_comes_back_from_its_record():
     assert Scene.from_dict(json.loads(json.dumps(VILLAGE.as_dict()))) == VILLAGE
 
@@ -165,6 +177,12 @@ def test_captions_tell_pictures_apart_and_vary(files):
     assert len({caption(VILLAGE, rng) for _ in range(200)}) > 150
 
 
+def test_a_description_tells_everything_the_sky_first():
+    assert description(VILLAGE) == (
+        "It is autumn. In the sky I see small blue lanterns: 2, on the left. On the ground I see "
+        "big red cups: 1, on the left; small yellow candles: 3, on the right.")
+
+
 # --- questions --------------------------------------------------------------------
 
 
@@ -188,10 +206,10 @@ def test_every_test_answer_is_the_checkers(files, scene_of):
             assert check_answer(item, f"It is {item['answer']}.")
 
 
-def test_half_of_the_answers_that_need_steps_have_them(files):
+def test_three_of_four_answers_that_need_steps_have_them(files):
     worked = [answer.startswith("<think>") for item in files["train"]["questions_train"]
               for question, answer in turns(item) if read(question).family in STEPS]
-    assert 0.42 < sum(worked) / len(worked) < 0.58
+    assert 0.68 < sum(worked) / len(worked) < 0.82
     for item in files["train"]["questions_train"]:
         for _, answer in turns(item):
             assert answer.count("<think>") == answer.count("</think>") <= 1
@@ -199,12 +217,13 @@ def test_half_of_the_answers_that_need_steps_have_them(files):
 
 def test_recounting_by_hand_gives_the_same_answers():
     for question, answer in {
-        "Is there a red cup?": "yes", "Is there a blue cup?": "no",
+        "Are there any red cups?": "yes", "Do you see any blue cups?": "no",
         "Are there any baskets?": "no", "How many yellow candles are there?": "3",
         "Count the red candles.": "0", "What colour is the cup?": "red",
         "Where are the candles?": "right", "Where are the lanterns?": "left",
         "Are there more lanterns than candles?": "no", "Are there fewer lanterns than candles?": "yes",
-        "Which is bigger here, a lantern or a cup?": "cup",
+        "Is a lantern bigger here than a cup?": "no",
+        "Are the cups bigger than the lanterns?": "yes",
         "How many lanterns and candles are there together?": "5",
         "Which are more, lanterns or candles, and by how many?": "1",
         "How many things are there in all, not counting the trees?": "6",
@@ -215,25 +234,30 @@ def test_recounting_by_hand_gives_the_same_answers():
 
 def test_what_has_no_answer_or_cannot_be_read_has_none():
     for question in ("What colour is the basket?", "Where is the green cup?", "Who lives here?",
-                     "Which is bigger here, a lantern or a candle?", "How many dogs are there?",
+                     "Is a lantern bigger here than a candle?", "How many dogs are there?",
                      "Are there more lanterns than lanterns?", ""):
         assert answer_of(VILLAGE, question) is None
         assert not is_true(VILLAGE, question, "Yes, there are 3.")
 
 
 @pytest.mark.parametrize("question, right, wrong", [
-    ("Is there a red cup?", "Yes, there is a red cup.", "No, there is no red cup."),
-    ("Is there a red cup?", "Yes.", "Yes, there is a blue cup."),
+    ("Are there any red cups?", "Yes, there is a red cup.", "No, there is no red cup."),
+    ("Are there any red cups?", "Yes.", "Yes, there is a blue cup."),
+    ("Are there any bells?", "<think>On the ground: cups 1, candles 3. So bells 0.</think>No.",
+     "<think>On the ground: cups 2, candles 3. So bells 0.</think>No."),
     ("Are there any baskets?", "No.", "No, there is no cup."),
     ("How many lanterns are there?", "There are 2 blue lanterns.", "There are 2 red lanterns."),
     ("How many lanterns are there?", "2", "There are 3 candles and 2 baskets."),
     ("What colour is the cup?", "It is red.", "It isn't red."),
     ("Where are the lanterns?", "They are on the left.", "They are on the left or the right."),
     ("Are there fewer lanterns than candles?", "Yes, there are fewer.", "Yes, there are more."),
-    ("Which is bigger here, a lantern or a cup?", "A cup is bigger.", "The cup is smaller."),
+    ("Are the cups bigger than the lanterns?", "Yes, they are bigger.", "Yes, they are smaller."),
     ("How many lanterns and candles are there together?",
      "<think>There are 2 lanterns and 3 candles. 2 + 3 = 5.</think>The answer is 5.",
      "<think>There are 1 lanterns and 4 candles. 1 + 4 = 5.</think>The answer is 5."),
+    ("How many lanterns and candles are there together?",
+     "<think>I see blue lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5.",
+     "<think>I see red lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5."),
     ("How many lanterns and candles are there together?", "5 in all.",
      "<think>2 + 2 = 5.</think>The answer is 5."),
     ("Which season is it?", "It is autumn.", "It is autumn or winter."),
@@ -283,9 +307,12 @@ def test_the_pairs_of_combos_are_all_asked_about(scenes, files, scene_of):
     for item in files["combos"]["combos_test"]:
         question = read(user_turns(item)[0])
         groups = [scene_of[item["image"]].group(kind) for kind in (question.kind, question.other)]
-        about = [g for g in groups if g and HELD_OUT.get(g.kind) == g.colour]
-        assert about
-        held_out[about[0].kind] += 1
+        seen = scene_of[item["image"]].groups
+        (pair,) = [g for g in seen if HELD_OUT.get(g.kind) == g.colour]
+        # what isn't there is asked for where the pair is
+        assert pair in groups or (groups == [None, None]
+                                  and row_of(question.kind) == row_of(pair.kind))
+        held_out[pair.kind] += 1
     assert set(held_out) == set(HELD_OUT) and min(held_out.values()) > 60
 
 
