@@ -25,57 +25,46 @@ Needs   runs/sft                                             (python train_sft.p
 Expect  see README.md: accuracy by kind of question, with the right picture, another and none
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from data import village_pictures
-from nanollm.adapter_runs import check_method, start_adapter
-from nanollm.clip import (
-    CLIP,
-    TextConfig,
-    caption_tokens,
-    clip_loss,
-    of_all_processes,
-    retrieval,
-    save_clip,
-    siglip_loss,
-)
-from nanollm.config import UserError, cli, save_config
-from nanollm.data import Sampler, Windows, row_length
-from nanollm.evaluate import first_of_each_family, prompt_of, read_items, table, village_of
-from nanollm.formats import read_chats, split_documents
+from nanollm.adapter_runs import start_adapter
+from nanollm.clip import clip_loss, of_all_processes, save_clip, siglip_loss
+from nanollm.config import UserError, cli
+from nanollm.data import Sampler, Windows
+from nanollm.evaluate import table
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model
 from nanollm.optim import SCHEDULES, build_optimizers
-from nanollm.picture_data import (
-    GREY,
-    PictureStore,
-    pack_picture_chats,
-    read_captions,
-    read_picture_chats,
-    show_pictures,
+from nanollm.picture_data import PictureStore, pack_picture_chats
+from nanollm.picture_runs import (
+    load_dialogues,
+    load_items,
+    load_pairs,
+    load_texts,
+    new_clip,
+    picture_row_length,
+    run_stages,
 )
 from nanollm.pictures import Preprocessing
-from nanollm.run import Run, check_folders, holds_a_run, make_way
+from nanollm.run import Run
 from nanollm.runtime import start
 from nanollm.tokenizer import Tokenizer
-from nanollm.vision import VisionConfig, ViT
-from nanollm.vlm import VLM, image_id_of
+from nanollm.vlm import VLM
 from nanollm.vlm_figures import (
     blind_figures,
     keep_samples,
     picture_figures,
     picture_table,
+    retrieved,
     summary,
     text_figures,
 )
-from nanollm.vlm_files import build_vlm, load_language
+from nanollm.vlm_files import build_vlm
 from train_sft import load_replay, replay_rows, sft_loss, validation_loss
 
 
@@ -171,199 +160,14 @@ PRESETS = {
         "compile": True,
     },
 }
-CAPTION = 128  # tokens of the longest caption
 BY_STAGE = {
     "clip": {"steps": 250, "batch_size": 128, "lr": 0.01, "adam_lr": 2e-3, "weight_decay": 1.0},
     "align": {"steps": 30, "batch_size": 8, "lr": 0.01, "adam_lr": 1e-3, "weight_decay": 0.0},
     "instruct": {"steps": 900, "batch_size": 10, "lr": 0.01, "adam_lr": 3e-3, "weight_decay": 0.0},
 }
-# stages where these flags mean something
-GOES_WITH = {
-    "vision": ["align"],
-    "blind": ["instruct"],
-    "train_vision": ["instruct", "all"],
-    "adapter": ["instruct", "all"],
-}
-
-
-def main(cfg):
-    rt = start(cfg.device, cfg.dtype, cfg.seed)
-    check_flags(cfg)
-    if cfg.stage == "all":
-        all_stages(cfg, rt)
-    else:
-        run_stage(cfg, rt)
-    rt.close()
-
-
-def check_flags(cfg):
-    """Refuse flags that would change nothing, and those that can't go together."""
-    for name, stages in GOES_WITH.items():
-        if getattr(cfg, name) and cfg.stage not in stages:
-            raise UserError(f"--{name} goes with --stage {' or '.join(stages)}, not {cfg.stage}")
-    if cfg.stage == "align" and not cfg.vision:
-        raise UserError("--stage align needs --vision, the folder of a vision tower")
-    if cfg.train_vision and cfg.adapter:
-        raise UserError("--train_vision goes with no --adapter, whose folder holds no vision tower")
-    if cfg.adapter:
-        check_method(cfg.adapter)
-    if not 0 <= cfg.replay < 1:
-        raise UserError(f"--replay {cfg.replay} is no share: it lies between 0 and 1, 1 excluded")
-    if cfg.stage in ("clip", "all"):
-        if cfg.picture_size % cfg.patch_size:
-            raise UserError(
-                f"--patch_size {cfg.patch_size} doesn't divide --picture_size {cfg.picture_size}; "
-                "patches must cover the picture, its right and lower edge too"
-            )
-        batch = cfg.batch_size or BY_STAGE["clip"]["batch_size"]
-        if batch % cfg.alike:
-            raise UserError(f"--alike {cfg.alike} doesn't divide --batch_size {batch}")
-        vision_config(cfg)
-
-
-def with_defaults(cfg):
-    """The settings with those of the stage where none were given."""
-    own = BY_STAGE[cfg.stage]
-    return dataclasses.replace(cfg, **{k: v for k, v in own.items() if getattr(cfg, k) is None})
-
-
-def run_stage(cfg, rt):
-    """One stage. With --resume, one that was stopped before its first checkpoint begins anew."""
-    known = any((Path(cfg.out) / name).exists() for name in ("state.pt", "result.json"))
-    torch.manual_seed(cfg.seed)  # new parameters are the same, whatever ran before
-    cfg = dataclasses.replace(with_defaults(cfg), resume=cfg.resume and known)
-    STAGES[cfg.stage](cfg, rt)
-
-
-def all_stages(cfg, rt):
-    """The three stages and the blind model, one after the other, each in a folder of its own."""
-    out = cfg.out
-    plan = {
-        f"{out}-clip": {"stage": "clip", "test_data": None},
-        f"{out}-align": {"stage": "align", "vision": f"{out}-clip"},
-        f"{out}-blind": {"stage": "instruct", "init": f"{out}-align", "blind": True},
-        out: {"stage": "instruct", "init": f"{out}-align"},
-    }
-    if not cfg.resume:
-        check_plan(cfg, plan)
-        rt.barrier()  # before folders are moved, every process has looked at them
-    if rt.main and not cfg.resume:
-        for folder in map(Path, plan):
-            make_way(folder)
-        Path(out).mkdir(parents=True, exist_ok=True)
-        save_config(cfg, Path(out) / "train_config.json")
-    rt.barrier()
-    for folder, flags in plan.items():
-        if cfg.resume and (Path(folder) / "result.json").exists():
-            continue
-        rt.print(f"\n{flags['stage']}{' blind' * ('blind' in flags)}: {folder}")
-        run_stage(dataclasses.replace(cfg, out=folder, **flags), rt)
-
-
-def check_plan(cfg, folders):
-    """Find what would stop a later stage before the first one has written anything."""
-    for folder in folders:
-        check_folders(cfg.init, folder)
-        holds_a_run(Path(folder))
-    language, tokenizer = load_language(cfg.init)
-    vision, image_id = ViT(vision_config(cfg)), image_id_of(tokenizer)
-    vlm = VLM(language.cfg, vision, cfg.projector, image_id, cfg.feature_layer, cfg.class_token)
-    picture_row_length(cfg, vlm)
-    for read in (read_captions, read_picture_chats) if cfg.data != "village" else ():
-        load_records(cfg, read, None)
-    load_items(dataclasses.replace(cfg, stage="instruct"), vlm, tokenizer)
-
-
-# --- data ----------------------------------------------------------------------------------------
-
-
-def painted(cfg):
-    """Folder of the village's pictures."""
-    return village_pictures.prepare(size=cfg.picture_size, n_train=cfg.pictures)
-
-
-def load_records(cfg, read, village_name):
-    """(training records, held-out records) of the village's files of this name, or of --data."""
-    if cfg.data == "village":
-        folder = painted(cfg)
-        return [read(folder / f"{village_name}_{part}.jsonl") for part in ("train", "val")]
-    known = read(cfg.data)
-    if cfg.val_data:
-        return known, read(cfg.val_data)
-    train, val = (split_documents(known, part, cfg.val_fraction) for part in ("train", "val"))
-    if not train or not val:
-        raise UserError(
-            f"{cfg.data} has too few records ({len(known)}) for --val_fraction {cfg.val_fraction}; "
-            "add some, or name --val_data"
-        )
-    return train, val
-
-
-def load_test(cfg, read, village_name):
-    """Test records: --test_data, or the village's of this name; None where there are none."""
-    if (cfg.test_data or cfg.data) == "village":
-        return read(painted(cfg) / f"{village_name}.jsonl")
-    return read(cfg.test_data) if cfg.test_data else None
-
-
-def load_items(cfg, model, tokenizer):
-    """{"pictures", "combos", "texts"}: test items of the last stage; none in the others. Raises
-    UserError for what the model can't be asked: better now than after training.
-    """
-    items = dict.fromkeys(("pictures", "combos", "texts"), ())
-    if cfg.stage != "instruct":
-        return items
-    items["pictures"] = load_test(cfg, read_items, "questions_test") or ()
-    if (cfg.test_data or cfg.data) == "village":
-        items["combos"] = load_test(cfg, read_items, "combos_test")
-    if cfg.text_data == "village" and not cfg.blind:
-        items["texts"] = read_items(village_of(cfg.init) / "sft_test.jsonl")
-    items = {name: first_of_each_family(each, cfg.test_items) for name, each in items.items()}
-    limit = model.cfg.max_position_embeddings
-    for item in (*items["pictures"], *items["combos"]):
-        asked = repr(item["messages"][-1].get("content"))
-        if not item.get("images"):
-            raise UserError(f"--test_data: the item {asked} has no picture; add its \"image\"")
-        length = len(prompt_of(item, model, tokenizer))
-        if length >= limit:
-            raise UserError(
-                f"--test_data: the item {asked} has {length} tokens with its pictures, the model "
-                f"reads {limit}; shorten it"
-            )
-    if items["pictures"] and not cfg.blind:
-        show_pictures(items["pictures"], None, "shuffled")  # each has another to be swapped with
-    return items
-
-
-def load_texts(cfg):
-    """Dialogues of text alone."""
-    if cfg.text_data == "village":
-        return read_chats(village_of(cfg.init) / "sft_train.jsonl")
-    return read_chats(cfg.text_data)
 
 
 # --- clip ----------------------------------------------------------------------------------------
-
-
-def caption_ids(tokenizer, records):
-    """(N, T) ids of the records' captions."""
-    return caption_tokens(tokenizer, [record["caption"] for record in records], CAPTION)
-
-
-def vision_config(cfg):
-    """The shape of the vision tower that the flags ask for."""
-    C = cfg.vision_channels
-    heads = max(1, C // 32)
-    if C % heads:
-        raise UserError(f"--vision_channels {C} must be a multiple of 32, the channels of a head")
-    return VisionConfig(
-        image_size=cfg.picture_size,
-        patch_size=cfg.patch_size,
-        hidden_size=C,
-        intermediate_size=4 * C,
-        num_hidden_layers=cfg.vision_layers,
-        num_attention_heads=heads,
-    )
 
 
 def contrastive_loss(clip, pictures, texts):
@@ -372,47 +176,15 @@ def contrastive_loss(clip, pictures, texts):
     return siglip_loss(pictures, texts, clip.logit_scale, clip.logit_bias)
 
 
-@torch.no_grad()
-def retrieved(clip, store, records, tokens, among=64):
-    """Top-1 retrieval among `among` held-out pairs, and the cosine of the right pair, each the mean
-    over as many such groups as there are.
-    """
-    clip.eval()
-    n = min(among, len(records))
-    groups = []
-    for i in range(0, len(records) - n + 1, n):
-        pictures = store.of([r["image"] for r in records[i : i + n]]).to(clip.device)
-        x, y = clip(pictures, tokens[i : i + n].to(clip.device))
-        groups.append(retrieval(x, y) | {"cosine": (x * y).sum(1).mean().item()})
-    clip.train()
-    return {key: sum(group[key] for group in groups) / len(groups) for key in groups[0]}
-
-
 def train_clip(cfg, rt):
-    check_folders(cfg.init, cfg.out)
     tokenizer = Tokenizer.load(cfg.init)
     preprocessing = Preprocessing(size=cfg.picture_size)
-    store = PictureStore(preprocessing)
-    train, val = load_records(cfg, read_captions, "captions")
-    test = load_test(cfg, read_captions, "captions_test") or val
-    tokens, val_tokens, test_tokens = (caption_ids(tokenizer, part) for part in (train, val, test))
-    numbers = torch.tensor(store.numbers([r["image"] for r in train]))
-    rt.print(f"{len(train)} captions of {len(store)} pictures")
-    store.numbers([r["image"] for r in (*val, *test)])  # now, so that a damaged one is found now
-    lengths = (tokens != tokenizer.pad_id).sum(1)
-    model = CLIP(
-        vision_config(cfg),
-        TextConfig(
-            vocab_size=tokenizer.vocab_size,
-            max_position_embeddings=CAPTION,
-            eos_token_id=tokenizer.end_id,
-        ),
-        sigmoid=cfg.loss == "siglip",
-    )
+    train, val, test = load_pairs(cfg, PictureStore(preprocessing), tokenizer)
+    rt.print(f"{len(train)} captions of {len(train.numbers.unique())} pictures")
+    model = new_clip(cfg, tokenizer)
     parameters = sum(p.numel() for p in model.vision_model.parameters())
     rt.print(f"vision tower of {parameters:,} parameters")
-    if cfg.alike > len(train):
-        raise UserError(f"--alike {cfg.alike} is more than the {len(train)} captions there are")
+
     share = rt.share(cfg.batch_size)
     run = Run(cfg, rt, cfg.steps)
     called = rt.prepare(model, cfg.compile)
@@ -426,9 +198,7 @@ def train_clip(cfg, rt):
         optimizers.zero_grad()
         batch = sampler.take(cfg.batch_size // cfg.alike)[:, None] * cfg.alike
         batch = (batch + torch.arange(cfg.alike)).flatten()[share]
-        pictures = store.pictures(numbers[batch].tolist()).to(rt.device)
-        texts = tokens[batch, : lengths[batch].max()].to(rt.device)
-        x, y = map(of_all_processes, called(pictures, texts))
+        x, y = map(of_all_processes, called(*train.batch(batch, rt.device)))
         loss = contrastive_loss(model, x, y)
         scaler.scale(loss).backward()
         optimizers.unscale(scaler)
@@ -444,14 +214,14 @@ def train_clip(cfg, rt):
         if run.step % 10 == 0 or last:
             run.log(show=("loss",), loss=loss.item(), grad_norm=norm.item())
         if run.step % cfg.eval_every == 0 or last:
-            found = retrieved(model, store, val, val_tokens)
+            found = retrieved(model, val)
             run.check_finite(found["cosine"], "cosine of held-out pairs")
             run.log(**found, show=tuple(found))
             run.export(model, tokenizer, partial(save_clip, preprocessing=preprocessing))
             run.checkpoint(*trained)
     run.close()
     run.draw_curves("loss", y_label="contrastive loss")
-    found = retrieved(model, store, test, test_tokens)
+    found = retrieved(model, test)
     speed = run.speed() | {"pictures_per_second": cfg.steps * cfg.batch_size / run.elapsed}
     run.write_result(**found, **speed)
     among = min(64, len(test))
@@ -484,46 +254,17 @@ def start_model(cfg, rt):
     return model, tokenizer
 
 
-def picture_row_length(cfg, model):
-    """T as data.row_length has it; raises UserError where a picture leaves no room for text, too.
-    """
-    T, picture = row_length(cfg, model), model.tokens_per_picture
-    if T <= picture:
-        raise UserError(
-            f"a picture takes {picture} tokens, too many for rows of {T}; raise --context, or "
-            "choose larger patches or --projector pixel_shuffle"
-        )
-    return T
-
-
-def load_dialogues(cfg):
-    """(training, held-out) dialogues with pictures: descriptions to align with, then questions."""
-    name = "describe" if cfg.stage == "align" else "questions"
-    train, val = load_records(cfg, read_picture_chats, name)
-    if cfg.blind:
-        train, val = ([c | {"images": [GREY] * len(c["images"])} for c in p] for p in (train, val))
-    return train, val
-
-
 def packed_logits(model, rows, store):
     """Logits (B, T, V) of packed rows with their pictures."""
     pictures = store.pictures(rows.picture_numbers())
     if pictures is not None:
         pictures = pictures.to(rows.tokens.device)
-    mask = document_mask(rows.documents)
-    return model(rows.tokens, rows.positions, mask, pictures=pictures)
+    return model(rows.tokens, rows.positions, document_mask(rows.documents), pictures=pictures)
 
 
 def train_language(cfg, rt):
-    for folder in filter(None, (cfg.init, cfg.vision)):
-        check_folders(folder, cfg.out)
     n_texts = round(cfg.replay * cfg.batch_size) if cfg.stage == "instruct" else 0
     n_plain = round(n_texts / 4)
-    if n_texts >= cfg.batch_size:
-        raise UserError(
-            f"--replay {cfg.replay} leaves none of the {cfg.batch_size} rows of a batch to "
-            "pictures; lower it, or raise --batch_size"
-        )
     model, tokenizer = start_model(cfg, rt)
     T = picture_row_length(cfg, model)
     store = PictureStore(model.preprocessing)
@@ -531,10 +272,11 @@ def train_language(cfg, rt):
     chats, val_chats = load_dialogues(cfg)
     pack = partial(pack_picture_chats, tokenizer=tokenizer, T=T, vlm=model, store=store, rt=rt)
     train_rows, val_rows = pack(chats, name="training"), pack(val_chats, name="held-out")
-    text_rows = windows = None
+    sizes = [len(train_rows)]
     if n_texts:
         text_rows = pack(load_texts(cfg), name="text")
         windows = Windows(load_replay(cfg, tokenizer)[0], T - 1)
+        sizes += [len(text_rows), windows.n]
     items = load_items(cfg, model, tokenizer)
     for item in (*items["pictures"], *items["combos"]):
         store.numbers(item["images"])  # now, so that a damaged one is found now
@@ -546,7 +288,6 @@ def train_language(cfg, rt):
     called = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay)
-    sizes = [len(train_rows)] + ([len(text_rows), windows.n] if n_texts else [])
     samplers = [Sampler(n, cfg.seed + i) for i, n in enumerate(sizes)]
     scaler = rt.scaler()
     trained = [model, optimizers, samplers, scaler]
@@ -610,9 +351,7 @@ def finish(cfg, rt, run, model, tokenizer, store, items, before):
     if texts:
         rt.print(table({"text before": before["texts"], "after": texts}))
     if items["pictures"]:
-        found, replies = picture_figures(
-            model, tokenizer, store, items["pictures"], items["combos"], cfg.blind
-        )
+        found, replies = picture_figures(model, tokenizer, store, items, cfg.blind)
         blind = None if cfg.blind else blind_figures(cfg.out)
         result |= {"pictures": found, "blind": blind}
         rt.print(picture_table(found, blind))
@@ -626,7 +365,16 @@ def finish(cfg, rt, run, model, tokenizer, store, items, before):
     )
 
 
+# --- all stages ----------------------------------------------------------------------------------
+
 STAGES = {"clip": train_clip, "align": train_language, "instruct": train_language}
+
+
+def main(cfg):
+    rt = start(cfg.device, cfg.dtype, cfg.seed)
+    run_stages(cfg, rt, STAGES, BY_STAGE)
+    rt.close()
+
 
 if __name__ == "__main__":
     cli(main, Config, PRESETS)

@@ -7,8 +7,12 @@ texts     the language model's own test items, before and after
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
+import torch
+
+from nanollm.clip import retrieval
 from nanollm.config import atomic_write
 from nanollm.evaluate import accuracy_by_family, first_of_each_family, is_right, table
 from nanollm.hub import read_json
@@ -22,6 +26,20 @@ def mean(families):
     return sum(f["accuracy"] for f in families.values()) / max(1, len(families))
 
 
+@torch.no_grad()
+def retrieved(clip, pairs, among=64):
+    """Top-1 retrieval among `among` held-out Pairs, and the cosine of the right pair, each the mean
+    over as many such groups as there are.
+    """
+    clip.eval()
+    n, groups = min(among, len(pairs)), []
+    for i in range(0, len(pairs) - n + 1, n):
+        x, y = clip(*pairs.batch(slice(i, i + n), clip.device))
+        groups.append(retrieval(x, y) | {"cosine": (x * y).sum(1).mean().item()})
+    clip.train()
+    return {key: sum(group[key] for group in groups) / len(groups) for key in groups[0]}
+
+
 def text_figures(model, tokenizer, items):
     """Accuracy by family of items without pictures."""
     model.eval()
@@ -30,27 +48,22 @@ def text_figures(model, tokenizer, items):
     return families
 
 
-def picture_figures(model, tokenizer, store, items, combos, blind=False):
-    """({name: {family: {"accuracy", "n"}}}, replies to `items`); a blind model sees grey only."""
+def picture_figures(model, tokenizer, store, items, blind=False):
+    """({name: {family: {"accuracy", "n"}}}, replies to items["pictures"]); a blind model sees grey
+    only.
+    """
     model.eval()
-    shown = "grey" if blind else "right"
-    found, replies = {}, {}
-
-    def ask(name, items, **how):
-        if items:
-            found[name], replies[name] = accuracy_by_family(
-                model, tokenizer, items, store=store, **{"shown": shown} | how
-            )
-
-    ask("right", items)
-    ask("combos", combos)
+    ask = partial(accuracy_by_family, model, tokenizer, store=store)
+    shown, found = "grey" if blind else "right", {}
+    found["right"], replies = ask(items["pictures"], shown=shown)
+    if items["combos"]:
+        found["combos"] = ask(items["combos"], shown=shown)[0]
     if not blind:
-        ask("shuffled", items, shown="shuffled")
-        steps = [i for i in items if i["check"] == "number" and i["family"] != "count"]
-        for name, begin in BEGINS.items():
-            ask(name, steps, begin=begin)
+        found["shuffled"] = ask(items["pictures"], shown="shuffled")[0]
+        steps = [i for i in items["pictures"] if i["check"] == "number" and i["family"] != "count"]
+        found |= {name: ask(steps, begin=begin)[0] for name, begin in BEGINS.items() if steps}
     model.train()
-    return found, replies["right"]
+    return found, replies
 
 
 def keep_samples(path, items, replies):
