@@ -10,7 +10,8 @@
               loss = - sum_t m_t log p(x_t | pictures, x_<t) / sum_t m_t, as in train_sft.py
               Liu et al. 2023, LLaVA, 2304.08485, section 4.2; Liu et al. 2023, 2310.03744
 
-The model is nanollm/vlm.py, the tower nanollm/vision.py. Rows of text alone (--replay) stand in the
+The model is nanollm/vlm.py, the tower nanollm/vision.py; nanollm/picture_runs.py reads the data and
+runs the stages one after the other. Rows of text alone (--replay) stand in the
 batches of the last stage, against forgetting. A model proves that it looks by the one that can't:
 --blind trains it in the same way on grey pictures; what that one gets right can be guessed.
 
@@ -160,7 +161,7 @@ PRESETS = {
         "compile": True,
     },
 }
-BY_STAGE = {
+BY_STAGE = {  # where a flag says none
     "clip": {"steps": 250, "batch_size": 128, "lr": 0.01, "adam_lr": 2e-3, "weight_decay": 1.0},
     "align": {"steps": 30, "batch_size": 8, "lr": 0.01, "adam_lr": 1e-3, "weight_decay": 0.0},
     "instruct": {"steps": 900, "batch_size": 10, "lr": 0.01, "adam_lr": 3e-3, "weight_decay": 0.0},

@@ -73,10 +73,9 @@ def blind_guess(items):
     answers = defaultdict(Counter)
     for item in items:
         question = read(item["messages"][0]["content"])
-        key = item["family"], question.wording, question.colour is None
-        answers[key][item["answer"]] += 1
+        answers[question.family, question.wording][item["answer"]] += 1
     right, asked = Counter(), Counter()
-    for (family, *_), counts in answers.items():
+    for (family, _), counts in answers.items():
         right[family] += max(counts.values())
         asked[family] += counts.total()
     return {family: right[family] / asked[family] for family in FAMILIES if asked[family]}
@@ -96,8 +95,8 @@ def describe_item(image, scene, rng):
 
 
 def dialogue(image, scene, balance, rng):
-    """Up to TURNS questions about one picture, of different families; half of the answers that
-    need steps have them.
+    """Up to TURNS questions about one picture: in every fourth dialogue first for a description,
+    then of different families. Three of four answers that need steps have them.
     """
     turns = [rng.choice(DESCRIBE), description(scene)] if rng.random() < 0.25 else []
     for family in rng.sample(FAMILIES, len(FAMILIES)):

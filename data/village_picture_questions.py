@@ -2,11 +2,11 @@
 true.
 
     existence   count   colour   place   comparison       plain: one look is enough
-    sum         more    all      season                   steps: look, then conclude
+    sum         more    all      season                   steps: `worked` writes them down
 
 A question is a wording with slots, for example "How many {objects} are there?". `ask` fills the
 slots; `read` goes back, by a regular expression made of the same wording. So whatever can be asked
-can be checked, no matter who asked: `answer_of` and `is_true` filter what a teacher model writes.
+can be checked, no matter who asked: `is_true` filters what a teacher model writes.
 """
 import re
 from typing import NamedTuple
@@ -14,13 +14,12 @@ from typing import NamedTuple
 from data.village_scenes import COLOURS, HELD_OUT, KINDS, PLACES, ROWS, SEASONS, SIZES, row_of
 from data.village_tasks import check_answer
 
-PLAIN = ("existence", "count", "colour", "place", "comparison")
 STEPS = ("sum", "more", "all", "season")
 WORDINGS = {
     "existence": (
         "Are there any {objects}?", "Are there {objects} in the picture?",
-        "Do you see any {objects}?", "Can you see {objects} anywhere?", "Does the picture show any {objects}?",
-        "Look for {objects}: are there any?"),
+        "Do you see any {objects}?", "Can you see {objects} anywhere?",
+        "Does the picture show any {objects}?", "Look for {objects}: are there any?"),
     "count": (
         "How many {objects} are there?", "How many {objects} do you see?", "Count the {objects}.",
         "How many {objects} are in the picture?", "What is the number of {objects}?",

@@ -98,9 +98,6 @@ class PictureStore:
         self.preprocessing = preprocessing
         self.known, self.kept = {}, []  # path -> number; number -> (3, H, W) uint8
 
-    def __len__(self):
-        return len(self.kept)
-
     def numbers(self, paths):
         """The numbers of these files' pictures; opens those that it hasn't yet."""
         for path in paths:

@@ -1,10 +1,10 @@
-"""What stands around the training loops of train_vlm.py: its stages, their data, their shapes.
+"""What stands around the training loops of train_vlm.py: stages, shapes, data.
 
-    run_stages                one stage, or all of them and the blind model, a folder for each
-    load_pairs                pictures with captions, for CLIP
-    load_dialogues            dialogues about pictures; load_texts: without
-    load_items                test items of the last stage
-    new_clip                  of the shape that the flags ask for
+    run_stages        one stage, or all of them and the blind model, each in a folder of its own
+    new_clip          of the shape that the flags ask for
+    load_pairs        pictures with their captions, for CLIP
+    load_dialogues    dialogues about pictures; load_texts: of text alone
+    load_items        what the model is asked before and after the last stage
 """
 
 import dataclasses

@@ -574,7 +574,7 @@ def test_a_store_opens_each_file_once_and_gives_what_preprocessing_gives(album, 
     assert torch.equal(store.of([path, path]), torch.stack([expected, expected]))
     monkeypatch.delattr("nanollm.picture_data.open_picture")
     assert torch.equal(store.of([path])[0], expected)
-    assert len(store) == 1 and store.of([]) is None
+    assert len(store.kept) == 1 and store.of([]) is None
     assert store.kept[0].dtype == torch.uint8
 
 
