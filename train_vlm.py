@@ -5,15 +5,15 @@
               Radford et al. 2021, CLIP, arXiv:2103.00020, figure 3; or --loss siglip:
               Zhai et al. 2023, 2303.15343, equation 1
     align     the vision tower's features become tokens of the language model: a projector alone
-              learns, from captions; everything else is frozen
+              learns, from descriptions; everything else is frozen
     instruct  projector and language model learn from questions about pictures
               loss = - sum_t m_t log p(x_t | pictures, x_<t) / sum_t m_t, as in train_sft.py
               Liu et al. 2023, LLaVA, 2304.08485, section 4.2; Liu et al. 2023, 2310.03744
 
 The model is nanollm/vlm.py, the tower nanollm/vision.py; nanollm/picture_runs.py reads the data and
-runs the stages one after the other. Rows of text alone (--replay) stand in the
-batches of the last stage, against forgetting. A model proves that it looks by the one that can't:
---blind trains it in the same way on grey pictures; what that one gets right can be guessed.
+runs the stages one after the other. Rows of text alone (--replay) stand in the batches of the last
+stage, against forgetting. A model proves that it looks by the one that can't: --blind trains it in
+the same way on grey pictures; what that one gets right can be guessed.
 
 Run     python train_vlm.py                           # all three, and the blind model: runs/vlm
         python train_vlm.py --stage all --resume      # after a kill: finished stages are kept
