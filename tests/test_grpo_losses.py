@@ -23,6 +23,7 @@ from nanollm.data import pad_replies
 from nanollm.gpt import GPT
 from nanollm.optim import Optimizers
 from nanollm.runtime import Runtime
+from nanollm.templates import TEMPLATES
 from tests.test_preference_losses import close, tiny
 from train_grpo import VARIANTS, Config, Counts, Rollout, Sampling
 
@@ -730,7 +731,7 @@ def test_the_villages_own_problems_come_in_two_files(data, name, place, tmp_path
 
 def asked(template, tokenizer, question="What is 7 - 3?"):
     item = {"messages": [{"role": "user", "content": question}]}
-    return train_grpo.TEMPLATES[template](item, tokenizer)
+    return TEMPLATES[template](item, tokenizer)
 
 
 def test_a_base_model_reads_a_document_with_an_example_and_the_problem(tokenizer):
