@@ -584,6 +584,15 @@ def test_the_end_token_belongs_to_the_answer_and_without_one_there_is_no_reward(
     assert not rows.mask[:, : prompt_length(tokenizer)].any()
 
 
+def test_where_rewards_are_negative_not_to_end_is_no_way_out(random_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda item, text: -1.0),))
+    sampling = Sampling(Config(samples=8, max_new_tokens=40), tokenizer)
+    noise = torch.rand(32, 40, dtype=torch.float64)
+    rollout = sampling.rollout(random_model(max_position_embeddings=128), [SUM] * 4, noise)
+    assert 0 < rollout.ended.sum() < 32
+    assert set(rollout.rewards.tolist()) == {-1.0}
+
+
 def test_what_a_tool_writes_into_a_sampled_answer_is_left_out_of_the_mask(random_model, tokenizer):
     sampling = Sampling(Config(samples=4, max_new_tokens=12), tokenizer)
     ask = (random_model(), [SUM], torch.rand(4, 12, dtype=torch.float64))

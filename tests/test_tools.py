@@ -111,6 +111,22 @@ def test_decimals_mean_the_number_that_is_written(expression, result):
     assert calculator(expression) == result
 
 
+@pytest.mark.parametrize(
+    "expression, result",
+    [
+        ("10**39 / 3", "3" * 39 + ".333333"),
+        ("-10**20 / 7", "-14285714285714285714.285714"),
+        ("12345678901234567.25", "12345678901234567.25"),
+        ("1.2345678901234567e17", "123456789012345670"),
+        ("0.1234567890123456789 * 10**19", "1234567890123456789"),
+        ("1999999.9999999", "2000000"), ("-1.9999999", "-2"), ("1e3", "1000"), ("1_0.5", "10.5"),
+        ("1e999999999", "error: too large"), ("0e999999999", "error: too large"),
+    ],
+)  # fmt: skip
+def test_no_digit_is_made_up(expression, result):
+    assert calculator(expression) == result
+
+
 @pytest.mark.parametrize("value", [1234567.5, 99999999.25])
 def test_a_large_fraction_can_be_read_as_a_number(value):
     assert abs(last_number(calculator(str(value))) - Fraction(value)) < 1e-4 * value
@@ -1436,6 +1452,24 @@ def test_a_dialogue_kept_is_read_again_as_the_ids_that_were_scored(tokenizer, mo
     for kept in filter_calls(ROOMY, tokenizer, forging, CHATS[:1]):
         scored = prompt + call + result + [ord("a"), tokenizer.end_id]
         assert tokenizer.render(kept["messages"])[0] == scored
+
+
+def test_an_answer_that_calls_already_gets_no_further_call(filtered):
+    """Nor does one that holds a result: none of its tokens is to count as the answer's."""
+    lookup = "<tool_call>c(2*3)</tool_call><tool_result>6</tool_result>6"
+    chats = [{"messages": turns("q", answer)} for answer in (lookup, "<tool_result>6</tool_result>6")]
+    assert filtered({(0, "2*3"): (4.0, 4.0, 1.0)}, chats=chats) == []
+    earlier = {"messages": turns("q", lookup, "and?", "a")}  # in an earlier answer it may stand
+    assert len(filtered({(0, "2*3"): (4.0, 4.0, 1.0)}, chats=[earlier])) == 1
+
+
+@pytest.mark.parametrize(
+    "out, sentence", [("chats.jsonl", "would replace the file"), (".", "is a folder; name a file")]
+)
+def test_a_place_that_cannot_be_written_is_refused_first(out, sentence, tmp_path):
+    files = {"data": str(tmp_path / "chats.jsonl"), "out": str(tmp_path / out)}
+    with pytest.raises(UserError, match=sentence):
+        toolformer.main(toolformer.Config(**files, device="cpu"))
 
 
 def test_a_dialogue_too_long_for_a_call_is_dropped_or_the_users_error(tokenizer, products):
