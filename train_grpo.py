@@ -10,7 +10,7 @@ one line). Its relatives differ by --loss: dr_grpo (2503.20783), dapo (2503.1447
 sample (G - 1), as in public implementations. pi_old are the logprobs of the first pass over a
 batch, so that rho starts at exactly 1. k3's gradient is the forward KL's; rloo and reinforce_pp put
 k1 into the reward, which gives the reverse KL's. An answer that doesn't end within
---max_new_tokens gets no reward.
+--max_new_tokens gets no reward, or where it would be negative just that.
 
 Run     python train_grpo.py
         python train_grpo.py --preset zero           # R1-Zero: from runs/pretrain, without SFT

@@ -11,6 +11,7 @@ import re
 import time
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,7 @@ from data.village_tools import NOTHING, TOPICS, knowledge, newcomers, tool_items
 from data.village_world import ATTRIBUTES, build_world
 from nanollm import generate as engine
 from nanollm import toolformer
+from nanollm import tools as tools_module
 from nanollm.config import UserError
 from nanollm.data import pad_replies
 from nanollm.generate import generate, stream
@@ -46,6 +48,7 @@ from nanollm.tokenizer import Tokenizer
 from nanollm.toolformer import answer_losses, filter_calls, sampled_calls
 from nanollm.tools import LONGEST, LONGEST_RESULT, KnowledgeBase, Toolbox, calculator
 
+ROOT = Path(__file__).parents[1]
 MEGABYTES = 10 * 2**20
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_result>", "</tool_result>")
 ALPHABETS = (
@@ -560,6 +563,19 @@ def test_the_knowledge_base_holds_one_entry_for_each_fact_and_nobody_else(people
     assert {entry["title"] for entry in entries} == titles and len(entries) == len(titles) == 7000
     words = set(re.findall(r"\w+", " ".join(entry["text"] for entry in entries)))
     assert not words & ({v.name for v in world.villagers} | set(world.strangers))
+
+
+def test_the_examples_of_the_documentation_are_of_the_kind_that_is_trained(people):
+    documents = (ROOT / "data/README.md").read_text(), village_tools.__doc__, tools_module.__doc__
+    for text in documents:
+        for factors, result in re.findall(
+            r"calculator\((.*?)\)</tool_call>(?:<tool_result>(\d+))?", text
+        ):
+            assert sorted(map(len, factors.split(" * "))) == [3, 4]
+            assert result in ("", calculator(factors))
+    (entry,) = re.findall(r'\{"title": "pet .*?\}', documents[0])
+    assert json.loads(entry) in knowledge(people)
+    assert sum("tool_call" in text for text in documents) == 3
 
 
 def test_lessons_mix_calls_with_dialogues_that_need_none(world):
@@ -1457,7 +1473,8 @@ def test_a_dialogue_kept_is_read_again_as_the_ids_that_were_scored(tokenizer, mo
 def test_an_answer_that_calls_already_gets_no_further_call(filtered):
     """Nor does one that holds a result: none of its tokens is to count as the answer's."""
     lookup = "<tool_call>c(2*3)</tool_call><tool_result>6</tool_result>6"
-    chats = [{"messages": turns("q", answer)} for answer in (lookup, "<tool_result>6</tool_result>6")]
+    result = "<tool_result>6</tool_result>6"
+    chats = [{"messages": turns("q", answer)} for answer in (lookup, result)]
     assert filtered({(0, "2*3"): (4.0, 4.0, 1.0)}, chats=chats) == []
     earlier = {"messages": turns("q", lookup, "and?", "a")}  # in an earlier answer it may stand
     assert len(filtered({(0, "2*3"): (4.0, 4.0, 1.0)}, chats=[earlier])) == 1
