@@ -15,7 +15,7 @@ Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.js
 JSONL, one per line: {"messages": [..., a user's turn], "answer": "...", "check": "contains" |
 "exact" | "number" | "unknown", "family": "..."}, or {"prompt", "answer"}, or GSM8K's, with an
 "image" where the question is about one; see data/README.md.
-Answers are greedy unless --temperature says else.
+Answers are greedy unless --temperature says else; with --samples it speaks of the sampled ones.
 """
 
 import json
@@ -74,7 +74,8 @@ class Config:
     begin: str = ""
     # where items have pictures: right; grey: a grey one instead; shuffled: another item's
     pictures: Literal["right", "grey", "shuffled"] = "right"
-    # 0: greedy; default: 0, and with --samples 1 for the sampled answers, beside the greedy one
+    # of the answers; default: 0, greedy. With --samples: of the sampled ones alone (default: 1.0);
+    # the answer beside them stays greedy
     temperature: float | None = None
     batch_size: int = 256  # answers written side by side
     seed: int = 0  # of the sampling
