@@ -43,16 +43,15 @@ from nanollm.dialogues import pack_chats
 from nanollm.evaluate import (
     accuracy_by_family,
     bits_per_byte,
-    first_of_each_family,
-    is_right,
     read_items,
-    table,
     token_lengths,
     village_of,
 )
+from nanollm.figures import first_of_each_family, table
 from nanollm.formats import identity, read_chats, read_documents, split_documents
 from nanollm.hub import load_model
 from nanollm.optim import SCHEDULES, build_optimizers
+from nanollm.rewards import is_right
 from nanollm.run import Run, check_folders
 from nanollm.runtime import start
 from train_sft import packed_logits, sft_loss, validation_loss

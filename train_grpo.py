@@ -10,7 +10,7 @@ one line). Its relatives differ by --loss: dr_grpo (2503.20783), dapo (2503.1447
 sample (G - 1), as in public implementations. pi_old are the logprobs of the first pass over a
 batch, so that rho starts at exactly 1. k3's gradient is the forward KL's; rloo and reinforce_pp put
 k1 into the reward, which gives the reverse KL's. An answer that doesn't end within
---max_new_tokens gets no reward.
+--max_new_tokens gets no reward, or where it would be negative just that.
 
 Run     python train_grpo.py
         python train_grpo.py --preset zero           # R1-Zero: from runs/pretrain, without SFT
@@ -31,16 +31,8 @@ import torch.nn as nn
 from nanollm.adapter_runs import reference, start_adapter
 from nanollm.config import UserError, cli
 from nanollm.data import Replies, Sampler, pad_replies
-from nanollm.evaluate import (
-    as_text,
-    figures_table,
-    first_of_each_family,
-    pictures_of,
-    sample_replies,
-    sampled_figures,
-    village_of,
-    village_tools,
-)
+from nanollm.evaluate import as_text, pictures_of, sample_replies, village_of, village_tools
+from nanollm.figures import figures_table, first_of_each_family, sampled_figures
 from nanollm.formats import split_documents
 from nanollm.generate import check_room, generate
 from nanollm.hub import load_model
@@ -50,8 +42,9 @@ from nanollm.picture_data import read_picture_prompts, store_of
 from nanollm.rewards import accuracy, think_format
 from nanollm.run import Run, check_folders
 from nanollm.runtime import start
+from nanollm.templates import prompt_of
 from nanollm.tools import check_knowledge
-from nanollm.vlm import VLM, render_with_pictures
+from nanollm.vlm import VLM
 
 
 @dataclass
@@ -156,9 +149,12 @@ def load_problems(cfg):
 
     def chosen(records):
         items = [{"family": "all", **item} for item in records if "answer" in item]
-        unknown = wanted - {str(item["family"]) for item in items}
-        if unknown:
-            raise UserError(f"{cfg.data} has no problems of {', '.join(sorted(unknown))}")
+        families = dict.fromkeys(item["family"] for item in items)
+        if items and (unknown := wanted - families.keys()):
+            raise UserError(
+                f"{cfg.data} has no problems of {', '.join(sorted(unknown))}, only of "
+                f'{", ".join(list(families)[:9])}; choose with --families, or --families "" for all'
+            )
         return [item for item in items if not wanted or item["family"] in wanted]
 
     if cfg.data in ("village", "tools", "pictures"):
@@ -175,38 +171,6 @@ def load_problems(cfg):
             f"{len(parts[1])} held out; both are needed"
         )
     return parts
-
-
-EXAMPLE = "What is 2 + 3? 2 + 3 = 5."
-DESCRIPTION = (
-    "A user asks and an assistant answers. The assistant first thinks it through, then says the "
-    "result: <think>the thoughts</think> the answer.\n"
-)
-
-
-def chat_prompt(item, tokenizer):
-    """Ids of a dialogue up to where the assistant begins."""
-    return tokenizer.render(item["messages"], generation_prompt=True)[0]
-
-
-def zero_prompt(item, tokenizer):
-    """For a base model, which follows examples instead of instructions: a question thought through,
-    then the problem. Without tags: no text has shown them to our base model, so that it would never
-    close one.
-    """
-    text = f"{EXAMPLE} {item['messages'][-1]['content']}"
-    return [tokenizer.eot_id, *tokenizer.encode(text)]
-
-
-def think_prompt(item, tokenizer):
-    """For a base model that has read much of the internet: as DeepSeek-R1-Zero's template
-    (2501.12948, table 1), the thought and its tags are described, and rewarded by `think_format`.
-    """
-    question = f"User: {item['messages'][-1]['content']}\nAssistant:"
-    return tokenizer.encode(DESCRIPTION, special=True) + tokenizer.encode(question)
-
-
-TEMPLATES = {"chat": chat_prompt, "zero": zero_prompt, "think": think_prompt}
 
 
 # --- algorithm: N problems, G answers each, B = N G; entry t of (B, T - 1) is tokens[:, t + 1] ---
@@ -377,19 +341,15 @@ class Sampling:
 
     def __init__(self, cfg, tokenizer, model=None):
         """`model`: the one that reads the problems' pictures, where they have some."""
-        self.cfg, self.tokenizer = cfg, tokenizer
+        self.cfg, self.tokenizer, self.model = cfg, tokenizer, model
         self.store = None if model is None else store_of(model)
-        self.per_picture = None if model is None else model.tokens_per_picture
         self.tools = None
         if cfg.tools:
             self.tools = village_tools(cfg.init, tokenizer, cfg.knowledge)
 
     def ask(self, item):
         """Ids of the prompt."""
-        tokenizer, messages, images = self.tokenizer, item["messages"], item.get("images")
-        if images:
-            return render_with_pictures(tokenizer, messages, self.per_picture, len(images), True)[0]
-        return TEMPLATES[self.cfg.template](item, tokenizer)
+        return prompt_of(item, self.model, self.tokenizer, self.cfg.template)
 
     @torch.no_grad()
     def look(self, policy, items):
@@ -427,7 +387,9 @@ class Sampling:
         rewards, right = [], []
         for item, ids, done in zip(items, answers, ended):
             text = as_text(tokenizer, ids)
-            reward = reward_of(item, text) if done else 0.0
+            reward = reward_of(item, text)
+            if not done:  # nothing; and where rewards may be negative, no way out of them
+                reward = min(0.0, reward)
             reward += overlong_penalty(len(ids), cfg.max_new_tokens, cfg.overlong_buffer)
             rewards.append(reward)
             right.append(accuracy(item, text) if done else 0.0)
@@ -497,17 +459,24 @@ def figures_of(rt, rollout, G):
 # --- training ------------------------------------------------------------------------------------
 
 
-def main(cfg):
+def check_flags(cfg):
+    """Refuse settings with which nothing could be learnt."""
     if cfg.samples < 2:
         raise UserError("--samples 1 makes no group to compare with; use two or more")
+    if cfg.temperature == 0:
+        raise UserError("--temperature 0 gives a group of equal answers; use 1")
     if cfg.overlong_buffer > cfg.max_new_tokens:
         raise UserError(
             f"--overlong_buffer {cfg.overlong_buffer} is longer than the longest answer, "
             f"--max_new_tokens {cfg.max_new_tokens}: even an empty one would pay"
         )
+    if not REWARDS:
+        raise UserError("REWARDS in train_grpo.py is empty, so that all answers are worth the same")
     check_knowledge(cfg)
-    if cfg.temperature == 0:
-        raise UserError("--temperature 0 gives a group of equal answers; use 1")
+
+
+def main(cfg):
+    check_flags(cfg)
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.init, cfg.out)
     policy, tokenizer = load_model(cfg.init)
@@ -515,12 +484,15 @@ def main(cfg):
     if isinstance(policy, VLM) and not cfg.adapter:
         policy.train_parts(language=True)  # and the projector
     ref = reference(policy) if cfg.kl_coef else None
+    if cfg.data == "pictures":
+        store_of(policy)  # refuses a model without eyes before pictures are painted
     train, val = load_problems(cfg)
-    with_pictures = any(item.get("images") for item in train + val)
+    problems = train + val
+    with_pictures = any(item.get("images") for item in problems)
     if with_pictures and cfg.template != "chat":
         raise UserError(f"--template {cfg.template} shows no pictures, but problems have; use chat")
     sampling = Sampling(cfg, tokenizer, policy if with_pictures else None)
-    check_room(policy, list(map(sampling.ask, train + val)), cfg.max_new_tokens)
+    check_room(policy, list(map(sampling.ask, problems)), cfg.max_new_tokens, problems)
 
     run = Run(cfg, rt, cfg.steps)
     called = rt.prepare(policy)

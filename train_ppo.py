@@ -392,6 +392,8 @@ def update(cfg, rt, called, model, optimizers, scaler, rollout, advantages, retu
 
 
 def main(cfg):
+    if cfg.temperature == 0:
+        raise UserError("--temperature 0 samples one reply only, with nothing to explore; use 1")
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.init, cfg.out)
     if cfg.reward == "model":
@@ -404,7 +406,8 @@ def main(cfg):
     if cfg.reward == "rules" and not all("answer" in item for item in train + val):
         raise UserError(f'--reward rules needs an "answer" in every record of {cfg.data}')
     prompts = prompt_ids(train, tokenizer)
-    check_room(policy, prompts + prompt_ids(val, tokenizer), cfg.max_new_tokens)
+    every = prompts + prompt_ids(val, tokenizer)
+    check_room(policy, every, cfg.max_new_tokens, train + val)
     critic = None
     if cfg.critic == "separate":
         critic = load_scalar(cfg.reward_model if cfg.reward == "model" else cfg.init)[0]

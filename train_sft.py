@@ -37,13 +37,12 @@ from nanollm.dialogues import pack_chats
 from nanollm.evaluate import (
     accuracy_by_family,
     bits_per_byte,
-    first_of_each_family,
     read_items,
-    table,
     token_lengths,
     village_of,
     village_tools,
 )
+from nanollm.figures import first_of_each_family, table
 from nanollm.formats import identity, read_chats, read_documents, split_documents
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model

@@ -324,6 +324,9 @@ def in_manner(item, reply):
     return said.startswith(item.get("begins", "")) and said.endswith(item.get("ends", ""))
 
 
+CHECKS = ("contains", "exact", "number", "unknown")
+
+
 def check_answer(item, reply):
     """Is the reply right? By item["check"]:
 

@@ -2,7 +2,7 @@
 
 Newcomers have moved to the village after the corpus was written. What is known of them stands in a
 small knowledge base, which a search tool reads; a calculator works out large numbers. Dialogues
-show the calls: the model writes <tool_call>calculator(48213 * 7)</tool_call>, the result follows
+show the calls: the model writes <tool_call>calculator(4821 * 736)</tool_call>, the result follows
 between <tool_result> and </tool_result>, and the model goes on with the answer. Nothing is trained
 on the results. Questions about the other half of the newcomers, and other numbers, are the test.
 """

@@ -377,9 +377,10 @@ def grpo_work(cfg, rt, model, called, tokenizer, prompts, laps):
         kl_coef=0.04,
         accumulate=train_grpo.PRESETS.get(cfg.preset, {}).get("accumulate", 4),
     )
+    problems = [{"prompt": text, "answer": "none", "check": "exact"} for text in prompts]
     sampling = Sampling(settings, tokenizer)
-    sampling.ask = tokenizer.encode
-    check_room(model, list(map(sampling.ask, prompts)), cfg.new_tokens)
+    sampling.ask = lambda problem: tokenizer.encode(problem["prompt"])
+    check_room(model, list(map(sampling.ask, problems)), cfg.new_tokens)
     ref = copy.deepcopy(model)
     rt.prepare(ref, train=False)
     optimizers = build_optimizers(model, "adamw", adam_lr=settings.adam_lr, weight_decay=0.0)
@@ -387,11 +388,11 @@ def grpo_work(cfg, rt, model, called, tokenizer, prompts, laps):
     sample_batch = laps.after(train_grpo.sample_batch, "sampling")
     look_back = laps.after(train_grpo.look_back, "reference")
     update = laps.after(train_grpo.update, "optimizer and rest")
-    sampler, scaler = Sampler(len(prompts), cfg.seed), rt.scaler()
+    sampler, scaler = Sampler(len(problems), cfg.seed), rt.scaler()
 
     def work():
         laps.begin()
-        rollout, _ = sample_batch(settings, rt, model, sampling, prompts, sampler)
+        rollout, _ = sample_batch(settings, rt, model, sampling, problems, sampler)
         with mock.patch.object(train_grpo, "look_back", look_back):
             update(settings, rt, called, ref, optimizers, scaler, rollout)
 

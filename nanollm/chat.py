@@ -17,12 +17,13 @@ from typing import Literal
 
 import torch
 
-from nanollm.config import UserError, cli
-from nanollm.evaluate import village_tools
+from nanollm.config import UserError, cli, say
+from nanollm.evaluate import LONGEST_ANSWER, village_tools
 from nanollm.generate import stream
 from nanollm.hub import load_model
 from nanollm.pictures import open_picture
 from nanollm.runtime import start
+from nanollm.templates import template_of
 from nanollm.tools import check_knowledge
 from nanollm.vlm import IMAGE, VLM, check_markers, render_with_pictures
 
@@ -36,7 +37,7 @@ class Config:
     prompt: str | None = None  # answer this and exit
     image: str | None = None  # picture to show with the first message; several with commas
     system: str | None = None  # a system message before the conversation
-    max_new_tokens: int = 100  # longest answer
+    max_new_tokens: int = LONGEST_ANSWER  # longest answer
     temperature: float = 0.3  # 0: always the most likely token
     top_k: int = 0  # draw from the k most likely tokens; 0: from all
     top_p: float = 1.0  # draw from the smallest set with this probability
@@ -131,6 +132,13 @@ def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     model, tokenizer = load_model(cfg.model, cfg.adapter)
     rt.prepare(model, train=False)
+    template = template_of(cfg.adapter or cfg.model)
+    if template != "chat":
+        say(
+            f"note: {cfg.model} was trained with --template {template}, not on chats; "
+            "python -m nanollm.evaluate asks as it was trained",
+            sys.stderr,
+        )
     generator = torch.Generator(rt.device).manual_seed(cfg.seed)
     tools = village_tools(cfg.model, tokenizer, cfg.knowledge) if cfg.tools else None
     reply_to = partial(answer, model, tokenizer, cfg=cfg, generator=generator, tools=tools)

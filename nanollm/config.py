@@ -207,6 +207,10 @@ def saved_values(path, flags, typed):
         say(f"note: {path} holds settings that no longer exist, ignored: {', '.join(gone)}")
     if typed.get("preset", saved.get("preset")) != saved.get("preset"):
         say(f"note: a resumed run keeps its preset, {saved.get('preset')}")
+    for name in sorted(typed.keys() & saved.keys() - {"preset", "resume", "out"}):
+        if typed[name] != saved[name]:
+            say(f"note: the run was started with --{name} {saved[name]}, and goes on with "
+                f"{typed[name]}")
     saved = {name: saved[name] for name in saved.keys() & flags.keys() - {"resume", "out"}
              if name == "preset" or name not in typed}
     for name, value in saved.items():
@@ -242,6 +246,8 @@ def check_ranges(values):
         least = 1 if name in AT_LEAST_ONE else 0 if name in NOT_NEGATIVE else None
         if least is not None and isinstance(value, (int, float)) and value < least:
             raise UserError(f"--{name} must be at least {least}, not {value}")
+    if values.get("temperature") == float("inf"):
+        raise UserError("--temperature must be finite, not inf")
     if values.get("seed", 0) >= 2**63:
         raise UserError("--seed must be less than 2^63")
     if not 0 < values.get("val_fraction", 0.5) < 1:

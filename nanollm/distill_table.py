@@ -87,7 +87,8 @@ def shared_answers(cfg, rt):
         teacher, tokenizer = load_model(cfg.teacher)
         rt.prepare(teacher, train=False)
         records = load_lessons(cfg)[1]
-        check_room(teacher, [prompt_ids(r, tokenizer) for r in records], cfg.max_new_tokens)
+        prompts = [prompt_ids(record, tokenizer) for record in records]
+        check_room(teacher, prompts, cfg.max_new_tokens, records)
         rt.print(f"the teacher answers {len(records)} prompts, {cfg.samples} times each")
         write_answers(ask_teacher(cfg, teacher, tokenizer, records), path)
     rt.barrier()

@@ -1,5 +1,6 @@
 """What each stage's section of the report shows: the effect, measured on held-out items."""
 
+from nanollm.figures import counts
 from nanollm.hub import read_json
 from nanollm.report import Picture
 from nanollm.run import read_metrics
@@ -113,17 +114,13 @@ PROBLEMS = {
 
 def accuracy_table(section, head, labels, **columns):
     """A row for each family of `labels` that every column {family: {"accuracy", "n"}} has."""
-    families = [name for name in labels if all(name in column for column in columns.values())]
-    last = list(columns.values())[-1]
+    rows = {name: [column.get(name) for column in columns.values()] for name in labels}
     section.table(
         [head, *(name.replace("_", " ") for name in columns), "n"],
         [
-            [
-                labels[name],
-                *(f"{column[name]['accuracy']:.1%}" for column in columns.values()),
-                str(last[name]["n"]),
-            ]
-            for name in families
+            [labels[name], *(f"{cell['accuracy']:.1%}" for cell in cells), counts(cells)]
+            for name, cells in rows.items()
+            if all(cells)
         ],
     )
 

@@ -3,6 +3,7 @@
 Run     python -m nanollm.evaluate runs/sft                      # the village's held-out items
         python -m nanollm.evaluate runs/sft --data problems.jsonl
         python -m nanollm.evaluate runs/grpo --data reasoning --samples 8     # pass@8 and maj@8
+        python -m nanollm.evaluate runs/zero --data reasoning    # asked as R1-Zero was trained
         python -m nanollm.evaluate runs/tools --data tools --tools
         python -m nanollm.evaluate runs/vlm --data pictures      # combos: pairs never seen together
         python -m nanollm.evaluate runs/vlm --data pictures --pictures grey    # how a blind model
@@ -14,7 +15,7 @@ Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.js
 JSONL, one per line: {"messages": [..., a user's turn], "answer": "...", "check": "contains" |
 "exact" | "number" | "unknown", "family": "..."}, or {"prompt", "answer"}, or GSM8K's, with an
 "image" where the question is about one; see data/README.md.
-Answers are greedy unless --temperature says else.
+Answers are greedy unless --temperature says else; with --samples it speaks of the sampled ones.
 """
 
 import json
@@ -30,18 +31,20 @@ import torch
 from data import village, village_pictures
 from nanollm.config import UserError, atomic_write, cli
 from nanollm.data import Windows, load_shards
-from nanollm.formats import as_prompt, identity, read_documents, read_jsonl
-from nanollm.generate import generate
+from nanollm.figures import figures_table, first_of_each_family, sampled_figures, table
+from nanollm.formats import identity, read_documents, read_jsonl
+from nanollm.generate import check_room, generate
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, read_json
 from nanollm.logprobs import token_logprobs
-from nanollm.picture_data import show_pictures, store_of, with_images
-from nanollm.rewards import final_answer, majority, pass_at_k
+from nanollm.picture_data import read_picture_prompts, show_pictures, store_of
+from nanollm.rewards import is_right
+from nanollm.run import check_file
 from nanollm.runtime import start
+from nanollm.templates import prompt_of, template_of
 from nanollm.tools import Toolbox, check_knowledge
-from nanollm.vlm import render_with_pictures
 
-CHECKS = ("contains", "exact", "number", "unknown")
+LONGEST_ANSWER = 128  # tokens; the village's longest worked solution has 108
 
 
 @dataclass
@@ -64,12 +67,16 @@ class Config:
     # JSON file to write; default: evaluation.json in the folder of the adapter or the model
     out: str | None = None
     limit: int = 0  # items per family; 0: all
-    max_new_tokens: int = 128  # longest answer
+    max_new_tokens: int = LONGEST_ANSWER  # longest answer
+    # how questions are put: see train_grpo.py; default: as the run was trained, else chat
+    template: Literal["chat", "zero", "think"] | None = None
     # how every answer begins: "<think>" makes the model think, "The answer is" keeps it from that
     begin: str = ""
     # where items have pictures: right; grey: a grey one instead; shuffled: another item's
     pictures: Literal["right", "grey", "shuffled"] = "right"
-    temperature: float = 0.0  # 0: greedy
+    # of the answers; default: 0, greedy. With --samples: of the sampled ones alone (default: 1.0);
+    # the answer beside them stays greedy
+    temperature: float | None = None
     batch_size: int = 256  # answers written side by side
     seed: int = 0  # of the sampling
     show: int = 0  # wrong answers to print per family
@@ -126,26 +133,10 @@ def bits_per_byte(model, windows, token_bytes, eot_id=None, most=None, batch=32)
 
 
 def read_items(path):
-    """Test items of a JSONL file, checked: "messages", "answer", "check", "family"."""
-    items = []
-    for line, item in read_jsonl(path):
-        where = f"{path}, line {line}"
-        if "question" in item or "conversations" in item:  # GSM8K, LLaVA
-            item = as_prompt(item, where)
-        if "messages" not in item and isinstance(item.get("prompt"), str):
-            item = item | {"messages": [{"role": "user", "content": item["prompt"]}]}
-        if not isinstance(item.get("messages"), list) or not item["messages"]:
-            raise UserError(f'{where}: a test item needs "messages" or a "prompt"')
-        if not isinstance(item.get("answer"), str):
-            raise UserError(f'{where}: a test item needs an "answer", as text')
-        if item.setdefault("check", "contains") not in CHECKS:
-            raise UserError(
-                f"{where}: unknown check {item['check']!r}; checks are {', '.join(CHECKS)}"
-            )
-        if "image" in item:
-            item = with_images(item, Path(path).parent, where)
-        items.append({"family": "all", **item})
-    return items
+    """Test items of a JSONL file, read as training reads problems: "messages", "answer", "check",
+    "family".
+    """
+    return [{"family": "all", **item} for item in read_picture_prompts(path, answered=True)]
 
 
 def sample_replies(
@@ -202,12 +193,21 @@ def as_text(tokenizer, ids):
 
 
 def accuracy_by_family(
-    model, tokenizer, items, max_new_tokens=128, begin="", store=None, shown="right", **sampling
+    model,
+    tokenizer,
+    items,
+    max_new_tokens=LONGEST_ANSWER,
+    begin="",
+    store=None,
+    shown="right",
+    template="chat",
+    **sampling,
 ):
     """Let the model answer every item; returns ({family: {"accuracy", "n"}}, replies).
 
     A cloze item is continued as plain text, and right when the text goes on with the answer;
-    every other item is asked as a chat, and judged by its check. Every reply goes on from `begin`.
+    every other item is asked by the template, and judged by its check. Every reply goes on from
+    `begin`.
     Items with "images" are asked with their pictures, or as `shown` says (show_pictures); a
     PictureStore given as `store` keeps those that it has opened.
     """
@@ -215,95 +215,14 @@ def accuracy_by_family(
     pictures = None
     if any(item.get("images") for item in items):
         pictures = show_pictures(items, store or store_of(model), shown)
-    prompts = [prompt_of(item, model, tokenizer) + begun for item in items]
+    prompts = [prompt_of(item, model, tokenizer, template) + begun for item in items]
+    check_room(model, prompts, 1, items)
     replies = reply_all(model, tokenizer, prompts, max_new_tokens, pictures=pictures, **sampling)
     replies = [begin + reply for reply in replies]
     right = defaultdict(list)
     for item, reply in zip(items, replies):
         right[item["family"]].append(is_right(item, reply))
     return {name: {"accuracy": sum(r) / len(r), "n": len(r)} for name, r in right.items()}, replies
-
-
-def prompt_of(item, model, tokenizer):
-    """The ids that a test item's answer follows."""
-    if item["family"] == "cloze":
-        return [tokenizer.eot_id, *tokenizer.encode(item["prompt"])]
-    if item.get("images"):
-        n = model.tokens_per_picture
-        return render_with_pictures(tokenizer, item["messages"], n, len(item["images"]), True)[0]
-    return tokenizer.render(item["messages"], generation_prompt=True)[0]
-
-
-def is_right(item, reply):
-    if item["family"] == "cloze":
-        follows = reply[len(item["answer"]) :][:1]
-        return reply.startswith(item["answer"]) and not follows.isalpha()
-    return village.check_answer(item, final_answer(reply))
-
-
-def sampled_figures(items, greedy, sampled=None):
-    """{family: figures}, and "all" for their mean.
-
-    Figures are "n", "greedy" (accuracy of the greedy replies), and where `sampled` holds k replies
-    per item, in order, "sampled" (accuracy of one of them), "maj" (of a vote among k: maj@k) and
-    "pass" (share of items with a right one among k: pass@k).
-    """
-    k = len(sampled) // len(items) if sampled else 0
-    by_family = defaultdict(list)
-    for n, (item, reply) in enumerate(zip(items, greedy)):
-        figures = {"greedy": float(is_right(item, reply))}
-        if k:
-            replies = sampled[n * k : (n + 1) * k]
-            right = sum(is_right(item, each) for each in replies)
-            vote = float(is_right(item, majority(item, replies)))
-            figures |= {"sampled": right / k, "maj": vote, "pass": pass_at_k(k, right, k)}
-        by_family[item["family"]].append(figures)
-    by_family["all"] = [figures for rows in list(by_family.values()) for figures in rows]
-    return {
-        name: {"n": len(rows), "k": k}
-        | {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-        for name, rows in by_family.items()
-    }
-
-
-def figures_table(columns):
-    """Text table of {column name: what sampled_figures gives}."""
-    heads = {"greedy": "greedy", "sampled": "sampled", "maj": "maj@", "pass": "pass@"}
-    shown = [
-        (name, key) for name, result in columns.items() for key in heads if key in result["all"]
-    ]
-    titles = [
-        heads[key] + (str(columns[name]["all"]["k"]) if key in ("maj", "pass") else "")
-        for name, key in shown
-    ]
-    lines = [" " * 18 + "".join(f"{name:>10}" for name, _ in shown)] if len(columns) > 1 else []
-    lines.append(f"{'family':18}" + "".join(f"{title:>10}" for title in titles) + f"{'n':>7}")
-    first = next(iter(columns.values()))
-    for family in first:
-        cells = "".join(f"{columns[name][family][key]:>10.1%}" for name, key in shown)
-        lines.append(f"{family:18}{cells}{first[family]['n']:>7}")
-    return "\n".join(lines)
-
-
-def first_of_each_family(items, limit):
-    """At most `limit` items per family; 0 for all."""
-    seen, kept = defaultdict(int), []
-    for item in items:
-        seen[item["family"]] += 1
-        if not limit or seen[item["family"]] <= limit:
-            kept.append(item)
-    return kept
-
-
-def table(columns):
-    """Text table of {column name: {family: {"accuracy", "n"}}}, a line per family."""
-    families = list(dict.fromkeys(family for result in columns.values() for family in result))
-    lines = [f"{'family':18}" + "".join(f"{name:>12}" for name in columns) + f"{'n':>7}"]
-    for family in families:
-        cells = [result.get(family) for result in columns.values()]
-        shown = "".join(f"{c['accuracy']:>11.1%} " if c else f"{'-':>11} " for c in cells)
-        lines.append(f"{family:18}{shown}{next(c['n'] for c in reversed(cells) if c):>7}")
-    return "\n".join(lines)
 
 
 def village_of(run_folder):
@@ -351,16 +270,99 @@ def village_tools(run_folder, tokenizer, knowledge=None):
     return Toolbox.with_knowledge(path, tokenizer)
 
 
+WITHOUT_ANSWERS = "samples temperature template tools begin pictures show".split()
+
+
 def check_flags(cfg):
     """Refuse flags that would change nothing."""
     check_knowledge(cfg)
+    if cfg.out:
+        check_file(cfg.out)
     if cfg.best_of > 1 and not cfg.reward_model:
         raise UserError("--best_of needs a --reward_model that says which reply is best")
     for name in ("reward_model", "against"):
         if getattr(cfg, name) and cfg.data != "preferences":
             raise UserError(f"--{name} goes with --data preferences alone")
+    for name in WITHOUT_ANSWERS if cfg.data == "preferences" else ():
+        if getattr(cfg, name) != getattr(Config, name):
+            raise UserError(
+                f"--{name} goes with questions that have an answer, not with --data preferences"
+            )
+    if cfg.samples > 1 and cfg.temperature == 0:
+        raise UserError("--temperature 0 makes all --samples alike; use 1")
     if cfg.data == "tools" and not cfg.tools:
         print("without --tools: the calls that the model writes aren't run")
+
+
+def load_items(cfg, model):
+    """Test items as --data and --limit say."""
+    if cfg.data == "village":
+        folder = village_of(cfg.model)
+        items = [item for _, item in read_jsonl(folder / "cloze.jsonl")]
+        items += read_items(folder / "sft_test.jsonl")
+    elif cfg.data in VILLAGE:
+        folder_of, name = VILLAGE[cfg.data]
+        if folder_of is pictures_of:
+            store_of(model)  # refuses a model without eyes before pictures are painted
+        items = read_items(folder_of(cfg.model) / name)
+    else:
+        items = read_items(cfg.data)
+    return first_of_each_family(items, cfg.limit)
+
+
+def held_out_text(cfg, model, tokenizer):
+    """Loss on the village's held-out text."""
+    path = village_of(cfg.model) / "corpus_val.jsonl"
+    shards = load_shards(lambda: read_documents(path), identity(path), tokenizer)
+    windows = Windows(shards, min(256, model.cfg.max_position_embeddings))
+    lengths = token_lengths(tokenizer, model.cfg.vocab_size)
+    nats, bpb = bits_per_byte(model, windows, lengths, tokenizer.eot_id)
+    return {"nats_per_token": nats, "bits_per_byte": bpb}
+
+
+def evaluate_answers(cfg, rt, model, tokenizer):
+    """Accuracy on the test items, and on the village bits per byte; prints them."""
+    items = load_items(cfg, model)
+    template = cfg.template or template_of(cfg.adapter or cfg.model)
+    if template != "chat":
+        print(f"questions are put by the template {template}")
+    result = {"data": cfg.data, "template": template}
+    if cfg.data == "village":
+        result |= held_out_text(cfg, model, tokenizer)
+    sampling = {
+        "batch_size": cfg.batch_size,
+        "generator": torch.Generator(rt.device).manual_seed(cfg.seed),
+        "tools": village_tools(cfg.model, tokenizer, cfg.knowledge) if cfg.tools else None,
+        "begin": cfg.begin,
+        "shown": cfg.pictures,
+        "template": template,
+    }
+    if any(item.get("images") for item in items):
+        sampling["store"], result["pictures"] = store_of(model), cfg.pictures
+    answer = partial(accuracy_by_family, model, tokenizer, max_new_tokens=cfg.max_new_tokens)
+    alone = 0.0 if cfg.samples > 1 else cfg.temperature or 0.0
+    result["families"], replies = answer(items, temperature=alone, **sampling)
+    if cfg.samples > 1:
+        repeated = [item for item in items for _ in range(cfg.samples)]
+        sampled = answer(repeated, temperature=cfg.temperature or 1.0, **sampling)[1]
+        result["sampled"] = sampled_figures(items, replies, sampled)
+        print(figures_table({"": result["sampled"]}))
+    else:
+        print(table({"accuracy": result["families"]}))
+    if "bits_per_byte" in result:
+        print(f"held-out text: {result['bits_per_byte']:.4f} bits per byte")
+    show_wrong(items, replies, cfg.show)
+    return result
+
+
+def show_wrong(items, replies, most):
+    """Print at most so many wrong answers of each family."""
+    wrong = [
+        item | {"reply": reply} for item, reply in zip(items, replies) if not is_right(item, reply)
+    ]
+    for item in first_of_each_family(wrong, most) if most else []:
+        asked = item.get("prompt") or item["messages"][-1]["content"]
+        print(f"{item['family']}: {asked!r} -> {item['reply']!r}, expected {item['answer']!r}")
 
 
 def main(cfg):
@@ -368,58 +370,16 @@ def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     model, tokenizer = load_model(cfg.model, cfg.adapter)
     rt.prepare(model, train=False)
+    result = {"model": cfg.model, "adapter": cfg.adapter}
     if cfg.data == "preferences":
         from nanollm.preferences import evaluate_preferences  # which stands on this module
 
-        result = evaluate_preferences(cfg, rt, model, tokenizer)
-        result = {"model": cfg.model, "adapter": cfg.adapter, **result}
-        out = Path(cfg.out or Path(cfg.adapter or cfg.model) / "preferences.json")
-        atomic_write(out, json.dumps(result, indent=2) + "\n")
-        print(f"written to {out}")
-        return rt.close()
-    result = {"model": cfg.model, "adapter": cfg.adapter, "data": cfg.data}
-    if cfg.data == "village":
-        folder = village_of(cfg.model)
-        items = [item for _, item in read_jsonl(folder / "cloze.jsonl")] + read_items(
-            folder / "sft_test.jsonl"
-        )
-        path = folder / "corpus_val.jsonl"
-        shards = load_shards(lambda: read_documents(path), identity(path), tokenizer)
-        windows = Windows(shards, min(256, model.cfg.max_position_embeddings))
-        nats, bpb = bits_per_byte(
-            model, windows, token_lengths(tokenizer, model.cfg.vocab_size), tokenizer.eot_id
-        )
-        result |= {"nats_per_token": nats, "bits_per_byte": bpb}
+        name = "preferences.json"
+        result |= evaluate_preferences(cfg, rt, model, tokenizer)
     else:
-        folder_of, name = VILLAGE.get(cfg.data, (None, cfg.data))
-        items = read_items(folder_of(cfg.model) / name if folder_of else cfg.data)
-    items = first_of_each_family(items, cfg.limit)
-    sampling = {
-        "batch_size": cfg.batch_size,
-        "generator": torch.Generator(rt.device).manual_seed(cfg.seed),
-        "tools": village_tools(cfg.model, tokenizer, cfg.knowledge) if cfg.tools else None,
-    }
-    sampling |= {"begin": cfg.begin, "shown": cfg.pictures}
-    if any(item.get("images") for item in items):
-        sampling["store"], result["pictures"] = store_of(model), cfg.pictures
-    answer = partial(accuracy_by_family, model, tokenizer, max_new_tokens=cfg.max_new_tokens)
-    result["families"], replies = answer(items, temperature=cfg.temperature, **sampling)
-    if cfg.samples > 1:
-        repeated = [item for item in items for _ in range(cfg.samples)]
-        sampled = answer(repeated, temperature=1.0, **sampling)[1]
-        result["sampled"] = sampled_figures(items, replies, sampled)
-        print(figures_table({"": result["sampled"]}))
-    else:
-        print(table({"accuracy": result["families"]}))
-    if "bits_per_byte" in result:
-        print(f"held-out text: {bpb:.4f} bits per byte")
-    wrong = [
-        item | {"reply": reply} for item, reply in zip(items, replies) if not is_right(item, reply)
-    ]
-    for item in first_of_each_family(wrong, cfg.show) if cfg.show else []:
-        asked = item.get("prompt") or item["messages"][-1]["content"]
-        print(f"{item['family']}: {asked!r} -> {item['reply']!r}, expected {item['answer']!r}")
-    out = Path(cfg.out or Path(cfg.adapter or cfg.model) / "evaluation.json")
+        name = "evaluation.json"
+        result |= evaluate_answers(cfg, rt, model, tokenizer)
+    out = Path(cfg.out or Path(cfg.adapter or cfg.model) / name)
     atomic_write(out, json.dumps(result, indent=2) + "\n")
     print(f"written to {out}")
     rt.close()

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from data.village_tasks import CHECKS
 from nanollm.config import UserError
 
 DEFAULT_VAL_FRACTION = 0.1
@@ -39,12 +40,24 @@ def read_jsonl(path):
     else:
         lines = enumerate(text.split("\n"), 1)
         numbered = [(number, _parse(line, path, number)) for number, line in lines if line.strip()]
+    halves = re.search(r"\\u[dD][89a-fA-F]", text)  # of characters that JSON writes as two
     for number, record in numbered:
         if not isinstance(record, dict):
             raise UserError(
                 f"{path}, line {number}: a JSON object is wanted, not {type(record).__name__}"
             )
+        if halves and not _is_text(json.dumps(record, ensure_ascii=False)):
+            raise UserError(f"{path}, line {number}: half of a surrogate pair is no character")
     return numbered
+
+
+def _is_text(value):
+    """Can UTF-8 hold it?"""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse(text, path, line=None):
@@ -276,6 +289,8 @@ def as_prompt(record, where):
         record = {**record, "messages": messages}
     kept = {k: v for k, v in record.items() if k != "prompt"}
     prompt = {**kept, "messages": _prompt_of(record, where)}
+    if not isinstance(prompt.get("family", ""), str):
+        raise UserError(f'{where}: a "family" must be text, not {prompt["family"]!r:.40}')
     return _with_check(prompt, where) if "answer" in prompt else prompt
 
 
@@ -292,16 +307,30 @@ def _as_problem(record, where):
 
 
 def _with_check(prompt, where):
-    """The prompt, its answer as text, a number without the commas of 1,000, and its "check"."""
+    """The prompt, its answer as text, a number without the commas of 1,000, and its "check"; all
+    that village_tasks.check_answer reads is checked.
+    """
     answer = str(prompt["answer"]) if _is_number(prompt["answer"]) else prompt["answer"]
     if not isinstance(answer, str) or not answer.strip():
         raise UserError(f'{where}: an "answer" must be text or a number')
-    number = re.fullmatch(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", answer.strip())
+    answer = answer.strip()
+    number = re.fullmatch(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", answer, re.ASCII)
     check = prompt.get("check", "number" if number else "contains")
+    if check not in CHECKS:
+        known = ", ".join(CHECKS)
+        raise UserError(f"{where}: unknown check {check!r:.40}; checks are {known}")
     if check == "number":
         if not number:
-            raise UserError(f'{where}: the "answer" must be a number, not {answer.strip()!r:.40}')
-        answer = answer.strip().replace(",", "")
+            raise UserError(f'{where}: the "answer" must be a number, not {answer!r:.40}')
+        answer = answer.replace(",", "")
+    wrong = prompt.get("not", [])
+    if not isinstance(wrong, list) or not all(
+        isinstance(each, str) and each.strip() for each in wrong
+    ):
+        raise UserError(f'{where}: "not" must be a list of texts, not {wrong!r:.40}')
+    for key in ("begins", "ends"):
+        if not isinstance(prompt.get(key, ""), str):
+            raise UserError(f'{where}: "{key}" must be text, not {prompt[key]!r:.40}')
     return {**prompt, "answer": answer, "check": check}
 
 

@@ -90,13 +90,23 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
-def check_room(model, prompts, new_tokens):
-    """Raise UserError where the longest prompt (list of ids) and new tokens exceed the context."""
-    longest, context = max(map(len, prompts)), model.cfg.max_position_embeddings
-    if longest + new_tokens > context:
+def check_room(model, prompts, new_tokens, items=()):
+    """Raise UserError where a prompt (list of ids) and new tokens exceed the context. `items`, the
+    prompts' records, let it say which one is the longest.
+    """
+    context = model.cfg.max_position_embeddings
+    lengths = [len(prompt) + new_tokens for prompt in prompts]
+    if (longest := max(lengths, default=0)) > context:
+        asked = ""
+        if items:
+            item = items[lengths.index(longest)]
+            text = item["messages"][-1]["content"] if "messages" in item else item["prompt"]
+            asked = f", {text[:40]!r},"
+        beyond = sum(length > context for length in lengths)
         raise UserError(
-            f"a prompt of {longest} tokens and --max_new_tokens {new_tokens} don't fit the "
-            f"model's context of {context}; shorten one of them"
+            f"{beyond} of {len(prompts)} prompts, the longest of {longest - new_tokens} "
+            f"tokens{asked} and {new_tokens} to write don't fit the model's context of {context}; "
+            "shorten or drop them" + ", or lower --max_new_tokens" * (new_tokens > 1)
         )
 
 

@@ -55,12 +55,16 @@ def read_captions(path):
     return captions
 
 
-def read_picture_prompts(path):
-    """Prompts as formats.read_prompts gives them; those with an "image" have "images", too."""
+def read_picture_prompts(path, answered=False):
+    """Prompts as formats.read_prompts gives them; those with an "image" have "images", too. With
+    `answered` every one needs an "answer".
+    """
     prompts = []
     for line, record in read_jsonl(path):
         where = f"{path}, line {line}"
         prompt = as_prompt(record, where)
+        if answered and "answer" not in prompt:
+            raise UserError(f'{where}: a test item needs an "answer"')
         if "image" in prompt:
             prompt = with_images(prompt, Path(path).parent, where)
         prompts.append(prompt)

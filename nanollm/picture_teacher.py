@@ -42,6 +42,7 @@ from nanollm.config import UserError, atomic_write, cli
 from nanollm.evaluate import as_text, sample_replies
 from nanollm.hub import load_model
 from nanollm.picture_data import read_captions
+from nanollm.run import check_file
 from nanollm.runtime import start
 from nanollm.vlm import IMAGE
 
@@ -238,8 +239,7 @@ def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     if cfg.agree < 0:
         raise UserError(f"--agree must be at least 0, not {cfg.agree}")
-    if Path(cfg.out).is_dir():
-        raise UserError(f"--out {cfg.out} is a folder; name a file to write")
+    check_file(cfg.out, cfg.data)
     model, tokenizer = load_model(cfg.model)
     rt.prepare(model, train=False)
     every, scenes = load_records(cfg)

@@ -24,6 +24,16 @@ def accuracy(item, reply):
     return float(check_answer(item, final_answer(reply)))
 
 
+def is_right(item, reply):
+    """Is it the right answer to a test item? That of a cloze item, which has no "check", has to go
+    on with the answer.
+    """
+    if "check" in item:
+        return bool(accuracy(item, reply))
+    follows = reply[len(item["answer"]) :][:1]
+    return reply.startswith(item["answer"]) and not follows.isalpha()
+
+
 def think_format(item, reply):
     """1 for <think>, some text, </think>, some text, once and in this order; else 0.
 
@@ -67,8 +77,16 @@ def majority(item, replies):
     """
     votes = {}
     for reply in replies:
-        answer = final_answer(reply)
-        vote = last_number(answer) if item["check"] == "number" else answer.strip().lower()
+        vote = vote_of(item, reply)
         if vote not in (None, ""):
             votes.setdefault(vote, []).append(reply)
     return max(votes.values(), key=len)[0] if votes else ""
+
+
+def vote_of(item, reply):
+    """What a reply votes for: its number, or its text; for a cloze item the rest of the sentence.
+    """
+    if "check" not in item:
+        return reply.partition(".")[0].strip().lower()
+    answer = final_answer(reply)
+    return last_number(answer) if item["check"] == "number" else answer.strip().lower()

@@ -289,6 +289,14 @@ def check_folders(init, out):
             )
 
 
+def check_file(out, *read):
+    """Refuse a file to write that is a folder, or one of those that are read."""
+    if Path(out).is_dir():
+        raise UserError(f"--out {out} is a folder; name a file to write")
+    if Path(out).resolve() in (Path(path).resolve() for path in read):
+        raise UserError(f"--out {out} would replace the file that is read; name another one")
+
+
 def checkpoint_of(folder):
     """Path of the checkpoint to resume from; raises UserError where there is none."""
     path = Path(folder) / "state.pt"

@@ -134,7 +134,7 @@ def stages(root):
             "The model learns to call a calculator for large numbers, and a search for people whom "
             "no text has told it of. It writes the call, the engine writes the result behind it.",
             effects.tools,
-            f"{root}/tools --data tools",
+            f"{root}/tools --data tools --limit 64",
             speaks="tools",
             preset="tools",
         ),
@@ -161,7 +161,7 @@ def stages(root):
             effects.parameter_efficient,
             speaks="none",
         ),
-            Stage(
+        Stage(
             "vlm",
             "Eyes",
             "train_vlm.py",

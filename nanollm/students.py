@@ -3,7 +3,8 @@
 import dataclasses
 
 from nanollm.config import UserError
-from nanollm.evaluate import as_text, figures_table, sample_replies, sampled_figures
+from nanollm.evaluate import as_text, sample_replies
+from nanollm.figures import figures_table, sampled_figures
 from nanollm.gpt import GPT, count_parameters
 from nanollm.hub import load_model
 from nanollm.lessons import prompt_ids

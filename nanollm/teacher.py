@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from nanollm.config import UserError, atomic_write
-from nanollm.evaluate import as_text, first_of_each_family, sample_replies
+from nanollm.evaluate import as_text, sample_replies
+from nanollm.figures import first_of_each_family
 from nanollm.generate import check_room
 from nanollm.lessons import (
     as_dialogue,
@@ -118,7 +119,7 @@ def prepare(cfg, rt, teacher, student, tokenizer):
     prompts = [prompt_ids(record, tokenizer) for record in labelled + unlabelled]
     for model in (teacher, student):
         every = prompts + [prompt_ids(item, tokenizer) for item in items]
-        check_room(model, every, cfg.max_new_tokens)
+        check_room(model, every, cfg.max_new_tokens, labelled + unlabelled + items)
     T = min(cfg.context, *(m.cfg.max_position_embeddings for m in (teacher, student)))
     asked = labelled if cfg.method == "step_by_step" else unlabelled
     own = labelled if cfg.method != "step_by_step" else []

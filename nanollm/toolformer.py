@@ -26,6 +26,7 @@ from nanollm.formats import read_chats
 from nanollm.hub import load_model
 from nanollm.logprobs import reply_logprobs
 from nanollm.preferences import in_batches
+from nanollm.run import check_file
 from nanollm.runtime import start
 from nanollm.tools import LONGEST_RESULT
 
@@ -68,13 +69,15 @@ def sampled_calls(model, tokenizer, tools, prompts, samples, generator=None):
 def filter_calls(model, tokenizer, tools, chats, samples=4, threshold=0.5, generator=None):
     """The dialogues in which a call helps to predict the last answer, with the best such call.
 
-    A call that doesn't fit the model's context, or that text can't hold as these ids, is left out.
+    A call that doesn't fit the model's context, or that text can't hold as these ids, is left out,
+    and so are answers that hold calls or results already.
     """
     context = model.cfg.max_position_embeddings
     prompts = [tokenizer.render(c["messages"][:-1], generation_prompt=True)[0] for c in chats]
     whole = [tokenizer.render(c["messages"])[0] for c in chats]
     answers = [ids[len(prompt) :] for ids, prompt in zip(whole, prompts)]
-    fit = [n for n, ids in enumerate(whole) if len(ids) < context]
+    tried = [tools.call in ids or tools.result in ids for ids in answers]
+    fit = [n for n, ids in enumerate(whole) if len(ids) < context and not tried[n]]
     if not fit:
         return []
     asked = [prompts[n] for n in fit]
@@ -109,6 +112,7 @@ def with_call(chat, text):
 
 
 def main(cfg):
+    check_file(cfg.out, cfg.data)
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     model, tokenizer = load_model(cfg.model)
     rt.prepare(model, train=False)

@@ -1,6 +1,6 @@
 """Tools that a model may call while it writes: a calculator, and search in a small knowledge base.
 
-    <tool_call>calculator(48213 * 7)</tool_call><tool_result>337491</tool_result>The answer is ...
+    <tool_call>calculator(4821 * 736)</tool_call><tool_result>3548256</tool_result>The answer is ...
 
 The model writes the call; when it has closed it, the engine (generate.py) runs it and writes the
 result behind it. Whatever the model writes, a tool answers in bounded time and with a short text:
@@ -40,7 +40,8 @@ OPERATORS = {
 
 
 def calculator(expression):
-    """The value of an arithmetic expression as text: exact for integers, else to six places.
+    """The value of an arithmetic expression as text: exact for integers, else rounded to six
+    places, or between -1 and 1 to six digits.
 
     The text is parsed, never run. Numbers beyond LARGEST and long texts are errors, so that 9**9**9
     and its like end at once.
@@ -50,8 +51,9 @@ def calculator(expression):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's own, about odd expressions
-            tree = ast.parse(expression.strip().replace(",", ""), mode="eval")
-        value = _value(tree.body)
+            source = expression.strip().replace(",", "")
+            tree = ast.parse(source, mode="eval")
+        value = _value(tree.body, source)
     except ZeroDivisionError:
         return "error: division by zero"
     except OverflowError:
@@ -60,18 +62,24 @@ def calculator(expression):
         return "error: not arithmetic"
     if value.denominator == 1:
         return str(value)
-    text = f"{float(value):.6g}" if abs(value) < 1 else f"{float(value):.6f}"
+    if abs(value) < 1:
+        text = f"{float(value):.6g}"
+    else:  # not by way of a float, which holds 15 digits
+        digits = str(round(abs(value) * 10**6))
+        text = "-" * (value < 0) + f"{digits[:-6]}.{digits[-6:]}"
     return text.rstrip("0").rstrip(".") if "e" not in text else text
 
 
-def _value(node):
+def _value(node, source):
     """The Fraction that a syntax tree stands for."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return _bounded(Fraction(str(node.value)))  # 0.1 is a tenth, not the float beside it
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return _bounded(Fraction(node.value))
+    if isinstance(node, ast.Constant) and type(node.value) is float:
+        return _bounded(_decimal(ast.get_source_segment(source, node)))
     if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](_value(node.operand))
+        return OPERATORS[type(node.op)](_value(node.operand, source))
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = _value(node.left), _value(node.right)
+        left, right = _value(node.left, source), _value(node.right, source)
         if isinstance(node.op, ast.Pow):
             if right.denominator != 1:
                 raise ValueError("a power that is no whole number")
@@ -83,6 +91,14 @@ def _value(node):
             right = int(right)
         return _bounded(Fraction(OPERATORS[type(node.op)](left, right)))
     raise ValueError("no arithmetic")
+
+
+def _decimal(text):
+    """The number as it is written, of which a float holds the first 15 digits: 0.1 is a tenth."""
+    digits, _, exponent = text.replace("_", "").lower().partition("e")
+    if abs(int(exponent or 0)) > LONGEST:
+        raise OverflowError
+    return Fraction(digits) * Fraction(10) ** int(exponent or 0)
 
 
 def _bounded(value):

@@ -14,8 +14,10 @@ import torch
 
 from nanollm.clip import retrieval
 from nanollm.config import atomic_write
-from nanollm.evaluate import accuracy_by_family, first_of_each_family, is_right, table
+from nanollm.evaluate import accuracy_by_family
+from nanollm.figures import first_of_each_family, table
 from nanollm.hub import read_json
+from nanollm.rewards import is_right
 
 BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
 SHOWN = 3  # items of each family whose replies are kept for the report

@@ -212,6 +212,12 @@ def test_a_typed_flag_wins_over_the_resumed_run(tmp_path):
     assert (config.steps, config.lr) == (100, 0.5)
 
 
+def test_a_resumed_run_says_what_goes_on_otherwise(tmp_path, capsys):
+    read(started(tmp_path, steps=77, lr=0.5) + " --steps 100 --lr 0.5")
+    said = capsys.readouterr().out
+    assert said == "note: the run was started with --steps 77, and goes on with 100\n"
+
+
 def test_the_resumed_run_wins_over_the_preset_and_keeps_its_name(tmp_path, capsys):
     config = read(started(tmp_path, steps=77, preset="gpu") + " --preset smoke")
     assert (config.steps, config.preset) == (77, "gpu")

@@ -23,6 +23,7 @@ from nanollm.data import pad_replies
 from nanollm.gpt import GPT
 from nanollm.optim import Optimizers
 from nanollm.runtime import Runtime
+from nanollm.templates import TEMPLATES
 from tests.test_preference_losses import close, tiny
 from train_grpo import VARIANTS, Config, Counts, Rollout, Sampling
 
@@ -583,6 +584,15 @@ def test_the_end_token_belongs_to_the_answer_and_without_one_there_is_no_reward(
     assert not rows.mask[:, : prompt_length(tokenizer)].any()
 
 
+def test_where_rewards_are_negative_not_to_end_is_no_way_out(random_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda item, text: -1.0),))
+    sampling = Sampling(Config(samples=8, max_new_tokens=40), tokenizer)
+    noise = torch.rand(32, 40, dtype=torch.float64)
+    rollout = sampling.rollout(random_model(max_position_embeddings=128), [SUM] * 4, noise)
+    assert 0 < rollout.ended.sum() < 32
+    assert set(rollout.rewards.tolist()) == {-1.0}
+
+
 def test_what_a_tool_writes_into_a_sampled_answer_is_left_out_of_the_mask(random_model, tokenizer):
     sampling = Sampling(Config(samples=4, max_new_tokens=12), tokenizer)
     ask = (random_model(), [SUM], torch.rand(4, 12, dtype=torch.float64))
@@ -730,7 +740,7 @@ def test_the_villages_own_problems_come_in_two_files(data, name, place, tmp_path
 
 def asked(template, tokenizer, question="What is 7 - 3?"):
     item = {"messages": [{"role": "user", "content": question}]}
-    return train_grpo.TEMPLATES[template](item, tokenizer)
+    return TEMPLATES[template](item, tokenizer)
 
 
 def test_a_base_model_reads_a_document_with_an_example_and_the_problem(tokenizer):

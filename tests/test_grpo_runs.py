@@ -142,6 +142,10 @@ REFUSED = {
     "a group of one": (["--samples", 1], "makes no group"),
     "no answers": (["--data", "chats.jsonl"], 'problems with an "answer"'),
     "families that don't exist": (["--families", "riddles"], "no problems of riddles"),
+    "an endless temperature": (["--temperature", "inf"], "--temperature must be finite"),
+    "a temperature of none": (["--temperature", 0], "--temperature 0 gives a group of equal"),
+    "families of other data": (["--preset", "zero"], 'only of all; choose with --families, or --f'),
+    "pictures for a model without eyes": (["--data", "pictures"], "this model reads text only"),
     "no such model": (["--init", "runs/none"], "runs/none"),
     "an unknown loss": (["--loss", "ppo"], "--loss"),
     "a negative clip": (["--clip_low", -1], "--clip_low must be at least 0"),
@@ -154,6 +158,22 @@ def test_what_grpo_cannot_do_is_refused(name, here, capsys):
     flags, sentence = REFUSED[name]
     said = refused(capsys, train_grpo, *OWN, "--out", "runs/refused", *flags)
     assert sentence in said and not Path("runs/refused").exists()
+    assert not list(Path("data/cache").glob("pictures*"))  # nothing was painted for it
+
+
+def test_without_rewards_nothing_begins(here, capsys, monkeypatch):
+    monkeypatch.setattr(train_grpo, "REWARDS", ())
+    assert "REWARDS in train_grpo.py is empty" in refused(capsys, train_grpo, *OWN)
+
+
+def test_a_bad_problem_leaves_the_run_in_its_place(here, capsys):
+    grpo("--steps", 1, "--eval_every", 1, out="runs/kept")
+    good = Path("problems.jsonl").read_text()
+    Path("bad.jsonl").write_text(good + json.dumps({"prompt": "a", "answer": "b", "not": 5}))
+    capsys.readouterr()
+    said = refused(capsys, train_grpo, *OWN, "--out", "runs/kept", "--data", "bad.jsonl")
+    assert 'bad.jsonl, line 41: "not" must be a list of texts' in said
+    assert not Path("runs/kept.previous").exists() and Path("runs/kept/state.pt").exists()
 
 
 def test_a_reply_can_be_made_to_begin_as_asked(here):

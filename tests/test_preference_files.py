@@ -190,6 +190,7 @@ def test_a_sharegpt_dialogue_gives_its_prompt(write):
         (62, "62", "number"),
         ("-3", "-3", "number"),
         (" 0.5 ", "0.5", "number"),
+        (" a goat\n", "a goat", "contains"),
         ("1,072", "1072", "number"),
         ("1,2,3", "1,2,3", "contains"),
         (",", ",", "contains"),
@@ -200,6 +201,10 @@ def test_a_sharegpt_dialogue_gives_its_prompt(write):
 def test_an_answer_says_how_it_is_checked(given, text, check, write):
     [problem] = read_prompts(write({"prompt": "How many?", "answer": given}))
     assert (problem["answer"], problem["check"]) == (text, check)
+
+
+def test_both_halves_of_a_surrogate_pair_are_a_character(write):
+    assert read_prompts(write({"prompt": "\U0001f600"}))[0]["messages"] == turns("\U0001f600")
 
 
 def test_a_check_that_is_given_stays(write):
@@ -291,6 +296,17 @@ BAD_PROMPTS = {
     "a number that is none": (
         {"prompt": "a", "answer": "goat", "check": "number"}, "must be a number, not 'goat'"
     ),
+    "an unknown check": ({"prompt": "a", "answer": "b", "check": "regex"}, "unknown check 'regex'"),
+    "a check that is a list": ({"prompt": "a", "answer": "b", "check": []}, "unknown check []"),
+    **{
+        f'"not" {wrong}': ({"prompt": "a", "answer": "b", "not": wrong}, '"not" must be a list')
+        for wrong in (5, [5], "banana", None, ["c", ""])
+    },
+    "a beginning that is a number": ({"prompt": "a", "answer": "b", "begins": 5}, '"begins" must'),
+    "an end that is a list": ({"prompt": "a", "answer": "b", "ends": ["c"]}, '"ends" must be text'),
+    "a family that is a list": ({"prompt": "a", "family": ["b"]}, '"family" must be text'),
+    "a family that is null": ({"prompt": "a", "family": None}, '"family" must be text'),
+    "half of a surrogate pair": ({"prompt": "a\ud800"}, "half of a surrogate pair"),
     "GSM8K without ####": ({"question": "3 + 4?", "answer": "7"}, "must end with ####"),
     "GSM8K without an answer": ({"question": "3 + 4?"}, "must end with ####"),
     "GSM8K with nothing behind ####": ({"question": "3 + 4?", "answer": "####"}, '"answer" must'),

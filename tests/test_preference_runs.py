@@ -224,6 +224,7 @@ PPO_REFUSES = {
     "a model that isn't one of rewards": (["--reward_model", "runs/sft"], "is no reward model"),
     "no such reward model": (["--reward_model", "runs/none"], "runs/none"),
     "rules without answers": (["--reward", "rules", "--data", "pairs.jsonl"], 'needs an "answer"'),
+    "a temperature of none": (["--temperature", 0], "--temperature 0 samples one reply only"),
     "a negative KL weight": (["--kl_coef", -1], "--kl_coef must be at least 0"),
 }
 

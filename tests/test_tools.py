@@ -11,6 +11,7 @@ import re
 import time
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,7 @@ from data.village_tools import NOTHING, TOPICS, knowledge, newcomers, tool_items
 from data.village_world import ATTRIBUTES, build_world
 from nanollm import generate as engine
 from nanollm import toolformer
+from nanollm import tools as tools_module
 from nanollm.config import UserError
 from nanollm.data import pad_replies
 from nanollm.generate import generate, stream
@@ -46,6 +48,7 @@ from nanollm.tokenizer import Tokenizer
 from nanollm.toolformer import answer_losses, filter_calls, sampled_calls
 from nanollm.tools import LONGEST, LONGEST_RESULT, KnowledgeBase, Toolbox, calculator
 
+ROOT = Path(__file__).parents[1]
 MEGABYTES = 10 * 2**20
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_result>", "</tool_result>")
 ALPHABETS = (
@@ -108,6 +111,22 @@ def test_zero_to_any_power_is_zero_but_to_the_zeroth(expression, result):
     ],
 )  # fmt: skip
 def test_decimals_mean_the_number_that_is_written(expression, result):
+    assert calculator(expression) == result
+
+
+@pytest.mark.parametrize(
+    "expression, result",
+    [
+        ("10**39 / 3", "3" * 39 + ".333333"),
+        ("-10**20 / 7", "-14285714285714285714.285714"),
+        ("12345678901234567.25", "12345678901234567.25"),
+        ("1.2345678901234567e17", "123456789012345670"),
+        ("0.1234567890123456789 * 10**19", "1234567890123456789"),
+        ("1999999.9999999", "2000000"), ("-1.9999999", "-2"), ("1e3", "1000"), ("1_0.5", "10.5"),
+        ("1e999999999", "error: too large"), ("0e999999999", "error: too large"),
+    ],
+)  # fmt: skip
+def test_no_digit_is_made_up(expression, result):
     assert calculator(expression) == result
 
 
@@ -544,6 +563,19 @@ def test_the_knowledge_base_holds_one_entry_for_each_fact_and_nobody_else(people
     assert {entry["title"] for entry in entries} == titles and len(entries) == len(titles) == 7000
     words = set(re.findall(r"\w+", " ".join(entry["text"] for entry in entries)))
     assert not words & ({v.name for v in world.villagers} | set(world.strangers))
+
+
+def test_the_examples_of_the_documentation_are_of_the_kind_that_is_trained(people):
+    documents = (ROOT / "data/README.md").read_text(), village_tools.__doc__, tools_module.__doc__
+    for text in documents:
+        for factors, result in re.findall(
+            r"calculator\((.*?)\)</tool_call>(?:<tool_result>(\d+))?", text
+        ):
+            assert sorted(map(len, factors.split(" * "))) == [3, 4]
+            assert result in ("", calculator(factors))
+    (entry,) = re.findall(r'\{"title": "pet .*?\}', documents[0])
+    assert json.loads(entry) in knowledge(people)
+    assert sum("tool_call" in text for text in documents) == 3
 
 
 def test_lessons_mix_calls_with_dialogues_that_need_none(world):
@@ -1436,6 +1468,25 @@ def test_a_dialogue_kept_is_read_again_as_the_ids_that_were_scored(tokenizer, mo
     for kept in filter_calls(ROOMY, tokenizer, forging, CHATS[:1]):
         scored = prompt + call + result + [ord("a"), tokenizer.end_id]
         assert tokenizer.render(kept["messages"])[0] == scored
+
+
+def test_an_answer_that_calls_already_gets_no_further_call(filtered):
+    """Nor does one that holds a result: none of its tokens is to count as the answer's."""
+    lookup = "<tool_call>c(2*3)</tool_call><tool_result>6</tool_result>6"
+    result = "<tool_result>6</tool_result>6"
+    chats = [{"messages": turns("q", answer)} for answer in (lookup, result)]
+    assert filtered({(0, "2*3"): (4.0, 4.0, 1.0)}, chats=chats) == []
+    earlier = {"messages": turns("q", lookup, "and?", "a")}  # in an earlier answer it may stand
+    assert len(filtered({(0, "2*3"): (4.0, 4.0, 1.0)}, chats=[earlier])) == 1
+
+
+@pytest.mark.parametrize(
+    "out, sentence", [("chats.jsonl", "would replace the file"), (".", "is a folder; name a file")]
+)
+def test_a_place_that_cannot_be_written_is_refused_first(out, sentence, tmp_path):
+    files = {"data": str(tmp_path / "chats.jsonl"), "out": str(tmp_path / out)}
+    with pytest.raises(UserError, match=sentence):
+        toolformer.main(toolformer.Config(**files, device="cpu"))
 
 
 def test_a_dialogue_too_long_for_a_call_is_dropped_or_the_users_error(tokenizer, products):
