@@ -21,7 +21,7 @@ from data.village_picture_questions import (
 from data.village_scenes import HELD_OUT, KINDS, PLACES, row_of
 
 COUNTING = ("count", "sum", "all")
-TURNS = 5  # questions in a dialogue
+TURNS = 4  # in a dialogue: so it fits, with its picture, into a row of 256 tokens
 READER = "Here is a picture in words: {c}\nAsk a question about it, and answer it."
 
 # --- which questions to ask --------------------------------------------------------
@@ -95,8 +95,8 @@ def describe_item(image, scene, rng):
 
 
 def dialogue(image, scene, balance, rng):
-    """Up to TURNS questions about one picture: in every fourth dialogue first for a description,
-    then of different families. Three of four answers that need steps have them.
+    """Up to TURNS questions about one picture, of different families; in every fourth dialogue the
+    first asks for a description. Three of four answers that need steps have them.
     """
     turns = [rng.choice(DESCRIBE), description(scene)] if rng.random() < 0.25 else []
     for family in rng.sample(FAMILIES, len(FAMILIES)):

@@ -189,10 +189,10 @@ def test_the_summary_says_which_share_is_readable_true_and_kept():
 # --- the file ------------------------------------------------------------------------------------
 
 
-def test_a_dialogue_has_five_questions_at_most_and_shows_its_picture_first(tmp_path):
+def test_a_dialogue_has_four_questions_at_most_and_shows_its_picture_first(tmp_path):
     made = dialogues([Pair(PICTURE, f"Q{n}?", f"A{n}.") for n in range(7)], tmp_path)
-    assert [len(each["messages"]) for each in made] == [10, 4]
-    assert made[1]["messages"][0] == {"role": "user", "content": "<image>\nQ5?"}
+    assert [len(each["messages"]) for each in made] == [8, 6]
+    assert made[1]["messages"][0] == {"role": "user", "content": "<image>\nQ4?"}
     assert made[1]["messages"][-1] == {"role": "assistant", "content": "A6."}
 
 
