@@ -20,7 +20,7 @@ from data.village_picture_questions import (
 )
 from data.village_scenes import HELD_OUT, KINDS, PLACES, row_of
 
-COUNTING = ("count", "sum", "all")
+COUNTING = ("count", "sum", "total")
 TURNS = 4  # in a dialogue: so it fits, with its picture, into a row of 256 tokens
 READER = "Here is a picture in words: {c}\nAsk a question about it, and answer it."
 
@@ -32,7 +32,7 @@ def candidates(scene, wording, family, about=None):
     where what isn't there can be asked for, about what would stand in its row.
     """
     there = [group.kind for group in scene.groups]
-    if family in ("season", "all"):
+    if family in ("season", "total"):
         found = [(None, None)]
     elif family in ("colour", "place"):
         found = [(kind, None) for kind in there]
@@ -140,7 +140,7 @@ def problems(pictures, rng):
     balance, items = Balance(), []
     for i, (image, scene) in enumerate(pictures):
         family = COUNTING[i % len(COUNTING)]
-        question = balance.choose(scene, family, rng) or balance.choose(scene, "all", rng)
+        question = balance.choose(scene, family, rng) or balance.choose(scene, "total", rng)
         items.append(question_item(image, scene, question))
     return items
 
@@ -154,7 +154,7 @@ def reader_dialogues(scenes, captions, rng):
         for family in rng.sample(FAMILIES, len(FAMILIES)):
             question = balance.choose(scene, family, rng)
             if question is not None and tells(text, scene, question):
-                answer = (worked if family in ("sum", "more", "all") else reply)(scene, question)
+                answer = (worked if family in ("sum", "more", "total") else reply)(scene, question)
                 said = f"Question: {ask(question, scene)}\nAnswer: {answer}"
                 items.append({"messages": chat([READER.format(c=text), said])})
                 break

@@ -2,7 +2,7 @@
 true.
 
     existence   count   colour   place   comparison       plain: one look is enough
-    sum         more    all      season                   steps: `worked` writes them down
+    sum         more    total    season                   steps: `worked` writes them down
 
 A question is a wording with slots, for example "How many {objects} are there?". `ask` fills the
 slots; `read` goes back, by a regular expression made of the same wording. So whatever can be asked
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from data.village_scenes import COLOURS, HELD_OUT, KINDS, PLACES, ROWS, SEASONS, SIZES, row_of
 from data.village_tasks import check_answer
 
-STEPS = ("sum", "more", "all", "season")
+STEPS = ("sum", "more", "total", "season")
 WORDINGS = {
     "existence": (
         "Are there any {objects}?", "Are there {objects} in the picture?",
@@ -46,7 +46,7 @@ WORDINGS = {
         "What is the difference between the numbers of {objects} and {others}?",
         "By how many do the numbers of {objects} and {others} differ?",
         "How many more or fewer {objects} than {others} are there?"),
-    "all": (
+    "total": (
         "How many things are there in all, not counting the trees?",
         "Without the trees, how many things do you see altogether?",
         "Count everything but the trees. How many things are there?",
@@ -156,7 +156,7 @@ def truth(scene, question):
         return getattr(group, family) if suits else None
     if family == "season":
         return scene.season
-    if family == "all":
+    if family == "total":
         return str(sum(group.number for group in scene.groups))
     if "bigger" in wording:
         if not group or not rest or group.size == rest.size or colour not in (None, group.colour):
@@ -185,7 +185,7 @@ def reply(scene, question):
     """
     family, wording, kind, colour, other = question
     answer = truth(scene, question)
-    if family in ("sum", "more", "all"):
+    if family in ("sum", "more", "total"):
         return f"The answer is {answer}."
     if family == "season":
         return f"It is {answer}."

@@ -38,7 +38,7 @@ from data.village_scenes import Scene, draw, random_scene, vary
 __all__ = ["Scene", "answer_of", "blind_guess", "caption", "draw", "is_true", "prepare",
            "random_scene", "reader_dialogues"]
 
-VERSION = 23  # raise it when pictures or texts change, so that no old cache is read
+VERSION = 24  # raise it when pictures or texts change, so that no old cache is read
 SIZES = {"val": 200, "test": 400, "combos": 150}  # pictures of each split, beside training
 ALIKE = 4  # training pictures, and then their captions, side by side: they differ in one thing each
 PER_FAMILY = {"test": 240, "combos": 100}  # test questions

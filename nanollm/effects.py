@@ -229,7 +229,7 @@ PICTURE_FAMILIES = {
     "comparison": "more, fewer, bigger?",
     "sum": "two kinds together",
     "more": "how many more?",
-    "all": "how many things in all?",
+    "total": "how many things in all?",
     "season": "which season?",
 }
 
