@@ -64,6 +64,7 @@ from nanollm.vlm_figures import (
     retrieved,
     summary,
     text_figures,
+    with_others_pictures,
 )
 from nanollm.vlm_files import build_vlm
 from train_sft import load_replay, replay_rows, sft_loss, validation_loss
@@ -247,7 +248,7 @@ def start_model(cfg, rt):
     if not isinstance(model, VLM):
         raise UserError(
             f"{cfg.init} holds a language model without eyes; --stage instruct begins from the "
-            "run folder of --stage align"
+            "run folder of --stage align (and all stages go on with --stage all --resume)"
         )
     start_adapter(model, cfg, rt)
     if not cfg.adapter:
@@ -340,15 +341,23 @@ def train_language(cfg, rt):
             run.log(val_loss=val_loss, show=("val_loss",))
             run.export(model, tokenizer)
             run.checkpoint(*trained, **before)
-    finish(cfg, rt, run, model, tokenizer, store, items, before)
+    finish(cfg, rt, run, model, tokenizer, store, items, before, val_rows)
 
 
-def finish(cfg, rt, run, model, tokenizer, store, items, before):
+def finish(cfg, rt, run, model, tokenizer, store, items, before, val_rows):
     """Measure, print what was learnt, and keep it in result.json."""
     run.close()
     run.draw_curves("loss", "val_loss")
+    model.eval()
+    loss_of = partial(validation_loss, model, logits_of=partial(packed_logits, store=store))
+    losses = {"right": loss_of(val_rows), "another": loss_of(with_others_pictures(val_rows))}
+    rt.print(
+        f"held-out answers: {losses['right']:.4f} nats per token with the right picture, "
+        f"{losses['another']:.4f} with another's"
+    )
     texts = text_figures(model, tokenizer, items["texts"])
     result = {"texts": {"before": before["texts"], "after": texts}, **run.speed()}
+    result["val_loss"] = losses
     if texts:
         rt.print(table({"text before": before["texts"], "after": texts}))
     if items["pictures"]:
@@ -373,7 +382,7 @@ STAGES = {"clip": train_clip, "align": train_language, "instruct": train_languag
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    run_stages(cfg, rt, STAGES, BY_STAGE)
+    run_stages(cfg, rt, STAGES, BY_STAGE, PRESETS[cfg.preset])
     rt.close()
 
 

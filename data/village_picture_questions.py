@@ -269,14 +269,16 @@ def answer_of(scene, text):
 
 
 def is_true(scene, question, answer_text):
-    """Does this text answer the question, and is every number and every sum in it true?
+    """Does this text answer the question, and is every number, every sum, and all that it says to
+    see true?
 
     Stricter than `check_answer`: "Yes, there is a blue bell." doesn't answer whether there is a
     red one. False, too, where the question can't be read or has no answer.
     """
     asked = read(question)
     answer = truth(scene, asked) if asked else None
-    if answer is None or not (numbers_true(scene, answer_text) and sums_true(answer_text)):
+    if answer is None or not (numbers_true(scene, answer_text) and sums_true(answer_text)
+                              and looks_true(scene, answer_text)):
         return False
     said = answer_text.rsplit("</think>", 1)[-1]
     if said.strip() == reply(scene, asked).rsplit("</think>", 1)[-1]:
@@ -290,11 +292,31 @@ def is_true(scene, question, answer_text):
         colours |= {group.colour for group in scene.groups if group.kind in asked[2:]}
     if not {word for word in words if word in COLOURS} <= colours:
         return False
-    if answer not in ("yes", "no") and any(w in ("no", "not") or w.endswith("n't") for w in words):
+    if answer not in ("yes", "no") and any(w in ("no", "not", "but") or w.endswith("n't")
+                                           for w in words):
+        return False
+    rows = {row for row in ROWS if row in words}
+    if asked.kind and not rows <= {row_of(kind) for kind in (asked.kind, asked.other) if kind}:
+        return False
+    places = {group.place for group in scene.groups if group.kind in asked[2:]}
+    if asked.family != "place" and not {word for word in words if word in PLACES} <= places:
         return False
     if any(there in asked.wording and opposite in words for there, opposite in OPPOSITES.items()):
         return False
     return check_answer(check_of(answer), said)
+
+
+def looks_true(scene, text):
+    """Is each "In the sky I see ..." what is there, all of it or one group, and does no season
+    look like another?
+    """
+    for row, words in IN_ROW.items():
+        groups = [group for group in scene.groups if row_of(group.kind) == row]
+        seen = {told(row, part, size, colour) for part in (groups, *([g] for g in groups))
+                for size in (False, True) for colour in (False, True)}
+        if not set(re.findall(rf"{words} I see [^.]*\.", text)) <= seen:
+            return False
+    return not any(looks in text for season, looks in LOOKS.items() if season != scene.season)
 
 
 def numbers_true(scene, text):

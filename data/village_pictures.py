@@ -33,9 +33,9 @@ from data.village_picture_items import (
     reader_dialogues,
 )
 from data.village_picture_questions import FAMILIES, answer_of, is_true
-from data.village_scenes import Scene, draw, random_scene, vary
+from data.village_scenes import SMALLEST, Scene, draw, random_scene, vary
 
-__all__ = ["Scene", "answer_of", "blind_guess", "caption", "draw", "is_true", "prepare",
+__all__ = ["SMALLEST", "Scene", "answer_of", "blind_guess", "caption", "draw", "is_true", "prepare",
            "random_scene", "reader_dialogues"]
 
 VERSION = 24  # raise it when pictures or texts change, so that no old cache is read

@@ -26,6 +26,7 @@ CHANGES = ("kind", "colour", "number", "place", "colours")  # of `vary`
 HELD_OUT = {"basket": "red", "candle": "blue", "star": "green", "cup": "yellow", "bell": "purple"}
 
 UNITS = 64
+SMALLEST = 32  # pixels
 CELL = UNITS / 3  # a third of the width; a group has the sky or the ground of it
 # Where objects may be in it, columns and rows. A small one has a sixth of the picture's width: a
 # vision tower that cuts the picture into 6 x 6 patches sees most of them whole, and so needs
@@ -333,8 +334,8 @@ def draw(scene, size=96, detail=4):
 
     Raises ValueError for a size at which objects could not be told apart.
     """
-    if size < 32:
-        raise ValueError(f"a picture needs at least 32 pixels, got {size}")
+    if size < SMALLEST:
+        raise ValueError(f"a picture needs at least {SMALLEST} pixels, got {size}")
     wide, scale = size * detail, size * detail / UNITS
     high, low = SKIES[scene.time]
     image = Image.new("RGB", (1, 3))

@@ -80,17 +80,22 @@ def render(model, tokenizer, messages):
 
 def fitting_prompt(model, tokenizer, messages, room):
     """Ids of the conversation without its oldest turns, as many as needed to fit; drops them from
-    messages, with their pictures.
+    messages. What shows a picture is dropped last, and says so.
     """
     while True:
         ids = render(model, tokenizer, messages)
         if len(ids) <= room:
             return ids
-        oldest = next((i for i, m in enumerate(messages[:-1]) if m["role"] != "system"), None)
-        if oldest is None:
+        turns = [i for i, m in enumerate(messages[:-1]) if m["role"] != "system"]
+        if not turns:
             raise UserError(
                 f"the message is {len(ids)} tokens long, but the model can read {room}; shorten it"
             )
+        shown = {i for i in turns if messages[i].get("pictures")}
+        with_answers = shown | {i + 1 for i in shown}
+        oldest = next((i for i in turns if i not in with_answers), turns[0])
+        if oldest in shown:
+            say("note: no room is left for the picture; show it again", sys.stderr)
         del messages[oldest]
 
 

@@ -16,11 +16,22 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data import village_pictures
 from nanollm.config import UserError
 from nanollm.dialogues import pack_chats
 from nanollm.formats import as_chat, as_prompt, read_jsonl
 from nanollm.pictures import as_batch, open_picture
 from nanollm.vlm import VLM, check_markers, pictures_in, render_with_pictures
+
+
+def painted(size, **how):
+    """Folder of the village's pictures of this size, painted if need be."""
+    if size < village_pictures.SMALLEST:
+        raise UserError(
+            f"--picture_size {size} is too small to tell the village's objects apart; the least is "
+            f"{village_pictures.SMALLEST}"
+        )
+    return village_pictures.prepare(size=size, **how)
 
 
 def read_picture_chats(path):

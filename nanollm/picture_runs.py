@@ -12,14 +12,19 @@ from pathlib import Path
 
 import torch
 
-from data import village_pictures
 from nanollm.adapter_runs import check_method
 from nanollm.clip import CLIP, TextConfig, caption_tokens
 from nanollm.config import UserError, save_config
 from nanollm.data import row_length
 from nanollm.evaluate import first_of_each_family, prompt_of, read_items, village_of
 from nanollm.formats import read_chats, split_documents
-from nanollm.picture_data import GREY, read_captions, read_picture_chats, show_pictures
+from nanollm.picture_data import (
+    GREY,
+    painted,
+    read_captions,
+    read_picture_chats,
+    show_pictures,
+)
 from nanollm.run import check_folders, holds_a_run, make_way
 from nanollm.vision import VisionConfig, ViT
 from nanollm.vlm import VLM, image_id_of
@@ -32,19 +37,21 @@ GOES_WITH = {
     "blind": ["instruct"],
     "train_vision": ["instruct", "all"],
     "adapter": ["instruct", "all"],
+    **dict.fromkeys(("projector", "feature_layer", "class_token"), ["align", "all"]),
 }
 
 
 # --- stages --------------------------------------------------------------------------------------
 
 
-def run_stages(cfg, rt, train, defaults):
+def run_stages(cfg, rt, train, defaults, preset):
     """Train --stage; "all": the three and the blind model, one after the other.
 
     train: {stage: what trains it, called with (cfg, rt)}; defaults: {stage: {flag: its value where
-    none was given}}. With --resume, finished stages of "all" are kept.
+    none was given}}; preset: {flag: the value that --preset sets}. With --resume, finished stages
+    of "all" are kept.
     """
-    check_flags(cfg, defaults)
+    check_flags(cfg, defaults, preset)
     if cfg.stage != "all":
         return run_stage(cfg, rt, train, defaults)
     plan = planned(cfg)
@@ -84,10 +91,12 @@ def run_stage(cfg, rt, train, defaults):
     train[cfg.stage](dataclasses.replace(cfg, resume=cfg.resume and known, **own), rt)
 
 
-def check_flags(cfg, defaults):
+def check_flags(cfg, defaults, preset):
     """Refuse flags that would change nothing, and those that can't go together."""
     for name, stages in GOES_WITH.items():
-        if getattr(cfg, name) and cfg.stage not in stages:
+        given = getattr(cfg, name) != preset.get(name, getattr(type(cfg), name))
+        # the last stage of "all" is resumed with the settings of all
+        if given and cfg.stage not in stages and not cfg.resume:
             raise UserError(f"--{name} goes with --stage {' or '.join(stages)}, not {cfg.stage}")
     if cfg.stage == "align" and not cfg.vision:
         raise UserError("--stage align needs --vision, the folder of a vision tower")
@@ -136,7 +145,7 @@ def vision_config(cfg):
             f"--patch_size {cfg.patch_size} doesn't divide --picture_size {cfg.picture_size}; "
             "patches must cover the picture, its right and lower edge too"
         )
-    if C % heads:
+    if C > 32 and C % 32:
         raise UserError(f"--vision_channels {C} must be a multiple of 32, the channels of a head")
     return VisionConfig(
         image_size=cfg.picture_size,
@@ -173,15 +182,10 @@ def picture_row_length(cfg, model):
 # --- data ----------------------------------------------------------------------------------------
 
 
-def painted(cfg):
-    """Folder of the village's pictures."""
-    return village_pictures.prepare(size=cfg.picture_size, n_train=cfg.pictures)
-
-
 def load_records(cfg, read, village_name):
     """(training records, held-out records) of the village's files of this name, or of --data."""
     if cfg.data == "village":
-        folder = painted(cfg)
+        folder = painted(cfg.picture_size, n_train=cfg.pictures)
         return [read(folder / f"{village_name}_{part}.jsonl") for part in ("train", "val")]
     known = read(cfg.data)
     if cfg.val_data:
@@ -198,7 +202,7 @@ def load_records(cfg, read, village_name):
 def load_test(cfg, read, village_name):
     """Test records of --test_data, or the village's of this name, or none."""
     if (cfg.test_data or cfg.data) == "village":
-        return read(painted(cfg) / f"{village_name}.jsonl")
+        return read(painted(cfg.picture_size, n_train=cfg.pictures) / f"{village_name}.jsonl")
     return read(cfg.test_data) if cfg.test_data else []
 
 

@@ -34,14 +34,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from data import village_pictures
 from data.village_picture_items import READER, TURNS, chat
 from data.village_picture_questions import FAMILIES, is_true, names_held_out, read, truth
 from data.village_scenes import Scene
 from nanollm.config import UserError, atomic_write, cli
 from nanollm.evaluate import as_text, sample_replies
 from nanollm.hub import load_model
-from nanollm.picture_data import read_captions
+from nanollm.picture_data import painted, read_captions
 from nanollm.run import check_file
 from nanollm.runtime import start
 from nanollm.vlm import IMAGE
@@ -203,7 +202,7 @@ def load_records(cfg):
     """(records {"image", "caption"} of the first --limit pictures, {image: Scene} or None)."""
     scenes = None
     if cfg.data == "village":
-        folder = village_pictures.prepare(size=cfg.picture_size)
+        folder = painted(cfg.picture_size)
         records = read_captions(folder / "captions_train.jsonl")
         truths = json.loads((folder / "scenes_train.json").read_text(encoding="utf-8"))
         scenes = {str(folder / each["image"]): Scene.from_dict(each) for each in truths}

@@ -7,6 +7,7 @@ texts     the language model's own test items, before and after
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def text_figures(model, tokenizer, items):
     families = accuracy_by_family(model, tokenizer, items)[0] if items else {}
     model.train()
     return families
+
+
+def with_others_pictures(rows):
+    """The packed rows, each picture in the place of the one before it."""
+    numbers = rows.picture_numbers()
+    numbers = iter(numbers[1:] + numbers[:1])
+    return replace(rows, pictures=[[next(numbers) for _ in row] for row in rows.pictures])
 
 
 def picture_figures(model, tokenizer, store, items, blind=False):

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 from data import village_pictures
 from data.village_captions import DESCRIBE, description
 from data.village_picture_items import tells
-from data.village_picture_questions import FAMILIES, STEPS, WORDINGS, read
+from data.village_picture_questions import FAMILIES, LOOKS, STEPS, WORDINGS, read
 from data.village_pictures import (
     Scene,
     answer_of,
@@ -261,6 +261,18 @@ def test_what_has_no_answer_or_cannot_be_read_has_none():
     ("How many lanterns and candles are there together?", "5 in all.",
      "<think>2 + 2 = 5.</think>The answer is 5."),
     ("Which season is it?", "It is autumn.", "It is autumn or winter."),
+    ("Which season is it?", f"<think>{LOOKS['autumn']}</think>It is autumn.",
+     f"<think>{LOOKS['winter']}</think>It is autumn."),
+    ("Where are the lanterns?", "In the sky I see blue lanterns: 2, on the left.",
+     "In the sky I see big blue lanterns: 2, on the left."),
+    ("Where are the lanterns?", "In the sky I see small lanterns: 2, on the left.",
+     "On the ground I see small lanterns: 2, on the left."),
+    ("How many lanterns and candles are there together?",
+     "<think>In the sky I see lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5.",
+     "<think>In the sky I see nothing. 2 + 3 = 5.</think>The answer is 5."),
+    ("Are there any lanterns?", "Yes, on the left.", "Yes, on the right."),
+    ("Are there any lanterns?", "Yes, 2 lanterns in the sky.", "Yes, 2 lanterns on the ground."),
+    ("What colour are the lanterns?", "They are blue.", "Anything but blue."),
 ])
 def test_the_checker_knows_right_from_wrong(question, right, wrong):
     assert is_true(VILLAGE, question, right)
