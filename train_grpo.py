@@ -29,21 +29,16 @@ import torch
 import torch.nn as nn
 
 from nanollm.adapter_runs import reference, start_adapter
-from nanollm.config import UserError, cli
-from nanollm.data import Replies, Sampler, pad_replies
-from nanollm.evaluate import as_text, pictures_of, sample_replies, village_of, village_tools
-from nanollm.figures import figures_table, first_of_each_family, sampled_figures
-from nanollm.formats import split_documents
-from nanollm.generate import check_room, generate
+from nanollm.config import cli
+from nanollm.data import Replies, Sampler
+from nanollm.grpo_runs import check_flags, equal_groups, evaluate, figures_of, finish, open_problems
 from nanollm.hub import load_model
-from nanollm.logprobs import reply_logprobs
+from nanollm.logprobs import look_back, reply_logprobs
 from nanollm.optim import build_optimizers, trapezoid
-from nanollm.picture_data import read_picture_prompts, store_of
 from nanollm.rewards import accuracy, think_format
+from nanollm.rollouts import draw_noise
 from nanollm.run import Run, check_folders
 from nanollm.runtime import start
-from nanollm.templates import prompt_of
-from nanollm.tools import check_knowledge
 from nanollm.vlm import VLM
 
 
@@ -138,39 +133,6 @@ PRESETS = {
 }
 
 REWARDS = ((1.0, accuracy), (0.1, think_format))  # (weight, function of problem and answer)
-
-
-# --- data ----------------------------------------------------------------------------------------
-
-
-def load_problems(cfg):
-    """(training problems, held-out problems)."""
-    wanted = {name.strip() for name in cfg.families.split(",")} - {""}
-
-    def chosen(records):
-        items = [{"family": "all", **item} for item in records if "answer" in item]
-        families = dict.fromkeys(item["family"] for item in items)
-        if items and (unknown := wanted - families.keys()):
-            raise UserError(
-                f"{cfg.data} has no problems of {', '.join(sorted(unknown))}, only of "
-                f'{", ".join(list(families)[:9])}; choose with --families, or --families "" for all'
-            )
-        return [item for item in items if not wanted or item["family"] in wanted]
-
-    if cfg.data in ("village", "tools", "pictures"):
-        folder = (pictures_of if cfg.data == "pictures" else village_of)(cfg.init)
-        name = "tools" if cfg.data == "tools" else "problems"
-        files = (folder / f"{name}_{split}.jsonl" for split in ("train", "test"))
-        parts = [chosen(read_picture_prompts(path)) for path in files]
-    else:
-        records = chosen(read_picture_prompts(cfg.data))
-        parts = [split_documents(records, part, cfg.val_fraction) for part in ("train", "val")]
-    if not all(parts):
-        raise UserError(
-            f'{cfg.data}: {len(parts[0])} problems with an "answer" to train on and '
-            f"{len(parts[1])} held out; both are needed"
-        )
-    return parts
 
 
 # --- algorithm: N problems, G answers each, B = N G; entry t of (B, T - 1) is tokens[:, t + 1] ---
@@ -319,164 +281,60 @@ class Rollout:
 
     @property
     def mask(self):
+        """True on the tokens to train on, (B, T - 1)."""
         return self.rows.mask[:, 1:]
 
     def select(self, numbers):
-        rest = (x[numbers] for x in (self.rewards, self.right, self.ended))
-        return Rollout(self.rows.rows(numbers), *rest)
+        rows, *rest = vars(self).values()
+        return Rollout(rows.rows(numbers), *(x[numbers] for x in rest))
 
     @classmethod
     def join(cls, parts):
-        rows = Replies.join([part.rows for part in parts])
-        names = "rewards", "right", "ended"
-        return cls(rows, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        rows, *rest = zip(*(vars(part).values() for part in parts))
+        return cls(Replies.join(rows), *map(torch.cat, rest))
 
 
-def reward_of(item, text):
-    return sum(weight * function(item, text) for weight, function in REWARDS)
+def reward_of(cfg, item, text, length, ended):
+    """What an answer is worth: by REWARDS, less the price of its length."""
+    reward = sum(weight * function(item, text) for weight, function in REWARDS)
+    if not ended:  # nothing; and where rewards may be negative, no way out of them
+        reward = min(0.0, reward)
+    return reward + overlong_penalty(length, cfg.max_new_tokens, cfg.overlong_buffer)
 
 
-class Sampling:
-    """How problems are put to a policy, and what its answers are worth."""
-
-    def __init__(self, cfg, tokenizer, model=None):
-        """`model`: the one that reads the problems' pictures, where they have some."""
-        self.cfg, self.tokenizer, self.model = cfg, tokenizer, model
-        self.store = None if model is None else store_of(model)
-        self.tools = None
-        if cfg.tools:
-            self.tools = village_tools(cfg.init, tokenizer, cfg.knowledge)
-
-    def ask(self, item):
-        """Ids of the prompt."""
-        return prompt_of(item, self.model, self.tokenizer, self.cfg.template)
-
-    @torch.no_grad()
-    def look(self, policy, items):
-        """What the vision tower, which stays frozen, makes of each item's pictures: (n, N, C_v);
-        None where there are none.
-        """
-        paths = [item.get("images", []) for item in items]
-        if not any(paths):
-            return None
-        pictures = self.store.of([path for own in paths for path in own])
-        return policy.look(pictures.to(policy.device)).split([len(own) for own in paths])
-
-    def rollout(self, policy, items, noise):
-        """Sample G answers to each item with this noise (B, max_new_tokens)."""
-        cfg, tokenizer = self.cfg, self.tokenizer
-        prompts, seen = list(map(self.ask, items)), self.look(policy, items)
-        out = generate(
-            policy,
-            prompts,
-            cfg.max_new_tokens,
-            cfg.samples,
-            cfg.temperature,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-            noise=noise,
-            tools=self.tools,
-            pictures=seen,
-        )
-        answers = out.lists()  # ids as generated, never made from text again
-        items, prompts, seen = (
-            xs and [x for x in xs for _ in range(cfg.samples)] for xs in (items, prompts, seen)
-        )
-        rows = pad_replies(prompts, answers, tokenizer.pad_id, out.owned(), seen)
-        ended = [ids[-1] in tokenizer.stop_ids for ids in answers]
-        rewards, right = [], []
-        for item, ids, done in zip(items, answers, ended):
-            text = as_text(tokenizer, ids)
-            reward = reward_of(item, text)
-            if not done:  # nothing; and where rewards may be negative, no way out of them
-                reward = min(0.0, reward)
-            reward += overlong_penalty(len(ids), cfg.max_new_tokens, cfg.overlong_buffer)
-            rewards.append(reward)
-            right.append(accuracy(item, text) if done else 0.0)
-        device = out.tokens.device
-        return Rollout(
-            rows.to(device), *(torch.tensor(x, device=device) for x in (rewards, right, ended))
-        )
-
-    def replies(self, policy, items, samples=1, temperature=0.0, generator=None):
-        """Texts of answers, `samples` per item."""
-        ids = sample_replies(
-            policy,
-            self.tokenizer,
-            list(map(self.ask, items)),
-            self.cfg.max_new_tokens,
-            samples,
-            temperature,
-            generator=generator,
-            tools=self.tools,
-            pictures=self.look(policy, items),
-        )
-        return [as_text(self.tokenizer, reply) for reply in ids]
+def sample_rollout(cfg, policy, sampling, items, noise):
+    """Sample G answers to each item with this noise (B, max_new_tokens), and reward them."""
+    answers = sampling.answers(policy, items, noise)
+    rewards = [reward_of(cfg, *each) for each in answers.each()]
+    right = [accuracy(item, text) if ended else 0.0 for item, text, _, ended in answers.each()]
+    device = answers.ended.device
+    rewards, right = (torch.tensor(x, device=device) for x in (rewards, right))
+    return Rollout(answers.rows, rewards, right, answers.ended)
 
 
 def sample_batch(cfg, rt, policy, sampling, problems, sampler):
     """(rollout of this process, figures of all): with dynamic sampling groups whose rewards are
     equal, which teach nothing, make room for others, in up to four rounds.
     """
-    share, G, parts, seen, left = rt.share(cfg.batch_size), cfg.samples, [], [], cfg.batch_size
-    for _ in range(4 if cfg.dynamic_sampling else 1):
+    share, G, left, seen = rt.share(cfg.batch_size), cfg.samples, cfg.batch_size, []
+    while left > 0 and len(seen) < (4 if cfg.dynamic_sampling else 1):
         items = [problems[i] for i in sampler.take(cfg.batch_size)[share]]
-        noise = torch.rand(cfg.batch_size, G, cfg.max_new_tokens, dtype=torch.float64)
-        part = sampling.rollout(policy, items, noise[share].flatten(0, 1).to(rt.device))
-        seen.append(part)
-        unequal = ~equal_groups(part.rewards, G)
-        left -= rt.sum(unequal.sum().item())
-        if cfg.dynamic_sampling:
-            unequal[0] |= not parts and not unequal.any()  # no process may be left without any
-        else:
-            unequal[:] = True
-        if unequal.any():
-            parts.append(part.select(unequal.repeat_interleave(G).nonzero()[:, 0]))
-        if left <= 0:
-            break
-    return Rollout.join(parts), figures_of(rt, Rollout.join(seen), G)
-
-
-def equal_groups(rewards, G):
-    """True for each group whose rewards are all the same, (N,)."""
-    groups = rewards.view(-1, G)
-    return (groups == groups[:, :1]).all(1)
-
-
-def figures_of(rt, rollout, G):
-    """Means over all answers of all processes."""
-    n = rt.sum(len(rollout.rewards))
-    equal = equal_groups(rollout.rewards, G)
-    return {
-        "reward": rt.sum(rollout.rewards.sum().item()) / n,
-        "accuracy": rt.sum(rollout.right.sum().item()) / n,
-        "equal_groups": rt.sum(equal.sum().item()) / (n / G),
-        "length": rt.sum(rollout.mask.sum().item()) / n,
-        "truncated": 1 - rt.sum(rollout.ended.sum().item()) / n,
-    }
+        seen.append(sample_rollout(cfg, policy, sampling, items, draw_noise(cfg, rt)))
+        left -= rt.sum((~equal_groups(seen[-1].rewards, G)).sum().item())
+    rollout = Rollout.join(seen)
+    figures = figures_of(rt, rollout, G)
+    if cfg.dynamic_sampling:
+        unequal = ~equal_groups(rollout.rewards, G)
+        unequal[0] |= not unequal[: len(items)].any()  # no process may be left without any
+        rollout = rollout.select(unequal.repeat_interleave(G))
+    return rollout, figures
 
 
 # --- training ------------------------------------------------------------------------------------
 
 
-def check_flags(cfg):
-    """Refuse settings with which nothing could be learnt."""
-    if cfg.samples < 2:
-        raise UserError("--samples 1 makes no group to compare with; use two or more")
-    if cfg.temperature == 0:
-        raise UserError("--temperature 0 gives a group of equal answers; use 1")
-    if cfg.overlong_buffer > cfg.max_new_tokens:
-        raise UserError(
-            f"--overlong_buffer {cfg.overlong_buffer} is longer than the longest answer, "
-            f"--max_new_tokens {cfg.max_new_tokens}: even an empty one would pay"
-        )
-    if not REWARDS:
-        raise UserError("REWARDS in train_grpo.py is empty, so that all answers are worth the same")
-    check_knowledge(cfg)
-
-
 def main(cfg):
-    check_flags(cfg)
+    check_flags(cfg, REWARDS)
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.init, cfg.out)
     policy, tokenizer = load_model(cfg.init)
@@ -484,15 +342,7 @@ def main(cfg):
     if isinstance(policy, VLM) and not cfg.adapter:
         policy.train_parts(language=True)  # and the projector
     ref = reference(policy) if cfg.kl_coef else None
-    if cfg.data == "pictures":
-        store_of(policy)  # refuses a model without eyes before pictures are painted
-    train, val = load_problems(cfg)
-    problems = train + val
-    with_pictures = any(item.get("images") for item in problems)
-    if with_pictures and cfg.template != "chat":
-        raise UserError(f"--template {cfg.template} shows no pictures, but problems have; use chat")
-    sampling = Sampling(cfg, tokenizer, policy if with_pictures else None)
-    check_room(policy, list(map(sampling.ask, problems)), cfg.max_new_tokens, problems)
+    train, items, sampling = open_problems(cfg, policy, tokenizer)
 
     run = Run(cfg, rt, cfg.steps)
     called = rt.prepare(policy)
@@ -505,7 +355,6 @@ def main(cfg):
     sampler = Sampler(len(train), cfg.seed)
     scaler, trained = rt.scaler(), [policy, optimizers, [sampler]]
     saved = run.restore(*trained, scaler)
-    items = first_of_each_family(val, cfg.eval_items)
     measure = partial(evaluate, cfg, run, policy, sampling, items)
     before = saved.get("before") or measure(cfg.eval_samples)
     after = saved.get("after", before)
@@ -530,8 +379,7 @@ def update(cfg, rt, called, ref, optimizers, scaler, rollout):
     variant, rows, mask = VARIANTS[cfg.loss], rollout.rows, rollout.mask
     parts = rows.real.sum(1).argsort().chunk(cfg.accumulate)
     counts = Counts(rt.sum(len(rows)), rt.sum(mask.sum().item()), cfg.max_new_tokens)
-    low, high = cfg.clip_low, cfg.clip_high
-    clip = [own if given is None else given for given, own in zip((low, high), variant.clip)]
+    clip = [own if x is None else x for x, own in zip((cfg.clip_low, cfg.clip_high), variant.clip)]
     ref_logprobs = look_back(ref, rows, parts, cfg.temperature) if ref is not None else None
     old = torch.zeros(mask.shape, device=rt.device)
     if variant.kl_in_reward and ref is not None:
@@ -581,16 +429,6 @@ def beyond_clip(loss, log_rho, trained, clip):
     return ((rho < 1 - clip[0]) | (rho > largest)) & trained
 
 
-@torch.no_grad()
-def look_back(model, rows, parts, temperature):
-    """Logprobs (B, T - 1) of the answers, part by part."""
-    out = torch.zeros(rows.mask[:, 1:].shape, device=rows.mask.device)
-    for numbers in parts:
-        logprobs = reply_logprobs(model, rows.rows(numbers), temperature)
-        out[numbers, : logprobs.shape[1]] = logprobs
-    return out
-
-
 def advantages_of(cfg, variant, rollout, old, ref_logprobs, total):
     """A of each answer, (B, 1), or with reinforce_pp of each token, (B, T - 1)."""
     rewards, mask = rollout.rewards, rollout.mask
@@ -601,33 +439,6 @@ def advantages_of(cfg, variant, rollout, old, ref_logprobs, total):
         return whiten(returns_to_go(rewards, kl, mask, cfg.kl_coef), mask, total)
     rewards = rewards - cfg.kl_coef * kl.sum(1)
     return variant.advantages(rewards.view(-1, cfg.samples)).view(-1, 1)
-
-
-def evaluate(cfg, run, policy, sampling, items, samples=1):
-    """Greedy accuracy on held-out problems; with `samples` also pass@k and maj@k."""
-    policy.eval()
-    greedy, sampled = sampling.replies(policy, items), None
-    if samples > 1:
-        generator = torch.Generator(policy.device).manual_seed(cfg.seed)
-        sampled = sampling.replies(policy, items, samples, 1.0, generator)
-    policy.train()
-    figures = sampled_figures(items, greedy, sampled)
-    run.log(val_accuracy=figures["all"]["greedy"], show=("val_accuracy",))
-    first = {item["family"]: (item, reply) for item, reply in zip(items[::-1], greedy[::-1])}
-    run.write_sample(
-        "\n".join(f"{i['messages'][-1]['content']}\n    {reply}" for i, reply in first.values())
-    )
-    return figures
-
-
-def finish(rt, run, before, after):
-    """Print what the rewards have changed, and keep it in result.json."""
-    run.close()
-    run.draw_curves("reward", "accuracy", "val_accuracy", x_label="update", y_label="share")
-    rt.print(figures_table({"before": before, "after": after}))
-    run.write_result(before=before, after=after, **run.speed())
-    rt.print(f"{run.folder}: {run.step} updates in {run.elapsed:.0f} s")
-    rt.close()
 
 
 if __name__ == "__main__":

@@ -29,31 +29,18 @@ import torch
 import torch.nn as nn
 
 from nanollm.adapter_runs import reference, start_adapter
-from nanollm.config import UserError, atomic_write, cli
-from nanollm.data import Sampler, last_true, pad_replies
-from nanollm.evaluate import as_text, village_of
-from nanollm.formats import read_prompts
-from nanollm.generate import check_room, generate
+from nanollm.config import UserError, cli
+from nanollm.data import Sampler, last_true
+from nanollm.generate import check_room
 from nanollm.gpt import Linear
-from nanollm.hub import load_model, load_scalar, read_json
+from nanollm.hub import load_model, load_scalar
 from nanollm.logprobs import reply_logprobs
 from nanollm.optim import build_optimizers
-from nanollm.plot import line_chart
-from nanollm.preferences import (
-    gap_closed,
-    gold_score,
-    has_gold,
-    judge,
-    load_scorer,
-    prompt_ids,
-    sample_text,
-    scores,
-    train_and_held_out,
-    village_prompts,
-    win_rate,
-)
-from nanollm.rewards import accuracy, reft_reward
-from nanollm.run import Run, check_folders, read_metrics
+from nanollm.ppo_runs import evaluate, finish, load_prompts, rollout_figures
+from nanollm.preferences import judge, load_scorer, prompt_ids, scores
+from nanollm.rewards import reft_reward
+from nanollm.rollouts import Answers, draw_noise, sample_answers
+from nanollm.run import Run, check_folders
 from nanollm.runtime import start
 
 
@@ -142,20 +129,6 @@ PRESETS = {
 }
 
 
-# --- data ----------------------------------------------------------------------------------------
-
-
-def load_prompts(cfg):
-    """(training prompts, held-out prompts)."""
-    if cfg.data == "village":
-        return village_prompts(cfg.init, "train", cfg.prompts), village_prompts(cfg.init, "test")
-    if cfg.data == "problems":
-        files = (village_of(cfg.init) / f"problems_{split}.jsonl" for split in ("train", "test"))
-        train, test = map(read_prompts, files)
-        return train[: cfg.prompts], test
-    return train_and_held_out(read_prompts(cfg.data)[: cfg.prompts], cfg)
-
-
 # --- algorithm: B replies, T tokens; entry t of (B, T - 1) belongs to tokens[:, t + 1] -----------
 
 
@@ -214,12 +187,6 @@ def value_loss(values, old_values, returns, eps):
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def explained_variance(values, returns, mask):
-    """1 - var(G - V) / var(G) over real tokens: 1 for a perfect critic, 0 for a constant."""
-    G, error = returns[mask], (returns - values)[mask]
-    return (1 - error.var(unbiased=False) / G.var(unbiased=False).clamp(min=1e-8)).item()
-
-
 class AdaptiveKL:
     """Ziegler et al.'s proportional controller of beta; a target of 0 leaves beta as it is."""
 
@@ -267,22 +234,23 @@ class _HeadOnly:
         return self.policy.head(self.hidden[where])
 
 
+# --- sampling ------------------------------------------------------------------------------------
+
+
 @dataclass
 class Rollout:
     """Replies and all that an update needs to know of them; (B, T - 1) where nothing is said."""
 
-    rows: object  # data.Replies
+    answers: Answers
     scores: torch.Tensor  # (B,) as trained on
-    ended: torch.Tensor  # (B,) bool
     logprobs: torch.Tensor  # of the policy that sampled
     ref_logprobs: torch.Tensor
     values: torch.Tensor  # of the critic then; zeros without one
     entropy: torch.Tensor
-    texts: list
 
     @property
     def mask(self):
-        return self.rows.mask[:, 1:]
+        return self.answers.rows.mask[:, 1:]
 
     @property
     def kl(self):
@@ -290,51 +258,28 @@ class Rollout:
         return ((self.logprobs - self.ref_logprobs) * self.mask).sum(1)
 
 
-class Scorer:
-    """The reward of replies: a model's score at the last token, or rules on the text."""
-
-    def __init__(self, cfg, tokenizer, rt):
-        self.model = None
-        if cfg.reward == "model":
-            self.model = load_scorer(cfg.reward_model, tokenizer, cfg.init, rt)
-
-    def __call__(self, items, rows, texts):
-        if self.model is not None:
-            return scores(self.model, rows)
-        rewards = [reft_reward(item, text) for item, text in zip(items, texts)]
-        return torch.tensor(rewards, device=rows.mask.device)
+def rewards_of(reward_model, answers):
+    """The reward of each reply, (B,): a model's at the last token, or by rules on the text."""
+    if reward_model is not None:
+        return scores(reward_model, answers.rows)
+    rewards = list(map(reft_reward, answers.items, answers.texts))
+    return torch.tensor(rewards, device=answers.ended.device)
 
 
 @torch.no_grad()
-def sample_rollout(cfg, actor, ref, scorer, tokenizer, items, prompts, noise):
-    """Sample replies to prompts (lists of ids) with this noise, score them, and look back."""
-    out = generate(
-        actor.policy,
-        prompts,
-        cfg.max_new_tokens,
-        cfg.samples,
-        cfg.temperature,
-        stop_ids=tokenizer.stop_ids,
-        pad_id=tokenizer.pad_id,
-        noise=noise,
-    )
-    replies = out.lists()  # ids as generated, never made from text again
-    device = out.tokens.device
-    items, prompts = ([x for x in xs for _ in range(cfg.samples)] for xs in (items, prompts))
-    rows = pad_replies(prompts, replies, tokenizer.pad_id).to(device)
-    texts = [as_text(tokenizer, ids) for ids in replies]
-    ended = torch.tensor([ids[-1] in tokenizer.stop_ids for ids in replies], device=device)
-    learned = scorer(items, rows, texts)
+def sample_rollout(cfg, actor, ref, reward_model, tokenizer, items, noise):
+    """Sample replies to the items with this noise (B, max_new_tokens), score them, look back."""
+    prompts = prompt_ids(items, tokenizer)
+    answers = sample_answers(cfg, actor.policy, tokenizer, items, prompts, noise)
+    rows = answers.rows
     (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)
     return Rollout(
-        rows,
-        torch.where(ended, learned, cfg.no_end_penalty),
-        ended,
+        answers,
+        torch.where(answers.ended, rewards_of(reward_model, answers), cfg.no_end_penalty),
         logprobs,
         reply_logprobs(ref, rows, cfg.temperature),
         torch.zeros_like(logprobs) if values is None else values * rows.mask[:, 1:],
         entropy,
-        texts,
     )
 
 
@@ -356,11 +301,11 @@ def advantages_of(cfg, rollout, beta, total):
 def update(cfg, rt, called, model, optimizers, scaler, rollout, advantages, returns):
     """Epochs of minibatches over one batch of replies; returns means of what was seen."""
     seen = {}
-    B = len(rollout.rows)
+    B = len(rollout.scores)
     for _ in range(cfg.epochs):
         for numbers in torch.randperm(B).chunk(cfg.minibatches):
             numbers = numbers.to(rt.device)
-            rows = rollout.rows.rows(numbers)
+            rows = rollout.answers.rows.rows(numbers)
             width = rows.mask.shape[1] - 1  # rows() leaves out columns of padding, all on the right
             mask, old, A, G, V_old = (
                 x[numbers][:, :width]
@@ -400,15 +345,12 @@ def main(cfg):
         check_folders(cfg.reward_model, cfg.out)
     policy, tokenizer = load_model(cfg.init)
     start_adapter(policy, cfg, rt)
-    ref = reference(policy)
-    scorer = Scorer(cfg, tokenizer, rt)
+    ref, reward_model, critic = reference(policy), None, None
+    if cfg.reward == "model":
+        reward_model = load_scorer(cfg.reward_model, tokenizer, cfg.init, rt)
     train, val = load_prompts(cfg)
-    if cfg.reward == "rules" and not all("answer" in item for item in train + val):
-        raise UserError(f'--reward rules needs an "answer" in every record of {cfg.data}')
-    prompts = prompt_ids(train, tokenizer)
-    every = prompts + prompt_ids(val, tokenizer)
-    check_room(policy, every, cfg.max_new_tokens, train + val)
-    critic = None
+    prompts = prompt_ids(train + val, tokenizer)
+    check_room(policy, prompts, cfg.max_new_tokens, train + val)
     if cfg.critic == "separate":
         critic = load_scalar(cfg.reward_model if cfg.reward == "model" else cfg.init)[0]
         start_adapter(critic, cfg, rt)
@@ -431,116 +373,29 @@ def main(cfg):
     control.coef = saved.get("kl_coef", control.coef)
     items = val[: cfg.eval_prompts]
     ref_golds = judge(ref, tokenizer, items, None, None, cfg.max_new_tokens, seed=cfg.seed)[2]
-    measure = partial(evaluate, cfg, run, policy, tokenizer, ref, scorer, items, ref_golds)
+    measure = partial(evaluate, cfg, run, policy, tokenizer, ref, reward_model, items, ref_golds)
     before = saved.get("before") or measure()
     after = saved.get("after", before)
-    since = 0
 
     while run.step < cfg.steps:
         optimizers.schedule(min(1.0, (run.step + 1) / max(1, cfg.warmup)))
-        numbers = sampler.take(cfg.batch_size)
-        noise = torch.rand(cfg.batch_size, cfg.samples, cfg.max_new_tokens, dtype=torch.float64)
-        noise = noise[share].flatten(0, 1).to(rt.device)
-        chosen = [train[i] for i in numbers[share]]
-        rollout = sample_rollout(
-            cfg, model, ref, scorer, tokenizer, chosen, [prompts[i] for i in numbers[share]], noise
-        )
+        chosen = [train[i] for i in sampler.take(cfg.batch_size)[share]]
+        noise = draw_noise(cfg, rt)
+        rollout = sample_rollout(cfg, model, ref, reward_model, tokenizer, chosen, noise)
         advantages, returns = advantages_of(cfg, rollout, control.coef, rt.sum)
-        seen = update(
-            cfg, rt, called, model, optimizers, scaler, rollout, advantages, returns
-        )
+        seen = update(cfg, rt, called, model, optimizers, scaler, rollout, advantages, returns)
         run.check_finite(seen["policy_loss"] + seen["value_loss"])
-        figures = rollout_figures(cfg, rt, rollout, returns, chosen)
+        figures = rollout_figures(cfg, rt, rollout, returns)
         control.update(figures["kl"], cfg.batch_size * cfg.samples)
         run.advance()
 
-        since += figures["length"] * cfg.batch_size * cfg.samples
-        run.log(since, show=("reward", "kl"), **figures, **seen, kl_coef=control.coef)
-        since = 0
+        tokens = figures["length"] * cfg.batch_size * cfg.samples
+        run.log(tokens, show=("reward", "kl"), **figures, **seen, kl_coef=control.coef)
         if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
             after = measure()
             run.export(policy, tokenizer)
             run.checkpoint(*trained, scaler, kl_coef=control.coef, before=before, after=after)
     finish(cfg, rt, run, before, after)
-
-
-def rollout_figures(cfg, rt, rollout, returns, items):
-    """Means over the batch, of all processes: what PPO's log shows."""
-    mask, n = rollout.mask, cfg.batch_size * cfg.samples
-    tokens = rt.sum(mask.sum().item())
-    figures = {
-        "reward": rt.sum(rollout.scores.sum().item()) / n,
-        "kl": rt.sum(rollout.kl.sum().item()) / n,
-        "entropy": rt.sum((rollout.entropy * mask).sum().item()) / tokens,
-        "length": tokens / n,
-        "ended": rt.sum(rollout.ended.sum().item()) / n,
-    }
-    if cfg.critic != "none":
-        figures["explained_variance"] = explained_variance(rollout.values, returns, mask)
-    if has_gold(items):  # to look at; nothing is trained on it
-        items = [item for item in items for _ in range(cfg.samples)]
-        golds = [gold_score(item, text) for item, text in zip(items, rollout.texts)]
-        figures["gold"] = rt.sum(sum(golds)) / n
-    return figures
-
-
-@torch.no_grad()
-def evaluate(cfg, run, policy, tokenizer, ref, scorer, items, ref_golds):
-    """What sampled replies to held-out prompts are worth, by the reward and by gold."""
-    policy.eval()
-    figures, replies, golds = judge(
-        policy, tokenizer, items, ref, scorer.model, cfg.max_new_tokens, seed=cfg.seed
-    )
-    if cfg.reward == "rules":
-        figures["reward"] = sum(map(reft_reward, items, replies)) / len(items)
-        figures["accuracy"] = sum(map(accuracy, items, replies)) / len(items)
-    policy.train()
-    if golds is not None:
-        figures["win_rate"] = win_rate(golds, ref_golds)
-    shown = ("val_reward", "val_gold", "val_accuracy", "val_kl")
-    run.log(**{f"val_{name}": value for name, value in figures.items()}, show=shown)
-    run.write_sample(sample_text(items, replies))
-    return figures
-
-
-def over_optimisation_chart(cfg, run):
-    """Learned reward and gold over the KL that they cost: where they part, the policy has learnt
-    the reward model's errors (Gao et al. 2022, arXiv:2210.10760).
-    """
-    records = [m for m in read_metrics(run.folder) if "val_kl" in m and "val_gold" in m]
-    line = None
-    if cfg.reward == "model":
-        line = read_json(f"{cfg.reward_model}/result.json").get("gold_line")
-    a, b = line or (0.0, 1.0)
-    series = {
-        "learned reward": [(m["val_kl"], a + b * m["val_reward"]) for m in records],
-        "gold": [(m["val_kl"], m["val_gold"]) for m in records],
-    }
-    title, x = "Held-out prompts: reward over KL", "KL to the reference, nats per reply"
-    return line_chart(series, title, x, "on the gold's scale")
-
-
-def finish(cfg, rt, run, before, after):
-    """Print what the rewards have changed, and keep it in result.json."""
-    run.close()
-    curves = ("reward", "val_accuracy") if cfg.reward == "rules" else ("reward", "gold", "kl")
-    run.draw_curves(*curves, x_label="update", y_label="per reply")
-    shown = "reward accuracy kl length ended correct polite concise"
-    for name in filter(before.__contains__, shown.split()):
-        rt.print(f"held-out {name:8} {before[name]:9.3f} -> {after[name]:9.3f}")
-    closed = {}
-    if "gold" in after:
-        closed = {"gap_closed": gap_closed(after["gold"], before["gold"])}
-        rt.print(
-            f"held-out gold     {before['gold']:9.3f} -> {after['gold']:9.3f}: "
-            f"{closed['gap_closed']:.0%} of the way to the best possible; wins over the reference "
-            f"{after['win_rate']:.1%}"
-        )
-        if rt.main:
-            atomic_write(run.folder / "reward_over_kl.svg", over_optimisation_chart(cfg, run))
-    run.write_result(before=before, after=after, **closed, **run.speed())
-    rt.print(f"{cfg.out}: {run.step} updates in {run.elapsed:.0f} s")
-    rt.close()
 
 
 if __name__ == "__main__":

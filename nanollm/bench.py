@@ -37,6 +37,7 @@ from nanollm.config import UserError, cli
 from nanollm.data import Sampler
 from nanollm.generate import check_room, generate
 from nanollm.gpt import GPT, GPTConfig, count_parameters
+from nanollm.grpo_runs import Sampling
 from nanollm.hub import config_json, save_model
 from nanollm.logprobs import token_logprobs
 from nanollm.optim import build_optimizers
@@ -363,12 +364,13 @@ def grpo_work(cfg, rt, model, called, tokenizer, prompts, laps):
     """(settings, one update of ours): all but prompts and reward is train_grpo.py's."""
     import train_grpo  # at the root of the repository
 
-    class Sampling(train_grpo.Sampling):
-        def rollout(self, *args):
-            out = super().rollout(*args)
-            rows = out.rows.to("cpu")
-            answers = [tokens[mask].tolist() for tokens, mask in zip(rows.tokens, rows.mask)]
-            return replace(out, rewards=torch.tensor(share_of_even(answers), device=rt.device))
+    sample_and_check = train_grpo.sample_rollout
+
+    def sample_rollout(*args):
+        out = sample_and_check(*args)
+        rows = out.rows.to("cpu")
+        answers = [tokens[mask].tolist() for tokens, mask in zip(rows.tokens, rows.mask)]
+        return replace(out, rewards=torch.tensor(share_of_even(answers), device=rt.device))
 
     settings = train_grpo.Config(
         batch_size=cfg.prompts,
@@ -392,8 +394,8 @@ def grpo_work(cfg, rt, model, called, tokenizer, prompts, laps):
 
     def work():
         laps.begin()
-        rollout, _ = sample_batch(settings, rt, model, sampling, problems, sampler)
-        with mock.patch.object(train_grpo, "look_back", look_back):
+        with mock.patch.multiple(train_grpo, sample_rollout=sample_rollout, look_back=look_back):
+            rollout, _ = sample_batch(settings, rt, model, sampling, problems, sampler)
             update(settings, rt, called, ref, optimizers, scaler, rollout)
 
     return settings, work

@@ -59,6 +59,14 @@ def first_of_each_family(items, limit):
     return kept
 
 
+def sample_by_family(items, replies):
+    """The first item of each family with its reply, for samples.txt."""
+    first = {item["family"]: (item, reply) for item, reply in zip(items[::-1], replies[::-1])}
+    return "\n".join(
+        f"{item['messages'][-1]['content']}\n    {reply}" for item, reply in first.values()
+    )
+
+
 def table(columns):
     """Text table of {column name: {family: {"accuracy", "n"}}}, a line per family."""
     families = list(dict.fromkeys(family for result in columns.values() for family in result))

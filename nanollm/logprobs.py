@@ -79,6 +79,16 @@ def reply_logprobs(model, rows, temperature=1.0, with_entropy=False):
         return out, blank.masked_scatter(trained, entropy(logits))
 
 
+@torch.no_grad()
+def look_back(model, rows, parts, temperature):
+    """reply_logprobs of all rows, (B, T - 1), part by part; parts: numbers of rows."""
+    out = torch.zeros(rows.mask[:, 1:].shape, device=rows.mask.device)
+    for numbers in parts:
+        logprobs = reply_logprobs(model, rows.rows(numbers), temperature)
+        out[numbers, : logprobs.shape[1]] = logprobs
+    return out
+
+
 def masked_mean(x, mask):
     """Mean of x where mask is True; both (...). A mask without a single True is an error of the
     caller.

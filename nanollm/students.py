@@ -4,7 +4,7 @@ import dataclasses
 
 from nanollm.config import UserError
 from nanollm.evaluate import as_text, sample_replies
-from nanollm.figures import figures_table, sampled_figures
+from nanollm.figures import figures_table, sample_by_family, sampled_figures
 from nanollm.gpt import GPT, count_parameters
 from nanollm.hub import load_model
 from nanollm.lessons import prompt_ids
@@ -72,11 +72,8 @@ def answer_items(model, tokenizer, items, max_new_tokens):
     ids = sample_replies(model, tokenizer, prompts, max_new_tokens, temperature=0.0)
     speed = sum(map(len, ids)) / (clock(model.device) - begin)
     replies = [as_text(tokenizer, reply) for reply in ids]
-    first = {item["family"]: (item, reply) for item, reply in zip(items[::-1], replies[::-1])}
-    sample = "\n".join(
-        f"{item['messages'][-1]['content']}\n    {reply}" for item, reply in first.values()
-    )
-    return {"figures": sampled_figures(items, replies), "speed": speed}, sample
+    figures = {"figures": sampled_figures(items, replies), "speed": speed}
+    return figures, sample_by_family(items, replies)
 
 
 def finish(run, teacher, student, answers, known, before, after):

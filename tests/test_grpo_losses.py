@@ -18,14 +18,16 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 import train_grpo
 import train_ppo
+from nanollm import grpo_runs
 from nanollm.config import UserError
 from nanollm.data import pad_replies
 from nanollm.gpt import GPT
+from nanollm.grpo_runs import Sampling
 from nanollm.optim import Optimizers
 from nanollm.runtime import Runtime
 from nanollm.templates import TEMPLATES
 from tests.test_preference_losses import close, tiny
-from train_grpo import VARIANTS, Config, Counts, Rollout, Sampling
+from train_grpo import VARIANTS, Config, Counts, Rollout, sample_rollout
 
 LOSSES = list(VARIANTS)
 IN_THE_LOSS = [name for name in LOSSES if not VARIANTS[name].kl_in_reward]
@@ -572,10 +574,11 @@ def test_the_end_token_belongs_to_the_answer_and_without_one_there_is_no_reward(
     random_model, tokenizer, monkeypatch
 ):
     monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda item, text: 1.0),))
-    sampling = Sampling(Config(samples=8, max_new_tokens=40), tokenizer)
+    cfg = Config(samples=8, max_new_tokens=40)
+    sampling = Sampling(cfg, tokenizer)
     noise = torch.rand(32, 40, dtype=torch.float64)
     policy = random_model(max_position_embeddings=128)
-    rollout = sampling.rollout(policy, [SUM] * 4, noise)
+    rollout = sample_rollout(cfg, policy, sampling, [SUM] * 4, noise)
     rows, each, last = rollout.rows, torch.arange(32), rollout.rows.last()
     assert rows.mask[each, last].all()
     ended = torch.isin(rows.tokens[each, last], torch.tensor(sorted(tokenizer.stop_ids)))
@@ -586,9 +589,11 @@ def test_the_end_token_belongs_to_the_answer_and_without_one_there_is_no_reward(
 
 def test_where_rewards_are_negative_not_to_end_is_no_way_out(random_model, tokenizer, monkeypatch):
     monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda item, text: -1.0),))
-    sampling = Sampling(Config(samples=8, max_new_tokens=40), tokenizer)
+    cfg = Config(samples=8, max_new_tokens=40)
+    sampling = Sampling(cfg, tokenizer)
     noise = torch.rand(32, 40, dtype=torch.float64)
-    rollout = sampling.rollout(random_model(max_position_embeddings=128), [SUM] * 4, noise)
+    policy = random_model(max_position_embeddings=128)
+    rollout = sample_rollout(cfg, policy, sampling, [SUM] * 4, noise)
     assert 0 < rollout.ended.sum() < 32
     assert set(rollout.rewards.tolist()) == {-1.0}
 
@@ -597,9 +602,9 @@ def test_what_a_tool_writes_into_a_sampled_answer_is_left_out_of_the_mask(random
     sampling = Sampling(Config(samples=4, max_new_tokens=12), tokenizer)
     ask = (random_model(), [SUM], torch.rand(4, 12, dtype=torch.float64))
     first = prompt_length(tokenizer)
-    call_end = sampling.rollout(*ask).rows.tokens[0, first].item()  # taken for the end of a call
+    call_end = sampling.answers(*ask).rows.tokens[0, first].item()  # taken for the end of a call
     sampling.tools = SimpleNamespace(call_end=call_end, respond=lambda ids: [65, 66])
-    rows = sampling.rollout(*ask).rows
+    rows = sampling.answers(*ask).rows
     assert rows.tokens[0, first : first + 3].tolist() == [call_end, 65, 66]
     assert rows.mask[0, first : first + 4].tolist() == [True, False, False, True]
 
@@ -645,7 +650,7 @@ def test_groups_of_equal_rewards_are_counted(groups, reward):
     for size in (2, 7, 8, 10, 16):
         n = groups * size
         rollout = rollout_of([[3]] * n, [[END]] * n, [reward] * n)
-        assert train_grpo.figures_of(CPU, rollout, size)["equal_groups"] == 1.0
+        assert grpo_runs.figures_of(CPU, rollout, size)["equal_groups"] == 1.0
 
 
 def test_entropy_and_kl_are_read_off_the_sampled_tokens():
@@ -663,7 +668,7 @@ def test_entropy_and_kl_are_read_off_the_sampled_tokens():
 
 def problems_in(path, records, **flags):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return train_grpo.load_problems(Config(data=str(path), **flags))
+    return grpo_runs.load_problems(Config(data=str(path), **flags))
 
 
 def test_gsm8k_records_are_problems_and_the_last_of_them_held_out(tmp_path):
@@ -727,11 +732,11 @@ def test_a_family_that_nobody_knows_is_refused_by_name(tmp_path):
     ],
 )
 def test_the_villages_own_problems_come_in_two_files(data, name, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_grpo, place, lambda run_folder: tmp_path)
+    monkeypatch.setattr(grpo_runs, place, lambda run_folder: tmp_path)
     for part, answer in ("train", "3"), ("test", "4"):
         record = {"prompt": "?", "answer": answer, "family": "add"}
         (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(record))
-    train, val = train_grpo.load_problems(Config(data=data))
+    train, val = grpo_runs.load_problems(Config(data=data))
     assert [item["answer"] for item in train + val] == ["3", "4"]
 
 

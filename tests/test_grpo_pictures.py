@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 import train_grpo
-from nanollm import evaluate
+from nanollm import evaluate, rollouts
 from nanollm.adapter_runs import reference
 from nanollm.config import parse
 from nanollm.data import Replies, pad_replies
 from nanollm.generate import generate
 from nanollm.gpt import GPTConfig
+from nanollm.grpo_runs import Sampling
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import reply_logprobs
 from nanollm.pictures import Preprocessing
@@ -149,7 +150,7 @@ def vlm(tokenizer):
 def rollout_of(vlm, tokenizer, temperature=1.0):
     """Answers of a random model to problems with two pictures, one, and none."""
     cfg = train_grpo.Config(samples=4, max_new_tokens=6, temperature=temperature)
-    sampling = train_grpo.Sampling(cfg, tokenizer, vlm)
+    sampling = Sampling(cfg, tokenizer, vlm)
     shown = {"two": ["red.png", "blue.png"], "none": [], "one": ["red.png"]}
     items = [
         {"messages": [{"role": "user", "content": "<image>" * len(images) + f"{n}?"}],
@@ -157,7 +158,7 @@ def rollout_of(vlm, tokenizer, temperature=1.0):
         for n, images in shown.items()
     ]
     noise = torch.rand(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return sampling.rollout(vlm, items, noise)
+    return train_grpo.sample_rollout(cfg, vlm, sampling, items, noise)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -166,7 +167,7 @@ def test_sampling_and_training_see_one_distribution(
 ):
     made = []
     monkeypatch.setattr(
-        train_grpo, "generate", lambda *a, **k: made.append(generate(*a, **k)) or made[0]
+        rollouts, "generate", lambda *a, **k: made.append(generate(*a, **k)) or made[0]
     )
     rows = rollout_of(vlm, tokenizer, temperature).rows
     with torch.no_grad():

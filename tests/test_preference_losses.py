@@ -34,6 +34,7 @@ from nanollm.data import Replies, pad_replies
 from nanollm.gpt import GPT, GPTConfig, ScalarGPT
 from nanollm.hub import load_scalar, save_model
 from nanollm.logprobs import reply_logprobs
+from nanollm.ppo_runs import explained_variance
 from nanollm.preferences import gap_closed, scores, win_rate
 from nanollm.rewards import reft_reward
 from nanollm.tokenizer import Tokenizer
@@ -321,8 +322,8 @@ def test_the_kl_controller_by_hand():
 
 def test_explained_variance_of_a_perfect_and_of_a_constant_critic():
     G, mask = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
-    close(train_ppo.explained_variance(G, G, mask), 1.0)
-    close(train_ppo.explained_variance(torch.zeros(3, 4), G, mask), 0.0)
+    close(explained_variance(G, G, mask), 1.0)
+    close(explained_variance(torch.zeros(3, 4), G, mask), 0.0)
 
 
 def test_rules_reward_right_extractable_and_no_answers():
