@@ -814,11 +814,23 @@ def test_chat_keeps_pictures_over_turns_and_takes_new_ones(folder, vlm, album, m
     assert [ids.count(vlm.image_id) for ids, _ in asked] == [4, 8, 0]
 
 
-def test_chat_drops_the_pictures_of_turns_that_no_longer_fit(folder, vlm, album, monkeypatch):
+def test_chat_keeps_the_picture_longer_than_what_was_said_later(
+    folder, vlm, tokenizer, album, monkeypatch, capsys
+):
+    lines = ["what?", "x" * 50, "y" * 50]
+    asked = run_chat(monkeypatch, lines, model=folder, image=str(album().parent / "a.png"))
+    assert [shown for _, shown in asked] == [1, 1, 1]
+    last = tokenizer.decode(asked[-1][0])
+    assert "what?" in last and "y" * 50 in last and "x" * 50 not in last
+    assert not capsys.readouterr().err
+
+
+def test_chat_says_when_no_room_is_left_for_the_picture(folder, vlm, album, monkeypatch, capsys):
     lines = ["x" * 60, "y" * 60]
     picture = str(album().parent / "a.png")
     asked = run_chat(monkeypatch, lines, model=folder, image=picture)
     assert [shown for _, shown in asked] == [1, 0]
+    assert capsys.readouterr().err.count("no room is left for the picture") == 1
 
 
 @pytest.mark.parametrize(

@@ -415,6 +415,15 @@ REFUSED = {
     "adapter of a tower": ([*CLIP, "--adapter", "lora"], "goes with --stage instruct or all"),
     "blind tower": ([*CLIP, "--blind"], "--blind goes with --stage instruct, not clip"),
     "all blind": ([*ALL, "--blind"], "--blind goes with --stage instruct, not all"),
+    "projector of another stage": (
+        [*INSTRUCT, "--projector", "linear"], "--projector goes with --stage align or all"
+    ),
+    "a picture too small to paint": (
+        [*CLIP, "--data", "village", "--picture_size", 16, "--patch_size", 4], "the least is 32"
+    ),
+    "all stages, as the last one": (
+        [*INSTRUCT, "--init", "runs/pretrain"], "all stages go on with --stage all --resume"
+    ),
     "all with a tower": ([*ALL, "--vision", "runs/clip"], "--vision goes with --stage align"),
     "all from nothing": ([*ALL, "--init", "runs/none"], "runs/none is no folder"),
     "all from eyes": ([*ALL, "--init", "runs/align"], "model already; name a text one"),
