@@ -165,7 +165,7 @@ PRESETS = {
 BY_STAGE = {  # where a flag says none
     "clip": {"steps": 250, "batch_size": 128, "lr": 0.01, "adam_lr": 2e-3, "weight_decay": 1.0},
     "align": {"steps": 150, "batch_size": 8, "lr": 0.05, "adam_lr": 5e-3, "weight_decay": 0.0},
-    "instruct": {"steps": 950, "batch_size": 10, "lr": 0.01, "adam_lr": 3e-3, "weight_decay": 0.0},
+    "instruct": {"steps": 850, "batch_size": 10, "lr": 0.01, "adam_lr": 3e-3, "weight_decay": 0.0},
 }
 
 
