@@ -366,8 +366,11 @@ def test_ctrl_c_in_a_download_leaves_nothing_half_written(server, tmp_path):
     server.body, server.claimed, server.wait = FILES["gsm8k"], 10**6, 30
     command = [sys.executable, str(ROOT / "data" / "prepare.py"), "gsm8k", "--base_url", server.url]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"no_proxy": "*"}
-    )
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"no_proxy": "*"},
+        # a shell's background jobs ignore Ctrl-C, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while not [*tmp_path.rglob("*.tmp")]:
         time.sleep(0.02)
         assert process.poll() is None
