@@ -289,7 +289,7 @@ def check_flags(cfg):
                 f"--{name} goes with questions that have an answer, not with --data preferences"
             )
     if cfg.pictures != "right" and cfg.data in ("village", "reasoning", "tools"):
-        raise UserError(f"--pictures goes with questions about pictures, not with --data {cfg.data}")
+        raise UserError(f"--pictures goes with questions about pictures, not --data {cfg.data}")
     if cfg.samples > 1 and cfg.temperature == 0:
         raise UserError("--temperature 0 makes all --samples alike; use 1")
     if cfg.data == "tools" and not cfg.tools:

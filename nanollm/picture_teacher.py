@@ -18,9 +18,8 @@ Run     python train_sft.py --preset reader                       # the teacher,
         python train_vlm.py --stage instruct --init runs/vlm-align --data teacher.jsonl \\
             --test_data village --out runs/vlm-teacher
         python -m nanollm.picture_teacher runs/reader --data captions.jsonl --out teacher.jsonl
-Expect  a million parameters read badly: of 2,400 pairs about 300 pictures 99.5% are readable,
-        27.8% of these true, 25.6% of all kept (seed 0). Agreement alone, without the checker:
-        of 800 about 100 pictures 19.1% are kept, and 52.3% of those are true
+Expect  of 16,000 pairs about 2,000 pictures 99.3% are readable, 55.5% of these true, 46.7% of all
+        kept (seed 0); a model that is trained on them alone gets 92.4% of the questions right
 """
 
 import json
