@@ -37,7 +37,7 @@ from nanollm.adapter_runs import start_adapter
 from nanollm.clip import clip_loss, of_all_processes, save_clip, siglip_loss
 from nanollm.config import UserError, cli
 from nanollm.data import Sampler, Windows
-from nanollm.evaluate import table
+from nanollm.figures import table
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model
 from nanollm.optim import SCHEDULES, build_optimizers
@@ -271,6 +271,7 @@ def train_language(cfg, rt):
     T = picture_row_length(cfg, model)
     store = PictureStore(model.preprocessing)
     logits_of = partial(packed_logits, store=store)
+    held_out_loss = partial(validation_loss, model, logits_of=logits_of)
     chats, val_chats = load_dialogues(cfg)
     pack = partial(pack_picture_chats, tokenizer=tokenizer, T=T, vlm=model, store=store, rt=rt)
     train_rows, val_rows = pack(chats, name="training"), pack(val_chats, name="held-out")
@@ -335,29 +336,30 @@ def train_language(cfg, rt):
             since = 0
         if run.step % cfg.eval_every == 0 or last:
             model.eval()
-            val_loss = validation_loss(model, val_rows, logits_of=logits_of)
+            val_loss = held_out_loss(val_rows)
             model.train()
             run.check_finite(val_loss, "held-out loss")
             run.log(val_loss=val_loss, show=("val_loss",))
             run.export(model, tokenizer)
             run.checkpoint(*trained, **before)
-    finish(cfg, rt, run, model, tokenizer, store, items, before, val_rows)
-
-
-def finish(cfg, rt, run, model, tokenizer, store, items, before, val_rows):
-    """Measure, print what was learnt, and keep it in result.json."""
     run.close()
     run.draw_curves("loss", "val_loss")
-    model.eval()
-    loss_of = partial(validation_loss, model, logits_of=partial(packed_logits, store=store))
-    losses = {"right": loss_of(val_rows), "another": loss_of(with_others_pictures(val_rows))}
-    rt.print(
-        f"held-out answers: {losses['right']:.4f} nats per token with the right picture, "
-        f"{losses['another']:.4f} with another's"
-    )
+    result = run.speed()
+    if not cfg.blind:  # whose pictures are all the same
+        model.eval()
+        shown = {"right": val_rows, "another": with_others_pictures(val_rows)}
+        result["val_loss"] = {name: held_out_loss(rows) for name, rows in shown.items()}
+        rt.print(
+            f"held-out answers: {result['val_loss']['right']:.4f} nats per token with the right "
+            f"picture, {result['val_loss']['another']:.4f} with another's"
+        )
+    finish(cfg, rt, run, model, tokenizer, store, items, before, result)
+
+
+def finish(cfg, rt, run, model, tokenizer, store, items, before, result):
+    """Measure, print what was learnt, and keep it in result.json."""
     texts = text_figures(model, tokenizer, items["texts"])
-    result = {"texts": {"before": before["texts"], "after": texts}, **run.speed()}
-    result["val_loss"] = losses
+    result["texts"] = {"before": before["texts"], "after": texts}
     if texts:
         rt.print(table({"text before": before["texts"], "after": texts}))
     if items["pictures"]:

@@ -9,6 +9,7 @@ from data.village_captions import DESCRIBE, description
 from data.village_picture_questions import (
     FAMILIES,
     STEPS,
+    SUMS,
     WORDINGS,
     Question,
     ask,
@@ -18,7 +19,7 @@ from data.village_picture_questions import (
     truth,
     worked,
 )
-from data.village_scenes import HELD_OUT, KINDS, PLACES, row_of
+from data.village_scenes import HELD_OUT, KINDS, PLACES, kinds_of, row_of
 
 COUNTING = ("count", "sum", "total")
 TURNS = 4  # in a dialogue: so it fits, with its picture, into a row of 256 tokens
@@ -37,7 +38,7 @@ def candidates(scene, wording, family, about=None):
     elif family in ("colour", "place"):
         found = [(kind, None) for kind in there]
     elif family in ("existence", "count"):
-        kinds = [kind for kind in KINDS if about is None or row_of(kind) == row_of(about)]
+        kinds = KINDS if about is None else kinds_of(row_of(about))
         return [Question(family, wording, kind) for kind in kinds]
     else:
         found = [(kind, other) for kind in there for other in there if kind != other]
@@ -154,7 +155,7 @@ def reader_dialogues(scenes, captions, rng):
         for family in rng.sample(FAMILIES, len(FAMILIES)):
             question = balance.choose(scene, family, rng)
             if question is not None and tells(text, scene, question):
-                answer = (worked if family in ("sum", "more", "total") else reply)(scene, question)
+                answer = (worked if family in SUMS else reply)(scene, question)
                 said = f"Question: {ask(question, scene)}\nAnswer: {answer}"
                 items.append({"messages": chat([READER.format(c=text), said])})
                 break

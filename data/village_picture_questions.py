@@ -11,10 +11,21 @@ can be checked, no matter who asked: `is_true` filters what a teacher model writ
 import re
 from typing import NamedTuple
 
-from data.village_scenes import COLOURS, HELD_OUT, KINDS, PLACES, ROWS, SEASONS, SIZES, row_of
+from data.village_scenes import (
+    COLOURS,
+    HELD_OUT,
+    KINDS,
+    PLACES,
+    ROWS,
+    SEASONS,
+    SIZES,
+    kinds_of,
+    row_of,
+)
 from data.village_tasks import check_answer
 
-STEPS = ("sum", "more", "total", "season")
+SUMS = ("sum", "more", "total")
+STEPS = (*SUMS, "season")
 WORDINGS = {
     "existence": (
         "Are there any {objects}?", "Are there {objects} in the picture?",
@@ -185,7 +196,7 @@ def reply(scene, question):
     """
     family, wording, kind, colour, other = question
     answer = truth(scene, question)
-    if family in ("sum", "more", "total"):
+    if family in SUMS:
         return f"The answer is {answer}."
     if family == "season":
         return f"It is {answer}."
@@ -212,7 +223,7 @@ def inventory(scene, kind):
     To look a number up by its kind is easier than to see whether two kinds are the same.
     """
     row = row_of(kind)
-    found = ", ".join(f"{KINDS[k]} {scene.count(k)}" for k in KINDS if row_of(k) == row)
+    found = ", ".join(f"{KINDS[each]} {scene.count(each)}" for each in kinds_of(row))
     return f"<think>{IN_ROW[row]}: {found}. So {KINDS[kind]} {scene.count(kind)}.</think>"
 
 
@@ -220,8 +231,7 @@ def glance(scene, kind, **how):
     """What is of this kind, or else what is in its place: "In the sky I see stars: 3, on the left."
     """
     row, group = row_of(kind), scene.group(kind)
-    groups = [group] if group else [g for g in scene.groups if row_of(g.kind) == row]
-    return told(row, groups, **how)
+    return told(row, [group] if group else scene.in_row(row), **how)
 
 
 def told(row, groups, size=False, colour=False):
@@ -233,8 +243,9 @@ def told(row, groups, size=False, colour=False):
 
 def survey(scene, **how):
     """What is in the sky, and what on the ground: [(number, words)]."""
-    rows = [(row, [g for g in scene.groups if row_of(g.kind) == row]) for row in ROWS]
-    return [(sum(g.number for g in groups), told(row, groups, **how)) for row, groups in rows]
+    rows = {row: scene.in_row(row) for row in ROWS}
+    return [(sum(g.number for g in groups), told(row, groups, **how))
+            for row, groups in rows.items()]
 
 
 def worked(scene, question):
@@ -311,7 +322,7 @@ def looks_true(scene, text):
     look like another?
     """
     for row, words in IN_ROW.items():
-        groups = [group for group in scene.groups if row_of(group.kind) == row]
+        groups = scene.in_row(row)
         seen = {told(row, part, size, colour) for part in (groups, *([g] for g in groups))
                 for size in (False, True) for colour in (False, True)}
         if not set(re.findall(rf"{words} I see [^.]*\.", text)) <= seen:

@@ -68,6 +68,10 @@ class Scene:
         group = self.group(kind)
         return group.number if group and colour in (None, group.colour) else 0
 
+    def in_row(self, row):
+        """The groups in the sky, or those on the ground."""
+        return [group for group in self.groups if row_of(group.kind) == row]
+
     def as_dict(self):
         return asdict(self)
 
@@ -85,7 +89,7 @@ def random_scene(rng, held_out=False):
     """
     rows = rng.choice((ROWS, ROWS, ROWS, ROWS[:1], ROWS[1:]))
     while True:
-        kinds = [rng.choice([kind for kind in KINDS if row_of(kind) == row]) for row in rows]
+        kinds = [rng.choice(kinds_of(row)) for row in rows]
         rng.shuffle(kinds)
         if kinds[0] in HELD_OUT or not held_out:
             break
@@ -113,8 +117,7 @@ def vary(scene, rng):
         i, j = rng.randrange(len(groups)), rng.randrange(len(groups))
         group, other, change = groups[i], groups[j], rng.choice(CHANGES)
         if change == "kind":
-            row = [kind for kind in KINDS if row_of(kind) == row_of(group.kind)]
-            groups[i] = replace(group, kind=rng.choice(row))
+            groups[i] = replace(group, kind=rng.choice(kinds_of(row_of(group.kind))))
         elif change == "colour":
             groups[i] = replace(group, colour=rng.choice(list(COLOURS)))
         elif change == "number":
@@ -137,6 +140,10 @@ def vary(scene, rng):
 
 def row_of(kind):
     return "sky" if kind in SKY else "ground"
+
+
+def kinds_of(row):
+    return [kind for kind in KINDS if row_of(kind) == row]
 
 
 # --- where everything is -----------------------------------------------------

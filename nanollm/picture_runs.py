@@ -16,7 +16,8 @@ from nanollm.adapter_runs import check_method
 from nanollm.clip import CLIP, TextConfig, caption_tokens
 from nanollm.config import UserError, save_config
 from nanollm.data import row_length
-from nanollm.evaluate import first_of_each_family, prompt_of, read_items, village_of
+from nanollm.evaluate import read_items, village_of
+from nanollm.figures import first_of_each_family
 from nanollm.formats import read_chats, split_documents
 from nanollm.picture_data import (
     GREY,
@@ -26,18 +27,20 @@ from nanollm.picture_data import (
     show_pictures,
 )
 from nanollm.run import check_folders, holds_a_run, make_way
+from nanollm.templates import prompt_of
 from nanollm.vision import VisionConfig, ViT
 from nanollm.vlm import VLM, image_id_of
 from nanollm.vlm_files import load_language
 
 CAPTION = 128  # tokens of the longest caption
+SHAPE = ("projector", "feature_layer", "class_token")  # of what align adds to the tower
 # stages where these flags mean something
 GOES_WITH = {
     "vision": ["align"],
     "blind": ["instruct"],
     "train_vision": ["instruct", "all"],
     "adapter": ["instruct", "all"],
-    **dict.fromkeys(("projector", "feature_layer", "class_token"), ["align", "all"]),
+    **dict.fromkeys(SHAPE, ["align", "all"]),
 }
 
 
@@ -95,8 +98,9 @@ def check_flags(cfg, defaults, preset):
     """Refuse flags that would change nothing, and those that can't go together."""
     for name, stages in GOES_WITH.items():
         given = getattr(cfg, name) != preset.get(name, getattr(type(cfg), name))
-        # the last stage of "all" is resumed with the settings of all
-        if given and cfg.stage not in stages and not cfg.resume:
+        if cfg.resume and name in SHAPE:
+            continue  # the last stage of "all" goes on with the settings of all
+        if given and cfg.stage not in stages:
             raise UserError(f"--{name} goes with --stage {' or '.join(stages)}, not {cfg.stage}")
     if cfg.stage == "align" and not cfg.vision:
         raise UserError("--stage align needs --vision, the folder of a vision tower")
