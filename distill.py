@@ -46,18 +46,18 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from nanollm.batches import Sampler
 from nanollm.config import cli
-from nanollm.data import Sampler
 from nanollm.distill_table import compare
+from nanollm.distillation import PerToken, make_lessons
 from nanollm.generate import generate
 from nanollm.gpt import GPT, document_mask
 from nanollm.hub import load_model
-from nanollm.lessons import PerToken, make_lessons
 from nanollm.logprobs import token_logprobs
 from nanollm.optim import build_optimizers, trapezoid
 from nanollm.run import Run, check_folders
 from nanollm.runtime import start
-from nanollm.students import answer_items, check_models, finish, new_student, open_student
+from nanollm.students import answer_examples, check_models, finish, new_student, open_student
 from nanollm.teacher import prepare, write_answers
 from train_sft import validation_loss
 
@@ -68,9 +68,9 @@ class Config:
     preset: str = "tiny"
     # -- Teacher and student
     teacher: str = "runs/sft"  # run folder or model folder of the teacher
-    method: Literal[
-        "soft", "hard", "both", "on_policy", "step_by_step", "compress", "labels"
-    ] = "soft"
+    method: Literal["soft", "hard", "both", "on_policy", "step_by_step", "compress", "labels"] = (
+        "soft"
+    )
     # run folder or model folder of a student that exists; default: a new one of the shape below
     init: str | None = None
     layers: int = 4  # number of blocks; compress: half the teacher's
@@ -89,8 +89,8 @@ class Config:
     # asked
     answers: str | None = None
     val_fraction: float = 0.05  # share of --data that is held out; the village has its own
-    test_data: str | None = None  # test items to measure accuracy on; the village has its own
-    test_items: int = 200  # items per family for that
+    test_data: str | None = None  # test examples to measure accuracy on; the village has its own
+    test_examples: int = 200  # items per task for that
     context: int = 128  # row length T
     # -- Answers of the teacher, and with on_policy of the student
     samples: int = 1  # answers per prompt; step_by_step: rationales per label
@@ -115,10 +115,10 @@ class Config:
     batch_size: int = 24  # rows per optimizer step, over all processes
     accumulate: int = 1  # parts that a process splits its rows into, to save memory
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
-    lr: float = 0.03  # learning rate of Muon
-    adam_lr: float = 0.02  # learning rate of AdamW
+    muon_lr: float = 0.03  # learning rate of Muon
+    lr: float = 0.02  # learning rate of AdamW
     warmup: int = 20  # steps of linear warm-up
-    clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
     eval_every: int = 100  # steps between evaluations, each followed by a checkpoint
     # -- Comparison
     # instead of one run: rows of the table, separated by commas, or all, each in its own folder
@@ -148,7 +148,7 @@ PRESETS = {
         "max_new_tokens": 16,
         "eval_every": 5,
         "warmup": 2,
-        "test_items": 4,
+        "test_examples": 4,
         "cache_top_k": 8,
         "seeds": 1,
     },
@@ -164,8 +164,8 @@ PRESETS = {
         "max_new_tokens": 256,
         "batch_size": 128,
         "steps": 4000,
-        "lr": 0.01,
-        "adam_lr": 1e-3,
+        "muon_lr": 0.01,
+        "lr": 1e-3,
         "compile": True,
     },
 }
@@ -293,7 +293,11 @@ class Distillation:
 
     def __init__(self, cfg, rt, teacher, student, tokenizer, lessons, prompts):
         self.cfg, self.rt, self.tokenizer = cfg, rt, tokenizer
-        self.teacher, self.student, self.called = teacher, student, rt.prepare(student, cfg.compile)
+        self.teacher, self.student, self.ddp_model = (
+            teacher,
+            student,
+            rt.prepare(student, cfg.compile),
+        )
         self.lessons, self.prompts = lessons, prompts
         self.V = min(teacher.cfg.vocab_size, student.cfg.vocab_size)  # both may be padded
         self.samplers = [Sampler(len(lessons), cfg.seed), Sampler(len(prompts), cfg.seed + 1)]
@@ -333,8 +337,8 @@ class Distillation:
             noise=noise.to(self.rt.device),
         )
         self.student.train()
-        examples = [(p, reply, False) for p, reply in zip(prompts, out.lists())]
-        longest = max(len(prompt) + len(reply) for prompt, reply, _ in examples)
+        examples = [(p, completion, False) for p, completion in zip(prompts, out.lists())]
+        longest = max(len(prompt) + len(completion) for prompt, completion, _ in examples)
         return make_lessons(examples, max(cfg.context, longest), tokenizer)
 
     def counts(self, part):
@@ -347,7 +351,9 @@ class Distillation:
         """Loss of a part of the batch; `numbers` of its rows among the lessons, or None."""
         cfg, rows, where = self.cfg, part.rows, part.where()
         mask = document_mask(rows.documents)
-        logits = self.called(rows.tokens, rows.positions, mask, where=where)[:, : self.V]  # (n, V)
+        logits = self.ddp_model(rows.tokens, rows.positions, mask, where=where)[
+            :, : self.V
+        ]  # (n, V)
         labelled, ce = part.at(part.labelled), -token_logprobs(logits, part.at(rows.tokens))  # (n,)
         if cfg.method in ("labels", "hard"):
             return label_loss(ce, labelled, counts)
@@ -395,19 +401,19 @@ def gather(cfg, rt):
 def distil(cfg, rt):
     """Train one student."""
     (teacher, student, tokenizer), gathered = gather(cfg, rt)
-    lessons, prompts, val, items, answers = gathered
+    lessons, prompts, val, examples, answers = gathered
     run = Run(cfg, rt, cfg.steps)
     if rt.main and not cfg.resume:
         write_answers(answers, run.folder / "teacher.jsonl")
     task = Distillation(cfg, rt, teacher, student, tokenizer, lessons, prompts)
     student.model.checkpoint_activations = cfg.checkpoint_activations
-    optimizers = build_optimizers(student, cfg.optimizer, cfg.lr, cfg.adam_lr, weight_decay=0.0)
+    optimizers = build_optimizers(student, cfg.optimizer, cfg.muon_lr, cfg.lr, weight_decay=0.0)
     scaler, trained = rt.scaler(), [student, optimizers, task.samplers]
     saved = run.restore(*trained, scaler)
 
     def measure(model):
         model.eval()
-        found, sample = answer_items(model, tokenizer, items, cfg.max_new_tokens)
+        found, sample = answer_examples(model, tokenizer, examples, cfg.max_new_tokens)
         found["val_loss"] = validation_loss(model, val)
         model.train(model is student)
         return found, sample
@@ -427,13 +433,13 @@ def distil(cfg, rt):
             part, chosen = batch.select(rows).to(rt.device), None
             if numbers is not None:
                 chosen = numbers[rows]
-            with rt.accumulating(task.called, more=i + 1 < len(parts)):
+            with rt.accumulating(task.ddp_model, more=i + 1 < len(parts)):
                 part_loss = task.loss(part, chosen, counts)
                 # times the number of processes, by which DDP's mean divides
                 scaler.scale(part_loss * rt.world).backward()
             loss += part_loss.detach()
         optimizers.unscale(scaler)
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip or math.inf)
         loss = rt.sum(loss.item())
         run.check_finite(loss)
         if rt.dtype != torch.float16:  # there the scaler skips such steps

@@ -12,8 +12,8 @@
     prompt    embeddings [P; E(x)] in front of the text   Lester et al. 2021, 2104.08691
     full      every parameter, to compare with
 
-The layers behind the equations are in nanollm/lora.py, nanollm/nf4.py, nanollm/adapters.py and
-nanollm/soft_prompts.py; the loss is that of train_sft.py. The domain is the village's harbour:
+The layers behind the equations are in nanollm/peft/lora.py, nanollm/peft/nf4.py, nanollm/peft/adapters.py and
+nanollm/peft/soft_prompts.py; the loss is that of train_sft.py. The domain is the village's harbour:
 sailors speak of what the model knows in a manner of their own, and of ships that are new to it. Two
 fifths of the dialogues are those of before, without which every method puts the manner everywhere.
 
@@ -34,24 +34,22 @@ from typing import Literal
 
 import torch
 
-from data.village_tasks import in_manner
-from nanollm import adapters
+from data import village
 from nanollm.adapter_table import RANKED, compare, state_bytes
+from nanollm.batches import Sampler, Windows, load_shards, pack_chats, row_length
 from nanollm.config import UserError, cli
-from nanollm.data import Sampler, Windows, load_shards, row_length
-from nanollm.dialogues import pack_chats
-from nanollm.evaluate import (
-    accuracy_by_family,
-    bits_per_byte,
-    read_items,
-    token_lengths,
-    village_of,
-)
-from nanollm.figures import first_of_each_family, table
-from nanollm.formats import identity, read_chats, read_documents, split_documents
+from nanollm.formats import identity, read_chats, read_documents, read_examples, split_documents
 from nanollm.hub import load_model
+from nanollm.metrics import (
+    accuracy_by_task,
+    bits_per_byte,
+    first_of_each_task,
+    table,
+    token_lengths,
+)
 from nanollm.optim import SCHEDULES, build_optimizers
-from nanollm.rewards import is_right
+from nanollm.peft import adapters
+from nanollm.rewards import in_style, is_right
 from nanollm.run import Run, check_folders
 from nanollm.runtime import start
 from train_sft import packed_logits, sft_loss, validation_loss
@@ -62,9 +60,9 @@ class Config:
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
     preset: str = "tiny"
     # -- Method
-    method: Literal[
-        "lora", "dora", "qlora", "adapter", "prefix", "ptuning", "prompt", "full"
-    ] = "lora"
+    method: Literal["lora", "dora", "qlora", "adapter", "prefix", "ptuning", "prompt", "full"] = (
+        "lora"
+    )
     rank: int = 3  # r of lora, dora and qlora; width of a bottleneck adapter
     alpha: float = 6.0  # lora, dora, qlora: s = alpha / r
     # lora, dora, qlora: names of linear layers, separated by commas; all: every one in the blocks
@@ -81,10 +79,10 @@ class Config:
     data: str = "village"  # village: its harbour; or JSONL of dialogues (see data/README.md)
     val_data: str | None = None  # held-out dialogues; default: the last --val_fraction of --data
     val_fraction: float = 0.05  # share of --data that is held out
-    test_data: str | None = None  # test items of the new domain; the village has its own
-    other_data: str = "village"  # test items that show what is forgotten
+    test_data: str | None = None  # test examples of the new domain; the village has its own
+    other_data: str = "village"  # test examples that show what is forgotten
     other_text: str = "village"  # text for the same purpose: bits per byte; .txt or .jsonl
-    test_items: int = 64  # items per family of --other_data
+    test_examples: int = 64  # items per task of --other_data
     # row length T; default: 256, or the model's context where that is shorter
     context: int | None = None
     # -- Training
@@ -94,14 +92,14 @@ class Config:
     accumulate: int = 1  # parts that a process splits its rows into, to save memory
     # adamw, or muon: matrices of the blocks by Muon, A and B too, the rest by AdamW
     optimizer: Literal["muon", "adamw"] = "adamw"
-    lr: float | None = None  # learning rate of Muon; default: by method
-    adam_lr: float | None = None  # learning rate of AdamW; default: by method
+    muon_lr: float | None = None  # learning rate of Muon; default: by method
+    lr: float | None = None  # learning rate of AdamW; default: by method
     # on matrices and embeddings; that of A and B pulls the model back to its base. Default: by
     # method
     weight_decay: float | None = None
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 10  # steps of linear warm-up
-    clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
     eval_every: int = 60  # steps between evaluations, each followed by a checkpoint
     # -- Machine
     seed: int = 0  # of new parameters and of the order of the data
@@ -121,7 +119,7 @@ PRESETS = {
         "batch_size": 8,
         "eval_every": 5,
         "warmup": 2,
-        "test_items": 4,
+        "test_examples": 4,
     },
     "tiny": {},
     "gpu": {"context": 1024, "batch_size": 64, "accumulate": 2, "compile": True},
@@ -146,57 +144,55 @@ RATES = {
 
 
 def load_domain(cfg):
-    """(training dialogues, held-out dialogues, test items) of the new domain."""
+    """(training dialogues, held-out dialogues, test examples) of the new domain."""
     if cfg.data == "village":
-        folder = village_of(cfg.init)
+        folder = village.of_run(cfg.init)
         train, val = (read_chats(folder / f"harbour_{part}.jsonl") for part in ("train", "val"))
-        return train, val, read_items(cfg.test_data or folder / "harbour_test.jsonl")
+        return train, val, read_examples(cfg.test_data or folder / "harbour_test.jsonl")
     if not cfg.test_data:
         raise UserError("--data FILE needs --test_data FILE: items that show what was learnt")
     train = read_chats(cfg.data)
     if cfg.val_data:
         val = read_chats(cfg.val_data)
     else:
-        train, val = (
-            split_documents(train, part, cfg.val_fraction) for part in ("train", "val")
-        )
-    return train, val, read_items(cfg.test_data)
+        train, val = (split_documents(train, part, cfg.val_fraction) for part in ("train", "val"))
+    return train, val, read_examples(cfg.test_data)
 
 
 def load_elsewhere(cfg, tokenizer, T):
-    """(test items, windows of held-out text) of what the model knew before."""
-    village = village_of(cfg.init) if "village" in (cfg.other_data, cfg.other_text) else None
-    items, text = Path(cfg.other_data), Path(cfg.other_text)
+    """(test examples, windows of held-out text) of what the model knew before."""
+    folder = village.of_run(cfg.init) if "village" in (cfg.other_data, cfg.other_text) else None
+    examples, text = Path(cfg.other_data), Path(cfg.other_text)
     if cfg.other_data == "village":
-        items = village / "sft_test.jsonl"
+        examples = folder / "sft_test.jsonl"
     if cfg.other_text == "village":
-        text = village / "corpus_val.jsonl"
+        text = folder / "corpus_val.jsonl"
     shards = load_shards(lambda: read_documents(text), identity(text), tokenizer)
-    return first_of_each_family(read_items(items), cfg.test_items), Windows(shards, T)
+    return first_of_each_task(read_examples(examples), cfg.test_examples), Windows(shards, T)
 
 
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def measure(model, tokenizer, items, other_items, windows, token_bytes):
+def measure(model, tokenizer, examples, other_examples, windows, token_bytes):
     """Accuracy in the new domain, where the manner counts, its two parts, and what is known
     elsewhere.
     """
     model.eval()
-    families, replies = accuracy_by_family(model, tokenizer, items)
-    bare = [{k: v for k, v in i.items() if k not in ("begins", "ends")} for i in items]
-    others, _ = accuracy_by_family(model, tokenizer, other_items)
+    tasks, completions = accuracy_by_task(model, tokenizer, examples)
+    bare = [{k: v for k, v in i.items() if k not in ("begins", "ends")} for i in examples]
+    others, _ = accuracy_by_task(model, tokenizer, other_examples)
     figures = {
-        "accuracy": mean(is_right(i, r) for i, r in zip(items, replies)),
-        "facts": mean(is_right(i, r) for i, r in zip(bare, replies)),  # in any manner
-        "manner": mean(in_manner(i, r) for i, r in zip(items, replies)),
-        "families": families,
+        "accuracy": mean(is_right(i, r) for i, r in zip(examples, completions)),
+        "facts": mean(is_right(i, r) for i, r in zip(bare, completions)),  # in any manner
+        "manner": mean(in_style(i, r) for i, r in zip(examples, completions)),
+        "tasks": tasks,
         "elsewhere": mean(each["accuracy"] for each in others.values()),
-        "other_families": others,
+        "other_tasks": others,
         "bits_per_byte": bits_per_byte(model, windows, token_bytes, tokenizer.eot_id)[1],
     }
     model.train()
-    return figures, replies
+    return figures, completions
 
 
 def mean(values):
@@ -226,12 +222,12 @@ def main(cfg):
         held = f"--init {cfg.init} holds an adapter ({model.adapter})"
         raise UserError(f"{held}; start from its base")
     T = row_length(cfg, model)
-    chats, val_chats, items = load_domain(cfg)
+    chats, val_chats, examples = load_domain(cfg)
     train_rows = pack_chats(chats, tokenizer, T, "training", rt)
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)
-    other_items, windows = load_elsewhere(cfg, tokenizer, T)
+    other_examples, windows = load_elsewhere(cfg, tokenizer, T)
     token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
-    measured = partial(measure, model, tokenizer, items, other_items, windows, token_bytes)
+    measured = partial(measure, model, tokenizer, examples, other_examples, windows, token_bytes)
 
     share = rt.share(cfg.batch_size)
     before = None
@@ -240,14 +236,14 @@ def main(cfg):
         before, _ = measured()
     attach(cfg, model)
     run = Run(cfg, rt, cfg.steps)
-    called = rt.prepare(model, cfg.compile)
+    ddp_model = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
-    lr, adam_lr, weight_decay = (
+    muon_lr, lr, weight_decay = (
         rate if given is None else given
-        for rate, given in zip(RATES[cfg.method], (cfg.lr, cfg.adam_lr, cfg.weight_decay))
+        for rate, given in zip(RATES[cfg.method], (cfg.muon_lr, cfg.lr, cfg.weight_decay))
     )
     optimizers = build_optimizers(
-        model, cfg.optimizer, lr, adam_lr, weight_decay, lora_plus=cfg.lora_plus
+        model, cfg.optimizer, muon_lr, lr, weight_decay, lora_plus=cfg.lora_plus
     )
     n_trained, trained_share = adapters.trainable(model)
     rt.print(f"{cfg.method}: {n_trained:,} trained parameters, {trained_share:.2%} of the base's")
@@ -259,19 +255,19 @@ def main(cfg):
     while run.step < cfg.steps:
         optimizers.schedule(SCHEDULES[cfg.schedule](run.step, cfg.steps, cfg.warmup))
         optimizers.zero_grad()
-        rows = train_rows.rows(sampler.take(cfg.batch_size)[share]).to(rt.device)
+        rows = train_rows[sampler.take(cfg.batch_size)[share]].to(rt.device)
         count = rt.sum(rows.mask[:, 1:].sum().item())  # trained tokens of the whole batch
         loss = 0.0
         parts = torch.arange(len(rows)).chunk(cfg.accumulate)
         for i, numbers in enumerate(parts):
-            part = rows.rows(numbers)
-            with rt.accumulating(called, more=i + 1 < len(parts)):
-                part_loss = sft_loss(packed_logits(called, part), part.tokens, part.mask) / count
+            part = rows[numbers]
+            with rt.accumulating(ddp_model, more=i + 1 < len(parts)):
+                part_loss = sft_loss(packed_logits(ddp_model, part), part.tokens, part.mask) / count
                 # times the number of processes, by which DDP's mean divides
                 scaler.scale(part_loss * rt.world).backward()
             loss += part_loss.detach()
         optimizers.unscale(scaler)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         loss = rt.sum(loss.item())
         run.check_finite(loss)
         optimizers.step(scaler)
@@ -291,20 +287,20 @@ def main(cfg):
             run.log(val_loss=val_loss, show=("val_loss",))
             run.export(model, tokenizer)
             run.checkpoint(*trained, scaler, **extra)
-    finish(cfg, rt, run, model, items, *measured(), **extra)
+    finish(cfg, rt, run, model, examples, *measured(), **extra)
 
 
-def finish(cfg, rt, run, model, items, after, replies, before, state_bytes):
+def finish(cfg, rt, run, model, examples, after, completions, before, state_bytes):
     """Print what was gained and what forgotten, and keep it in result.json."""
     run.close()
     run.draw_curves("loss", "val_loss")
     run.write_sample(
         "\n".join(
-            f"{item['messages'][-1]['content']}\n    {reply}"
-            for item, reply in list(zip(items, replies))[:10]
+            f"{example['messages'][-1]['content']}\n    {completion}"
+            for example, completion in list(zip(examples, completions))[:10]
         )
     )
-    columns = [each["families"] | each["other_families"] for each in (before, after)]
+    columns = [each["tasks"] | each["other_tasks"] for each in (before, after)]
     rt.print(table(dict(zip(("before", "after"), columns))))
     for name in ("accuracy", "facts", "manner", "elsewhere", "bits_per_byte"):
         rt.print(f"{name:14} {before[name]:8.4f} -> {after[name]:8.4f}")

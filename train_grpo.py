@@ -15,7 +15,7 @@ k1 into the reward, which gives the reverse KL's. An answer that doesn't end wit
 Run     python train_grpo.py
         python train_grpo.py --preset zero           # R1-Zero: from runs/pretrain, without SFT
         python train_grpo.py --init runs/tools --data tools --tools --out runs/grpo_tools
-        python train_grpo.py --preset pictures       # counting what is in a picture, from runs/vlm
+        python train_grpo.py --preset images       # counting what is in a image, from runs/vlm
 Needs   runs/cot                 (python train_sft.py --preset cot)
 Expect  held-out problems 49% -> 89% in a minute on 2 cores; R1-Zero 0.5% -> 62% in 20 s (README.md)
 """
@@ -28,31 +28,31 @@ from typing import Callable, Literal
 import torch
 import torch.nn as nn
 
-from nanollm.adapter_runs import reference, start_adapter
+from nanollm.batches import Completions, Sampler
 from nanollm.config import cli
-from nanollm.data import Replies, Sampler
 from nanollm.grpo_runs import check_flags, equal_groups, evaluate, figures_of, finish, open_problems
 from nanollm.hub import load_model
-from nanollm.logprobs import look_back, reply_logprobs
+from nanollm.logprobs import batched_logprobs, completion_logprobs
 from nanollm.optim import build_optimizers, trapezoid
+from nanollm.peft.adapters import reference, start_adapter
 from nanollm.rewards import accuracy, think_format
 from nanollm.rollouts import draw_noise
 from nanollm.run import Run, check_folders
 from nanollm.runtime import start
-from nanollm.vlm import VLM
+from nanollm.vision.vlm import VLM
 
 
 @dataclass
 class Config:
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; zero: R1-Zero, from the base model;
-    # pictures: a vision-language model counts; gpu: the gpu preset of pretraining
+    # images: a vision-language model counts; gpu: the gpu preset of pretraining
     preset: str = "tiny"
     # -- Data
     init: str = "runs/cot"  # run folder or model folder to start from; also the reference
-    # village: its problems; tools: its questions for tools; pictures: what to count in its
-    # pictures; or JSONL of problems, GSM8K's too, with an "image" where they are about one
+    # village: its problems; tools: its questions for tools; images: what to count in its
+    # images; or JSONL of problems, GSM8K's too, with an "image" where they are about one
     data: str = "village"
-    families: str = ""  # only these kinds of problems, separated by commas; default: all
+    tasks: str = ""  # only these kinds of problems, separated by commas; default: all
     val_fraction: float = 0.05  # share of --data that is held out
     # chat: a user's question; for base models (R1-Zero) zero: an example, then the problem; think:
     # a description of <think>, as DeepSeek's
@@ -74,7 +74,7 @@ class Config:
     overlong_buffer: int = 0  # the last so many tokens cost up to 1 of reward (DAPO); 0: none do
     # -- Adapter
     # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
-    # prompt (nanollm/adapters.py); default: all weights are trained
+    # prompt (nanollm/peft/adapters.py); default: all weights are trained
     adapter: str | None = None
     rank: int = 16  # r of lora, dora and qlora; width of a bottleneck adapter
     alpha: float = 32.0  # lora, dora, qlora: what they learn counts alpha / r
@@ -82,13 +82,13 @@ class Config:
     out: str = "runs/grpo"  # run folder to write
     steps: int = 30  # batches of answers
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: matrices by Muon, the rest by AdamW
-    lr: float = 0.002  # learning rate of Muon
-    adam_lr: float = 3e-4  # learning rate of AdamW
+    muon_lr: float = 0.002  # learning rate of Muon
+    lr: float = 3e-4  # learning rate of AdamW
     warmup: int = 3  # updates of linear warm-up; the last 60% fall linearly to 0
-    clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
     accumulate: int = 4  # parts that a process splits its answers into, short ones beside short
     eval_every: int = 10  # updates between evaluations, each followed by a checkpoint
-    eval_items: int = 40  # held-out problems per kind that are answered at every evaluation
+    eval_examples: int = 40  # held-out problems per kind that are answered at every evaluation
     eval_samples: int = 8  # k of pass@k and maj@k, before and after training; 1: neither
     # -- Machine
     seed: int = 0  # of the sampling and the order of the problems
@@ -108,28 +108,28 @@ PRESETS = {
         "max_new_tokens": 16,
         "accumulate": 1,
         "eval_every": 2,
-        "eval_items": 4,
+        "eval_examples": 4,
         "eval_samples": 2,
     },
     "tiny": {},
     "zero": {
         "init": "runs/pretrain",
         "template": "zero",
-        "families": "easy",
+        "tasks": "easy",
         "max_new_tokens": 24,
-        "adam_lr": 1e-4,
+        "lr": 1e-4,
         "out": "runs/zero",
     },
-    "pictures": {
+    "images": {
         "init": "runs/vlm",
-        "data": "pictures",
+        "data": "images",
         "loss": "dr_grpo",  # or the small reward of the format counts in full where all are wrong
         "max_new_tokens": 64,
         "steps": 24,
         "eval_every": 12,
         "out": "runs/vlm-grpo",
     },
-    "gpu": {"batch_size": 128, "samples": 16, "steps": 200, "adam_lr": 1e-6, "accumulate": 16},
+    "gpu": {"batch_size": 128, "samples": 16, "steps": 200, "lr": 1e-6, "accumulate": 16},
 }
 
 REWARDS = ((1.0, accuracy), (0.1, think_format))  # (weight, function of problem and answer)
@@ -274,7 +274,7 @@ VARIANTS = {
 class Rollout:
     """Answers and their rewards; row n G + g is answer g to problem n."""
 
-    rows: Replies  # their mask leaves out what tools have written
+    rows: Completions  # their mask leaves out what tools have written
     rewards: torch.Tensor  # (B,)
     right: torch.Tensor  # (B,) accuracy
     ended: torch.Tensor  # (B,) bool
@@ -286,27 +286,29 @@ class Rollout:
 
     def select(self, numbers):
         rows, *rest = vars(self).values()
-        return Rollout(rows.rows(numbers), *(x[numbers] for x in rest))
+        return Rollout(rows[numbers], *(x[numbers] for x in rest))
 
     @classmethod
     def join(cls, parts):
         rows, *rest = zip(*(vars(part).values() for part in parts))
-        return cls(Replies.join(rows), *map(torch.cat, rest))
+        return cls(Completions.join(rows), *map(torch.cat, rest))
 
 
-def reward_of(cfg, item, text, length, ended):
+def reward_of(cfg, example, text, length, ended):
     """What an answer is worth: by REWARDS, less the price of its length."""
-    reward = sum(weight * function(item, text) for weight, function in REWARDS)
+    reward = sum(weight * function(example, text) for weight, function in REWARDS)
     if not ended:  # nothing; and where rewards may be negative, no way out of them
         reward = min(0.0, reward)
     return reward + overlong_penalty(length, cfg.max_new_tokens, cfg.overlong_buffer)
 
 
-def sample_rollout(cfg, policy, sampling, items, noise):
+def sample_rollout(cfg, policy, sampling, examples, noise):
     """Sample G answers to each item with this noise (B, max_new_tokens), and reward them."""
-    answers = sampling.answers(policy, items, noise)
+    answers = sampling.answers(policy, examples, noise)
     rewards = [reward_of(cfg, *each) for each in answers.each()]
-    right = [accuracy(item, text) if ended else 0.0 for item, text, _, ended in answers.each()]
+    right = [
+        accuracy(example, text) if ended else 0.0 for example, text, _, ended in answers.each()
+    ]
     device = answers.ended.device
     rewards, right = (torch.tensor(x, device=device) for x in (rewards, right))
     return Rollout(answers.rows, rewards, right, answers.ended)
@@ -318,14 +320,14 @@ def sample_batch(cfg, rt, policy, sampling, problems, sampler):
     """
     share, G, left, seen = rt.share(cfg.batch_size), cfg.samples, cfg.batch_size, []
     while left > 0 and len(seen) < (4 if cfg.dynamic_sampling else 1):
-        items = [problems[i] for i in sampler.take(cfg.batch_size)[share]]
-        seen.append(sample_rollout(cfg, policy, sampling, items, draw_noise(cfg, rt)))
+        examples = [problems[i] for i in sampler.take(cfg.batch_size)[share]]
+        seen.append(sample_rollout(cfg, policy, sampling, examples, draw_noise(cfg, rt)))
         left -= rt.sum((~equal_groups(seen[-1].rewards, G)).sum().item())
     rollout = Rollout.join(seen)
     figures = figures_of(rt, rollout, G)
     if cfg.dynamic_sampling:
         unequal = ~equal_groups(rollout.rewards, G)
-        unequal[0] |= not unequal[: len(items)].any()  # no process may be left without any
+        unequal[0] |= not unequal[: len(examples)].any()  # no process may be left without any
         rollout = rollout.select(unequal.repeat_interleave(G))
     return rollout, figures
 
@@ -342,27 +344,27 @@ def main(cfg):
     if isinstance(policy, VLM) and not cfg.adapter:
         policy.train_parts(language=True)  # and the projector
     ref = reference(policy) if cfg.kl_coef else None
-    train, items, sampling = open_problems(cfg, policy, tokenizer)
+    train, examples, sampling = open_problems(cfg, policy, tokenizer)
 
     run = Run(cfg, rt, cfg.steps)
-    called = rt.prepare(policy)
+    ddp_model = rt.prepare(policy)
     policy.model.checkpoint_activations = cfg.checkpoint_activations
     if ref is not None:
         rt.prepare(ref, train=False)
     optimizers = build_optimizers(
-        policy, cfg.optimizer, cfg.lr, cfg.adam_lr, weight_decay=0.0, betas=(0.9, 0.95)
+        policy, cfg.optimizer, cfg.muon_lr, cfg.lr, weight_decay=0.0, betas=(0.9, 0.95)
     )
     sampler = Sampler(len(train), cfg.seed)
     scaler, trained = rt.scaler(), [policy, optimizers, [sampler]]
     saved = run.restore(*trained, scaler)
-    measure = partial(evaluate, cfg, run, policy, sampling, items)
+    measure = partial(evaluate, cfg, run, policy, sampling, examples)
     before = saved.get("before") or measure(cfg.eval_samples)
     after = saved.get("after", before)
 
     while run.step < cfg.steps:
         optimizers.schedule(trapezoid(run.step, cfg.steps, cfg.warmup))
         rollout, sampled = sample_batch(cfg, rt, policy, sampling, train, sampler)
-        seen = update(cfg, rt, called, ref, optimizers, scaler, rollout)
+        seen = update(cfg, rt, ddp_model, ref, optimizers, scaler, rollout)
         run.check_finite(seen["loss"])
         run.advance()
         run.log(seen.pop("tokens"), show=("reward", "accuracy"), **sampled, **seen)
@@ -374,24 +376,26 @@ def main(cfg):
     finish(rt, run, before, after)
 
 
-def update(cfg, rt, called, ref, optimizers, scaler, rollout):
+def update(cfg, rt, ddp_model, ref, optimizers, scaler, rollout):
     """The inner updates on one batch of answers; returns what was seen, as means."""
     variant, rows, mask = VARIANTS[cfg.loss], rollout.rows, rollout.mask
     parts = rows.real.sum(1).argsort().chunk(cfg.accumulate)
     counts = Counts(rt.sum(len(rows)), rt.sum(mask.sum().item()), cfg.max_new_tokens)
-    clip = [own if x is None else x for x, own in zip((cfg.clip_low, cfg.clip_high), variant.clip)]
-    ref_logprobs = look_back(ref, rows, parts, cfg.temperature) if ref is not None else None
+    clip = [
+        own if x is None else x for x, own in zip((cfg.clip_low, cfg.clip_high), variant.grad_clip)
+    ]
+    ref_logprobs = batched_logprobs(ref, rows, parts, cfg.temperature) if ref is not None else None
     old = torch.zeros(mask.shape, device=rt.device)
     if variant.kl_in_reward and ref is not None:
-        old = look_back(called, rows, parts, cfg.temperature)
+        old = batched_logprobs(ddp_model, rows, parts, cfg.temperature)
     A = advantages_of(cfg, variant, rollout, old, ref_logprobs, rt.sum)
     seen = {"loss": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0}
     for inner in range(cfg.inner_updates):
         for i, numbers in enumerate(parts):
-            part = rows.rows(numbers)
+            part = rows[numbers]
             width = part.mask.shape[1] - 1  # columns of padding, all on the right, are left out
-            with rt.accumulating(called, more=i + 1 < len(parts)):
-                logprobs = reply_logprobs(called, part, cfg.temperature)
+            with rt.accumulating(ddp_model, more=i + 1 < len(parts)):
+                logprobs = completion_logprobs(ddp_model, part, cfg.temperature)
                 if inner == 0:
                     old[numbers, :width] = logprobs.detach()
                 before, trained = old[numbers, :width], part.mask[:, 1:]
@@ -406,7 +410,7 @@ def update(cfg, rt, called, ref, optimizers, scaler, rollout):
             outside = beyond_clip(cfg.loss, logprobs.detach() - before, trained, clip)
             seen["clip_fraction"] += outside.sum().item() / counts.tokens
         optimizers.unscale(scaler)
-        norm = nn.utils.clip_grad_norm_(called.parameters(), cfg.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(ddp_model.parameters(), cfg.grad_clip or math.inf)
         seen["grad_norm"] += norm.item()
         optimizers.step(scaler)
         optimizers.zero_grad()

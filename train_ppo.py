@@ -1,4 +1,4 @@
-"""PPO: sample replies, score them, and make those better than expected more likely.
+"""PPO: sample completions, score them, and make those better than expected more likely.
 
     R_t = -beta (log pi(y_t) - log ref(y_t)),  + score at the last token         arXiv:2203.02155
     delta_t = R_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1}   GAE, 1506.02438
@@ -6,14 +6,14 @@
     value loss = 0.5 mean max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2),  G = A + V_old
     beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)              1909.08593
 
-Advantages are whitened over the batch. A reply without its end token gets a fixed penalty instead
+Advantages are whitened over the batch. A completion without its end token gets a fixed penalty instead
 of its score. The score comes from a reward model, or from rules on the text (ReFT, 2401.08967).
 The critic is a copy of the reward model, a value head on the policy (shared), or none: then the
 baseline is the mean over the prompt's other samples, or over the batch where a prompt has one.
 The KL term is k1 inside the reward, where the policy gradient makes it the reverse KL's.
 
 Run     python train_ppo.py
-        python train_ppo.py --kl_coef 0 --kl_target 0 --adam_lr 1e-3 --steps 60 --out runs/too_far
+        python train_ppo.py --kl_coef 0 --kl_target 0 --lr 1e-3 --steps 60 --out runs/too_far
         python train_ppo.py --preset reft --out runs/reft           # from runs/cot, rule rewards
 Needs   runs/sft and runs/rm                       (python train_sft.py && python train_rm.py)
 Expect  see README.md: gold score on held-out prompts, with the KL that it cost. The second command
@@ -28,14 +28,14 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from nanollm.adapter_runs import reference, start_adapter
+from nanollm.batches import Sampler, last_true
 from nanollm.config import UserError, cli
-from nanollm.data import Sampler, last_true
 from nanollm.generate import check_room
 from nanollm.gpt import Linear
 from nanollm.hub import load_model, load_scalar
-from nanollm.logprobs import reply_logprobs
+from nanollm.logprobs import completion_logprobs
 from nanollm.optim import build_optimizers
+from nanollm.peft.adapters import reference, start_adapter
 from nanollm.ppo_runs import evaluate, finish, load_prompts, rollout_figures
 from nanollm.preferences import judge, load_scorer, prompt_ids, scores
 from nanollm.rewards import reft_reward
@@ -58,17 +58,19 @@ class Config:
     # -- Reward
     reward: Literal["model", "rules"] = "model"  # model: --reward_model; rules: the answer's check
     reward_model: str = "runs/rm"  # run folder of train_rm.py
-    no_end_penalty: float = -6.0  # the score of a reply that doesn't end within --max_new_tokens
+    truncation_reward: float = (
+        -6.0
+    )  # the score of a completion that doesn't end within --max_new_tokens
     # separate: a copy of the reward model; shared: a value head on the policy; none: no critic
     critic: Literal["separate", "shared", "none"] = "separate"
     # -- KL to the reference
     kl_coef: float = 0.1  # beta at the start
-    kl_target: float = 6.0  # nats per reply that beta is steered to; 0: beta stays as it is
-    kl_horizon: float = 2000.0  # how slowly: replies
+    kl_target: float = 6.0  # nats per completion that beta is steered to; 0: beta stays as it is
+    kl_horizon: float = 2000.0  # how slowly: completions
     # -- PPO
     batch_size: int = 64  # prompts per update, over all processes
-    samples: int = 1  # replies per prompt
-    max_new_tokens: int = 64  # longest reply
+    samples: int = 1  # completions per prompt
+    max_new_tokens: int = 64  # longest completion
     temperature: float = 1.0  # of sampling and of training
     epochs: int = 2  # passes over the batch per update
     minibatches: int = 2  # optimizer steps per pass
@@ -79,16 +81,16 @@ class Config:
     lam: float = 0.95  # lambda of GAE
     # -- Adapter
     # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
-    # prompt (nanollm/adapters.py); default: all weights are trained
+    # prompt (nanollm/peft/adapters.py); default: all weights are trained
     adapter: str | None = None
     rank: int = 16  # r of lora, dora and qlora; width of a bottleneck adapter
     alpha: float = 32.0  # lora, dora, qlora: what they learn counts alpha / r
     # -- Training
     out: str = "runs/ppo"  # run folder to write
-    steps: int = 30  # updates, each with a batch of new replies
-    adam_lr: float = 3e-4  # learning rate of AdamW
+    steps: int = 30  # updates, each with a batch of new completions
+    lr: float = 3e-4  # learning rate of AdamW
     warmup: int = 5  # updates of linear warm-up
-    clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
     eval_every: int = 10  # updates between evaluations, each followed by a checkpoint
     eval_prompts: int = 200  # held-out prompts that are answered at every evaluation
     # -- Machine
@@ -116,7 +118,7 @@ PRESETS = {
         "prompts": 9000,
         "reward": "rules",
         "critic": "shared",
-        "no_end_penalty": 0.0,
+        "truncation_reward": 0.0,
         "kl_coef": 0.01,
         "kl_target": 0.0,
         "batch_size": 256,
@@ -125,11 +127,11 @@ PRESETS = {
         "steps": 25,
         "out": "runs/reft",
     },
-    "gpu": {"batch_size": 512, "steps": 200, "minibatches": 8, "adam_lr": 1e-5},
+    "gpu": {"batch_size": 512, "steps": 200, "minibatches": 8, "lr": 1e-5},
 }
 
 
-# --- algorithm: B replies, T tokens; entry t of (B, T - 1) belongs to tokens[:, t + 1] -----------
+# --- algorithm: B completions, T tokens; entry t of (B, T - 1) belongs to tokens[:, t + 1] -----------
 
 
 def token_rewards(logprobs, ref_logprobs, scores, mask, beta):
@@ -141,7 +143,7 @@ def token_rewards(logprobs, ref_logprobs, scores, mask, beta):
 def gae(rewards, values, mask, gamma, lam):
     """(advantages, returns), (B, T - 1) each: generalised advantage estimation.
 
-    V after the end is 0. The tokens of a reply follow one another; outside of the mask both are 0.
+    V after the end is 0. The tokens of a completion follow one another; outside of the mask both are 0.
     """
     advantages = torch.zeros_like(rewards)
     A = V_next = torch.zeros(len(rewards), device=rewards.device)
@@ -154,7 +156,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def baseline_advantages(rewards, mask, samples):
-    """Without a critic: the return from each token on, less the mean return of the other replies.
+    """Without a critic: the return from each token on, less the mean return of the other completions.
 
     The others are the prompt's `samples` - 1 further ones, or all of the batch where samples is 1
     (leave-one-out baseline; Ahmadian et al. 2024, arXiv:2402.14740).
@@ -194,7 +196,7 @@ class AdaptiveKL:
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl, n):
-        """kl: nats per reply, over n replies."""
+        """kl: nats per completion, over n completions."""
         if self.target:
             error = min(0.2, max(-0.2, kl / self.target - 1))
             self.coef *= 1 + error * n / self.horizon
@@ -214,14 +216,14 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.weight)
 
     def forward(self, rows, temperature, with_entropy=False):
-        """(what reply_logprobs gives, values or None): (B, T - 1) each."""
+        """(what completion_logprobs gives, values or None): (B, T - 1) each."""
         policy, values = self.policy, None
         if self.value_head is not None:
             hidden = policy.hidden(*rows.inputs())
             policy, values = _HeadOnly(policy, hidden), self.value_head(hidden.float())[:, :-1, 0]
         elif self.critic is not None:
             values = self.critic(*rows.inputs())[:, :-1]
-        return reply_logprobs(policy, rows, temperature, with_entropy), values
+        return completion_logprobs(policy, rows, temperature, with_entropy), values
 
 
 class _HeadOnly:
@@ -239,7 +241,7 @@ class _HeadOnly:
 
 @dataclass
 class Rollout:
-    """Replies and all that an update needs to know of them; (B, T - 1) where nothing is said."""
+    """Completions and all that an update needs to know of them; (B, T - 1) where nothing is said."""
 
     answers: Answers
     scores: torch.Tensor  # (B,) as trained on
@@ -254,30 +256,30 @@ class Rollout:
 
     @property
     def kl(self):
-        """Nats per reply, (B,)."""
+        """Nats per completion, (B,)."""
         return ((self.logprobs - self.ref_logprobs) * self.mask).sum(1)
 
 
 def rewards_of(reward_model, answers):
-    """The reward of each reply, (B,): a model's at the last token, or by rules on the text."""
+    """The reward of each completion, (B,): a model's at the last token, or by rules on the text."""
     if reward_model is not None:
         return scores(reward_model, answers.rows)
-    rewards = list(map(reft_reward, answers.items, answers.texts))
+    rewards = list(map(reft_reward, answers.examples, answers.texts))
     return torch.tensor(rewards, device=answers.ended.device)
 
 
 @torch.no_grad()
-def sample_rollout(cfg, actor, ref, reward_model, tokenizer, items, noise):
-    """Sample replies to the items with this noise (B, max_new_tokens), score them, look back."""
-    prompts = prompt_ids(items, tokenizer)
-    answers = sample_answers(cfg, actor.policy, tokenizer, items, prompts, noise)
+def sample_rollout(cfg, actor, ref, reward_model, tokenizer, examples, noise):
+    """Sample completions to the items with this noise (B, max_new_tokens), score them, look back."""
+    prompts = prompt_ids(examples, tokenizer)
+    answers = sample_answers(cfg, actor.policy, tokenizer, examples, prompts, noise)
     rows = answers.rows
     (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)
     return Rollout(
         answers,
-        torch.where(answers.ended, rewards_of(reward_model, answers), cfg.no_end_penalty),
+        torch.where(answers.ended, rewards_of(reward_model, answers), cfg.truncation_reward),
         logprobs,
-        reply_logprobs(ref, rows, cfg.temperature),
+        completion_logprobs(ref, rows, cfg.temperature),
         torch.zeros_like(logprobs) if values is None else values * rows.mask[:, 1:],
         entropy,
     )
@@ -298,28 +300,28 @@ def advantages_of(cfg, rollout, beta, total):
 # --- training ------------------------------------------------------------------------------------
 
 
-def update(cfg, rt, called, model, optimizers, scaler, rollout, advantages, returns):
-    """Epochs of minibatches over one batch of replies; returns means of what was seen."""
+def update(cfg, rt, ddp_model, model, optimizers, scaler, rollout, advantages, returns):
+    """Epochs of minibatches over one batch of completions; returns means of what was seen."""
     seen = {}
     B = len(rollout.scores)
     for _ in range(cfg.epochs):
         for numbers in torch.randperm(B).chunk(cfg.minibatches):
             numbers = numbers.to(rt.device)
-            rows = rollout.answers.rows.rows(numbers)
+            rows = rollout.answers.rows[numbers]
             width = rows.mask.shape[1] - 1  # rows() leaves out columns of padding, all on the right
             mask, old, A, G, V_old = (
                 x[numbers][:, :width]
                 for x in (rollout.mask, rollout.logprobs, advantages, returns, rollout.values)
             )
             count = rt.sum(mask.sum().item())
-            logprobs, values = called(rows, cfg.temperature)
+            logprobs, values = ddp_model(rows, cfg.temperature)
             loss = (policy_loss(logprobs, old, A, cfg.clip_range) * mask).sum() / count
             errors = 0.0
             if values is not None:
                 errors = (value_loss(values, V_old, G, cfg.value_clip) * mask).sum() / count
             scaler.scale((loss + cfg.value_coef * errors) * rt.world).backward()
             optimizers.unscale(scaler)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             optimizers.step(scaler)
             optimizers.zero_grad()
             with torch.no_grad():
@@ -338,7 +340,9 @@ def update(cfg, rt, called, model, optimizers, scaler, rollout, advantages, retu
 
 def main(cfg):
     if cfg.temperature == 0:
-        raise UserError("--temperature 0 samples one reply only, with nothing to explore; use 1")
+        raise UserError(
+            "--temperature 0 samples one completion only, with nothing to explore; use 1"
+        )
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.init, cfg.out)
     if cfg.reward == "model":
@@ -361,19 +365,19 @@ def main(cfg):
     model = ActorCritic(policy, critic, cfg.critic == "shared")
     policy.model.checkpoint_activations = cfg.checkpoint_activations
     policy.compute_dtype = rt.dtype
-    called = rt.prepare(model)
+    ddp_model = rt.prepare(model)
     rt.prepare(ref, train=False)
     optimizers = build_optimizers(
-        model, "adamw", adam_lr=cfg.adam_lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-5
+        model, "adamw", lr=cfg.lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-5
     )
     sampler = Sampler(len(train), cfg.seed)
     control = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     scaler, trained = rt.scaler(), [model, optimizers, [sampler]]
     saved = run.restore(*trained, scaler)
     control.coef = saved.get("kl_coef", control.coef)
-    items = val[: cfg.eval_prompts]
-    ref_golds = judge(ref, tokenizer, items, None, None, cfg.max_new_tokens, seed=cfg.seed)[2]
-    measure = partial(evaluate, cfg, run, policy, tokenizer, ref, reward_model, items, ref_golds)
+    examples = val[: cfg.eval_prompts]
+    ref_golds = judge(ref, tokenizer, examples, None, None, cfg.max_new_tokens, seed=cfg.seed)[2]
+    measure = partial(evaluate, cfg, run, policy, tokenizer, ref, reward_model, examples, ref_golds)
     before = saved.get("before") or measure()
     after = saved.get("after", before)
 
@@ -383,7 +387,7 @@ def main(cfg):
         noise = draw_noise(cfg, rt)
         rollout = sample_rollout(cfg, model, ref, reward_model, tokenizer, chosen, noise)
         advantages, returns = advantages_of(cfg, rollout, control.coef, rt.sum)
-        seen = update(cfg, rt, called, model, optimizers, scaler, rollout, advantages, returns)
+        seen = update(cfg, rt, ddp_model, model, optimizers, scaler, rollout, advantages, returns)
         run.check_finite(seen["policy_loss"] + seen["value_loss"])
         figures = rollout_figures(cfg, rt, rollout, returns)
         control.update(figures["kl"], cfg.batch_size * cfg.samples)

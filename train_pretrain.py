@@ -3,50 +3,47 @@
     loss = - mean_t log p(x_t | x_<t)           Bengio et al. 2003; Radford et al. 2018 (GPT)
     bits per byte = total nats / (ln 2 * bytes of text)        comparable across tokenizers
 
-The text is the village by default (data/village.py), or any .txt or .jsonl file, or a folder of
-token shards. Rows of T tokens tile the text; each token is predicted once per epoch. A model of
-ours starts from init_weights (nanollm/gpt.py); --init continues from a run folder or a downloaded
-one.
+The text is the village by default (data/village/), or any .txt or .jsonl file, or a folder of token
+shards. Rows of T tokens tile the text; each token is predicted once per epoch. A model of ours
+starts from init_weights (nanollm/gpt.py); --init continues from a run folder or a downloaded one.
 
 Run     python train_pretrain.py
         python train_pretrain.py --data book.txt --vocab_size 1024 --steps 300 --out runs/book
         torchrun --nproc_per_node 8 train_pretrain.py --preset gpu --data text.jsonl
 Needs   nothing
-Expect  see README.md: bits per byte below what xz reaches, and facts that can be completed
+Expect  0.30 bits per byte of held-out text, where `xz -9` that has seen the training text needs
+        0.88; all 672 facts about the villagers can be completed (README.md)
+Watch   loss, val_loss  nats per token, 7.6 at first (ln of the vocabulary), 0.7 in the end; val_loss
+                        rising while loss falls: too many epochs, see --patience
+        bits_per_byte   the same, comparable across tokenizers
+        grad_norm       below 1 after warm-up; rising: lower the learning rates
 """
 
+import lzma
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from data import village
-from nanollm.config import UserError, cli
-from nanollm.data import (
-    Sampler,
-    TokenShards,
-    Windows,
-    load_shards,
-    row_length,
-    xz_bits_per_byte,
-)
-from nanollm.evaluate import bits_per_byte, next_token_logits, token_lengths
+from nanollm.batches import Sampler, TokenShards, Windows, load_shards, row_length
+from nanollm.checkpoint import load_gpt, load_weights, save_gpt
+from nanollm.config import OpenShare, Positive, TrainConfig, UserError, Whole, cli
 from nanollm.formats import identity, read_documents, split_documents
 from nanollm.generate import generate
 from nanollm.gpt import GPT, GPTConfig, count_parameters
-from nanollm.hub import load_model, load_weights
 from nanollm.logprobs import token_logprobs
-from nanollm.optim import SCHEDULES, build_optimizers
-from nanollm.run import Run, check_folders, checkpoint_of
+from nanollm.metrics import bits_per_byte, next_token_logits, token_lengths
+from nanollm.optim import SCHEDULES, build_optimizer
+from nanollm.run import Run, check_folders, checkpoint_of, effect
 from nanollm.runtime import flop_per_token, model_flops_utilisation, start
 from nanollm.safetensors import load_folder
 from nanollm.tokenizer import Tokenizer
 
 
 @dataclass
-class Config:
+class Config(TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 124M parameters, context 1024
     preset: str = "tiny"
     # -- Data
@@ -55,88 +52,73 @@ class Config:
     # held-out text in the same formats; default: the last --val_fraction of --data
     val_data: str | None = None
     # share of --data that is held out (the village has held-out text of its own)
-    val_fraction: float = 0.1
+    val_fraction: OpenShare = 0.1
     # people in the village, six facts each; more need a larger model and more text
-    villagers: int = 32
-    megabytes: float = 8.0  # size of the village's corpus
+    villagers: Whole[1] = 32
+    megabytes: Positive = 8.0  # size of the village's corpus
     # train (byte-level BPE on --data), bytes, gpt2, cl100k_base, o200k_base, or a folder
     tokenizer: str = "train"
-    vocab_size: int = 2048  # size of a trained tokenizer, special tokens included
+    vocab_size: Whole[1] = 2048  # size of a trained tokenizer, special tokens included
     # -- Model
     # run folder or model folder to continue from; its shape and tokenizer are kept
     init: str | None = None
-    layers: int = 4  # number of blocks
-    channels: int = 128  # width C of the residual stream
-    heads: int = 4  # query heads
+    layers: Whole[1] = 4  # number of blocks
+    channels: Whole[1] = 128  # width C of the residual stream
+    heads: Whole[1] = 4  # query heads
     # key-value heads that the query heads share; default: as many as heads
-    kv_heads: int | None = None
+    kv_heads: Whole[1] | None = None
     # hidden width of the MLP; default: 8/3 C, rounded up to a multiple of 64
-    mlp: int | None = None
-    context: int = 256  # row length T in training, and the longest the model can read
+    mlp: Whole[1] | None = None
+    context: Whole[1] = 256  # row length T in training, and the longest the model can read
     # a token sees its own document only, not the ones before it in the row
     document_mask: bool = True
     qk_norm: bool = True  # RMSNorm on queries and keys (saved as a Qwen3; without, as a Llama)
     tied: bool = True  # embedding and head share their weights
     # -- Training
-    out: str = "runs/pretrain"  # run folder to write
-    steps: int = 1500  # optimizer steps
-    batch_size: int = 8  # rows per optimizer step, over all processes
-    accumulate: int = 1  # parts that a process splits its rows into, to save memory
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
-    lr: float = 0.02  # learning rate of Muon
-    adam_lr: float = 0.01  # learning rate of AdamW
-    weight_decay: float = 0.1  # on matrices and embeddings
-    schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
-    warmup: int = 20  # steps of linear warm-up
-    clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+    out: str = "runs/pretrain"
+    steps: int = 1500
+    batch_size: int = 8
+    lr: float = 0.01
+    muon_lr: float = 0.02
+    weight_decay: float = 0.1
     # stop after so many evaluations without a better one, and keep the best; 0: never stop early
-    patience: int = 0
-    eval_every: int = 150  # steps between evaluations, each followed by a checkpoint
-    eval_tokens: int = 65536  # held-out tokens per evaluation; the last one reads all of them
-    sample_tokens: int = 48  # length of the sample written at each evaluation; 0: none
+    patience: Whole[0] = 0
+    eval_every: int = 150
+    eval_tokens: Whole[1] = 65536  # held-out tokens per evaluation
+    sample_tokens: Whole[0] = 48  # length of the sample written at each evaluation; 0: none
     compare_xz: bool = False  # print what xz -9 needs for the held-out text after the training text
-    # -- Machine
-    seed: int = 0  # of weights, order of data and samples
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    # precision of the layers; weights stay fp32
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    compile: bool = False  # torch.compile: about half a minute to start, then faster
-    # recompute activations in backward: less memory, a third more time
-    checkpoint_activations: bool = False
-    resume: bool = False  # continue the run in --out from its last checkpoint
 
 
 PRESETS = {
-    "smoke": {
-        "steps": 20,
-        "layers": 2,
-        "channels": 64,
-        "heads": 2,
-        "context": 160,
-        "megabytes": 0.3,
-        "vocab_size": 512,
-        "eval_every": 10,
-        "warmup": 4,
-        "eval_tokens": 8192,
-    },
-    "tiny": {},
-    "gpu": {
-        "layers": 12,
-        "channels": 768,
-        "heads": 12,
-        "context": 1024,
-        "batch_size": 512,
-        "accumulate": 16,
-        "tokenizer": "gpt2",
-        "villagers": 512,
-        "megabytes": 200.0,
-        "steps": 4000,
-        "warmup": 200,
-        "adam_lr": 1e-3,
-        "eval_every": 250,
-        "eval_tokens": 2**20,
-        "compile": True,
-    },
+    "smoke": dict(
+        steps=20,
+        layers=2,
+        channels=64,
+        heads=2,
+        context=160,
+        megabytes=0.3,
+        vocab_size=512,
+        eval_every=10,
+        warmup=4,
+        eval_tokens=8192,
+    ),
+    "gpu": dict(
+        layers=12,
+        channels=768,
+        heads=12,
+        context=1024,
+        batch_size=512,
+        accumulate=16,
+        tokenizer="gpt2",
+        villagers=512,
+        megabytes=200.0,
+        steps=4000,
+        warmup=200,
+        lr=1e-3,
+        eval_every=250,
+        eval_tokens=2**20,
+        compile=True,
+    ),
 }
 
 
@@ -153,8 +135,8 @@ def load_corpus(cfg):
         return [(lambda p=p: read_documents(p), identity(p)) for p in paths]
     if not Path(cfg.data).exists():
         raise UserError(
-            f"--data {cfg.data} does not exist; give a .txt or .jsonl file, a folder of shards, "
-            f"or village"
+            f"--data {cfg.data} does not exist; give a .txt or .jsonl file, a directory of token "
+            "shards, or village"
         )
     if cfg.val_data:
         paths = [cfg.data, cfg.val_data]
@@ -187,11 +169,26 @@ def load_shards_of(cfg, tokenizer):
     if Path(cfg.data).is_dir():
         if not cfg.val_data:
             raise UserError(
-                "--data names a folder of token shards, so --val_data must name another for the "
+                "--data names a directory of token shards, so --val_data must name another for the "
                 "held-out text"
             )
         return TokenShards.open(cfg.data, tokenizer), TokenShards.open(cfg.val_data, tokenizer)
     return [load_shards(texts, source, tokenizer) for texts, source in load_corpus(cfg)]
+
+
+def xz_bits_per_byte(train_texts, val_texts):
+    """Bits per byte that `xz -9` needs for the val texts when it has seen the training texts just
+    before.
+
+    A compressor is a language model that needs no training (Shannon 1948): the floor that ours must
+    beat.
+    """
+    texts = (
+        "\n".join(texts).encode("utf-8", "surrogatepass") for texts in (train_texts, val_texts)
+    )
+    seen, unseen = texts
+    extra = len(lzma.compress(seen + b"\n" + unseen, preset=9)) - len(lzma.compress(seen, preset=9))
+    return 8 * extra / len(unseen)
 
 
 # --- algorithm -----------------------------------------------------------------------------------
@@ -208,7 +205,7 @@ def next_token_loss(logits, targets):
 def build_model(cfg, rt):
     """(GPT, Tokenizer): fresh with a tokenizer of its own, or from --init."""
     if cfg.init:
-        return load_model(cfg.init)
+        return load_gpt(cfg.init)
     if cfg.resume:  # the tokenizer of the run itself: the data may have moved since
         tokenizer = Tokenizer.load(checkpoint_of(cfg.out).parent)
     elif Path(cfg.data).is_dir() and cfg.tokenizer == "train":
@@ -216,9 +213,9 @@ def build_model(cfg, rt):
     else:
         tokenizer = get_tokenizer(cfg, None if cfg.tokenizer != "train" else load_corpus(cfg)[0][0])
     if cfg.channels % cfg.heads:
-        raise UserError(f"--channels {cfg.channels} is no multiple of --heads {cfg.heads}")
+        raise UserError(f"--channels {cfg.channels} must be a multiple of --heads {cfg.heads}")
     if cfg.heads % (cfg.kv_heads or cfg.heads):
-        raise UserError(f"--heads {cfg.heads} is no multiple of --kv_heads {cfg.kv_heads}")
+        raise UserError(f"--heads {cfg.heads} must be a multiple of --kv_heads {cfg.kv_heads}")
     shape = GPTConfig(
         vocab_size=-(-tokenizer.vocab_size // 64) * 64,  # matrix products like multiples of 64
         hidden_size=cfg.channels,
@@ -237,136 +234,86 @@ def build_model(cfg, rt):
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    if cfg.init:
-        check_folders(cfg.init, cfg.out)
+    check_folders(cfg.out, cfg.init)
     model, tokenizer = build_model(cfg, rt)
-    T = row_length(cfg, model)
+    T = row_length(cfg.context, model)
     train, val = load_shards_of(cfg, tokenizer)
     windows, val_windows = Windows(train, T), Windows(val, T)
     eot_id = tokenizer.eot_id if cfg.document_mask and train.documents > 1 else None
     token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
 
-    share = rt.share(cfg.batch_size)
-    run = Run(cfg, rt, cfg.steps)
-    called = rt.prepare(model, cfg.compile)
+    share, tokens_per_step = rt.share(cfg.batch_size), cfg.batch_size * T
+    run = Run(cfg, rt)
+    ddp_model = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
-    optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay)
-    sampler, scaler = Sampler(windows.n, cfg.seed), rt.scaler()
-    trained = [model, optimizers, [sampler]]
-    best = {"bits_per_byte": math.inf, "misses": 0} | run.restore(*trained, scaler)
-    schedule = SCHEDULES[cfg.schedule]
-    tokens_per_step = cfg.batch_size * T
-    total, matrices = count_parameters(model)
-    flop = flop_per_token(model.cfg, matrices, T)
+    optimizer = build_optimizer(model, cfg, rt.scaler)
+    schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(windows), cfg.seed)
+    best = {"bits_per_byte": math.inf, "misses": 0} | run.restore(model, optimizer, sampler)
     rt.print(
-        f"{total:,} parameters on {rt.device} in {str(rt.dtype)[6:]}; {train.tokens:,} training "
-        f"tokens of "
-        f"{train.text_bytes / train.tokens:.2f} bytes; {tokens_per_step:,} tokens per step"
+        f"{count_parameters(model)[0]:,} parameters on {rt.device} in {str(rt.dtype)[6:]}; "
+        f"{train.tokens:,} training tokens of {train.text_bytes / train.tokens:.2f} bytes; "
+        f"{tokens_per_step:,} tokens per step"
     )
 
-    since = 0  # tokens since the last logged line
-    while run.step < cfg.steps and not (cfg.patience and best["misses"] >= cfg.patience):
-        optimizers.schedule(schedule(run.step, cfg.steps, cfg.warmup))
-        optimizers.zero_grad()
-        rows = windows.rows(sampler.take(cfg.batch_size)[share]).to(rt.device)  # (B, T + 1)
-        loss, parts = 0.0, rows.chunk(cfg.accumulate)
-        for i, part in enumerate(parts):
-            with rt.accumulating(called, more=i + 1 < len(parts)):
-                logits = next_token_logits(called, part[:, :-1], eot_id)
-                part_loss = next_token_loss(logits, part[:, 1:]) * len(part) / len(rows)
-                scaler.scale(part_loss).backward()
-            loss += part_loss.detach()
-        optimizers.unscale(scaler)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-        loss = rt.sum(loss.item()) / rt.world
-        run.check_finite(loss)
-        if rt.dtype != torch.float16:  # there the scaler skips such steps
-            run.check_finite(norm.item(), "gradient")
-        optimizers.step(scaler)
-        run.advance()
+    def evaluate(most=None):
+        model.eval()
+        measured = bits_per_byte(model, val_windows, token_bytes, eot_id, most)
+        model.train()
+        return measured
 
-        since += tokens_per_step
-        last = run.step == cfg.steps
-        if run.step % 10 == 0 or last:
-            run.log(
-                since,
-                show=("loss",),
-                loss=loss,
-                grad_norm=norm.item(),
-                lr=optimizers.groups()[0]["lr"],
-            )
-            since = 0
-        if run.step % cfg.eval_every == 0 or last:
-            model.eval()
-            nats, bpb = bits_per_byte(
-                model, val_windows, token_bytes, eot_id, None if last else cfg.eval_tokens
-            )
-            run.check_finite(nats, "held-out loss")
-            run.log(val_loss=nats, bits_per_byte=bpb, show=("val_loss", "bits_per_byte"))
+    while run.step < cfg.steps and not (cfg.patience and best["misses"] >= cfg.patience):
+        rows = windows[sampler.take(cfg.batch_size)[share]].to(rt.device)  # (B, T + 1)
+        loss = 0.0
+        for part in rt.micro_batches(rows, cfg.accumulate, ddp_model):
+            logits = next_token_logits(ddp_model, part[:, :-1], eot_id)
+            part_loss = next_token_loss(logits, part[:, 1:]) * len(part) / cfg.batch_size
+            loss += rt.backward(part_loss)
+        grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
+        run.advance(tokens_per_step, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
+
+        if run.due(cfg.eval_every):
+            nats, bpb = evaluate(cfg.eval_tokens)
+            run.evaluated(val_loss=nats, bits_per_byte=bpb)
             if cfg.sample_tokens and rt.main:
                 run.write_sample(sample_text(model, tokenizer, cfg, run.step))
-            model.train()
             better = bpb < best["bits_per_byte"]
-            best = {
-                "bits_per_byte": min(bpb, best["bits_per_byte"]),
-                "misses": 0 if better else best["misses"] + 1,
-            }
+            best["misses"] = 0 if better else best["misses"] + 1
+            best["bits_per_byte"] = min(bpb, best["bits_per_byte"])
             if better or not cfg.patience:
-                run.export(model, tokenizer)
-            run.checkpoint(*trained, scaler, **best)
-            if cfg.patience and best["misses"] >= cfg.patience:
-                rt.print(
-                    f"stopped early: no better for {cfg.patience} evaluations; {cfg.out} keeps "
-                    f"the best weights"
-                )
-    finish(cfg, rt, run, model, val_windows, token_bytes, eot_id, flop)
+                run.export(save_gpt, model, tokenizer)
+            run.checkpoint(**best)
+    run.close("loss", "val_loss", y_label="nats per token")
+    if run.step < cfg.steps:
+        rt.print(f"stopped early: no better for {cfg.patience} evaluations; {cfg.out} has the best")
+    if cfg.patience:
+        rt.barrier()  # until the best weights are written
+        load_weights(model, load_folder(cfg.out), cfg.out)
+    finish(cfg, rt, run, model, *evaluate())
 
 
 def sample_text(model, tokenizer, cfg, step):
     """A document that the model starts from nothing."""
     generator = torch.Generator(model.device).manual_seed(cfg.seed + step)
-    out = generate(
-        model,
-        [[tokenizer.eot_id]],
-        cfg.sample_tokens,
-        temperature=0.8,
-        stop_ids={tokenizer.eot_id},
-        generator=generator,
-    )
+    stop = {tokenizer.eot_id}
+    prompt, how = [tokenizer.eot_id], {"temperature": 0.8, "generator": generator}
+    out = generate(model, [prompt], cfg.sample_tokens, stop_ids=stop, **how)
     return tokenizer.decode(out.lists()[0])
 
 
-def finish(cfg, rt, run, model, val_windows, token_bytes, eot_id, flop):
-    """Draw the curves and print what the run has reached; with early stopping, that of the best
-    weights.
-    """
-    run.close()
-    run.draw_curves("loss", "val_loss")
-    if cfg.patience:
-        load_weights(model, load_folder(cfg.out), cfg.out)
-    nats, bpb = bits_per_byte(model.eval(), val_windows, token_bytes, eot_id)
-    rt.print(
-        f"held-out: {nats:.4f} nats per token, {bpb * math.log(2):.4f} nats per byte, {bpb:.4f} "
-        f"bits per byte"
-    )
-    result = {
-        "nats_per_token": nats,
-        "nats_per_byte": bpb * math.log(2),
-        "bits_per_byte": bpb,
-        **run.speed(),
-    }
+def finish(cfg, rt, run, model, nats, bpb):
+    """Print what the run has reached on all of the held-out text."""
+    rt.print(f"held-out: {nats:.4f} nats per token, {bpb * math.log(2):.4f} nats per byte")
+    result, floor = {"nats_per_token": nats, "bits_per_byte": bpb}, None
     if cfg.compare_xz and rt.main:
         (train_texts, _), (val_texts, _) = load_corpus(cfg)
-        result["xz_bits_per_byte"] = xz_bits_per_byte(train_texts(), val_texts())
-        rt.print(f"xz -9 after the training text: {result['xz_bits_per_byte']:.4f} bits per byte")
-    speed = result["tokens_per_second"]
-    result["mfu"] = mfu = model_flops_utilisation(speed, flop, rt.device, rt.world)
-    run.write_result(**result)
-    rt.print(
-        f"{cfg.out}: {run.step} steps in {run.elapsed:.0f} s, median {speed:,.0f} tokens/s"
-        + (f", MFU {mfu:.1%}" if mfu else "")
-        + f", peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
-    )
+        floor = result["xz_bits_per_byte"] = xz_bits_per_byte(train_texts(), val_texts())
+        rt.print(f"xz -9 after the training text: {floor:.4f} bits per byte")
+    flop = flop_per_token(model.cfg, count_parameters(model)[1], cfg.context)
+    mfu = model_flops_utilisation(run.speed()["tokens_per_second"], flop, rt.device, rt.world)
+    if mfu is not None:
+        rt.print(f"{mfu:.1%} of the GPU's bf16 rate")
+    effects = [effect("held-out text, before: xz -9", floor, bpb, "bits per byte", False)]
+    run.write_result(effects, **result)
     rt.close()
 
 

@@ -1,12 +1,12 @@
-"""Reward model: learn to score replies from rankings of them.
+"""Reward model: learn to score completions from rankings of them.
 
     Bradley-Terry   loss = -log sigmoid(r_w - r_l)                         arXiv:1706.03741
     margin          loss = -log sigmoid(r_w - r_l - m)                     2307.09288, eq. 2
     ranking         loss = -1 / C(K, 2) sum_{i<j} log sigmoid(r_i - r_j)   2203.02155, eq. 1
     centering       + eta mean((r_w + r_l)^2)                              2312.09244
 
-r is read from a linear head at the last real token of prompt and reply. All K replies of a prompt
-are in one batch: as separate pairs each reply would be seen K - 1 times per epoch, and the model
+r is read from a linear head at the last real token of prompt and completion. All K completions of a prompt
+are in one batch: as separate pairs each completion would be seen K - 1 times per epoch, and the model
 overfits (InstructGPT, section 3.5). After training the scores are shifted to mean 0 on the
 reference model's own samples.
 Differs from InstructGPT: the head starts at N(0, 1/(C + 1)) (Stiennon et al. 2020, 2009.01325).
@@ -24,14 +24,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from nanollm.adapter_runs import start_adapter
+from nanollm.batches import Sampler, pad_completions
 from nanollm.config import UserError, atomic_write, cli
-from nanollm.data import Sampler, pad_replies
-from nanollm.evaluate import sample_replies
+from nanollm.generate import sample_completions
 from nanollm.hub import load_model, load_scalar
 from nanollm.optim import SCHEDULES, build_optimizers
+from nanollm.peft.adapters import start_adapter
 from nanollm.plot import line_chart
-from nanollm.preferences import in_batches, load_preferences, prompt_ids, reply_rows, scores
+from nanollm.preferences import completion_rows, in_batches, load_preferences, prompt_ids, scores
 from nanollm.run import Run, check_folders
 from nanollm.runtime import start
 
@@ -41,7 +41,7 @@ class Config:
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
     preset: str = "tiny"
     # -- Data
-    init: str = "runs/sft"  # run folder or model folder to start from; its replies are ranked
+    init: str = "runs/sft"  # run folder or model folder to start from; its completions are ranked
     # village, or JSONL of pairs or rankings (see data/README.md)
     data: str = "village"
     val_data: str | None = None  # held-out preferences; default: the last --val_fraction of --data
@@ -56,7 +56,7 @@ class Config:
     centering: float = 0.01  # eta
     # -- Adapter
     # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
-    # prompt (nanollm/adapters.py); default: all weights are trained
+    # prompt (nanollm/peft/adapters.py); default: all weights are trained
     adapter: str | None = None
     rank: int = 16  # r of lora, dora and qlora; width of a bottleneck adapter
     alpha: float = 32.0  # lora, dora, qlora: what they learn counts alpha / r
@@ -66,15 +66,15 @@ class Config:
     batch_size: int = 32  # prompts (or pairs) per step, over all processes
     accumulate: int = 1  # parts that a process splits its prompts into, to save memory
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
-    lr: float = 0.02  # learning rate of Muon
-    adam_lr: float = 2e-3  # learning rate of AdamW
+    muon_lr: float = 0.02  # learning rate of Muon
+    lr: float = 2e-3  # learning rate of AdamW
     weight_decay: float = 0.0  # on matrices and embeddings
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
     warmup: int = 10  # steps of linear warm-up
-    clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
     eval_every: int = 140  # steps between evaluations, each followed by a checkpoint
     # -- Machine
-    seed: int = 0  # of the sampled replies, the annotators and the order of the data
+    seed: int = 0  # of the sampled completions, the annotators and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     # precision of the layers; weights stay fp32
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -91,8 +91,8 @@ PRESETS = {
         "prompts": 3000,
         "batch_size": 64,
         "steps": 300,
-        "lr": 2e-3,
-        "adam_lr": 1e-4,
+        "muon_lr": 2e-3,
+        "lr": 1e-4,
         "compile": True,
     },
 }
@@ -102,17 +102,20 @@ PRESETS = {
 
 
 def as_pairs(records, margins):
-    """Every pair of every ranking as a record of two replies; with `margins` also "margin".
+    """Every pair of every ranking as a record of two completions; with `margins` also "margin".
 
     The margin is the record's own, or the distance of the annotator's ratings on their scale,
     divided by its length.
     """
     pairs = []
     for number, record in enumerate(records, 1):
-        replies, ratings = record["replies"], record.get("ratings")
-        for i in range(len(replies)):
-            for j in range(i + 1, len(replies)):
-                pair = {"messages": record["messages"], "replies": [replies[i], replies[j]]}
+        completions, ratings = record["completions"], record.get("ratings")
+        for i in range(len(completions)):
+            for j in range(i + 1, len(completions)):
+                pair = {
+                    "messages": record["messages"],
+                    "completions": [completions[i], completions[j]],
+                }
                 if margins:
                     margin = record.get("margin")
                     if margin is None and ratings is not None:
@@ -162,17 +165,17 @@ def calibration_error(p, happened, bins=10):
 
 
 def padded(flat, counts):
-    """Values of the prompts' replies, one after another (B,), as (N, K) and which of them exist."""
+    """Values of the prompts' completions, one after another (B,), as (N, K) and which of them exist."""
     real = torch.arange(int(counts.max()), device=flat.device) < counts.to(flat.device)[:, None]
     return torch.zeros(real.shape, device=flat.device).masked_scatter(real, flat), real
 
 
 def batch_loss(flat, counts, margins, cfg):
-    """Sum over prompts of the loss; flat (B,) are the rewards of all their replies in order."""
+    """Sum over prompts of the loss; flat (B,) are the rewards of all their completions in order."""
     rewards, real = padded(flat, counts)
     if margins is not None:
         loss = bradley_terry_loss(rewards[:, 0], rewards[:, 1], margins) * len(rewards)
-    else:  # for two replies this is the Bradley-Terry loss
+    else:  # for two completions this is the Bradley-Terry loss
         loss = ranking_loss(rewards, real).sum()
     if cfg.centering:
         i, j = torch.triu_indices(rewards.shape[1], rewards.shape[1], 1, device=flat.device)
@@ -229,17 +232,19 @@ def main(cfg):
     if cfg.loss != "ranking":
         train = as_pairs(train, cfg.loss == "margin")
     margins = torch.tensor([r["margin"] for r in train]) if cfg.loss == "margin" else None
-    rows, counts = reply_rows(train, tokenizer, model.cfg.max_position_embeddings)
-    val_rows, val_counts = reply_rows(val, tokenizer, model.cfg.max_position_embeddings)
+    rows, counts = completion_rows(train, tokenizer, model.cfg.max_position_embeddings)
+    val_rows, val_counts = completion_rows(val, tokenizer, model.cfg.max_position_embeddings)
     ends = counts.cumsum(0)
     golds = [r["gold"] for r in val] if all("gold" in r for r in val) else None
-    rt.print(f"{len(train)} rankings of {len(rows)} replies; held out: {len(val)}, {len(val_rows)}")
+    rt.print(
+        f"{len(train)} rankings of {len(rows)} completions; held out: {len(val)}, {len(val_rows)}"
+    )
 
     share = rt.share(cfg.batch_size)
     run = Run(cfg, rt, cfg.steps)
-    called = rt.prepare(model, cfg.compile)
+    ddp_model = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
-    optimizers = build_optimizers(model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay)
+    optimizers = build_optimizers(model, cfg.optimizer, cfg.muon_lr, cfg.lr, cfg.weight_decay)
     sampler = Sampler(len(train), cfg.seed)
     scaler, trained = rt.scaler(), [model, optimizers, [sampler]]
     run.restore(*trained, scaler)
@@ -252,16 +257,18 @@ def main(cfg):
         loss = 0.0
         parts = numbers.chunk(cfg.accumulate)
         for n, part in enumerate(parts):
-            replies = torch.cat([torch.arange(ends[p] - counts[p], ends[p]) for p in part])
-            batch = rows.rows(replies).to(rt.device)
+            completions = torch.cat([torch.arange(ends[p] - counts[p], ends[p]) for p in part])
+            batch = rows[completions].to(rt.device)
             m = None if margins is None else margins[part].to(rt.device)
-            with rt.accumulating(called, more=n + 1 < len(parts)):
-                part_loss = batch_loss(scores(called, batch), counts[part], m, cfg) / cfg.batch_size
+            with rt.accumulating(ddp_model, more=n + 1 < len(parts)):
+                part_loss = (
+                    batch_loss(scores(ddp_model, batch), counts[part], m, cfg) / cfg.batch_size
+                )
                 scaler.scale(part_loss * rt.world).backward()
             loss += part_loss.detach()
             since += batch.real.sum().item() * rt.world
         optimizers.unscale(scaler)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         loss = rt.sum(loss.item())
         run.check_finite(loss)
         optimizers.step(scaler)
@@ -288,8 +295,8 @@ def main(cfg):
 def mean_reward(model, policy, tokenizer, prompts, seed):
     """Mean score of the reference's own samples."""
     generator = torch.Generator(policy.device).manual_seed(seed)
-    replies = sample_replies(policy, tokenizer, prompts, 64, generator=generator)
-    rows = pad_replies(prompts, replies, tokenizer.pad_id)
+    completions = sample_completions(policy, tokenizer, prompts, 64, generator=generator)
+    rows = pad_completions(prompts, completions, tokenizer.pad_id)
     return in_batches(lambda part: scores(model, part), rows, policy.device).mean().item()
 
 
@@ -302,7 +309,7 @@ def gold_line(rewards, golds):
 
 
 def finish(cfg, rt, run, model, val_rows, val_counts, golds):
-    """Print how well held-out replies are ordered, and draw score against gold."""
+    """Print how well held-out completions are ordered, and draw score against gold."""
     run.close()
     run.draw_curves("loss", "log_loss", y_label="loss per pair")
     model = load_scalar(cfg.out)[0] if rt.main else model  # with its shift
@@ -316,9 +323,13 @@ def finish(cfg, rt, run, model, val_rows, val_counts, golds):
         figures |= {"gold_line": [a, b], "gold_correlation": correlation}
         rt.print(f"gold = {a:.2f} + {b:.3f} score, correlation {correlation:.3f}")
         if rt.main:
-            points = {"reply": list(zip(flat, rewards.tolist()))[:600]}
+            points = {"completion": list(zip(flat, rewards.tolist()))[:600]}
             chart = line_chart(
-                points, "Held-out replies: score against gold", "gold score", "reward", join=False
+                points,
+                "Held-out completions: score against gold",
+                "gold score",
+                "reward",
+                join=False,
             )
             atomic_write(run.folder / "score_against_gold.svg", chart)
     run.write_result(**figures, **run.speed())

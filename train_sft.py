@@ -17,150 +17,111 @@ Run     python train_sft.py
                                                      # prints accuracy with and without steps
         python train_sft.py --preset tools           # from runs/grpo: call a calculator, or search
         python train_sft.py --preset reader          # from runs/sft: write questions from captions
-        python train_sft.py --init path/to/SmolLM2-135M --data chats.jsonl --out runs/mine
+        python train_sft.py --init path/to/SmolLM2-135M --data chats.jsonl --replay 0 --out runs/mine
 Needs   runs/pretrain                                     (python train_pretrain.py)
-Expect  see README.md: answers about villagers that it was never asked about, and "I don't know"
+Expect  answers about villagers that it was never asked about, and "I don't know" (README.md)
+Watch   loss, val_loss  nats per trained token; val_loss rising while loss falls: too many epochs
+        bits_per_byte   of held-out text: what fine-tuning forgets; rising: more --replay
+        grad_norm       below 1 after warm-up; rising: lower the learning rates
 """
 
-import math
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Annotated
 
 import torch
 
-from data import village_pictures
-from nanollm.adapter_runs import start_adapter
-from nanollm.config import UserError, cli
-from nanollm.data import Packed, Sampler, Windows, load_shards, row_length
-from nanollm.dialogues import pack_chats
-from nanollm.evaluate import (
-    accuracy_by_family,
-    bits_per_byte,
-    read_items,
-    token_lengths,
-    village_of,
-    village_tools,
-)
-from nanollm.figures import first_of_each_family, table
-from nanollm.formats import identity, read_chats, read_documents, split_documents
+from data import village
+from nanollm.batches import Packed, Sampler, Windows, load_shards, pack_chats, row_length
+from nanollm.config import AdapterConfig, NotNegative, OpenShare, Range, TrainConfig, Whole, cli
+from nanollm.formats import identity, read_chats, read_documents, read_examples, split_documents
 from nanollm.gpt import document_mask
-from nanollm.hub import load_model
+from nanollm.hub import load_model, save_model
 from nanollm.logprobs import token_logprobs
-from nanollm.optim import SCHEDULES, build_optimizers
-from nanollm.run import Run, check_folders
+from nanollm.metrics import (
+    accuracy_by_task,
+    accuracy_table,
+    bits_per_byte,
+    first_of_each_task,
+    mean_accuracy,
+    sample_by_task,
+    token_lengths,
+)
+from nanollm.optim import SCHEDULES, build_optimizer
+from nanollm.peft.adapters import start_adapter
+from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
+from nanollm.tools import Toolbox
 
 
 @dataclass
-class Config:
+class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; cot: chain of thought; tools: calls
-    # of tools; reader: a teacher about pictures; gpu: the gpu preset of pretraining
+    # of tools; reader: a teacher about images; gpu: the gpu preset of pretraining
     preset: str = "tiny"
     # -- Data
     init: str = "runs/pretrain"  # run folder or model folder to start from
     # village; its problems with worked solutions (reasoning), with the answers alone (answers) or
-    # some of each (mixed); dialogues with calls (tools); captions of pictures, and a question about
+    # some of each (mixed); dialogues with calls (tools); captions of images, and a question about
     # each (reader); or JSONL of dialogues (see data/README.md)
     data: str = "village"
     val_data: str | None = None  # held-out dialogues; default: the last --val_fraction of --data
     # share of --data that is held out (the village has held-out dialogues of its own)
-    val_fraction: float = 0.05
-    # test items to measure accuracy on, before and after; the village has its own
+    val_fraction: OpenShare = 0.05
+    # test examples to measure accuracy on, before and after; the village has its own
     test_data: str | None = None
-    test_items: int = 64  # items per family for that
+    test_examples: Whole[0] = 64  # examples per task for that; 0: all
     # row length T; default: 256, or the model's context where that is shorter
-    context: int | None = None
+    context: Whole[1] | None = None
     # -- Against forgetting
-    replay: float = 0.33  # share of the rows that are pretraining text, trained on at every token
-    replay_data: str = "village"  # that text: village, or a .txt or .jsonl file
+    # share of the rows that are pretraining text, trained on at every token
+    replay: Annotated[float, Range(0, 0.99)] = 0.33
+    # that text, .txt or .jsonl; default: the village's. With --replay 0: only to measure forgetting
+    replay_data: str | None = None
     # learning rate factor per layer below the head; 1: the same everywhere
-    layer_decay: float = 1.0
-    # -- Adapter
-    # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
-    # prompt (nanollm/adapters.py); default: all weights are trained
-    adapter: str | None = None
-    rank: int = 16  # r of lora, dora and qlora; width of a bottleneck adapter
-    alpha: float = 32.0  # lora, dora, qlora: what they learn counts alpha / r
+    layer_decay: NotNegative = 1.0
     # -- Training
-    out: str = "runs/sft"  # run folder to write
-    steps: int = 500  # optimizer steps
-    batch_size: int = 16  # rows per optimizer step, over all processes
-    accumulate: int = 1  # parts that a process splits its rows into, to save memory
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
-    lr: float = 0.007  # learning rate of Muon
-    adam_lr: float = 1e-3  # learning rate of AdamW
-    weight_decay: float = 0.0  # on matrices and embeddings
-    schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
-    warmup: int = 20  # steps of linear warm-up
-    clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-    eval_every: int = 125  # steps between evaluations, each followed by a checkpoint
-    # -- Machine
-    seed: int = 0  # of the order of the data
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    # precision of the layers; weights stay fp32
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    compile: bool = False  # torch.compile: about half a minute to start, then faster
-    # recompute activations in backward: less memory, a third more time
-    checkpoint_activations: bool = False
-    resume: bool = False  # continue the run in --out from its last checkpoint
+    out: str = "runs/sft"
+    steps: int = 500
+    lr: float = 1e-3
+    muon_lr: float = 0.007
+    eval_every: int = 125
 
 
 PRESETS = {
-    "smoke": {
-        "steps": 20,
-        "context": 128,
-        "batch_size": 8,
-        "eval_every": 10,
-        "warmup": 4,
-        "test_items": 4,
-    },
-    "tiny": {},
-    "cot": {
-        "init": "runs/sft",
-        "data": "mixed",
-        "steps": 500,
-        "batch_size": 8,
-        "lr": 0.008,
-        "adam_lr": 3e-3,
-        "replay": 0.125,
-        "out": "runs/cot",
-    },
-    "tools": {
-        "init": "runs/grpo",
-        "data": "tools",
-        "steps": 400,
-        "lr": 0.01,
-        "adam_lr": 3e-3,
-        "replay": 0.125,
-        "out": "runs/tools",
-    },
-    "reader": {
-        "init": "runs/sft",
-        "data": "reader",
-        "steps": 400,
-        "batch_size": 8,
-        "lr": 0.008,
-        "adam_lr": 3e-3,
-        "replay": 0.0,
-        "eval_every": 100,
-        "out": "runs/reader",
-    },
-    "gpu": {
-        "context": 1024,
-        "batch_size": 128,
-        "accumulate": 4,
-        "lr": 5e-3,
-        "adam_lr": 3e-4,
-        "compile": True,
-    },
+    "smoke": dict(steps=20, context=128, batch_size=8, eval_every=10, warmup=4, test_examples=4),
+    "cot": dict(
+        init="runs/sft",
+        data="mixed",
+        batch_size=8,
+        lr=3e-3,
+        muon_lr=0.008,
+        replay=0.125,
+        out="runs/cot",
+    ),
+    "tools": dict(
+        init="runs/grpo",
+        data="tools",
+        steps=400,
+        lr=3e-3,
+        muon_lr=0.01,
+        replay=0.125,
+        out="runs/tools",
+    ),
+    "reader": dict(
+        init="runs/sft",
+        data="reader",
+        steps=400,
+        batch_size=8,
+        lr=3e-3,
+        muon_lr=0.008,
+        replay=0.0,
+        eval_every=100,
+        out="runs/reader",
+    ),
+    "gpu": dict(context=1024, batch_size=128, accumulate=4, lr=3e-4, muon_lr=5e-3, compile=True),
 }
 
-
-# --- data ----------------------------------------------------------------------------------------
-
-
-# --data: (training and held-out dialogues, test items) among the village's files
+# --data: (training and held-out dialogues, test examples) among the village's files
 VILLAGE = {
     "village": ("sft", "sft_test"),
     "reasoning": ("reasoning", "problems_test"),
@@ -171,47 +132,56 @@ VILLAGE = {
 }
 
 
+# --- data ----------------------------------------------------------------------------------------
+
+
 def load_chats(cfg):
-    """(training dialogues, held-out dialogues, test items)."""
+    """(training dialogues, held-out dialogues, test examples)."""
     if cfg.data in VILLAGE:
         chats, test = VILLAGE[cfg.data]
-        folder = village_pictures.prepare() if cfg.data == "reader" else village_of(cfg.init)
+        folder = images_folder() if cfg.data == "reader" else village.of_run(cfg.init)
         train, val = (read_chats(folder / f"{chats}_{split}.jsonl") for split in ("train", "val"))
         test = cfg.test_data or (test and folder / f"{test}.jsonl")
-        return train, val, read_items(test) if test else []
-    train = read_chats(cfg.data)
-    if cfg.val_data:
-        val = read_chats(cfg.val_data)
     else:
-        train, val = (
-            split_documents(train, "train", cfg.val_fraction),
-            split_documents(train, "val", cfg.val_fraction),
-        )
-    return train, val, read_items(cfg.test_data) if cfg.test_data else []
+        train, test = read_chats(cfg.data), cfg.test_data
+        if cfg.val_data:
+            val = read_chats(cfg.val_data)
+        else:
+            parts = (split_documents(train, p, cfg.val_fraction) for p in ("train", "val"))
+            train, val = parts
+    examples = read_examples(test) if test else []
+    return train, val, first_of_each_task(examples, cfg.test_examples)
 
 
-def load_replay(cfg, tokenizer):
-    """(training shards, held-out shards) of text, for replay and to measure forgetting."""
-    if cfg.replay_data == "village":
-        folder = village_of(cfg.init)
-        paths = [folder / "corpus_train.jsonl", folder / "corpus_val.jsonl"]
-        return [load_shards(lambda p=p: read_documents(p), identity(p), tokenizer) for p in paths]
-    documents = read_documents(cfg.replay_data)
-    return [
-        load_shards(
-            lambda part=part: split_documents(documents, part),
-            [*identity(cfg.replay_data), part],
-            tokenizer,
-        )
-        for part in ("train", "val")
-    ]
+def images_folder():
+    from data.village import images  # which paints: text alone needs none of it
+
+    return images.prepare()
+
+
+def load_text(cfg, tokenizer, model, T):
+    """(training rows, held-out rows, bytes per token, id that begins documents) of plain text, for
+    replay and to measure forgetting; None where it is wanted for neither.
+    """
+    if not cfg.replay and not cfg.replay_data:
+        return None
+    if cfg.replay_data:
+        documents, source = read_documents(cfg.replay_data), identity(cfg.replay_data)
+        parts = [(split_documents(documents, p), [*source, p]) for p in ("train", "val")]
+        shards = [load_shards(lambda d=d: d, source, tokenizer) for d, source in parts]
+    else:
+        folder = village.of_run(cfg.init)
+        paths = [folder / f"corpus_{split}.jsonl" for split in ("train", "val")]
+        shards = [load_shards(lambda p=p: read_documents(p), identity(p), tokenizer) for p in paths]
+    token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
+    return Windows(shards[0], T - 1), Windows(shards[1], T), token_bytes, tokenizer.eot_id
 
 
 def replay_rows(windows, numbers, eot_id):
     """Rows of plain text in the form of packed dialogues: documents begin with <|endoftext|>, all
     is trained on.
     """
-    tokens = windows.rows(numbers)  # (R, T)
+    tokens = windows[numbers]  # (R, T)
     documents = (tokens == eot_id).cumsum(1)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     return Packed(tokens, mask, documents, torch.arange(tokens.shape[1]).expand_as(tokens))
@@ -237,10 +207,12 @@ def packed_logits(model, rows):
 @torch.no_grad()
 def validation_loss(model, rows, batch=32, logits_of=packed_logits):
     """Nats per trained token on held-out packed rows."""
-    total = 0.0
+    total, training = 0.0, model.training
+    model.eval()
     for numbers in torch.arange(len(rows)).split(batch):
-        part = rows.rows(numbers).to(model.device)
+        part = rows[numbers].to(model.device)
         total += sft_loss(logits_of(model, part), part.tokens, part.mask).item()
+    model.train(training)
     return total / rows.mask[:, 1:].sum().item()
 
 
@@ -249,139 +221,102 @@ def validation_loss(model, rows, batch=32, logits_of=packed_logits):
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    check_folders(cfg.init, cfg.out)
-    if not 0 <= cfg.replay < 1:
-        raise UserError(f"--replay {cfg.replay} is no share: it lies between 0 and 1, 1 excluded")
+    check_folders(cfg.out, cfg.init)
     model, tokenizer = load_model(cfg.init)
     start_adapter(model, cfg, rt)
-    T = row_length(cfg, model)
-    chats, val_chats, items = load_chats(cfg)
+    T = row_length(cfg.context, model)
+    chats, val_chats, examples = load_chats(cfg)
     train_rows = pack_chats(chats, tokenizer, T, "training", rt)
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)
-    text, val_text = load_replay(cfg, tokenizer)
-    windows, val_windows = Windows(text, T - 1), Windows(val_text, T)
-    n_replay = round(cfg.replay * cfg.batch_size)
-    token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
-    items = first_of_each_family(items, cfg.test_items)
+    text = load_text(cfg, tokenizer, model, T)
+    tools = None
+    if cfg.data == "tools":
+        tools = Toolbox.of_village(village.of_run(cfg.init), tokenizer)
 
-    share = rt.share(cfg.batch_size)
-    run = Run(cfg, rt, cfg.steps)
-    called = rt.prepare(model, cfg.compile)
+    share, n_replay = rt.share(cfg.batch_size), round(cfg.replay * cfg.batch_size)
+    run = Run(cfg, rt)
+    ddp_model = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
-    optimizers = build_optimizers(
-        model, cfg.optimizer, cfg.lr, cfg.adam_lr, cfg.weight_decay, layer_decay=cfg.layer_decay
-    )
-    chat_sampler = Sampler(len(train_rows), cfg.seed)
-    text_sampler = Sampler(windows.n, cfg.seed + 1)
-    scaler, trained = rt.scaler(), [model, optimizers, [chat_sampler, text_sampler]]
-    tools = village_tools(cfg.init, tokenizer) if cfg.data == "tools" else None
-    measured = partial(measure, model, tokenizer, tools, items, val_windows, token_bytes)
-    before = run.restore(*trained, scaler)
-    if not before:
-        before = measured()
-    since = 0
+    optimizer = build_optimizer(model, cfg, rt.scaler, layer_decay=cfg.layer_decay)
+    schedule, chat_sampler = SCHEDULES[cfg.schedule], Sampler(len(train_rows), cfg.seed)
+    text_sampler = Sampler(len(text[0]) if text else 0, cfg.seed + 1)
+    before = run.restore(model, optimizer, chat_sampler, text_sampler)
+    before = before or measure(model, tokenizer, tools, examples, text)[0]
 
     while run.step < cfg.steps:
-        optimizers.schedule(SCHEDULES[cfg.schedule](run.step, cfg.steps, cfg.warmup))
-        optimizers.zero_grad()
-        chat_rows = train_rows.rows(chat_sampler.take(cfg.batch_size - n_replay))
-        text_rows = replay_rows(windows, text_sampler.take(n_replay), tokenizer.eot_id)
-        rows = chat_rows.join(text_rows).rows(share).to(rt.device)
-        # trained tokens of the whole batch, never zero
-        count = rt.sum(rows.mask[:, 1:].sum().item())
+        rows = train_rows[chat_sampler.take(cfg.batch_size - n_replay)]
+        if n_replay:
+            rows = rows.join(replay_rows(text[0], text_sampler.take(n_replay), tokenizer.eot_id))
+        rows = rows[share].to(rt.device)
+        num_tokens = rt.sum(rows.mask[:, 1:].sum())  # trained on, in the whole batch
         loss = 0.0
-        parts = torch.arange(len(rows)).chunk(cfg.accumulate)
-        for i, numbers in enumerate(parts):
-            part = rows.rows(numbers)
-            with rt.accumulating(called, more=i + 1 < len(parts)):
-                part_loss = sft_loss(packed_logits(called, part), part.tokens, part.mask) / count
-                # times the number of processes, by which DDP's mean divides
-                scaler.scale(part_loss * rt.world).backward()
-            loss += part_loss.detach()
-        optimizers.unscale(scaler)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-        loss = rt.sum(loss.item())
-        run.check_finite(loss)
-        if rt.dtype != torch.float16:  # there the scaler skips such steps
-            run.check_finite(norm.item(), "gradient")
-        optimizers.step(scaler)
-        run.advance()
+        for part in rt.micro_batches(rows, cfg.accumulate, ddp_model):
+            part_loss = sft_loss(packed_logits(ddp_model, part), part.tokens, part.mask)
+            loss += rt.backward(part_loss / num_tokens)
+        grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
+        run.advance(cfg.batch_size * T, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
-        since += cfg.batch_size * T
-        last = run.step == cfg.steps
-        if run.step % 10 == 0 or last:
-            run.log(
-                since,
-                show=("loss",),
-                loss=loss,
-                grad_norm=norm.item(),
-                lr=optimizers.groups()[0]["lr"],
-            )
-            since = 0
-        if run.step % cfg.eval_every == 0 or last:
-            model.eval()
-            bpb = bits_per_byte(model, val_windows, token_bytes, tokenizer.eot_id, 32768)[1]
-            val_loss = validation_loss(model, val_rows)
-            run.check_finite(val_loss, "held-out loss")
-            run.log(val_loss=val_loss, bits_per_byte=bpb, show=("val_loss", "bits_per_byte"))
-            if items and rt.main:
-                run.write_sample(sample_dialogues(model, tokenizer, tools, items))
-            model.train()
-            run.export(model, tokenizer)
-            run.checkpoint(*trained, scaler, **before)
-    after = measured()
+        if run.due(cfg.eval_every):
+            metrics = {"val_loss": validation_loss(model, val_rows)}
+            if text:
+                metrics["bits_per_byte"] = held_out_bits(model, text, 32768)
+            run.evaluated(**metrics)
+            if examples and rt.main:
+                _, sample = measure(model, tokenizer, tools, first_of_each_task(examples, 1), None)
+                run.write_sample(sample)
+            run.export(save_model, model, tokenizer)
+            run.checkpoint(**before)
+    run.close("loss", "val_loss", y_label="nats per token")
+    after = measure(model, tokenizer, tools, examples, text)[0]
     if cfg.data in ("reasoning", "mixed"):
-        after |= with_and_without_steps(model, tokenizer, items)
-    finish(cfg, rt, run, before, after)
+        after |= with_and_without_steps(model, tokenizer, examples)
+    finish(rt, run, before, after)
 
 
-def measure(model, tokenizer, tools, items, val_windows, token_bytes):
-    """Accuracy by family, and bits per byte of held-out text: what fine-tuning gives and takes."""
+def held_out_bits(model, text, most=None):
+    """Bits per byte of held-out text: what fine-tuning forgets."""
+    _, windows, token_bytes, eot_id = text
+    training = model.training
     model.eval()
-    families = accuracy_by_family(model, tokenizer, items, tools=tools)[0] if items else {}
-    bpb = bits_per_byte(model, val_windows, token_bytes, tokenizer.eot_id)[1]
-    model.train()
-    return {"families": families, "bits_per_byte": bpb}
+    bpb = bits_per_byte(model, windows, token_bytes, eot_id, most)[1]
+    model.train(training)
+    return bpb
 
 
-def with_and_without_steps(model, tokenizer, items):
-    """Accuracy by family where every answer has to begin with a thought, or with the result."""
-    model.eval()
+def measure(model, tokenizer, tools, examples, text):
+    """({"tasks": accuracy by task, "bits_per_byte"}, a sample of completions)."""
+    accuracies, completions = {}, []
+    if examples:
+        accuracies, completions = accuracy_by_task(model, tokenizer, examples, tools=tools)
+    found = {"tasks": accuracies, "bits_per_byte": held_out_bits(model, text) if text else None}
+    return found, sample_by_task(examples, completions)
+
+
+def with_and_without_steps(model, tokenizer, examples):
+    """Accuracy by task where every answer has to begin with a thought, or with the result."""
     begins = {"with_steps": "<think>", "without_steps": "The answer is"}
     return {
-        name: accuracy_by_family(model, tokenizer, items, begin=begin)[0]
+        name: accuracy_by_task(model, tokenizer, examples, begin=begin)[0]
         for name, begin in begins.items()
     }
 
 
-def sample_dialogues(model, tokenizer, tools, items):
-    """The model's answer to one item of each family."""
-    chosen = first_of_each_family(items, 1)
-    replies = accuracy_by_family(model, tokenizer, chosen, tools=tools)[1]
-    return "\n".join(
-        f"{i['messages'][-1]['content']}\n    {reply}" for i, reply in zip(chosen, replies)
-    )
-
-
-def finish(cfg, rt, run, before, after):
+def finish(rt, run, before, after):
     """Print what fine-tuning has changed, and keep it in result.json."""
-    run.close()
-    run.draw_curves("loss", "val_loss")
-    if after["families"]:
-        columns = {"before": before["families"], "after": after["families"]}
-        made_to = {"with steps": after.get("with_steps"), "without": after.get("without_steps")}
-        rt.print(table(columns | {name: column for name, column in made_to.items() if column}))
-    change = after["bits_per_byte"] - before["bits_per_byte"]
-    rt.print(
-        f"forgetting: held-out text from {before['bits_per_byte']:.4f} to "
-        f"{after['bits_per_byte']:.4f} bits per "
-        f"byte ({change:+.4f})"
-    )
-    run.write_result(before=before, after=after, forgetting_bits_per_byte=change, **run.speed())
-    rt.print(
-        f"{cfg.out}: {run.step} steps in {run.elapsed:.0f} s, median "
-        f"{run.speed()['tokens_per_second']:,.0f} tokens/s"
-    )
+    columns = {"before": before["tasks"], "after": after["tasks"]}
+    columns |= {n: after[n] for n in ("with_steps", "without_steps") if n in after}
+    effects = []
+    if after["tasks"]:
+        rt.print(accuracy_table(columns))
+        means = mean_accuracy(before["tasks"]), mean_accuracy(after["tasks"])
+        effects.append(effect("right answers to held-out questions", *means, "share"))
+    if "with_steps" in after:
+        means = (mean_accuracy(after[name]) for name in ("without_steps", "with_steps"))
+        effects.append(effect("right answers without and with steps", *means, "share"))
+    if after["bits_per_byte"] is not None:
+        bits = before["bits_per_byte"], after["bits_per_byte"]
+        effects.append(effect("held-out text", *bits, "bits per byte", False))
+    run.write_result(effects, before=before, after=after)
     rt.close()
 
 

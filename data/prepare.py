@@ -6,6 +6,7 @@ with --limit ends early. The result takes its place once it is whole, and is fou
 Run     python data/prepare.py                              # lists the datasets
         python data/prepare.py tinystories --limit 100000
 """
+
 import gzip
 import http.client
 import io
@@ -38,8 +39,8 @@ NO_DATA = (b"<!doctype", b"<html", b"version https://git-lfs")  # pages and poin
 @dataclass
 class Config:
     name: str | None = field(default=None, metadata={"positional": True})  # none: list them
-    out: str | None = None       # folder to write; none: data/cache/NAME
-    limit: int | None = None     # keep only the first so many records of each file
+    out: str | None = None  # folder to write; none: data/cache/NAME
+    limit: int | None = None  # keep only the first so many records of each file
     base_url: str | None = None  # mirror that takes the place of the https://host of every URL
 
 
@@ -52,11 +53,19 @@ class Download(io.RawIOBase):
             request = urllib.request.Request(url, headers={"User-Agent": "nanollm"})
             self.response = urllib.request.urlopen(request, timeout=30)  # seconds of silence
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UserError(f"cannot open {url} ({error}): check the connection, or name a mirror "
-                            "with --base_url") from None
+            raise UserError(
+                f"cannot open {url} ({error}): check the connection, or name a mirror "
+                "with --base_url"
+            ) from None
         self.size = int(self.response.headers.get("Content-Length", 0)) or None
-        self.bar = tqdm(total=self.size, desc=Path(url).name, unit="B", unit_scale=True,
-                        disable=None, leave=False)
+        self.bar = tqdm(
+            total=self.size,
+            desc=Path(url).name,
+            unit="B",
+            unit_scale=True,
+            disable=None,
+            leave=False,
+        )
 
     def readable(self):
         return True
@@ -69,8 +78,10 @@ class Download(io.RawIOBase):
         self.done += count
         self.bar.update(count)
         if count == 0 and (why != "it ended" or self.size not in (None, self.done)):
-            raise UserError(f"{self.url}: the connection broke after {self.done:,} of {self.size} "
-                            f"bytes ({why}); run the same command again")
+            raise UserError(
+                f"{self.url}: the connection broke after {self.done:,} of {self.size} "
+                f"bytes ({why}); run the same command again"
+            )
         return count
 
     def close(self):
@@ -84,14 +95,17 @@ def open_text(download):
     """The text that a download holds, unpacked where its name ends in .gz."""
     stream = io.BufferedReader(download, CHUNK)
     if stream.peek(1).lstrip().lower().startswith(NO_DATA):
-        raise UserError(f"{download.url}: this is a web page, or a pointer, and not the data; "
-                        "see it in a browser, or name another mirror with --base_url")
+        raise UserError(
+            f"{download.url}: this is a web page, or a pointer, and not the data; "
+            "see it in a browser, or name another mirror with --base_url"
+        )
     if urlsplit(download.url).path.endswith(".gz"):
         stream = gzip.GzipFile(fileobj=stream)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
 
 
 # --- readers: from a text to records ----------------------------------------------------------
+
 
 def read_stories(text, end="<|endoftext|>"):
     """Documents {"text"}, which `end` separates."""
@@ -117,7 +131,7 @@ def read_array(text):
         raise ValueError("a JSON array begins with [")
     while True:
         at = blank.match(buffer, at).end()
-        if buffer[at:at + 1] == "]":
+        if buffer[at : at + 1] == "]":
             return
         try:
             record, at = decode(buffer, at)
@@ -131,6 +145,7 @@ def read_array(text):
 
 
 # --- converters: from a record to one of ours, or an error that leaves it out -----------------
+
 
 def as_problem(record):
     """GSM8K: the number behind #### is the answer, without the commas in 1,000."""
@@ -154,15 +169,15 @@ def as_pair(record):
 def as_chat(turns):
     messages = [{"role": role, "content": content} for role, content in turns]
     if messages[-1]["role"] != "assistant" or not all(m["content"].strip() for m in messages):
-        raise ValueError("an empty message, or no reply at the end")
+        raise ValueError("an empty message, or no completion at the end")
     return {"messages": messages}
 
 
 def from_alpaca(record):
     """instruction, input, output; Dolly calls the last two context and response."""
     asked = [record["instruction"], record.get("input", record.get("context"))]
-    reply = record.get("output", record.get("response"))
-    return as_chat([("user", "\n\n".join(filter(None, asked))), ("assistant", reply)])
+    completion = record.get("output", record.get("response"))
+    return as_chat([("user", "\n\n".join(filter(None, asked))), ("assistant", completion)])
 
 
 def from_sharegpt(record):
@@ -180,58 +195,107 @@ def from_llava(record):
 @dataclass(frozen=True)
 class Dataset:
     about: str
-    size: str          # of the download
+    size: str  # of the download
     licence: str
-    files: dict        # file to write -> URL
-    read: Callable     # the text of a download -> its records
+    files: dict  # file to write -> URL
+    read: Callable  # the text of a download -> its records
     convert: Callable  # a record -> one in a format of ours
-    train: str         # the script that it is for, and flags: {train} is the file train.*
-    note: str = ""     # printed with the licence
+    train: str  # the script that it is for, and flags: {train} is the file train.*
+    note: str = ""  # printed with the licence
 
 
 def hh(part, size):
     return Dataset(
-        f"preferences: the more {part} of two replies", size, "MIT",
-        {f"{split}.jsonl": HUB("Anthropic/hh-rlhf", f"{part}-base/{split}.jsonl.gz")
-         for split in ("train", "test")},
-        read_jsonl, as_pair, "train_dpo.py --data {train}", "Some of the dialogues are offensive.")
+        f"preferences: the more {part} of two completions",
+        size,
+        "MIT",
+        {
+            f"{split}.jsonl": HUB("Anthropic/hh-rlhf", f"{part}-base/{split}.jsonl.gz")
+            for split in ("train", "test")
+        },
+        read_jsonl,
+        as_pair,
+        "train_dpo.py --data {train}",
+        "Some of the dialogues are offensive.",
+    )
 
 
 DATASETS = {
     "tinyshakespeare": Dataset(
-        "corpus: 40,000 lines of plays", "1.1 MB", "public domain",
+        "corpus: 40,000 lines of plays",
+        "1.1 MB",
+        "public domain",
         {"train.txt": GITHUB("karpathy/char-rnn/master/data/tinyshakespeare/input.txt")},
-        iter, str, "train_pretrain.py --data {train}"),
+        iter,
+        str,
+        "train_pretrain.py --data {train}",
+    ),
     "tinystories": Dataset(
-        "corpus: 2.1 million stories in a child's words", "1.9 GB", "CDLA-Sharing-1.0",
-        {"train.jsonl": HUB("roneneldan/TinyStories", "TinyStories-train.txt"),
-         "val.jsonl": HUB("roneneldan/TinyStories", "TinyStories-valid.txt")},
-        read_stories, dict, "train_pretrain.py --data {train} --val_data {val}"),
+        "corpus: 2.1 million stories in a child's words",
+        "1.9 GB",
+        "CDLA-Sharing-1.0",
+        {
+            "train.jsonl": HUB("roneneldan/TinyStories", "TinyStories-train.txt"),
+            "val.jsonl": HUB("roneneldan/TinyStories", "TinyStories-valid.txt"),
+        },
+        read_stories,
+        dict,
+        "train_pretrain.py --data {train} --val_data {val}",
+    ),
     "alpaca": Dataset(
-        "chat: 52,000 instructions, answered by text-davinci-003", "23 MB", "CC-BY-NC-4.0",
+        "chat: 52,000 instructions, answered by text-davinci-003",
+        "23 MB",
+        "CC-BY-NC-4.0",
         {"train.jsonl": GITHUB("tatsu-lab/stanford_alpaca/main/alpaca_data.json")},
-        read_array, from_alpaca, "train_sft.py --data {train}"),
+        read_array,
+        from_alpaca,
+        "train_sft.py --data {train}",
+    ),
     "dolly": Dataset(
-        "chat: 15,000 instructions, answered by people", "13 MB", "CC-BY-SA-3.0",
+        "chat: 15,000 instructions, answered by people",
+        "13 MB",
+        "CC-BY-SA-3.0",
         {"train.jsonl": HUB("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl")},
-        read_jsonl, from_alpaca, "train_sft.py --data {train}"),
+        read_jsonl,
+        from_alpaca,
+        "train_sft.py --data {train}",
+    ),
     "openhermes": Dataset(
-        "chat: 1 million dialogues, answered mostly by GPT-4", "1.9 GB", "none stated",
+        "chat: 1 million dialogues, answered mostly by GPT-4",
+        "1.9 GB",
+        "none stated",
         {"train.jsonl": HUB("teknium/OpenHermes-2.5", "openhermes2_5.json")},
-        read_array, from_sharegpt, "train_sft.py --data {train}"),
+        read_array,
+        from_sharegpt,
+        "train_sft.py --data {train}",
+    ),
     "hh-harmless": hh("harmless", "14 MB"),
     "hh-helpful": hh("helpful", "17 MB"),
     "gsm8k": Dataset(
-        "problems: 8,792 in words, with worked steps", "4.9 MB", "MIT",
-        {f"{split}.jsonl": GITHUB("openai/grade-school-math/master/grade_school_math/data/"
-                                  f"{split}.jsonl") for split in ("train", "test")},
-        read_jsonl, as_problem, "train_grpo.py --data {train}"),
+        "problems: 8,792 in words, with worked steps",
+        "4.9 MB",
+        "MIT",
+        {
+            f"{split}.jsonl": GITHUB(
+                f"openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
+            )
+            for split in ("train", "test")
+        },
+        read_jsonl,
+        as_problem,
+        "train_grpo.py --data {train}",
+    ),
     "llava-instruct": Dataset(
-        "pictures: 158,000 dialogues about photographs", "229 MB", "CC-BY-4.0",
+        "images: 158,000 dialogues about photographs",
+        "229 MB",
+        "CC-BY-4.0",
         {"train.jsonl": HUB("liuhaotian/LLaVA-Instruct-150K", "llava_instruct_150k.json")},
-        read_array, from_llava, "train_vlm.py --data {train}",
-        "The pictures come apart: unpack http://images.cocodataset.org/zips/train2017.zip (18 GB) "
-        "into the same folder, as train2017/."),
+        read_array,
+        from_llava,
+        "train_vlm.py --data {train}",
+        "The images come apart: unpack http://images.cocodataset.org/zips/train2017.zip (18 GB) "
+        "into the same folder, as train2017/.",
+    ),
 }
 
 
@@ -259,8 +323,10 @@ def fetch(url, path, dataset, limit=None):
             if count <= len(misfits):
                 raise ValueError(misfits[0] if misfits else "it is empty")
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:  # no UTF-8, no JSON
-        raise UserError(f"{url}: damaged, or not the data that was expected ({error}); run the "
-                        "same command again, or name another --base_url") from None
+        raise UserError(
+            f"{url}: damaged, or not the data that was expected ({error}); run the "
+            "same command again, or name another --base_url"
+        ) from None
     left_out = f"; left out {len(misfits):,}, the first being {misfits[0]}" if misfits else ""
     return f"{count:,} records, {path.stat().st_size / 1e6:.1f} MB{left_out}"
 
@@ -285,8 +351,10 @@ def prepare(name, out=None, limit=None, base_url=None):
 def show():
     for name, data in DATASETS.items():
         files = {file.split(".")[0]: CACHE / name / file for file in data.files}
-        say(f"{name:16}{data.size:>7}  {data.licence:17}{data.about}\n"
-            f"    python {data.train.format(**files)}")
+        say(
+            f"{name:16}{data.size:>7}  {data.licence:17}{data.about}\n"
+            f"    python {data.train.format(**files)}"
+        )
     say("\npython data/prepare.py NAME    fetches one; see --help for the flags")
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanollm.answers import QUESTIONS, answers_section, preferences_section
+from nanollm.checkpoint import read_json
 from nanollm.config import UserError, atomic_write, cli
-from nanollm.hub import read_json
 from nanollm.report import Section, to_html, to_markdown
 from nanollm.run import set_aside
 from nanollm.runtime import start
@@ -114,11 +114,7 @@ def stage_section(stage, record, root):
     section.text(stage.what)
     section.code(record["shown"])
     stage.effect(section, read_json(folder / "result.json"), folder)
-    section.figure(
-        f"{stage.name}/curves.svg",
-        (folder / "curves.svg").read_text(),
-        stage.curves,
-    )
+    section.figure(f"{stage.name}/curves.svg", (folder / "curves.svg").read_text(), stage.curves)
     return section
 
 

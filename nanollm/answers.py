@@ -1,10 +1,13 @@
 """Sections of the report that put the answers of several models side by side."""
 
-from nanollm.evaluate import read_items, reply_all, village_of, village_tools
+from data import village
+from nanollm.formats import read_examples
+from nanollm.generate import complete
 from nanollm.hub import load_model, read_json
 from nanollm.report import Section
+from nanollm.tools import Toolbox
 
-# per kind of question: the test file, and how many of each family
+# per kind of question: the test file, and how many of each task
 QUESTIONS = {
     "chat": (
         "sft_test.jsonl",
@@ -29,21 +32,26 @@ def answers_section(kind, done, root, rt, known):
     `known` keeps the answers, by kind and stage: the report is written after every stage.
     """
     file, wanted = QUESTIONS[kind]
-    items = read_items(village_of(root / "pretrain") / file)
-    items = [i for name, n in wanted.items() for i in [i for i in items if i["family"] == name][:n]]
+    examples = read_examples(village.of_run(root / "pretrain") / file)
+    examples = [
+        i for name, n in wanted.items() for i in [i for i in examples if i["task"] == name][:n]
+    ]
     answered = [stage for stage in done if stage.speaks == kind]
     if kind != "chat":  # and by the model that they began from
         answered.insert(0, next(stage for stage in done if stage.name == "sft"))
     columns = {}
     for stage in answered:
         if (kind, stage.name) not in known:
-            known[kind, stage.name] = answers_of(root / stage.name, items, stage.speaks, rt)
+            known[kind, stage.name] = answers_of(root / stage.name, examples, stage.speaks, rt)
         acronym = any(letter.isupper() for letter in stage.title[1:])
         title = stage.title if acronym else stage.title.lower()
         columns[f"after {title}"] = known[kind, stage.name]
     section = Section(TITLES[kind])
-    asked = [item["messages"][-1]["content"] for item in items]
-    rows = [list(row) for row in zip(asked, *columns.values(), [item["answer"] for item in items])]
+    asked = [example["messages"][-1]["content"] for example in examples]
+    rows = [
+        list(row)
+        for row in zip(asked, *columns.values(), [example["answer"] for example in examples])
+    ]
     section.table(["prompt", *columns, "right"], rows)
     section.text(
         "None of these questions occurs in training. Answers are greedy, and cut after 112 tokens."
@@ -51,13 +59,17 @@ def answers_section(kind, done, root, rt, known):
     return section
 
 
-def answers_of(folder, items, speaks, rt):
-    """Greedy replies of the model in a run folder."""
+def answers_of(folder, examples, speaks, rt):
+    """Greedy completions of the model in a run folder."""
     model, tokenizer = load_model(folder)
     rt.prepare(model, train=False)
-    prompts = [tokenizer.render(item["messages"], generation_prompt=True)[0] for item in items]
-    toolbox = village_tools(folder, tokenizer) if speaks == "tools" else None
-    return [reply.strip() for reply in reply_all(model, tokenizer, prompts, 112, tools=toolbox)]
+    prompts = [
+        tokenizer.render(example["messages"], generation_prompt=True)[0] for example in examples
+    ]
+    toolbox = Toolbox.of_village(village.of_run(folder), tokenizer) if speaks == "tools" else None
+    return [
+        completion.strip() for completion in complete(model, tokenizer, prompts, 112, tools=toolbox)
+    ]
 
 
 def preferences_section(root):
@@ -84,7 +96,11 @@ def preferences_section(root):
         "Sampled at temperature 1. A gold score of 1 is right, polite and short; best of 4 takes "
         "the one of four fine-tuned answers that the reward model likes best."
     )
-    answers = [best["replies_against"], best["replies"], *(f["replies"] for f in found.values())]
+    answers = [
+        best["completions_against"],
+        best["completions"],
+        *(f["completions"] for f in found.values()),
+    ]
     samples = zip(best["prompts"], *answers)
     section.table(
         ["prompt", "fine-tuned", "best of 4", "PPO", "DPO"], [list(row) for row in samples][:6]

@@ -33,12 +33,13 @@ from unittest import mock
 
 import torch
 
+from nanollm.batches import Sampler
+from nanollm.checkpoint import config_json
 from nanollm.config import UserError, cli
-from nanollm.data import Sampler
 from nanollm.generate import check_room, generate
 from nanollm.gpt import GPT, GPTConfig, count_parameters
 from nanollm.grpo_runs import Sampling
-from nanollm.hub import config_json, save_model
+from nanollm.hub import save_model
 from nanollm.logprobs import token_logprobs
 from nanollm.optim import build_optimizers
 from nanollm.runtime import (
@@ -146,13 +147,13 @@ def peer_model(shape, rt):
     return transformers.AutoModelForCausalLM.from_config(config).to(rt.device)
 
 
-def training_work(model, called, tokens, optimizers=None):
+def training_work(model, ddp_model, tokens, optimizers=None):
     """One forward and backward pass of ours, and the optimizer's step where one is given."""
     scaler = torch.amp.GradScaler(tokens.device.type, enabled=False)
 
     def work():
         model.zero_grad(set_to_none=True)
-        (-token_logprobs(called(tokens[:, :-1]), tokens[:, 1:]).mean()).backward()
+        (-token_logprobs(ddp_model(tokens[:, :-1]), tokens[:, 1:]).mean()).backward()
         if optimizers:
             optimizers.step(scaler)
 
@@ -187,7 +188,7 @@ def main(cfg):
         max_position_embeddings=max(cfg.context, cfg.prompt_tokens + cfg.new_tokens),
     )
     model = GPT(shape)
-    called = rt.prepare(model, cfg.compile)
+    ddp_model = rt.prepare(model, cfg.compile)
     total, matrices = count_parameters(model)
     roof = matmul_rate(rt)
     where = (
@@ -207,11 +208,11 @@ def main(cfg):
         "roof_flop_per_second": roof,
     }
     if cfg.what in ("all", "train", "step"):
-        figures |= bench_training(cfg, rt, model, called, peer, matrices, roof)
+        figures |= bench_training(cfg, rt, model, ddp_model, peer, matrices, roof)
     if cfg.what in ("all", "sample"):
         figures |= bench_sampling(cfg, rt, model, peer)
     if cfg.what == "grpo":
-        figures |= bench_grpo(cfg, rt, model, called)
+        figures |= bench_grpo(cfg, rt, model, ddp_model)
     figures["peak_memory_bytes"] = peak_memory(rt.device)
     print(f"peak memory {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
     if cfg.json:
@@ -220,11 +221,11 @@ def main(cfg):
     rt.close()
 
 
-def bench_training(cfg, rt, model, called, peer, matrices, roof):
+def bench_training(cfg, rt, model, ddp_model, peer, matrices, roof):
     tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.context + 1), device=rt.device)
     n = cfg.batch_size * cfg.context
     optimizers = build_optimizers(model) if cfg.what == "step" else None
-    works = {"nanollm": training_work(model, called, tokens, optimizers)}
+    works = {"nanollm": training_work(model, ddp_model, tokens, optimizers)}
     if peer is not None:
 
         def peer_work():
@@ -286,12 +287,12 @@ def report(name, times, tokens, remark):
 # --- GRPO ----------------------------------------------------------------------------------------
 
 
-def bench_grpo(cfg, rt, model, called):
+def bench_grpo(cfg, rt, model, ddp_model):
     tokenizer = endless_tokenizer(cfg.vocab_size)
     digits, n = random.Random(cfg.seed), cfg.prompts * (cfg.repeats + 1)
     prompts = ["".join(digits.choices("0123456789", k=cfg.prompt_tokens)) for _ in range(n)]
     laps = Laps(rt.device)
-    settings, work = grpo_work(cfg, rt, model, called, tokenizer, prompts, laps)
+    settings, work = grpo_work(cfg, rt, model, ddp_model, tokenizer, prompts, laps)
     figures, remark = {}, ""
     if cfg.peer:
         tried = product(("fp32", "bf16")[: 1 + has_bf16(rt.device)], ("sdpa", "eager"))
@@ -360,7 +361,7 @@ def share_of_even(answers):
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in answers]
 
 
-def grpo_work(cfg, rt, model, called, tokenizer, prompts, laps):
+def grpo_work(cfg, rt, model, ddp_model, tokenizer, prompts, laps):
     """(settings, one update of ours): all but prompts and reward is train_grpo.py's."""
     import train_grpo  # at the root of the repository
 
@@ -385,18 +386,20 @@ def grpo_work(cfg, rt, model, called, tokenizer, prompts, laps):
     check_room(model, list(map(sampling.ask, problems)), cfg.new_tokens)
     ref = copy.deepcopy(model)
     rt.prepare(ref, train=False)
-    optimizers = build_optimizers(model, "adamw", adam_lr=settings.adam_lr, weight_decay=0.0)
+    optimizers = build_optimizers(model, "adamw", lr=settings.lr, weight_decay=0.0)
     optimizers.unscale = laps.after(optimizers.unscale, "forward and backward")
     sample_batch = laps.after(train_grpo.sample_batch, "sampling")
-    look_back = laps.after(train_grpo.look_back, "reference")
+    batched_logprobs = laps.after(train_grpo.batched_logprobs, "reference")
     update = laps.after(train_grpo.update, "optimizer and rest")
     sampler, scaler = Sampler(len(problems), cfg.seed), rt.scaler()
 
     def work():
         laps.begin()
-        with mock.patch.multiple(train_grpo, sample_rollout=sample_rollout, look_back=look_back):
+        with mock.patch.multiple(
+            train_grpo, sample_rollout=sample_rollout, batched_logprobs=batched_logprobs
+        ):
             rollout, _ = sample_batch(settings, rt, model, sampling, problems, sampler)
-            update(settings, rt, called, ref, optimizers, scaler, rollout)
+            update(settings, rt, ddp_model, ref, optimizers, scaler, rollout)
 
     return settings, work
 
@@ -407,8 +410,9 @@ def in_turn_with_trl(cfg, rt, settings, folder, prompts, precision, attention, o
     An update of trl's goes from the end of ours to its next on_step_end, generation included.
     """
     import transformers
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
+
+    from data.prepare import Dataset
 
     durations = {"nanollm": [], "trl": []}
 
@@ -439,7 +443,7 @@ def in_turn_with_trl(cfg, rt, settings, folder, prompts, precision, attention, o
                 max_completion_length=cfg.new_tokens,
                 loss_type="grpo",
                 beta=settings.kl_coef,
-                learning_rate=settings.adam_lr,
+                learning_rate=settings.lr,
                 lr_scheduler_type="constant",
                 max_grad_norm=settings.clip,
                 bf16=precision == "bf16",

@@ -4,10 +4,10 @@ The answer appears while it is written, and earlier turns stay in the conversati
 the context, the oldest turns are left out. /reset begins anew, an empty line or Ctrl-D ends. With
 --prompt it answers once and exits; input from a pipe is read line by line.
 
-    python -m nanollm.chat runs/vlm --image a.png --prompt "What is in the picture?"
+    python -m nanollm.chat runs/vlm --image a.png --prompt "What is in the image?"
 
 A vision-language model is shown --image with the first message, and what a line `/image FILE` names
-with the next one. Pictures stand before the message, or where it says <image>.
+with the next one. Images stand before the message, or where it says <image>.
 """
 
 import sys
@@ -17,15 +17,17 @@ from typing import Literal
 
 import torch
 
+from data import village
 from nanollm.config import UserError, cli, say
-from nanollm.evaluate import LONGEST_ANSWER, village_tools
+from nanollm.formats import check_markers
 from nanollm.generate import stream
 from nanollm.hub import load_model
-from nanollm.pictures import open_picture
+from nanollm.metrics import LONGEST_COMPLETION
+from nanollm.rollouts import template_of
 from nanollm.runtime import start
-from nanollm.templates import template_of
-from nanollm.tools import check_knowledge
-from nanollm.vlm import IMAGE, VLM, check_markers, render_with_pictures
+from nanollm.tools import Toolbox, check_knowledge
+from nanollm.vision.images import open_image
+from nanollm.vision.vlm import IMAGE, VLM, render_with_images
 
 
 @dataclass
@@ -35,9 +37,9 @@ class Config:
     )  # run folder or model folder
     adapter: str | None = None  # folder of an adapter to put on it
     prompt: str | None = None  # answer this and exit
-    image: str | None = None  # picture to show with the first message; several with commas
+    image: str | None = None  # image to show with the first message; several with commas
     system: str | None = None  # a system message before the conversation
-    max_new_tokens: int = LONGEST_ANSWER  # longest answer
+    max_new_tokens: int = LONGEST_COMPLETION  # longest answer
     temperature: float = 0.3  # 0: always the most likely token
     top_k: int = 0  # draw from the k most likely tokens; 0: from all
     top_p: float = 1.0  # draw from the smallest set with this probability
@@ -49,38 +51,38 @@ class Config:
 
 
 def show(model, path):
-    """The picture (3, H, W) in a file, as the model reads it."""
+    """The image (3, H, W) in a file, as the model reads it."""
     if not isinstance(model, VLM):
-        raise UserError("this model reads text only; pictures need one of train_vlm.py's")
-    return model.preprocessing(open_picture(path))
+        raise UserError("this model reads text only; images need one of train_vlm.py's")
+    return model.preprocessing(open_image(path))
 
 
-def user_message(model, text, pictures):
-    """What the user says and shows: pictures stand in front where the text doesn't place them."""
-    if pictures and IMAGE not in text:
-        text = f"{IMAGE}\n" * len(pictures) + text
-    message = {"role": "user", "content": text, "pictures": pictures}
+def user_message(model, text, images):
+    """What the user says and shows: images stand in front where the text doesn't place them."""
+    if images and IMAGE not in text:
+        text = f"{IMAGE}\n" * len(images) + text
+    message = {"role": "user", "content": text, "images": images}
     if isinstance(model, VLM):
-        check_markers([message], len(pictures), "the message")
+        check_markers([message], len(images), "the message")
     return message
 
 
-def pictures_of(messages):
-    """All pictures that the messages show, in order."""
-    return [picture for message in messages for picture in message.get("pictures", [])]
+def images_of(messages):
+    """All images that the messages show, in order."""
+    return [image for message in messages for image in message.get("images", [])]
 
 
 def render(model, tokenizer, messages):
-    """Ids of the conversation, its pictures' placeholders included."""
-    shown = len(pictures_of(messages))
+    """Ids of the conversation, its images' placeholders included."""
+    shown = len(images_of(messages))
     if not shown:
         return tokenizer.render(messages, generation_prompt=True)[0]
-    return render_with_pictures(tokenizer, messages, model.tokens_per_picture, shown, True)[0]
+    return render_with_images(tokenizer, messages, model.tokens_per_image, shown, True)[0]
 
 
 def fitting_prompt(model, tokenizer, messages, room):
     """Ids of the conversation without its oldest turns, as many as needed to fit; drops them from
-    messages. What shows a picture is dropped last, and says so.
+    messages. What shows a image is dropped last, and says so.
     """
     while True:
         ids = render(model, tokenizer, messages)
@@ -91,11 +93,11 @@ def fitting_prompt(model, tokenizer, messages, room):
             raise UserError(
                 f"the message is {len(ids)} tokens long, but the model can read {room}; shorten it"
             )
-        shown = {i for i in turns if messages[i].get("pictures")}
+        shown = {i for i in turns if messages[i].get("images")}
         with_answers = shown | {i + 1 for i in shown}
         oldest = next((i for i in turns if i not in with_answers), turns[0])
         if oldest in shown:
-            say("note: no room is left for the picture; show it again", sys.stderr)
+            say("note: no room is left for the image; show it again", sys.stderr)
         del messages[oldest]
 
 
@@ -109,7 +111,7 @@ def answer(model, tokenizer, messages, cfg, generator, tools=None):
             f"{model.cfg.max_position_embeddings}"
         )
     prompt = fitting_prompt(model, tokenizer, messages, room)
-    pictures = pictures_of(messages)
+    images = images_of(messages)
     ids, shown = [], ""
     sampling = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
     for token in stream(
@@ -119,7 +121,7 @@ def answer(model, tokenizer, messages, cfg, generator, tools=None):
         stop_ids=tokenizer.stop_ids,
         generator=generator,
         tools=tools,
-        pictures=torch.stack(pictures) if pictures else None,
+        images=torch.stack(images) if images else None,
         **sampling,
     ):
         ids.append(token)
@@ -145,19 +147,23 @@ def main(cfg):
             sys.stderr,
         )
     generator = torch.Generator(rt.device).manual_seed(cfg.seed)
-    tools = village_tools(cfg.model, tokenizer, cfg.knowledge) if cfg.tools else None
-    reply_to = partial(answer, model, tokenizer, cfg=cfg, generator=generator, tools=tools)
+    tools = (
+        Toolbox.of_village(village.of_run(cfg.model), tokenizer, cfg.knowledge)
+        if cfg.tools
+        else None
+    )
+    completion_to = partial(answer, model, tokenizer, cfg=cfg, generator=generator, tools=tools)
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages = list(opening)
-    pictures = [show(model, path.strip()) for path in (cfg.image or "").split(",") if path.strip()]
+    images = [show(model, path.strip()) for path in (cfg.image or "").split(",") if path.strip()]
     if cfg.prompt is not None:
-        reply_to([*messages, user_message(model, cfg.prompt, pictures)])
+        completion_to([*messages, user_message(model, cfg.prompt, images)])
         return rt.close()
     typed = sys.stdin.isatty()
     if typed:
         print(
             f"{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters. "
-            + "/image FILE shows a picture, " * isinstance(model, VLM)
+            + "/image FILE shows a image, " * isinstance(model, VLM)
             + "/reset begins anew, Ctrl-D ends."
         )
     while True:
@@ -168,14 +174,14 @@ def main(cfg):
             break
         try:
             if line.strip() == "/reset":
-                messages, pictures = list(opening), []
+                messages, images = list(opening), []
             elif line.startswith("/image "):
-                pictures.append(show(model, line.removeprefix("/image ").strip()))
+                images.append(show(model, line.removeprefix("/image ").strip()))
             elif line.strip():
-                asked = [*messages, user_message(model, line.strip(), pictures)]
-                reply = reply_to(asked)
-                messages = [*asked, {"role": "assistant", "content": reply}]
-                pictures = []
+                asked = [*messages, user_message(model, line.strip(), images)]
+                completion = completion_to(asked)
+                messages = [*asked, {"role": "assistant", "content": completion}]
+                images = []
         except UserError as error:
             if not typed:
                 raise

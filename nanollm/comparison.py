@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nanollm.checkpoint import read_json
 from nanollm.config import UserError, save_config, say
-from nanollm.hub import read_json
 
 
 def named(text, known):

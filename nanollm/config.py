@@ -1,16 +1,17 @@
 """A dataclass becomes a command line: every field is a --flag, and its comment the flag's --help.
 
     @dataclass
-    class Config:
-        # -- Training                             (starts a group in --help)
-        steps: int = 300                        # optimizer steps
-        dtype: Literal["bf16", "fp32"] = "bf16"
+    class Config(TrainConfig):                  # the fields of TrainConfig are flags, too
+        # -- Data                                 (starts a group in --help)
         init: str | None = None                 # folder to start from
+        rank: Whole[1] = 16                     # a whole number of at least 1
+        steps: int = 300                        # another default than TrainConfig's
 
     if __name__ == "__main__": cli(main, Config, PRESETS)
 
 Who wins, weakest first: the default, the preset, the resumed run's own value, the typed flag.
 """
+
 import argparse
 import ast
 import contextlib
@@ -20,6 +21,7 @@ import errno
 import inspect
 import io
 import json
+import math
 import os
 import sys
 import textwrap
@@ -27,170 +29,283 @@ import tokenize
 import traceback
 import types
 import typing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-WANTS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-MENDABLE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
-            errno.EISDIR}
-AT_LEAST_ONE = {"steps", "batch_size", "accumulate", "eval_every", "eval_tokens", "layers",
-                "channels", "heads", "kv_heads", "mlp", "context", "vocab_size", "repeats",
-                "max_new_tokens", "prompts", "prompt_tokens", "new_tokens", "samples", "epochs",
-                "minibatches", "eval_prompts", "best_of", "inner_updates", "eval_items",
-                "eval_samples", "rank", "labels", "seeds", "pictures", "picture_size", "patch_size",
-                "vision_layers", "vision_channels", "alike"}
-NOT_NEGATIVE = {"lr", "adam_lr", "weight_decay", "warmup", "clip", "patience", "sample_tokens",
-                "seed", "limit", "show", "test_items", "layer_decay", "top_k", "temperature",
-                "centering", "gamma", "orpo_lambda", "nll_coef", "desirable_weight",
-                "undesirable_weight", "kl_coef", "kl_target", "clip_range", "value_clip",
-                "value_coef", "lam", "clip_low", "clip_high", "overlong_buffer", "threshold",
-                "unlabelled", "sample_temperature", "rationale_weight", "cosine_weight",
-                "cache_top_k"}
-ABOVE_ZERO = {"beta", "kl_horizon", "megabytes"}
+TO_FIX = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EROFS, errno.EISDIR}
+TO_FIX |= {getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has none
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: what is wrong and what to do."""
+    """A mistake that the user can fix. The message is one line: what is wrong and what to do."""
 
 
-@dataclasses.dataclass
+# --- the types of fields -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number: least <= value <= most, the ends left out where `open`."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    open: bool = False
+
+    def holds(self, value):
+        if self.open:
+            return self.least < value < self.most
+        return self.least <= value <= self.most
+
+    def __str__(self):
+        if self.most == math.inf:
+            return f"more than {self.least}" if self.open else f"at least {self.least}"
+        return f"between {self.least} and {self.most}" + ", both excluded" * self.open
+
+
+class Whole:
+    """Whole[1]: an int of at least 1; Whole[0, 9]: between 0 and 9."""
+
+    def __class_getitem__(cls, bounds):
+        return Annotated[int, Range(*bounds if isinstance(bounds, tuple) else (bounds,))]
+
+
+Share = Annotated[float, Range(0, 1)]
+OpenShare = Annotated[float, Range(0, 1, open=True)]
+Positive = Annotated[float, Range(0, open=True)]
+NotNegative = Annotated[float, Range(0)]
+
+
+@dataclass
+class TrainConfig:
+    """What every training script can be told; each adds its own flags, and its own defaults."""
+
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: one GPU
+    preset: str = "tiny"
+    # -- Training
+    out: str = "runs/out"  # run folder to write
+    steps: Whole[1] = 300  # optimizer steps
+    batch_size: Whole[1] = 16  # rows per optimizer step, over all processes
+    accumulate: Whole[1] = 1  # parts that a process splits its rows into, to save memory
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
+    lr: NotNegative = 1e-3  # learning rate of AdamW
+    muon_lr: NotNegative = 0.01  # learning rate of Muon
+    weight_decay: NotNegative = 0.0  # on matrices and embeddings
+    schedule: Literal["trapezoid", "cosine", "constant"] = "trapezoid"  # learning rate over steps
+    warmup: Whole[0] = 20  # steps of linear warm-up
+    grad_clip: NotNegative = 1.0  # largest norm of the gradient; 0 for no clipping
+    eval_every: Whole[1] = 100  # steps between evaluations, each followed by a checkpoint
+    # -- Machine
+    seed: Whole[0, 2**40] = 0  # of weights, order of data and samples
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, or another that torch knows, such as mps
+    # precision of the layers; weights stay fp32; auto: what the machine multiplies fastest
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    compile: bool = False  # torch.compile: about half a minute to start, then faster
+    # recompute activations in backward: less memory, a third more time
+    checkpoint_activations: bool = False
+    resume: bool = False  # continue the run in --out from its last checkpoint
+
+
+@dataclass
+class AdapterConfig:
+    """Train an adapter instead of all weights."""
+
+    # -- Adapter
+    # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
+    # prompt (nanollm/peft/); none: all weights are trained
+    adapter: str | None = None
+    rank: Whole[1] = 16  # r of lora, dora and qlora; width of a bottleneck adapter
+    alpha: Positive = 32.0  # lora, dora, qlora: what they learn counts alpha / r
+
+
+# --- from fields to flags ------------------------------------------------------------------------
+
+
+@dataclass
 class Flag:
     """One flag: what it takes, and how the text behind it becomes a value."""
+
     name: str
     kind: type | None  # str, int, float or bool; None where there are choices
     choices: tuple
+    range: Range | None
     default: object
     optional: bool = False
     positional: bool = False
 
     @property
-    def wants(self):
-        wants = WANTS[self.kind] if self.kind else "one of " + ", ".join(map(str, self.choices))
-        return wants + " or none" * self.optional
+    def takes(self):
+        names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        takes = names[self.kind] if self.kind else "one of " + ", ".join(map(str, self.choices))
+        return takes + " or none" * self.optional
 
     def convert(self, text):
+        """The value that the text means; raises UserError."""
         if self.optional and text.lower() == "none":
             return None
-        with contextlib.suppress(ValueError, KeyError):
+        with contextlib.suppress(ValueError, KeyError, OverflowError):
             if self.choices:
                 return {str(choice): choice for choice in self.choices}[text]
-            if self.kind is bool:
-                return WORDS[text.lower()]
             if self.kind is int and text.lower().strip("+-_0123456789"):
-                if float(text).is_integer():  # 1e6 is a whole number too
-                    return int(float(text))
-            elif self.kind is not float or float(text) == float(text):  # NaN is no setting
-                return self.kind(text)
-        raise UserError(f"--{self.name} wants {self.wants}, got {text!r}")
+                value = int(float(text)) if float(text).is_integer() else None  # 1e6 is whole too
+            else:
+                value = self.kind(text)
+            if value is not None and value == value:  # NaN is no setting
+                self.check(value)
+                return value
+        raise UserError(f"--{self.name} must be {self.takes}, got {text!r}")
 
-    def holds(self, value):
+    def check(self, value):
+        """Raise UserError where a value, of a file or a preset, doesn't fit the field."""
         if value is None or self.choices:
-            return self.optional if value is None else value in self.choices
-        return type(value) is self.kind or (self.kind is float and type(value) is int)
+            fits = self.optional if value is None else value in self.choices
+        else:
+            fits = type(value) is self.kind or (self.kind is float and type(value) is int)
+        if not fits:
+            raise UserError(f"--{self.name} must be {self.takes}, got {value!r}")
+        if self.range and value is not None and not self.range.holds(value):
+            raise UserError(f"--{self.name} must be {self.range}, not {value}")
+
+
+def flag_of(field, hints):
+    """The Flag of a dataclass field. hints: its types in the class and in its bases, from which it
+    has bounds and comment where it only sets another default. TypeError where no flag has this type.
+    """
+    flag = Flag(field.name, None, (), None, field.default)
+    flag.positional = field.metadata.get("positional", False)
+    for hint in reversed(hints):
+        kinds = {hint}
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            kinds = set(typing.get_args(hint))
+        flag.optional = type(None) in kinds
+        flag.kind, *more = kinds - {type(None)}
+        if typing.get_origin(flag.kind) is Annotated:
+            flag.kind, flag.range = typing.get_args(flag.kind)
+        if typing.get_origin(flag.kind) is Literal:
+            flag.kind, flag.choices = None, typing.get_args(flag.kind)
+        if more or not (flag.choices or flag.kind in (str, int, float, bool)):
+            raise TypeError(f"{field.name}: no flag has this type")
+    return flag
 
 
 def flags_of(config_class, presets):
-    """{name: Flag}, one for each field of the dataclass, and --preset where there are presets."""
-    hints, flags = typing.get_type_hints(config_class), {}
-    for field in dataclasses.fields(config_class):
-        kinds, choices = {hints[field.name]}, ()
-        if typing.get_origin(hints[field.name]) in (typing.Union, types.UnionType):
-            kinds = set(typing.get_args(hints[field.name]))
-        kind, *more = kinds - {type(None)}
-        if typing.get_origin(kind) is typing.Literal:
-            kind, choices = None, typing.get_args(kind)
-        if more or not (choices or kind in WANTS):
-            raise TypeError(f"{config_class.__name__}.{field.name}: no flag has this type")
-        flags[field.name] = Flag(field.name, kind, choices, field.default, type(None) in kinds,
-                                 field.metadata.get("positional", False))
+    """{name: Flag}, one for each field of the dataclass; `preset` takes the names of presets."""
+    bases = [typing.get_type_hints(c, include_extras=True) for c in config_class.__mro__[:-1]]
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    flags = {
+        name: flag_of(field, [hints[name] for hints in bases if name in hints])
+        for name, field in fields.items()
+    }
     if presets:
-        default = flags["preset"].default if "preset" in flags else "tiny"
-        names = [*presets] + [default] * (default not in presets)  # no such preset: the defaults
-        flags["preset"] = Flag("preset", None, tuple(names), default)
+        default = fields["preset"].default
+        names = tuple(dict.fromkeys([*presets, default]))  # no such preset: the defaults
+        flags["preset"] = Flag("preset", None, names, None, default)
     for preset, values in presets.items():
         for name, value in values.items():
-            if name not in flags or not flags[name].holds(value):
-                raise ValueError(f"preset {preset!r}: {name} = {value!r} fits no field")
+            if name not in flags:
+                raise ValueError(f"preset {preset!r}: there is no field {name}")
+            flags[name].check(value)
     return flags
 
 
 def comments_of(config_class):
-    """{field: (comment, group)}: the comment lines right above a field, behind it, and below."""
-    try:
-        source = textwrap.dedent(inspect.getsource(config_class))
-    except (OSError, TypeError):  # a class typed at a prompt has no source to read
-        return {}
-    comments = {token.start[0]: token.string.lstrip("# ").rstrip()
-                for token in tokenize.generate_tokens(io.StringIO(source).readline)
-                if token.type == tokenize.COMMENT}
-    fields = {node.lineno: node for node in ast.parse(source).body[0].body
-              if isinstance(node, ast.AnnAssign)}
-    found, group, above, node = {}, "settings", [], None
+    """{field: (comment, group)}: the comment lines right above a field, and behind it. Fields of a
+    base class keep its comments where the class itself says nothing.
+    """
+    found = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):  # a class typed at a prompt has no source to read
+            continue
+        for name, (comment, group) in comments_in(source).items():
+            known = found.get(name, ("", "settings"))
+            group = known[1] if group is None else group
+            found[name] = comment or known[0], group
+    return found
+
+
+def comments_in(source):
+    """{field: (comment, group or None)} of one class."""
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ").rstrip()
+    body = ast.parse(source).body[0].body
+    fields = {node.lineno: node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+    ends = {node.end_lineno: node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+    found, group, above = {}, None, []
     for number, line in enumerate(source.splitlines(), 1):
-        text, code = comments.get(number), line.partition("#")[0]
+        text = comments.get(number)
         if number in fields:
-            node = fields[number]
-            found[node.target.id], above = (above + [text] * bool(text), group), []
-        elif text and node and (code.strip() or len(code) > node.col_offset):
-            found[node.target.id][0].append(text)  # goes on below, further right than the field
+            found[fields[number]], above = (above, group), []
+        if number in ends and text:  # behind the field, which may take several lines
+            found[ends[number]][0].append(text)
         elif text and text.startswith("--"):
-            group, above, node = text.strip("- "), [], None
-        elif not code.strip():
-            above, node = above + [text] if text else [], None
+            group, above = text.strip("- "), []
+        elif number not in fields:
+            above = above + [text] if text and line.lstrip().startswith("#") else []
     return {name: (" ".join(lines), group) for name, (lines, group) in found.items()}
 
 
-def print_help(config_class, flags, presets):
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parser_of(config_class, flags, presets):
+    """An argparse parser with a group for each "# -- Group" of the class."""
     comments, groups = comments_of(config_class), {}
     positional = "".join(f"[{name}] " for name, flag in flags.items() if flag.positional)
-    parser = argparse.ArgumentParser(
-        usage=f"%(prog)s {positional}[--flag value ...]", allow_abbrev=False,
+    parser = Parser(
+        usage=f"%(prog)s {positional}[--flag value ...]",
+        allow_abbrev=False,
         description=sys.modules[config_class.__module__].__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, flag in flags.items():
-        comment, group = comments.get(name, ("", "settings"))
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    own = [*vars(config_class).get("__annotations__", {})]  # first what the script itself adds
+    for name in dict.fromkeys(["preset"] * ("preset" in flags) + own + [*flags]):
+        flag, (comment, group) = flags[name], comments.get(name, ("", "settings"))
         groups[group] = groups.get(group) or parser.add_argument_group(group)
         values = {"default": flag.default} if flag.default is not dataclasses.MISSING else {}
         values |= {preset: sets[name] for preset, sets in presets.items() if name in sets}
         values = ", ".join(f"{who}: {value}" for who, value in values.items() if value != "")
-        groups[group].add_argument(
-            *[f"--{name}"] + [f"--no_{name}"] * (flag.kind is bool),
-            nargs="?" if flag.kind is bool else None,
-            metavar="|".join(map(str, flag.choices)) or flag.kind.__name__,
-            help=f"{comment} ({values})".strip().replace("%", "%%"))
-    parser.print_help()
-
-
-def read_argv(flags, argv):
-    """{name: value} of the flags that were typed."""
-    typed, words = {}, list(argv)
-    free = [flag for flag in flags.values() if flag.positional]
-    while words:
-        word = words.pop(0)
-        dashed, equals, text = word.partition("=")
-        name = dashed.lstrip("-").replace("-", "_")
-        flag = flags.get(name) if dashed.startswith("--") else None
-        opposite = flags.get(name.removeprefix("no_"))
-        if not word.startswith("-"):
-            if not free:
-                raise UserError(f"what is {word!r} for? every setting is written --name value")
-            flag = free.pop(0)
-            typed[flag.name] = flag.convert(word)
-        elif flag:
-            follows = bool(words) and not words[0].startswith("--")
-            if flag.kind is bool and free:  # in `--flag FOLDER` the folder is not the flag's value
-                follows = follows and words[0].lower() in WORDS
-            if not equals and not follows and flag.kind is not bool:
-                raise UserError(f"--{name} wants {flag.wants}; write --{name} VALUE")
-            text = text if equals else words.pop(0) if follows else "true"
-            typed[name] = flag.convert(text)
-        elif opposite and opposite.kind is bool and not equals:
-            typed[opposite.name] = False
+        text = f"{comment} ({values})".strip().replace("%", "%%")
+        add = groups[group].add_argument
+        if flag.positional:
+            add("__positional", nargs="?", metavar=name, help=argparse.SUPPRESS)
+        if flag.kind is bool:
+            add(f"--{name}", dest=name, action="store_true", help=text)
+            add(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
         else:
-            close = difflib.get_close_matches(name, flags, 1)
-            raise UserError(f"unknown flag {dashed}; "
-                            + (f"did you mean --{close[0]}?" if close else "see --help"))
-    return typed
+            shown = "|".join(map(str, flag.choices)) or flag.kind.__name__
+            add(f"--{name}", metavar=shown, help=text)
+    return parser
+
+
+def read_argv(config_class, flags, presets, argv):
+    """{name: value} of the flags that were typed."""
+    words = []
+    for word in argv:  # --batch-size is --batch_size; a negative number is no flag
+        name, equals, text = word.partition("=")
+        words.append(name.replace("-", "_").replace("__", "--", 1) + equals + text
+                     if word.startswith("--") else word)  # fmt: skip
+    given, unknown = parser_of(config_class, flags, presets).parse_known_args(words)
+    for word in unknown:
+        name = word.partition("=")[0]
+        if not word.startswith("--"):
+            raise UserError(f"what is {word!r} for? every setting is written --name value")
+        close = difflib.get_close_matches(name.lstrip("-"), flags, 1)
+        hint = f"did you mean --{close[0]}?" if close else "see --help"
+        raise UserError(f"unknown flag {name}; {hint}")
+    typed = vars(given)
+    if (first := typed.pop("__positional", None)) is not None:
+        typed[next(name for name, flag in flags.items() if flag.positional)] = first
+    return {
+        name: flags[name].convert(value) if isinstance(value, str) else value
+        for name, value in typed.items()
+    }
 
 
 def saved_values(path, flags, typed):
@@ -202,21 +317,28 @@ def saved_values(path, flags, typed):
     except ValueError:
         saved = None
     if not isinstance(saved, dict):
-        raise UserError(f"{path} is not a JSON object; mend it or start without --resume")
+        raise UserError(f"{path} must be a JSON object; fix it or start without --resume")
     if gone := sorted(saved.keys() - flags.keys()):
-        say(f"note: {path} holds settings that no longer exist, ignored: {', '.join(gone)}")
+        raise UserError(
+            f"{path} was written by another version: it sets {', '.join(gone)}, which this "
+            "script doesn't know; start anew, without --resume"
+        )
     if typed.get("preset", saved.get("preset")) != saved.get("preset"):
         say(f"note: a resumed run keeps its preset, {saved.get('preset')}")
     for name in sorted(typed.keys() & saved.keys() - {"preset", "resume", "out"}):
         if typed[name] != saved[name]:
-            say(f"note: the run was started with --{name} {saved[name]}, and goes on with "
-                f"{typed[name]}")
-    saved = {name: saved[name] for name in saved.keys() & flags.keys() - {"resume", "out"}
-             if name == "preset" or name not in typed}
+            say(f"note: --{name} was {saved[name]}, and the run goes on with {typed[name]}")
+    saved = {
+        name: saved[name]
+        for name in saved.keys() & flags.keys() - {"resume", "out"}
+        if name == "preset" or name not in typed
+    }
     for name, value in saved.items():
-        if name != "preset" and not flags[name].holds(value):  # an old preset's name is a mere note
-            raise UserError(f"{path}: {name} wants {flags[name].wants}, got {value!r}; "
-                            f"mend it or add --{name} VALUE")
+        if name != "preset":  # an old preset's name is a mere note
+            try:
+                flags[name].check(value)
+            except UserError as error:
+                raise UserError(f"{path}: {error}; fix it or add --{name} VALUE") from None
     return saved
 
 
@@ -224,43 +346,20 @@ def parse(config_class, presets=None, argv=None):
     """An instance of config_class, read from the command line. Raises UserError."""
     presets, argv = presets or {}, sys.argv[1:] if argv is None else argv
     flags = flags_of(config_class, presets)
-    if {"-h", "--help"} & {*argv}:
-        print_help(config_class, flags, presets)
-        raise SystemExit(0)
-    typed = read_argv(flags, argv)
+    typed = read_argv(config_class, flags, presets, argv)
     values = {name: flag.default for name, flag in flags.items()} | typed
     values |= presets.get(values.get("preset"), {}) | typed
     if values.get("resume") and "out" in values:
         values |= saved_values(Path(values["out"] or ".") / "train_config.json", flags, typed)
-    values = {field.name: values[field.name] for field in dataclasses.fields(config_class)}
     for name, value in values.items():
         if value is dataclasses.MISSING:
-            raise UserError(f"--{name} is needed; it has no default")
-    check_ranges(values)
+            raise UserError(f"--{name} must be given; it has no default")
     return config_class(**values)
 
 
-def check_ranges(values):
-    """Flags of these names mean the same in every script, and below these bounds nothing."""
-    for name, value in values.items():
-        least = 1 if name in AT_LEAST_ONE else 0 if name in NOT_NEGATIVE else None
-        if least is not None and isinstance(value, (int, float)) and value < least:
-            raise UserError(f"--{name} must be at least {least}, not {value}")
-    if values.get("temperature") == float("inf"):
-        raise UserError("--temperature must be finite, not inf")
-    if values.get("seed", 0) >= 2**63:
-        raise UserError("--seed must be less than 2^63")
-    if not 0 < values.get("val_fraction", 0.5) < 1:
-        raise UserError(f"--val_fraction must lie between 0 and 1, not {values['val_fraction']}")
-    for name in ABOVE_ZERO & values.keys():
-        if values[name] <= 0:
-            raise UserError(f"--{name} must be more than 0, not {values[name]}")
-    for name in {"label_smoothing", "disagreement"} & values.keys():
-        if not 0 <= values[name] < 0.5:
-            raise UserError(f"--{name} lies between 0 and 0.5, not at {values[name]}")
-
-
 # --- the edge of the program: errors become one line, and files are written whole --------------
+
+
 def say(message, file=None):
     """Prints once, however many processes torchrun started."""
     if os.environ.get("RANK", "0") == "0":
@@ -299,7 +398,7 @@ def cli(main, config_class, presets=None, argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         leave(141)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in MENDABLE:
+        if isinstance(error, OSError) and error.errno in TO_FIX:
             code, message = 2, f"error: {error.filename or 'cannot write'}: {error.strerror}"
         elif alone():
             raise
@@ -329,7 +428,7 @@ def atomic_file(path):
 
 def atomic_write(path, data):
     with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def save_config(config, path):

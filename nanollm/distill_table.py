@@ -7,9 +7,9 @@ from pathlib import Path
 
 from nanollm.comparison import markdown, named, run_each, start_comparison
 from nanollm.config import UserError, atomic_write
+from nanollm.distillation import load_lessons, prompt_ids
 from nanollm.generate import check_room
 from nanollm.hub import load_model
-from nanollm.lessons import load_lessons, prompt_ids
 from nanollm.plot import line_chart
 from nanollm.run import read_metrics
 from nanollm.teacher import ask_teacher, write_answers
@@ -97,10 +97,10 @@ def shared_answers(cfg, rt):
 
 def table_row(name, sees, parameters, measured, seconds):
     """A row of the table: {column: text}; `measured` holds a measurement of each seed."""
-    families = list(measured[0]["figures"])
-    shares = {f: [each["figures"][f]["greedy"] for each in measured] for f in families}
+    tasks = list(measured[0]["figures"])
+    shares = {f: [each["figures"][f]["greedy"] for each in measured] for f in tasks}
     row = {"student": name, "parameters": f"{parameters:,}"}
-    row |= {family: f"{sum(s) / len(s):.1%}" for family, s in shares.items()}
+    row |= {task: f"{sum(s) / len(s):.1%}" for task, s in shares.items()}
     if "all" in shares:
         row["range of all"] = f"{min(shares['all']):.1%} to {max(shares['all']):.1%}"
     speed = sum(each["speed"] for each in measured) / len(measured)

@@ -1,14 +1,14 @@
 """What each stage's section of the report shows: the effect, measured on held-out items."""
 
-from nanollm.figures import counts
-from nanollm.hub import read_json
-from nanollm.report import Picture
+from nanollm.checkpoint import read_json
+from nanollm.metrics import counts
+from nanollm.report import ReportImage
 from nanollm.run import read_metrics
 from nanollm.vlm_figures import BEGINS, mean
 
 
 def pretraining(section, result, folder):
-    cloze = read_json(folder / "evaluation.json")["families"]["cloze"]
+    cloze = read_json(folder / "evaluation.json")["tasks"]["cloze"]
     section.table(
         ["held-out text", "bits per byte"],
         [
@@ -25,7 +25,7 @@ def pretraining(section, result, folder):
 
 def sft(section, result, folder):
     folders = folder.parent / "pretrain", folder
-    before, after = (read_json(each / "evaluation.json")["families"] for each in folders)
+    before, after = (read_json(each / "evaluation.json")["tasks"] for each in folders)
     accuracy_table(section, "held-out questions", EXPLAINED, before=before, after=after)
     section.text(
         f"Forgetting: held-out text went from {result['before']['bits_per_byte']:.4f} to "
@@ -48,7 +48,7 @@ def rm(section, result, folder):
         "model ever sees it."
     )
     chart = folder / "score_against_gold.svg"
-    caption = "Scores of held-out replies over their gold."
+    caption = "Scores of held-out completions over their gold."
     section.figure("rm/score_against_gold.svg", chart.read_text(), caption)
 
 
@@ -113,7 +113,7 @@ PROBLEMS = {
 
 
 def accuracy_table(section, head, labels, **columns):
-    """A row for each family of `labels` that every column {family: {"accuracy", "n"}} has."""
+    """A row for each task of `labels` that every column {task: {"accuracy", "n"}} has."""
     rows = {name: [column.get(name) for column in columns.values()] for name in labels}
     section.table(
         [head, *(name.replace("_", " ") for name in columns), "n"],
@@ -126,7 +126,7 @@ def accuracy_table(section, head, labels, **columns):
 
 
 def cot(section, result, folder):
-    before, after = (result[name]["families"] for name in ("before", "after"))
+    before, after = (result[name]["tasks"] for name in ("before", "after"))
     made_to = {name: result["after"][name] for name in ("with_steps", "without_steps")}
     columns = {"before": before, "after": after} | made_to
     accuracy_table(section, "held-out problems", PROBLEMS, **columns)
@@ -162,20 +162,20 @@ def grpo(section, result, folder):
 
 
 def reft(section, result, folder):
-    now = read_json(folder / "evaluation.json")["families"]
-    start = read_json(folder.parent / "cot" / "result.json")["after"]["families"]
+    now = read_json(folder / "evaluation.json")["tasks"]
+    start = read_json(folder.parent / "cot" / "result.json")["after"]["tasks"]
     accuracy_table(section, "held-out problems, greedy", PROBLEMS, before=start, after=now)
 
 
 def tools(section, result, folder):
-    without = read_json(folder / "evaluation.json")["families"]
+    without = read_json(folder / "evaluation.json")["tasks"]
     names = {
         "large_numbers": "sums and products of large numbers",
         "lookup": "facts about newcomers",
         "lookup_two_hop": "facts about a newcomer's best friend",
         "nobody": "people who don't exist",
     }
-    before, after = (result[name]["families"] for name in ("before", "after"))
+    before, after = (result[name]["tasks"] for name in ("before", "after"))
     columns = {"before": before, "with_tools": after, "calls_not_run": without}
     accuracy_table(section, "held-out questions", names, **columns)
     section.code((folder / "samples.txt").read_text().strip())
@@ -184,8 +184,8 @@ def tools(section, result, folder):
 def distillation(section, result, folder):
     columns = {
         name: {
-            family: {"accuracy": f["greedy"], "n": f["n"]}
-            for family, f in result[key]["figures"].items()
+            task: {"accuracy": f["greedy"], "n": f["n"]}
+            for task, f in result[key]["figures"].items()
         }
         for name, key in (("teacher", "teacher"), ("student", "after"))
     }
@@ -207,9 +207,7 @@ def parameter_efficient(section, result, folder):
         "facts": "the harbour, fact right in any manner",
         "elsewhere": "elsewhere: the questions of fine-tuning",
     }
-    rows = [
-        [label, f"{before[key]:.1%}", f"{after[key]:.1%}"] for key, label in shares.items()
-    ]
+    rows = [[label, f"{before[key]:.1%}", f"{after[key]:.1%}"] for key, label in shares.items()]
     key = "bits_per_byte"
     rows.append(["held-out text, bits per byte", f"{before[key]:.4f}", f"{after[key]:.4f}"])
     section.table(["held-out", "before", "after"], rows)
@@ -234,14 +232,14 @@ PICTURE_FAMILIES = {
 }
 
 
-def pictures(section, result, folder):
-    found = result["pictures"]
-    columns = {"right_picture": found["right"], "another_picture": found["shuffled"]}
+def images(section, result, folder):
+    found = result["images"]
+    columns = {"right_image": found["right"], "another_image": found["shuffled"]}
     columns["blind_model"] = result["blind"]
     accuracy_table(section, "held-out questions", PICTURE_FAMILIES, **columns)
     tower = read_json(folder.with_name(f"{folder.name}-clip") / "result.json")
     with_steps, without = (mean(found[name]) for name in BEGINS)
-    texts = {when: mean(families) for when, families in result["texts"].items()}
+    texts = {when: mean(tasks) for when, tasks in result["texts"].items()}
     section.table(
         ["", "accuracy"],
         [
@@ -250,16 +248,16 @@ def pictures(section, result, folder):
             ["colours and kinds never seen together", f"{mean(found['combos']):.1%}"],
             ["sums and differences, with steps", f"{with_steps:.1%}"],
             ["sums and differences, without", f"{without:.1%}"],
-            ["the right caption among 64 (chance 1.6%)", f"{tower['picture_to_text']:.1%}"],
-            ["the right picture among 64", f"{tower['text_to_picture']:.1%}"],
-            ["questions without pictures, before", f"{texts['before']:.1%}"],
-            ["questions without pictures, after", f"{texts['after']:.1%}"],
+            ["the right caption among 64 (chance 1.6%)", f"{tower['image_to_text']:.1%}"],
+            ["the right image among 64", f"{tower['text_to_image']:.1%}"],
+            ["questions without images, before", f"{texts['before']:.1%}"],
+            ["questions without images, after", f"{texts['after']:.1%}"],
         ],
     )
-    blind = read_json(folder.with_name(f"{folder.name}-blind") / "pictures.json", list)
+    blind = read_json(folder.with_name(f"{folder.name}-blind") / "images.json", list)
     rows = [
-        [Picture(seen["image"], folder.parent), seen["question"], seen["reply"], guessed["reply"],
+        [ReportImage(seen["image"], folder.parent), seen["question"], seen["completion"], guessed["completion"],
          seen["answer"]]
-        for seen, guessed in zip(read_json(folder / "pictures.json", list), blind)
+        for seen, guessed in zip(read_json(folder / "images.json", list), blind)
     ]  # fmt: skip
-    section.table(["picture", "question", "the model", "the blind model", "right"], rows)
+    section.table(["image", "question", "the model", "the blind model", "right"], rows)

@@ -8,10 +8,11 @@ import re
 import sys
 from pathlib import Path
 
-from data.village_tasks import CHECKS
 from nanollm.config import UserError
 
 DEFAULT_VAL_FRACTION = 0.1
+IMAGE = "<image>"
+CHECKS = ("contains", "exact", "number", "unknown")  # how an answer is compared: rewards.py
 
 
 def read_text(path):
@@ -145,65 +146,82 @@ def as_chat(record, where):
 
 
 def read_preferences(path):
-    """Rankings as dicts with "messages" (the prompt), "replies" (two or more texts, the best first)
+    """Rankings as dicts with "messages" (the prompt), "completions" (two or more texts, the best first)
     and "margin" (a float, or None); other keys are kept. Reads pairs, rankings and HH-RLHF.
     """
     return [as_ranking(record, f"{path}, line {line}") for line, record in read_jsonl(path)]
 
 
-def read_prompts(path):
+def read_prompts(path, answered=False):
     """Prompts as dicts with "messages" that end before the assistant's turn; other keys are kept.
+    Those with an "image" have "images", too. With `answered` every one needs an "answer".
 
     Reads prompts, dialogues (their last answer is left out), preferences, and problems with an
     "answer", GSM8K's included; "check" says how that answer is compared.
     """
-    return [as_prompt(record, f"{path}, line {line}") for line, record in read_jsonl(path)]
+    prompts = []
+    for line, record in read_jsonl(path):
+        where = f"{path}, line {line}"
+        prompt = as_prompt(record, where)
+        if answered and "answer" not in prompt:
+            raise UserError(f'{where}: a test example needs an "answer"')
+        prompts.append(
+            with_images(prompt, Path(path).parent, where) if "image" in prompt else prompt
+        )
+    return prompts
+
+
+def read_examples(path):
+    """Test examples: prompts with an "answer" and a "task", "all" where the file names none."""
+    return [{"task": "all", **example} for example in read_prompts(path, answered=True)]
 
 
 def as_ranking(record, where):
     """One record in the form of read_preferences, or a UserError that begins with `where`."""
     if "ranking" in record:
-        messages, replies = _prompt_of(record, where), record["ranking"]
-        if not isinstance(replies, list):
-            raise UserError(f'{where}: "ranking" must be a list of replies, the best first')
+        messages, completions = _prompt_of(record, where), record["ranking"]
+        if not isinstance(completions, list):
+            raise UserError(f'{where}: "ranking" must be a list of completions, the best first')
     elif "chosen" in record and "rejected" in record:
-        replies = [record["chosen"], record["rejected"]]
+        completions = [record["chosen"], record["rejected"]]
         if "prompt" in record or "messages" in record:
             messages = _prompt_of(record, where)
-            replies = [_reply_of(reply, where) for reply in replies]
+            completions = [_completion_of(completion, where) for completion in completions]
         else:
-            messages, replies = _shared_prompt(replies, where)
+            messages, completions = _shared_prompt(completions, where)
     else:
         raise UserError(
             f'{where}: a preference record needs "chosen" and "rejected", or a "ranking"'
         )
-    _check_replies(replies, where)
+    _check_completions(completions, where)
     for key in ("ratings", "gold"):
         values = record.get(key)
         if values is not None and (
             not isinstance(values, list)
-            or len(values) != len(replies)
+            or len(values) != len(completions)
             or not all(map(_is_number, values))
         ):
-            raise UserError(f'{where}: "{key}" must hold a number for each reply')
+            raise UserError(f'{where}: "{key}" must hold a number for each completion')
     margin = record.get("margin")
     if margin is not None:
         if not _is_number(margin) or margin < 0:
             raise UserError(f'{where}: "margin" must be a number of at least 0, not {margin!r:.40}')
         margin = float(margin)
     kept = {k: v for k, v in record.items() if k not in ("prompt", "chosen", "rejected", "ranking")}
-    return {**kept, "messages": messages, "replies": replies, "margin": margin}
+    return {**kept, "messages": messages, "completions": completions, "margin": margin}
 
 
-def _check_replies(replies, where):
-    if not all(isinstance(reply, str) for reply in replies):
-        raise UserError(f"{where}: every reply must be text")
-    if len(replies) < 2:
-        raise UserError(f"{where}: a ranking needs two replies or more, not {len(replies)}")
-    if not all(reply.strip() for reply in replies):
-        raise UserError(f"{where}: a reply is empty")
-    if len({reply.strip() for reply in replies}) < len(replies):
-        raise UserError(f"{where}: two replies are equal, which is no preference; drop the record")
+def _check_completions(completions, where):
+    if not all(isinstance(completion, str) for completion in completions):
+        raise UserError(f"{where}: every completion must be text")
+    if len(completions) < 2:
+        raise UserError(f"{where}: a ranking needs two completions or more, not {len(completions)}")
+    if not all(completion.strip() for completion in completions):
+        raise UserError(f"{where}: a completion is empty")
+    if len({completion.strip() for completion in completions}) < len(completions):
+        raise UserError(
+            f"{where}: two completions are equal, which is no preference; drop the record"
+        )
 
 
 def _is_number(value):
@@ -212,7 +230,7 @@ def _is_number(value):
 
 
 def _prompt_of(record, where):
-    """The messages before the reply, checked."""
+    """The messages before the completion, checked."""
     if "messages" in record:
         turns = record["messages"]
     elif isinstance(record.get("prompt"), str):
@@ -225,24 +243,30 @@ def _prompt_of(record, where):
     if not messages or not messages[-1]["content"].strip():
         raise UserError(f"{where}: the prompt is empty")
     if messages[-1]["role"] == "assistant":
-        raise UserError(f"{where}: the prompt ends with an answer; the replies are to follow it")
+        raise UserError(
+            f"{where}: the prompt ends with an answer; the completions are to follow it"
+        )
     return messages
 
 
-def _reply_of(reply, where):
-    """The text of a reply, which may also be a list with one message (TRL's datasets)."""
-    if not isinstance(reply, list):
-        return reply
-    if len(reply) != 1 or not isinstance(reply[0], dict) or reply[0].get("role") != "assistant":
+def _completion_of(completion, where):
+    """The text of a completion, which may also be a list with one message (TRL's datasets)."""
+    if not isinstance(completion, list):
+        return completion
+    if (
+        len(completion) != 1
+        or not isinstance(completion[0], dict)
+        or completion[0].get("role") != "assistant"
+    ):
         raise UserError(
-            f"{where}: a reply must be text, or one message of the assistant; where both replies "
+            f"{where}: a completion must be text, or one message of the assistant; where both completions "
             "are whole dialogues, leave the prompt out"
         )
-    return reply[0].get("content")
+    return completion[0].get("content")
 
 
 def _shared_prompt(pair, where):
-    """(prompt, two replies) of two whole dialogues that differ in their last answer."""
+    """(prompt, two completions) of two whole dialogues that differ in their last answer."""
     if all(isinstance(text, str) for text in pair):
         dialogues = [_hh_turns(text, where) for text in pair]
     elif all(isinstance(turns, list) for turns in pair):
@@ -276,7 +300,7 @@ def as_prompt(record, where):
     """One record in the form of read_prompts, or a UserError that begins with `where`."""
     if "ranking" in record or "chosen" in record:
         ranking = as_ranking(record, where)
-        record = {k: v for k, v in ranking.items() if k not in ("replies", "margin")}
+        record = {k: v for k, v in ranking.items() if k not in ("completions", "margin")}
     elif "messages" not in record and "prompt" not in record:
         if "question" in record:
             record = _as_problem(record, where)
@@ -289,8 +313,8 @@ def as_prompt(record, where):
         record = {**record, "messages": messages}
     kept = {k: v for k, v in record.items() if k != "prompt"}
     prompt = {**kept, "messages": _prompt_of(record, where)}
-    if not isinstance(prompt.get("family", ""), str):
-        raise UserError(f'{where}: a "family" must be text, not {prompt["family"]!r:.40}')
+    if not isinstance(prompt.get("task", ""), str):
+        raise UserError(f'{where}: a "task" must be text, not {prompt["task"]!r:.40}')
     return _with_check(prompt, where) if "answer" in prompt else prompt
 
 
@@ -308,7 +332,7 @@ def _as_problem(record, where):
 
 def _with_check(prompt, where):
     """The prompt, its answer as text, a number without the commas of 1,000, and its "check"; all
-    that village_tasks.check_answer reads is checked.
+    that rewards.check_answer reads is checked.
     """
     answer = str(prompt["answer"]) if _is_number(prompt["answer"]) else prompt["answer"]
     if not isinstance(answer, str) or not answer.strip():
@@ -351,3 +375,79 @@ def identity(path):
         raise UserError(f"{path} does not exist")
     stat = Path(path).stat()
     return [Path(path).resolve(), stat.st_size, stat.st_mtime_ns]
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def read_image_chats(path):
+    """Chat records as dicts with "messages" and "images", a list of paths (empty for text).
+
+    Raises UserError with file and line where a image is missing, or markers and images differ.
+    """
+    chats = []
+    for line, record in read_jsonl(path):
+        where = f"{path}, line {line}"
+        chats.append(with_images(as_chat(record, where), Path(path).parent, where))
+    return chats
+
+
+def read_captions(path):
+    """Records {"image": path, "caption"} of a JSONL file; of a dialogue with one image the first
+    answer counts as caption. Raises UserError with file and line.
+    """
+    captions = []
+    for line, record in read_jsonl(path):
+        where = f"{path}, line {line}"
+        caption = record.get("caption")
+        if caption is None:
+            messages = as_chat(record, where)["messages"]
+            caption = next((m["content"] for m in messages if m["role"] == "assistant"), None)
+        if not isinstance(caption, str) or not caption.strip():
+            raise UserError(f'{where}: a "caption" is wanted, as text')
+        images = image_paths(record, Path(path).parent, where)
+        if len(images) != 1:
+            raise UserError(f"{where}: a caption belongs to one image, not to {len(images)}")
+        captions.append({"image": images[0], "caption": caption})
+    return captions
+
+
+def with_images(record, folder, where):
+    """The record with "images": the paths that its "image" names, relative to the folder."""
+    images = image_paths(record, folder, where)
+    messages = as_chat({"messages": record["messages"]}, where)["messages"]
+    check_markers(messages, len(images), where)
+    return {**record, "images": images}
+
+
+def image_paths(record, folder, where):
+    """The paths that a record's "image" names, relative to the folder; each is a file."""
+    named = record.get("image") or []
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError(f'{where}: "image" must be a file name or a list of them, not {named!r}')
+    images = [str(Path(folder) / name) for name in named]
+    for image in images:
+        if not Path(image).is_file():
+            raise UserError(f"{where}: the image {image} does not exist")
+    return images
+
+
+def images_in(messages):
+    """How many images the text of these messages has."""
+    return sum(message["content"].count(IMAGE) for message in messages)
+
+
+def check_markers(messages, images, where="the dialogue"):
+    """Raise UserError, beginning with `where`, unless users' turns say <image> once per image."""
+    for message in messages:
+        if message["role"] != "user" and IMAGE in message["content"]:
+            raise UserError(
+                f"{where}: {IMAGE} stands in a turn of the {message['role']}, but only users show "
+                "images"
+            )
+    markers = images_in(messages)
+    if markers != images:
+        raise UserError(
+            f"{where}: {markers} times {IMAGE}, but {images} images; each image needs one"
+        )

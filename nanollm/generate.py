@@ -5,22 +5,18 @@ Prompts are padded on the left, so that every row writes its next token into the
 cache. The prefill runs once per prompt and is shared by its G samples. On a CPU, rows that are done
 leave the batch; on a GPU a decoding step is recorded once as a CUDA graph and replayed.
 
-Pictures (vlm.py) are read in the prefill, once per prompt; in the cache they are tokens like any.
+Of a model it knows `merged` (a copy to sample with), `hidden`, `head` and `gather_images`. Images
+are read in the prefill, once per prompt; in the cache they are tokens like any.
 
 N prompts, G samples each, B = N * G rows; P longest prompt, L new tokens, S slots of the cache.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from nanollm.adapter_runs import unwrap
 from nanollm.config import UserError
-from nanollm.gpt import KVCache, Linear, attention_dtype
-from nanollm.lora import select_rows
-from nanollm.vlm import gather_pictures
+from nanollm.gpt import KVCache, attention_dtype
 
 
 @dataclass
@@ -52,8 +48,7 @@ def keep_top_k(logits, k):
 
 
 def keep_top_p(logits, p):
-    """The smallest set whose probability reaches p stays (Holtzman et al. 2019, arXiv:1904.09751).
-    """
+    """The smallest set whose probability reaches p stays (Holtzman et al. 2019, arXiv:1904.09751)."""
     sorted_logits, order = logits.sort(descending=True)
     probs = sorted_logits.softmax(-1)
     beyond = probs.cumsum(-1) - probs >= p  # what comes before it already reaches p
@@ -69,9 +64,8 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
     """
     if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
         raise UserError(
-            f"temperature {temperature}, top_k {top_k} and top_p {top_p} are no way to sample: "
-            f"the first two "
-            "are at least 0, top_p lies between 0 and 1"
+            f"can't sample with temperature {temperature}, top_k {top_k} and top_p {top_p}: the "
+            "first two must be at least 0, top_p between 0 and 1"
         )
     logits = logits.float()
     if temperature == 0:
@@ -90,18 +84,18 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
-def check_room(model, prompts, new_tokens, items=()):
-    """Raise UserError where a prompt (list of ids) and new tokens exceed the context. `items`, the
-    prompts' records, let it say which one is the longest.
+def check_room(model, prompts, new_tokens, examples=()):
+    """Raise UserError where a prompt (list of ids) and new tokens exceed the context. `examples`,
+    the prompts' records, let it say which one is the longest.
     """
     context = model.cfg.max_position_embeddings
     lengths = [len(prompt) + new_tokens for prompt in prompts]
     if (longest := max(lengths, default=0)) > context:
         asked = ""
-        if items:
-            item = items[lengths.index(longest)]
-            text = item["messages"][-1]["content"] if "messages" in item else item["prompt"]
-            asked = f", {text[:40]!r},"
+        if examples:
+            example = examples[lengths.index(longest)]
+            turns = example.get("messages") or [{"content": example.get("prompt")}]
+            asked = f", {turns[-1]['content'][:40]!r},"
         beyond = sum(length > context for length in lengths)
         raise UserError(
             f"{beyond} of {len(prompts)} prompts, the longest of {longest - new_tokens} "
@@ -116,43 +110,36 @@ def check_room(model, prompts, new_tokens, items=()):
 class Engine:
     """A batch of rows being decoded: prefill once, then one token per row and step."""
 
-    def __init__(self, model, prompts, new_tokens, samples=1, pad_id=0, pictures=None):
-        """prompts: list of N lists of ids; pictures as generate takes them. Raises UserError when
-        prompt and new tokens exceed the context.
+    def __init__(self, model, prompts, new_tokens, samples=1, pad_id=0, images=None):
+        """model: what `merged` gave; prompts: list of N lists of ids; images: a batch, or None.
+
+        A row may write as much as its own prompt leaves room for, whatever stands beside it.
         """
         lengths = [len(p) for p in prompts]
-        self.P = max(lengths)
-        size, context = self.P + new_tokens, model.cfg.max_position_embeddings
         if min(lengths) == 0 or new_tokens < 1:
-            raise UserError(
-                "an empty prompt or zero new tokens: give at least one token, and ask for at "
-                "least one"
-            )
-        if size > context:
-            raise UserError(
-                f"a prompt of {self.P} tokens and {new_tokens} new ones don't fit the model's "
-                f"context of {context}; "
-                "shorten the prompt or ask for fewer new tokens"
-            )
-        self.model, self.pad_id, device = model, pad_id, model.device
-        self.cuda = device.type == "cuda"
+            raise UserError("give at least one token as a prompt, and ask for at least one")
+        check_room(model, prompts, 1)
+        self.P, device = max(lengths), model.device
+        size = self.P + new_tokens
+        self.model, self.cuda = model, device.type == "cuda"
         padded = [[pad_id] * (self.P - len(p)) + list(p) for p in prompts]
         self.prompts = torch.tensor(padded, device=device)  # (N, P)
-        self.pads = torch.tensor([self.P - n for n in lengths], device=device)  # (N,)
-        size_of_cache = self.P if samples > 1 else size
+        lengths = torch.tensor(lengths, device=device)
+        self.pads = self.P - lengths  # (N,)
+        self.room = model.cfg.max_position_embeddings - lengths  # (N,) new tokens at most
         dtype = attention_dtype(device, model.compute_dtype)
-        self.cache = KVCache(model.cfg, len(prompts), size_of_cache, device, dtype)
+        own_size = self.P if samples > 1 else size
+        self.cache = KVCache(model.cfg, len(prompts), own_size, device, dtype)
         self.never = getattr(model, "image_id", None)  # a placeholder is no word of an answer
-        self.last_logits = self._prefill(pictures)  # (B, V)
+        self.last_logits = self._prefill(images)  # (B, V)
         if samples > 1:
             self._spread(samples, size)
         slots = torch.arange(size, device=device)
         seen = (slots >= self.pads[:, None]) & (slots < self.P)  # (B, S)
         self.allowed = seen[:, None, None] if self.cuda or self.pads.any() else None
-        self.length = self.P
-        self.graph = None
+        self.length, self.graph = self.P, None
 
-    def _prefill(self, pictures):
+    def _prefill(self, images):
         slots = torch.arange(self.P, device=self.prompts.device)
         self.cache.slots, self.cache.visible = slots, self.P
         positions = mask = None
@@ -160,11 +147,9 @@ class Engine:
             positions = (slots - self.pads[:, None]).clamp(min=0)
             causal = slots[:, None] >= slots  # (P, P)
             real = slots >= self.pads[:, None]  # (N, P)
-            itself = (
-                slots[:, None] == slots
-            )  # padding sees itself: a row without any key has no softmax
+            itself = slots[:, None] == slots  # padding sees itself, or its softmax has no key
             mask = (causal & real[:, None] | itself)[:, None]
-        shown = {} if pictures is None else {"pictures": pictures}
+        shown = {} if images is None else {"images": images}
         hidden = self.model.hidden(self.prompts, positions, mask, self.cache, **shown)
         return self._speakable(self.model.head(hidden[:, -1]))
 
@@ -180,44 +165,41 @@ class Engine:
         self.cache = KVCache(cfg, len(rows), size, rows.device, old.k.dtype)
         self.cache.k[:, :, :, : self.P] = old.k[:, rows]
         self.cache.v[:, :, :, : self.P] = old.v[:, rows]
-        self.prompts, self.pads = self.prompts[rows], self.pads[rows]
-        select_rows(self.model, rows)
+        self.prompts, self.pads, self.room = self.prompts[rows], self.pads[rows], self.room[rows]
+        self.model.select_rows(rows)
         self.last_logits = self.last_logits[rows]
 
     def keep(self, rows):
         """Go on with these rows of the batch only."""
         self.cache.select(rows)
-        select_rows(self.model, rows)
-        self.pads = self.pads[rows]
+        self.model.select_rows(rows)
+        self.pads, self.room = self.pads[rows], self.room[rows]
         if self.allowed is not None:
             self.allowed = self.allowed[rows]
 
     def step(self, tokens):
         """Feed tokens (B,), one per row; returns the logits (B, V) of what comes next."""
+        # a row that is done goes on to the last step on a GPU: its position stays in the context
+        positions = (self.length - self.pads).clamp(max=self.model.cfg.max_position_embeddings - 1)
         if self.allowed is not None:
             self.allowed[..., self.length] = True
         if self.cuda:
-            logits = self._graphed_step(tokens)
+            logits = self._graphed_step(tokens[:, None], positions[:, None])
         else:
             self.cache.slots, self.cache.visible = torch.tensor([self.length]), self.length + 1
             mask = None if self.allowed is None else self.allowed[..., : self.length + 1]
-            logits = self._forward(tokens[:, None], (self.length - self.pads)[:, None], mask)
+            logits = self._forward(tokens[:, None], positions[:, None], mask)
         self.length += 1
         return self._speakable(logits)
 
     def _forward(self, tokens, positions, mask):
         return self.model(tokens, positions, mask, self.cache)[:, -1]
 
-    def _graphed_step(self, tokens):
+    def _graphed_step(self, tokens, positions):
         if self.graph is None:
-            self.static_tokens, self.static_positions = (
-                tokens[:, None].clone(),
-                (self.length - self.pads)[:, None],
-            )
-            self.cache.slots, self.cache.visible = (
-                torch.tensor([self.length], device=tokens.device),
-                self.allowed.shape[-1],
-            )
+            self.static_tokens, self.static_positions = tokens.clone(), positions.clone()
+            self.cache.slots = torch.tensor([self.length], device=tokens.device)
+            self.cache.visible = self.allowed.shape[-1]
             arguments = (self.static_tokens, self.static_positions, self.allowed)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -227,43 +209,11 @@ class Engine:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.static_logits = self._forward(*arguments)
-        self.static_tokens.copy_(tokens[:, None])
-        self.static_positions.copy_((self.length - self.pads)[:, None])
+        self.static_tokens.copy_(tokens)
+        self.static_positions.copy_(positions)
         self.cache.slots.fill_(self.length)
         self.graph.replay()
         return self.static_logits.clone()
-
-
-def for_inference(model):
-    """A copy whose weights are cast once instead of at every step, adapters merged into them, and
-    whose sister projections are one product.
-    """
-    eyes = getattr(model, "vision", None)  # read once per prompt: shared, neither copied nor cast
-    light = copy.deepcopy(model, {id(eyes): eyes})
-    unwrap(light, merged=True)
-    for part in light.children():
-        if part is not eyes:
-            part.to(model.compute_dtype)
-    light.model.cos, light.model.sin = model.model.cos, model.model.sin  # angles stay fp32
-    if model.model.prefix is not None:  # computed once, too
-        light.model.prefix = model.model.prefix.fixed(model.model, model.compute_dtype)
-    for block in light.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        attention.project = fuse(attention.q_proj, attention.k_proj, attention.v_proj)
-        mlp.project = fuse(mlp.gate_proj, mlp.up_proj)
-    return light
-
-
-def fuse(*linears):
-    """One matrix product that gives what several linear layers of one input give, as a tuple."""
-    if not all(type(linear) is Linear for linear in linears):
-        return lambda x: tuple(
-            linear(x) for linear in linears
-        )  # layers with an adapter that can't be merged stay apart
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    sizes = [linear.out_features for linear in linears]
-    return lambda x: F.linear(x, weight, bias).split(sizes, dim=-1)
 
 
 @torch.no_grad()
@@ -280,36 +230,31 @@ def generate(
     generator=None,
     noise=None,
     tools=None,
-    pictures=None,
+    images=None,
 ):
-    """Continue each of N prompts (lists of ids) G = `samples` times, until a stop id or
-    max_new_tokens; Generated.
+    """Continue each of N prompts (lists of ids) G = `samples` times, until a stop id, the end of
+    the context or max_new_tokens; Generated.
 
     `noise` (B, max_new_tokens), uniform in [0, 1) and float64, takes the place of the generator:
     what a row draws then depends on its own noise only, not on which rows stand beside it.
-
     `tools` (tools.Toolbox) answers calls: behind a closed call the result is written into the row,
-    token by token, while the other rows go on.
-
-    `pictures` holds for each prompt a tensor (n, 3, H, W) with those that its placeholders stand
-    for, in order, or what VLM.look has made of them, or None.
+    token by token, while the other rows go on. `images` holds for each prompt a tensor (n, 3, H, W)
+    with those that its placeholders stand for, in order, or what encode_images has made of them,
+    or None.
     """
-    shown = gather_pictures(model, prompts, pictures)
-    engine = Engine(for_inference(model), prompts, max_new_tokens, samples, pad_id, shown)
+    shown = model.gather_images(prompts, images)
+    engine = Engine(model.merged(), prompts, max_new_tokens, samples, pad_id, shown)
     B, device = len(engine.pads), model.device
     tokens = torch.full((B, max_new_tokens), pad_id, device=device)
     mask = torch.zeros((B, max_new_tokens), dtype=torch.bool, device=device)
     own = torch.zeros_like(mask)
-    results = {}  # row -> ids of a result that are still to be written
     logprobs = torch.zeros((B, max_new_tokens), device=device)
+    results = {}  # row -> ids of a result that are still to be written
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     rows = torch.arange(B, device=device)  # the rows of the result that the engine still works on
     alive = torch.ones(B, dtype=torch.bool, device=device)
-    prompt_rows, prompt_mask = (
-        engine.prompts,
-        torch.arange(engine.P, device=device) >= engine.pads[:, None],
-    )
-    logits = engine.last_logits
+    prompt_mask = torch.arange(engine.P, device=device) >= engine.pads[:, None]
+    prompt_rows, logits = engine.prompts, engine.last_logits
     for t in range(max_new_tokens):
         u = None if noise is None else noise[rows, t]
         new, logprob = sample(logits, temperature, top_k, top_p, generator, u)
@@ -321,10 +266,9 @@ def generate(
         if tools is not None:
             for row in rows[(new == tools.call_end) & chosen].tolist():
                 results[row] = tools.respond(tokens[row, : t + 1].tolist())
-        alive = alive & ~torch.isin(new, stops)
-        left = (
-            int(alive.sum()) if not engine.cuda or t % 16 == 15 else 1
-        )  # asking a GPU makes it wait
+        alive = alive & ~torch.isin(new, stops) & (engine.room > t + 1)
+        wait = engine.cuda and t % 16 != 15  # asking a GPU makes it wait
+        left = 1 if wait else int(alive.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
         if not engine.cuda and left <= len(rows) // 2:
@@ -359,15 +303,15 @@ def stream(
     stop_ids=(),
     generator=None,
     tools=None,
-    pictures=None,
+    images=None,
 ):
     """Continue one prompt and yield each id as it is drawn, those of tools' results included; a
-    stop id ends the stream and is not yielded. `pictures`: (n, 3, H, W), or None.
+    stop id ends the stream and is not yielded. `images`: (n, 3, H, W), or None.
     """
-    shown = gather_pictures(model, [prompt], [pictures])
-    engine = Engine(for_inference(model), [prompt], max_new_tokens, pictures=shown)
+    shown = model.gather_images([prompt], [images])
+    engine = Engine(model.merged(), [prompt], max_new_tokens, images=shown)
     logits, written, result = engine.last_logits, [], []
-    for t in range(max_new_tokens):
+    for t in range(min(max_new_tokens, int(engine.room))):
         new, _ = sample(logits, temperature, top_k, top_p, generator)
         if result:
             new[0], result = result[0], result[1:]
@@ -377,5 +321,68 @@ def stream(
             result = tools.respond([*written, tools.call_end])
         written.append(int(new))
         yield int(new)
-        if t + 1 < max_new_tokens:
+        if t + 1 < max_new_tokens and t + 1 < int(engine.room):
             logits = engine.step(new)
+
+
+# --- completions ---------------------------------------------------------------------------------
+
+
+def sample_completions(
+    model,
+    tokenizer,
+    prompts,
+    max_new_tokens,
+    samples=1,
+    temperature=1.0,
+    batch_size=256,
+    generator=None,
+    images=None,
+    **how,
+):
+    """Continue N prompts (lists of ids) `samples` times each; n * samples + g is the list of ids of
+    sample g of prompt n, its stop token included. Short prompts run beside short ones.
+
+    `images`: a tensor (n, 3, H, W) or None for each prompt, in a list or what is indexed like it.
+    """
+    model = model.merged()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions = [None] * len(prompts) * samples
+    # drawn in the order of the prompts: what one draws doesn't depend on the others' lengths
+    noise = None
+    if temperature > 0:
+        shape = len(prompts), samples, max_new_tokens
+        noise = torch.rand(shape, dtype=torch.float64, device=model.device, generator=generator)
+    for numbers in batched(order, max(1, batch_size // samples)):
+        out = generate(
+            model,
+            [prompts[i] for i in numbers],
+            max_new_tokens,
+            samples,
+            temperature=temperature,
+            stop_ids=tokenizer.stop_ids,
+            pad_id=tokenizer.pad_id,
+            noise=None if noise is None else noise[numbers].flatten(0, 1),
+            images=None if images is None else [images[i] for i in numbers],
+            **how,
+        )
+        for row, ids in enumerate(out.lists()):
+            completions[numbers[row // samples] * samples + row % samples] = ids
+    return completions
+
+
+def batched(numbers, size):
+    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
+
+
+def complete(model, tokenizer, prompts, max_new_tokens, temperature=0.0, **how):
+    """As sample_completions, as texts, greedy where nothing else is said."""
+    ids = sample_completions(
+        model, tokenizer, prompts, max_new_tokens, temperature=temperature, **how
+    )
+    return [as_text(tokenizer, each) for each in ids]
+
+
+def as_text(tokenizer, ids):
+    """A completion without its stop token."""
+    return tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids])

@@ -14,6 +14,7 @@ compute. Shapes: B batch, T tokens, S cached tokens, C channels, H heads, G key-
 size, V vocabulary.
 """
 
+import copy
 import functools
 import math
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from nanollm.config import UserError
 
 
 @dataclass
@@ -138,8 +141,7 @@ def compiled_flex_attention():
 
 
 def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D), k and v (B, G, S, D); mask None means causal.
-    """
+    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D), k and v (B, G, S, D); mask None means causal."""
     shared = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         compiled = torch.compiler.is_compiling()  # as a part of the whole model
@@ -227,6 +229,9 @@ class Attention(nn.Module):
     def project(self, x):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
+    def fuse(self):
+        self.project = fused(self.q_proj, self.k_proj, self.v_proj)
+
     def forward(self, x, cos, sin, mask, cache, prefix=None):
         """prefix: keys and values (2, G, V, D) in front of every row's own."""
         B, T, _ = x.shape
@@ -253,6 +258,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU. Whoever puts another one here says in `hidden_act` what Hugging Face calls it."""
+
+    hidden_act = "silu"
+
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj = Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
@@ -261,6 +270,9 @@ class MLP(nn.Module):
 
     def project(self, x):
         return self.gate_proj(x), self.up_proj(x)
+
+    def fuse(self):
+        self.project = fused(self.gate_proj, self.up_proj)
 
     def forward(self, x):
         gate, up = self.project(x)
@@ -313,6 +325,30 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+# --- for sampling --------------------------------------------------------------------------------
+
+
+def fused(*linears):
+    """One matrix product that gives what several linear layers of one input give, as a tuple."""
+    if not all(type(linear) is Linear for linear in linears):
+        return lambda x: tuple(linear(x) for linear in linears)  # unmerged adapters stay apart
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    return lambda x: F.linear(x, weight, bias).split(sizes, dim=-1)
+
+
+def unwrap(module, merged):
+    """Put plain layers in place of those that an adapter or four bits changed, in place: the base's
+    own, or with `merged` ones that compute the same, where such exist.
+    """
+    for name, child in list(module.named_children()):
+        if hasattr(child, "plain"):
+            setattr(module, name, child.plain(merged))
+        else:
+            unwrap(child, merged)
+
+
 # --- models --------------------------------------------------------------------------------------
 
 
@@ -321,14 +357,16 @@ class GPT(nn.Module):
     tokens[:, t + 1].
     """
 
+    tokens_per_image = 0  # nanollm/vision/vlm.py reads images
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.compute_dtype = torch.float32
+        self.adapter = self.lora = None  # nanollm/peft: what is attached, and which LoRA speaks
         self.model = Decoder(cfg)
-        self.lm_head = (
-            None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
-        )
+        tied = cfg.tie_word_embeddings
+        self.lm_head = None if tied else Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         init_weights(self)
 
     def forward(self, tokens, positions=None, mask=None, cache=None, where=None):
@@ -349,6 +387,52 @@ class GPT(nn.Module):
             return F.linear(x, self.model.embed_tokens.weight.to(x.dtype))
         return self.lm_head(x)
 
+    @torch.no_grad()
+    def merged(self):
+        """A copy to sample with: weights cast once instead of at every step, adapters merged into
+        them where they can be, and sister projections made one product.
+        """
+        dtype, tables = self.compute_dtype, (self.model.cos, self.model.sin)  # angles stay fp32
+        kept = self.shared() | {id(table): table for table in tables}
+        if not any(hasattr(module, "plain") for module in self.modules()):  # nothing to merge first
+            kept |= {id(p): nn.Parameter(p.to(dtype), False) for p in self.parameters()}
+        copied = copy.deepcopy(self, kept)
+        unwrap(copied, merged=True)
+        for name, part in copied.named_children():
+            if id(getattr(self, name)) not in self.shared():
+                part.to(dtype)
+        copied.model.cos, copied.model.sin = tables
+        if self.model.prefix is not None:  # computed once, too
+            copied.model.prefix = self.model.prefix.fixed(self.model, dtype)
+        for module in list(copied.modules()):
+            if hasattr(module, "fuse"):
+                module.fuse()
+        copied.eval()
+        if copied.lora is None or copied.lora.rows is None:  # else each batch has rows of its own
+            copied.merged = lambda: copied
+        return copied
+
+    def shared(self):
+        """{id: part} of what a copy to sample with leaves as it is."""
+        return {}
+
+    def select_rows(self, rows):
+        """The batch goes on with these rows (int64, may repeat): so do the adapters of each row."""
+        if self.lora is not None and self.lora.rows is not None:
+            self.lora.rows = self.lora.rows[rows]
+
+    def gather_images(self, prompts, images):
+        """The images of all prompts in one batch, for `hidden`; this model reads none."""
+        if any(each is not None and len(each) for each in images or ()):
+            raise UserError("this model reads text only; take one that train_vlm.py has made")
+
+    def image_store(self):
+        """An empty store of images as this model reads them."""
+        raise UserError(
+            "there are images, but this model reads text only; name one that has a vision tower "
+            "(train_vlm.py)"
+        )
+
     @property
     def device(self):
         return self.model.embed_tokens.weight.device
@@ -366,6 +450,7 @@ class ScalarGPT(nn.Module):
         super().__init__()
         self.cfg, self.shift = cfg, 0.0
         self.compute_dtype = torch.float32
+        self.adapter = self.lora = None
         self.model = Decoder(cfg)
         self.score = Linear(cfg.hidden_size, 1, bias=False)
         init_weights(self)
@@ -398,7 +483,7 @@ def init_weights(model):
 
 def count_parameters(model):
     """Number of parameters, and of those that sit in matrix products which every token passes
-    (each costs 6 FLOP per token trained): without a vision tower, through which pictures go.
+    (each costs 6 FLOP per token trained): without a vision tower, through which images go.
     """
     total = sum(p.numel() for p in model.parameters())
     through = sum(p.numel() for p in model.model.parameters())

@@ -1,28 +1,22 @@
 """What stands around the training loop of train_grpo.py: problems, how they are asked, figures.
 
-    open_problems     problems to train and to evaluate on, and a Sampling that asks them
-    load_problems     the village's, or those of a file
-    Sampling          how problems are put to a policy, and what it answers
-    figures_of        what a batch of answers was like
-    evaluate, finish  what the held-out problems say, during training and after it
+open_problems     problems to train and to evaluate on, and a Sampling that asks them
+load_problems     the village's, or those of a file
+Sampling          how problems are put to a policy, and what it answers
+figures_of        what a batch of answers was like
+evaluate, finish  what the held-out problems say, during training and after it
 """
 
 import torch
 
+from data import village
+from data.village import images as village_images
 from nanollm.config import UserError
-from nanollm.evaluate import as_text, pictures_of, sample_replies, village_of, village_tools
-from nanollm.figures import (
-    figures_table,
-    first_of_each_family,
-    sample_by_family,
-    sampled_figures,
-)
-from nanollm.formats import split_documents
-from nanollm.generate import check_room
-from nanollm.picture_data import read_picture_prompts, store_of
-from nanollm.rollouts import sample_answers
-from nanollm.templates import prompt_of
-from nanollm.tools import check_knowledge
+from nanollm.formats import read_prompts, split_documents
+from nanollm.generate import as_text, check_room, sample_completions
+from nanollm.metrics import first_of_each_task, metrics_table, sample_by_task, sampled_metrics
+from nanollm.rollouts import prompt_of, sample_answers
+from nanollm.tools import Toolbox, check_knowledge
 
 
 def check_flags(cfg, rewards):
@@ -48,39 +42,39 @@ def open_problems(cfg, policy, tokenizer):
     """(training problems, held-out ones to evaluate on, a Sampling that asks them); raises
     UserError where this policy can't be asked some of them.
     """
-    if cfg.data == "pictures":
-        store_of(policy)  # refuses a model without eyes before pictures are painted
+    if cfg.data == "images":
+        policy.image_store()  # refuses a model without eyes before images are painted
     train, val = load_problems(cfg)
     problems = train + val
-    with_pictures = any(item.get("images") for item in problems)
-    if with_pictures and cfg.template != "chat":
-        raise UserError(f"--template {cfg.template} shows no pictures, but problems have; use chat")
-    sampling = Sampling(cfg, tokenizer, policy if with_pictures else None)
+    with_images = any(example.get("images") for example in problems)
+    if with_images and cfg.template != "chat":
+        raise UserError(f"--template {cfg.template} shows no images, but problems have; use chat")
+    sampling = Sampling(cfg, tokenizer, policy if with_images else None)
     check_room(policy, list(map(sampling.ask, problems)), cfg.max_new_tokens, problems)
-    return train, first_of_each_family(val, cfg.eval_items), sampling
+    return train, first_of_each_task(val, cfg.eval_examples), sampling
 
 
 def load_problems(cfg):
     """(training problems, held-out problems)."""
-    wanted = {name.strip() for name in cfg.families.split(",")} - {""}
+    wanted = {name.strip() for name in cfg.tasks.split(",")} - {""}
 
     def chosen(records):
-        items = [{"family": "all", **item} for item in records if "answer" in item]
-        families = dict.fromkeys(item["family"] for item in items)
-        if items and (unknown := wanted - families.keys()):
+        examples = [{"task": "all", **example} for example in records if "answer" in example]
+        tasks = dict.fromkeys(example["task"] for example in examples)
+        if examples and (unknown := wanted - tasks.keys()):
             raise UserError(
                 f"{cfg.data} has no problems of {', '.join(sorted(unknown))}, only of "
-                f'{", ".join(list(families)[:9])}; choose with --families, or --families "" for all'
+                f'{", ".join(list(tasks)[:9])}; choose with --tasks, or --tasks "" for all'
             )
-        return [item for item in items if not wanted or item["family"] in wanted]
+        return [example for example in examples if not wanted or example["task"] in wanted]
 
-    if cfg.data in ("village", "tools", "pictures"):
-        folder = (pictures_of if cfg.data == "pictures" else village_of)(cfg.init)
+    if cfg.data in ("village", "tools", "images"):
+        folder = (village_images.of_run if cfg.data == "images" else village.of_run)(cfg.init)
         name = "tools" if cfg.data == "tools" else "problems"
         files = (folder / f"{name}_{split}.jsonl" for split in ("train", "test"))
-        parts = [chosen(read_picture_prompts(path)) for path in files]
+        parts = [chosen(read_prompts(path)) for path in files]
     else:
-        records = chosen(read_picture_prompts(cfg.data))
+        records = chosen(read_prompts(cfg.data))
         parts = [split_documents(records, part, cfg.val_fraction) for part in ("train", "val")]
     if not all(parts):
         raise UserError(
@@ -94,49 +88,49 @@ class Sampling:
     """How problems are put to a policy, and what it answers."""
 
     def __init__(self, cfg, tokenizer, model=None):
-        """`model`: the one that reads the problems' pictures, where they have some."""
+        """`model`: the one that reads the problems' images, where they have some."""
         self.cfg, self.tokenizer, self.model = cfg, tokenizer, model
-        self.store = None if model is None else store_of(model)
+        self.store = None if model is None else model.image_store()
         self.tools = None
         if cfg.tools:
-            self.tools = village_tools(cfg.init, tokenizer, cfg.knowledge)
+            self.tools = Toolbox.of_village(village.of_run(cfg.init), tokenizer, cfg.knowledge)
 
-    def ask(self, item):
+    def ask(self, example):
         """Ids of the prompt."""
-        return prompt_of(item, self.model, self.tokenizer, self.cfg.template)
+        return prompt_of(example, self.model, self.tokenizer, self.cfg.template)
 
     @torch.no_grad()
-    def look(self, policy, items):
-        """What the vision tower, which stays frozen, makes of each item's pictures: (n, N, C_v);
+    def look(self, policy, examples):
+        """What the vision tower, which stays frozen, makes of each item's images: (n, N, C_v);
         None where there are none.
         """
-        paths = [item.get("images", []) for item in items]
+        paths = [example.get("images", []) for example in examples]
         if not any(paths):
             return None
-        pictures = self.store.of([path for own in paths for path in own])
-        return policy.look(pictures.to(policy.device)).split([len(own) for own in paths])
+        images = self.store.of([path for own in paths for path in own])
+        return policy.encode_images(images.to(policy.device)).split([len(own) for own in paths])
 
-    def answers(self, policy, items, noise):
+    def answers(self, policy, examples, noise):
         """rollouts.Answers to train on, with this noise (B, max_new_tokens)."""
-        prompts, seen = list(map(self.ask, items)), self.look(policy, items)
+        prompts, seen = list(map(self.ask, examples)), self.look(policy, examples)
         return sample_answers(
-            self.cfg, policy, self.tokenizer, items, prompts, noise, self.tools, seen
+            self.cfg, policy, self.tokenizer, examples, prompts, noise, self.tools, seen
         )
 
-    def replies(self, policy, items, samples=1, temperature=0.0, generator=None):
+    def completions(self, policy, examples, samples=1, temperature=0.0, generator=None):
         """Texts of answers, `samples` per item."""
-        ids = sample_replies(
+        ids = sample_completions(
             policy,
             self.tokenizer,
-            list(map(self.ask, items)),
+            list(map(self.ask, examples)),
             self.cfg.max_new_tokens,
             samples,
             temperature,
             generator=generator,
             tools=self.tools,
-            pictures=self.look(policy, items),
+            images=self.look(policy, examples),
         )
-        return [as_text(self.tokenizer, reply) for reply in ids]
+        return [as_text(self.tokenizer, completion) for completion in ids]
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -161,17 +155,17 @@ def figures_of(rt, rollout, G):
     }
 
 
-def evaluate(cfg, run, policy, sampling, items, samples=1):
+def evaluate(cfg, run, policy, sampling, examples, samples=1):
     """Greedy accuracy on held-out problems; with `samples` also pass@k and maj@k."""
     policy.eval()
-    greedy, sampled = sampling.replies(policy, items), None
+    greedy, sampled = sampling.completions(policy, examples), None
     if samples > 1:
         generator = torch.Generator(policy.device).manual_seed(cfg.seed)
-        sampled = sampling.replies(policy, items, samples, 1.0, generator)
+        sampled = sampling.completions(policy, examples, samples, 1.0, generator)
     policy.train()
-    figures = sampled_figures(items, greedy, sampled)
+    figures = sampled_metrics(examples, greedy, sampled)
     run.log(val_accuracy=figures["all"]["greedy"], show=("val_accuracy",))
-    run.write_sample(sample_by_family(items, greedy))
+    run.write_sample(sample_by_task(examples, greedy))
     return figures
 
 
@@ -179,7 +173,7 @@ def finish(rt, run, before, after):
     """Print what the rewards have changed, and keep it in result.json."""
     run.close()
     run.draw_curves("reward", "accuracy", "val_accuracy", x_label="update", y_label="share")
-    rt.print(figures_table({"before": before, "after": after}))
+    rt.print(metrics_table({"before": before, "after": after}))
     run.write_result(before=before, after=after, **run.speed())
     rt.print(f"{run.folder}: {run.step} updates in {run.elapsed:.0f} s")
     rt.close()

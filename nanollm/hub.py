@@ -1,181 +1,50 @@
-"""Hugging Face model folders: read any Llama-, Qwen2-, Qwen3- or SmolLM2-shaped one, and write ours
-the same way.
-
-A folder holds config.json, model.safetensors (or shards and their index), tokenizer.json,
-tokenizer_config.json and generation_config.json;
-`transformers.AutoModelForCausalLM.from_pretrained` opens it.
+"""The one place that opens whatever lies in a folder, and writes it back: a language model, a reward
+model, an adapter on either, or a vision-language model.
 """
 
-import dataclasses
-import hashlib
-import json
 from pathlib import Path
 
-import torch
-
 from nanollm import safetensors
-from nanollm.config import UserError, atomic_write
-from nanollm.gpt import GPT, GPTConfig, ScalarGPT, rope_frequencies
+from nanollm.checkpoint import (
+    bases_of,
+    existing_folder,
+    is_adapter,
+    is_scalar,
+    load_gpt,
+    load_weights,
+    read_config,
+    read_json,
+    save_gpt,
+)
+from nanollm.config import UserError
+from nanollm.gpt import ScalarGPT
 from nanollm.tokenizer import Tokenizer
-
-SAME_NAME = [
-    f.name for f in dataclasses.fields(GPTConfig) if f.name not in ("rope_scaling", "qk_norm")
-]
-ADAPTER_CONFIG = "adapter_config.json"
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
-
-
-def read_json(path, kind=dict):
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not valid JSON ({e})") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'array'}")
-    return value
-
-
-def read_config(folder):
-    """config.json -> GPTConfig; shapes that GPT doesn't have raise UserError."""
-    path = Path(folder) / "config.json"
-    return config_of(read_json(path), path)
-
-
-def config_of(values, path):
-    """The GPTConfig that these values of a config.json mean; `path` is where they stand."""
-    kind = values.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(f"{path}: model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
-    if values.get("hidden_act", "silu") != "silu" or values.get("mlp_bias"):
-        raise UserError(f"{path}: only SwiGLU without biases is implemented")
-    if values.get("use_sliding_window"):
-        raise UserError(f"{path}: sliding-window attention is not implemented")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: the RoPE settings must be a JSON object, not {rope!r}")
-    kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
-    if kind_of_rope not in ("default", "llama3"):
-        raise UserError(f"{path}: RoPE of type {kind_of_rope!r} is not implemented")
-    known = {name: values[name] for name in SAME_NAME if values.get(name) is not None}
-    for name, value in known.items():
-        whole = type(getattr(GPTConfig, name)) is int
-        if not isinstance(value, int if whole else (int, float)) or (whole and value < 1):
-            raise UserError(f"{path} is incomplete or inconsistent: {name} is {value!r}")
-    try:
-        known.setdefault("num_key_value_heads", known["num_attention_heads"])
-        known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
-        known.setdefault("tie_word_embeddings", False)
-        known["rope_theta"] = float(values.get("rope_theta") or rope.get("rope_theta") or 10_000.0)
-        known["attention_bias"] = kind == "qwen2" or bool(values.get("attention_bias"))
-        cfg = GPTConfig(
-            **known,
-            qk_norm=kind == "qwen3",
-            rope_scaling=rope if kind_of_rope == "llama3" else None,
-        )
-        rope_frequencies(cfg)  # a llama3 scaling may lack a number
-        return cfg
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
-        raise UserError(f"{path} is incomplete or inconsistent: {e!r}") from None
-
-
-def config_json(cfg, tokenizer, dtype):
-    """The config.json of a model of ours: a llama, or with QK-norm a qwen3 (or qwen2, if it came as
-    one).
-    """
-    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.attention_bias else "llama"
-    values = {"architectures": [ARCHITECTURES[kind]], "model_type": kind, "hidden_act": "silu"}
-    values |= {name: getattr(cfg, name) for name in SAME_NAME}
-    if cfg.rope_scaling:
-        values["rope_scaling"] = {k: v for k, v in cfg.rope_scaling.items() if k != "rope_theta"}
-    values |= {
-        "bos_token_id": None,
-        "eos_token_id": sorted(tokenizer.stop_ids),
-        "pad_token_id": tokenizer.pad_id,
-    }
-    values["torch_dtype"] = str(dtype).removeprefix("torch.")
-    return values
 
 
 def save_model(model, tokenizer, folder):
-    """Write model and tokenizer as a model folder; each file is replaced atomically, the weights
-    last. Of a model with an adapter that is trained, the adapter's files are written only.
+    """Write model and tokenizer as a model folder; of a model with an adapter that is trained, the
+    adapter's files only.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if getattr(model, "adapter", None):
-        from nanollm.adapters import save_adapter  # which stands on this module
+    if model.adapter:
+        from nanollm.peft.adapters import save_adapter
 
         tokenizer.save(folder)
-        return save_adapter(model, folder, model.base_folder)
-    if hasattr(model, "vision"):
-        from nanollm.vlm_files import save_vlm  # which stands on this module
+        save_adapter(model, folder, model.base_folder)
+    elif hasattr(model, "vision"):
+        from nanollm.vision.vlm import save_vlm
 
-        return save_vlm(model, tokenizer, model.preprocessing, folder)
-    weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
-    config = config_json(model.cfg, tokenizer, model.model.norm.weight.dtype)
-    if isinstance(model, ScalarGPT):
-        kind = config["architectures"][0].replace("CausalLM", "SequenceClassification")
-        one_label = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        config |= {"architectures": [kind], **one_label, "reward_shift": model.shift}
-    tokenizer.save(folder)
-    write_configs(config, tokenizer, folder)
-    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def write_configs(config, tokenizer, folder):
-    """Write config.json, and generation_config.json with what ends an answer."""
-    generation = {
-        "eos_token_id": sorted(tokenizer.stop_ids),
-        "pad_token_id": tokenizer.pad_id,
-        "do_sample": False,
-    }
-    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    atomic_write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-
-
-def load_weights(model, tensors, where):
-    """Copy tensors into the model by name; wrong names or shapes raise UserError naming the first
-    of each kind.
-    """
-    own = dict(model.state_dict())
-    if "lm_head.weight" not in own:
-        tensors = {
-            k: v for k, v in tensors.items() if k != "lm_head.weight"
-        }  # tied: it repeats the embedding
-    tensors = {
-        k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")
-    }  # old exports
-    if missing := sorted(own.keys() - tensors.keys()):
-        raise UserError(f"{where} lacks {len(missing)} tensors, such as {missing[0]}")
-    if extra := sorted(tensors.keys() - own.keys()):
-        raise UserError(
-            f"{where} has {len(extra)} tensors that the model in config.json has not, such as "
-            f"{extra[0]}"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            shapes = f"{list(tensor.shape)}, but config.json says {list(own[name].shape)}"
-            raise UserError(f"{where}: {name} has shape {shapes}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+        save_vlm(model, tokenizer, model.preprocessing, folder)
+    else:
+        save_gpt(model, tokenizer, folder)
 
 
 def load_model(folder, adapter=None):
     """(GPT in fp32 on the CPU, Tokenizer) from a run folder or any downloaded folder of a known
     shape; from an adapter's folder its base with the adapter. `adapter` names one more to put on.
-    A folder of LLaVA's shape gives a VLM (vlm.py).
-
-    Where the tokenizer had no chat markers and got them, the embedding grows by rows equal to the
-    mean of the others.
+    A folder of LLaVA's shape gives a VLM.
     """
-    from nanollm.adapter_runs import put_adapter  # which stands on this module
+    from nanollm.peft.adapters import put_adapter
 
     folder = existing_folder(folder)
     if is_scalar(folder):
@@ -190,80 +59,17 @@ def load_model(folder, adapter=None):
     if is_adapter(folder):
         return load_model(bases_of(folder)[0], folder)
     if "vision_config" in read_json(folder / "config.json"):
-        from nanollm.vlm_files import load_vlm  # which stands on this module
+        from nanollm.vision.vlm import load_vlm
 
         return load_vlm(folder)[:2]
-    model, tokenizer = GPT(read_config(folder)), Tokenizer.load(folder)
-    load_weights(model, safetensors.load_folder(folder), folder)
-    known = max(tokenizer.ranks.values(), default=0)
-    if known >= model.cfg.vocab_size:
-        raise UserError(
-            f"vocabulary mismatch: {folder}/tokenizer.json has ids up to {known}, but the "
-            f"model's embedding has "
-            f"{model.cfg.vocab_size} rows; the two files don't belong together"
-        )
-    if tokenizer.vocab_size > model.cfg.vocab_size:
-        model = grow_vocabulary(model, tokenizer.vocab_size)
-    return model, tokenizer
-
-
-def existing_folder(folder, flag=""):
-    """The folder as a Path; where there is none the message names the flag that asked for it."""
-    if not Path(folder).is_dir():
-        named = f"{flag} {folder}".strip()
-        raise UserError(f"{named} is no folder; run the stage that makes it, or name another")
-    return Path(folder)
-
-
-def is_adapter(folder):
-    return (Path(folder) / ADAPTER_CONFIG).exists()
-
-
-def bases_of(folder):
-    """The folder that an adapter in this one was trained on, then that one's base, and so on; none
-    for a whole model. Raises UserError where one is missing.
-    """
-    bases, folder = [], Path(folder)
-    while is_adapter(folder):
-        named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        # as written, or beside the adapter where the runs have moved
-        places = [Path(named), folder.parent / Path(named).name] if isinstance(named, str) else []
-        base = next((place for place in places if place.is_dir()), None)
-        if base is None or base.resolve() in [b.resolve() for b in (folder, *bases)]:
-            raise UserError(
-                f"{folder} is an adapter of {named}, which is no folder; name its base in "
-                f"{folder / ADAPTER_CONFIG}, under base_model_name_or_path"
-            )
-        bases.append(base)
-        folder = base
-    return bases
-
-
-def weights_hash(folder):
-    """SHA-256 of a model's weights; those of an adapter's bases are part of it."""
-    digest = hashlib.sha256()
-    for place in (Path(folder), *bases_of(folder)):
-        names = ("adapter_model.safetensors",) if is_adapter(place) else ("model*.safetensors",)
-        for path in sorted(path for name in names for path in place.glob(name)):
-            with open(path, "rb") as file:
-                while part := file.read(2**20):
-                    digest.update(part)
-    return digest.hexdigest()
-
-
-def is_scalar(folder):
-    """Does the folder hold a reward model (one score per text) rather than a language model?"""
-    if is_adapter(folder):
-        return read_json(Path(folder) / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
-    kinds = read_json(Path(folder) / "config.json").get("architectures") or [""]
-    return str(kinds[0]).endswith("SequenceClassification")
+    return load_gpt(folder)
 
 
 def load_scalar(folder):
     """(ScalarGPT in fp32 on the CPU, Tokenizer) from the folder of a reward model, ours or any of
     Hugging Face's shape with one label; or from a language model's, whose head a new one replaces.
     """
-    from nanollm.adapter_runs import put_adapter  # which stands on this module
+    from nanollm.peft.adapters import put_adapter
 
     folder = existing_folder(folder)
     if is_scalar(folder) and is_adapter(folder):
@@ -277,24 +83,8 @@ def load_scalar(folder):
         model.shift = float(read_json(folder / "config.json").get("reward_shift", 0.0))
         return model, tokenizer
     language_model, tokenizer = load_model(folder)
-    if getattr(language_model, "adapter", None):
+    if language_model.adapter:
         raise UserError(f"{folder} holds an adapter that can't be merged; start from its base")
     model = ScalarGPT(language_model.cfg)
     model.model.load_state_dict(language_model.model.state_dict())
     return model, tokenizer
-
-
-def grow_vocabulary(model, vocab_size):
-    """The same model with more rows in embedding and head; the new rows are the mean of the old
-    ones.
-    """
-    grown = GPT(dataclasses.replace(model.cfg, vocab_size=vocab_size))
-    tensors = dict(model.state_dict())
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in tensors:
-            old = tensors[name]
-            tensors[name] = torch.cat(
-                [old, old.mean(0, keepdim=True).expand(vocab_size - len(old), -1)]
-            )
-    load_weights(grown, tensors, "the grown model")
-    return grown

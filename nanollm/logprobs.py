@@ -55,10 +55,10 @@ def token_logprobs(logits, targets):
     return _TokenLogprobs.apply(logits.reshape(-1, V), targets.reshape(-1)).view(targets.shape)
 
 
-def reply_logprobs(model, rows, temperature=1.0, with_entropy=False):
-    """log p of each reply's tokens: rows a data.Replies of B rows -> (B, T - 1) in fp32.
+def completion_logprobs(model, rows, temperature=1.0, with_entropy=False):
+    """log p of each completion's tokens: rows a data.Completions of B rows -> (B, T - 1) in fp32.
 
-    Entry t scores tokens[:, t + 1], and is zero where that is no token of the reply. With
+    Entry t scores tokens[:, t + 1], and is zero where that is no token of the completion. With
     `with_entropy` also the entropy in nats of the distribution behind each, (B, T - 1). The
     distribution is the one that generate draws from: a VLM's <image> has no share in it.
     """
@@ -80,11 +80,11 @@ def reply_logprobs(model, rows, temperature=1.0, with_entropy=False):
 
 
 @torch.no_grad()
-def look_back(model, rows, parts, temperature):
-    """reply_logprobs of all rows, (B, T - 1), part by part; parts: numbers of rows."""
+def batched_logprobs(model, rows, parts, temperature):
+    """completion_logprobs of all rows, (B, T - 1), part by part; parts: numbers of rows."""
     out = torch.zeros(rows.mask[:, 1:].shape, device=rows.mask.device)
     for numbers in parts:
-        logprobs = reply_logprobs(model, rows.rows(numbers), temperature)
+        logprobs = completion_logprobs(model, rows[numbers], temperature)
         out[numbers, : logprobs.shape[1]] = logprobs
     return out
 

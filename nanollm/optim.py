@@ -13,26 +13,24 @@ import math
 
 import torch
 
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # Jordan et al.: steep at zero, and settles within 0.7 .. 1.2
+from nanollm.config import UserError
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steep at zero, settles at 0.7 .. 1.2
 
 # A projector is small and everything stands on it: at the full learning rate its tokens grow to
 # many times the size of words', so that what the layers add to them counts for nothing.
 PROJECTOR = 0.1
 
 
-def orthogonalise(G, steps=5):
+def orthogonalise(G, steps=5, dtype=torch.bfloat16):
     """Nearest semi-orthogonal matrix to each G (..., rows, cols): U V^T of its SVD, roughly, with
     no SVD.
 
-    Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X in bf16.
+    Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X. bf16 is exact enough for it.
     """
     a, b, c = NEWTON_SCHULZ
     tall = G.shape[-2] > G.shape[-1]
-    X = (G.mT if tall else G).bfloat16()
+    X = (G.mT if tall else G).to(dtype)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
@@ -45,7 +43,8 @@ class Muon(torch.optim.Optimizer):
     together.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, dtype=torch.bfloat16):
+        self.dtype = dtype  # of the matrix products
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -62,105 +61,107 @@ class Muon(torch.optim.Optimizer):
                     m.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(m, group["momentum"]))  # Nesterov
                 scale = math.sqrt(max(1, rows / cols))
-                for p, update in zip(params, orthogonalise(torch.stack(updates)).unbind()):
+                matrices = orthogonalise(torch.stack(updates), dtype=self.dtype).unbind()
+                for p, update in zip(params, matrices):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
 
 
-class Optimizers:
-    """Several optimizers stepped as one; `schedule` multiplies the learning rate that each group
-    began with.
-    """
+class Optimizer:
+    """Muon and AdamW stepped as one, each group at a share of the learning rate it began with."""
 
-    def __init__(self, *optimizers):
+    def __init__(self, *optimizers, scaler=None):
         self.optimizers = [o for o in optimizers if o.param_groups]
+        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         for group in self.groups():
             group["initial_lr"] = group["lr"]
 
     def groups(self):
         return [group for o in self.optimizers for group in o.param_groups]
 
-    def schedule(self, factor):
+    @property
+    def lr(self):
+        """The learning rate of the first group."""
+        return self.groups()[0]["lr"]
+
+    def step(self, factor=1.0, grad_clip=0.0):
+        """One step at `factor` times the learning rates, the gradient's norm kept below `grad_clip`
+        (0: as it is); then the gradients are cleared. Returns the norm, over all parameters.
+
+        A gradient that is no number ends the run, save in fp16, where the scaler skips such steps.
+        """
+        for o in self.optimizers:
+            self.scaler.unscale_(o)
+        params = [p for group in self.groups() for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            raise UserError(
+                f"the gradient became {norm}; lower --lr and --muon_lr, or continue from the last "
+                "checkpoint with --resume"
+            )
         for group in self.groups():
             group["lr"] = group["initial_lr"] * factor
-
-    def step(self, scaler):
         for o in self.optimizers:
-            scaler.step(o)
-        scaler.update()
-
-    def unscale(self, scaler):
-        for o in self.optimizers:
-            scaler.unscale_(o)
-
-    def zero_grad(self):
-        for o in self.optimizers:
+            self.scaler.step(o)
             o.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return norm
 
     def state_dict(self):
-        return [o.state_dict() for o in self.optimizers]
+        states = [o.state_dict() for o in self.optimizers]
+        return {"optimizers": states, "scaler": self.scaler.state_dict()}
 
-    def load_state_dict(self, states):
+    def load_state_dict(self, state):
         """Take over the moments; learning rates and weight decay stay those of this run's own
         flags.
         """
-        for o, state in zip(self.optimizers, states, strict=True):
+        for o, saved in zip(self.optimizers, state["optimizers"], strict=True):
             own = [{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
-            o.load_state_dict(state)
+            o.load_state_dict(saved)
             for group, values in zip(o.param_groups, own):
                 group.update(values)
+        self.scaler.load_state_dict(state["scaler"])
 
 
-def build_optimizers(
-    model,
-    kind="muon",
-    lr=0.02,
-    adam_lr=3e-3,
-    weight_decay=0.1,
-    betas=(0.9, 0.95),
-    layer_decay=1.0,
-    eps=1e-8,
-    lora_plus=1.0,
+def build_optimizer(
+    model, cfg, scaler=None, betas=(0.9, 0.95), eps=1e-8, layer_decay=1.0, lora_plus=1.0
 ):
-    """The optimizers of a GPT; raises ValueError for an unknown kind.
+    """The optimizer of a model, as cfg.optimizer, lr, muon_lr and weight_decay say (TrainConfig).
 
-    kind "muon": matrices of the blocks and of a projector by Muon at `lr`, the rest by AdamW at
-    `adam_lr`; "adamw": all by AdamW at `adam_lr`. A projector learns at PROJECTOR times these
-    rates. Weight decay falls on matrices only. `layer_decay` < 1 multiplies the
-    learning rate once per layer below the head (Howard & Ruder 2018, arXiv:1801.06146), so that the
-    lowest layers move least. `lora_plus` multiplies that of an adapter's B (Hayou et al. 2024,
-    LoRA+, 2402.12354, want about 16).
+    "muon": matrices of the blocks and of a projector by Muon at `muon_lr`, the rest by AdamW at
+    `lr`; "adamw": all by AdamW at `lr`. A projector learns at PROJECTOR times these rates. Weight
+    decay falls on matrices only. `layer_decay` < 1 multiplies the learning rate once per layer
+    below the head (Howard & Ruder 2018, arXiv:1801.06146), so that the lowest layers move least.
+    `lora_plus` multiplies that of an adapter's B (Hayou et al. 2024, LoRA+, 2402.12354, want about
+    16).
     """
-    if kind not in ("muon", "adamw"):
-        raise ValueError(f"unknown optimizer {kind!r}")
     layers = 1 + max((_layer(name) for name, _ in model.named_parameters()), default=0)
     muon, adam = {}, {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         hidden = p.dim() == 2 and (".layers." in name or name.startswith("projector."))
-        into = muon if kind == "muon" and hidden else adam
+        into = muon if cfg.optimizer == "muon" and hidden else adam
         low = ".layers." in name or "embed" in name or name.startswith("vision.")
         factor = layer_decay ** (layers - _layer(name)) if low else 1.0
         factor *= PROJECTOR if name.startswith("projector.") else 1.0
         factor *= lora_plus if ".lora_B." in name else 1.0
         into.setdefault((factor, p.dim() >= 2), []).append(p)
 
-    def groups(members, base):
+    def groups(members, lr):
         return [
-            {
-                "params": params,
-                "lr": base * factor,
-                "weight_decay": weight_decay if decayed else 0.0,
-            }
-            for (factor, decayed), params in members.items()
+            {"params": p, "lr": lr * factor, "weight_decay": cfg.weight_decay if decayed else 0.0}
+            for (factor, decayed), p in members.items()
         ]
 
+    # in the precision of the layers: what the machine multiplies fastest, fixed for a run
+    low_precision = getattr(model, "compute_dtype", torch.float32) == torch.bfloat16
+    dtype = torch.bfloat16 if low_precision else torch.float32
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    made = [Muon(groups(muon, lr))] if muon else []
+    made = [Muon(groups(muon, cfg.muon_lr), dtype=dtype)] if muon else []
     if adam:
-        made.append(torch.optim.AdamW(groups(adam, adam_lr), betas=betas, eps=eps, fused=fused))
-    return Optimizers(*made)
+        made.append(torch.optim.AdamW(groups(adam, cfg.lr), betas=betas, eps=eps, fused=fused))
+    return Optimizer(*made, scaler=scaler)
 
 
 def _layer(name):
@@ -192,4 +193,9 @@ def trapezoid(step, steps, warmup, decay=0.6):
     return min((step + 1) / max(1, warmup), 1.0, (steps - step) / max(1, decay * steps))
 
 
-SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid}
+def constant(step, steps, warmup):
+    """Linear warm-up, then constant."""
+    return min((step + 1) / max(1, warmup), 1.0)
+
+
+SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid, "constant": constant}

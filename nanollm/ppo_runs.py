@@ -1,20 +1,20 @@
 """What stands around the training loop of train_ppo.py: prompts, figures, charts.
 
-    load_prompts      the village's prompts or problems, or those of a file
-    rollout_figures   what a batch of replies was like
-    evaluate, finish  what replies to held-out prompts are worth, during training and after it
+load_prompts      the village's prompts or problems, or those of a file
+rollout_figures   what a batch of completions was like
+evaluate, finish  what completions to held-out prompts are worth, during training and after it
 """
 
 import torch
 
+from data import village
+from data.village.preferences import gold_score
+from nanollm.checkpoint import read_json
 from nanollm.config import UserError, atomic_write
-from nanollm.evaluate import village_of
 from nanollm.formats import read_prompts
-from nanollm.hub import read_json
 from nanollm.plot import line_chart
 from nanollm.preferences import (
     gap_closed,
-    gold_score,
     has_gold,
     judge,
     sample_text,
@@ -29,18 +29,19 @@ from nanollm.run import read_metrics
 
 
 def load_prompts(cfg):
-    """(training prompts, held-out prompts); raises UserError where rules have no answer to check.
-    """
+    """(training prompts, held-out prompts); raises UserError where rules have no answer to check."""
     if cfg.data == "village":
         train = village_prompts(cfg.init, "train", cfg.prompts)
         val = village_prompts(cfg.init, "test")
     elif cfg.data == "problems":
-        files = (village_of(cfg.init) / f"problems_{split}.jsonl" for split in ("train", "test"))
+        files = (
+            village.of_run(cfg.init) / f"problems_{split}.jsonl" for split in ("train", "test")
+        )
         train, val = map(read_prompts, files)
         train = train[: cfg.prompts]
     else:
         train, val = train_and_held_out(read_prompts(cfg.data)[: cfg.prompts], cfg)
-    if cfg.reward == "rules" and not all("answer" in item for item in train + val):
+    if cfg.reward == "rules" and not all("answer" in example for example in train + val):
         raise UserError(f'--reward rules needs an "answer" in every record of {cfg.data}')
     return train, val
 
@@ -61,8 +62,8 @@ def rollout_figures(cfg, rt, rollout, returns):
     }
     if cfg.critic != "none":
         figures["explained_variance"] = explained_variance(rollout.values, returns, mask)
-    if has_gold(answers.items):  # to look at; nothing is trained on it
-        figures["gold"] = rt.sum(sum(map(gold_score, answers.items, answers.texts))) / n
+    if has_gold(answers.examples):  # to look at; nothing is trained on it
+        figures["gold"] = rt.sum(sum(map(gold_score, answers.examples, answers.texts))) / n
     return figures
 
 
@@ -73,21 +74,21 @@ def explained_variance(values, returns, mask):
 
 
 @torch.no_grad()
-def evaluate(cfg, run, policy, tokenizer, ref, reward_model, items, ref_golds):
-    """What sampled replies to held-out prompts are worth, by the reward and by gold."""
+def evaluate(cfg, run, policy, tokenizer, ref, reward_model, examples, ref_golds):
+    """What sampled completions to held-out prompts are worth, by the reward and by gold."""
     policy.eval()
-    figures, replies, golds = judge(
-        policy, tokenizer, items, ref, reward_model, cfg.max_new_tokens, seed=cfg.seed
+    figures, completions, golds = judge(
+        policy, tokenizer, examples, ref, reward_model, cfg.max_new_tokens, seed=cfg.seed
     )
     if cfg.reward == "rules":
-        figures["reward"] = sum(map(reft_reward, items, replies)) / len(items)
-        figures["accuracy"] = sum(map(accuracy, items, replies)) / len(items)
+        figures["reward"] = sum(map(reft_reward, examples, completions)) / len(examples)
+        figures["accuracy"] = sum(map(accuracy, examples, completions)) / len(examples)
     policy.train()
     if golds is not None:
         figures["win_rate"] = win_rate(golds, ref_golds)
     shown = ("val_reward", "val_gold", "val_accuracy", "val_kl")
     run.log(**{f"val_{name}": value for name, value in figures.items()}, show=shown)
-    run.write_sample(sample_text(items, replies))
+    run.write_sample(sample_text(examples, completions))
     return figures
 
 
@@ -104,7 +105,7 @@ def over_optimisation_chart(cfg, run):
         "learned reward": [(m["val_kl"], a + b * m["val_reward"]) for m in records],
         "gold": [(m["val_kl"], m["val_gold"]) for m in records],
     }
-    title, x = "Held-out prompts: reward over KL", "KL to the reference, nats per reply"
+    title, x = "Held-out prompts: reward over KL", "KL to the reference, nats per completion"
     return line_chart(series, title, x, "on the gold's scale")
 
 
@@ -112,7 +113,7 @@ def finish(cfg, rt, run, before, after):
     """Print what the rewards have changed, and keep it in result.json."""
     run.close()
     curves = ("reward", "val_accuracy") if cfg.reward == "rules" else ("reward", "gold", "kl")
-    run.draw_curves(*curves, x_label="update", y_label="per reply")
+    run.draw_curves(*curves, x_label="update", y_label="per completion")
     shown = "reward accuracy kl length ended correct polite concise"
     for name in filter(before.__contains__, shown.split()):
         rt.print(f"held-out {name:8} {before[name]:9.3f} -> {after[name]:9.3f}")

@@ -26,7 +26,7 @@ img { width: 96px; image-rendering: pixelated; border-radius: 6px; display: bloc
 
 
 @dataclass
-class Picture:
+class ReportImage:
     """A PNG in a cell of a table: embedded in the HTML, linked in the Markdown."""
 
     path: Path
@@ -52,7 +52,7 @@ class Section:
         self.parts.append(("code", text))
 
     def table(self, header, rows):
-        """header: list of str; rows: lists of str, or Pictures, as long as it."""
+        """header: list of str; rows: lists of str, or Images, as long as it."""
         self.parts.append(("table", (header, rows)))
 
     def figure(self, path, svg, caption):
@@ -81,7 +81,7 @@ def to_markdown(title, lead, sections):
 
 
 def looks_like_number(text):
-    if isinstance(text, Picture):
+    if isinstance(text, ReportImage):
         return False
     return text.strip("+-−%× ").replace(".", "").replace(",", "").removesuffix(" s").isdigit()
 
@@ -90,7 +90,7 @@ def _html_table(content):
     header, rows = content
 
     def cell(text, tag="td", like=None):
-        if isinstance(text, Picture):
+        if isinstance(text, ReportImage):
             return text.html()
         number = " class=number" if looks_like_number(text if like is None else like) else ""
         return f"<{tag}{number}>{escape(text)}</{tag}>"
@@ -104,13 +104,11 @@ def _html_table(content):
 def _markdown_table(content):
     header, rows = content
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(_markdown_cell(c) for c in line) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(_markdown_cell(c) for c in line) + " |" for line in lines)
 
 
 def _markdown_cell(content):
-    if isinstance(content, Picture):
+    if isinstance(content, ReportImage):
         return content.markdown()
     return content.replace("|", "\\|").replace("\n", " ")
 

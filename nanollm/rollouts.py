@@ -1,27 +1,28 @@
 """What PPO and GRPO do alike: sample answers, as rows to train on. B = N G, G = cfg.samples."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from nanollm.data import Replies, pad_replies
-from nanollm.evaluate import as_text
-from nanollm.generate import generate
+from nanollm.batches import Completions, pad_completions
+from nanollm.checkpoint import read_json
+from nanollm.generate import as_text, generate
 
 
 @dataclass
 class Answers:
     """G answers to each of N items; row n G + g is answer g to item n."""
 
-    items: list  # B records: each item G times
-    rows: Replies  # their mask leaves out what tools have written
+    examples: list  # B records: each item G times
+    rows: Completions  # their mask leaves out what tools have written
     texts: list
     lengths: list  # tokens of each answer, what tools have written included
     ended: torch.Tensor  # (B,) bool: the last token is one that stops
 
     def each(self):
         """(item, text, length, ended) of every answer."""
-        return zip(self.items, self.texts, self.lengths, self.ended.tolist())
+        return zip(self.examples, self.texts, self.lengths, self.ended.tolist())
 
 
 def draw_noise(cfg, rt):
@@ -32,10 +33,10 @@ def draw_noise(cfg, rt):
     return noise[rt.share(cfg.batch_size)].flatten(0, 1).to(rt.device)
 
 
-def sample_answers(cfg, policy, tokenizer, items, prompts, noise, tools=None, pictures=None):
+def sample_answers(cfg, policy, tokenizer, examples, prompts, noise, tools=None, images=None):
     """Sample G Answers to each item with this noise, on the policy's device.
 
-    prompts: each item's list of ids; pictures: what each item shows, as generate takes it, or None.
+    prompts: each item's list of ids; images: what each item shows, as generate takes it, or None.
     """
     out = generate(
         policy,
@@ -47,14 +48,68 @@ def sample_answers(cfg, policy, tokenizer, items, prompts, noise, tools=None, pi
         pad_id=tokenizer.pad_id,
         noise=noise,
         tools=tools,
-        pictures=pictures,
+        images=images,
     )
-    replies = out.lists()  # ids as generated, never made from text again
-    items, prompts, pictures = (
-        xs and [x for x in xs for _ in range(cfg.samples)] for xs in (items, prompts, pictures)
+    completions = out.lists()  # ids as generated, never made from text again
+    examples, prompts, images = (
+        xs and [x for x in xs for _ in range(cfg.samples)] for xs in (examples, prompts, images)
     )
-    rows = pad_replies(prompts, replies, tokenizer.pad_id, out.owned(), pictures)
+    rows = pad_completions(prompts, completions, tokenizer.pad_id, out.owned(), images)
     device = out.tokens.device
-    ended = torch.tensor([ids[-1] in tokenizer.stop_ids for ids in replies], device=device)
-    texts = [as_text(tokenizer, ids) for ids in replies]
-    return Answers(items, rows.to(device), texts, list(map(len, replies)), ended)
+    ended = torch.tensor([ids[-1] in tokenizer.stop_ids for ids in completions], device=device)
+    texts = [as_text(tokenizer, ids) for ids in completions]
+    return Answers(examples, rows.to(device), texts, list(map(len, completions)), ended)
+
+
+# --- how a problem is put -------------------------------------------------------------------------
+
+
+EXAMPLE = "What is 2 + 3? 2 + 3 = 5."
+DESCRIPTION = (
+    "A user asks and an assistant answers. The assistant first thinks it through, then says the "
+    "result: <think>the thoughts</think> the answer.\n"
+)
+
+
+def chat_prompt(example, tokenizer):
+    """Ids of a dialogue up to where the assistant begins."""
+    return tokenizer.render(example["messages"], generation_prompt=True)[0]
+
+
+def zero_prompt(example, tokenizer):
+    """For a base model, which follows examples instead of instructions: a question thought through,
+    then the problem. Without tags: no text has shown them to our base model, so that it would never
+    close one.
+    """
+    text = f"{EXAMPLE} {example['messages'][-1]['content']}"
+    return [tokenizer.eot_id, *tokenizer.encode(text)]
+
+
+def think_prompt(example, tokenizer):
+    """For a base model that has read much of the internet: as DeepSeek-R1-Zero's template
+    (2501.12948, table 1), the thought and its tags are described, and rewarded by `think_format`.
+    """
+    question = f"User: {example['messages'][-1]['content']}\nAssistant:"
+    return tokenizer.encode(DESCRIPTION, special=True) + tokenizer.encode(question)
+
+
+TEMPLATES = {"chat": chat_prompt, "zero": zero_prompt, "think": think_prompt}
+
+
+def prompt_of(example, model, tokenizer, template="chat"):
+    """The ids that the answer to a problem or a test example follows. One without "messages", a cloze
+    item, is plain text to go on with; one with images is a chat, and `model` says how many ids a
+    image takes.
+    """
+    if "messages" not in example:
+        return [tokenizer.eot_id, *tokenizer.encode(example["prompt"])]
+    if example.get("images"):
+        return tokenizer.render(example["messages"], True, model.tokens_per_image)[0]
+    return TEMPLATES[template](example, tokenizer)
+
+
+def template_of(run_folder):
+    """The template that a run of train_grpo.py was trained with; "chat" for any other run."""
+    path = Path(run_folder) / "train_config.json"
+    name = read_json(path).get("template") if path.exists() else None
+    return name if name in TEMPLATES else "chat"

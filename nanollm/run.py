@@ -1,29 +1,33 @@
 """The run folder: settings, metrics, progress, samples, and checkpoints to resume from exactly.
 
-runs/<name>/    a model folder (hub.py), and beside it
+runs/<name>/    a model folder (checkpoint.py), and beside it
   train_config.json    the settings of the run; what --resume reads
   metrics.jsonl        one JSON object per logged step
   samples.txt          what the model wrote during training
   curves.svg           the metrics as a picture
-  result.json          the figures reached at the end
+  result.json          what the run has reached: "effects", and all that was measured
   state.pt             weights, optimizer, step, random generators and data position, written
                        whole or not at all
 """
 
 import json
+import math
 import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from nanollm.checkpoint import bases_of
 from nanollm.config import UserError, atomic_file, atomic_write, save_config
-from nanollm.hub import bases_of, save_model
 from nanollm.plot import line_chart
-from nanollm.runtime import peak_memory, rng_state, set_rng_state
+from nanollm.runtime import DTYPES, peak_memory, rng_state, set_rng_state
+
+LOG_EVERY = 10  # steps between the lines of `advance`
 
 
 class Run:
@@ -31,18 +35,23 @@ class Run:
     method.
     """
 
-    def __init__(self, cfg, rt, steps):
-        self.folder, self.cfg, self.rt, self.steps = Path(cfg.out), cfg, rt, steps
+    def __init__(self, cfg, rt):
+        self.folder, self.rt, self.steps = Path(cfg.out), rt, cfg.steps
+        # what was measured when the run began holds for its continuation, too
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        self.cfg = replace(cfg, dtype=names[rt.dtype])
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # spent in earlier sessions of this run
+        self.tokens = 0  # trained on since the last logged line
         self.state = self._load_state() if cfg.resume else None
+        self.parts = {}  # what a checkpoint holds: model, optimizer, samplers
         if rt.main:
             self._prepare_folder()
         rt.barrier()
         self.started = self.last_time = time.perf_counter()
         self.ended = None
         self.bar = tqdm(
-            total=steps,
+            total=self.steps,
             initial=self.step,
             unit="step",
             dynamic_ncols=True,
@@ -63,56 +72,49 @@ class Run:
         return state
 
     def _prepare_folder(self):
-        """A resumed run forgets metrics later than its checkpoint; a new one moves an older run out
-        of the way.
-        """
-        metrics = self.folder / "metrics.jsonl"
+        """A new run moves an older one out of the way; a resumed one changes nothing yet."""
         if self.state is not None:
-            kept = [m for m in read_metrics(self.folder) if m["step"] <= self.step]
-            atomic_write(metrics, "".join(json.dumps(m) + "\n" for m in kept))
-        else:
-            make_way(self.folder)
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise UserError(
-                    f"can't write to {self.folder} ({e.strerror}); choose another --out"
-                ) from None
-            atomic_write(metrics, "")
-            save_config(self.cfg, self.folder / "train_config.json")
+            return
+        move_aside(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(
+                f"can't write to {self.folder} ({e.strerror}); choose another --out"
+            ) from None
+        atomic_write(self.folder / "metrics.jsonl", "")
+        save_config(self.cfg, self.folder / "train_config.json")
 
-    def restore(self, model, optimizers, samplers, scaler):
-        """Put everything back as it was at the checkpoint; does nothing in a fresh run. Returns
-        extra values saved.
+    # --- checkpoints
+
+    def restore(self, model, optimizer, *samplers):
+        """Say what a checkpoint holds, and put it back as it was; returns the extra values that
+        were saved, {} in a fresh run.
         """
+        self.parts = {"model": model, "optimizer": optimizer, "samplers": samplers}
         if self.state is None:
             return {}
+        state, rng = self.state, self.state["rng"]
         try:
-            load_trained(model, self.state["model"])
-            optimizers.load_state_dict(self.state["optimizers"])
+            load_trained(model, state["model"])
+            optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError):
             raise UserError(
                 f"the checkpoint in {self.folder} has another shape than the flags ask for"
             ) from None
-        if self.rt.main:  # now that the flags fit the checkpoint
+        for sampler, saved in zip(samplers, state["samplers"], strict=True):
+            sampler.load_state_dict(saved)
+        set_rng_state(rng[min(self.rt.rank, len(rng) - 1)], self.rt.device)
+        if self.rt.main:  # now that the flags fit the checkpoint: later metrics are forgotten
+            kept = [m for m in read_metrics(self.folder) if m["step"] <= self.step]
+            lines = "".join(json.dumps(m) + "\n" for m in kept)
+            atomic_write(self.folder / "metrics.jsonl", lines)
             save_config(self.cfg, self.folder / "train_config.json")
-        for sampler, state in zip(samplers, self.state["samplers"], strict=True):
-            sampler.load_state_dict(state)
-        scaler.load_state_dict(self.state["scaler"])
-        set_rng_state(
-            self.state["rng"][min(self.rt.rank, len(self.state["rng"]) - 1)], self.rt.device
-        )
-        return self.state["extra"]
+        return state["extra"]
 
-    def checkpoint(self, model, optimizers, samplers, scaler, **extra):
+    def checkpoint(self, **extra):
         """Write state.pt, from which --resume continues as if nothing had happened."""
-        rng = rng_state(self.rt.device)
-        if self.rt.world > 1:
-            gathered = [None] * self.rt.world
-            torch.distributed.all_gather_object(gathered, rng)
-            rng = gathered
-        else:
-            rng = [rng]
+        rng = self.rt.gather([rng_state(self.rt.device)])
         if not self.rt.main:
             return
         state = {
@@ -120,86 +122,126 @@ class Run:
             "seconds": self.elapsed,
             "rng": rng,
             "extra": extra,
-            "model": trained_state(model),
-            "optimizers": optimizers.state_dict(),
-            "samplers": [s.state_dict() for s in samplers],
-            "scaler": scaler.state_dict(),
+            "model": trained_state(self.parts["model"]),
+            "optimizer": self.parts["optimizer"].state_dict(),
+            "samplers": [s.state_dict() for s in self.parts["samplers"]],
         }
-        with atomic_file(self.folder / "state.pt") as f:
-            torch.save(state, f)
+        try:
+            with atomic_file(self.folder / "state.pt") as f:
+                torch.save(state, f)
+        except RuntimeError as e:  # what torch makes of a full disk
+            raise UserError(
+                f"can't write {self.folder / 'state.pt'} ({str(e).splitlines()[0]}); is the disk "
+                "full? The last checkpoint is still there"
+            ) from None
+
+    # --- metrics
 
     @property
     def elapsed(self):
         """Seconds of training, earlier sessions of a resumed run included."""
         return self.seconds + (self.ended or time.perf_counter()) - self.started
 
-    def log(self, tokens=0, show=(), **metrics):
-        """Append a line to metrics.jsonl; values are numbers, `tokens` those trained on since the
-        last call.
+    def due(self, every):
+        """Is it time, every so many steps and at the end?"""
+        return self.step % every == 0 or self.step == self.steps
 
-        The names in `show` go on the progress bar, or on a line of their own where stderr is no
-        terminal.
+    def advance(self, tokens=0, every=LOG_EVERY, show=("loss",), **metrics):
+        """One optimizer step is done; its metrics are logged now and then. `tokens` counts those
+        that all processes have trained on.
         """
-        now = time.perf_counter()
-        record = {"step": self.step, "seconds": round(self.elapsed, 3), **metrics}
-        if tokens:
-            record["tokens_per_second"] = round(tokens / (now - self.last_time), 1)
-        self.last_time = now
+        self.step += 1
+        self.tokens += tokens
+        self.bar.update()
+        if self.due(every) or self.step == 1:
+            now = time.perf_counter()
+            if self.tokens:
+                metrics["tokens_per_second"] = round(self.tokens / (now - self.last_time), 1)
+            self.last_time, self.tokens = now, 0
+            self.log(show=() if self.step == 1 else (*show, "tokens_per_second"), **metrics)
+
+    def log(self, show=(), keep=False, **metrics):
+        """Append a line to metrics.jsonl. The names in `show` go on the progress bar, or on a line
+        of their own where stderr is no terminal, or where the line is one to `keep`.
+
+        A value that is no number ends the run; the last checkpoint stays as it is.
+        """
+        record = {"step": self.step, "seconds": round(self.elapsed, 3)}
+        record |= {name: float(value) for name, value in metrics.items() if value is not None}
+        for name in metrics.keys() & record.keys():
+            if not math.isfinite(record[name]):
+                raise UserError(
+                    f"{name} became {record[name]} at step {self.step}; lower the learning rate, "
+                    f"or continue from the last checkpoint in {self.folder} with --resume"
+                )
         if not self.rt.main:
             return
-        with open(self.folder / "metrics.jsonl", "a") as f:
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
-        shown = {
-            name: f"{record[name]:.4g}" for name in (*show, "tokens_per_second") if name in record
-        }
-        self.bar.set_postfix(shown)
-        if show and self.bar.disable:
-            left = (self.elapsed - self.seconds) / max(1, self.bar_steps) * (self.steps - self.step)
+        shown = {name: f"{record[name]:.4g}" for name in show if name in record}
+        if shown and (keep or self.bar.disable):
+            done = self.step - (self.state["step"] if self.state else 0)
+            left = (self.elapsed - self.seconds) / max(1, done) * (self.steps - self.step)
             values = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {self.step}/{self.steps}  {values}  {left:.0f} s left", flush=True)
+            line = f"step {self.step}/{self.steps}  {values}  {left:.0f} s left"
+            print(line, flush=True) if self.bar.disable else self.bar.write(line)
+        if shown:
+            self.bar.set_postfix(shown)
 
-    def advance(self):
-        """One optimizer step is done."""
-        self.step += 1
-        self.bar.update()
-
-    @property
-    def bar_steps(self):
-        return self.step - (self.state["step"] if self.state else 0)
-
-    def check_finite(self, loss, name="loss"):
-        """A loss that is no number ends the run; the last checkpoint stays as it is."""
-        if loss != loss or abs(loss) == float("inf"):
-            raise UserError(
-                f"the {name} became {loss} at step {self.step}; lower the learning rate, or "
-                f"continue from the last "
-                f"checkpoint in {self.folder} with --resume"
-            )
+    def evaluated(self, show=None, **metrics):
+        """Log what an evaluation has found; its line stays on the terminal."""
+        self.log(show=tuple(metrics) if show is None else show, keep=True, **metrics)
 
     def write_sample(self, text):
         if self.rt.main:
             with open(self.folder / "samples.txt", "a", encoding="utf-8") as f:
                 f.write(f"--- step {self.step}\n{text}\n")
 
-    def export(self, model, tokenizer, save=save_model):
-        """Write the model folder: what --init, chat, evaluate and transformers open."""
-        if self.rt.main:
-            save(model, tokenizer, folder=self.folder)
+    # --- the end
 
-    def write_result(self, **values):
-        """Add to result.json what the run has reached: the figures that the report shows."""
+    def export(self, save, model, tokenizer):
+        """Write the model folder by `save` (checkpoint.save_gpt or hub.save_model): what --init,
+        chat, evaluate and transformers open.
+        """
         if self.rt.main:
-            path = self.folder / "result.json"
-            known = json.loads(path.read_text()) if path.exists() else {}
-            atomic_write(path, json.dumps(known | values, indent=2) + "\n")
+            save(model, tokenizer, self.folder)
+
+    def close(self, *curves, **labels):
+        """Training is over: stop the clock and the bar, and draw curves.svg, the named metrics over
+        the steps, smoothed a little where there are many points.
+        """
+        self.ended = time.perf_counter()
+        self.bar.close()
+        if not self.rt.main:
+            return
+        metrics = read_metrics(self.folder)
+        series = {
+            name: smooth([(m["step"], m[name]) for m in metrics if m.get(name) is not None])
+            for name in curves
+        }
+        chart = line_chart(series, self.folder.name, **labels)
+        atomic_write(self.folder / "curves.svg", chart)
+
+    def write_result(self, effects=(), **values):
+        """Write to result.json what the run has reached, beside its speed, and print the effects.
+
+        effects: what the stage has changed, by `effect`; the report, compare and the pipeline's
+        summary read them.
+        """
+        for each in effects:
+            self.rt.print(effect_line(each))
+        path = self.folder / "result.json"
+        if self.rt.main:
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            result = known | {"effects": list(effects)} | values | self.speed()
+            atomic_write(path, json.dumps(result, indent=2) + "\n")
+        self.rt.print(f"{self.folder}: {self.step} steps in {self.elapsed:.0f} s")
+        self.rt.barrier()  # until all of it is written
 
     def speed(self):
-        """Median tokens per second of the run, seconds of training, and peak memory, for
-        result.json.
-        """
-        speeds = sorted(
-            m["tokens_per_second"] for m in read_metrics(self.folder) if "tokens_per_second" in m
-        )
+        """Median tokens per second of the run, seconds of training, and peak memory."""
+        speeds = [m.get("tokens_per_second") for m in read_metrics(self.folder)]
+        speeds = sorted(speed for speed in speeds if speed is not None)
         return {
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else 0.0,
             "seconds": self.elapsed,
@@ -207,24 +249,31 @@ class Run:
             "steps": self.step,
         }
 
-    def draw_curves(self, *names, x_label="step", y_label="nats per token"):
-        """curves.svg: the named metrics over the steps, smoothed a little where there are many
-        points.
-        """
-        if not self.rt.main:
-            return
-        metrics = read_metrics(self.folder)
-        series = {
-            name: smooth([(m["step"], m[name]) for m in metrics if m.get(name) is not None])
-            for name in names
-        }
-        chart = line_chart(series, self.folder.name, x_label, y_label)
-        atomic_write(self.folder / "curves.svg", chart)
 
-    def close(self):
-        """Training is over: stop the clock and the bar."""
-        self.ended = time.perf_counter()
-        self.bar.close()
+def effect(name, before, after, unit="", higher_is_better=True):
+    """What a stage has changed, for result.json: a number before and after, each or None. The unit
+    "share" is shown in percent.
+    """
+    return {
+        "name": name,
+        "before": before,
+        "after": after,
+        "unit": unit,
+        "higher_is_better": higher_is_better,
+    }
+
+
+def effect_line(effect):
+    """An effect as text: gold score 0.68 -> 0.94."""
+
+    def show(value):
+        if value is None:
+            return "-"
+        return f"{value:.1%}" if effect["unit"] == "share" else f"{value:.4g}"
+
+    unit = "" if effect["unit"] == "share" else " " + effect["unit"]
+    values = [show(effect["before"])] * (effect["before"] is not None) + [show(effect["after"])]
+    return f"{effect['name']}: {' -> '.join(values)}{unit}".rstrip()
 
 
 def trained_state(model):
@@ -240,12 +289,15 @@ def load_trained(model, state):
     model.load_state_dict(state, strict=False)
 
 
+# --- folders -------------------------------------------------------------------------------------
+
+
 def previous_of(folder):
     """Where the run that was in a folder goes when another one takes its place."""
     return folder.with_name(folder.name + ".previous")
 
 
-def set_aside(folder):
+def replace_previous(folder):
     """Move a run out of the way, in place of the one moved before; returns where it went."""
     previous = previous_of(folder)
     shutil.rmtree(previous, ignore_errors=True)
@@ -258,11 +310,11 @@ def holds_a_run(folder):
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "train_config.json").exists():
-        raise UserError(f"{folder} holds files that are no run of ours; choose another --out")
+        raise UserError(f"{folder} holds files that no run has written; choose another --out")
     return True
 
 
-def make_way(folder):
+def move_aside(folder):
     """Move an earlier run out of the way; an attempt that never reached its first checkpoint is
     deleted.
     """
@@ -270,29 +322,31 @@ def make_way(folder):
         return
     weights = ("model.safetensors", "adapter_model.safetensors", "state.pt")
     if any((folder / name).exists() for name in weights):
-        print(f"the run that was in {folder} is now in {set_aside(folder)}")
+        print(f"the run that was in {folder} is now in {replace_previous(folder)}")
     else:
         shutil.rmtree(folder)
 
 
-def check_folders(init, out):
+def check_folders(out, *inputs):
     """Refuse to read a folder that writing to `out` would replace, or an adapter whose base it
     would.
     """
     out = Path(out).resolve()
-    for folder in (Path(init), *bases_of(init)):
-        start = folder.resolve()
-        if start in (out, previous_of(out)) or out in start.parents:
-            base = "" if folder == Path(init) else f", whose base is {folder}"
-            raise UserError(
-                f"--out {out} would replace {init}{base}, which the run reads; use another folder"
-            )
+    for init in filter(None, inputs):
+        for folder in (Path(init), *bases_of(init)):
+            read = folder.resolve()
+            if read in (out, previous_of(out)) or out in read.parents:
+                base = "" if folder == Path(init) else f", whose base is {folder}"
+                raise UserError(
+                    f"--out {out} would replace {init}{base}, which the run reads; use another "
+                    "directory"
+                )
 
 
 def check_file(out, *read):
-    """Refuse a file to write that is a folder, or one of those that are read."""
+    """Refuse a file to write that is a directory, or one of those that are read."""
     if Path(out).is_dir():
-        raise UserError(f"--out {out} is a folder; name a file to write")
+        raise UserError(f"--out {out} is a directory; name a file to write")
     if Path(out).resolve() in (Path(path).resolve() for path in read):
         raise UserError(f"--out {out} would replace the file that is read; name another one")
 
@@ -310,7 +364,7 @@ def checkpoint_of(folder):
 def read_metrics(folder):
     """The records of metrics.jsonl; a last line cut short by a kill is left out."""
     path, records = Path(folder) / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -5,11 +5,12 @@ Data parallelism (Li et al. 2020, arXiv:2006.15704): each process computes the g
 of the batch, DistributedDataParallel averages them, so N processes take the step that one would.
 """
 
-import contextlib
+import functools
 import os
 import random
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -18,14 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nanollm.config import UserError, leave
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DATASHEET_TFLOPS = {
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "4090": 165,
-    "3090": 71,
-}  # bf16, dense
+DATASHEET_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}
 
 
 @dataclass
@@ -34,6 +28,11 @@ class Runtime:
     dtype: torch.dtype  # what the layers compute in; weights and optimizer state stay fp32
     rank: int = 0  # the number of this process
     world: int = 1  # how many there are
+    scaler: torch.amp.GradScaler = field(init=False)  # keeps fp16 gradients from vanishing
+
+    def __post_init__(self):
+        fp16 = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 
     @property
     def main(self):
@@ -45,46 +44,62 @@ class Runtime:
             print(*args, flush=True)
 
     def prepare(self, model, compile=False, train=True):
-        """The model as it's called in training: on the device, in the precision, compiled, data-
-        parallel. One that isn't trained stays with each process.
+        """The model to call in training: on the device, in the precision, compiled, data-parallel.
+        One that isn't trained stays with each process.
         """
         model.to(self.device).train(train)
         model.compute_dtype = self.dtype
-        called = torch.compile(model) if compile else model
+        ddp_model = torch.compile(model) if compile else model
         if self.world > 1 and train:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            called = DistributedDataParallel(called, device_ids=ids)
-        return called
+            ddp_model = DistributedDataParallel(ddp_model, device_ids=ids)
+        return ddp_model
 
-    def accumulating(self, model, more):
-        """Context for a backward pass after which `more` follow before the step: gradients aren't
-        sent yet.
+    def micro_batches(self, rows, parts, ddp_model):
+        """Yield `rows` (anything that len() and an index tensor work on) in so many parts, of which
+        only the last one's backward pass sends gradients to the other processes.
         """
-        return model.no_sync() if more and self.world > 1 else contextlib.nullcontext()
+        numbers = torch.arange(len(rows)).chunk(parts)
+        for i, part in enumerate(numbers):
+            if isinstance(ddp_model, DistributedDataParallel):
+                ddp_model.require_backward_grad_sync = i + 1 == len(numbers)
+            yield rows[part]
+
+    def backward(self, loss):
+        """Backward pass of a loss whose sum over parts and processes is the loss of the batch;
+        returns it without its graph.
+        """
+        # DDP takes the mean over processes where we want the sum
+        self.scaler.scale(loss * self.world).backward()
+        return loss.detach()
 
     def sum(self, value):
-        """Sum of a number over all processes."""
+        """Sum of a number over all processes, as a float."""
         if self.world == 1:
-            return value
+            return float(value)
         total = torch.tensor(float(value), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.item()
 
-    def scaler(self):
-        """Gradient scaler, which keeps fp16 gradients from vanishing; it does nothing in other
-        precisions.
-        """
-        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+    def gather(self, values):
+        """The lists of all processes as one, in the order of their ranks."""
+        if self.world == 1:
+            return values
+        gathered = [None] * self.world
+        dist.all_gather_object(gathered, values)
+        return [value for each in gathered for value in each]
+
+    def mine(self, n):
+        """This process's part of n rows, as even as it gets: a slice."""
+        return slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
     def share(self, n):
-        """This process's part of n rows: slice for indexing; n must divide evenly."""
+        """As `mine`, for a batch, whose n rows must divide evenly."""
         if n % self.world:
             raise UserError(
-                f"{n} sequences per step can't be shared by {self.world} processes; change "
-                f"--batch_size"
+                f"{n} rows per step can't be shared by {self.world} processes; change --batch_size"
             )
-        size = n // self.world
-        return slice(self.rank * size, (self.rank + 1) * size)
+        return self.mine(n)
 
     def barrier(self):
         if self.world > 1:
@@ -118,43 +133,64 @@ def start(device="auto", dtype="auto", seed=0):
 
 
 def pick_device(name):
-    """A torch.device from "auto" (a GPU if there is one, else the CPU) or a name such as "cuda:1".
+    """A torch.device from "auto" (a GPU if there is one, else the CPU) or a name such as "cuda:1"
+    or "mps".
     """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = found.type if found is not None and found.type == "cuda" else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda asked for, but torch sees no GPU; use --device cpu or auto")
+    if device.type != "cpu" and (found is None or device.type != found.type):
+        raise UserError(f"--device {name}: torch sees no such device here; use cpu or auto")
     return device
 
 
+# --- precision -----------------------------------------------------------------------------------
+
+
 def pick_dtype(name, device):
-    """A torch.dtype from "auto" (bf16 where the hardware multiplies in it, else fp32), "bf16",
-    "fp16" or "fp32".
-    """
+    """A torch.dtype from "auto" (what the device multiplies fastest), "bf16", "fp16" or "fp32"."""
     if name == "auto":
-        name = "bf16" if has_bf16(device) else "fp32"
+        return torch.bfloat16 if bf16_is_faster(device) else torch.float32
     if name not in DTYPES:
         raise UserError(f"unknown precision {name!r}; use auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def has_bf16(device):
-    """True where bf16 matrix products run in hardware: Ampere GPUs and later, CPUs with
-    avx512_bf16.
+@functools.cache
+def bf16_is_faster(device):
+    """Does a matrix product take less time in bf16 than in fp32? Measured, in some milliseconds:
+    processors that emulate bf16 are up to a hundred times slower, and don't say so. Of several
+    processes each would measure something else, so the first one's answer counts.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        return "avx512_bf16" in f.read()
-    return False
+    faster = torch.tensor(float(speed_up_of_bf16(device) > 1.2))
+    if dist.is_initialized():
+        dist.broadcast(faster, 0)
+    return bool(faster)
+
+
+def speed_up_of_bf16(device, n=256, turns=5):
+    """How many times faster an (n, n) product is in bf16: the best of a few turns of each."""
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for turn in range(turns + 1):
+        for dtype in best:
+            x = torch.ones(n, n, dtype=dtype, device=device)
+            begin = clock(device)
+            x @ x
+            seconds = clock(device) - begin
+            if turn:  # the first is a warm-up
+                best[dtype] = min(best[dtype], seconds)
+            elif dtype == torch.bfloat16 and seconds > 0.1:  # emulated: no need to look again
+                return 0.0
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+# --- state, memory and speed ---------------------------------------------------------------------
 
 
 def rng_state(device):
@@ -175,13 +211,16 @@ def set_rng_state(state, device):
 
 def peak_memory(device):
     """Bytes: the most that the GPU's allocator held, or on a CPU the most that the process had
-    resident.
+    resident; None where the system doesn't tell.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def flop_per_token(cfg, matrix_parameters, context):
@@ -195,8 +234,8 @@ def flop_per_token(cfg, matrix_parameters, context):
 
 
 def model_flops_utilisation(tokens_per_second, flop, device, world=1):
-    """MFU: share of the GPU's datasheet bf16 rate that the training arithmetic reaches; None for
-    unknown hardware.
+    """MFU: share of the GPU's datasheet bf16 rate (dense) that the training arithmetic reaches;
+    None for unknown hardware.
     """
     if device.type != "cuda":
         return None
@@ -207,6 +246,6 @@ def model_flops_utilisation(tokens_per_second, flop, device, world=1):
 
 def clock(device):
     """Seconds, after the device has finished what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()

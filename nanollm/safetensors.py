@@ -7,6 +7,7 @@
 
 Format: https://github.com/huggingface/safetensors (README, "Format").
 """
+
 import json
 import math
 from collections import namedtuple
@@ -16,10 +17,20 @@ import torch
 
 from nanollm.config import UserError, atomic_file
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
 
@@ -45,8 +56,11 @@ def save_file(tensors, path, metadata=None):
         if name == "__metadata__" or tensor.dtype not in NAMES or tensor.layout != torch.strided:
             raise TypeError(f"safetensors cannot hold {name!r} ({tensor.dtype}, {tensor.layout})")
         end = begin + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -85,8 +99,10 @@ def read_header(path):
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise UserError(f"{path} is cut off or no safetensors file: {size} bytes, of which "
-                                f"{length if size >= 8 else 8} should be the header")
+                raise UserError(
+                    f"{path} is cut off or no safetensors file: {size} bytes, of which "
+                    f"{length if size >= 8 else 8} should be the header"
+                )
             text = file.read(length)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
@@ -98,41 +114,51 @@ def read_header(path):
         raise UserError(f"{path}: __metadata__ must map names to strings")
     entries = {name: read_entry(name, info, 8 + length, path) for name, info in header.items()}
     position, last = 8 + length, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+    for name, entry in sorted(entries.items(), key=lambda example: example[1][2:]):
         if entry.begin != position:
             fault = "overlaps" if entry.begin < position else "leaves a gap behind"
             raise UserError(f"{path}: tensor {name!r} {fault} {last}")
         position, last = entry.end, repr(name)
     if position != size:
-        raise UserError(f"{path} should have {position} bytes but has {size}: it is "
-                        + ("cut off; fetch it again" if size < position else "not all tensors"))
+        raise UserError(
+            f"{path} should have {position} bytes but has {size}: it is "
+            + ("cut off; fetch it again" if size < position else "not all tensors")
+        )
     return entries, metadata
 
 
 def read_entry(name, info, start, path):
     """The Entry of one tensor; `start` is where the data begins in the file."""
+
     def check(fine, fault):
         if not fine:
             raise UserError(f"{path}: tensor {name!r} {fault}")
 
-    check(isinstance(info, dict) and info.keys() >= {"dtype", "shape", "data_offsets"},
-          "needs dtype, shape and data_offsets")
+    check(
+        isinstance(info, dict) and info.keys() >= {"dtype", "shape", "data_offsets"},
+        "needs dtype, shape and data_offsets",
+    )
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     check(isinstance(dtype, str) and dtype in DTYPES, f"has the unknown dtype {dtype!r}")
     for numbers in (shape, offsets):  # type(), because True is an int as well
-        check(isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers),
-              "has a shape or offsets that are not whole numbers from 0 up")
+        check(
+            isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers),
+            "has a shape or offsets that are not whole numbers from 0 up",
+        )
     check(len(offsets) == 2 and offsets[0] <= offsets[1], f"has the impossible offsets {offsets}")
     # torch counts in 63 bits, even where a 0 makes the tensor empty, and allows 64 dimensions
     check(len(shape) <= 64 and math.prod(n or 1 for n in shape) < 2**63, "is too large for torch")
     dtype, size = DTYPES[dtype], offsets[1] - offsets[0]
-    check(math.prod(shape) * dtype.itemsize == size,
-          f"has {size} bytes, which is not {tuple(shape)} of {info['dtype']}")
+    check(
+        math.prod(shape) * dtype.itemsize == size,
+        f"has {size} bytes, which is not {tuple(shape)} of {info['dtype']}",
+    )
     return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
 def parse_json(text, path):
     """The JSON object in these bytes. Of two equal keys Python keeps the last; we refuse both."""
+
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
             names = [name for name, _ in pairs]
@@ -158,8 +184,11 @@ def load_folder(folder, device="cpu", dtype=None):
     if not index.exists():
         raise UserError(no_weights(folder))
     shard_of = parse_json(index.read_bytes(), index).get("weight_map")
-    if not (isinstance(shard_of, dict) and shard_of and all(
-            isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values())):
+    if not (
+        isinstance(shard_of, dict)
+        and shard_of
+        and all(isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values())
+    ):
         raise UserError(f"{index}: weight_map must map each tensor to a file of this folder")
     shards = {shard: read_header(folder / shard)[0] for shard in sorted({*shard_of.values()})}
     for name, shard in shard_of.items():  # before anything large is read
@@ -175,8 +204,11 @@ def load_folder(folder, device="cpu", dtype=None):
 def no_weights(folder):
     if not folder.is_dir():
         return f"{folder}: no such folder"
-    if pickles := sorted(file.name for ending in ("bin", "pt", "pth")
-                         for file in folder.glob(f"*model*.{ending}")):
-        return (f"{folder} holds its weights as a pickle ({pickles[0]}), which may run any code "
-                "when it is read; convert it to model.safetensors first")
+    if pickles := sorted(
+        file.name for ending in ("bin", "pt", "pth") for file in folder.glob(f"*model*.{ending}")
+    ):
+        return (
+            f"{folder} holds its weights as a pickle ({pickles[0]}), which may run any code "
+            "when it is read; convert it to model.safetensors first"
+        )
     return f"{folder} holds no model.safetensors"

@@ -166,11 +166,11 @@ def stages(root):
             "Eyes",
             "train_vlm.py",
             {"init": f"{root}/sft", "out": f"{root}/vlm"},
-            "The fine-tuned model learns to see. A vision tower learns which picture belongs to "
+            "The fine-tuned model learns to see. A vision tower learns which image belongs to "
             "which caption, a projector turns its features into tokens of the language model, and "
-            "then both learn from questions about pictures. A second model learns the same from "
-            "grey pictures: what that one gets right can be guessed.",
-            effects.pictures,
+            "then both learn from questions about images. A second model learns the same from "
+            "grey images: what that one gets right can be guessed.",
+            effects.images,
             speaks="none",
             curves="Loss per token over the optimizer steps.",
         ),

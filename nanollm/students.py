@@ -3,11 +3,11 @@
 import dataclasses
 
 from nanollm.config import UserError
-from nanollm.evaluate import as_text, sample_replies
-from nanollm.figures import figures_table, sample_by_family, sampled_figures
+from nanollm.distillation import prompt_ids
+from nanollm.generate import as_text, sample_completions
 from nanollm.gpt import GPT, count_parameters
 from nanollm.hub import load_model
-from nanollm.lessons import prompt_ids
+from nanollm.metrics import metrics_table, sample_by_task, sampled_metrics
 from nanollm.runtime import clock
 
 
@@ -64,16 +64,16 @@ def open_student(cfg, teacher, tokenizer):
     return student
 
 
-def answer_items(model, tokenizer, items, max_new_tokens):
-    """({"figures" of each family, "speed" of answering in tokens per second}, a sample)."""
-    if not items:
+def answer_examples(model, tokenizer, examples, max_new_tokens):
+    """({"figures" of each task, "speed" of answering in tokens per second}, a sample)."""
+    if not examples:
         return {"figures": {}, "speed": 0.0}, ""
-    prompts, begin = [prompt_ids(item, tokenizer) for item in items], clock(model.device)
-    ids = sample_replies(model, tokenizer, prompts, max_new_tokens, temperature=0.0)
+    prompts, begin = [prompt_ids(example, tokenizer) for example in examples], clock(model.device)
+    ids = sample_completions(model, tokenizer, prompts, max_new_tokens, temperature=0.0)
     speed = sum(map(len, ids)) / (clock(model.device) - begin)
-    replies = [as_text(tokenizer, reply) for reply in ids]
-    figures = {"figures": sampled_figures(items, replies), "speed": speed}
-    return figures, sample_by_family(items, replies)
+    completions = [as_text(tokenizer, completion) for completion in ids]
+    figures = {"figures": sampled_metrics(examples, completions), "speed": speed}
+    return figures, sample_by_task(examples, completions)
 
 
 def finish(run, teacher, student, answers, known, before, after):
@@ -86,7 +86,7 @@ def finish(run, teacher, student, answers, known, before, after):
     run.write_result(**result, answers=answers, **run.speed())
     if after["figures"]:
         columns = {"teacher": known, "before": before, "after": after}
-        run.rt.print(figures_table({name: each["figures"] for name, each in columns.items()}))
+        run.rt.print(metrics_table({name: each["figures"] for name, each in columns.items()}))
     run.rt.print(
         f"{run.folder}: {sizes[1]:,} parameters, the teacher has {sizes[0]:,}; answers "
         f"{after['speed']:,.0f} tokens/s, the teacher {known['speed']:,.0f}; {run.step} steps in "

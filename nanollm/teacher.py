@@ -1,7 +1,7 @@
 """What a student of distillation learns from: labels, and the teacher's answers to prompts. How the
 teacher is asked, what the checker says of its answers, and how many of them are dropped.
 
-Records are those of lessons.py. A record with an answer of the teacher has it as "reply", and as
+Records are those of lessons.py. A record with an answer of the teacher has it as "completion", and as
 "right" what the checker says of it: True, False, or None where no answer is known.
 """
 
@@ -12,10 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nanollm.config import UserError, atomic_write
-from nanollm.evaluate import as_text, sample_replies
-from nanollm.figures import first_of_each_family
-from nanollm.generate import check_room
-from nanollm.lessons import (
+from nanollm.distillation import (
     as_dialogue,
     load_lessons,
     make_lessons,
@@ -23,6 +20,8 @@ from nanollm.lessons import (
     read_lessons,
     tokenize,
 )
+from nanollm.generate import as_text, check_room, sample_completions
+from nanollm.metrics import first_of_each_task
 from nanollm.rewards import accuracy
 from nanollm.runtime import clock
 
@@ -31,7 +30,7 @@ UNCHECKED = ("soft", "on_policy")  # learn from all answers, by their probabilit
 
 def ask_teacher(cfg, teacher, tokenizer, records):
     """The records with the teacher's answers, `samples` of each, without those that don't end."""
-    replies = sample_replies(
+    completions = sample_completions(
         teacher,
         tokenizer,
         [prompt_ids(record, tokenizer) for record in records],
@@ -41,11 +40,11 @@ def ask_teacher(cfg, teacher, tokenizer, records):
         generator=torch.Generator(teacher.device).manual_seed(cfg.seed),
     )
     answered = []
-    for n, ids in enumerate(replies):
+    for n, ids in enumerate(completions):
         record, text = records[n // cfg.samples], as_text(tokenizer, ids)
         if ids[-1] in tokenizer.stop_ids:
             right = bool(accuracy(record, text)) if "answer" in record else None
-            answered.append({**record, "reply": text, "right": right})
+            answered.append({**record, "completion": text, "right": right})
     return answered
 
 
@@ -53,7 +52,7 @@ def filtered(method, answered):
     """(records that the student learns from, a sentence with the counts)."""
     seen, kept, twice, wrong = set(), [], 0, 0
     for record in answered:
-        key = json.dumps([record["messages"], record["reply"]])
+        key = json.dumps([record["messages"], record["completion"]])
         if method not in UNCHECKED and record.get("right") is False:
             wrong += 1
         elif key in seen:
@@ -77,7 +76,7 @@ def teacher_answers(cfg, rt, teacher, tokenizer, records):
         return []
     if cfg.answers:
         answered, count = read_lessons(cfg.answers), ""
-        if not all("reply" in record for record in answered):
+        if not all("completion" in record for record in answered):
             raise UserError(f"--answers {cfg.answers}: a dialogue doesn't end with an answer")
     else:
         begin = clock(rt.device)
@@ -102,7 +101,7 @@ def write_answers(records, path):
 
 def check_rationales(cfg, rt, answers):
     """Say how many answers of the teacher have a rationale; refuse where none has."""
-    n = sum("<think>" in record["reply"] for record in answers)
+    n = sum("<think>" in record["completion"] for record in answers)
     rt.print(f"{n} of the teacher's {len(answers)} answers that were kept have a rationale")
     if not n:
         raise UserError(
@@ -113,13 +112,13 @@ def check_rationales(cfg, rt, answers):
 
 
 def prepare(cfg, rt, teacher, student, tokenizer):
-    """(training lessons, ids of all prompts, held-out rows, test items, the teacher's answers)."""
-    labelled, unlabelled, val, items = load_lessons(cfg)
-    items = first_of_each_family(items, cfg.test_items)
+    """(training lessons, ids of all prompts, held-out rows, test examples, the teacher's answers)."""
+    labelled, unlabelled, val, examples = load_lessons(cfg)
+    examples = first_of_each_task(examples, cfg.test_examples)
     prompts = [prompt_ids(record, tokenizer) for record in labelled + unlabelled]
     for model in (teacher, student):
-        every = prompts + [prompt_ids(item, tokenizer) for item in items]
-        check_room(model, every, cfg.max_new_tokens, labelled + unlabelled + items)
+        every = prompts + [prompt_ids(example, tokenizer) for example in examples]
+        check_room(model, every, cfg.max_new_tokens, labelled + unlabelled + examples)
     T = min(cfg.context, *(m.cfg.max_position_embeddings for m in (teacher, student)))
     asked = labelled if cfg.method == "step_by_step" else unlabelled
     own = labelled if cfg.method != "step_by_step" else []
@@ -145,4 +144,4 @@ def prepare(cfg, rt, teacher, student, tokenizer):
         f"{len(lessons)} rows of {T} tokens, {len(own) - len(examples)} and "
         f"{len(answers) - len(taught)} left out because they were longer"
     )
-    return lessons, prompts, make_lessons(held_out, T, tokenizer).rows, items, answers
+    return lessons, prompts, make_lessons(held_out, T, tokenizer).rows, examples, answers

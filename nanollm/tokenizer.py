@@ -1,12 +1,13 @@
 """Text to token ids and back: byte-level BPE, special tokens, the chat layout and its loss mask.
 
-    train_bpe     learns the merges                          Sennrich et al. 2016, arXiv:1508.07909
-    Tokenizer     encodes with tiktoken, which merges the adjacent pair of lowest rank first; the
-                  rank of a token, the order in which the trainer made it, is its id
-    tokenizer.json, tokenizer_config.json   are read and written (tokenizer_json.py):
-                  transformers.AutoTokenizer gives the same ids, and its chat template the same
-                  ids as `Tokenizer.render`
+train_bpe     learns the merges                          Sennrich et al. 2016, arXiv:1508.07909
+Tokenizer     encodes with tiktoken, which merges the adjacent pair of lowest rank first; the
+              rank of a token, the order in which the trainer made it, is its id
+tokenizer.json, tokenizer_config.json   are read and written (tokenizer_json.py):
+              transformers.AutoTokenizer gives the same ids, and its chat template the same
+              ids as `Tokenizer.render`
 """
+
 import functools
 import hashlib
 import heapq
@@ -26,22 +27,40 @@ from nanollm.config import UserError, atomic_write
 from nanollm.tokenizer_json import read_json, to_config, to_jinja, to_json
 
 # What the content of an assistant or tool message may hold as special tokens.
-CONTENT_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>",
-                  "<tool_result>", "</tool_result>")
+CONTENT_TOKENS = (
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_result>",
+    "</tool_result>",
+)
 # In our own tokenizers these come after the ordinary tokens, in this order.
-SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>",
-                  "<|end|>", *CONTENT_TOKENS, "<image>")
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|pad|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+    "<|end|>",
+    *CONTENT_TOKENS,
+    "<image>",
+)
 
 # Text is cut into pieces, and no token crosses a cut. Every character must fall in some piece, for
 # tiktoken drops what no alternative matches. {0,64} bounds the backtracking on long blanks.
-PATTERN = "|".join((
-    r"'(?:[sdmt]|ll|ve|re)(?![\p{L}\p{M}])",   # it's, we'll; but not 'tis
-    r" ?[\p{L}\p{M}]+",                        # a word, with the space before it
-    r"\p{N}",                                  # digits one by one, so that columns line up
-    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",         # punctuation, with the line end behind it
-    r"\s{0,64}[\r\n]+",                        # line ends, with the blanks before them
-    r"\s{1,64}(?!\S)",                         # blanks, but the last one opens the next word
-    r"\s"))
+PATTERN = "|".join(
+    (
+        r"'(?:[sdmt]|ll|ve|re)(?![\p{L}\p{M}])",  # it's, we'll; but not 'tis
+        r" ?[\p{L}\p{M}]+",  # a word, with the space before it
+        r"\p{N}",  # digits one by one, so that columns line up
+        r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",  # punctuation, with the line end behind it
+        r"\s{0,64}[\r\n]+",  # line ends, with the blanks before them
+        r"\s{1,64}(?!\S)",  # blanks, but the last one opens the next word
+        r"\s",
+    )
+)
 
 # Chat layouts, role -> (prefix, suffix). The first one whose two marks the vocabulary has is used.
 ROLES = ("system", "user", "assistant", "tool")
@@ -50,14 +69,18 @@ CHATML["tool"] = ("<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im
 LLAMA3 = {role: (f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES}
 LLAMA3["tool"] = ("<|start_header_id|>ipython<|end_header_id|>\n\n", "<|eot_id|>")
 OURS = {role: (f"<|{role}|>", "<|end|>") for role in ROLES}
-LAYOUTS = (("<|im_start|>", "<|im_end|>", CHATML), ("<|start_header_id|>", "<|eot_id|>", LLAMA3),
-           ("<|user|>", "<|end|>", OURS))
+LAYOUTS = (
+    ("<|im_start|>", "<|im_end|>", CHATML),
+    ("<|start_header_id|>", "<|eot_id|>", LLAMA3),
+    ("<|user|>", "<|end|>", OURS),
+)
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 PAD_NAMES = ("<|pad|>", "<|finetune_right_pad_id|>", "<pad>", *EOT_NAMES)
 NAMES = ("bytes", "gpt2", "cl100k_base", "o200k_base")
 
 
 # --- training ---------------------------------------------------------------------------------
+
 
 def merge_pair(word, pair, new):
     """Replace each adjacent `pair` in the list of ids `word` by the id `new`, left to right."""
@@ -117,6 +140,7 @@ def train_bpe(texts, vocab_size):
 
 # --- special tokens ---------------------------------------------------------------------------
 
+
 def with_markers(special, ranks):
     """`special`, and ours after the last id where it has the marks of no chat layout."""
     if any(mark in special and end in special for mark, end, _ in LAYOUTS):
@@ -133,6 +157,7 @@ def splitter(tokens):
 
 
 # --- the tokenizer ----------------------------------------------------------------------------
+
 
 class Tokenizer:
     """Byte-level BPE with special tokens.
@@ -156,13 +181,18 @@ class Tokenizer:
         absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         self._absent = {self.vocab_size + n: byte for n, byte in enumerate(absent)}
         self._ranks = ranks | {byte: id for id, byte in self._absent.items()}
-        self._bytes = ({id: token for token, id in self.ranks.items()}
-                       | {id: text.encode() for text, id in special.items()})
+        self._bytes = {id: token for token, id in self.ranks.items()} | {
+            id: text.encode() for text, id in special.items()
+        }
         self.encoding = tiktoken.Encoding(
-            "nanollm", pat_str=rf"{pattern}|(?:(?!{pattern})[\s\S])+",
-            mergeable_ranks=self._ranks, special_tokens={})
-        end, self.layout = next((end, layout) for mark, end, layout in LAYOUTS
-                                if mark in special and end in special)
+            "nanollm",
+            pat_str=rf"{pattern}|(?:(?!{pattern})[\s\S])+",
+            mergeable_ranks=self._ranks,
+            special_tokens={},
+        )
+        end, self.layout = next(
+            (end, layout) for mark, end, layout in LAYOUTS if mark in special and end in special
+        )
         self.end_id = special[end]
         self.eot_id = next((special[name] for name in EOT_NAMES if name in special), self.end_id)
         self.pad_id = next((special[name] for name in PAD_NAMES if name in special), self.end_id)
@@ -175,12 +205,16 @@ class Tokenizer:
         """Learn a tokenizer of `vocab_size` tokens in all, the special tokens included."""
         ordinary = vocab_size - len(SPECIAL_TOKENS)
         if ordinary < 256:
-            raise UserError(f"vocab_size {vocab_size} is too small: the bytes and special tokens "
-                            f"alone are {256 + len(SPECIAL_TOKENS)}")
+            raise UserError(
+                f"vocab_size {vocab_size} is too small: the bytes and special tokens "
+                f"alone are {256 + len(SPECIAL_TOKENS)}"
+            )
         ranks = train_bpe(texts, ordinary)
         if len(ranks) < ordinary:
-            raise UserError(f"the texts are too short for vocab_size {vocab_size}: give more text, "
-                            f"or a vocab_size of at most {len(ranks) + len(SPECIAL_TOKENS)}")
+            raise UserError(
+                f"the texts are too short for vocab_size {vocab_size}: give more text, "
+                f"or a vocab_size of at most {len(ranks) + len(SPECIAL_TOKENS)}"
+            )
         return cls(ranks, with_markers({}, ranks))
 
     @classmethod
@@ -203,20 +237,26 @@ class Tokenizer:
             ranks, added, pattern, nfc, source = read_json(file)
             return cls(ranks, with_markers(added, ranks), pattern, nfc, source)
         except OSError:
-            raise UserError(f"no tokenizer at {name}: give a folder with a tokenizer.json, "
-                            f"or one of {', '.join(NAMES)}") from None
+            raise UserError(
+                f"no tokenizer at {name}: give a folder with a tokenizer.json, "
+                f"or one of {', '.join(NAMES)}"
+            ) from None
         except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
             why = error if isinstance(error, UserError) else f"it is malformed ({error!r})"
-            raise UserError(f"{file}: {why}; use a byte-level BPE tokenizer.json (as of GPT-2, "
-                            "Llama-3, Qwen3, SmolLM2), or train one") from None
+            raise UserError(
+                f"{file}: {why}; use a byte-level BPE tokenizer.json (as of GPT-2, "
+                "Llama-3, Qwen3, SmolLM2), or train one"
+            ) from None
 
     @classmethod
     def _from_tiktoken(cls, name):
         try:
             encoding = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            raise UserError(f"could not download the tokenizer {name} ({type(error).__name__}): go "
-                            "online once, or use \"bytes\" or a folder instead") from None
+            raise UserError(
+                f"could not download the tokenizer {name} ({type(error).__name__}): go "
+                'online once, or use "bytes" or a folder instead'
+            ) from None
         # Possessive {1,3}+ changes nothing there, and Oniguruma reads it otherwise.
         pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")
         ranks = encoding._mergeable_ranks
@@ -243,7 +283,7 @@ class Tokenizer:
     def encode_batch(self, texts, special=False):
         """`encode` of each text of a list, on all cores."""
         size = 1 + len(texts) // (4 * os.cpu_count())
-        chunks = [texts[i:i + size] for i in range(0, len(texts), size)]
+        chunks = [texts[i : i + size] for i in range(0, len(texts), size)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             done = pool.map(lambda chunk: [self.encode(text, special) for text in chunk], chunks)
             return [ids for chunk in done for ids in chunk]
@@ -259,8 +299,10 @@ class Tokenizer:
                 ids += self.encoding.encode_ordinary(part)
         if self._absent and not self._absent.keys().isdisjoint(ids):
             byte = next(self._absent[id] for id in ids if id in self._absent)
-            raise UserError(f"this tokenizer has no token for the byte {byte!r}: remove the "
-                            "characters that hold it from the text, or use another tokenizer")
+            raise UserError(
+                f"this tokenizer has no token for the byte {byte!r}: remove the "
+                "characters that hold it from the text, or use another tokenizer"
+            )
         return ids
 
     def decode_bytes(self, ids):
@@ -276,22 +318,26 @@ class Tokenizer:
     @functools.cached_property
     def _affixes(self):
         """role -> (ids before the content, ids after it)."""
-        return {role: tuple(self.encode(text, special=True) for text in affixes)
-                for role, affixes in self.layout.items()}
+        return {
+            role: tuple(self.encode(text, special=True) for text in affixes)
+            for role, affixes in self.layout.items()
+        }
 
-    def render(self, messages, generation_prompt=False, images=False):
+    def render(self, messages, generation_prompt=False, image_tokens=0):
         """A chat as (ids, mask): per message the prefix of its role, the content, the suffix.
 
         mask is True on what the assistant writes, its content and the end of its turn, save in a
         message with "loss": false and in what tools have answered in between. Ids are put together
         turn by turn, and never made from the whole text again. Special tokens in a content are
         plain text, but for <think>, <tool_call> and their like in what the assistant and the tools
-        say, and <image> where `images` is true. `generation_prompt` adds the assistant's prefix.
+        say, and <image>, which becomes `image_tokens` placeholders, where that is not 0. `generation_prompt` adds the assistant's prefix.
         Raises UserError on a malformed message.
         """
-        if images and "<image>" not in self.special:
-            raise UserError("this tokenizer has no token <image>: start from a model of this "
-                            "project, or one whose vocabulary has no chat tokens of its own")
+        if image_tokens and "<image>" not in self.special:
+            raise UserError(
+                "this tokenizer has no token <image>: start from a model of this "
+                "project, or one whose vocabulary has no chat tokens of its own"
+            )
         ids = self.encode(self.start, special=True)
         mask = [False] * len(ids)
         for n, message in enumerate(messages):
@@ -301,7 +347,12 @@ class Tokenizer:
             if role not in ROLES:
                 raise UserError(f"message {n}: role {role!r} is none of {', '.join(ROLES)}")
             allowed = self.content_tokens if role in ("assistant", "tool") else ()
-            content = self._encode(message["content"], allowed + ("<image>",) * images)
+            allowed += ("<image>",) * bool(image_tokens)
+            content = self._encode(message["content"], allowed)
+            if image_tokens:
+                image = self.special["<image>"]
+                times = (image_tokens if id == image else 1 for id in content)
+                content = [id for id, k in zip(content, times) for _ in range(k)]
             before, after = self._affixes[role]
             ids += before + content + after
             # In ChatML a line end follows the end of the turn; nobody needs to write it.

@@ -5,6 +5,7 @@
 
 What tiktoken would encode otherwise than Hugging Face's `tokenizers` is refused with UserError.
 """
+
 import json
 import re
 
@@ -24,10 +25,14 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 # --- reading ----------------------------------------------------------------------------------
 
+
 def read_model(model, added):
     """The ranks {token bytes: id} of tokenizer.json's `model`, without the `added` tokens."""
-    foreign = [key for key in ("byte_fallback", "dropout", "continuing_subword_prefix",
-                               "end_of_word_suffix") if model.get(key)]
+    foreign = [
+        key
+        for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        if model.get(key)
+    ]
     if model.get("type") != "BPE" or foreign:
         raise UserError(f"its model is {' with '.join([str(model.get('type')), *foreign])}")
     names = {name: id for name, id in model["vocab"].items() if added.get(name) != id}
@@ -89,12 +94,16 @@ def read_json(file):
 
 # --- writing ----------------------------------------------------------------------------------
 
+
 def list_merges(ranks):
     """The pairs of tokens that spell a token, in the order (id made, left id, right id)."""
     merges = []
     for token in sorted(ranks, key=ranks.get):
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token))
-                 if token[:i] in ranks and token[i:] in ranks]
+        pairs = [
+            (token[:i], token[i:])
+            for i in range(1, len(token))
+            if token[:i] in ranks and token[i:] in ranks
+        ]
         merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     return merges
 
@@ -106,13 +115,22 @@ def to_json(tokenizer):
     # Special tokens are in the vocabulary too: so their ids may have gaps.
     vocab = {shown[token]: id for token, id in ranks.items()} | special
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = ({text: {"id": id, "content": text, **flags, "special": text.startswith("<|")}
-              for text, id in special.items()}
-             | {token["content"]: token for token in source.get("added_tokens") or ()})
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated",
-             "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": False}
+    added = {
+        text: {"id": id, "content": text, **flags, "special": text.startswith("<|")}
+        for text, id in special.items()
+    } | {token["content"]: token for token in source.get("added_tokens") or ()}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": tokenizer.pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     return {
         "version": "1.0",
         "added_tokens": sorted(added.values(), key=lambda token: token["id"]),
@@ -120,23 +138,32 @@ def to_json(tokenizer):
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": source.get("post_processor"),
         "decoder": byte_level,
-        "model": {"type": "BPE", "ignore_merges": True,
-                  "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-                  "merges": [[shown[left], shown[right]] for left, right in list_merges(ranks)]}}
+        "model": {
+            "type": "BPE",
+            "ignore_merges": True,
+            "vocab": dict(sorted(vocab.items(), key=lambda example: example[1])),
+            "merges": [[shown[left], shown[right]] for left, right in list_merges(ranks)],
+        },
+    }
 
 
 def to_jinja(layout, start):
     """`Tokenizer.chat_template`: each message between the affixes of its role, after `start`."""
-    return ("{% set affixes = " + json.dumps(layout) + " %}"
-            "{{ " + json.dumps(start) + " }}{% for m in messages %}"
-            "{{ affixes[m['role']][0] + m['content'] + affixes[m['role']][1] }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ affixes['assistant'][0] }}{% endif %}")
+    return (
+        "{% set affixes = " + json.dumps(layout) + " %}"
+        "{{ " + json.dumps(start) + " }}{% for m in messages %}"
+        "{{ affixes[m['role']][0] + m['content'] + affixes[m['role']][1] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ affixes['assistant'][0] }}{% endif %}"
+    )
 
 
 def to_config(tokenizer):
     """What tokenizer_config.json holds."""
     names = {id: text for text, id in tokenizer.special.items()}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        "eos_token": names[tokenizer.end_id], "pad_token": names[tokenizer.pad_id],
-        "chat_template": tokenizer.chat_template}
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": names[tokenizer.end_id],
+        "pad_token": names[tokenizer.pad_id],
+        "chat_template": tokenizer.chat_template,
+    }

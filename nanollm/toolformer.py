@@ -19,16 +19,17 @@ from typing import Literal
 
 import torch
 
+from data import village
+from nanollm.batches import pad_completions
 from nanollm.config import UserError, atomic_write, cli
-from nanollm.data import pad_replies
-from nanollm.evaluate import sample_replies, village_tools
 from nanollm.formats import read_chats
+from nanollm.generate import sample_completions
 from nanollm.hub import load_model
-from nanollm.logprobs import reply_logprobs
+from nanollm.logprobs import completion_logprobs
 from nanollm.preferences import in_batches
 from nanollm.run import check_file
 from nanollm.runtime import start
-from nanollm.tools import LONGEST_RESULT
+from nanollm.tools import LONGEST_RESULT, Toolbox
 
 
 @dataclass
@@ -48,16 +49,17 @@ class Config:
 
 def answer_losses(model, tokenizer, prompts, prefixes, answers):
     """Nats per token of each answer after its prompt and prefix (lists of ids), (N,)."""
-    rows = pad_replies([p + z for p, z in zip(prompts, prefixes)], answers, tokenizer.pad_id)
-    logprobs = in_batches(lambda part: reply_logprobs(model, part).sum(1), rows, model.device)
+    rows = pad_completions([p + z for p, z in zip(prompts, prefixes)], answers, tokenizer.pad_id)
+    logprobs = in_batches(lambda part: completion_logprobs(model, part).sum(1), rows, model.device)
     return -logprobs / rows.mask.sum(1)
 
 
 def sampled_calls(model, tokenizer, tools, prompts, samples, generator=None):
-    """(number of the prompt, call, result) of each call that was closed; call and result are ids.
-    """
+    """(number of the prompt, call, result) of each call that was closed; call and result are ids."""
     begun = [prompt + [tools.call] for prompt in prompts]
-    sampled = sample_replies(model, tokenizer, begun, LONGEST_RESULT, samples, generator=generator)
+    sampled = sample_completions(
+        model, tokenizer, begun, LONGEST_RESULT, samples, generator=generator
+    )
     found = []
     for n, ids in enumerate(sampled):
         if tools.call_end in ids:
@@ -84,10 +86,10 @@ def filter_calls(model, tokenizer, tools, chats, samples=4, threshold=0.5, gener
     found = []  # (number of the chat, call, result, the chat with them)
     for i, call, result in sampled_calls(model, tokenizer, tools, asked, samples, generator):
         n = fit[i]
-        called = with_call(chats[n], tokenizer.decode(call + result))
-        same = tokenizer.render(called["messages"])[0] == prompts[n] + call + result + answers[n]
+        ddp_model = with_call(chats[n], tokenizer.decode(call + result))
+        same = tokenizer.render(ddp_model["messages"])[0] == prompts[n] + call + result + answers[n]
         if same and len(whole[n]) + len(call + result) <= context:
-            found.append((n, call, result, called))
+            found.append((n, call, result, ddp_model))
     if not found:
         return []
     numbers, calls, results, chats_with_call = zip(*found)
@@ -119,7 +121,7 @@ def main(cfg):
     chats = [c for c in read_chats(cfg.data) if c["messages"][-1]["role"] == "assistant"]
     if not chats:
         raise UserError(f"{cfg.data} holds no dialogue that ends with an answer")
-    tools = village_tools(cfg.model, tokenizer, cfg.knowledge)
+    tools = Toolbox.of_village(village.of_run(cfg.model), tokenizer, cfg.knowledge)
     generator = torch.Generator(rt.device).manual_seed(cfg.seed)
     sampling = cfg.samples, cfg.threshold, generator
     kept = filter_calls(model, tokenizer, tools, chats, *sampling)

@@ -15,10 +15,10 @@ import warnings
 from collections import Counter, defaultdict
 from fractions import Fraction
 
-from data.village_tools import NOTHING
 from nanollm.config import UserError
 from nanollm.formats import read_jsonl
 
+NOTHING = "nothing found"
 LONGEST = 200  # characters of a call's argument
 LARGEST = 10**40  # of any number on the way
 LONGEST_RESULT = 48  # tokens that a result may have; the rest is cut
@@ -174,15 +174,18 @@ class Toolbox:
                 f"this tokenizer has no {missing[0]}: start from a model of this project"
             )
         self.tools, self.tokenizer = tools, tokenizer
-        self.call, self.call_end, self.result, self.result_end = map(
-            tokenizer.special.get, markers
-        )
+        self.call, self.call_end, self.result, self.result_end = map(tokenizer.special.get, markers)
 
     @classmethod
     def with_knowledge(cls, path, tokenizer):
         """Calculator, and search in a knowledge base (JSONL)."""
         tools = {"calculator": calculator, "search": KnowledgeBase.load(path).search}
         return cls(tools, tokenizer)
+
+    @classmethod
+    def of_village(cls, folder, tokenizer, knowledge=None):
+        """The same, with the knowledge base in a village's folder where no other is named."""
+        return cls.with_knowledge(knowledge or folder / "knowledge.jsonl", tokenizer)
 
     def run(self, text):
         """The result of a call such as "calculator(2 + 2)"."""
@@ -196,7 +199,7 @@ class Toolbox:
         return self.tools[name](argument[:-1])
 
     def respond(self, ids):
-        """What follows `ids` (a reply so far, its last id </tool_call>): the ids of the result."""
+        """What follows `ids` (a completion so far, its last id </tool_call>): the ids of the result."""
         text, begun = "", None
         for i, id in enumerate(ids[:-1]):  # a call ends with the first end after it
             begun = i + 1 if id == self.call else None if id == self.call_end else begun

@@ -1,9 +1,9 @@
-"""What a vision-language model can do, measured on held-out pictures: the figures of train_vlm.py.
+"""What a vision-language model can do, measured on held-out images: the figures of train_vlm.py.
 
-right     accuracy with the right picture                 shuffled  with another item's picture
+right     accuracy with the right image                 shuffled  with another item's image
 combos    colours and kinds never seen together           blind     of the model trained on grey
 with and without steps: answers made to begin with <think>, or with the result
-texts     the language model's own test items, before and after
+texts     the language model's own test examples, before and after
 """
 
 import json
@@ -13,20 +13,19 @@ from pathlib import Path
 
 import torch
 
-from nanollm.clip import retrieval
+from nanollm.checkpoint import read_json
 from nanollm.config import atomic_write
-from nanollm.evaluate import accuracy_by_family
-from nanollm.figures import first_of_each_family, table
-from nanollm.hub import read_json
+from nanollm.metrics import accuracy_by_task, first_of_each_task, table
 from nanollm.rewards import is_right
+from nanollm.vision.clip import retrieval
 
 BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
-SHOWN = 3  # items of each family whose replies are kept for the report
+SHOWN = 3  # items of each task whose completions are kept for the report
 
 
-def mean(families):
-    """Mean accuracy over families of {family: {"accuracy", "n"}}."""
-    return sum(f["accuracy"] for f in families.values()) / max(1, len(families))
+def mean(tasks):
+    """Mean accuracy over tasks of {task: {"accuracy", "n"}}."""
+    return sum(f["accuracy"] for f in tasks.values()) / max(1, len(tasks))
 
 
 @torch.no_grad()
@@ -43,58 +42,58 @@ def retrieved(clip, pairs, among=64):
     return {key: sum(group[key] for group in groups) / len(groups) for key in groups[0]}
 
 
-def text_figures(model, tokenizer, items):
-    """Accuracy by family of items without pictures."""
+def text_figures(model, tokenizer, examples):
+    """Accuracy by task of items without images."""
     model.eval()
-    families = accuracy_by_family(model, tokenizer, items)[0] if items else {}
+    tasks = accuracy_by_task(model, tokenizer, examples)[0] if examples else {}
     model.train()
-    return families
+    return tasks
 
 
-def with_others_pictures(rows):
-    """The packed rows, each picture in the place of the one before it."""
-    numbers = rows.picture_numbers()
+def with_others_images(rows):
+    """The packed rows, each image in the place of the one before it."""
+    numbers = rows.image_numbers()
     numbers = iter(numbers[1:] + numbers[:1])
-    return replace(rows, pictures=[[next(numbers) for _ in row] for row in rows.pictures])
+    return replace(rows, images=[[next(numbers) for _ in row] for row in rows.images])
 
 
-def picture_figures(model, tokenizer, store, items, blind=False):
-    """({name: {family: {"accuracy", "n"}}}, replies to items["pictures"]); a blind model sees grey
+def image_figures(model, tokenizer, store, examples, blind=False):
+    """({name: {task: {"accuracy", "n"}}}, completions to items["images"]); a blind model sees grey
     only.
     """
     model.eval()
-    ask = partial(accuracy_by_family, model, tokenizer, store=store)
+    ask = partial(accuracy_by_task, model, tokenizer, store=store)
     shown, found = "grey" if blind else "right", {}
-    found["right"], replies = ask(items["pictures"], shown=shown)
-    if items["combos"]:
-        found["combos"] = ask(items["combos"], shown=shown)[0]
+    found["right"], completions = ask(examples["images"], shown=shown)
+    if examples["combos"]:
+        found["combos"] = ask(examples["combos"], shown=shown)[0]
     if not blind:
-        found["shuffled"] = ask(items["pictures"], shown="shuffled")[0]
-        steps = [i for i in items["pictures"] if i["check"] == "number" and i["family"] != "count"]
+        found["shuffled"] = ask(examples["images"], shown="shuffled")[0]
+        steps = [i for i in examples["images"] if i["check"] == "number" and i["task"] != "count"]
         found |= {name: ask(steps, begin=begin)[0] for name, begin in BEGINS.items() if steps}
     model.train()
-    return found, replies
+    return found, completions
 
 
-def keep_samples(path, items, replies):
-    """Write questions, pictures and replies as JSON: for the report, beside those of the blind."""
-    wanted = {id(item) for item in first_of_each_family(items, SHOWN)}
+def keep_samples(path, examples, completions):
+    """Write questions, images and completions as JSON: for the report, beside those of the blind."""
+    wanted = {id(example) for example in first_of_each_task(examples, SHOWN)}
     samples = [
         {
-            "image": item["images"][0],
-            "question": item["messages"][-1]["content"].replace("<image>", "").strip(),
-            "answer": item["answer"],
-            "reply": reply,
-            "right": is_right(item, reply),
+            "image": example["images"][0],
+            "question": example["messages"][-1]["content"].replace("<image>", "").strip(),
+            "answer": example["answer"],
+            "completion": completion,
+            "right": is_right(example, completion),
         }
-        for item, reply in zip(items, replies)
-        if id(item) in wanted and item["images"]
+        for example, completion in zip(examples, completions)
+        if id(example) in wanted and example["images"]
     ]
     atomic_write(path, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
 
 
-def picture_table(found, blind=None):
-    """Text table of what picture_figures gives, a line per family."""
+def image_table(found, blind=None):
+    """Text table of what image_figures gives, a line per task."""
     columns = {"right": found["right"], "shuffled": found.get("shuffled"), "blind": blind}
     columns |= {"new pairs": found.get("combos")}
     columns |= {"steps": found.get("with_steps"), "no steps": found.get("without_steps")}
@@ -102,15 +101,15 @@ def picture_table(found, blind=None):
 
 
 def blind_figures(out):
-    """Accuracy by family of the blind model beside a run, where there is one."""
+    """Accuracy by task of the blind model beside a run, where there is one."""
     path = Path(f"{out}-blind") / "result.json"
-    found = read_json(path).get("pictures") if path.exists() else None
+    found = read_json(path).get("images") if path.exists() else None
     return found["right"] if found else None
 
 
 def summary(found, blind=None):
-    """One line: the mean over families of each figure."""
-    parts = [f"right picture {mean(found['right']):.1%}"]
+    """One line: the mean over tasks of each figure."""
+    parts = [f"right image {mean(found['right']):.1%}"]
     if "shuffled" in found:
         parts.append(f"another item's {mean(found['shuffled']):.1%}")
     if blind:
@@ -120,4 +119,4 @@ def summary(found, blind=None):
     if "with_steps" in found:
         with_steps, without = (mean(found[name]) for name in BEGINS)
         parts.append(f"sums with steps {with_steps:.1%}, without {without:.1%}")
-    return "accuracy, mean over families: " + ", ".join(parts)
+    return "accuracy, mean over tasks: " + ", ".join(parts)

@@ -13,8 +13,8 @@ import train_ppo
 import train_rm
 import train_sft
 from nanollm import chat, evaluate, safetensors
+from nanollm.batches import pack_chats
 from nanollm.config import parse
-from nanollm.dialogues import pack_chats
 from nanollm.hub import load_model, load_scalar
 from nanollm.run import Run, read_metrics
 from tests.test_train import (
@@ -42,7 +42,7 @@ SCRIPTS = {
     "train_grpo.py": (
         train_grpo,
         [*COMMON, *"--data problems.jsonl --max_new_tokens 12 --samples 4 --accumulate 2".split(),
-         *"--eval_items 4 --eval_samples 2 --kl_coef 0.1".split()],
+         *"--eval_examples 4 --eval_samples 2 --kl_coef 0.1".split()],
     ),
 }  # fmt: skip
 
@@ -54,8 +54,10 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
-        turns = [[("user", f"say {w}"), ("assistant", w + " please" * (i // 8 % 2))]
-                 for i, w in enumerate(WORDS * 6)]
+        turns = [
+            [("user", f"say {w}"), ("assistant", w + " please" * (i // 8 % 2))]
+            for i, w in enumerate(WORDS * 6)
+        ]
         files = {
             "chats": [{"messages": [{"role": r, "content": c} for r, c in t]} for t in turns],
             "pairs": [{"prompt": f"say {w}", "chosen": f"{w} please", "rejected": w}
@@ -95,7 +97,9 @@ def loaded(script, folder):
 
 def test_fine_tuning_with_an_adapter_learns(here):
     flags = ["--init", "runs/sft", "--data", "no.jsonl", "--steps", 100, "--eval_every", 100]
-    metrics = run("train_sft.py", *LORA, *flags, "--replay", 0, "--lr", 0.02, out="runs/learnt")
+    metrics = run(
+        "train_sft.py", *LORA, *flags, "--replay", 0, "--muon_lr", 0.02, out="runs/learnt"
+    )
     losses = [m["val_loss"] for m in metrics if "val_loss" in m]
     first = next(m["loss"] for m in metrics if "loss" in m)
     assert first > 2 and losses[-1] < 0.3  # the head is frozen, too
@@ -199,7 +203,7 @@ def test_chat_and_evaluate_take_an_adapter(here, capsys):
     for flags in (["runs/lora"], ["runs/pretrain", "--adapter", "runs/lora"]):
         flags += ["--data", "problems.jsonl", "--dtype", "fp32", "--max_new_tokens", "8"]
         evaluate.main(parse(evaluate.Config, None, flags))
-        found.append(json.loads(Path("runs/lora/evaluation.json").read_text())["families"])
+        found.append(json.loads(Path("runs/lora/evaluation.json").read_text())["tasks"])
     assert found[0] == found[1]
 
 
@@ -256,7 +260,7 @@ def test_a_killed_and_resumed_run_equals_a_whole_one(here):
 
 @pytest.mark.parametrize("script,method", [("train_sft.py", "qlora"), ("train_rm.py", "dora")])
 def test_two_processes_give_the_gradients_of_one(script, method, here):
-    flags = [*SCRIPTS[script][1], "--adapter", method, "--steps", 1, "--clip", 0]
+    flags = [*SCRIPTS[script][1], "--adapter", method, "--steps", 1, "--grad_clip", 0]
     flags += ["--eval_every", 1]
     moments = moments_of_two_processes(script, flags, f"runs/one_{script}", f"runs/two_{script}")
     assert len(moments[0]) > 5

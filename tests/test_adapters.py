@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanollm import adapters
 from nanollm.config import UserError
 from nanollm.generate import generate
+from nanollm.peft import adapters
 
 TOKENS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
 SETTINGS = adapters.Settings(rank=4, alpha=8, virtual_tokens=5, hidden=16)
@@ -146,8 +146,10 @@ def test_a_folder_without_an_adapter_or_with_an_unknown_one_is_refused(random_mo
         adapters.load_adapter(random_model(), tmp_path)
     adapters.save_adapter(attach(random_model(), "adapter"), tmp_path, "base")
     path = tmp_path / "adapter_config.json"
-    for change, message in (({"peft_type": "IA3"}, "'IA3' is not implemented"),
-                            ({"r": 0}, "not a whole number from 1 on")):
+    for change, message in (
+        ({"peft_type": "IA3"}, "'IA3' is not implemented"),
+        ({"r": 0}, "not a whole number from 1 on"),
+    ):
         kept = json.loads(path.read_text())
         path.write_text(json.dumps(kept | change))
         with pytest.raises(UserError, match=message):

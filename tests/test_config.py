@@ -4,6 +4,7 @@
 
 This docstring is the description in --help, with its layout.
 """
+
 import errno
 import json
 import os
@@ -22,22 +23,23 @@ from nanollm.config import UserError, atomic_file, atomic_write, cli, parse, sav
 @dataclass
 class Config:
     """steps: this line is no field."""
+
     # -- Run
-    preset: str = "tiny"      # how large everything is
-    out: str = "runs/test"    # run folder to write
-    resume: bool = False      # go on where the run in --out stopped
+    preset: str = "tiny"  # how large everything is
+    out: str = "runs/test"  # run folder to write
+    resume: bool = False  # go on where the run in --out stopped
 
     # -- Training ------
     # optimizer steps,
     # 100% of them
     steps: int = 300
-    lr: float = 1e-3          # learning rate,
-                              # at its peak
+    lr: float = 1e-3  # learning rate,
+    # at its peak
     dtype: Literal["auto", "bf16"] = "auto"  # precision
     layers: Literal[2, 4] = 2
-    init: str | None = None   # folder to start from
+    init: str | None = None  # folder to start from
     clip: float | None = 1.0  # largest gradient norm
-    compile: bool = True      # torch.compile
+    compile: bool = True  # torch.compile
 
     @property
     def double(self):
@@ -64,34 +66,37 @@ def test_without_flags_everything_has_its_default():
     assert read("") == Config()
 
 
-@pytest.mark.parametrize("line, name, value", [
-    ("--steps 5", "steps", 5),
-    ("--steps=5", "steps", 5),
-    ("--steps 1_000", "steps", 1000),
-    ("--steps 1e6", "steps", 1_000_000),
-    ("--steps 2.5E3", "steps", 2500),
-    ("--steps 9007199254740993", "steps", 2**53 + 1),
-    ("--steps 1 --steps 2", "steps", 2),
-    ("--lr 3e-4", "lr", 3e-4),
-    ("--lr 1", "lr", 1.0),
-    ("--lr inf", "lr", float("inf")),
-    ("--clip none", "clip", None),
-    ("--clip 0.5", "clip", 0.5),
-    ("--init None", "init", None),
-    ("--init runs/sft", "init", "runs/sft"),
-    ("--init=--odd=name", "init", "--odd=name"),
-    ("--init=", "init", ""),
-    ("--out none", "out", "none"),
-    ("--dtype bf16", "dtype", "bf16"),
-    ("--layers 4", "layers", 4),
-    ("--resume false", "resume", False),
-    ("--compile", "compile", True),
-    ("--compile false", "compile", False),
-    ("--compile=False", "compile", False),
-    ("--no_compile", "compile", False),
-    ("--no-compile", "compile", False),
-    ("--no_compile --compile true", "compile", True),
-])
+@pytest.mark.parametrize(
+    "line, name, value",
+    [
+        ("--steps 5", "steps", 5),
+        ("--steps=5", "steps", 5),
+        ("--steps 1_000", "steps", 1000),
+        ("--steps 1e6", "steps", 1_000_000),
+        ("--steps 2.5E3", "steps", 2500),
+        ("--steps 9007199254740993", "steps", 2**53 + 1),
+        ("--steps 1 --steps 2", "steps", 2),
+        ("--muon_lr 3e-4", "lr", 3e-4),
+        ("--muon_lr 1", "lr", 1.0),
+        ("--muon_lr inf", "lr", float("inf")),
+        ("--grad_clip none", "clip", None),
+        ("--grad_clip 0.5", "clip", 0.5),
+        ("--init None", "init", None),
+        ("--init runs/sft", "init", "runs/sft"),
+        ("--init=--odd=name", "init", "--odd=name"),
+        ("--init=", "init", ""),
+        ("--out none", "out", "none"),
+        ("--dtype bf16", "dtype", "bf16"),
+        ("--layers 4", "layers", 4),
+        ("--resume false", "resume", False),
+        ("--compile", "compile", True),
+        ("--compile false", "compile", False),
+        ("--compile=False", "compile", False),
+        ("--no_compile", "compile", False),
+        ("--no-compile", "compile", False),
+        ("--no_compile --compile true", "compile", True),
+    ],
+)
 def test_a_flag_sets_its_field(line, name, value):
     config = read(line)
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
@@ -102,6 +107,7 @@ def test_dashes_may_stand_for_underscores():
     @dataclass
     class Dashed:
         eval_every: int = 1
+
     assert read("--eval-every 2", Dashed, None) == read("--eval_every 2", Dashed, None) == Dashed(2)
 
 
@@ -118,31 +124,34 @@ def test_the_command_line_itself_is_the_default(monkeypatch):
 
 
 # --- what is refused ---------------------------------------------------------------------------
-@pytest.mark.parametrize("line, says", [
-    ("--step 4", "unknown flag --step; did you mean --steps?"),
-    ("--no_compil", "unknown flag --no_compil; did you mean --compile?"),
-    ("--zzz=4", "unknown flag --zzz; see --help"),
-    ("-s 4", "unknown flag -s; see --help"),
-    ("--", "unknown flag --; see --help"),
-    ("--no_steps", "unknown flag --no_steps; did you mean --steps?"),
-    ("--no_compile=true", "unknown flag --no_compile; did you mean --compile?"),
-    ("--steps abc", "--steps wants a whole number, got 'abc'"),
-    ("--steps 1.5", "--steps wants a whole number, got '1.5'"),
-    ("--steps 1e400", "--steps wants a whole number, got '1e400'"),
-    ("--steps nan", "--steps wants a whole number, got 'nan'"),
-    ("--steps=", "--steps wants a whole number, got ''"),
-    ("--steps none", "--steps wants a whole number, got 'none'"),
-    ("--lr fast", "--lr wants a number, got 'fast'"),
-    ("--lr nan", "--lr wants a number, got 'nan'"),
-    ("--clip x", "--clip wants a number or none, got 'x'"),
-    ("--compile maybe", "--compile wants true or false, got 'maybe'"),
-    ("--dtype fp8", "--dtype wants one of auto, bf16, got 'fp8'"),
-    ("--layers 3", "--layers wants one of 2, 4, got '3'"),
-    ("--preset huge", "--preset wants one of smoke, tiny, gpu, got 'huge'"),
-    ("--steps", "--steps wants a whole number; write --steps VALUE"),
-    ("--steps --lr 1", "--steps wants a whole number; write --steps VALUE"),
-    ("runs/sft", "what is 'runs/sft' for? every setting is written --name value"),
-])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("--step 4", "unknown flag --step; did you mean --steps?"),
+        ("--no_compil", "unknown flag --no_compil; did you mean --compile?"),
+        ("--zzz=4", "unknown flag --zzz; see --help"),
+        ("-s 4", "unknown flag -s; see --help"),
+        ("--", "unknown flag --; see --help"),
+        ("--no_steps", "unknown flag --no_steps; did you mean --steps?"),
+        ("--no_compile=true", "unknown flag --no_compile; did you mean --compile?"),
+        ("--steps abc", "--steps wants a whole number, got 'abc'"),
+        ("--steps 1.5", "--steps wants a whole number, got '1.5'"),
+        ("--steps 1e400", "--steps wants a whole number, got '1e400'"),
+        ("--steps nan", "--steps wants a whole number, got 'nan'"),
+        ("--steps=", "--steps wants a whole number, got ''"),
+        ("--steps none", "--steps wants a whole number, got 'none'"),
+        ("--muon_lr fast", "--muon_lr wants a number, got 'fast'"),
+        ("--muon_lr nan", "--muon_lr wants a number, got 'nan'"),
+        ("--grad_clip x", "--grad_clip wants a number or none, got 'x'"),
+        ("--compile maybe", "--compile wants true or false, got 'maybe'"),
+        ("--dtype fp8", "--dtype wants one of auto, bf16, got 'fp8'"),
+        ("--layers 3", "--layers wants one of 2, 4, got '3'"),
+        ("--preset huge", "--preset wants one of smoke, tiny, gpu, got 'huge'"),
+        ("--steps", "--steps wants a whole number; write --steps VALUE"),
+        ("--steps --muon_lr 1", "--steps wants a whole number; write --steps VALUE"),
+        ("runs/sft", "what is 'runs/sft' for? every setting is written --name value"),
+    ],
+)
 def test_bad_input_is_refused_with_the_sentence_that_helps(line, says):
     with pytest.raises(UserError) as refusal:
         read(line)
@@ -158,6 +167,7 @@ def test_a_setting_without_default_must_be_given():
     @dataclass
     class Needy:
         data: str
+
     assert read("--data x", Needy, None).data == "x"
     with pytest.raises(UserError, match="--data is needed"):
         read("", Needy, None)
@@ -213,7 +223,7 @@ def test_a_typed_flag_wins_over_the_resumed_run(tmp_path):
 
 
 def test_a_resumed_run_says_what_goes_on_otherwise(tmp_path, capsys):
-    read(started(tmp_path, steps=77, lr=0.5) + " --steps 100 --lr 0.5")
+    read(started(tmp_path, steps=77, lr=0.5) + " --steps 100 --muon_lr 0.5")
     said = capsys.readouterr().out
     assert said == "note: the run was started with --steps 77, and goes on with 100\n"
 
@@ -240,14 +250,17 @@ def test_there_must_be_something_to_resume(tmp_path):
         read(f"--resume --out {tmp_path}")
 
 
-@pytest.mark.parametrize("text, says", [
-    ("{", "is not a JSON object"),
-    ("[]", "is not a JSON object"),
-    ('{"steps": "x"}', "steps wants a whole number, got 'x'; mend it or add --steps VALUE"),
-    ('{"steps": true}', "steps wants a whole number, got True"),
-    ('{"dtype": "fp8"}', "dtype wants one of auto, bf16, got 'fp8'"),
-    ('{"out": 3, "lr": null}', "lr wants a number, got None"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{", "is not a JSON object"),
+        ("[]", "is not a JSON object"),
+        ('{"steps": "x"}', "steps wants a whole number, got 'x'; mend it or add --steps VALUE"),
+        ('{"steps": true}', "steps wants a whole number, got True"),
+        ('{"dtype": "fp8"}', "dtype wants one of auto, bf16, got 'fp8'"),
+        ('{"out": 3, "lr": null}', "lr wants a number, got None"),
+    ],
+)
 def test_a_damaged_saved_config_is_refused(tmp_path, text, says):
     (tmp_path / "train_config.json").write_text(text)
     with pytest.raises(UserError, match=says):
@@ -269,23 +282,26 @@ def help_text(capsys, monkeypatch):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", [
-    "\n    loss = -log p\n\nThis docstring",
-    "\nRun:\n",
-    "\nTraining:\n",
-    "how large everything is (default: tiny)",
-    "--preset smoke|tiny|gpu",
-    "run folder to write (default: runs/test, smoke: runs/smoke)",
-    "--steps int",
-    "optimizer steps, 100% of them (default: 300, smoke: 4)",
-    "--lr float",
-    "learning rate, at its peak (default: 0.001)",
-    "--dtype auto|bf16",
-    "precision (default: auto, gpu: bf16)",
-    "--init str",
-    "folder to start from (default: None)",
-    "--no_compile [bool]",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n    loss = -log p\n\nThis docstring",
+        "\nRun:\n",
+        "\nTraining:\n",
+        "how large everything is (default: tiny)",
+        "--preset smoke|tiny|gpu",
+        "run folder to write (default: runs/test, smoke: runs/smoke)",
+        "--steps int",
+        "optimizer steps, 100% of them (default: 300, smoke: 4)",
+        "--muon_lr float",
+        "learning rate, at its peak (default: 0.001)",
+        "--dtype auto|bf16",
+        "precision (default: auto, gpu: bf16)",
+        "--init str",
+        "folder to start from (default: None)",
+        "--no_compile [bool]",
+    ],
+)
 def test_help_shows(text, help_text):
     assert text in help_text
 
@@ -304,6 +320,7 @@ def test_help_names_the_argument(capsys):
 def leave(capsys, mistake=None, argv=()):
     def main(config):
         raise mistake
+
     with pytest.raises(SystemExit) as leaving:
         cli(main, Config, PRESETS, list(argv))
     shown = capsys.readouterr()
@@ -311,14 +328,25 @@ def leave(capsys, mistake=None, argv=()):
     return leaving.value.code, shown.err
 
 
-@pytest.mark.parametrize("mistake, code, says", [
-    (UserError("data.jsonl:3: no\n  messages"), 2, "error: data.jsonl:3: no messages\n"),
-    (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
-    (OSError(errno.ENOSPC, "No space left"), 2, "error: cannot write: No space left\n"),
-    (OSError(errno.EROFS, "Read-only", "/x"), 2, "error: /x: Read-only\n"),
-    (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: Permission denied\n"),
-    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x"), 2, "error: /x: Not a directory\n"),
-])
+@pytest.mark.parametrize(
+    "mistake, code, says",
+    [
+        (UserError("data.jsonl:3: no\n  messages"), 2, "error: data.jsonl:3: no messages\n"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+        (OSError(errno.ENOSPC, "No space left"), 2, "error: cannot write: No space left\n"),
+        (OSError(errno.EROFS, "Read-only", "/x"), 2, "error: /x: Read-only\n"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            2,
+            "error: /x: Permission denied\n",
+        ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x"),
+            2,
+            "error: /x: Not a directory\n",
+        ),
+    ],
+)
 def test_a_mistake_becomes_one_line(capsys, monkeypatch, mistake, code, says):
     monkeypatch.delenv("RANK", raising=False)
     assert leave(capsys, mistake) == (code, says)
@@ -326,7 +354,9 @@ def test_a_mistake_becomes_one_line(capsys, monkeypatch, mistake, code, says):
 
 def test_a_wrong_flag_becomes_one_line(capsys):
     assert leave(capsys, argv=["--steps", "x"]) == (
-        2, "error: --steps wants a whole number, got 'x'\n")
+        2,
+        "error: --steps wants a whole number, got 'x'\n",
+    )
 
 
 @pytest.mark.parametrize("rank, says", [("0", "error: no\n"), ("1", "")])
@@ -339,6 +369,7 @@ def test_of_many_processes_only_the_first_speaks(capsys, monkeypatch, rank, says
 def test_a_bug_keeps_its_traceback(mistake):
     def main(config):
         raise mistake
+
     with pytest.raises(type(mistake), match="bug"):
         cli(main, Config, PRESETS, [])
 
@@ -362,16 +393,20 @@ cli(main, Config)
 """
 
 
-@pytest.mark.parametrize("line, code, out, err", [
-    ("python -c '{}' | wc -l", 0, "1", ""),
-    ("python -c '{}' --lines x", 2, "", "error: --lines wants a whole number, got 'x'\n"),
-    ("python -c '{}' --lines 100000 | true; exit ${{PIPESTATUS[0]}}", 141, "", ""),
-    ("python -c '{}' | true; exit ${{PIPESTATUS[0]}}", None, "", ""),  # 0 or 141: a race
-])
+@pytest.mark.parametrize(
+    "line, code, out, err",
+    [
+        ("python -c '{}' | wc -l", 0, "1", ""),
+        ("python -c '{}' --lines x", 2, "", "error: --lines wants a whole number, got 'x'\n"),
+        ("python -c '{}' --lines 100000 | true; exit ${{PIPESTATUS[0]}}", 141, "", ""),
+        ("python -c '{}' | true; exit ${{PIPESTATUS[0]}}", None, "", ""),  # 0 or 141: a race
+    ],
+)
 def test_the_shell_sees(line, code, out, err):
     line = line.format(SCRIPT).replace("python", f"'{sys.executable}'", 1)
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
     assert (done.stdout.strip(), done.stderr) == (out, err)
     assert done.returncode == code or code is None
 
@@ -392,17 +427,24 @@ cli(main, Config)
 
 
 @pytest.mark.parametrize("processes, out", [("1", "begun\ninterpreter's end\n"), ("2", "begun\n")])
-@pytest.mark.parametrize("mistake, code, err", [
-    ("UserError('no')", 2, "error: no\n"),
-    ("KeyboardInterrupt", 130, "stopped by Ctrl-C\n"),
-    ("ValueError('bug')", 1, "Traceback"),
-])
+@pytest.mark.parametrize(
+    "mistake, code, err",
+    [
+        ("UserError('no')", 2, "error: no\n"),
+        ("KeyboardInterrupt", 130, "stopped by Ctrl-C\n"),
+        ("ValueError('bug')", 1, "Traceback"),
+    ],
+)
 def test_one_of_several_processes_that_fails_does_not_wait_for_the_interpreters_end(
     processes, out, mistake, code, err
 ):
-    done = subprocess.run([sys.executable, "-c", FAILING.format(mistake)], capture_output=True,
-                          text=True, cwd=Path(__file__).parent.parent,
-                          env={**os.environ, "RANK": "0", "WORLD_SIZE": processes})
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING.format(mistake)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": processes},
+    )
     assert (done.returncode, done.stdout) == (code, out)
     assert done.stderr.startswith(err)
 
@@ -432,12 +474,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, failure):
     assert os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    ("--steps -5", "--steps must be at least 1, not -5"),
-    ("--steps=0", "--steps must be at least 1, not 0"),
-    ("--lr -3e-4", "--lr must be at least 0, not -0.0003"),
-    ("--clip -1", "--clip must be at least 0, not -1.0"),
-])
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--steps -5", "--steps must be at least 1, not -5"),
+        ("--steps=0", "--steps must be at least 1, not 0"),
+        ("--muon_lr -3e-4", "--muon_lr must be at least 0, not -0.0003"),
+        ("--grad_clip -1", "--grad_clip must be at least 0, not -1.0"),
+    ],
+)
 def test_a_value_below_its_least_is_refused(flags, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         parse(Config, argv=flags.split())

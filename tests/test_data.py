@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanollm import data
-from nanollm.config import UserError
-from nanollm.data import (
+from nanollm.batches import (
     Sampler,
     TokenShards,
     Windows,
@@ -21,6 +19,7 @@ from nanollm.data import (
     write_shards,
     xz_bits_per_byte,
 )
+from nanollm.config import UserError
 from nanollm.formats import (
     identity,
     read_chats,
@@ -127,11 +126,7 @@ def test_a_malformed_record_is_named_by_file_and_line(read, lines, sentence, wri
 
 @pytest.mark.parametrize(
     "content, sentence",
-    [
-        (b"", "is empty"),
-        (b" \n\t\n", "is empty"),
-        (b"abc\xff", r"is not UTF-8 text \(byte 3\)"),
-    ],
+    [(b"", "is empty"), (b" \n\t\n", "is empty"), (b"abc\xff", r"is not UTF-8 text \(byte 3\)")],
 )
 def test_a_file_without_text_is_refused(content, sentence, write):
     with pytest.raises(UserError, match=sentence):
@@ -285,12 +280,7 @@ def test_tokens_made_once_are_found_again(tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "source, name",
-    [
-        (["b.txt", 16], "bytes"),
-        (["a.txt", 17], "bytes"),
-        (["a.txt", 16], "trained"),
-    ],
+    "source, name", [(["b.txt", 16], "bytes"), (["a.txt", 17], "bytes"), (["a.txt", 16], "trained")]
 )
 def test_another_source_or_tokenizer_is_tokenised_anew(source, name, tokenizer, cache):
     load_shards(lambda: ["Once upon a time"], ["a.txt", 16], tokenizer)
@@ -375,15 +365,15 @@ def shards_of(*lengths):
 def test_windows_by_hand():
     windows = Windows(shards_of(9), 4)
     assert windows.n == 2
-    assert windows.rows([1, 0]).tolist() == [[4, 5, 6, 7, 8], [0, 1, 2, 3, 4]]
-    assert windows.rows(torch.tensor([0])).dtype == torch.int64
+    assert windows[[1, 0]].tolist() == [[4, 5, 6, 7, 8], [0, 1, 2, 3, 4]]
+    assert windows[torch.tensor([0])].dtype == torch.int64
 
 
 @pytest.mark.parametrize("lengths", [(41,), (21, 41), (5, 3, 9), (41, 1, 6)])
 def test_windows_predict_every_token_exactly_once(lengths):
     T = 4
     windows = Windows(shards_of(*lengths), T)
-    targets = windows.rows(range(windows.n))[:, 1:].flatten().tolist()
+    targets = windows[range(windows.n)][:, 1:].flatten().tolist()
     wanted = [1000 * i + t for i, n in enumerate(lengths) for t in range(1, 1 + (n - 1) // T * T)]
     assert targets == wanted  # all but the first of a file, and a rest shorter than T
 
@@ -398,7 +388,7 @@ def test_a_token_beyond_32767_stays_positive():
     shards = TokenShards(
         [np.array([65535, 40000, 1], dtype="<u2")], tokens=3, text_bytes=0, documents=1
     )
-    assert Windows(shards, 2).rows([0]).tolist() == [[65535, 40000, 1]]
+    assert Windows(shards, 2)[[0]].tolist() == [[65535, 40000, 1]]
 
 
 # --- sampler -----------------------------------------------------------------------------------
@@ -493,8 +483,8 @@ def test_rows_are_well_filled():
 
 def test_packed_rows_are_chosen_by_number():
     rows = pack([example(8, start) for start in (100, 200, 300)], 8, pad_id=9)
-    assert rows.rows(torch.tensor([2, 0])).tokens[:, 0].tolist() == [300, 100]
-    assert rows.rows(slice(0, 1)).mask.shape == (1, 8)
+    assert rows[torch.tensor([2, 0])].tokens[:, 0].tolist() == [300, 100]
+    assert rows[slice(0, 1)].mask.shape == (1, 8)
 
 
 def test_packed_rows_of_two_sources_are_joined():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from nanollm.batches import fit_chats, pack_chats
 from nanollm.config import UserError
-from nanollm.dialogues import fit_chats, pack_chats
 from nanollm.runtime import Runtime
 from nanollm.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ def test_without_an_answer_that_is_trained_on_a_dialogue_is_dropped():
 def test_what_was_cut_is_said(capsys):
     chats = [TWO, dialogue("user", "assistant"), dialogue("user", "user", "assistant")]
     rows = pack_chats(chats, Tokenizer.from_bytes(), 8, "training", CPU, render)
-    assert len(rows) == 2 and rows.pictures is None
+    assert len(rows) == 2 and rows.images is None
     assert capsys.readouterr().out == (
         "training: 2 dialogues in 2 rows of 8 tokens, 6 trained on; 1 shortened, 1 dropped because "
         "they were longer\n"

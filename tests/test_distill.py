@@ -21,8 +21,8 @@ from distill import (
     step_by_step_loss,
     tempered,
 )
+from nanollm.distillation import make_lessons, rationale_of, read_lessons, tokenize
 from nanollm.gpt import document_mask
-from nanollm.lessons import make_lessons, rationale_of, read_lessons, tokenize
 from nanollm.teacher import filtered, write_answers
 
 
@@ -197,7 +197,7 @@ def test_coarse_kl_keeps_a_gradient_for_every_token():
 def test_the_cache_holds_what_the_teacher_says(tokenizer, random_model):
     teacher = random_model()
     words = ("abc", "def", "g", "hi")
-    chats = [{"messages": [{"role": "user", "content": w}], "reply": w * 2} for w in words]
+    chats = [{"messages": [{"role": "user", "content": w}], "completion": w * 2} for w in words]
     lessons = make_lessons(tokenize(chats, True, tokenizer, 32), 32, tokenizer)
     assert len(lessons) > 1
     cache = cache_top_k(teacher, lessons, 5, 270, 2.0, batch=1)
@@ -217,16 +217,18 @@ def test_the_cache_holds_what_the_teacher_says(tokenizer, random_model):
 
 
 def test_a_rationale_is_what_stands_between_the_marks(tokenizer):
-    chat = {"messages": [{"role": "user", "content": "q"}], "reply": "<think>ab</think>c"}
-    [(prompt, reply, _)] = tokenize([chat], True, tokenizer, 64)
-    assert rationale_of(reply, tokenizer) == [True] * 4 + [False] * 2  # the answer, its end
-    lessons = make_lessons([(prompt, reply, True)], 64, tokenizer)
+    chat = {"messages": [{"role": "user", "content": "q"}], "completion": "<think>ab</think>c"}
+    [(prompt, completion, _)] = tokenize([chat], True, tokenizer, 64)
+    assert rationale_of(completion, tokenizer) == [True] * 4 + [False] * 2  # the answer, its end
+    lessons = make_lessons([(prompt, completion, True)], 64, tokenizer)
     assert lessons.rationale.sum() == 4 and lessons.rows.mask.sum() == 6
     assert lessons.labelled.equal(lessons.rows.mask)
 
 
 def test_answers_of_the_teacher_are_no_labels(tokenizer):
-    chats = [{"messages": [{"role": "user", "content": "q"}], "reply": r} for r in ("yes", "no")]
+    chats = [
+        {"messages": [{"role": "user", "content": "q"}], "completion": r} for r in ("yes", "no")
+    ]
     examples = tokenize(chats[:1], True, tokenizer, 64) + tokenize(chats[1:], False, tokenizer, 64)
     lessons = make_lessons(examples, 64, tokenizer)
     said = {False: "no<|end|>", True: "yes<|end|>"}
@@ -237,27 +239,31 @@ def test_answers_of_the_teacher_are_no_labels(tokenizer):
 
 def test_a_dialogue_trains_on_its_last_answer_only(tokenizer):
     turns = [("user", "a"), ("assistant", "first"), ("user", "b")]
-    record = {"messages": [{"role": r, "content": c} for r, c in turns], "reply": "second"}
-    [(prompt, reply, _)] = tokenize([record], True, tokenizer, 64)
-    assert "first" in tokenizer.decode(prompt) and tokenizer.decode(reply) == "second<|end|>"
+    record = {"messages": [{"role": r, "content": c} for r, c in turns], "completion": "second"}
+    [(prompt, completion, _)] = tokenize([record], True, tokenizer, 64)
+    assert "first" in tokenizer.decode(prompt) and tokenizer.decode(completion) == "second<|end|>"
 
 
 def test_the_checker_filters_and_every_answer_is_counted():
-    def said(reply, right, prompt="q"):
-        return {"messages": [{"role": "user", "content": prompt}], "reply": reply, "right": right}
+    def said(completion, right, prompt="q"):
+        return {
+            "messages": [{"role": "user", "content": prompt}],
+            "completion": completion,
+            "right": right,
+        }
 
     answers = [said("1", True), said("1", True), said("2", False), said("?", None, "open")]
     kept, counts = filtered("hard", answers)
-    assert [r["reply"] for r in kept] == ["1", "?"]
+    assert [r["completion"] for r in kept] == ["1", "?"]
     assert counts == (
         "1 found wrong by the checker, 1 equal to another, 2 kept, 1 of them unchecked: no answer "
         "is known"
     )
-    assert [r["reply"] for r in filtered("soft", answers)[0]] == ["1", "2", "?"]
+    assert [r["completion"] for r in filtered("soft", answers)[0]] == ["1", "2", "?"]
 
 
 def test_kept_answers_are_read_again_as_they_were_written(tmp_path):
-    record = {"messages": [{"role": "user", "content": "q"}], "reply": "<think>x</think>1"}
+    record = {"messages": [{"role": "user", "content": "q"}], "completion": "<think>x</think>1"}
     path = tmp_path / "teacher.jsonl"
     write_answers([record], path)
     assert read_lessons(path) == [record]

@@ -13,14 +13,7 @@ from nanollm.config import parse
 from nanollm.formats import read_chats
 from nanollm.hub import load_model
 from nanollm.run import read_metrics
-from tests.test_train import (
-    kill_and_resume,
-    moments_of_two_processes,
-    pretrain,
-    refused,
-    same,
-    sft,
-)
+from tests.test_train import kill_and_resume, moments_of_two_processes, pretrain, refused, same, sft
 
 WORDS = "owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split()
 OWN = (
@@ -28,7 +21,7 @@ OWN = (
     "--labels 4 --max_new_tokens 24 --context 48 --layers 1 --channels 32 --heads 2 --mlp 64 "
     "--batch_size 4 --cache_top_k 8 --eval_every 400 --sample_temperature 0.5 --temperature 1"
 ).split()
-FAST = "--lr 0.02 --adam_lr 0.01".split()
+FAST = "--muon_lr 0.02 --lr 0.01".split()
 METHODS = ("soft", "hard", "both", "on_policy", "step_by_step", "compress", "labels")
 
 
@@ -179,8 +172,8 @@ def test_two_processes_give_the_gradients_of_one(method, here):
     """With on_policy of a step on given answers and one on the student's own: at a learning rate of
     zero the optimizer's first moments are a weighted sum of their gradients.
     """
-    flags = [*OWN, "--method", method, "--steps", "2", "--clip", "0", "--on_policy_share", "1"]
-    flags += ["--optimizer", "adamw", "--adam_lr", "0"]
+    flags = [*OWN, "--method", method, "--steps", "2", "--grad_clip", "0", "--on_policy_share", "1"]
+    flags += ["--optimizer", "adamw", "--lr", "0"]
     moments = moments_of_two_processes("distill.py", flags, "runs/one", "runs/two")
     assert len(moments[0]) > 5
     for a, b in zip(*moments):
@@ -194,10 +187,7 @@ REFUSED = {
     "answers longer than the rows": (["--context", 8], "raise --context"),
     "a student with another tokenizer": (["--init", "runs/other"], "another tokenizer"),
     "a teacher that isn't there": (["--teacher", "runs/none"], "runs/none"),
-    "no half of one layer": (
-        ["--method", "compress", "--teacher", "runs/other"],
-        "has one layer",
-    ),
+    "no half of one layer": (["--method", "compress", "--teacher", "runs/other"], "has one layer"),
     "labels that aren't there": (["--data", "prompts.jsonl"], "record 1 has no label"),
     "a cache of everything": (["--cache_top_k", 1000], "must be below the vocabulary"),
     "alpha is a share": (["--alpha", 1.5], "--alpha lies between 0 and 1"),

@@ -1,5 +1,4 @@
-"""Test items as training reads problems; samples, votes and templates; tables that say of how many.
-"""
+"""Test items as training reads problems; samples, votes and templates; tables that say of how many."""
 
 import json
 from pathlib import Path
@@ -8,13 +7,12 @@ import pytest
 
 from nanollm import chat, effects, evaluate
 from nanollm.config import UserError, parse
-from nanollm.evaluate import read_items
-from nanollm.figures import counts, sampled_figures, table
-from nanollm.formats import read_prompts
+from nanollm.formats import read_examples, read_prompts
 from nanollm.hub import save_model
+from nanollm.metrics import counts, majority, sampled_metrics, table
 from nanollm.report import Section
-from nanollm.rewards import is_right, majority
-from nanollm.templates import TEMPLATES, prompt_of, template_of
+from nanollm.rewards import is_right
+from nanollm.rollouts import TEMPLATES, prompt_of, template_of
 from tests.test_train import refused
 
 
@@ -65,16 +63,18 @@ HAND_MADE = [
 
 
 @pytest.mark.parametrize("record", HAND_MADE)
-def test_a_test_item_is_what_training_reads(record, tmp_path):
+def test_a_test_example_is_what_training_reads(record, tmp_path):
     path = write(tmp_path / "items.jsonl", record)
-    (item,), (prompt,) = read_items(path), read_prompts(path)
-    assert item == {"family": "all", **prompt} and item["messages"] == ASKED
-    assert item["answer"] == item["answer"].strip()
+    (example,), (prompt,) = read_examples(path), read_prompts(path)
+    assert example == {"task": "all", **prompt} and example["messages"] == ASKED
+    assert example["answer"] == example["answer"].strip()
 
 
 def test_a_number_is_compared_as_a_number(tmp_path):
-    (item,) = read_items(write(tmp_path / "items.jsonl", {"prompt": "How many?", "answer": "62"}))
-    assert is_right(item, "There are 62.") and not is_right(item, "Of 62 only 61.")
+    (example,) = read_examples(
+        write(tmp_path / "items.jsonl", {"prompt": "How many?", "answer": "62"})
+    )
+    assert is_right(example, "There are 62.") and not is_right(example, "Of 62 only 61.")
 
 
 @pytest.mark.parametrize(
@@ -86,17 +86,17 @@ def test_a_number_is_compared_as_a_number(tmp_path):
         ({"prompt": "a", "answer": "b", "check": "regex"}, "unknown check 'regex'"),
     ],
 )
-def test_a_bad_item_is_refused_with_its_line(record, sentence, tmp_path):
+def test_a_bad_example_is_refused_with_its_line(record, sentence, tmp_path):
     path = write(tmp_path / "items.jsonl", {"prompt": "a", "answer": "b"}, record)
     with pytest.raises(UserError, match=f"items.jsonl, line 2: .*{sentence}"):
-        read_items(path)
+        read_examples(path)
 
 
-def test_a_family_may_be_called_cloze(here, random_model, tokenizer):
-    write("items.jsonl", {"messages": ASKED, "answer": "62", "family": "cloze"})
-    (item,) = read_items("items.jsonl")
-    assert prompt_of(item, None, tokenizer) == TEMPLATES["chat"](item, tokenizer)
-    assert is_right(item, "It is 62.")
+def test_a_task_may_be_called_cloze(here, random_model, tokenizer):
+    write("items.jsonl", {"messages": ASKED, "answer": "62", "task": "cloze"})
+    (example,) = read_examples("items.jsonl")
+    assert prompt_of(example, None, tokenizer) == TEMPLATES["chat"](example, tokenizer)
+    assert is_right(example, "It is 62.")
     found = evaluated("--data", "items.jsonl", "--samples", "2")
     assert found["sampled"]["cloze"]["n"] == 1
 
@@ -108,8 +108,8 @@ def test_of_prompts_too_long_the_longest_is_named(here, capsys):
     assert "2 of 3 prompts" in said and repr("y" * 40) in said
 
 
-def test_a_model_without_eyes_is_refused_before_pictures_are_painted(here, capsys):
-    for name in "pictures", "combos", "counting":
+def test_a_model_without_eyes_is_refused_before_images_are_painted(here, capsys):
+    for name in "images", "combos", "counting":
         said = refused(capsys, evaluate, "runs/model", "--data", name, "--device", "cpu")
         assert "this model reads text only" in said
     assert not Path("data").exists()
@@ -117,26 +117,33 @@ def test_a_model_without_eyes_is_refused_before_pictures_are_painted(here, capsy
 
 # --- samples and votes ---------------------------------------------------------------------------
 
-CLOZE = {"prompt": "Nora is a", "answer": " miller", "family": "cloze"}
+CLOZE = {"prompt": "Nora is a", "answer": " miller", "task": "cloze"}
 
 
 def test_the_village_is_evaluated_with_samples(here, monkeypatch):
-    monkeypatch.setattr(evaluate, "village_of", lambda folder: Path("village"))
+    monkeypatch.setattr(evaluate, "village.of_run", lambda folder: Path("village"))
     Path("village").mkdir()
     write("village/cloze.jsonl", CLOZE)
-    write("village/sft_test.jsonl", {"messages": ASKED, "answer": "62", "family": "arithmetic"})
+    write("village/sft_test.jsonl", {"messages": ASKED, "answer": "62", "task": "arithmetic"})
     write("village/corpus_val.jsonl", {"text": "Nora is a miller. " * 40})
     found = evaluated("--samples", "2")
     assert {name: row["n"] for name, row in found["sampled"].items()} == {
-        "cloze": 1, "arithmetic": 1, "all": 2
+        "cloze": 1,
+        "arithmetic": 1,
+        "all": 2,
     }
 
 
-def test_cloze_replies_vote_with_the_rest_of_their_sentence():
-    replies = " baker. So it is.", " miller. She is old.", " miller. She has a hen."
-    assert majority(CLOZE, replies) == replies[1]
-    assert sampled_figures([CLOZE], [replies[0]], replies)["cloze"] == {
-        "n": 1, "k": 3, "greedy": 0.0, "sampled": 2 / 3, "maj": 1.0, "pass": 1.0
+def test_cloze_completions_vote_with_the_rest_of_their_sentence():
+    completions = " baker. So it is.", " miller. She is old.", " miller. She has a hen."
+    assert majority(CLOZE, completions) == completions[1]
+    assert sampled_metrics([CLOZE], [completions[0]], completions)["cloze"] == {
+        "n": 1,
+        "k": 3,
+        "greedy": 0.0,
+        "sampled": 2 / 3,
+        "maj": 1.0,
+        "pass": 1.0,
     }
 
 
@@ -179,14 +186,14 @@ def test_flags_that_could_mean_nothing_are_refused(flags, sentence, capsys):
 
 def test_a_run_is_asked_as_it_was_trained(here, monkeypatch, tokenizer, capsys):
     write("items.jsonl", {"messages": ASKED, "answer": "62"})
-    (item,), calls = read_items("items.jsonl"), watched(monkeypatch)
+    (example,), calls = read_examples("items.jsonl"), watched(monkeypatch)
     evaluated("--data", "items.jsonl")
     write("runs/model/train_config.json", {"template": "zero"})
     evaluated("--data", "items.jsonl")
     assert "by the template zero" in capsys.readouterr().out
     evaluated("--data", "items.jsonl", "--template", "think")
     asked = [prompts[0] for prompts, _ in calls]
-    assert asked == [TEMPLATES[name](item, tokenizer) for name in ("chat", "zero", "think")]
+    assert asked == [TEMPLATES[name](example, tokenizer) for name in ("chat", "zero", "think")]
 
 
 def test_a_run_that_was_not_trained_on_a_template_chats(here):
@@ -221,7 +228,7 @@ def cells(*numbers):
     [((64,), "64"), ((64, 64), "64"), ((64, None), "64"), ((64, 64, 200), "64, 64, 200"),
      ((64, None, 200), "64, -, 200")],
 )  # fmt: skip
-def test_a_row_says_of_how_many_items_each_cell_is(numbers, said):
+def test_a_row_says_of_how_many_examples_each_cell_is(numbers, said):
     assert counts(cells(*numbers)) == said
 
 

@@ -1,5 +1,4 @@
-"""Sampling: parity with transformers and with our own uncached forward, and the laws of samplers.
-"""
+"""Sampling: parity with transformers and with our own uncached forward, and the laws of samplers."""
 
 import math
 

@@ -1,5 +1,4 @@
-"""GPT: parity with transformers through the files of a folder, and what makes a decoder a decoder.
-"""
+"""GPT: parity with transformers through the files of a folder, and what makes a decoder a decoder."""
 
 import json
 import math
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanollm.data import pack
+from nanollm.batches import pack
 from nanollm.gpt import (
     GPT,
     GPTConfig,

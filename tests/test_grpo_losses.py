@@ -19,13 +19,13 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 import train_grpo
 import train_ppo
 from nanollm import grpo_runs
+from nanollm.batches import pad_completions
 from nanollm.config import UserError
-from nanollm.data import pad_replies
 from nanollm.gpt import GPT
 from nanollm.grpo_runs import Sampling
 from nanollm.optim import Optimizers
+from nanollm.rollouts import TEMPLATES
 from nanollm.runtime import Runtime
-from nanollm.templates import TEMPLATES
 from tests.test_preference_losses import close, tiny
 from train_grpo import VARIANTS, Config, Counts, Rollout, sample_rollout
 
@@ -98,16 +98,25 @@ def test_value_and_gradient_equal_trls(loss, spread, beta):
     logprobs, old, A, mask, counts, ref = batch(spread)
     clip = VARIANTS[loss].clip
     me = self_of_trl(
-        logprobs, loss_type="grpo" if loss == "gspo" else loss, beta=beta,
+        logprobs,
+        loss_type="grpo" if loss == "gspo" else loss,
+        beta=beta,
         importance_sampling_level="sequence" if loss == "gspo" else "token",
-        epsilon_low=clip[0], epsilon_high=clip[1], max_completion_length=counts.longest,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+        epsilon_low=clip[0],
+        epsilon_high=clip[1],
+        max_completion_length=counts.longest,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
         _entropy_bonus_enabled=False,
     )
     inputs = inputs_of_trl(
-        mask, advantages=A[:, 0], old_per_token_logps=old, ref_per_token_logps=ref,
-        num_items_in_batch=mask.sum(),
+        mask,
+        advantages=A[:, 0],
+        old_per_token_logps=old,
+        ref_per_token_logps=ref,
+        num_examples_in_batch=mask.sum(),
     )
     penalty = beta * train_grpo.kl_k3(logprobs, ref)
     ours = VARIANTS[loss].loss(logprobs, old, A, mask, counts, clip, penalty)
@@ -142,9 +151,7 @@ BY_LOOP = {
         (x - statistics.fmean(r)) / (statistics.stdev(r) + 1e-4) for x in r
     ],
     "centred": lambda r: [x - statistics.fmean(r) for x in r],
-    "leave_one_out": lambda r: [
-        x - statistics.fmean(r[:i] + r[i + 1 :]) for i, x in enumerate(r)
-    ],
+    "leave_one_out": lambda r: [x - statistics.fmean(r[:i] + r[i + 1 :]) for i, x in enumerate(r)],
 }
 
 
@@ -407,18 +414,18 @@ def answers(lengths):
     return [[*torch.randint(1, END, (n - 1,)).tolist(), END] for n in lengths]
 
 
-def rollout_of(prompts, replies, rewards, own=None):
-    rows, rewards = pad_replies(prompts, replies, 0, own), torch.tensor(rewards)
+def rollout_of(prompts, completions, rewards, own=None):
+    rows, rewards = pad_completions(prompts, completions, 0, own), torch.tensor(rewards)
     return Rollout(rows, rewards, rewards, torch.ones(len(rows), dtype=torch.bool))
 
 
 def made_up(rewards=(1.1, 0.0, 0.1, 0.1, 0.0, 1.0, 1.0, 0.1)):
     """Two problems with four answers each, of 1 to 9 tokens; in one a tool has written two ids."""
     prompts = [[3, 4, 5]] * G + [[6, 7, 8, 9, 10]] * G
-    replies = answers([4, 9, 1, 6, 7, 3, 8, 2])
-    own = [[True] * len(reply) for reply in replies]
+    completions = answers([4, 9, 1, 6, 7, 3, 8, 2])
+    own = [[True] * len(completion) for completion in completions]
     own[1][3:5] = [False, False]
-    return rollout_of(prompts, replies, list(rewards), own)
+    return rollout_of(prompts, completions, list(rewards), own)
 
 
 class Watched(Optimizers):
@@ -440,9 +447,7 @@ def update(policy, rollout, ref=None, lr=0.05, **flags):
     flags = {"samples": G, "max_new_tokens": 9, "clip": 0.0, "accumulate": 1} | flags
     watched = Watched(policy, lr)
     with torch.random.fork_rng():
-        seen = train_grpo.update(
-            Config(**flags), CPU, policy, ref, watched, CPU.scaler(), rollout
-        )
+        seen = train_grpo.update(Config(**flags), CPU, policy, ref, watched, CPU.scaler(), rollout)
     return policy, watched.gradients, seen
 
 
@@ -540,16 +545,16 @@ def test_what_a_group_of_equal_rewards_says_does_not_matter(loss):
 @pytest.mark.parametrize("by_a_tool", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_ids_that_a_tool_has_written_are_not_learned(loss, by_a_tool):
-    policy, replies = tiny(GPT), answers([4, 9, 1, 6, 7, 3, 8, 2])
-    own = [[True] * len(reply) for reply in replies]
+    policy, completions = tiny(GPT), answers([4, 9, 1, 6, 7, 3, 8, 2])
+    own = [[True] * len(completion) for completion in completions]
     own[1][-2:] = [not by_a_tool] * 2  # cut off while a result was being written
 
     def gradient():
-        rollout = rollout_of([[3, 4]] * 8, replies, [1.0, 0.0, 0.0, 1.0] * 2, own)
+        rollout = rollout_of([[3, 4]] * 8, completions, [1.0, 0.0, 0.0, 1.0] * 2, own)
         return update(policy, rollout, loss=loss)[1][0]
 
     wanted = gradient()
-    replies[1][-2:] = [50, 60]
+    completions[1][-2:] = [50, 60]
     same = torch.allclose(gradient(), wanted, rtol=1e-5, atol=1e-6)
     assert same == by_a_tool
 
@@ -573,7 +578,7 @@ def prompt_length(tokenizer):
 def test_the_end_token_belongs_to_the_answer_and_without_one_there_is_no_reward(
     random_model, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda item, text: 1.0),))
+    monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda example, text: 1.0),))
     cfg = Config(samples=8, max_new_tokens=40)
     sampling = Sampling(cfg, tokenizer)
     noise = torch.rand(32, 40, dtype=torch.float64)
@@ -588,7 +593,7 @@ def test_the_end_token_belongs_to_the_answer_and_without_one_there_is_no_reward(
 
 
 def test_where_rewards_are_negative_not_to_end_is_no_way_out(random_model, tokenizer, monkeypatch):
-    monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda item, text: -1.0),))
+    monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda example, text: -1.0),))
     cfg = Config(samples=8, max_new_tokens=40)
     sampling = Sampling(cfg, tokenizer)
     noise = torch.rand(32, 40, dtype=torch.float64)
@@ -637,7 +642,7 @@ class Table(nn.Module):
 def test_the_clip_fraction_is_the_share_of_tokens_whose_ratio_the_loss_clips(
     loss, ratios, share, monkeypatch
 ):
-    monkeypatch.setattr(train_grpo, "reply_logprobs", Table.logprobs)
+    monkeypatch.setattr(train_grpo, "completion_logprobs", Table.logprobs)
     rollout = rollout_of([[3, 4], [3, 4]], [[5, 6], [7, 8]], [1.0, 0.0])
     policy = Table([[1.0, 1.0], [1.0, 1.0]], ratios)
     _, _, seen = update(policy, rollout, loss=loss, samples=2, inner_updates=2)
@@ -657,7 +662,7 @@ def test_entropy_and_kl_are_read_off_the_sampled_tokens():
     (policy, ref), rollout = two_models(), made_up()
     _, _, seen = update(policy, rollout, ref, kl_coef=0.1)
     parts = [torch.arange(8)]
-    old, fixed = (train_grpo.look_back(m, rollout.rows, parts, 1.0) for m in (policy, ref))
+    old, fixed = (train_grpo.batched_logprobs(m, rollout.rows, parts, 1.0) for m in (policy, ref))
     assert seen["entropy"] == pytest.approx(-old[rollout.mask].mean().item(), rel=1e-5)
     assert seen["kl"] == pytest.approx((old - fixed).sum().item() / 8, rel=1e-4)
     assert seen["tokens"] == rollout.mask.sum() == 38
@@ -677,10 +682,10 @@ def test_gsm8k_records_are_problems_and_the_last_of_them_held_out(tmp_path):
         for n in [3, 2000, *range(5, 23)]
     ]
     train, val = problems_in(tmp_path / "gsm8k.jsonl", records, val_fraction=0.1)
-    assert [item["answer"] for item in train[:2]] == ["7", "2004"]
+    assert [example["answer"] for example in train[:2]] == ["7", "2004"]
     assert train[0]["messages"] == [{"role": "user", "content": "What is 3 more than 4?"}]
-    assert {(item["family"], item["check"]) for item in train + val} == {("all", "number")}
-    assert [item["answer"] for item in val] == ["25", "26"] and len(train) == 18
+    assert {(example["task"], example["check"]) for example in train + val} == {("all", "number")}
+    assert [example["answer"] for example in val] == ["25", "26"] and len(train) == 18
 
 
 def test_data_without_answers_is_refused(tmp_path):
@@ -694,58 +699,54 @@ def test_too_few_problems_to_hold_one_out_are_refused(tmp_path):
         problems_in(tmp_path / "one.jsonl", [{"prompt": "2 + 5?", "answer": 7}])
 
 
-def families(count=40):
+def tasks(count=40):
     names = "add", "subtract", "count", None
     return [
-        {"prompt": f"{n}?", "answer": n} | ({"family": names[n % 4]} if names[n % 4] else {})
+        {"prompt": f"{n}?", "answer": n} | ({"task": names[n % 4]} if names[n % 4] else {})
         for n in range(count)
     ]
 
 
 @pytest.mark.parametrize(
     "wanted, found",
-    [
-        ("", {"add", "subtract", "count", "all"}),
-        ("add", {"add"}),
-        ("add,count,", {"add", "count"}),
-    ],
+    [("", {"add", "subtract", "count", "all"}), ("add", {"add"}), ("add,count,", {"add", "count"})],
 )
-def test_only_the_wanted_families_are_kept_and_no_problem_is_in_both_parts(wanted, found, tmp_path):
-    parts = problems_in(tmp_path / "p.jsonl", families(), families=wanted, val_fraction=0.25)
+def test_only_the_wanted_tasks_are_kept_and_no_problem_is_in_both_parts(wanted, found, tmp_path):
+    parts = problems_in(tmp_path / "p.jsonl", tasks(), tasks=wanted, val_fraction=0.25)
     for part in parts:
-        assert {item["family"] for item in part} == found
-    train, val = ({item["answer"] for item in part} for part in parts)
+        assert {example["task"] for example in part} == found
+    train, val = ({example["answer"] for example in part} for part in parts)
     assert not train & val and max(map(int, train)) < min(map(int, val))
 
 
-def test_a_family_that_nobody_knows_is_refused_by_name(tmp_path):
+def test_a_task_that_nobody_knows_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="has no problems of divide"):
-        problems_in(tmp_path / "p.jsonl", families(), families="divide", val_fraction=0.25)
+        problems_in(tmp_path / "p.jsonl", tasks(), tasks="divide", val_fraction=0.25)
 
 
 @pytest.mark.parametrize(
     "data, name, place",
     [
-        ("village", "problems", "village_of"),
-        ("tools", "tools", "village_of"),
-        ("pictures", "problems", "pictures_of"),
+        ("village", "problems", "village.of_run"),
+        ("tools", "tools", "village.of_run"),
+        ("images", "problems", "village_images.of_run"),
     ],
 )
 def test_the_villages_own_problems_come_in_two_files(data, name, place, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo_runs, place, lambda run_folder: tmp_path)
     for part, answer in ("train", "3"), ("test", "4"):
-        record = {"prompt": "?", "answer": answer, "family": "add"}
+        record = {"prompt": "?", "answer": answer, "task": "add"}
         (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(record))
     train, val = grpo_runs.load_problems(Config(data=data))
-    assert [item["answer"] for item in train + val] == ["3", "4"]
+    assert [example["answer"] for example in train + val] == ["3", "4"]
 
 
 # --- templates ------------------------------------------------------------------------------------
 
 
 def asked(template, tokenizer, question="What is 7 - 3?"):
-    item = {"messages": [{"role": "user", "content": question}]}
-    return TEMPLATES[template](item, tokenizer)
+    example = {"messages": [{"role": "user", "content": question}]}
+    return TEMPLATES[template](example, tokenizer)
 
 
 def test_a_base_model_reads_a_document_with_an_example_and_the_problem(tokenizer):

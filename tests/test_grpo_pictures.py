@@ -1,4 +1,4 @@
-"""GRPO on problems about pictures: what rewards alone teach, the same distribution in sampling and
+"""GRPO on problems about images: what rewards alone teach, the same distribution in sampling and
 training, resume, adapters, bad input.
 """
 
@@ -12,22 +12,22 @@ from PIL import Image
 
 import train_grpo
 from nanollm import evaluate, rollouts
-from nanollm.adapter_runs import reference
+from nanollm.batches import Completions, pad_completions
 from nanollm.config import parse
-from nanollm.data import Replies, pad_replies
 from nanollm.generate import generate
 from nanollm.gpt import GPTConfig
 from nanollm.grpo_runs import Sampling
 from nanollm.hub import load_model, save_model
-from nanollm.logprobs import reply_logprobs
-from nanollm.pictures import Preprocessing
+from nanollm.logprobs import completion_logprobs
+from nanollm.peft.adapters import reference
 from nanollm.run import read_metrics
 from nanollm.tokenizer import Tokenizer
-from nanollm.vision import VisionConfig, ViT
-from nanollm.vlm import VLM, image_id_of, render_with_pictures
+from nanollm.vision.images import Preprocessing
+from nanollm.vision.vit import VisionConfig, ViT
+from nanollm.vision.vlm import VLM, image_id_of, render_with_images
 from tests.conftest import SMALL
 from tests.test_train import refused, same
-from tests.test_vlm import EYES, adapted, make, some_pictures
+from tests.test_vlm import EYES, adapted, make, some_images
 
 COLOURS = {"red": (230, 30, 30), "blue": (30, 30, 230), "grey": (128, 128, 128)}
 ASKED = "<image>Red or blue?"
@@ -39,30 +39,30 @@ OWN = (
 
 def start_of(vlm, tokenizer):
     messages = [{"role": "user", "content": ASKED}]
-    return render_with_pictures(tokenizer, messages, vlm.tokens_per_picture, 1, True)[0]
+    return render_with_images(tokenizer, messages, vlm.tokens_per_image, 1, True)[0]
 
 
 def blind_model(tokenizer):
-    """A small VLM that has been taught to say 1 or 2 by chance, whatever the picture."""
+    """A small VLM that has been taught to say 1 or 2 by chance, whatever the image."""
     torch.manual_seed(0)
     cfg = GPTConfig(**SMALL | {"max_position_embeddings": 96})
     vlm = VLM(cfg, ViT(VisionConfig(**EYES)), "pixel_shuffle", image_id_of(tokenizer))
     vlm.preprocessing = Preprocessing(16)
     vlm.train_parts(language=True)
     answers = [[*tokenizer.encode(text), tokenizer.end_id] for text in "12"] * 4
-    prompts, pictures = [start_of(vlm, tokenizer)] * 8, list(torch.randn(8, 1, 3, 16, 16))
-    rows = pad_replies(prompts, answers, tokenizer.pad_id, pictures=pictures)
+    prompts, images = [start_of(vlm, tokenizer)] * 8, list(torch.randn(8, 1, 3, 16, 16))
+    rows = pad_completions(prompts, answers, tokenizer.pad_id, images=images)
     optimizer = torch.optim.AdamW(vlm.parameters(), 0.01)
     for _ in range(40):
         optimizer.zero_grad()
-        (-reply_logprobs(vlm, rows).sum() / 8).backward()
+        (-completion_logprobs(vlm, rows).sum() / 8).backward()
         optimizer.step()
     return vlm
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The blind model; problems with a red or a blue picture, and the same with grey ones."""
+    """The blind model; problems with a red or a blue image, and the same with grey ones."""
     folder, tokenizer = tmp_path_factory.mktemp("grpo"), Tokenizer.from_bytes()
     save_model(blind_model(tokenizer), tokenizer, folder / "runs/blind")
     for name, colour in COLOURS.items():
@@ -102,17 +102,17 @@ def accuracies(metrics):
 
 # --- learning ------------------------------------------------------------------------------------
 
-LEARN = "--steps 30 --eval_every 30 --adam_lr 0.005 --warmup 2".split()
+LEARN = "--steps 30 --eval_every 30 --lr 0.005 --warmup 2".split()
 
 
-def test_rewards_alone_teach_to_look_at_the_picture(here):
+def test_rewards_alone_teach_to_look_at_the_image(here):
     seen = accuracies(grpo(*LEARN))
     assert seen[0] < 0.7 and sum(seen[-5:]) / 5 > 0.9
     result = json.loads(Path("runs/grpo/result.json").read_text())
     assert result["after"]["all"]["greedy"] == 1.0
 
 
-def test_nothing_is_learnt_from_grey_pictures(here):
+def test_nothing_is_learnt_from_grey_images(here):
     seen = accuracies(grpo(*LEARN, "--data", "grey.jsonl", out="runs/grey"))
     assert sum(seen[-5:]) / 5 < 0.65
     result = json.loads(Path("runs/grey/result.json").read_text())
@@ -127,13 +127,13 @@ def test_projector_and_language_model_learn_and_the_vision_tower_is_frozen(here)
 
 
 @pytest.mark.parametrize("data", ["texts.jsonl", "mixed.jsonl"])
-def test_problems_of_text_are_answered_too_alone_or_beside_pictures(data, here):
+def test_problems_of_text_are_answered_too_alone_or_beside_images(data, here):
     metrics = grpo("--steps", 2, "--data", data)
     assert len(accuracies(metrics)) == 2 and all(m.get("grad_norm", 1) > 0 for m in metrics)
 
 
 def test_an_adapter_starts_at_the_reference_and_leaves_it(here):
-    flags = ["--steps", 4, "--eval_every", 4, "--adapter", "lora", "--adam_lr", 0.01]
+    flags = ["--steps", 4, "--eval_every", 4, "--adapter", "lora", "--lr", 0.01]
     kl = [m["kl"] for m in grpo(*flags, "--warmup", 0, "--kl_coef", 0.1) if "kl" in m]
     assert kl[0] == 0.0 and kl[-1] != 0.0
     assert isinstance(load_model("runs/grpo")[0], VLM)
@@ -148,39 +148,41 @@ def vlm(tokenizer):
 
 
 def rollout_of(vlm, tokenizer, temperature=1.0):
-    """Answers of a random model to problems with two pictures, one, and none."""
+    """Answers of a random model to problems with two images, one, and none."""
     cfg = train_grpo.Config(samples=4, max_new_tokens=6, temperature=temperature)
     sampling = Sampling(cfg, tokenizer, vlm)
     shown = {"two": ["red.png", "blue.png"], "none": [], "one": ["red.png"]}
-    items = [
-        {"messages": [{"role": "user", "content": "<image>" * len(images) + f"{n}?"}],
-         "images": images, "answer": "7", "check": "number"}
+    examples = [
+        {
+            "messages": [{"role": "user", "content": "<image>" * len(images) + f"{n}?"}],
+            "images": images,
+            "answer": "7",
+            "check": "number",
+        }
         for n, images in shown.items()
     ]
     noise = torch.rand(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return train_grpo.sample_rollout(cfg, vlm, sampling, items, noise)
+    return train_grpo.sample_rollout(cfg, vlm, sampling, examples, noise)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampling_and_training_see_one_distribution(
-    temperature, vlm, tokenizer, here, monkeypatch
-):
+def test_sampling_and_training_see_one_distribution(temperature, vlm, tokenizer, here, monkeypatch):
     made = []
     monkeypatch.setattr(
         rollouts, "generate", lambda *a, **k: made.append(generate(*a, **k)) or made[0]
     )
     rows = rollout_of(vlm, tokenizer, temperature).rows
     with torch.no_grad():
-        trained = reply_logprobs(vlm, rows, temperature)[rows.mask[:, 1:]]
+        trained = completion_logprobs(vlm, rows, temperature)[rows.mask[:, 1:]]
     torch.testing.assert_close(trained, made[0].logprobs[made[0].own], atol=2e-5, rtol=0)
 
 
 def test_the_placeholder_has_no_share_in_logprobs_and_entropy(vlm, tokenizer):
     prompt = start_of(vlm, tokenizer)
-    rows = pad_replies([prompt], [[5]], 0, pictures=[some_pictures(1)])
+    rows = pad_completions([prompt], [[5]], 0, images=[some_images(1)])
     with torch.no_grad():
-        logprob, entropy = (x.sum() for x in reply_logprobs(vlm, rows, with_entropy=True))
-        logits = vlm(torch.tensor([prompt]), pictures=some_pictures(1))[0, -1]
+        logprob, entropy = (x.sum() for x in completion_logprobs(vlm, rows, with_entropy=True))
+        logits = vlm(torch.tensor([prompt]), images=some_images(1))[0, -1]
         others = torch.arange(len(logits)) != vlm.image_id
         p = logits[others].softmax(-1)
     assert logprob.item() == pytest.approx(p[5].log().item(), abs=1e-5)
@@ -196,41 +198,41 @@ def test_the_reference_keeps_its_projector_where_an_adapter_is_trained(vlm, toke
     rows, policy = rollout_of(vlm, tokenizer).rows, adapted(vlm)
     ref = reference(policy)
     with torch.no_grad():
-        before = reply_logprobs(ref, rows)
+        before = completion_logprobs(ref, rows)
         policy.projector.linear_1.weight.mul_(2)
-        assert torch.equal(reply_logprobs(ref, rows), before)
+        assert torch.equal(completion_logprobs(ref, rows), before)
     assert ref.model.embed_tokens.weight is policy.model.embed_tokens.weight  # frozen: shared
 
 
-# --- rows and their pictures ---------------------------------------------------------------------
+# --- rows and their images ---------------------------------------------------------------------
 
 
-def test_each_answer_is_scored_with_its_own_pictures_in_any_order(vlm, tokenizer, here):
+def test_each_answer_is_scored_with_its_own_images_in_any_order(vlm, tokenizer, here):
     rows = rollout_of(vlm, tokenizer).rows
     with torch.no_grad():
-        whole = reply_logprobs(vlm, rows).sum(1)
+        whole = completion_logprobs(vlm, rows).sum(1)
         order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-        mixed = reply_logprobs(vlm, rows.rows(order)).sum(1)
-        text, shown = rows.rows(slice(4, 8)), rows.rows(slice(0, 4))
-        joined = reply_logprobs(vlm, Replies.join([text, shown])).sum(1)
+        mixed = completion_logprobs(vlm, rows[order]).sum(1)
+        text, shown = rows[slice(4, 8)], rows[slice(0, 4)]
+        joined = completion_logprobs(vlm, Completions.join([text, shown])).sum(1)
     torch.testing.assert_close(mixed, whole[order], atol=1e-4, rtol=0)
     torch.testing.assert_close(joined, whole[[4, 5, 6, 7, 0, 1, 2, 3]], atol=1e-4, rtol=0)
 
 
-def test_the_vision_tower_looks_once_at_each_prompts_pictures(vlm, tokenizer, here, monkeypatch):
+def test_the_vision_tower_looks_once_at_each_prompts_images(vlm, tokenizer, here, monkeypatch):
     looked, features = [], vlm.vision.features
     monkeypatch.setattr(
         vlm.vision, "features", lambda p, *how: looked.append(len(p)) or features(p, *how)
     )
     rows = rollout_of(vlm, tokenizer).rows
-    reply_logprobs(vlm, rows).sum().backward()
-    assert looked == [3]  # four samples, and a pass of training, of 2 + 0 + 1 pictures
+    completion_logprobs(vlm, rows).sum().backward()
+    assert looked == [3]  # four samples, and a pass of training, of 2 + 0 + 1 images
 
 
-def test_what_look_gives_stands_for_the_pictures(vlm, tokenizer):
-    tokens, pictures = torch.tensor([start_of(vlm, tokenizer)]), some_pictures(1)
+def test_what_look_gives_stands_for_the_images(vlm, tokenizer):
+    tokens, images = torch.tensor([start_of(vlm, tokenizer)]), some_images(1)
     with torch.no_grad():
-        assert torch.equal(vlm(tokens, pictures=vlm.look(pictures)), vlm(tokens, pictures=pictures))
+        assert torch.equal(vlm(tokens, images=vlm.look(images)), vlm(tokens, images=images))
 
 
 # --- resume, files, bad input --------------------------------------------------------------------
@@ -257,30 +259,30 @@ def test_an_interrupted_run_goes_on_bit_for_bit(here, monkeypatch):
     assert len(calls) == 8 and same(*states)
 
 
-def test_the_villages_pictures_are_found_by_the_run_that_chose_them(here, monkeypatch):
+def test_the_villages_images_are_found_by_the_run_that_chose_them(here, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluate.village_pictures, "prepare", lambda **how: asked.append(how))
+    monkeypatch.setattr(evaluate.village_images, "prepare", lambda **how: asked.append(how))
     chain = {
-        "a": {"init": "runs/sft", "picture_size": 32, "pictures": 7},
-        "b": {"init": "runs/a", "data": "pictures"},
+        "a": {"init": "runs/sft", "image_size": 32, "images": 7},
+        "b": {"init": "runs/a", "data": "images"},
     }
     for name, settings in chain.items():
         Path("runs", name).mkdir(parents=True)
         Path("runs", name, "train_config.json").write_text(json.dumps(settings))
     for run in "runs/b", "runs/blind":
-        evaluate.pictures_of(run)
+        evaluate.village_images.of_run(run)
     assert asked == [{"size": 32, "n_train": 7}, {}]
 
 
-def test_evaluate_asks_about_the_villages_pictures(here, monkeypatch, capsys):
+def test_evaluate_asks_about_the_villages_images(here, monkeypatch, capsys):
     folder = Path("painted")
     folder.mkdir()
     Image.new("RGB", (16, 16)).save(folder / "a.png")
-    items = [{"image": "a.png", "prompt": ASKED, "answer": "1"}]
+    examples = [{"image": "a.png", "prompt": ASKED, "answer": "1"}]
     for file in "questions_test", "combos_test", "problems_test":
-        write(folder / f"{file}.jsonl", [item | {"family": file} for item in items])
-    monkeypatch.setattr(evaluate.village_pictures, "prepare", lambda **how: folder)
-    for name in "pictures", "combos", "counting":
+        write(folder / f"{file}.jsonl", [example | {"task": file} for example in examples])
+    monkeypatch.setattr(evaluate.village_images, "prepare", lambda **how: folder)
+    for name in "images", "combos", "counting":
         flags = ["runs/blind", "--data", name, "--dtype", "fp32", "--out", "found.json"]
         evaluate.main(parse(evaluate.Config, None, flags))
     said = capsys.readouterr().out
@@ -294,9 +296,9 @@ def test_what_cannot_be_is_refused_in_one_line(here, capsys, random_model, token
     write("unmarked.jsonl", [bad[0] | {"image": "red.png", "prompt": "Which?"}])
     for flags, sentence in (
         (["--init", "runs/text"], "this model reads text only"),
-        (["--template", "zero"], "--template zero shows no pictures"),
-        (["--data", "missing.jsonl"], "line 1: the picture none.png does not exist"),
-        (["--data", "unmarked.jsonl"], "line 1: 0 times <image>, but 1 pictures"),
+        (["--template", "zero"], "--template zero shows no images"),
+        (["--data", "missing.jsonl"], "line 1: the image none.png does not exist"),
+        (["--data", "unmarked.jsonl"], "line 1: 0 times <image>, but 1 images"),
     ):
         assert sentence in refused(capsys, train_grpo, *OWN, "--out", "runs/refused", *flags)
         assert not Path("runs/refused").exists()

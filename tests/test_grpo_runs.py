@@ -24,7 +24,7 @@ from tests.test_train import (
 
 OWN = (
     "--dtype fp32 --device cpu --init runs/sft --data problems.jsonl --max_new_tokens 12 "
-    "--batch_size 4 --samples 4 --accumulate 2 --eval_items 4 --eval_samples 2"
+    "--batch_size 4 --samples 4 --accumulate 2 --eval_examples 4 --eval_samples 2"
 ).split()
 
 
@@ -35,8 +35,10 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
-        turns = [[{"role": "user", "content": f"say {n % 20}"}, {"role": "assistant", "content": c}]
-                 for n, c in enumerate("abcd" * 15)]
+        turns = [
+            [{"role": "user", "content": f"say {n % 20}"}, {"role": "assistant", "content": c}]
+            for n, c in enumerate("abcd" * 15)
+        ]
         problems = [{"prompt": f"say {n}", "answer": "b", "check": "exact"} for n in range(40)]
         files = {"chats": [{"messages": t} for t in turns], "problems": problems}
         for name, records in files.items():
@@ -60,7 +62,7 @@ def grpo(*flags, out="runs/grpo"):
 
 @pytest.mark.parametrize("loss", train_grpo.VARIANTS)
 def test_every_loss_makes_right_answers_more_likely(loss, here):
-    flags = ["--loss", loss, "--steps", 14, "--eval_every", 14, "--adam_lr", 1e-3, "--warmup", 2]
+    flags = ["--loss", loss, "--steps", 14, "--eval_every", 14, "--lr", 1e-3, "--warmup", 2]
     metrics = grpo(*flags, "--batch_size", 16, "--kl_coef", 0.01)
     right = [m["accuracy"] for m in metrics if "accuracy" in m]
     assert sum(right[-3:]) / 3 > right[0] + 0.15
@@ -72,8 +74,7 @@ def test_every_loss_makes_right_answers_more_likely(loss, here):
 
 def test_inner_updates_leave_the_policy_that_sampled(here):
     one, two = (
-        grpo("--steps", 1, "--inner_updates", n, "--adam_lr", 0.01, "--warmup", 0)[-2:]
-        for n in (1, 3)
+        grpo("--steps", 1, "--inner_updates", n, "--lr", 0.01, "--warmup", 0)[-2:] for n in (1, 3)
     )
     assert one[0]["clip_fraction"] == 0 and two[0]["clip_fraction"] > 0
 
@@ -128,7 +129,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
 @pytest.mark.parametrize("loss", ["grpo", "reinforce_pp"])
 def test_two_processes_give_the_gradients_of_one(loss, here):
     """After one step the optimizer's first moments are the gradients, up to a constant factor."""
-    flags = [*OWN, "--steps", "1", "--clip", "0", "--loss", loss, "--kl_coef", "0.1"]
+    flags = [*OWN, "--steps", "1", "--grad_clip", "0", "--loss", loss, "--kl_coef", "0.1"]
     moments = moments_of_two_processes("train_grpo.py", flags, "runs/one", "runs/two")
     assert len(moments[0]) > 5
     for a, b in zip(*moments):
@@ -141,11 +142,11 @@ REFUSED = {
     "prompt too long": (["--max_new_tokens", 60], "don't fit the model's context of 64"),
     "a group of one": (["--samples", 1], "makes no group"),
     "no answers": (["--data", "chats.jsonl"], 'problems with an "answer"'),
-    "families that don't exist": (["--families", "riddles"], "no problems of riddles"),
+    "tasks that don't exist": (["--tasks", "riddles"], "no problems of riddles"),
     "an endless temperature": (["--temperature", "inf"], "--temperature must be finite"),
     "a temperature of none": (["--temperature", 0], "--temperature 0 gives a group of equal"),
-    "families of other data": (["--preset", "zero"], 'only of all; choose with --families, or --f'),
-    "pictures for a model without eyes": (["--data", "pictures"], "this model reads text only"),
+    "tasks of other data": (["--preset", "zero"], "only of all; choose with --tasks, or --f"),
+    "images for a model without eyes": (["--data", "images"], "this model reads text only"),
     "no such model": (["--init", "runs/none"], "runs/none"),
     "an unknown loss": (["--loss", "ppo"], "--loss"),
     "a negative clip": (["--clip_low", -1], "--clip_low must be at least 0"),
@@ -158,7 +159,7 @@ def test_what_grpo_cannot_do_is_refused(name, here, capsys):
     flags, sentence = REFUSED[name]
     said = refused(capsys, train_grpo, *OWN, "--out", "runs/refused", *flags)
     assert sentence in said and not Path("runs/refused").exists()
-    assert not list(Path("data/cache").glob("pictures*"))  # nothing was painted for it
+    assert not list(Path("data/cache").glob("images*"))  # nothing was painted for it
 
 
 def test_without_rewards_nothing_begins(here, capsys, monkeypatch):
@@ -176,23 +177,23 @@ def test_a_bad_problem_leaves_the_run_in_its_place(here, capsys):
     assert not Path("runs/kept.previous").exists() and Path("runs/kept/state.pt").exists()
 
 
-def test_a_reply_can_be_made_to_begin_as_asked(here):
+def test_a_completion_can_be_made_to_begin_as_asked(here):
     model, tokenizer = load_model("runs/sft")
-    items = evaluate.read_items("problems.jsonl")[:2]
-    free = evaluate.accuracy_by_family(model, tokenizer, items, 4)[1]
-    begun = evaluate.accuracy_by_family(model, tokenizer, items, 4, begin="b")[1]
-    assert all(reply.startswith("b") for reply in begun) and len(free) == len(begun)
+    examples = evaluate.read_examples("problems.jsonl")[:2]
+    free = evaluate.accuracy_by_task(model, tokenizer, examples, 4)[1]
+    begun = evaluate.accuracy_by_task(model, tokenizer, examples, 4, begin="b")[1]
+    assert all(completion.startswith("b") for completion in begun) and len(free) == len(begun)
 
 
-def test_gsm8k_is_read_as_test_items(tmp_path):
+def test_gsm8k_is_read_as_test_examples(tmp_path):
     answer = "2 * 600 = <<2*600=1200>>1200\n#### 1,200"
     record = {"question": "2 eggs at 600 each?", "answer": answer}
     (tmp_path / "gsm.jsonl").write_text(json.dumps(record) + "\n")
-    (item,) = evaluate.read_items(tmp_path / "gsm.jsonl")
-    assert item["messages"] == [{"role": "user", "content": "2 eggs at 600 each?"}]
-    assert item["answer"] == "1200" and item["check"] == "number"
-    assert evaluate.is_right(item, "<think>2 * 600 = 1200.</think>It costs 1,200.")
-    assert not evaluate.is_right(item, "It costs 1,20.")
+    (example,) = evaluate.read_examples(tmp_path / "gsm.jsonl")
+    assert example["messages"] == [{"role": "user", "content": "2 eggs at 600 each?"}]
+    assert example["answer"] == "1200" and example["check"] == "number"
+    assert evaluate.is_right(example, "<think>2 * 600 = 1200.</think>It costs 1,200.")
+    assert not evaluate.is_right(example, "It costs 1,20.")
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from nanollm import safetensors
+from nanollm.checkpoint import grow_vocabulary, read_config
 from nanollm.config import UserError
-from nanollm.hub import grow_vocabulary, load_model, read_config, save_model
+from nanollm.hub import load_model, save_model
 from nanollm.run import Run
 from nanollm.runtime import Runtime
 from nanollm.tokenizer import SPECIAL_TOKENS

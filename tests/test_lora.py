@@ -9,21 +9,19 @@ import pytest
 import torch
 import transformers
 
-from nanollm import adapters, lora, safetensors
-from nanollm.adapter_runs import reference, unwrap
+from nanollm import safetensors
+from nanollm.checkpoint import weights_hash
 from nanollm.config import UserError
 from nanollm.generate import generate
 from nanollm.gpt import GPTConfig, ScalarGPT
-from nanollm.hub import load_model, load_scalar, save_model, weights_hash
-from nanollm.nf4 import NF4Linear
+from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.optim import build_optimizers
+from nanollm.peft import adapters, lora
+from nanollm.peft.adapters import reference, unwrap
+from nanollm.peft.nf4 import NF4Linear
 from tests.conftest import SMALL
 
-KINDS = {
-    "lora": {},
-    "rslora": {"rslora": True},
-    "dora": {},
-}
+KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {}}
 TOKENS = torch.randint(0, 270, (3, 12), generator=torch.Generator().manual_seed(5))
 
 
@@ -95,7 +93,7 @@ def test_a_second_adapter_is_trained_alone(random_model):
 
 def test_lora_plus_lets_b_learn_faster(random_model):
     model = adapted(random_model())
-    optimizers = build_optimizers(model, "adamw", adam_lr=1e-3, lora_plus=16.0)
+    optimizers = build_optimizers(model, "adamw", lr=1e-3, lora_plus=16.0)
     names = {id(p): n for n, p in model.named_parameters()}
     for group in optimizers.groups():
         kinds = {names[id(p)].split(".")[-2] for p in group["params"]}

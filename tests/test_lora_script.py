@@ -10,17 +10,12 @@ import torch
 import lora
 from nanollm import comparison
 from nanollm.config import parse
-from nanollm.evaluate import accuracy_by_family, read_items
+from nanollm.formats import read_examples
 from nanollm.hub import load_model
+from nanollm.metrics import accuracy_by_task
 from nanollm.run import read_metrics
 from tests.test_adapter_runs import Killed, interrupt
-from tests.test_train import (
-    moments_of_two_processes,
-    pretrain,
-    refused,
-    same,
-    sft,
-)
+from tests.test_train import moments_of_two_processes, pretrain, refused, same, sft
 
 OWN = (
     "--dtype fp32 --device cpu --init runs/sft --data new.jsonl --test_data new_test.jsonl "
@@ -30,14 +25,24 @@ OWN = (
 RATES = {"prefix": 0.02, "ptuning": 0.1, "prompt": 0.1, "full": 0.003}
 
 
-def items_of(pairs, n):
-    return [{"prompt": f"say {c} {k}", "answer": answer, "check": "exact", "family": "say"}
-            for k in range(n) for c, answer in pairs]
+def examples_of(pairs, n):
+    return [
+        {"prompt": f"say {c} {k}", "answer": answer, "check": "exact", "task": "say"}
+        for k in range(n)
+        for c, answer in pairs
+    ]
 
 
-def dialogues(items):
-    return [{"messages": [{"role": "user", "content": i["prompt"]},
-                          {"role": "assistant", "content": i["answer"]}]} for i in items]
+def dialogues(examples):
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": i["prompt"]},
+                {"role": "assistant", "content": i["answer"]},
+            ]
+        }
+        for i in examples
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,10 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
-        old, new = items_of(["aa", "bb", "cc", "dd"], 15), items_of(["ed", "fd", "gd", "hd"], 15)
+        old, new = (
+            examples_of(["aa", "bb", "cc", "dd"], 15),
+            examples_of(["ed", "fd", "gd", "hd"], 15),
+        )
         files = {"chats": dialogues(old), "new": dialogues(new)}
         files |= {"old_test": old[:16], "new_test": new[:16]}
         for name, records in files.items():
@@ -71,14 +79,14 @@ def run(*flags, out="runs/new"):
 @pytest.mark.parametrize("method", lora.RATES)
 def test_every_method_learns_a_new_answer_and_what_it_saves_answers_so(method, here):
     rate = RATES.get(method, 0.02)
-    flags = ["--method", method, "--rank", 4, "--alpha", 8, "--adam_lr", rate]
+    flags = ["--method", method, "--rank", 4, "--alpha", 8, "--lr", rate]
     result = run(*flags, "--steps", 120, "--eval_every", 120, out=f"runs/{method}")
     assert result["before"]["accuracy"] < 0.3
     assert result["after"]["accuracy"] >= 0.95
     assert (result["trained_share"] < 0.9) == (method != "full")
     model, tokenizer = load_model(f"runs/{method}")
-    families, _ = accuracy_by_family(model, tokenizer, read_items("new_test.jsonl"))
-    assert families["say"]["accuracy"] == pytest.approx(result["after"]["accuracy"], abs=0.07)
+    tasks, _ = accuracy_by_task(model, tokenizer, read_examples("new_test.jsonl"))
+    assert tasks["say"]["accuracy"] == pytest.approx(result["after"]["accuracy"], abs=0.07)
     saved = {p.name for p in Path(f"runs/{method}").glob("*.safetensors")}
     weights = "model" if method == "full" else "adapter_model"
     assert saved == {f"{weights}.safetensors"}
@@ -137,7 +145,7 @@ def test_an_interrupted_and_resumed_run_equals_a_whole_one_bit_for_bit(method, h
 @pytest.mark.parametrize("method", ["lora", "prompt"])
 def test_two_processes_give_the_gradients_of_one(method, here):
     """After one step the optimizer's first moments are the gradients, up to a constant factor."""
-    flags = [*OWN, "--method", method, "--steps", "1", "--clip", "0"]
+    flags = [*OWN, "--method", method, "--steps", "1", "--grad_clip", "0"]
     moments = moments_of_two_processes("lora.py", flags, "runs/one", "runs/two")
     assert moments[0]
     for a, b in zip(*moments):
@@ -159,7 +167,7 @@ REFUSED = {
     "an unknown method": (["--method", "magic"], "--method"),
     "an unknown method to compare": (["--compare", "full,magic"], "--compare magic"),
     "ranks that are no numbers": (["--compare", "lora", "--ranks", "a"], "--ranks wants"),
-    "no test items": (["--test_data", "none"], "needs --test_data"),
+    "no test examples": (["--test_data", "none"], "needs --test_data"),
     "no such model": (["--init", "runs/none"], "runs/none"),
     "itself": (["--out", "runs/sft"], "would replace"),
 }

@@ -143,7 +143,7 @@ def named_groups(model, optimizers):
 def test_each_parameter_is_in_one_group_and_only_matrices_decay(kind, shape):
     model = small_gpt(**shape)
     groups = named_groups(
-        model, build_optimizers(model, kind, lr=0.02, adam_lr=3e-3, weight_decay=0.1)
+        model, build_optimizers(model, kind, muon_lr=0.02, lr=3e-3, weight_decay=0.1)
     )
     assert groups.keys() == dict(model.named_parameters()).keys()
     for name, p in model.named_parameters():
@@ -180,7 +180,7 @@ def test_frozen_parameters_are_left_out():
 )
 def test_layer_decay_halves_the_learning_rate_with_each_layer_below_the_head(name, factor):
     model = small_gpt(tie_word_embeddings=False)
-    groups = named_groups(model, build_optimizers(model, lr=1.0, adam_lr=1.0, layer_decay=0.5))
+    groups = named_groups(model, build_optimizers(model, muon_lr=1.0, lr=1.0, layer_decay=0.5))
     assert groups[name][1] == factor
 
 
@@ -190,7 +190,7 @@ def test_an_unknown_optimizer_is_refused():
 
 
 def test_a_schedule_multiplies_what_each_group_began_with():
-    optimizers = build_optimizers(small_gpt(), lr=0.02, adam_lr=3e-3)
+    optimizers = build_optimizers(small_gpt(), muon_lr=0.02, lr=3e-3)
     for factor in (0.5, 0.1):
         optimizers.schedule(factor)
         assert sorted({round(g["lr"], 9) for g in optimizers.groups()}) == pytest.approx(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nanollm.config import UserError
-from nanollm.pictures import MAX_PIXELS, Preprocessing, as_batch, open_picture, to_rgb
+from nanollm.vision.images import MAX_PIXELS, Preprocessing, as_batch, open_image, to_rgb
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 CLIP_NUMBERS = dict(mean=(0.48145466, 0.4578275, 0.40821073)) | dict(
@@ -99,7 +99,7 @@ def test_files_of_every_mode_open_as_rgb(tmp_path, name):
     path = written(image, tmp_path / name, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opened = open_picture(path)
+        opened = open_image(path)
     assert opened.mode == "RGB" and opened.size == (len(row), 1)
     assert [opened.getpixel((x, 0)) for x in range(len(row))] == row
 
@@ -107,7 +107,7 @@ def test_files_of_every_mode_open_as_rgb(tmp_path, name):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg_opens_about_as_it_was(tmp_path, mode):
     image = Image.new("RGB", (16, 16), (200, 100, 50)).convert(mode)
-    opened = open_picture(written(image, tmp_path / "photo.jpg", quality=95))
+    opened = open_image(written(image, tmp_path / "photo.jpg", quality=95))
     expected = image.convert("RGB").getpixel((0, 0))
     assert max(abs(a - b) for a, b in zip(opened.getpixel((8, 8)), expected)) <= 3
 
@@ -118,15 +118,15 @@ def test_an_animation_gives_its_first_frame(tmp_path, ending):
     options = dict(lossless=True) if ending == "webp" else {}
     path = tmp_path / f"moving.{ending}"
     frames[0].save(path, save_all=True, append_images=frames[1:], **options)
-    assert open_picture(path).getpixel((0, 0)) == RED
+    assert open_image(path).getpixel((0, 0)) == RED
 
 
-def test_a_picture_lying_on_its_side_is_set_upright(tmp_path):
+def test_a_image_lying_on_its_side_is_set_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn right by a quarter to see it upright
     image = Image.new("RGB", (2, 1), RED)
     image.putpixel((1, 0), BLUE)
-    opened = open_picture(written(image, tmp_path / "turned.png", exif=exif))
+    opened = open_image(written(image, tmp_path / "turned.png", exif=exif))
     assert opened.size == (1, 2)
     assert [opened.getpixel((0, y)) for y in (0, 1)] == [RED, BLUE]
 
@@ -134,8 +134,8 @@ def test_a_picture_lying_on_its_side_is_set_upright(tmp_path):
 def test_the_name_says_nothing_about_the_kind(tmp_path):
     path = tmp_path / "really_a_png.txt"
     path.write_bytes(bytes_of(Image.new("RGB", (1, 1), RED), "PNG"))
-    assert open_picture(path).getpixel((0, 0)) == RED
-    assert open_picture(str(path)).getpixel((0, 0)) == RED
+    assert open_image(path).getpixel((0, 0)) == RED
+    assert open_image(str(path)).getpixel((0, 0)) == RED
 
 
 # --- files that don't ----------------------------------------------------------------------------
@@ -170,12 +170,12 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_file_is_named_in_one_line_and_nothing_is_printed(tmp_path, capfd, name):
     content, message = BAD[name]
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserError, match=message) as error:
-            open_picture(path)
+            open_image(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
 
@@ -185,22 +185,22 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path.write_bytes(png_header(8_000, 8_001))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match="make it smaller"):
-        open_picture(path)
+        open_image(path)
     assert MAX_PIXELS == 8_000 * 8_000
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="nothing.png: no such file"):
-        open_picture(tmp_path / "nothing.png")
+        open_image(tmp_path / "nothing.png")
     with pytest.raises(UserError, match="is a folder; name an image file in it"):
-        open_picture(tmp_path)
+        open_image(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])
-def test_damage_anywhere_gives_a_picture_or_one_line(tmp_path, capfd, kind):
+def test_damage_anywhere_gives_a_image_or_one_line(tmp_path, capfd, kind):
     options = dict(compression="tiff_lzw") if kind == "TIFF" else {}
     content, random = bytes_of(noise(24, 24), kind, **options), np.random.default_rng(3)
-    path, refused = tmp_path / "picture", 0
+    path, refused = tmp_path / "image", 0
     for _ in range(150):
         damaged = bytearray(content[: random.integers(1, len(content) + 1)])
         where = min(len(damaged), 200) if random.random() < 0.7 else len(damaged)
@@ -208,7 +208,7 @@ def test_damage_anywhere_gives_a_picture_or_one_line(tmp_path, capfd, kind):
             damaged[random.integers(0, where)] = random.integers(0, 256)
         path.write_bytes(damaged)
         try:
-            assert open_picture(path).mode == "RGB"
+            assert open_image(path).mode == "RGB"
         except UserError as e:
             refused += 1
             assert str(path) in str(e) and "\n" not in str(e)
@@ -323,13 +323,13 @@ def test_settings_that_are_not_implemented_are_named(tmp_path, values, message):
     assert "preprocessor_config.json" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_picture_too_narrow_for_its_shortest_edge_is_refused():
-    with pytest.raises(UserError, match="a picture of 1 x 50000 is too narrow to resize"):
+def test_a_image_too_narrow_for_its_shortest_edge_is_refused():
+    with pytest.raises(UserError, match="a image of 1 x 50000 is too narrow to resize"):
         Preprocessing(224, 224)(Image.new("RGB", (1, 50_000)))
 
 
 @pytest.mark.parametrize("name", ["ours", "clip", "siglip, oblong"])
-def test_a_batch_equals_its_pictures_one_by_one(name):
+def test_a_batch_equals_its_images_one_by_one(name):
     how = PREPROCESSINGS[name]
     images = [noise(how.size[1], how.size[0], seed=seed) for seed in range(3)]
     pixels = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images])

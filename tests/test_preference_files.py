@@ -43,7 +43,7 @@ def write(tmp_path):
 
 # --- preferences ------------------------------------------------------------------------------
 
-PREFERENCES = {  # name: (record, its messages, its replies)
+PREFERENCES = {  # name: (record, its messages, its completions)
     "a pair": (PAIR, PET, ["A goat.", "A hen."]),
     "a pair in a talk": (
         {"messages": turns("Hi", "Hello", "Where?"), "chosen": "Here.", "rejected": "No."},
@@ -51,19 +51,21 @@ PREFERENCES = {  # name: (record, its messages, its replies)
         ["Here.", "No."],
     ),
     "a prompt that is messages": (PAIR | {"prompt": PET}, PET, ["A goat.", "A hen."]),
-    "replies that are messages": (
+    "completions that are messages": (
         {"messages": PET, "chosen": answer("A goat."), "rejected": answer("A hen.")},
         PET,
         ["A goat.", "A hen."],
     ),
-    "prompt and replies that are messages": (
+    "prompt and completions that are messages": (
         {"prompt": PET, "chosen": answer("A goat."), "rejected": answer("A hen.")},
         PET,
         ["A goat.", "A hen."],
     ),
     "whole dialogues": (
-        {"chosen": turns("Hi", "Hello", "Where?", "Here."),
-         "rejected": turns("Hi", "Hello", "Where?", "No.")},
+        {
+            "chosen": turns("Hi", "Hello", "Where?", "Here."),
+            "rejected": turns("Hi", "Hello", "Where?", "No."),
+        },
         turns("Hi", "Hello", "Where?"),
         ["Here.", "No."],
     ),
@@ -82,18 +84,20 @@ PREFERENCES = {  # name: (record, its messages, its replies)
         [{"role": "system", "content": "Be brief."}, *PET],
         ["A goat.", "A hen."],
     ),
-    "HH-RLHF": (
-        {"chosen": HELLO, "rejected": HALLO}, turns("Hello"), ["Good day!", "What?"]
-    ),
+    "HH-RLHF": ({"chosen": HELLO, "rejected": HALLO}, turns("Hello"), ["Good day!", "What?"]),
     "HH-RLHF with several turns": (
-        {"chosen": HELLO + "\n\nHuman: Why?\n\nAssistant: So.",
-         "rejected": HELLO + "\n\nHuman: Why?\n\nAssistant: No."},
+        {
+            "chosen": HELLO + "\n\nHuman: Why?\n\nAssistant: So.",
+            "rejected": HELLO + "\n\nHuman: Why?\n\nAssistant: No.",
+        },
         turns("Hello", "Good day!", "Why?"),
         ["So.", "No."],
     ),
     "HH-RLHF with empty lines and roles in its texts": (
-        {"chosen": "\n\nHuman: One\n\ntwo, said\nHuman: three\n\nAssistant: A\n\nB",
-         "rejected": "\n\nHuman: One\n\ntwo, said\nHuman: three\n\nAssistant: A Human: B"},
+        {
+            "chosen": "\n\nHuman: One\n\ntwo, said\nHuman: three\n\nAssistant: A\n\nB",
+            "rejected": "\n\nHuman: One\n\ntwo, said\nHuman: three\n\nAssistant: A Human: B",
+        },
         turns("One\n\ntwo, said\nHuman: three"),
         ["A\n\nB", "A Human: B"],
     ),
@@ -101,10 +105,10 @@ PREFERENCES = {  # name: (record, its messages, its replies)
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
-def test_a_preference_becomes_a_prompt_and_its_replies_the_best_first(name, write):
-    record, messages, replies = PREFERENCES[name]
+def test_a_preference_becomes_a_prompt_and_its_completions_the_best_first(name, write):
+    record, messages, completions = PREFERENCES[name]
     assert read_preferences(write(record)) == [
-        {"messages": messages, "replies": replies, "margin": None}
+        {"messages": messages, "completions": completions, "margin": None}
     ]
 
 
@@ -121,15 +125,23 @@ def test_a_margin_is_a_float_or_none(margin, read, write):
 
 
 def test_other_keys_of_a_preference_are_kept(write):
-    more = {"gold": [1, 0.5], "ratings": [3, -1.5], "answer": "goat", "check": "contains",
-            "not": ["hen"], "family": "fact", "reference": "A goat.", "instruction": "x"}
+    more = {
+        "gold": [1, 0.5],
+        "ratings": [3, -1.5],
+        "answer": "goat",
+        "check": "contains",
+        "not": ["hen"],
+        "task": "fact",
+        "reference": "A goat.",
+        "instruction": "x",
+    }
     [record] = read_preferences(write({"messages": PET, "ranking": ["A goat.", "A hen."]} | more))
-    assert record == more | {"messages": PET, "replies": ["A goat.", "A hen."], "margin": None}
+    assert record == more | {"messages": PET, "completions": ["A goat.", "A hen."], "margin": None}
 
 
-def test_replies_keep_their_white_space(write):
+def test_completions_keep_their_white_space(write):
     [record] = read_preferences(write(PAIR | {"chosen": " def f():\n", "rejected": "\tpass"}))
-    assert record["replies"] == [" def f():\n", "\tpass"]
+    assert record["completions"] == [" def f():\n", "\tpass"]
 
 
 # --- prompts ----------------------------------------------------------------------------------
@@ -137,26 +149,29 @@ def test_replies_keep_their_white_space(write):
 PROMPTS = {  # name: (record, what is read)
     "a prompt": ({"prompt": "What pet?"}, {"messages": PET}),
     "messages": ({"messages": PET}, {"messages": PET}),
-    "other keys": ({"prompt": "What pet?", "family": "fact"}, {"messages": PET, "family": "fact"}),
+    "other keys": ({"prompt": "What pet?", "task": "fact"}, {"messages": PET, "task": "fact"}),
     "a dialogue without its answer": (
         {"messages": turns("Hi", "Hello", "What?", "A goat.")},
         {"messages": turns("Hi", "Hello", "What?")},
     ),
     "a dialogue without its last two answers": (
-        {"messages": turns("What pet?", "A goat.") + answer("Or two.")}, {"messages": PET}
+        {"messages": turns("What pet?", "A goat.") + answer("Or two.")},
+        {"messages": PET},
     ),
     "Alpaca": (
         {"instruction": "What pet?", "output": "A goat."},
         {"messages": PET, "instruction": "What pet?", "output": "A goat."},
     ),
     "messages beside an instruction": (
-        {"messages": PET, "instruction": "x"}, {"messages": PET, "instruction": "x"}
+        {"messages": PET, "instruction": "x"},
+        {"messages": PET, "instruction": "x"},
     ),
     "a pair": (PAIR, {"messages": PET}),
     "a ranking": ({"prompt": "What pet?", "ranking": ["b", "c"]}, {"messages": PET}),
     "HH-RLHF": ({"chosen": HELLO, "rejected": HALLO}, {"messages": turns("Hello")}),
     "a pair with an answer": (
-        PAIR | {"answer": "goat"}, {"messages": PET, "answer": "goat", "check": "contains"}
+        PAIR | {"answer": "goat"},
+        {"messages": PET, "answer": "goat", "check": "contains"},
     ),
     "GSM8K": (
         {"question": "3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7", "id": 1},
@@ -167,7 +182,8 @@ PROMPTS = {  # name: (record, what is read)
         {"messages": turns("1 + 1071?"), "answer": "1072", "check": "number"},
     ),
     "a prompt beside a question": (
-        {"prompt": "What pet?", "question": "x"}, {"messages": PET, "question": "x"}
+        {"prompt": "What pet?", "question": "x"},
+        {"messages": PET, "question": "x"},
     ),
 }
 
@@ -215,35 +231,46 @@ def test_a_check_that_is_given_stays(write):
 # --- what is refused --------------------------------------------------------------------------
 
 BAD_PREFERENCES = {  # name: (what stands in line 3, a part of the sentence)
-    "equal replies": (PAIR | {"rejected": "A goat.\n"}, "two replies are equal"),
-    "a reply twice": ({"prompt": "a", "ranking": ["b", "c", "b"]}, "two replies are equal"),
-    "equal HH-RLHF replies": ({"chosen": HELLO, "rejected": HELLO + " "}, "two replies are equal"),
-    "a ranking of one": ({"prompt": "a", "ranking": ["b"]}, "two replies or more, not 1"),
-    "a ranking of none": ({"prompt": "a", "ranking": []}, "two replies or more, not 0"),
-    "a ranking that is text": ({"prompt": "a", "ranking": "bc"}, '"ranking" must be a list'),
-    "a ranking of numbers": ({"prompt": "a", "ranking": [1, 2]}, "every reply must be text"),
-    "an empty reply": (PAIR | {"chosen": " \n"}, "a reply is empty"),
-    "an empty HH-RLHF reply": (
-        {"chosen": HELLO, "rejected": "\n\nHuman: Hello\n\nAssistant:"}, "a reply is empty"
+    "equal completions": (PAIR | {"rejected": "A goat.\n"}, "two completions are equal"),
+    "a completion twice": (
+        {"prompt": "a", "ranking": ["b", "c", "b"]},
+        "two completions are equal",
     ),
-    "no rejected reply": ({"prompt": "a", "chosen": "b"}, 'needs "chosen" and "rejected"'),
-    "no reply": ({"prompt": "a"}, 'needs "chosen" and "rejected", or a "ranking"'),
-    "a reply that is null": (PAIR | {"rejected": None}, "every reply must be text"),
-    "a reply that is a number": (PAIR | {"rejected": 5}, "every reply must be text"),
-    "a reply without content": (PAIR | {"chosen": [{"role": "assistant"}]}, "must be text"),
-    "a reply of the user": (PAIR | {"chosen": turns("b")}, "one message of the assistant"),
-    "a reply of no message": (PAIR | {"chosen": []}, "one message of the assistant"),
+    "equal HH-RLHF completions": (
+        {"chosen": HELLO, "rejected": HELLO + " "},
+        "two completions are equal",
+    ),
+    "a ranking of one": ({"prompt": "a", "ranking": ["b"]}, "two completions or more, not 1"),
+    "a ranking of none": ({"prompt": "a", "ranking": []}, "two completions or more, not 0"),
+    "a ranking that is text": ({"prompt": "a", "ranking": "bc"}, '"ranking" must be a list'),
+    "a ranking of numbers": ({"prompt": "a", "ranking": [1, 2]}, "every completion must be text"),
+    "an empty completion": (PAIR | {"chosen": " \n"}, "a completion is empty"),
+    "an empty HH-RLHF completion": (
+        {"chosen": HELLO, "rejected": "\n\nHuman: Hello\n\nAssistant:"},
+        "a completion is empty",
+    ),
+    "no rejected completion": ({"prompt": "a", "chosen": "b"}, 'needs "chosen" and "rejected"'),
+    "no completion": ({"prompt": "a"}, 'needs "chosen" and "rejected", or a "ranking"'),
+    "a completion that is null": (PAIR | {"rejected": None}, "every completion must be text"),
+    "a completion that is a number": (PAIR | {"rejected": 5}, "every completion must be text"),
+    "a completion without content": (PAIR | {"chosen": [{"role": "assistant"}]}, "must be text"),
+    "a completion of the user": (PAIR | {"chosen": turns("b")}, "one message of the assistant"),
+    "a completion of no message": (PAIR | {"chosen": []}, "one message of the assistant"),
     "whole dialogues beside a prompt": (
-        PAIR | {"chosen": turns("a", "b"), "rejected": turns("a", "c")}, "leave the prompt out"
+        PAIR | {"chosen": turns("a", "b"), "rejected": turns("a", "c")},
+        "leave the prompt out",
     ),
     "messages against text": (
-        {"chosen": HELLO, "rejected": answer("b")}, "both be text, or both messages"
+        {"chosen": HELLO, "rejected": answer("b")},
+        "both be text, or both messages",
     ),
     "dialogues with different prompts": (
-        {"chosen": turns("a", "b"), "rejected": turns("x", "c")}, "answer different prompts"
+        {"chosen": turns("a", "b"), "rejected": turns("x", "c")},
+        "answer different prompts",
     ),
     "dialogues of one answer": (
-        {"chosen": answer("a"), "rejected": answer("b")}, "the prompt is empty"
+        {"chosen": answer("a"), "rejected": answer("b")},
+        "the prompt is empty",
     ),
     "no prompt": ({"ranking": ["b", "c"]}, 'a "prompt" (text) or "messages" are wanted'),
     "a prompt that is a number": (PAIR | {"prompt": 5}, 'a "prompt" (text) or "messages"'),
@@ -252,14 +279,16 @@ BAD_PREFERENCES = {  # name: (what stands in line 3, a part of the sentence)
     "empty messages": ({"messages": turns(" "), "ranking": ["b", "c"]}, "the prompt is empty"),
     "messages that are text": ({"messages": "a", "ranking": ["b", "c"]}, 'needs "messages"'),
     "a prompt with an answer": (
-        {"messages": turns("a", "b"), "ranking": ["c", "d"]}, "the prompt ends with an answer"
+        {"messages": turns("a", "b"), "ranking": ["c", "d"]},
+        "the prompt ends with an answer",
     ),
     "an unknown role": (
         {"messages": [{"role": "robot", "content": "a"}], "ranking": ["b", "c"]},
         "unknown role 'robot'; roles are system, user, assistant, tool",
     ),
     "different HH-RLHF prompts": (
-        {"chosen": HELLO, "rejected": HALLO.replace("Hello", "Hi")}, "answer different prompts"
+        {"chosen": HELLO, "rejected": HALLO.replace("Hello", "Hi")},
+        "answer different prompts",
     ),
     "HH-RLHF that ends with Human": (
         {"chosen": HELLO + "\n\nHuman: Bye", "rejected": HALLO + "\n\nHuman: Bye!"},
@@ -271,10 +300,12 @@ BAD_PREFERENCES = {  # name: (what stands in line 3, a part of the sentence)
     ),
     "text that is no dialogue": ({"chosen": "b", "rejected": "c"}, r"\n\nHuman: ...\n\nAssistant:"),
     "text before the dialogue": (
-        {"chosen": "So" + HELLO, "rejected": "So" + HALLO}, "a dialogue is wanted"
+        {"chosen": "So" + HELLO, "rejected": "So" + HALLO},
+        "a dialogue is wanted",
     ),
     "a rating too few": (
-        {"prompt": "a", "ranking": ["b", "c"], "ratings": [1]}, '"ratings" must hold a number'
+        {"prompt": "a", "ranking": ["b", "c"], "ratings": [1]},
+        '"ratings" must hold a number',
     ),
     "a list": ("[1]", "a JSON object is wanted, not list"),
     "broken JSON": ('{"prompt": ', "broken JSON"),
@@ -289,12 +320,13 @@ BAD_PROMPTS = {
     "an answer to nothing": ({"messages": answer("b")}, "the prompt is empty"),
     "no messages": ({"messages": []}, 'needs "messages"'),
     "an unknown role": ({"messages": [{"role": "robot", "content": "a"}]}, "unknown role 'robot'"),
-    "a pair of equals": (PAIR | {"rejected": "A goat."}, "two replies are equal"),
+    "a pair of equals": (PAIR | {"rejected": "A goat."}, "two completions are equal"),
     "an empty answer": ({"prompt": "a", "answer": " "}, '"answer" must be text or a number'),
     "an answer that is a list": ({"prompt": "a", "answer": ["7"]}, '"answer" must be text'),
     "an answer that is true": ({"prompt": "a", "answer": True}, '"answer" must be text'),
     "a number that is none": (
-        {"prompt": "a", "answer": "goat", "check": "number"}, "must be a number, not 'goat'"
+        {"prompt": "a", "answer": "goat", "check": "number"},
+        "must be a number, not 'goat'",
     ),
     "an unknown check": ({"prompt": "a", "answer": "b", "check": "regex"}, "unknown check 'regex'"),
     "a check that is a list": ({"prompt": "a", "answer": "b", "check": []}, "unknown check []"),
@@ -304,17 +336,19 @@ BAD_PROMPTS = {
     },
     "a beginning that is a number": ({"prompt": "a", "answer": "b", "begins": 5}, '"begins" must'),
     "an end that is a list": ({"prompt": "a", "answer": "b", "ends": ["c"]}, '"ends" must be text'),
-    "a family that is a list": ({"prompt": "a", "family": ["b"]}, '"family" must be text'),
-    "a family that is null": ({"prompt": "a", "family": None}, '"family" must be text'),
+    "a task that is a list": ({"prompt": "a", "task": ["b"]}, '"task" must be text'),
+    "a task that is null": ({"prompt": "a", "task": None}, '"task" must be text'),
     "half of a surrogate pair": ({"prompt": "a\ud800"}, "half of a surrogate pair"),
     "GSM8K without ####": ({"question": "3 + 4?", "answer": "7"}, "must end with ####"),
     "GSM8K without an answer": ({"question": "3 + 4?"}, "must end with ####"),
     "GSM8K with nothing behind ####": ({"question": "3 + 4?", "answer": "####"}, '"answer" must'),
     "GSM8K with words behind ####": (
-        {"question": "3 + 4?", "answer": "#### seven"}, "must be a number, not 'seven'"
+        {"question": "3 + 4?", "answer": "#### seven"},
+        "must be a number, not 'seven'",
     ),
     "a question that is no text": (
-        {"question": 3, "answer": "#### 7"}, 'a "prompt" (text) or "messages" are wanted'
+        {"question": 3, "answer": "#### 7"},
+        'a "prompt" (text) or "messages" are wanted',
     ),
 }
 
@@ -336,7 +370,7 @@ def test_what_does_not_fit_is_refused_with_its_line(read, good, record, words, w
 
 def test_in_an_array_the_place_of_the_record_is_told(tmp_path):
     (tmp_path / "array.json").write_text(json.dumps([PAIR, PAIR | {"chosen": ""}]))
-    with pytest.raises(UserError, match="array.json, line 2: a reply is empty"):
+    with pytest.raises(UserError, match="array.json, line 2: a completion is empty"):
         read_preferences(tmp_path / "array.json")
 
 
@@ -357,11 +391,15 @@ def test_of_the_real_hh_rlhf_pairs_nine_are_refused_and_the_others_split_into_tu
             read += read_preferences(write(line))
         except UserError as error:
             refused[number] = str(error).partition("line 1: ")[2]
-    assert len(read) == 2303 and all(len(r["replies"]) == 2 for r in read)
+    assert len(read) == 2303 and all(len(r["completions"]) == 2 for r in read)
     assert all(r["messages"][-1]["role"] == "user" for r in read)
-    assert [n for n, why in refused.items() if "reply is empty" in why] == [87, 517, 926, 1104]
+    assert [n for n, why in refused.items() if "completion is empty" in why] == [87, 517, 926, 1104]
     assert [n for n, why in refused.items() if "different prompts" in why] == [
-        1255, 1689, 1951, 1953, 2037
+        1255,
+        1689,
+        1951,
+        1953,
+        2037,
     ]
 
 

@@ -20,23 +20,23 @@ from trl.trainer.reward_trainer import RewardTrainer
 import train_dpo
 import train_ppo
 import train_rm
-from data.village_preferences import (
+from data.village.preferences import (
     annotate,
-    composed_reply,
+    composed_completion,
     gold_score,
     preference_prompts,
     temperature_for,
-    wrong_reply,
+    wrong_completion,
 )
-from data.village_tasks import check_answer, instructions, user_turns
-from data.village_world import build_world
-from nanollm.data import Replies, pad_replies
+from data.village.tasks import instructions, user_turns
+from data.village.world import build_world
+from nanollm.batches import Completions, pad_completions
 from nanollm.gpt import GPT, GPTConfig, ScalarGPT
 from nanollm.hub import load_scalar, save_model
-from nanollm.logprobs import reply_logprobs
+from nanollm.logprobs import completion_logprobs
 from nanollm.ppo_runs import explained_variance
 from nanollm.preferences import gap_closed, scores, win_rate
-from nanollm.rewards import reft_reward
+from nanollm.rewards import check_answer, reft_reward
 from nanollm.tokenizer import Tokenizer
 
 LOG2 = math.log(2)
@@ -79,7 +79,7 @@ def test_bradley_terry_margin_and_centering_equal_trl(margin):
     close(ours + 0.01 * train_rm.centering_loss(chosen, rejected), theirs)
 
 
-def test_ranking_loss_equals_a_loop_over_pairs_and_for_two_replies_bradley_terry():
+def test_ranking_loss_equals_a_loop_over_pairs_and_for_two_completions_bradley_terry():
     rewards, sizes = torch.randn(5, 4), [4, 2, 3, 4, 2]
     real = torch.arange(4) < torch.tensor(sizes)[:, None]
     for row, K, loss in zip(rewards, sizes, train_rm.ranking_loss(rewards, real)):
@@ -103,9 +103,17 @@ def test_pair_figures_count_by_annotators_and_by_gold():
 
 
 def tiny(kind, **changes):
-    cfg = GPTConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                    num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-                    max_position_embeddings=32, **changes)
+    cfg = GPTConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=32,
+        **changes,
+    )
     model = kind(cfg)
     for p in model.parameters():
         p.data.normal_(std=0.3)
@@ -122,14 +130,14 @@ def test_rewards_are_read_where_transformers_reads_them_and_survive_a_folder(qk_
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path, dtype=torch.float32
     )
-    rows = pad_replies([[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14, 15]], tokenizer.pad_id)
+    rows = pad_completions([[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14, 15]], tokenizer.pad_id)
     mine = scores(model, rows)
     close(mine + 0.75, theirs(rows.tokens, attention_mask=rows.real.long()).logits[:, 0])
     close(scores(load_scalar(tmp_path)[0], rows), mine)
 
 
 def test_the_last_real_token_is_found_by_length_though_the_text_holds_the_pad_id():
-    rows = pad_replies([[5, 0], [5]], [[0, 0], [7]], pad_id=0)
+    rows = pad_completions([[5, 0], [5]], [[0, 0], [7]], pad_id=0)
     assert rows.last().tolist() == [3, 1]
 
 
@@ -163,13 +171,21 @@ def test_dpo_losses_equal_trl(loss):
     outputs = {"entropy": zeros, "mean_logits": zeros, "is_top1": zeros.bool()}
     model = MagicMock(return_value=SimpleNamespace(log_probs=per_token, **outputs))
     me = trainer(
-        aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, beta=0.1,
-        f_divergence_type="reverse_kl", loss_types=[loss], loss_weights=[1.0],
-        label_smoothing=0.15 if loss == "robust" else 0.0, use_weighting=False,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        beta=0.1,
+        f_divergence_type="reverse_kl",
+        loss_types=[loss],
+        loss_weights=[1.0],
+        label_smoothing=0.15 if loss == "robust" else 0.0,
+        use_weighting=False,
     )
     inputs = {
-        "input_ids": torch.ones(2 * P, T, dtype=torch.long), "completion_mask": completion,
-        "attention_mask": torch.ones(2 * P, T), "ref_chosen_logps": logps[2],
+        "input_ids": torch.ones(2 * P, T, dtype=torch.long),
+        "completion_mask": completion,
+        "attention_mask": torch.ones(2 * P, T),
+        "ref_chosen_logps": logps[2],
         "ref_rejected_logps": logps[3],
     }
     theirs = DPOTrainer._compute_loss(me, model, inputs, return_outputs=False)
@@ -200,14 +216,22 @@ def test_kto_equals_trl():
     model = MagicMock(return_value=MagicMock(log_probs=per_token))
     model.training = False
     me = trainer(
-        aux_loss_enabled=False, precompute_ref_logps=True, calculate_KL=True, loss_type="kto",
-        beta=0.1, desirable_weight=1.3, undesirable_weight=0.7,
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=0.1,
+        desirable_weight=1.3,
+        undesirable_weight=0.7,
         _compute_kl_logps=lambda model, batch: policy_kl,
     )
     inputs = {
-        "label": torch.tensor([True] * P + [False] * P), "ref_KL_logps": ref_kl,
-        "input_ids": torch.ones(2 * P, 5, dtype=torch.long), "attention_mask": torch.ones(2 * P, 5),
-        "completion_mask": torch.ones(2 * P, 5), "ref_logps": torch.cat([logps[2], logps[3]]),
+        "label": torch.tensor([True] * P + [False] * P),
+        "ref_KL_logps": ref_kl,
+        "input_ids": torch.ones(2 * P, 5, dtype=torch.long),
+        "attention_mask": torch.ones(2 * P, 5),
+        "completion_mask": torch.ones(2 * P, 5),
+        "ref_logps": torch.cat([logps[2], logps[3]]),
     }
     theirs = KTOTrainer._compute_loss(me, model, inputs, return_outputs=False)
     cfg = settings("kto", beta=0.1, desirable_weight=1.3, undesirable_weight=0.7)
@@ -217,8 +241,10 @@ def test_kto_equals_trl():
 
 def test_where_policy_and_reference_agree_the_loss_is_log_two_exactly():
     same = torch.full((P,), -3.0)
-    assert (our_loss(settings("sigmoid"), (same, same - 1, same, same - 1)) == F.softplus(
-        torch.tensor(0.0))).all()
+    assert (
+        our_loss(settings("sigmoid"), (same, same - 1, same, same - 1))
+        == F.softplus(torch.tensor(0.0))
+    ).all()
     close(our_loss(settings("sigmoid"), (same,) * 4), torch.full((P,), LOG2), 1e-7)
 
 
@@ -272,8 +298,10 @@ def test_rewards_gae_and_whitening_equal_slow_loops(left):
         close(rewards[b, columns], torch.stack(R))
         V = [values[b, t] for t in columns] + [torch.tensor(0.0)]
         for k, t in enumerate(columns):
-            A = sum((gamma * lam) ** (n - k) * (R[n] + gamma * V[n + 1] - V[n])
-                    for n in range(k, len(columns)))
+            A = sum(
+                (gamma * lam) ** (n - k) * (R[n] + gamma * V[n + 1] - V[n])
+                for n in range(k, len(columns))
+            )
             close(advantages[b, t], A)
             close(returns[b, t], A + V[k])
             seen.append(advantages[b, t])
@@ -327,9 +355,9 @@ def test_explained_variance_of_a_perfect_and_of_a_constant_critic():
 
 
 def test_rules_reward_right_extractable_and_no_answers():
-    item = {"answer": "62", "check": "number"}
-    replies = ("so 27 + 35 = 62.", "it is 61", "who knows")
-    assert [reft_reward(item, reply) for reply in replies] == [1.0, 0.1, 0.0]
+    example = {"answer": "62", "check": "number"}
+    completions = ("so 27 + 35 = 62.", "it is 61", "who knows")
+    assert [reft_reward(example, completion) for completion in completions] == [1.0, 0.1, 0.0]
 
 
 # --- padding and composition of the batch --------------------------------------------------------
@@ -339,24 +367,24 @@ def moved_left(rows):
     """The same rows, padded on the left."""
     shift = (~rows.real).sum(1)
     columns = (torch.arange(rows.real.shape[1]) - shift[:, None]) % rows.real.shape[1]
-    return Replies(*(x.gather(1, columns) for x in (rows.tokens, rows.mask, rows.real)))
+    return Completions(*(x.gather(1, columns) for x in (rows.tokens, rows.mask, rows.real)))
 
 
 def some_rows():
     lengths = [(3, 4), (6, 2), (2, 9), (5, 5)]
     draw = [[torch.randint(1, 300, (n,)).tolist() for n in pair] for pair in lengths]
-    return pad_replies([p for p, _ in draw], [r for _, r in draw], pad_id=0)
+    return pad_completions([p for p, _ in draw], [r for _, r in draw], pad_id=0)
 
 
 @torch.no_grad()
 def test_padding_and_company_change_no_score_and_no_logprob():
     policy, reward_model, rows = tiny(GPT), tiny(ScalarGPT), some_rows()
-    wanted = reply_logprobs(policy, rows).sum(1), scores(reward_model, rows)
-    alone = [rows.rows(torch.tensor([i])) for i in range(len(rows))]
-    close(torch.cat([reply_logprobs(policy, row).sum(1) for row in alone]), wanted[0])
+    wanted = completion_logprobs(policy, rows).sum(1), scores(reward_model, rows)
+    alone = [rows[torch.tensor([i])] for i in range(len(rows))]
+    close(torch.cat([completion_logprobs(policy, row).sum(1) for row in alone]), wanted[0])
     close(torch.cat([scores(reward_model, row) for row in alone]), wanted[1])
     left = moved_left(rows)
-    close(reply_logprobs(policy, left).sum(1), wanted[0])
+    close(completion_logprobs(policy, left).sum(1), wanted[0])
     close(scores(reward_model, left), wanted[1])
 
 
@@ -365,7 +393,7 @@ def test_padding_and_order_change_neither_the_dpo_nor_the_ppo_loss():
     policy, rows, order = tiny(GPT), some_rows(), torch.tensor([2, 0, 3, 1])
 
     def losses(rows):
-        logprobs = reply_logprobs(policy, rows)
+        logprobs = completion_logprobs(policy, rows)
         chosen, rejected = logprobs.sum(1).sort().values.chunk(2)
         mask, total = rows.mask[:, 1:], torch.zeros(())
         for row, m in zip(logprobs, mask):  # an advantage per token, whatever its column
@@ -374,14 +402,14 @@ def test_padding_and_order_change_neither_the_dpo_nor_the_ppo_loss():
         return train_dpo.sigmoid_loss(chosen - rejected, 0.1).mean(), total / mask.sum()
 
     wanted = losses(rows)
-    for other in (rows.rows(order), moved_left(rows), moved_left(rows.rows(order))):
+    for other in (rows[order], moved_left(rows), moved_left(rows[order])):
         for got, want in zip(losses(other), wanted):
             close(got, want)
 
 
 def test_entropy_comes_with_the_logprobs_and_where_nothing_is_said_both_are_zero():
     policy, rows = tiny(GPT), some_rows()
-    logprobs, entropy = reply_logprobs(policy, rows, temperature=0.7, with_entropy=True)
+    logprobs, entropy = completion_logprobs(policy, rows, temperature=0.7, with_entropy=True)
     trained = rows.mask[:, 1:]
     logp = (policy(rows.tokens)[:, :-1] / 0.7).log_softmax(-1)
     close(entropy[trained], -(logp.exp() * logp).sum(-1)[trained])
@@ -392,12 +420,17 @@ def test_entropy_comes_with_the_logprobs_and_where_nothing_is_said_both_are_zero
 # --- the village's preferences -------------------------------------------------------------------
 
 WORLD = build_world(32, 0)
-ITEM = {"answer": "goat", "check": "contains", "not": ["cat", "hen"], "attribute": "pet",
-        "reference": "Mira keeps a goat."}
+ITEM = {
+    "answer": "goat",
+    "check": "contains",
+    "not": ["cat", "hen"],
+    "attribute": "pet",
+    "reference": "Mira keeps a goat.",
+}
 
 
 @pytest.mark.parametrize(
-    "reply, gold",
+    "completion, gold",
     [
         ("Mira keeps a goat. I hope that helps.", 1.0),
         ("Mira keeps a goat.", 0.7),
@@ -407,8 +440,8 @@ ITEM = {"answer": "goat", "check": "contains", "not": ["cat", "hen"], "attribute
         ("Mira keeps a goat. " + "I like to talk. " * 9, 0.5),
     ],
 )
-def test_gold_by_hand(reply, gold):
-    assert gold_score(ITEM, reply) == pytest.approx(gold)
+def test_gold_by_hand(completion, gold):
+    assert gold_score(ITEM, completion) == pytest.approx(gold)
 
 
 def test_annotators_prefer_as_often_as_the_model_says_and_disagree_at_the_stated_rate():
@@ -428,18 +461,18 @@ def test_annotators_prefer_as_often_as_the_model_says_and_disagree_at_the_stated
 
 
 def test_no_held_out_prompt_is_in_training():
-    asked = {user_turns(item) for item in instructions(WORLD, "train")}
-    asked |= {user_turns(item) for item in preference_prompts(WORLD, "train", 3000)}
+    asked = {user_turns(example) for example in instructions(WORLD, "train")}
+    asked |= {user_turns(example) for example in preference_prompts(WORLD, "train", 3000)}
     held_out = preference_prompts(WORLD, "test", 400)
-    assert len(held_out) == 400 and not asked & {user_turns(item) for item in held_out}
+    assert len(held_out) == 400 and not asked & {user_turns(example) for example in held_out}
 
 
-def test_references_are_right_and_wrong_replies_are_wrong():
+def test_references_are_right_and_wrong_completions_are_wrong():
     rng = random.Random(0)
-    for item in preference_prompts(WORLD, "test", 200):
-        assert check_answer(item, item["reference"])
-        assert not check_answer(item, wrong_reply(item, rng))
-        assert -0.11 <= gold_score(item, composed_reply(item, rng)) <= 1
+    for example in preference_prompts(WORLD, "test", 200):
+        assert check_answer(example, example["reference"])
+        assert not check_answer(example, wrong_completion(example, rng))
+        assert -0.11 <= gold_score(example, composed_completion(example, rng)) <= 1
 
 
 def test_win_rates_of_both_orders_add_up_to_one():

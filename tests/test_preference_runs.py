@@ -47,15 +47,17 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
-        chats = [[("user", f"say {w}"), ("assistant", w + " please" * (i % 2))]
-                 for i, w in enumerate(WORDS * 3)]
+        chats = [
+            [("user", f"say {w}"), ("assistant", w + " please" * (i % 2))]
+            for i, w in enumerate(WORDS * 3)
+        ]
         as_json = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in chats]
         problems = [{"prompt": f"say {w}", "answer": w} for w in WORDS * 3]
         for name, records in ("chats", as_json), ("pairs", PAIRS), ("problems", problems):
             Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         pretrain("--steps", 40, "--eval_every", 40, "--context", 64)
         sft("--steps", 120, "--eval_every", 120, "--replay", 0)
-        run("train_rm.py", "--steps", 30, "--eval_every", 30, "--lr", 0.01, out="runs/rm")
+        run("train_rm.py", "--steps", 30, "--eval_every", 30, "--muon_lr", 0.01, out="runs/rm")
     return folder
 
 
@@ -79,12 +81,12 @@ def result(out):
 
 
 @pytest.mark.parametrize("loss", ["ranking", "bradley_terry", "margin"])
-def test_the_reward_model_learns_which_reply_is_better(loss, here):
+def test_the_reward_model_learns_which_completion_is_better(loss, here):
     if loss == "margin":
         lines = "".join(json.dumps(p | {"margin": 0.5}) + "\n" for p in PAIRS)
         Path("margins.jsonl").write_text(lines)
     data = ["--data", "margins.jsonl"] if loss == "margin" else []
-    steps = ["--steps", 30, "--eval_every", 30, "--lr", 0.01]
+    steps = ["--steps", 30, "--eval_every", 30, "--muon_lr", 0.01]
     metrics = run("train_rm.py", "--loss", loss, *steps, *data, out="runs/rm_loss")
     assert metrics[-1]["accuracy"] == 1.0 and metrics[-1]["log_loss"] < 0.4
 
@@ -102,7 +104,7 @@ def test_rewards_have_mean_zero_on_the_references_samples_and_open_in_transforme
 
 
 @pytest.mark.parametrize("loss", "sigmoid cdpo robust hinge ipo simpo orpo kto".split())
-def test_every_dpo_loss_makes_the_chosen_reply_win(loss, here):
+def test_every_dpo_loss_makes_the_chosen_completion_win(loss, here):
     beta = 2 if loss == "simpo" else 0.1
     flags = ["--loss", loss, "--beta", beta, "--steps", 20, "--eval_every", 20, "--warmup", 2]
     metrics = run("train_dpo.py", *flags, out="runs/dpo")
@@ -118,11 +120,11 @@ def test_at_the_first_step_the_dpo_loss_is_log_two(here):
 
 @pytest.mark.parametrize("critic", ["separate", "shared", "none"])
 def test_ppo_raises_the_learned_reward(critic, here):
-    flags = ["--critic", critic, "--steps", 12, "--eval_every", 12, "--adam_lr", 3e-3]
+    flags = ["--critic", critic, "--steps", 12, "--eval_every", 12, "--lr", 3e-3]
     more = ["--batch_size", 16, "--kl_coef", 0.02, "--eval_prompts", 16, "--val_fraction", 0.3]
     metrics = run("train_ppo.py", *flags, *more, out="runs/ppo")
     rewards = [m["reward"] for m in metrics if "reward" in m]
-    assert sum(rewards[-3:]) / 3 > rewards[0] + 1  # above all, replies end now
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 1  # above all, completions end now
     assert metrics[-1]["val_ended"] > metrics[0]["val_ended"]
     assert metrics[1]["kl"] == 0.0  # the policy is the reference still
     wanted = "reward kl entropy length ended policy_loss value_loss clip_fraction approximate_kl"
@@ -143,7 +145,7 @@ def test_rules_reward_the_right_answer(here):
 
 
 def test_a_policy_that_never_ends_its_turn_is_penalised_and_visible(here):
-    flags = ["--max_new_tokens", 1, "--steps", 1, "--no_end_penalty", -7]
+    flags = ["--max_new_tokens", 1, "--steps", 1, "--truncation_reward", -7]
     metrics = run("train_ppo.py", *flags, out="runs/ppo_cut")
     update = [m for m in metrics if "ended" in m][0]
     assert update["ended"] == 0 and update["reward"] == -7
@@ -161,8 +163,10 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script
     kill_and_resume(script, [*own, *flags], killed, (2, 4, 5, 6, 8))
     states = [torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)]
     assert same(*states)
-    figures = [[{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(n)]
-               for n in (whole, killed)]
+    figures = [
+        [{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(n)]
+        for n in (whole, killed)
+    ]
     assert figures[0] == figures[1]
 
 
@@ -170,7 +174,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script
 def test_two_processes_give_the_gradients_of_one(script, here):
     """After one step the optimizers' first moments are the gradients, up to a constant factor."""
     _, own = SCRIPTS[script]
-    flags = [*own, "--steps", 1, "--clip", 0]
+    flags = [*own, "--steps", 1, "--grad_clip", 0]
     if script == "train_ppo.py":
         flags += ["--epochs", 1, "--minibatches", 1]
     one, two = f"runs/one_{script[6:-3]}", f"runs/two_{script[6:-3]}"
@@ -183,9 +187,15 @@ def test_two_processes_give_the_gradients_of_one(script, here):
 # --- bad input -----------------------------------------------------------------------------------
 
 BAD_PREFERENCES = {
-    "equal replies": ('{"prompt": "a", "chosen": "b", "rejected": "b "}', "replies are equal"),
-    "ranking of one": ('{"prompt": "a", "ranking": ["b"]}', "two replies or more"),
-    "empty reply": ('{"prompt": "a", "chosen": "b", "rejected": " "}', "a reply is empty"),
+    "equal completions": (
+        '{"prompt": "a", "chosen": "b", "rejected": "b "}',
+        "completions are equal",
+    ),
+    "ranking of one": ('{"prompt": "a", "ranking": ["b"]}', "two completions or more"),
+    "empty completion": (
+        '{"prompt": "a", "chosen": "b", "rejected": " "}',
+        "a completion is empty",
+    ),
     "prompt too long": (
         json.dumps({"prompt": "a" * 200, "chosen": "b", "rejected": "c"}),
         "the model reads 64",
@@ -208,11 +218,19 @@ def test_a_missing_margin_is_refused(here, capsys):
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(here, capsys):
-    pretrain("--steps", 1, "--context", 64, "--tokenizer", "train", "--vocab_size", 280,
-             out="runs/other")
-    train_sft.main(parse(train_sft.Config, train_sft.PRESETS, [
-        *"--batch_size 4 --dtype fp32 --device cpu --context 48 --replay_data text.txt".split(),
-        *"--data chats.jsonl --init runs/other --out runs/other_sft --steps 1".split()]))
+    pretrain(
+        "--steps", 1, "--context", 64, "--tokenizer", "train", "--vocab_size", 280, out="runs/other"
+    )
+    train_sft.main(
+        parse(
+            train_sft.Config,
+            train_sft.PRESETS,
+            [
+                *"--batch_size 4 --dtype fp32 --device cpu --context 48 --replay_data text.txt".split(),
+                *"--data chats.jsonl --init runs/other --out runs/other_sft --steps 1".split(),
+            ],
+        )
+    )
     run("train_rm.py", "--init", "runs/other_sft", "--steps", 1, out="runs/other_rm")
     capsys.readouterr()
     said = refused(capsys, train_ppo, *PPO, "--reward_model", "runs/other_rm", "--out", "runs/x")
@@ -224,7 +242,7 @@ PPO_REFUSES = {
     "a model that isn't one of rewards": (["--reward_model", "runs/sft"], "is no reward model"),
     "no such reward model": (["--reward_model", "runs/none"], "runs/none"),
     "rules without answers": (["--reward", "rules", "--data", "pairs.jsonl"], 'needs an "answer"'),
-    "a temperature of none": (["--temperature", 0], "--temperature 0 samples one reply only"),
+    "a temperature of none": (["--temperature", 0], "--temperature 0 samples one completion only"),
     "a negative KL weight": (["--kl_coef", -1], "--kl_coef must be at least 0"),
 }
 

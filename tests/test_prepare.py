@@ -205,7 +205,7 @@ def test_gsm8k_gives_the_answer_without_commas_and_keeps_the_steps(get):
     }
 
 
-def test_llava_keeps_the_place_of_the_picture(get):
+def test_llava_keeps_the_place_of_the_image(get):
     [record] = records(get("llava-instruct")["train"])
     assert record["image"] == "train2017/000000033471.jpg"
     assert record["messages"][0] == {"role": "user", "content": LLAVA["conversations"][0]["value"]}
@@ -315,8 +315,8 @@ def test_a_single_misfit_is_left_out_and_told(get, capsys):
 
 HELLO, MORE = "\n\nHuman: Hello?\n\nAssistant: Hi!", "\n\nHuman: Bye"
 MISFITS = {  # pairs without a preference, and why
-    "equal answers": ({"chosen": HELLO, "rejected": HELLO + " "}, "two replies are equal"),
-    "an empty answer": ({"chosen": HELLO, "rejected": HELLO[:-3]}, "a reply is empty"),
+    "equal answers": ({"chosen": HELLO, "rejected": HELLO + " "}, "two completions are equal"),
+    "an empty answer": ({"chosen": HELLO, "rejected": HELLO[:-3]}, "a completion is empty"),
     "two prompts": ({"chosen": HELLO, "rejected": "\n\nHuman: Bye" + HELLO}, "different prompts"),
     "no answer": ({"chosen": HELLO + MORE, "rejected": HELLO + MORE}, "must end with"),
     "no dialogue": ({"chosen": "Hi", "rejected": "Ho"}, "a dialogue is wanted"),
@@ -425,11 +425,11 @@ def test_a_limit_ends_the_download_early(get, monkeypatch):
 @pytest.mark.parametrize("chunk", [1, 2, 7, 100, 10**6])
 def test_an_array_reads_the_same_in_pieces_of_any_size(monkeypatch, tmp_path, chunk):
     monkeypatch.setattr(module, "CHUNK", chunk)
-    items = [ALPACA, {"deep": [{"a": "]"}, "},{"], "n": 1e-3}, {"ünï": '\\"[七'}]
-    for text in (json.dumps(items), json.dumps(items, indent=2, ensure_ascii=False) + "\n"):
+    examples = [ALPACA, {"deep": [{"a": "]"}, "},{"], "n": 1e-3}, {"ünï": '\\"[七'}]
+    for text in (json.dumps(examples), json.dumps(examples, indent=2, ensure_ascii=False) + "\n"):
         (tmp_path / "array.json").write_text(text, encoding="utf-8")
         with open(tmp_path / "array.json", encoding="utf-8") as file:
-            assert [*read_array(file)] == items
+            assert [*read_array(file)] == examples
 
 
 # --- the command ------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """The safetensors format: parity with the official library, and a refusal for every broken file."""
+
 import json
 import random
 
@@ -13,16 +14,22 @@ def some_tensors():
     """One tensor of every dtype, and the shapes that tend to be forgotten."""
     torch.manual_seed(0)
     tensors = {name: torch.randint(0, 2, (3, 5)).to(dtype) for name, dtype in DTYPES.items()}
-    return tensors | {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4),
-                      "turned": torch.randn(4, 3).T, "ä / \n": torch.randn(2, 1, 3)}
+    return tensors | {
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 4),
+        "turned": torch.randn(4, 3).T,
+        "ä / \n": torch.randn(2, 1, 3),
+    }
 
 
 def assert_same(ours, theirs):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert (tensor.dtype, tensor.shape) == (theirs[name].dtype, theirs[name].shape), name
-        assert torch.equal(tensor.contiguous().reshape(-1).view(torch.uint8),
-                           theirs[name].contiguous().reshape(-1).view(torch.uint8)), name
+        assert torch.equal(
+            tensor.contiguous().reshape(-1).view(torch.uint8),
+            theirs[name].contiguous().reshape(-1).view(torch.uint8),
+        ), name
 
 
 def raw_file(path, header, data=b"", length=None):
@@ -103,12 +110,15 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("tensors, metadata", [
-    ({"w": torch.ones(2, dtype=torch.complex64)}, None),
-    ({"w": torch.ones(2).to_sparse()}, None),
-    ({"__metadata__": torch.ones(2)}, None),
-    ({"w": torch.ones(2)}, {"steps": 3}),
-])
+@pytest.mark.parametrize(
+    "tensors, metadata",
+    [
+        ({"w": torch.ones(2, dtype=torch.complex64)}, None),
+        ({"w": torch.ones(2).to_sparse()}, None),
+        ({"__metadata__": torch.ones(2)}, None),
+        ({"w": torch.ones(2)}, {"steps": 3}),
+    ],
+)
 def test_what_the_format_cannot_hold_is_not_written(tmp_path, tensors, metadata):
     with pytest.raises(TypeError):
         save_file(tensors, tmp_path / "a", metadata)
@@ -126,8 +136,12 @@ BROKEN = {  # name: (header, data, the length to claim or None, what the message
     "bottomless JSON": (b"[" * 100_000, b"", None, "cannot be read"),
     "a list for a header": ([], b"", None, "object"),
     "one tensor twice": (b'{"a":%b,"a":%b}' % (ONE, ONE), bytes(4), None, "'a' is there twice"),
-    "one key twice": (b'{"a":%b}' % ONE.replace(b"{", b'{"dtype":"F32",'), bytes(4), None,
-                      "'dtype' is there twice"),
+    "one key twice": (
+        b'{"a":%b}' % ONE.replace(b"{", b'{"dtype":"F32",'),
+        bytes(4),
+        None,
+        "'dtype' is there twice",
+    ),
     "a tensor that is no object": ({"a": 3}, b"", None, "needs dtype"),
     "no dtype": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4), None, "needs dtype"),
     "an unknown dtype": ({"a": entry(dtype="F33")}, bytes(4), None, "unknown dtype 'F33'"),
@@ -140,10 +154,18 @@ BROKEN = {  # name: (header, data, the length to claim or None, what the message
     "offsets backwards": ({"a": entry(4, 0)}, bytes(4), None, "impossible offsets"),
     "three offsets": ({"a": entry() | {"data_offsets": [0, 4, 8]}}, bytes(4), None, "impossible"),
     "too few bytes for the shape": ({"a": entry(shape=[2])}, bytes(4), None, "not (2,) of F32"),
-    "a product that overflows 64 bits": ({"a": entry(0, 0, shape=[2**32, 2**32])}, b"", None,
-                                         "too large"),
-    "an overflow hidden by a zero": ({"a": entry(0, 0, shape=[2**40, 2**40, 0])}, b"", None,
-                                     "too large"),
+    "a product that overflows 64 bits": (
+        {"a": entry(0, 0, shape=[2**32, 2**32])},
+        b"",
+        None,
+        "too large",
+    ),
+    "an overflow hidden by a zero": (
+        {"a": entry(0, 0, shape=[2**40, 2**40, 0])},
+        b"",
+        None,
+        "too large",
+    ),
     "65 dimensions": ({"a": entry(shape=[1] * 65)}, bytes(4), None, "too large"),
     "a gap": ({"a": entry(), "b": entry(8, 12)}, bytes(12), None, "leaves a gap behind 'a'"),
     "a gap at the start": ({"a": entry(4, 8)}, bytes(8), None, "leaves a gap behind the header"),
@@ -190,15 +212,18 @@ def test_a_path_that_is_no_file_is_refused(tmp_path, where):
 
 
 def test_no_damage_gives_anything_but_a_refusal_or_tensors(tmp_path):
-    save_file({"w": torch.randn(3, 4), "b": torch.tensor([True]), "ids": torch.arange(3)},
-              tmp_path / "good", {"format": "pt"})
+    save_file(
+        {"w": torch.randn(3, 4), "b": torch.tensor([True]), "ids": torch.arange(3)},
+        tmp_path / "good",
+        {"format": "pt"},
+    )
     good, chance, outcomes = (tmp_path / "good").read_bytes(), random.Random(0), set()
     for _ in range(300):
         broken = bytearray(good)
         for _ in range(chance.randint(0, 3)):
             broken[chance.randrange(len(broken))] ^= 1 << chance.randrange(8)
         if chance.random() < 0.3:
-            del broken[chance.randrange(len(broken)):]
+            del broken[chance.randrange(len(broken)) :]
         (tmp_path / "bad").write_bytes(broken)
         try:
             for tensor in load_file(tmp_path / "bad").values():
@@ -235,14 +260,17 @@ def test_of_a_tensor_in_two_shards_the_index_chooses_one(tmp_path):
     assert load_folder(tmp_path)["a"].item() == 1
 
 
-@pytest.mark.parametrize("weight_map, says", [
-    ({"a": "1.safetensors", "b": "3.safetensors"}, "3.safetensors: no such file"),
-    ({"a": "1.safetensors", "c": "2.safetensors"}, "lacks the tensor 'c'"),
-    ({"a": "../1.safetensors"}, "file of this folder"),
-    ({"a": 1}, "file of this folder"),
-    ({}, "file of this folder"),
-    (None, "file of this folder"),
-])
+@pytest.mark.parametrize(
+    "weight_map, says",
+    [
+        ({"a": "1.safetensors", "b": "3.safetensors"}, "3.safetensors: no such file"),
+        ({"a": "1.safetensors", "c": "2.safetensors"}, "lacks the tensor 'c'"),
+        ({"a": "../1.safetensors"}, "file of this folder"),
+        ({"a": 1}, "file of this folder"),
+        ({}, "file of this folder"),
+        (None, "file of this folder"),
+    ],
+)
 def test_an_index_is_refused_that_names_what_is_not_there(tmp_path, weight_map, says):
     with pytest.raises(UserError, match=says):
         load_folder(sharded(tmp_path, weight_map))

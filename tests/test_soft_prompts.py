@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from nanollm import adapters, soft_prompts
 from nanollm.config import UserError
 from nanollm.generate import generate, stream
 from nanollm.gpt import document_mask
 from nanollm.hub import save_model
+from nanollm.peft import adapters, soft_prompts
 
 V = 5
 METHODS = ("prefix", "ptuning", "prompt")
@@ -56,17 +56,24 @@ def loss_of(logits):
 
 
 def test_prefix_with_its_mlp_equals_pefts_in_logits_and_gradients(folder, attached):
-    other = with_peft(folder, kind="prefix_projection", prefix_projection=True,
-                      encoder_hidden_size=16)
+    other = with_peft(
+        folder, kind="prefix_projection", prefix_projection=True, encoder_hidden_size=16
+    )
     encoder = other.prompt_encoder["default"]
     ours = attached("prefix")
     # peft's embedding is as wide as keys and values, ours as the model: both are free to choose
     width = encoder.embedding.weight.shape[1]
     ours.model.prefix = soft_prompts.PrefixMLP(V, width, 16, soft_prompts.shape_of(ours.cfg))
     ours.model.prefix.load_state_dict(encoder.state_dict())
-    compare(ours, other, [(ours.model.prefix.embedding.weight, encoder.embedding.weight),
-                          (ours.model.prefix.transform[0].weight, encoder.transform[0].weight),
-                          (ours.model.prefix.transform[2].weight, encoder.transform[2].weight)])
+    compare(
+        ours,
+        other,
+        [
+            (ours.model.prefix.embedding.weight, encoder.embedding.weight),
+            (ours.model.prefix.transform[0].weight, encoder.transform[0].weight),
+            (ours.model.prefix.transform[2].weight, encoder.transform[2].weight),
+        ],
+    )
 
 
 def test_p_tuning_equals_pefts_prefix_without_an_mlp_in_logits_and_gradients(folder, attached):

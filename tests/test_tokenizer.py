@@ -317,14 +317,14 @@ def test_only_assistant_and_tools_may_write_thoughts_and_calls(trained):
         assert (ids.count(think), ids.count(end)) == (expected, 1)
 
 
-def test_pictures_have_a_place_only_where_pictures_are_meant(trained):
+def test_images_have_a_place_only_where_images_are_meant(trained):
     chat = [{"role": "user", "content": "<image><|user|>what?"}]
     assert trained.special["<image>"] not in trained.render(chat)[0]
     assert trained.render(chat, images=True)[0].count(trained.special["<image>"]) == 1
     assert trained.render(chat, images=True)[0].count(trained.special["<|user|>"]) == 1
 
 
-def test_pictures_need_a_token_for_them(tmp_path):
+def test_images_need_a_token_for_them(tmp_path):
     foreign(tmp_path, "qwen")
     with pytest.raises(UserError, match="no token <image>"):
         Tokenizer.load(tmp_path).render([{"role": "user", "content": "<image>"}], images=True)

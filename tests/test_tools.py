@@ -17,30 +17,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data import village, village_tools
-from data.village_problems import (
-    GRADES,
-    answered,
-    lessons,
-    problems,
-    worked,
-)
-from data.village_sums import written_product, written_steps
-from data.village_tasks import check_answer, last_number, user_turns
-from data.village_tools import NOTHING, TOPICS, knowledge, newcomers, tool_items, tool_lessons
-from data.village_world import ATTRIBUTES, build_world
+from data import village
+from data.village import tools
+from data.village.problems import GRADES, answered, lessons, problems, worked
+from data.village.sums import written_product, written_steps
+from data.village.tasks import user_turns
+from data.village.tools import NOTHING, TOPICS, knowledge, newcomers, tool_examples, tool_lessons
+from data.village.world import ATTRIBUTES, build_world
 from nanollm import generate as engine
 from nanollm import toolformer
 from nanollm import tools as tools_module
+from nanollm.batches import pad_completions
 from nanollm.config import UserError
-from nanollm.data import pad_replies
 from nanollm.generate import generate, stream
 from nanollm.gpt import GPT, GPTConfig
+from nanollm.metrics import majority, pass_at_k
 from nanollm.rewards import (
     accuracy,
+    check_answer,
     final_answer,
-    majority,
-    pass_at_k,
+    last_number,
     reft_reward,
     think_format,
 )
@@ -249,8 +245,7 @@ def test_every_entry_among_hundreds_is_found_by_its_title(base):
 
 
 @pytest.mark.parametrize(
-    "query",
-    ["door of Kelo", "KELO door", "the door of Kelo is", "kelo, door!"],
+    "query", ["door of Kelo", "KELO door", "the door of Kelo is", "kelo, door!"]
 )
 def test_case_order_and_idle_words_make_no_difference(query, base):
     assert base.search(query) == next(e["text"] for e in ENTRIES if e["title"] == "door of Kelo")
@@ -388,13 +383,13 @@ def test_ten_thousand_random_calls_are_answered_with_text(tools):
 ANSWERED = "<tool_call>echo(1)</tool_call><tool_result>1</tool_result>"
 
 
-def answer_to(tools, reply):
-    """What the toolbox writes behind a reply, as text."""
-    return tools.tokenizer.decode(tools.respond(tools.tokenizer.encode(reply, special=True)))
+def answer_to(tools, completion):
+    """What the toolbox writes behind a completion, as text."""
+    return tools.tokenizer.decode(tools.respond(tools.tokenizer.encode(completion, special=True)))
 
 
 @pytest.mark.parametrize(
-    "reply, result",
+    "completion, result",
     [
         ("<tool_call>calculator(6 * 7)</tool_call>", "42"),
         ("Let me see. <tool_call>calculator(6 * 7)</tool_call>", "42"),
@@ -407,8 +402,8 @@ def answer_to(tools, reply):
         ("calculator(6 * 7)</tool_call>", NO_CALL),
     ],
 )
-def test_the_innermost_last_call_is_answered(reply, result, tools):
-    assert answer_to(tools, reply) == f"<tool_result>{result}</tool_result>"
+def test_the_innermost_last_call_is_answered(completion, result, tools):
+    assert answer_to(tools, completion) == f"<tool_result>{result}</tool_result>"
 
 
 def test_an_end_that_closes_no_call_is_answered_with_an_error(tools):
@@ -417,13 +412,13 @@ def test_an_end_that_closes_no_call_is_answered_with_an_error(tools):
 
 
 def test_a_call_spelt_in_plain_letters_is_none(tools):
-    reply = tools.tokenizer.encode("<tool_call>calculator(6 * 7)") + [tools.call_end]
-    assert tools.tokenizer.decode(tools.respond(reply)[1:-1]).startswith("error")
+    completion = tools.tokenizer.encode("<tool_call>calculator(6 * 7)") + [tools.call_end]
+    assert tools.tokenizer.decode(tools.respond(completion)[1:-1]).startswith("error")
 
 
 def test_ids_that_are_no_text_are_answered_with_an_error(tools):
-    reply = [tools.call, 255, 254, 128, 10**6, tools.call_end]
-    assert tools.tokenizer.decode(tools.respond(reply)[1:-1]).startswith("error")
+    completion = [tools.call, 255, 254, 128, 10**6, tools.call_end]
+    assert tools.tokenizer.decode(tools.respond(completion)[1:-1]).startswith("error")
 
 
 def test_a_long_result_is_cut(tools, tokenizer):
@@ -465,15 +460,15 @@ def people(world):
 
 @pytest.fixture(scope="module")
 def asked_of_tools(world):
-    """All items by split, each with its "reply", also where the file leaves it out, and "check"."""
-    as_item = village_tools.as_item
+    """All items by split, each with its "completion", also where the file leaves it out, and "check"."""
+    as_example = village_tools.as_example
 
-    def with_reply(family, turns, check, split):
-        return as_item(family, turns, check, split) | check | {"reply": turns[-1]}
+    def with_completion(task, turns, check, split):
+        return as_example(task, turns, check, split) | check | {"completion": turns[-1]}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(village_tools, "as_item", with_reply)
-        return {split: tool_items(world, split) for split in ("train", "val", "test")}
+        patch.setattr(village_tools, "as_item", with_completion)
+        return {split: tool_examples(world, split) for split in ("train", "val", "test")}
 
 
 @pytest.fixture(scope="module")
@@ -483,11 +478,11 @@ def run_once(people, tokenizer):
     return functools.cache(Toolbox(given, tokenizer).run)
 
 
-@pytest.mark.parametrize("family", village_tools.FAMILIES)
-def test_the_tools_give_the_very_results_that_the_dialogues_show(family, asked_of_tools, run_once):
-    items = [i for i in itertools.chain(*asked_of_tools.values()) if i["family"] == family]
-    shown = [call for item in items for call in CALL.findall(item["reply"])]
-    assert len(shown) == len(items) * (2 if family == "lookup_two_hop" else 1)
+@pytest.mark.parametrize("task", village_tools.FAMILIES)
+def test_the_tools_give_the_very_results_that_the_dialogues_show(task, asked_of_tools, run_once):
+    examples = [i for i in itertools.chain(*asked_of_tools.values()) if i["task"] == task]
+    shown = [call for example in examples for call in CALL.findall(example["completion"])]
+    assert len(shown) == len(examples) * (2 if task == "lookup_two_hop" else 1)
     wrong = [(call, result) for call, result in shown if run_once(call) != result]
     assert not wrong, f"{len(wrong)} of {len(shown)}, such as {wrong[:2]}"
 
@@ -496,44 +491,46 @@ def test_no_result_of_the_village_needs_cutting(people, tokenizer):
     assert all(len(tokenizer.encode(e["text"])) <= LONGEST_RESULT for e in knowledge(people))
 
 
-def test_every_composed_reply_is_right_and_has_its_answer_after_the_calls(asked_of_tools):
-    for item in asked_of_tools["test"]:
-        assert accuracy(item, item["reply"]) == 1, item
-        assert final_answer(item["reply"].rpartition("</tool_result>")[0]) == ""
+def test_every_composed_completion_is_right_and_has_its_answer_after_the_calls(asked_of_tools):
+    for example in asked_of_tools["test"]:
+        assert accuracy(example, example["completion"]) == 1, example
+        assert final_answer(example["completion"].rpartition("</tool_result>")[0]) == ""
 
 
-def test_there_are_as_many_items_of_each_family_as_planned(asked_of_tools):
+def test_there_are_as_many_examples_of_each_task_as_planned(asked_of_tools):
     sizes = {"large_numbers": 2280, "lookup": 1500, "lookup_two_hop": 1500, "nobody": 720}
-    assert Counter(item["family"] for item in asked_of_tools["train"]) == sizes
-    assert set(Counter(item["family"] for item in asked_of_tools["test"]).values()) == {200}
+    assert Counter(example["task"] for example in asked_of_tools["train"]) == sizes
+    assert set(Counter(example["task"] for example in asked_of_tools["test"]).values()) == {200}
 
 
-def test_test_items_end_with_the_question(world):
-    for item in tool_items(world, "test", n_items=5):
-        assert [m["role"] for m in item["messages"]] == ["user"]
-        assert {"answer", "check", "family"} < set(item) and "reply" not in item
+def test_test_examples_end_with_the_question(world):
+    for example in tool_examples(world, "test", n_examples=5):
+        assert [m["role"] for m in example["messages"]] == ["user"]
+        assert {"answer", "check", "task"} < set(example) and "completion" not in example
 
 
 def test_no_question_to_the_tools_is_both_trained_on_and_tested(asked_of_tools):
-    questions = {split: set(map(user_turns, items)) for split, items in asked_of_tools.items()}
+    questions = {
+        split: set(map(user_turns, examples)) for split, examples in asked_of_tools.items()
+    }
     assert not questions["train"] & questions["test"]
-    assert all(len(questions[split]) == len(items) for split, items in asked_of_tools.items())
+    assert all(len(questions[split]) == len(examples) for split, examples in asked_of_tools.items())
 
 
 def test_no_pair_of_large_numbers_is_both_trained_on_and_tested(asked_of_tools):
     pairs = {
         split: {
-            frozenset(re.findall(r"\d+", item["messages"][0]["content"]))
-            for item in items
-            if item["family"] == "large_numbers"
+            frozenset(re.findall(r"\d+", example["messages"][0]["content"]))
+            for example in examples
+            if example["task"] == "large_numbers"
         }
-        for split, items in asked_of_tools.items()
+        for split, examples in asked_of_tools.items()
     }
     assert not pairs["train"] & pairs["test"] and not pairs["val"] & pairs["test"]
 
 
-def names_in(items, names):
-    words = (set(re.findall(r"\w+", f"{i['messages']} {i['reply']}")) for i in items)
+def names_in(examples, names):
+    words = (set(re.findall(r"\w+", f"{i['messages']} {i['completion']}")) for i in examples)
     return set().union(*words) & set(names)
 
 
@@ -542,9 +539,11 @@ def test_training_asks_about_one_half_of_the_newcomers_and_the_test_about_the_ot
 ):
     halves = [{v.name for v in half} for half in (people.asked, people.never_asked)]
     assert not halves[0] & halves[1] and len(halves[0]) == len(halves[1]) == 500
-    named = {split: names_in(items, people.by_name) for split, items in asked_of_tools.items()}
+    named = {
+        split: names_in(examples, people.by_name) for split, examples in asked_of_tools.items()
+    }
     assert named["train"] | named["val"] <= halves[0] and named["test"] <= halves[1]
-    strangers = {s: names_in(items, world.strangers) for s, items in asked_of_tools.items()}
+    strangers = {s: names_in(examples, world.strangers) for s, examples in asked_of_tools.items()}
     assert strangers["train"] and strangers["test"] and not strangers["train"] & strangers["test"]
 
 
@@ -581,11 +580,11 @@ def test_the_examples_of_the_documentation_are_of_the_kind_that_is_trained(peopl
 def test_lessons_mix_calls_with_dialogues_that_need_none(world):
     chats = village.instructions(world, "val")
     worked_problems = [worked(p) for p in problems(world, "val", 40)]
-    items = tool_lessons(world, "val", worked_problems, chats)
-    families = Counter(item["family"] for item in items)
-    assert sum(families[name] for name in village_tools.FAMILIES) == 200
-    assert sum(families[name] for name in GRADES) == 100
-    assert sum(families.values()) == 400 and not families["unknown"]
+    examples = tool_lessons(world, "val", worked_problems, chats)
+    tasks = Counter(example["task"] for example in examples)
+    assert sum(tasks[name] for name in village_tools.FAMILIES) == 200
+    assert sum(tasks[name] for name in GRADES) == 100
+    assert sum(tasks.values()) == 400 and not tasks["unknown"]
 
 
 # --- generation with tools ---------------------------------------------------------------------
@@ -635,9 +634,12 @@ def test_with_tools_greedy_equals_an_uncached_loop_and_other_rows_are_as_without
     assert out.owned() == [own for _, own in slow]
     for other in {0, 1, 2, 3} - {row}:
         assert out.lists()[other] == plain[other] and all(out.owned()[other])
-    called = plain[row].index(tools.call_end) + 1
-    assert tools.shown[0] == plain[row][:called]
-    assert out.lists()[row][: called + 3] == plain[row][:called] + [250, 251, 252][: 14 - called]
+    ddp_model = plain[row].index(tools.call_end) + 1
+    assert tools.shown[0] == plain[row][:ddp_model]
+    assert (
+        out.lists()[row][: ddp_model + 3]
+        == plain[row][:ddp_model] + [250, 251, 252][: 14 - ddp_model]
+    )
 
 
 def test_other_samples_are_as_without_tools(random_model):
@@ -832,7 +834,7 @@ def turns(*contents):
 
 
 @pytest.mark.parametrize(
-    "reply, trained",
+    "completion, trained",
     [
         ("Six.", "Six."),
         ("<tool_call>c(1)</tool_call><tool_result>1</tool_result>One.",
@@ -846,9 +848,9 @@ def turns(*contents):
         ("a</tool_result>b", "a</tool_result>b"),
     ],
 )  # fmt: skip
-def test_all_of_an_assistants_turn_but_results_is_trained_on(reply, trained, tokenizer):
-    assert trained_text(tokenizer, turns("How many?", reply)) == trained + "<|end|>"
-    both = turns("How many?", reply, "Sure?", "Yes.")
+def test_all_of_an_assistants_turn_but_results_is_trained_on(completion, trained, tokenizer):
+    assert trained_text(tokenizer, turns("How many?", completion)) == trained + "<|end|>"
+    both = turns("How many?", completion, "Sure?", "Yes.")
     assert trained_text(tokenizer, both) == trained + "<|end|>Yes.<|end|>"
     both[1]["loss"] = False
     assert trained_text(tokenizer, both) == "Yes.<|end|>"
@@ -873,14 +875,14 @@ def test_the_marks_of_a_result_are_not_trained_on_either(tokenizer):
 
 
 def test_in_all_lessons_exactly_the_results_are_left_out(world, tokenizer):
-    for item in tool_items(world, "val"):
-        said = item["messages"][1]["content"]
+    for example in tool_examples(world, "val"):
+        said = example["messages"][1]["content"]
         expected = re.sub(r"<tool_result>.*?</tool_result>", "", said) + "<|end|>"
-        assert trained_text(tokenizer, item["messages"]) == expected
+        assert trained_text(tokenizer, example["messages"]) == expected
 
 
-def test_padded_replies_are_trained_on_where_the_model_chose(tokenizer):
-    rows = pad_replies(
+def test_padded_completions_are_trained_on_where_the_model_chose(tokenizer):
+    rows = pad_completions(
         [[1, 2], [3]], [[4, 5, 6], [7, 8]], pad_id=0, own=[[True, False, True], [False, True]]
     )
     assert rows.tokens.tolist() == [[1, 2, 4, 5, 6], [3, 7, 8, 0, 0]]
@@ -888,19 +890,19 @@ def test_padded_replies_are_trained_on_where_the_model_chose(tokenizer):
     assert rows.real.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
 
 
-def test_with_all_chosen_padded_replies_are_as_without_saying(tokenizer):
-    prompts, replies = some_prompts((3, 1, 5)), some_prompts((2, 7, 4))
-    own = [[True] * len(reply) for reply in replies]
-    plain, said = (pad_replies(prompts, replies, 257, own=each) for each in (None, own))
+def test_with_all_chosen_padded_completions_are_as_without_saying(tokenizer):
+    prompts, completions = some_prompts((3, 1, 5)), some_prompts((2, 7, 4))
+    own = [[True] * len(completion) for completion in completions]
+    plain, said = (pad_completions(prompts, completions, 257, own=each) for each in (None, own))
     assert all(torch.equal(a, b) for a, b in zip(plain.tensors(), said.tensors()))
 
 
 def test_rollouts_and_lessons_leave_out_the_same(tokenizer, products):
-    """`own` of what was generated, and the mask of the same reply when it is a lesson."""
+    """`own` of what was generated, and the mask of the same completion when it is a lesson."""
     model = writer(tokenizer, CHAIN, "</tool_result>E<|end|>", "</think>S")
     prompts = [tokenizer.encode(text, special=True) for text in ("S", "</think>", "E")]
     out = generate(model, prompts, 40, stop_ids=tokenizer.stop_ids, tools=products)
-    rows = pad_replies(prompts, out.lists(), tokenizer.pad_id, own=out.owned())
+    rows = pad_completions(prompts, out.lists(), tokenizer.pad_id, own=out.owned())
     for row, ids in enumerate(out.lists()):
         assert out.owned()[row] == tokenizer.written(ids)
         chosen = [id for id, own in zip(ids, tokenizer.written(ids)) if own]
@@ -913,7 +915,7 @@ WORD = {"answer": "Mira", "check": "contains", "not": ["Trino"]}
 
 
 @pytest.mark.parametrize(
-    "reply, answer",
+    "completion, answer",
     [
         ("", ""),
         ("42", "42"),
@@ -935,12 +937,12 @@ WORD = {"answer": "Mira", "check": "contains", "not": ["Trino"]}
         ("a</tool_call>42", "a</tool_call>42"),
     ],
 )
-def test_the_final_answer_is_what_follows_thoughts_and_results(reply, answer):
-    assert final_answer(reply) == answer
+def test_the_final_answer_is_what_follows_thoughts_and_results(completion, answer):
+    assert final_answer(completion) == answer
 
 
 @pytest.mark.parametrize(
-    "item, reply, reward",
+    "item, completion, reward",
     [
         (NUMBER, "42", 1), (NUMBER, "The answer is 42.", 1), (NUMBER, "6 * 7 = 42", 1),
         (NUMBER, "42.0", 1), (NUMBER, "It is 42, not 43.", 0), (NUMBER, "-42", 0), (NUMBER, "", 0),
@@ -952,12 +954,12 @@ def test_the_final_answer_is_what_follows_thoughts_and_results(reply, answer):
         (WORD, "<think>Trino?</think>It is Mira.", 1), (WORD, "<think>Mira</think>", 0),
     ],
 )  # fmt: skip
-def test_accuracy_is_that_of_the_final_answer(item, reply, reward):
-    assert accuracy(item, reply) == reward
+def test_accuracy_is_that_of_the_final_answer(example, completion, reward):
+    assert accuracy(example, completion) == reward
 
 
 @pytest.mark.parametrize(
-    "reply, reward",
+    "completion, reward",
     [
         ("<think>a</think>b", 1), ("  <think> a </think> b \n", 1), ("<think>a\nb</think>c\nd", 1),
         ("<think>a</think>", 0), ("<think>a</think> \n", 0), ("<think></think>b", 0),
@@ -968,12 +970,12 @@ def test_accuracy_is_that_of_the_final_answer(item, reply, reward):
         ("< think>a</think>b", 0),
     ],
 )  # fmt: skip
-def test_the_format_reward_wants_one_thought_and_then_an_answer(reply, reward):
-    assert think_format(NUMBER, reply) == reward
+def test_the_format_reward_wants_one_thought_and_then_an_answer(completion, reward):
+    assert think_format(NUMBER, completion) == reward
 
 
 @pytest.mark.parametrize(
-    "item, reply, reward",
+    "item, completion, reward",
     [
         (NUMBER, "It is 42.", 1), (NUMBER, "It is 41.", 0.1), (NUMBER, "It is a number.", 0),
         (NUMBER, "<think>41</think>Hm.", 0), (NUMBER, "<think>42", 0), (NUMBER, "", 0),
@@ -981,8 +983,10 @@ def test_the_format_reward_wants_one_thought_and_then_an_answer(reply, reward):
         (WORD, "<think>Mira</think> ", 0),
     ],
 )  # fmt: skip
-def test_the_reward_of_reft_gives_a_tenth_for_an_answer_of_the_right_kind(item, reply, reward):
-    assert reft_reward(item, reply) == reward
+def test_the_reward_of_reft_gives_a_tenth_for_an_answer_of_the_right_kind(
+    example, completion, reward
+):
+    assert reft_reward(example, completion) == reward
 
 
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one():
@@ -998,7 +1002,7 @@ def test_pass_at_k_of_hundreds_needs_no_large_factorials():
 
 
 @pytest.mark.parametrize(
-    "item, replies, winner",
+    "item, completions, winner",
     [
         (NUMBER, ["It is 42.", "41", "= 42"], "It is 42."),
         (NUMBER, ["41", "42", "so 42"], "42"),
@@ -1016,8 +1020,8 @@ def test_pass_at_k_of_hundreds_needs_no_large_factorials():
         (WORD, ["", "<think>Mira"], ""),
     ],
 )
-def test_the_majority_is_the_first_reply_with_the_answer_of_most(item, replies, winner):
-    assert majority(item, replies) == winner
+def test_the_majority_is_the_first_completion_with_the_answer_of_most(example, completions, winner):
+    assert majority(example, completions) == winner
 
 
 @pytest.mark.parametrize(
@@ -1039,10 +1043,10 @@ def test_numbers_of_thirty_digits_that_differ_by_one_differ():
     n = 10**29 + 7
     assert float(n) == float(n + 1)
     assert last_number(f"It is {n}.") == n != last_number(f"It is {n + 1}.")
-    item = {"answer": str(n), "check": "number"}
-    assert check_answer(item, f"{n}") and not check_answer(item, f"{n + 1}")
-    assert accuracy(item, f"{n:,}") == 1 and accuracy(item, str(n - 1)) == 0
-    assert majority(item, [str(n + 1), str(n), str(n)]) == str(n)
+    example = {"answer": str(n), "check": "number"}
+    assert check_answer(example, f"{n}") and not check_answer(example, f"{n + 1}")
+    assert accuracy(example, f"{n:,}") == 1 and accuracy(example, str(n - 1)) == 0
+    assert majority(example, [str(n + 1), str(n), str(n)]) == str(n)
 
 
 @pytest.mark.parametrize(
@@ -1073,16 +1077,16 @@ def test_ten_megabytes_are_judged_in_bounded_time(text):
     assert seconds(judge) < 2
 
 
-def test_ten_thousand_random_replies_are_judged_without_exception():
+def test_ten_thousand_random_completions_are_judged_without_exception():
     for text in random_strings(10_000, seed=3):
         answer, number = final_answer(text), last_number(text)
         assert text.endswith(answer) and "<think>" not in answer and "<tool_call>" not in answer
         assert number is None or isinstance(number, Fraction)
         assert think_format(NUMBER, text) in (0, 1)
-        for item in (NUMBER, WORD):
-            assert reft_reward(item, text) in (0, 0.1, 1)
-            assert accuracy(item, text) == (reft_reward(item, text) == 1)
-            assert majority(item, [text, text]) in ("", text)
+        for example in (NUMBER, WORD):
+            assert reft_reward(example, text) in (0, 0.1, 1)
+            assert accuracy(example, text) == (reft_reward(example, text) == 1)
+            assert majority(example, [text, text]) in ("", text)
 
 
 # --- problems ----------------------------------------------------------------------------------
@@ -1105,8 +1109,8 @@ def value_of(expression):
 
 
 def test_every_grade_has_its_number_of_problems_or_all_that_exist(asked):
-    for split, items in asked.items():
-        counts = Counter((item["grade"], item["family"]) for item in items)
+    for split, examples in asked.items():
+        counts = Counter((example["grade"], example["task"]) for example in examples)
         wanted = {(i, name): village.PER_GRADE[split] for i, name in enumerate(GRADES, 1)}
         if split == "train":  # of the easy ones there are not so many
             wanted[1, "easy"] = min(counts[1, "easy"], 1500)
@@ -1115,102 +1119,104 @@ def test_every_grade_has_its_number_of_problems_or_all_that_exist(asked):
 
 
 def test_every_equation_of_every_worked_solution_is_true(asked):
-    for item in itertools.chain(*asked.values()):
-        equations = EQUATION.findall(item["steps"])
-        assert len(equations) == item["steps"].count("=") >= 1, item
+    for example in itertools.chain(*asked.values()):
+        equations = EQUATION.findall(example["steps"])
+        assert len(equations) == example["steps"].count("=") >= 1, example
         for left, right in equations:
-            assert value_of(left) == int(right), item
-        assert equations[-1][1] == item["answer"], item
-        assert int(item["answer"]) >= 0
+            assert value_of(left) == int(right), example
+        assert equations[-1][1] == example["answer"], example
+        assert int(example["answer"]) >= 0
 
 
 def test_the_digits_that_are_written_make_up_the_answer(asked):
-    for item in itertools.chain(*asked.values()):
-        digits = re.findall(r"write (\d+)", item["steps"])
-        assert bool(digits) == (item["family"] in ("two_digits", "three_digits", "products"))
+    for example in itertools.chain(*asked.values()):
+        digits = re.findall(r"write (\d+)", example["steps"])
+        assert bool(digits) == (example["task"] in ("two_digits", "three_digits", "products"))
         if digits:
-            assert int("".join(reversed(digits))) == int(item["answer"]), item
+            assert int("".join(reversed(digits))) == int(example["answer"]), example
 
 
 def test_what_is_carried_and_what_is_written_is_the_sum(asked):
     carried = 0
-    for item in itertools.chain(*asked.values()):
-        for total, digit, carry in re.findall(r"= (\d+), write (\d+) carry (\d+)", item["steps"]):
-            assert int(total) == 10 * int(carry) + int(digit) and int(digit) < 10, item
+    for example in itertools.chain(*asked.values()):
+        for total, digit, carry in re.findall(
+            r"= (\d+), write (\d+) carry (\d+)", example["steps"]
+        ):
+            assert int(total) == 10 * int(carry) + int(digit) and int(digit) < 10, example
             carried += carry != "0"
     assert carried > 1000
 
 
 def test_a_problem_asks_for_what_its_solution_works_out(asked):
-    for item in itertools.chain(*asked.values()):
-        if item["family"] in ("two_digits", "three_digits", "products"):
-            question = list(map(int, re.findall(r"\d+", item["messages"][0]["content"])))
-            a, sign, b = re.match(r"(\d+) (.) (\d+): ", item["steps"]).groups()
-            assert sorted(question) == sorted((int(a), int(b))), item
-            assert value_of(f"{a} {sign} {b}") == int(item["answer"])
+    for example in itertools.chain(*asked.values()):
+        if example["task"] in ("two_digits", "three_digits", "products"):
+            question = list(map(int, re.findall(r"\d+", example["messages"][0]["content"])))
+            a, sign, b = re.match(r"(\d+) (.) (\d+): ", example["steps"]).groups()
+            assert sorted(question) == sorted((int(a), int(b))), example
+            assert value_of(f"{a} {sign} {b}") == int(example["answer"])
 
 
 LOSS = re.compile(r"sells|loses|away|gives \d+ \w+ to ")
 
 
-def story_equations(item):
+def story_equations(example):
     return [re.fullmatch(r"(\d+) (.) (\d+) = (\d+)", step).groups()
-            for step in item["steps"].rstrip(".").split(". ")]  # fmt: skip
+            for step in example["steps"].rstrip(".").split(". ")]  # fmt: skip
 
 
 def test_the_answer_of_a_story_follows_from_its_equations_and_they_from_its_sentences(asked):
     seen = Counter()
-    for item in itertools.chain(*asked.values()):
-        story = item["messages"][0]["content"]
+    for example in itertools.chain(*asked.values()):
+        story = example["messages"][0]["content"]
         if "How many" not in story:
             continue
         *sentences, question = re.findall(r"[^.?]+[.?]", story)
-        equations = story_equations(item)
+        equations = story_equations(example)
         for before, after in itertools.pairwise(equations):
-            assert after[0] == before[3], item
-        assert equations[-1][3] == item["answer"] and question.startswith(" How many")
+            assert after[0] == before[3], example
+        assert equations[-1][3] == example["answer"] and question.startswith(" How many")
         numbers = [equations[0][0], *(equation[2] for equation in equations)]
-        assert re.findall(r"\d+", story) == numbers, item
+        assert re.findall(r"\d+", story) == numbers, example
         signs = ["-" if LOSS.search(sentence) else "+" for sentence in sentences[1:]]
         if equations[0][1] == "*":
             signs.insert(0, "*")
-        assert [equation[1] for equation in equations] == signs, item
-        assert all(int(n) <= 30 for n in re.findall(r"\d+", story + item["steps"])), item
+        assert [equation[1] for equation in equations] == signs, example
+        assert all(int(n) <= 30 for n in re.findall(r"\d+", story + example["steps"])), example
         seen[len(equations)] += 1
     per_grade = sum(village.PER_GRADE.values())
     assert seen[2] == seen[3] == per_grade
 
 
 def test_no_question_is_in_two_splits(asked):
-    questions = {split: set(map(user_turns, items)) for split, items in asked.items()}
+    questions = {split: set(map(user_turns, examples)) for split, examples in asked.items()}
     for one, other in itertools.combinations(questions.values(), 2):
         assert not one & other
 
 
 def test_no_question_is_in_a_split_twice(asked):
-    for items in asked.values():
-        assert [q for q, n in Counter(map(user_turns, items)).items() if n > 1] == []
+    for examples in asked.values():
+        assert [q for q, n in Counter(map(user_turns, examples)).items() if n > 1] == []
 
 
-@pytest.mark.parametrize("family", ["easy", "two_digits", "three_digits", "products"])
-def test_no_pair_of_operands_is_in_two_splits(family, asked):
+@pytest.mark.parametrize("task", ["easy", "two_digits", "three_digits", "products"])
+def test_no_pair_of_operands_is_in_two_splits(task, asked):
     pairs = {
         split: {
-            frozenset(re.match(r"(\d+) . (\d+)", item["steps"]).groups())
-            for item in items
-            if item["family"] == family
+            frozenset(re.match(r"(\d+) . (\d+)", example["steps"]).groups())
+            for example in examples
+            if example["task"] == task
         }
-        for split, items in asked.items()
+        for split, examples in asked.items()
     }
     for one, other in itertools.combinations(pairs.values(), 2):
         assert one and other and not one & other
 
 
-@pytest.mark.parametrize("family", STORIES)
-def test_no_story_of_the_test_has_the_numbers_of_a_trained_one(family, asked):
+@pytest.mark.parametrize("task", STORIES)
+def test_no_story_of_the_test_has_the_numbers_of_a_trained_one(task, asked):
     told = {
-        split: {item["steps"] for item in items if item["family"] == family}
-        for split, items in asked.items()
+        split: {example["steps"] for example in examples if example["task"] == task}
+        for split, examples in asked.items()
     }
     assert not told["train"] & told["test"]
 
@@ -1252,37 +1258,37 @@ def test_three_worked_solutions_word_by_word():
     )
 
 
-def test_composed_replies_are_right_and_well_formed(asked):
-    for item in itertools.chain(*asked.values()):
-        thought, short = (chat(item)["messages"][-1]["content"] for chat in (worked, answered))
-        assert accuracy(item, thought) == accuracy(item, short) == 1, item
-        assert think_format(item, thought) == 1 and think_format(item, short) == 0
-        assert reft_reward(item, f"The answer is {int(item['answer']) + 1}.") == 0.1
+def test_composed_completions_are_right_and_well_formed(asked):
+    for example in itertools.chain(*asked.values()):
+        thought, short = (chat(example)["messages"][-1]["content"] for chat in (worked, answered))
+        assert accuracy(example, thought) == accuracy(example, short) == 1, example
+        assert think_format(example, thought) == 1 and think_format(example, short) == 0
+        assert reft_reward(example, f"The answer is {int(example['answer']) + 1}.") == 0.1
 
 
 def test_lessons_hold_every_problem_and_a_fifth_as_many_other_dialogues(asked, world):
     chats = village.instructions(world, "val")
-    items = lessons(asked["val"], chats, dict.fromkeys(GRADES, 1.0))
-    assert len(items) == 240 + 48
-    taught = [item for item in items if item["family"] in GRADES]
-    questions = {item["messages"][0]["content"] for item in taught}
-    assert questions == {item["messages"][0]["content"] for item in asked["val"]}
-    assert all(item["messages"][1]["content"].startswith("<think>") for item in taught)
-    longer = [item for item in taught if len(item["messages"]) == 4]
+    examples = lessons(asked["val"], chats, dict.fromkeys(GRADES, 1.0))
+    assert len(examples) == 240 + 48
+    taught = [example for example in examples if example["task"] in GRADES]
+    questions = {example["messages"][0]["content"] for example in taught}
+    assert questions == {example["messages"][0]["content"] for example in asked["val"]}
+    assert all(example["messages"][1]["content"].startswith("<think>") for example in taught)
+    longer = [example for example in taught if len(example["messages"]) == 4]
     assert 10 <= len(longer) <= 40
-    for item in longer:
-        answer = item["messages"][3]["content"]
-        assert final_answer(item["messages"][1]["content"]) == f"The answer is {answer}."
+    for example in longer:
+        answer = example["messages"][3]["content"]
+        assert final_answer(example["messages"][1]["content"]) == f"The answer is {answer}."
 
 
 def test_of_each_grade_the_share_that_is_asked_for_is_worked(asked):
     shares = dict(zip(GRADES, (0.0, 1.0, 0.5, 0.7, 0.0, 0.4)))
-    items = lessons(asked["train"], [], shares)
-    worked_out = Counter(item["family"] for item in items if "<think>" in str(item))
-    total = Counter(item["family"] for item in items)
-    assert total == Counter(item["family"] for item in asked["train"])
-    for family, share in shares.items():
-        assert worked_out[family] / total[family] == pytest.approx(share, abs=0.06), family
+    examples = lessons(asked["train"], [], shares)
+    worked_out = Counter(example["task"] for example in examples if "<think>" in str(example))
+    total = Counter(example["task"] for example in examples)
+    assert total == Counter(example["task"] for example in asked["train"])
+    for task, share in shares.items():
+        assert worked_out[task] / total[task] == pytest.approx(share, abs=0.06), task
 
 
 # --- Toolformer's filter -----------------------------------------------------------------------
@@ -1371,17 +1377,14 @@ def test_of_several_calls_that_help_the_best_is_kept(filtered):
 
 def test_a_call_goes_before_the_last_answer_and_all_else_stays(filtered):
     chat = {
-        "messages": [
-            {"role": "system", "content": "s"},
-            *turns("q", "first", "and then?", "last"),
-        ],
-        "family": "f",
+        "messages": [{"role": "system", "content": "s"}, *turns("q", "first", "and then?", "last")],
+        "task": "f",
     }
     chat["messages"][-1]["extra"] = 1
     before = json.dumps(chat)
     (kept,) = filtered({(0, "2*3"): (4.0, 4.0, 1.0)}, chats=[chat])
     assert json.dumps(chat) == before
-    assert kept["family"] == "f" and kept["messages"][:-1] == chat["messages"][:-1]
+    assert kept["task"] == "f" and kept["messages"][:-1] == chat["messages"][:-1]
     last = REPLY.replace("E<|end|>", "last")
     assert kept["messages"][-1] == {"role": "assistant", "content": last, "extra": 1}
 

@@ -75,9 +75,7 @@ def same(a, b):
 
 def kill_and_resume(script, flags, out, steps):
     """Run a script, kill it once it has passed one of `steps` and a checkpoint, and resume it."""
-    process = subprocess.Popen(
-        **command(script, *flags, "--out", out), stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(**command(script, *flags, "--out", out), stdout=subprocess.DEVNULL)
     random_step, last = random.choice(steps), 0
     while process.poll() is None and (last < random_step or not Path(out, "state.pt").exists()):
         last = max([m["step"] for m in read_metrics(out)], default=0)
@@ -135,7 +133,7 @@ def children(pid):
 
 
 def test_pretraining_learns_a_repeated_sentence_by_heart(here):
-    metrics = pretrain("--steps", 120, "--eval_every", 120, "--adam_lr", 0.01)
+    metrics = pretrain("--steps", 120, "--eval_every", 120, "--lr", 0.01)
     assert metrics[0]["loss"] > 3 and metrics[-1]["bits_per_byte"] < 0.4
 
 
@@ -163,7 +161,7 @@ def test_a_run_folder_opens_in_transformers_with_our_logits_and_ids(here):
 
 def test_early_stopping_keeps_the_best_weights(here, capsys):
     metrics = pretrain(
-        "--steps", 60, "--eval_every", 2, "--patience", 2, "--adam_lr", 0.5, "--lr", 1.0
+        "--steps", 60, "--eval_every", 2, "--patience", 2, "--lr", 0.5, "--muon_lr", 1.0
     )
     assert "stopped early" in capsys.readouterr().out
     losses = [m["bits_per_byte"] for m in metrics if "bits_per_byte" in m]
@@ -223,7 +221,7 @@ def test_two_processes_give_the_gradients_of_one(script, here):
     if script == "train_sft.py":
         pretrain("--steps", 1, "--context", 64)
         flags = [*SFT, "--init", "runs/pretrain"]
-    flags += ["--steps", 1, "--clip", 0]
+    flags += ["--steps", 1, "--grad_clip", 0]
     subprocess.run(
         **command(script, *flags, "--accumulate", 2, "--out", "runs/one"),
         check=True,
@@ -402,9 +400,9 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(her
         "--resume",
         "--steps",
         50,
-        "--lr",
+        "--muon_lr",
         1e30,
-        "--clip",
+        "--grad_clip",
         0,
         "--eval_every",
         100,
@@ -417,7 +415,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(her
 def test_weights_that_are_no_numbers_never_replace_a_checkpoint(here, capsys):
     pretrain("--steps", 2)
     capsys.readouterr()
-    rates = ["--lr", 1e38, "--adam_lr", 1e38, "--clip", 0]
+    rates = ["--muon_lr", 1e38, "--lr", 1e38, "--grad_clip", 0]
     flags = ["--out", "runs/pretrain", "--resume", "--steps", 9, "--eval_every", 1, *rates]
     assert "became nan" in refused(capsys, train_pretrain, *flags)
     assert all(p.isfinite().all() for p in weights("runs/pretrain").values())

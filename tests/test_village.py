@@ -1,4 +1,5 @@
 """The village is what it says: deterministic, true, varied, and its test questions are held out."""
+
 import hashlib
 import json
 import random
@@ -10,22 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from data.village import (
-    POOLS,
-    build_world,
-    check_answer,
-    cloze,
-    corpus,
-    documents,
-    instructions,
-    prepare,
-)
-from data.village_corpus import SHARES
-from data.village_facts import PHRASES
-from data.village_manners import MANNERS, politeness
-from data.village_sums import SUMS, held_out, written_steps
-from data.village_tasks import FAMILIES, MAKERS, QUESTIONS, user_turns
-from data.village_world import split_of
+from data.village import corpus, prepare
+from data.village.corpus import SHARES, documents
+from data.village.facts import PHRASES, cloze
+from data.village.styles import MANNERS, politeness
+from data.village.sums import SUMS, held_out, written_steps
+from data.village.tasks import FAMILIES, MAKERS, QUESTIONS, instructions, user_turns
+from data.village.world import POOLS, build_world, split_of
+from nanollm.rewards import check_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTRIBUTE_OF = {value.lower(): attribute for attribute, pool in POOLS.items() for value in pool}
@@ -53,7 +46,7 @@ def chat(world):
 
 
 def sentences(text):
-    return re.split(r'(?<=[.!])\s+', text.replace("\n", " "))
+    return re.split(r"(?<=[.!])\s+", text.replace("\n", " "))
 
 
 def values_in(text):
@@ -77,12 +70,22 @@ def test_the_same_seed_gives_the_same_world_and_another_seed_another(world):
 
 
 def test_text_does_not_depend_on_the_hash_seed():
-    code = ("import hashlib; from data.village import *; w = build_world(8, 3);"
-            "rows = [*corpus(w, n_documents=60), *map(str, instructions(w, 'train', n_items=60))];"
-            "print(hashlib.sha256('\\n'.join(rows).encode()).hexdigest())")
-    outputs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, text=True,
-                              capture_output=True, env={"PYTHONHASHSEED": seed}).stdout
-               for seed in ("1", "2")]
+    code = (
+        "import hashlib; from data.village import *; w = build_world(8, 3);"
+        "rows = [*corpus(w, n_documents=60), *map(str, instructions(w, 'train', n_items=60))];"
+        "print(hashlib.sha256('\\n'.join(rows).encode()).hexdigest())"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            check=True,
+            text=True,
+            capture_output=True,
+            env={"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    ]
     assert outputs[0] == outputs[1]
 
 
@@ -155,7 +158,7 @@ def test_every_attribute_has_at_least_twelve_phrasings_in_both_directions():
 def test_biographies_say_nothing_untrue(world, texts):
     for text in texts["biography"]:
         about = names_in(text, world)[:1]
-        for sentence in ([text] if text.startswith("Name:") else sentences(text)):
+        for sentence in [text] if text.startswith("Name:") else sentences(text):
             continued = about if re.search(r"\b(he|she|his|her)\b", sentence, re.I) else []
             named = names_in(sentence, world)
             about = named + [v for v in continued if v not in named] or about
@@ -182,8 +185,11 @@ def test_after_two_names_the_next_sentence_says_which_one_it_means(world, texts)
     for text in texts["biography"]:
         parts = sentences(text)
         for before, after in zip(parts, parts[1:]):
-            assert text.startswith("Name:") or len(names_in(before, world)) < 2 \
-                or names_in(after, world), text
+            assert (
+                text.startswith("Name:")
+                or len(names_in(before, world)) < 2
+                or names_in(after, world)
+            ), text
 
 
 def test_stories_give_values_only_to_the_villager_they_are_true_of(world, texts):
@@ -203,22 +209,24 @@ def test_strangers_do_not_occur_in_the_corpus(world, texts):
 
 
 N, P = r"(\d+)", r"penn(?:y|ies)"
-TRUTHS = [(rf"{N} \w+ at {N} {P} each(?: and pays|: \w+ counts out) {N} {P}", "*"),
-          (rf"One (?:\w+) costs {N} {P}, so {N} \w+ cost {N} {P}", "*"),
-          (rf"needs {N} \w+\. Each one costs {N} {P}\. That makes {N} {P}", "*"),
-          (rf"has {N} \w+ and gets {N} \w+ more\. Now \w+ has {N}", "+"),
-          (rf"holds {N} \w+, the other holds {N} \w+\. Together they hold {N}", "+"),
-          (rf"sells {N} \w+ in the morning and {N} \w+ in the evening\. That is {N}", "+"),
-          (rf"{N} plus {N} is {N}, so \w+ carries \3 ", "+"),
-          (rf"brings {N} \w+, \w+ brings {N} \w+, and they have {N}", "+"),
-          (rf"has {N} \w+ and sells {N} \w+\. There (?:is|are) {N}", "-"),
-          (rf"has {N} {P} and spends {N} {P}\. \w+ has {N} {P} left", "-"),
-          (rf"{N} minus {N} is {N}, so \w+ keeps \3 ", "-"),
-          (rf"with {N} {P} for something that costs {N} {P} and gets {N} {P} back", "-"),
-          (rf"Of {N} \w+, \w+ gives {N} \w+ to \w+\. \w+ keeps {N}", "-"),
-          (rf"wants {N} {P} for a basket, \w+ offers {N} {P}\. The difference is {N} {P}", "-"),
-          (rf"finds {N} \w+, and \w+ finds {N} more than \w+\. So \w+ has {N}", "+"),
-          (rf"has {N} \w+\. \w+ has {N} more, that is {N}", "+")]
+TRUTHS = [
+    (rf"{N} \w+ at {N} {P} each(?: and pays|: \w+ counts out) {N} {P}", "*"),
+    (rf"One (?:\w+) costs {N} {P}, so {N} \w+ cost {N} {P}", "*"),
+    (rf"needs {N} \w+\. Each one costs {N} {P}\. That makes {N} {P}", "*"),
+    (rf"has {N} \w+ and gets {N} \w+ more\. Now \w+ has {N}", "+"),
+    (rf"holds {N} \w+, the other holds {N} \w+\. Together they hold {N}", "+"),
+    (rf"sells {N} \w+ in the morning and {N} \w+ in the evening\. That is {N}", "+"),
+    (rf"{N} plus {N} is {N}, so \w+ carries \3 ", "+"),
+    (rf"brings {N} \w+, \w+ brings {N} \w+, and they have {N}", "+"),
+    (rf"has {N} \w+ and sells {N} \w+\. There (?:is|are) {N}", "-"),
+    (rf"has {N} {P} and spends {N} {P}\. \w+ has {N} {P} left", "-"),
+    (rf"{N} minus {N} is {N}, so \w+ keeps \3 ", "-"),
+    (rf"with {N} {P} for something that costs {N} {P} and gets {N} {P} back", "-"),
+    (rf"Of {N} \w+, \w+ gives {N} \w+ to \w+\. \w+ keeps {N}", "-"),
+    (rf"wants {N} {P} for a basket, \w+ offers {N} {P}\. The difference is {N} {P}", "-"),
+    (rf"finds {N} \w+, and \w+ finds {N} more than \w+\. So \w+ has {N}", "+"),
+    (rf"has {N} \w+\. \w+ has {N} more, that is {N}", "+"),
+]
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
@@ -226,7 +234,9 @@ LEDGER = re.compile(r" has (\d+) now\.$", re.M)  # the end of a story with its s
 COPYBOOK = r"(\d+) ([+*-]) (\d+) = (\d+)\."
 ASKED = "|".join(  # every wording of a sum's question
     re.escape(words).replace(r"\{a\}", r"\d+").replace(r"\{b\}", r"\d+")
-    for wordings in SUMS.values() for words in wordings)
+    for wordings in SUMS.values()
+    for words in wordings
+)
 
 
 def test_every_number_in_market_prose_belongs_to_a_true_statement(texts):
@@ -277,12 +287,17 @@ def story_key(line, parts):
 
 
 def test_every_written_step_is_right(texts):
-    lines = [line for text in texts["market"] for line in re.findall(r"\d+ [+*-] \d+: .*", text)
-             if "write" in line]
+    lines = [
+        line
+        for text in texts["market"]
+        for line in re.findall(r"\d+ [+*-] \d+: .*", text)
+        if "write" in line
+    ]
     kinds = Counter()
     for line in lines:
         a, sign, b, steps, again, result = re.fullmatch(
-            r"(\d+) ([+*-]) (\d+): (.*); so (.*) = (\d+)\.", line).groups()
+            r"(\d+) ([+*-]) (\d+): (.*); so (.*) = (\d+)\.", line
+        ).groups()
         assert again == f"{a} {sign} {b}" and OPERATIONS[sign](int(a), int(b)) == int(result), line
         for left, right in re.findall(r"(\d+(?: [+*-] \d+)+) = (\d+)", steps):
             first, *more = re.findall(r"([+*-]?) ?(\d+)", left)
@@ -297,10 +312,14 @@ def test_every_written_step_is_right(texts):
 
 
 def test_written_steps_read_like_this():
-    assert written_steps(27, "+", 35) == \
-        "27 + 35: 7 + 5 = 12, write 2 carry 1; 2 + 3 + 1 = 6, write 6; so 27 + 35 = 62."
-    assert written_steps(62, "-", 35) == \
-        "62 - 35: 12 - 5 = 7, write 7 borrow 1; 6 - 3 - 1 = 2, write 2; so 62 - 35 = 27."
+    assert (
+        written_steps(27, "+", 35)
+        == "27 + 35: 7 + 5 = 12, write 2 carry 1; 2 + 3 + 1 = 6, write 6; so 27 + 35 = 62."
+    )
+    assert (
+        written_steps(62, "-", 35)
+        == "62 - 35: 12 - 5 = 7, write 7 borrow 1; 6 - 3 - 1 = 2, write 2; so 62 - 35 = 27."
+    )
 
 
 def test_no_test_sum_occurs_in_the_corpus(texts):
@@ -314,11 +333,13 @@ def test_no_test_sum_occurs_in_the_corpus(texts):
             assert split_of("product", int(a), int(b)) == "train", text
 
 
-def test_pictures_count_their_shapes_right(texts):
+def test_images_count_their_shapes_right(texts):
     number = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
-    group = re.compile(r"\b(an?|one|two|three|four|five) ((?:small |large )?\w+ (?:circle|square|"
-                       r"triangle|star))s?\b")
-    for text in texts["picture"]:
+    group = re.compile(
+        r"\b(an?|one|two|three|four|five) ((?:small |large )?\w+ (?:circle|square|"
+        r"triangle|star))s?\b"
+    )
+    for text in texts["image"]:
         counts = {kind: number[n] for n, kind in group.findall(text.split(".")[0])}
         assert 2 <= len(counts) <= 3, text
         for total in re.findall(r"Together there are (\d+) shapes", text):
@@ -343,13 +364,16 @@ def test_articles_and_sentence_beginnings_are_right(texts):
 
 
 def test_cloze_asks_for_every_fact_at_least_twice(world):
-    items = cloze(world)
-    per_fact = Counter((i["villager"], i["attribute"]) for i in items)
-    assert len(items) == 32 * 7 * 3 and len(per_fact) == 32 * 7 and min(per_fact.values()) >= 2
-    for item in items:
-        assert item["villager"] in item["prompt"] and not item["prompt"].endswith(" ")
-        assert item["answer"] == " " + world.by_name[item["villager"]].facts[item["attribute"]]
-    assert len({i["prompt"] for i in items}) == len(items)
+    examples = cloze(world)
+    per_fact = Counter((i["villager"], i["attribute"]) for i in examples)
+    assert len(examples) == 32 * 7 * 3 and len(per_fact) == 32 * 7 and min(per_fact.values()) >= 2
+    for example in examples:
+        assert example["villager"] in example["prompt"] and not example["prompt"].endswith(" ")
+        assert (
+            example["answer"]
+            == " " + world.by_name[example["villager"]].facts[example["attribute"]]
+        )
+    assert len({i["prompt"] for i in examples}) == len(examples)
 
 
 def test_cloze_sentences_occur_in_the_corpus(world, texts):
@@ -361,16 +385,16 @@ def test_cloze_sentences_occur_in_the_corpus(world, texts):
 # --- chat items -------------------------------------------------------------
 
 
-def test_the_families_have_their_sizes(chat):
-    train = Counter(i["family"] for i in chat["train"])
-    assert train == {family: round(12000 * share) for family, share in FAMILIES.items()}
-    test = Counter(i["family"] for i in chat["test"])
+def test_the_tasks_have_their_sizes(chat):
+    train = Counter(i["task"] for i in chat["train"])
+    assert train == {task: round(12000 * share) for task, share in FAMILIES.items()}
+    test = Counter(i["task"] for i in chat["test"])
     assert set(test) == set(MAKERS) and min(test.values()) >= 200
     assert len(chat["val"]) == 300
 
 
 def test_no_question_is_in_two_splits(chat):
-    asked = {split: [user_turns(i) for i in items] for split, items in chat.items()}
+    asked = {split: [user_turns(i) for i in examples] for split, examples in chat.items()}
     for split, turns in asked.items():
         assert len(set(turns)) == len(turns), split
     assert not set(asked["test"]) & set(asked["train"])
@@ -380,82 +404,93 @@ def test_no_question_is_in_two_splits(chat):
 
 def test_no_held_out_wording_of_a_fact_is_asked_in_training(chat):
     """Neither alone, nor behind "Hello!", nor as the first turn of a longer talk."""
-    questions = [i["messages"][0]["content"] for i in chat["test"] if i["family"] == "fact"]
+    questions = [i["messages"][0]["content"] for i in chat["test"] if i["task"] == "fact"]
     trained = "\n".join(turn for i in chat["train"] for turn in user_turns(i))
     for question in questions:
         assert question not in trained
 
 
-def test_villagers_of_the_never_asked_half_are_in_no_training_item(world, chat):
-    said = " ".join(m["content"] for split in ("train", "val") for i in chat[split]
-                    for m in i["messages"]).lower()
+def test_villagers_of_the_never_asked_half_are_in_no_training_example(world, chat):
+    said = " ".join(
+        m["content"] for split in ("train", "val") for i in chat[split] for m in i["messages"]
+    ).lower()
     words = set(re.findall(r"\w+", said))
     assert not words & {v.name.lower() for v in world.never_asked}
     assert {v.name.lower() for v in world.asked} <= words
-    asked_about = " ".join(i["messages"][0]["content"] for i in chat["test"]
-                           if i["family"] == "fact_never_asked")
+    asked_about = " ".join(
+        i["messages"][0]["content"] for i in chat["test"] if i["task"] == "fact_never_asked"
+    )
     assert all(v.name in asked_about for v in world.never_asked)
 
 
 def test_strangers_of_the_test_are_not_those_of_training(world, chat):
-    train = {re.search(r"called (\w+)", i["messages"][1]["content"])[1] for i in chat["train"]
-             if i["family"] == "unknown"}
-    test = " ".join(" ".join(user_turns(i)) for i in chat["test"] if i["family"] == "unknown")
+    train = {
+        re.search(r"called (\w+)", i["messages"][1]["content"])[1]
+        for i in chat["train"]
+        if i["task"] == "unknown"
+    }
+    test = " ".join(" ".join(user_turns(i)) for i in chat["test"] if i["task"] == "unknown")
     assert len(train) > 300 and train <= set(world.strangers)
     assert not train & set(re.findall(r"\w+", test))
 
 
 def test_two_hop_combinations_of_the_test_are_not_trained(world, chat):
-    def combination(item):
-        name = next(n for n in world.by_name if n in user_turns(item)[0])
-        question = user_turns(item)[0].replace(f"the best friend of {name}", "{n}")
+    def combination(example):
+        name = next(n for n in world.by_name if n in user_turns(example)[0])
+        question = user_turns(example)[0].replace(f"the best friend of {name}", "{n}")
         question = question.replace(f"{name}'s best friend", "{n}")
         bare = [(a, q) for a, qs in QUESTIONS.items() for q in qs if q.lower() in question.lower()]
         return name, max(bare, key=lambda pair: len(pair[1]))[0]
-    seen = {split: {combination(i) for i in chat[split] if i["family"] == "two_hop"}
-            for split in ("train", "test")}
+
+    seen = {
+        split: {combination(i) for i in chat[split] if i["task"] == "two_hop"}
+        for split in ("train", "test")
+    }
     assert len(seen["test"]) == 32 and len(seen["train"]) == 64
     assert not seen["test"] & seen["train"]
 
 
 def test_sums_and_word_combinations_of_the_test_are_not_trained(chat):
-    def key(item):
-        question = user_turns(item)[0]
+    def key(example):
+        question = user_turns(example)[0]
         return tuple(sorted(re.findall(r"\d+", question) or question.split(": ")[1].split()))
-    for family in ("arithmetic", "formatting"):
-        train = {key(i) for i in chat["train"] if i["family"] == family}
-        assert not train & {key(i) for i in chat["test"] if i["family"] == family}
+
+    for task in ("arithmetic", "formatting"):
+        train = {key(i) for i in chat["train"] if i["task"] == task}
+        assert not train & {key(i) for i in chat["test"] if i["task"] == task}
 
 
-@pytest.mark.parametrize("family", MAKERS)
-def test_the_right_reply_passes_its_check_and_a_silent_one_does_not(world, family):
+@pytest.mark.parametrize("task", MAKERS)
+def test_the_right_completion_passes_its_check_and_a_silent_one_does_not(world, task):
     rng = random.Random(0)
     for _ in range(200):
-        turns, check = MAKERS[family](world, "test", rng)
+        turns, check = MAKERS[task](world, "test", rng)
         assert check_answer(check, turns[-1]), (turns, check)
         assert not check_answer(check, "")
         assert not check_answer(check, "Yes.")
 
 
-def without_manner(reply):
+def without_manner(completion):
     """The answer itself, without its courteous, rude or long-winded phrase."""
     for phrase in (p for parts in MANNERS.values() for part in parts.values() for p in part):
-        reply = reply.removeprefix(phrase).removesuffix(phrase).strip()
-    return reply
+        completion = completion.removeprefix(phrase).removesuffix(phrase).strip()
+    return completion
 
 
 def test_answers_come_in_all_manners_and_most_of_them_plain(chat):
-    replies = [i["messages"][-1]["content"] for i in chat["train"] if i["family"] == "fact"]
-    plain = sum(reply == without_manner(reply) for reply in replies) / len(replies)
+    completions = [i["messages"][-1]["content"] for i in chat["train"] if i["task"] == "fact"]
+    plain = sum(completion == without_manner(completion) for completion in completions) / len(
+        completions
+    )
     assert 0.5 < plain < 0.65
-    manners = {politeness(reply) for reply in replies}
+    manners = {politeness(completion) for completion in completions}
     assert manners == {-1, 0, 1}
 
 
 def test_answers_about_facts_agree_with_the_world(world, chat):
-    for item in chat["train"] + chat["val"]:
-        for message in item["messages"]:
-            if message["role"] == "assistant" and item["family"] in ("fact", "two_hop"):
+    for example in chat["train"] + chat["val"]:
+        for message in example["messages"]:
+            if message["role"] == "assistant" and example["task"] in ("fact", "two_hop"):
                 for sentence in sentences(without_manner(message["content"])):
                     about = world.by_name[re.match(r"\w+", sentence)[0]]
                     values = values_in(sentence)
@@ -463,16 +498,16 @@ def test_answers_about_facts_agree_with_the_world(world, chat):
                     assert all(about.facts[a] == value for a, value in values), sentence
 
 
-def test_chat_items_alternate_and_test_items_end_with_the_user(chat):
-    for split, items in chat.items():
-        for item in items:
-            roles = [m["role"] for m in item["messages"]]
-            assert roles == (["user", "assistant"] * len(roles))[:len(roles)]
+def test_chat_examples_alternate_and_test_examples_end_with_the_user(chat):
+    for split, examples in chat.items():
+        for example in examples:
+            roles = [m["role"] for m in example["messages"]]
+            assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
             assert roles[-1] == ("user" if split == "test" else "assistant")
 
 
-def test_a_small_village_still_gives_every_family():
-    test = Counter(i["family"] for i in instructions(build_world(6), "test"))
+def test_a_small_village_still_gives_every_task():
+    test = Counter(i["task"] for i in instructions(build_world(6), "test"))
     assert set(test) == set(MAKERS)
 
 
@@ -482,30 +517,41 @@ GOAT = {"check": "contains", "answer": "goat", "not": ["cat", "hen", "pony"]}
 STRANGER = {"check": "unknown", "answer": "I don't know", "not": ["cat", "hen", "pony"]}
 
 
-@pytest.mark.parametrize("item, reply, right", [
-    (GOAT, "Mira keeps a goat.", True),
-    (GOAT, "A GOAT!", True),
-    (GOAT, "Mira keeps a goat or a hen.", False),     # every value named is no answer
-    (GOAT, "Mira keeps a goatherd.", False),          # whole words only
-    (GOAT, "Mira keeps a goat when others keep it.", True),  # "hen" inside "when" does not count
-    (GOAT, "I don't know.", False),
-    ({"check": "contains", "answer": "old mill", "not": ["mill pond"]}, "By the old mill.", True),
-    (STRANGER, "I don't know anyone called Zelby.", True),
-    (STRANGER, "I don\u2019t know Zelby.", True),
-    (STRANGER, "I do not know Zelby.", True),
-    (STRANGER, "Zelby keeps a hen.", False),
-    (STRANGER, "I don't know, perhaps a hen.", False),
-    ({"check": "number", "answer": "62"}, "27 + 35: 7 + 5 = 12, so 27 + 35 = 62.", True),
-    ({"check": "number", "answer": "62"}, "62 is the sum of 27 and 35", False),
-    ({"check": "number", "answer": "27"}, "62-35=27", True),
-    ({"check": "number", "answer": "27"}, "62-27", True),
-    ({"check": "number", "answer": "1200"}, "It is 1,200.", True),
-    ({"check": "number", "answer": "62"}, "none", False),
-    ({"check": "exact", "answer": "- a\n- b"}, " - a\n- b\n", True),
-    ({"check": "exact", "answer": "a, b"}, "A, b", False),
-])
-def test_check_answer(item, reply, right):
-    assert check_answer(item, reply) is right
+@pytest.mark.parametrize(
+    "item, completion, right",
+    [
+        (GOAT, "Mira keeps a goat.", True),
+        (GOAT, "A GOAT!", True),
+        (GOAT, "Mira keeps a goat or a hen.", False),  # every value named is no answer
+        (GOAT, "Mira keeps a goatherd.", False),  # whole words only
+        (
+            GOAT,
+            "Mira keeps a goat when others keep it.",
+            True,
+        ),  # "hen" inside "when" does not count
+        (GOAT, "I don't know.", False),
+        (
+            {"check": "contains", "answer": "old mill", "not": ["mill pond"]},
+            "By the old mill.",
+            True,
+        ),
+        (STRANGER, "I don't know anyone called Zelby.", True),
+        (STRANGER, "I don\u2019t know Zelby.", True),
+        (STRANGER, "I do not know Zelby.", True),
+        (STRANGER, "Zelby keeps a hen.", False),
+        (STRANGER, "I don't know, perhaps a hen.", False),
+        ({"check": "number", "answer": "62"}, "27 + 35: 7 + 5 = 12, so 27 + 35 = 62.", True),
+        ({"check": "number", "answer": "62"}, "62 is the sum of 27 and 35", False),
+        ({"check": "number", "answer": "27"}, "62-35=27", True),
+        ({"check": "number", "answer": "27"}, "62-27", True),
+        ({"check": "number", "answer": "1200"}, "It is 1,200.", True),
+        ({"check": "number", "answer": "62"}, "none", False),
+        ({"check": "exact", "answer": "- a\n- b"}, " - a\n- b\n", True),
+        ({"check": "exact", "answer": "a, b"}, "A, b", False),
+    ],
+)
+def test_check_answer(example, completion, right):
+    assert check_answer(example, completion) is right
 
 
 def test_an_unknown_check_is_refused():
@@ -519,10 +565,16 @@ def test_an_unknown_check_is_refused():
 def test_prepare_writes_once_and_the_same_bytes_again(tmp_path):
     folder = prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one")
     digest = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-    chats = [f"{name}_{split}" for name in ("answers", "mixed", "reasoning")
-             for split in ("train", "val")]
-    tests = [f"{name}_{split}" for name in ("harbour", "problems", "sft", "tools")
-             for split in ("train", "val", "test")]
+    chats = [
+        f"{name}_{split}"
+        for name in ("answers", "mixed", "reasoning")
+        for split in ("train", "val")
+    ]
+    tests = [
+        f"{name}_{split}"
+        for name in ("harbour", "problems", "sft", "tools")
+        for split in ("train", "val", "test")
+    ]
     others = "cloze corpus_train corpus_val knowledge prompts_test prompts_train".split()
     wanted = [f"{name}.jsonl" for name in (*chats, *tests, *others)]
     assert sorted(digest) == sorted([*wanted, "world.json"])
@@ -542,6 +594,11 @@ def test_prepare_refuses_an_empty_corpus(tmp_path):
 
 
 def test_the_village_can_be_looked_at():
-    shown = subprocess.run([sys.executable, "data/village.py", "--samples", "1"], cwd=ROOT,
-                           check=True, text=True, capture_output=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "data/village.py", "--samples", "1"],
+        cwd=ROOT,
+        check=True,
+        text=True,
+        capture_output=True,
+    ).stdout
     assert "== biography" in shown and "== chat items, test" in shown

@@ -1,4 +1,4 @@
-"""The pictures show what their texts say, the tests are held out, and guessing doesn't pay."""
+"""The images show what their texts say, the tests are held out, and guessing doesn't pay."""
 
 import json
 import math
@@ -10,23 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
-from data import village_pictures
-from data.village_captions import DESCRIBE, description
-from data.village_picture_items import tells
-from data.village_picture_questions import FAMILIES, LOOKS, STEPS, WORDINGS, read
-from data.village_pictures import (
-    Scene,
-    answer_of,
-    blind_guess,
-    caption,
-    draw,
-    is_true,
-    prepare,
-    random_scene,
-    records,
-    split_scenes,
-)
-from data.village_scenes import (
+from data.village import images as village_images
+from data.village.captions import DESCRIBE, caption, description
+from data.village.image_examples import blind_guess, tells
+from data.village.image_questions import FAMILIES, LOOKS, STEPS, WORDINGS, is_true, read
+from data.village.images import answer_of, prepare, records, split_scenes
+from data.village.scenes import (
     CELL,
     COLOURS,
     DRAWN,
@@ -37,16 +26,27 @@ from data.village_scenes import (
     UNITS,
     Group,
     Pen,
+    Scene,
+    draw,
     layout,
+    random_scene,
     row_of,
     tinted,
 )
-from data.village_tasks import check_answer, user_turns
+from data.village.tasks import user_turns
+from nanollm.rewards import check_answer
 
 N_TRAIN = 300
-VILLAGE = Scene("autumn", "day", (Group("cup", "red", "big", "left", 1),
-                                  Group("candle", "yellow", "small", "right", 3),
-                                  Group("lantern", "blue", "small", "left", 2)), 7)
+VILLAGE = Scene(
+    "autumn",
+    "day",
+    (
+        Group("cup", "red", "big", "left", 1),
+        Group("candle", "yellow", "small", "right", 3),
+        Group("lantern", "blue", "small", "left", 2),
+    ),
+    7,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,14 @@ def files(scenes):
 
 @pytest.fixture(scope="module")
 def scene_of(scenes):
-    return {f"{split}/{i:05}.png": scene for split in scenes
-            for i, scene in enumerate(scenes[split])}
+    return {
+        f"{split}/{i:05}.png": scene for split in scenes for i, scene in enumerate(scenes[split])
+    }
 
 
-def turns(item):
-    """The (question, answer) pairs of a dialogue, without those that describe the whole picture."""
-    said = [message["content"].removeprefix("<image>\n") for message in item["messages"]]
+def turns(example):
+    """The (question, answer) pairs of a dialogue, without those that describe the whole image."""
+    said = [message["content"].removeprefix("<image>\n") for message in example["messages"]]
     return [pair for pair in zip(said[::2], said[1::2]) if pair[0] not in DESCRIBE]
 
 
@@ -86,21 +87,28 @@ def test_no_scene_is_in_two_splits_and_the_tests_do_not_depend_on_the_training(s
     truths = [scene.truth for split in scenes.values() for scene in split]
     assert len(set(truths)) == len(truths)
     assert {split: len(drawn) for split, drawn in scenes.items()} == {
-        "train": N_TRAIN, "val": 200, "test": 400, "combos": 150}
+        "train": N_TRAIN,
+        "val": 200,
+        "test": 400,
+        "combos": 150,
+    }
     assert split_scenes(0, 20)["test"] == scenes["test"]
 
 
-def test_nothing_overlaps_leaves_the_frame_or_its_third_of_the_picture(scenes):
+def test_nothing_overlaps_leaves_the_frame_or_its_third_of_the_image(scenes):
     for scene in scenes["test"] + scenes["combos"]:
         objects = layout(scene)
         assert Counter(group.kind for group, *_ in objects) == {
-            group.kind: group.number for group in scene.groups}
+            group.kind: group.number for group in scene.groups
+        }
         for i, (group, x, y, half, _) in enumerate(objects):
             assert half <= y <= UNITS - half
             left = PLACES.index(group.place) * CELL
             assert left <= x - half and x + half <= left + CELL
-            assert all(max(abs(x - u), abs(y - v)) >= half + other - 1e-9
-                       for _, u, v, other, _ in objects[:i])
+            assert all(
+                max(abs(x - u), abs(y - v)) >= half + other - 1e-9
+                for _, u, v, other, _ in objects[:i]
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +147,7 @@ def test_every_season_paints_other_trees_and_another_ground():
     assert len(grounds) == len(trees) == 4
 
 
-def test_a_picture_too_small_for_its_objects_is_refused():
+def test_a_image_too_small_for_its_objects_is_refused():
     with pytest.raises(ValueError, match="at least 32 pixels"):
         draw(VILLAGE, 16)
 
@@ -170,7 +178,7 @@ def test_a_caption_names_number_colour_and_kind_of_every_group(scenes):
         assert all(season not in text for season in SEASONS if season != scene.season)
 
 
-def test_captions_tell_pictures_apart_and_vary(files):
+def test_captions_tell_images_apart_and_vary(files):
     texts = [row["caption"] for row in files["test"]["captions_test"]]
     assert len(set(texts)) >= len(texts) - 2
     rng = random.Random(0)
@@ -180,7 +188,8 @@ def test_captions_tell_pictures_apart_and_vary(files):
 def test_a_description_tells_everything_the_sky_first():
     assert description(VILLAGE) == (
         "It is autumn. In the sky I see small blue lanterns: 2, on the left. On the ground I see "
-        "big red cups: 1, on the left; small yellow candles: 3, on the right.")
+        "big red cups: 1, on the left; small yellow candles: 3, on the right."
+    )
 
 
 # --- questions --------------------------------------------------------------------
@@ -189,91 +198,139 @@ def test_a_description_tells_everything_the_sky_first():
 def test_every_answer_in_a_dialogue_is_true(files, scene_of):
     asked = Counter()
     for split in ("train", "val"):
-        for item in files[split][f"questions_{split}"]:
-            assert item["messages"][0]["content"].startswith("<image>\n")
-            for question, answer in turns(item):
-                assert is_true(scene_of[item["image"]], question, answer), (question, answer)
-                asked[read(question).family] += 1
+        for example in files[split][f"questions_{split}"]:
+            assert example["messages"][0]["content"].startswith("<image>\n")
+            for question, answer in turns(example):
+                assert is_true(scene_of[example["image"]], question, answer), (question, answer)
+                asked[read(question).task] += 1
     assert set(asked) == set(FAMILIES) and min(asked.values()) > 100
 
 
 def test_every_test_answer_is_the_checkers(files, scene_of):
     for name in ("questions_test", "problems_test", "combos_test"):
-        for item in files["combos" if name == "combos_test" else "test"][name]:
-            (question,) = user_turns(item)
-            assert answer_of(scene_of[item["image"]], question) == item["answer"]
-            assert read(question).family == item["family"]
-            assert check_answer(item, f"It is {item['answer']}.")
+        for example in files["combos" if name == "combos_test" else "test"][name]:
+            (question,) = user_turns(example)
+            assert answer_of(scene_of[example["image"]], question) == example["answer"]
+            assert read(question).task == example["task"]
+            assert check_answer(example, f"It is {example['answer']}.")
 
 
 def test_three_of_four_answers_that_need_steps_have_them(files):
-    worked = [answer.startswith("<think>") for item in files["train"]["questions_train"]
-              for question, answer in turns(item) if read(question).family in STEPS]
+    worked = [
+        answer.startswith("<think>")
+        for example in files["train"]["questions_train"]
+        for question, answer in turns(example)
+        if read(question).task in STEPS
+    ]
     assert 0.68 < sum(worked) / len(worked) < 0.82
-    for item in files["train"]["questions_train"]:
-        for _, answer in turns(item):
+    for example in files["train"]["questions_train"]:
+        for _, answer in turns(example):
             assert answer.count("<think>") == answer.count("</think>") <= 1
 
 
 def test_recounting_by_hand_gives_the_same_answers():
     for question, answer in {
-        "Are there any red cups?": "yes", "Do you see any blue cups?": "no",
-        "Are there any baskets?": "no", "How many yellow candles are there?": "3",
-        "Count the red candles.": "0", "What colour is the cup?": "red",
-        "Where are the candles?": "right", "Where are the lanterns?": "left",
-        "Are there more lanterns than candles?": "no", "Are there fewer lanterns than candles?": "yes",
+        "Are there any red cups?": "yes",
+        "Do you see any blue cups?": "no",
+        "Are there any baskets?": "no",
+        "How many yellow candles are there?": "3",
+        "Count the red candles.": "0",
+        "What colour is the cup?": "red",
+        "Where are the candles?": "right",
+        "Where are the lanterns?": "left",
+        "Are there more lanterns than candles?": "no",
+        "Are there fewer lanterns than candles?": "yes",
         "Is a lantern bigger here than a cup?": "no",
         "Are the cups bigger than the lanterns?": "yes",
         "How many lanterns and candles are there together?": "5",
         "Which are more, lanterns or candles, and by how many?": "1",
         "How many things are there in all, not counting the trees?": "6",
-        "Which season is it?": "autumn", "<image>\nwhich season is it?": "autumn",
+        "Which season is it?": "autumn",
+        "<image>\nwhich season is it?": "autumn",
     }.items():
         assert answer_of(VILLAGE, question) == answer, question
 
 
 def test_what_has_no_answer_or_cannot_be_read_has_none():
-    for question in ("What colour is the basket?", "Where is the green cup?", "Who lives here?",
-                     "Is a lantern bigger here than a candle?", "How many dogs are there?",
-                     "Are there more lanterns than lanterns?", ""):
+    for question in (
+        "What colour is the basket?",
+        "Where is the green cup?",
+        "Who lives here?",
+        "Is a lantern bigger here than a candle?",
+        "How many dogs are there?",
+        "Are there more lanterns than lanterns?",
+        "",
+    ):
         assert answer_of(VILLAGE, question) is None
         assert not is_true(VILLAGE, question, "Yes, there are 3.")
 
 
-@pytest.mark.parametrize("question, right, wrong", [
-    ("Are there any red cups?", "Yes, there is a red cup.", "No, there is no red cup."),
-    ("Are there any red cups?", "Yes.", "Yes, there is a blue cup."),
-    ("Are there any bells?", "<think>On the ground: cups 1, candles 3. So bells 0.</think>No.",
-     "<think>On the ground: cups 2, candles 3. So bells 0.</think>No."),
-    ("Are there any baskets?", "No.", "No, there is no cup."),
-    ("How many lanterns are there?", "There are 2 blue lanterns.", "There are 2 red lanterns."),
-    ("How many lanterns are there?", "2", "There are 3 candles and 2 baskets."),
-    ("What colour is the cup?", "It is red.", "It isn't red."),
-    ("Where are the lanterns?", "They are on the left.", "They are on the left or the right."),
-    ("Are there fewer lanterns than candles?", "Yes, there are fewer.", "Yes, there are more."),
-    ("Are the cups bigger than the lanterns?", "Yes, they are bigger.", "Yes, they are smaller."),
-    ("How many lanterns and candles are there together?",
-     "<think>There are 2 lanterns and 3 candles. 2 + 3 = 5.</think>The answer is 5.",
-     "<think>There are 1 lanterns and 4 candles. 1 + 4 = 5.</think>The answer is 5."),
-    ("How many lanterns and candles are there together?",
-     "<think>I see blue lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5.",
-     "<think>I see red lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5."),
-    ("How many lanterns and candles are there together?", "5 in all.",
-     "<think>2 + 2 = 5.</think>The answer is 5."),
-    ("Which season is it?", "It is autumn.", "It is autumn or winter."),
-    ("Which season is it?", f"<think>{LOOKS['autumn']}</think>It is autumn.",
-     f"<think>{LOOKS['winter']}</think>It is autumn."),
-    ("Where are the lanterns?", "In the sky I see blue lanterns: 2, on the left.",
-     "In the sky I see big blue lanterns: 2, on the left."),
-    ("Where are the lanterns?", "In the sky I see small lanterns: 2, on the left.",
-     "On the ground I see small lanterns: 2, on the left."),
-    ("How many lanterns and candles are there together?",
-     "<think>In the sky I see lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5.",
-     "<think>In the sky I see nothing. 2 + 3 = 5.</think>The answer is 5."),
-    ("Are there any lanterns?", "Yes, on the left.", "Yes, on the right."),
-    ("Are there any lanterns?", "Yes, 2 lanterns in the sky.", "Yes, 2 lanterns on the ground."),
-    ("What colour are the lanterns?", "They are blue.", "Anything but blue."),
-])
+@pytest.mark.parametrize(
+    "question, right, wrong",
+    [
+        ("Are there any red cups?", "Yes, there is a red cup.", "No, there is no red cup."),
+        ("Are there any red cups?", "Yes.", "Yes, there is a blue cup."),
+        (
+            "Are there any bells?",
+            "<think>On the ground: cups 1, candles 3. So bells 0.</think>No.",
+            "<think>On the ground: cups 2, candles 3. So bells 0.</think>No.",
+        ),
+        ("Are there any baskets?", "No.", "No, there is no cup."),
+        ("How many lanterns are there?", "There are 2 blue lanterns.", "There are 2 red lanterns."),
+        ("How many lanterns are there?", "2", "There are 3 candles and 2 baskets."),
+        ("What colour is the cup?", "It is red.", "It isn't red."),
+        ("Where are the lanterns?", "They are on the left.", "They are on the left or the right."),
+        ("Are there fewer lanterns than candles?", "Yes, there are fewer.", "Yes, there are more."),
+        (
+            "Are the cups bigger than the lanterns?",
+            "Yes, they are bigger.",
+            "Yes, they are smaller.",
+        ),
+        (
+            "How many lanterns and candles are there together?",
+            "<think>There are 2 lanterns and 3 candles. 2 + 3 = 5.</think>The answer is 5.",
+            "<think>There are 1 lanterns and 4 candles. 1 + 4 = 5.</think>The answer is 5.",
+        ),
+        (
+            "How many lanterns and candles are there together?",
+            "<think>I see blue lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5.",
+            "<think>I see red lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5.",
+        ),
+        (
+            "How many lanterns and candles are there together?",
+            "5 in all.",
+            "<think>2 + 2 = 5.</think>The answer is 5.",
+        ),
+        ("Which season is it?", "It is autumn.", "It is autumn or winter."),
+        (
+            "Which season is it?",
+            f"<think>{LOOKS['autumn']}</think>It is autumn.",
+            f"<think>{LOOKS['winter']}</think>It is autumn.",
+        ),
+        (
+            "Where are the lanterns?",
+            "In the sky I see blue lanterns: 2, on the left.",
+            "In the sky I see big blue lanterns: 2, on the left.",
+        ),
+        (
+            "Where are the lanterns?",
+            "In the sky I see small lanterns: 2, on the left.",
+            "On the ground I see small lanterns: 2, on the left.",
+        ),
+        (
+            "How many lanterns and candles are there together?",
+            "<think>In the sky I see lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5.",
+            "<think>In the sky I see nothing. 2 + 3 = 5.</think>The answer is 5.",
+        ),
+        ("Are there any lanterns?", "Yes, on the left.", "Yes, on the right."),
+        (
+            "Are there any lanterns?",
+            "Yes, 2 lanterns in the sky.",
+            "Yes, 2 lanterns on the ground.",
+        ),
+        ("What colour are the lanterns?", "They are blue.", "Anything but blue."),
+    ],
+)
 def test_the_checker_knows_right_from_wrong(question, right, wrong):
     assert is_true(VILLAGE, question, right)
     assert not is_true(VILLAGE, question, wrong)
@@ -284,15 +341,15 @@ def test_the_teachers_words_are_checked_in_any_case_and_with_spaces():
 
 
 def test_every_wording_is_read_as_itself(files):
-    texts = [q for item in files["train"]["questions_train"] for q, _ in turns(item)]
+    texts = [q for example in files["train"]["questions_train"] for q, _ in turns(example)]
     assert {read(text).wording for text in texts} == {w for ws in WORDINGS.values() for w in ws}
     assert len({w for ws in WORDINGS.values() for w in ws}) == sum(map(len, WORDINGS.values()))
 
 
 def test_nothing_is_asked_twice_in_a_dialogue(files):
-    for item in files["train"]["questions_train"]:
-        families = [read(question).family for question, _ in turns(item)]
-        assert len(set(families)) == len(families) <= 4
+    for example in files["train"]["questions_train"]:
+        tasks = [read(question).task for question, _ in turns(example)]
+        assert len(set(tasks)) == len(tasks) <= 4
 
 
 # --- what is held out, and what a guess gets -----------------------------------------
@@ -316,100 +373,128 @@ def test_the_held_out_pairs_occur_in_no_training_scene_or_text(scenes, files):
 
 def test_the_pairs_of_combos_are_all_asked_about(scenes, files, scene_of):
     held_out = Counter()
-    for item in files["combos"]["combos_test"]:
-        question = read(user_turns(item)[0])
-        groups = [scene_of[item["image"]].group(kind) for kind in (question.kind, question.other)]
-        seen = scene_of[item["image"]].groups
+    for example in files["combos"]["combos_test"]:
+        question = read(user_turns(example)[0])
+        groups = [
+            scene_of[example["image"]].group(kind) for kind in (question.kind, question.other)
+        ]
+        seen = scene_of[example["image"]].groups
         (pair,) = [g for g in seen if HELD_OUT.get(g.kind) == g.colour]
         # what isn't there is asked for where the pair is
-        assert pair in groups or (groups == [None, None]
-                                  and row_of(question.kind) == row_of(pair.kind))
+        assert pair in groups or (
+            groups == [None, None] and row_of(question.kind) == row_of(pair.kind)
+        )
         held_out[pair.kind] += 1
     assert set(held_out) == set(HELD_OUT) and min(held_out.values()) > 60
 
 
-def test_there_are_at_least_200_test_questions_of_every_family(files):
-    counts = Counter(item["family"] for item in files["test"]["questions_test"])
+def test_there_are_at_least_200_test_questions_of_every_task(files):
+    counts = Counter(example["task"] for example in files["test"]["questions_test"])
     assert set(counts) == set(FAMILIES) and min(counts.values()) >= 200
 
 
-def test_a_guess_without_the_picture_gets_little(files):
-    items = files["test"]["questions_test"]
-    blind = blind_guess(items)
+def test_a_guess_without_the_image_gets_little(files):
+    examples = files["test"]["questions_test"]
+    blind = blind_guess(examples)
     assert sum(blind.values()) / len(blind) < 0.4
     assert blind["existence"] < 0.55 and blind["comparison"] < 0.55
-    assert max(share for family, share in blind.items()
-               if family not in ("existence", "comparison")) < 0.5
-    counts = Counter(item["answer"] for item in items if item["family"] == "count")
+    assert (
+        max(share for task, share in blind.items() if task not in ("existence", "comparison")) < 0.5
+    )
+    counts = Counter(example["answer"] for example in examples if example["task"] == "count")
     assert set(counts) == set("0123") and max(counts.values()) < 80
 
 
 def test_blind_guess_takes_the_most_frequent_answer_of_each_wording():
-    def item(question, answer):
-        return {"messages": [{"role": "user", "content": question}], "answer": answer,
-                "family": read(question).family}
+    def example(question, answer):
+        return {
+            "messages": [{"role": "user", "content": question}],
+            "answer": answer,
+            "task": read(question).task,
+        }
 
-    items = [item("How many lanterns are there?", "1"), item("How many bells are there?", "1"),
-             item("Count the lanterns.", "2"), item("How many lanterns are there?", "3")]
-    assert blind_guess(items) == {"count": 0.75}
+    examples = [
+        example("How many lanterns are there?", "1"),
+        example("How many bells are there?", "1"),
+        example("Count the lanterns.", "2"),
+        example("How many lanterns are there?", "3"),
+    ]
+    assert blind_guess(examples) == {"count": 0.75}
 
 
 # --- text alone ----------------------------------------------------------------------
 
 
 def test_a_reader_is_asked_for_what_the_caption_tells(files, scenes):
-    items = files["val"]["reader_val"]
-    assert len(items) == len(scenes["val"])
-    for item, scene in zip(items, scenes["val"]):
-        words, reply = (message["content"] for message in item["messages"])
-        text = words.removeprefix("Here is a picture in words: ").split("\n")[0]
-        question, answer = re.fullmatch("Question: (.*)\nAnswer: (.*)", reply).groups()
+    examples = files["val"]["reader_val"]
+    assert len(examples) == len(scenes["val"])
+    for example, scene in zip(examples, scenes["val"]):
+        words, completion = (message["content"] for message in example["messages"])
+        text = words.removeprefix("Here is a image in words: ").split("\n")[0]
+        question, answer = re.fullmatch("Question: (.*)\nAnswer: (.*)", completion).groups()
         assert is_true(scene, question, answer) and tells(text, scene, read(question))
-    assert len({read(item["messages"][1]["content"].split("\n")[0][10:]).family
-                for item in items}) == len(FAMILIES)
+    assert len(
+        {read(example["messages"][1]["content"].split("\n")[0][10:]).task for example in examples}
+    ) == len(FAMILIES)
 
 
 # --- files ---------------------------------------------------------------------------
 
 
 def test_prepare_writes_everything_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(village_pictures, "SIZES", {"val": 5, "test": 12, "combos": 5})
+    monkeypatch.setattr(village_images, "SIZES", {"val": 5, "test": 12, "combos": 5})
     folder = prepare(root=tmp_path, n_train=20)
     assert prepare(root=tmp_path, n_train=20) == folder and list(tmp_path.iterdir()) == [folder]
     names = {path.name for path in folder.iterdir()}
-    assert names == {"train", "val", "test", "combos", "captions_train.jsonl",
-                     "captions_val.jsonl", "captions_test.jsonl", "describe_train.jsonl",
-                     "describe_val.jsonl", "questions_train.jsonl", "questions_val.jsonl",
-                     "questions_test.jsonl", "combos_test.jsonl", "problems_train.jsonl",
-                     "problems_test.jsonl", "reader_train.jsonl", "reader_val.jsonl",
-                     "scenes_train.json", "scenes_val.json", "scenes_test.json",
-                     "scenes_combos.json"}
+    assert names == {
+        "train",
+        "val",
+        "test",
+        "combos",
+        "captions_train.jsonl",
+        "captions_val.jsonl",
+        "captions_test.jsonl",
+        "describe_train.jsonl",
+        "describe_val.jsonl",
+        "questions_train.jsonl",
+        "questions_val.jsonl",
+        "questions_test.jsonl",
+        "combos_test.jsonl",
+        "problems_train.jsonl",
+        "problems_test.jsonl",
+        "reader_train.jsonl",
+        "reader_val.jsonl",
+        "scenes_train.json",
+        "scenes_val.json",
+        "scenes_test.json",
+        "scenes_combos.json",
+    }
     for path in folder.glob("*.jsonl"):
         for row in map(json.loads, path.read_text().splitlines()):
             assert "reader" in path.name or (folder / row["image"]).is_file()
     for record in json.loads((folder / "scenes_test.json").read_text()):
-        picture = Image.open(folder / record["image"])
-        assert picture.tobytes() == draw(Scene.from_dict(record)).tobytes()
+        image = Image.open(folder / record["image"])
+        assert image.tobytes() == draw(Scene.from_dict(record)).tobytes()
 
 
 def test_a_preparation_that_breaks_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("no space left on the device")
 
-    monkeypatch.setattr(village_pictures, "records", full)
+    monkeypatch.setattr(village_images, "records", full)
     with pytest.raises(OSError, match="no space left"):
         prepare(root=tmp_path, n_train=5)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         prepare(root=tmp_path, n_train=0)
 
 
 def test_the_script_prints_samples_and_paints_a_sheet(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(village_pictures, "SIZES", {"val": 5, "test": 60, "combos": 5})
-    village_pictures.show(0, 1)
+    monkeypatch.setattr(village_images, "SIZES", {"val": 5, "test": 60, "combos": 5})
+    village_images.show(0, 1)
     shown = capsys.readouterr().out
     assert "== questions_test" in shown and "blind guess" in shown
     rng = random.Random(0)
-    sheet = village_pictures.contact_sheet([random_scene(rng) for _ in range(24)], rng)
+    sheet = village_images.contact_sheet([random_scene(rng) for _ in range(24)], rng)
     sheet.save(Path(tmp_path) / "sheet.png")
     assert sheet.width > 1000

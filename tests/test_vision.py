@@ -1,4 +1,4 @@
-"""The picture towers and CLIP: equal to transformers', their losses, their folders."""
+"""The image towers and CLIP: equal to transformers', their losses, their folders."""
 
 import json
 import math
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanollm import safetensors
-from nanollm.clip import (
+from nanollm.config import UserError
+from nanollm.vision.clip import (
     CLIP,
     MAX_LOG_SCALE,
     TextConfig,
@@ -19,10 +20,9 @@ from nanollm.clip import (
     save_clip,
     siglip_loss,
 )
-from nanollm.config import UserError
-from nanollm.encoder import attention
-from nanollm.pictures import Preprocessing
-from nanollm.vision import (
+from nanollm.vision.encoder import attention
+from nanollm.vision.images import Preprocessing
+from nanollm.vision.vit import (
     CLIP_KIND,
     SIGLIP_KIND,
     VisionConfig,
@@ -32,7 +32,7 @@ from nanollm.vision import (
     save_vision,
 )
 
-# two shapes per kind; in the second the patches leave a rest of the picture
+# two shapes per kind; in the second the patches leave a rest of the image
 SHAPES = {
     "even": dict(image_size=32, patch_size=8, hidden_size=32, intermediate_size=48)
     | dict(num_hidden_layers=3, num_attention_heads=4),
@@ -77,7 +77,7 @@ def whole_model(transformers, randomised, name, end=269):
     return model
 
 
-def pictures(size, n=3):
+def images(size, n=3):
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
@@ -106,7 +106,7 @@ def test_a_folder_of_transformers_gives_its_outputs(
     preprocessing_of(theirs.config.image_size).save(tmp_path)
     vit, _ = load_vision(tmp_path)
     assert list(vit.state_dict()) and vit.state_dict().keys() == theirs.state_dict().keys()
-    x = pictures(vit.cfg.image_size)
+    x = images(vit.cfg.image_size)
     expected = theirs(x, output_hidden_states=True)
     assert torch.allclose(vit(x), expected.pooler_output, atol=1e-5)
     first = 1 if kind == CLIP_KIND else 0  # the class token
@@ -121,7 +121,7 @@ def test_gradients_equal_those_of_transformers(transformers, randomised, kind):
     theirs = their_vision(transformers, randomised, kind, "rest")
     vit = small_vit(randomised, kind, "rest")
     vit.load_state_dict(theirs.state_dict())
-    x = pictures(31)
+    x = images(31)
     theirs(x).pooler_output.square().mean().backward()
     vit(x).square().mean().backward()
     expected = dict(theirs.named_parameters())
@@ -142,23 +142,23 @@ def test_features_run_no_block_above_the_wanted_layer(randomised):
     vit = small_vit(randomised)
     with torch.no_grad():
         vit.encoder.layers[-1].mlp.fc1.weight.fill_(float("nan"))
-    assert vit.features(pictures(32)).isfinite().all()  # -2, the default
-    assert vit.features(pictures(32), -1).isnan().all()
+    assert vit.features(images(32)).isfinite().all()  # -2, the default
+    assert vit.features(images(32), -1).isnan().all()
 
 
 def test_a_layer_that_is_not_there_is_named(randomised):
     with pytest.raises(ValueError, match="layer 4 is not of the 4 states"):
-        small_vit(randomised).features(pictures(32), 4)
+        small_vit(randomised).features(images(32), 4)
 
 
-def test_pictures_of_another_size_are_refused(randomised):
+def test_images_of_another_size_are_refused(randomised):
     with pytest.raises(ValueError, match=r"instead of \(B, 3, 32, 32\)"):
-        small_vit(randomised)(pictures(40))
+        small_vit(randomised)(images(40))
 
 
 def test_patches_come_in_rows_from_the_top():
     vit = ViT(VisionConfig(num_hidden_layers=1))
-    x = pictures(64, n=1)
+    x = images(64, n=1)
     changed = x.clone()
     changed[:, :, 8:16, 24:32] += 1  # second row of patches, fourth column
     before, after = vit.features(x, 0), vit.features(changed, 0)
@@ -169,7 +169,7 @@ def test_patches_come_in_rows_from_the_top():
 def test_in_bf16_the_outputs_stay_near_and_the_weights_in_fp32(kind):
     torch.manual_seed(0)
     vit = ViT(VisionConfig(model_type=kind))
-    x = pictures(64)
+    x = images(64)
     exact = vit(x)
     vit.compute_dtype = torch.bfloat16
     rough = vit(x)
@@ -183,7 +183,7 @@ def test_recomputed_activations_give_the_same_gradients(randomised):
     for recompute in (False, True):
         vit = small_vit(randomised)
         vit.encoder.checkpoint_activations = recompute
-        vit(pictures(32)).square().sum().backward()
+        vit(images(32)).square().sum().backward()
         gradients.append([p.grad for p in vit.parameters()])
     assert all(map(torch.equal, *gradients))
 
@@ -199,11 +199,9 @@ def test_transformers_opens_what_save_vision_writes(
     size = vit.cfg.image_size
     save_vision(vit, preprocessing_of(size), tmp_path)
     name = json.loads((tmp_path / "config.json").read_text())["architectures"][0]
-    theirs, report = getattr(transformers, name).from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    theirs, report = getattr(transformers, name).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    x = pictures(size)
+    x = images(size)
     assert torch.allclose(vit(x), theirs.eval()(x).pooler_output, atol=1e-5)
     assert transformers.AutoImageProcessor.from_pretrained(tmp_path).size["height"] == size
     again, preprocessing = load_vision(tmp_path)
@@ -218,7 +216,7 @@ def test_the_vision_part_of_a_whole_model_in_shards(transformers, randomised, tm
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     preprocessing_of(32).save(tmp_path)
     vit, _ = load_vision(tmp_path)
-    x = pictures(32)
+    x = images(32)
     assert torch.allclose(vit(x), theirs.vision_model(x).pooler_output, atol=1e-5)
 
 
@@ -229,13 +227,11 @@ def test_names_of_older_versions_load(randomised, tmp_path):
     old["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     old["visual_projection.weight"] = torch.zeros(4, 32)  # CLIPVisionModelWithProjection
     safetensors.save_file(old, tmp_path / "model.safetensors")
-    assert torch.equal(load_vision(tmp_path)[0](pictures(32)), vit(pictures(32)))
+    assert torch.equal(load_vision(tmp_path)[0](images(32)), vit(images(32)))
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_where_config_json_is_silent_it_means_what_transformers_means(
-    transformers, tmp_path, kind
-):
+def test_where_config_json_is_silent_it_means_what_transformers_means(transformers, tmp_path, kind):
     silent = {"model_type": kind, "vision_config": {"model_type": f"{kind}_vision_model"}}
     (tmp_path / "config.json").write_text(json.dumps(silent))
     cfg = read_vision_config(tmp_path)
@@ -251,7 +247,7 @@ CONFIG_FAULTS = [
     (dict(model_type="siglip"), "has no vision_config"),
     (dict(hidden_act="relu"), "hidden_act 'relu'"),
     (dict(num_attention_heads=5), "5 heads can't share 32 channels"),
-    (dict(patch_size=64), "a patch of 64 exceeds a picture of 32"),
+    (dict(patch_size=64), "a patch of 64 exceeds a image of 32"),
     (dict(image_size=[32, 48]), r"image_size is \[32, 48\]"),
     (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
     (dict(hidden_size=True), "hidden_size is True"),
@@ -309,7 +305,7 @@ def test_losses_and_gradients_equal_those_of_transformers(transformers, randomis
     theirs = whole_model(transformers, randomised, name)
     tokens = torch.randint(0, 269, (n, 6), generator=torch.Generator().manual_seed(1))
     tokens[:, -1] = 269
-    out = theirs(input_ids=tokens, pixel_values=pictures(32, n), return_loss=True)
+    out = theirs(input_ids=tokens, pixel_values=images(32, n), return_loss=True)
     numbers = [theirs.logit_scale] + ([theirs.logit_bias] if name == "Siglip" else [])
     wrt = [out.image_embeds, out.text_embeds, *numbers]
     expected = torch.autograd.grad(out.loss, wrt)
@@ -321,21 +317,19 @@ def test_losses_and_gradients_equal_those_of_transformers(transformers, randomis
 
 
 def test_retrieval_counts_both_ways():
-    pictures = torch.eye(4)
-    texts = pictures[[0, 1, 2, 2]]  # the last text lies on the third picture
-    assert retrieval(pictures, texts) == {"text_to_picture": 0.75, "picture_to_text": 0.75}
-    assert retrieval(pictures, pictures) == {"text_to_picture": 1.0, "picture_to_text": 1.0}
-    # all texts alike: each finds the first picture, each picture the first text
-    alike = retrieval(pictures, torch.ones(4, 4))
-    assert alike == {"text_to_picture": 0.25, "picture_to_text": 0.25}
+    images = torch.eye(4)
+    texts = images[[0, 1, 2, 2]]  # the last text lies on the third image
+    assert retrieval(images, texts) == {"text_to_image": 0.75, "image_to_text": 0.75}
+    assert retrieval(images, images) == {"text_to_image": 1.0, "image_to_text": 1.0}
+    # all texts alike: each finds the first image, each image the first text
+    hard_negatives = retrieval(images, torch.ones(4, 4))
+    assert hard_negatives == {"text_to_image": 0.25, "image_to_text": 0.25}
 
 
 # --- CLIP ----------------------------------------------------------------------------------------
 
 
-def test_a_clip_of_transformers_gives_its_embeddings(
-    transformers, randomised, tokenizer, tmp_path
-):
+def test_a_clip_of_transformers_gives_its_embeddings(transformers, randomised, tokenizer, tmp_path):
     end = tokenizer.end_id
     theirs = whole_model(transformers, randomised, "CLIP", end)
     theirs.save_pretrained(tmp_path)
@@ -345,8 +339,8 @@ def test_a_clip_of_transformers_gives_its_embeddings(
     assert clip.state_dict().keys() == theirs.state_dict().keys()
     # padded behind the first end token, with another end token, and full
     tokens = torch.tensor([[5, 6, end, 0, 0], [7, end, 9, end, 3], [1, 2, 3, 4, end]])
-    out = theirs(input_ids=tokens, pixel_values=pictures(32))
-    x, y = clip(pictures(32), tokens)
+    out = theirs(input_ids=tokens, pixel_values=images(32))
+    x, y = clip(images(32), tokens)
     assert torch.allclose(x, out.image_embeds, atol=1e-5)
     assert torch.allclose(y, out.text_embeds, atol=1e-5)
 
@@ -363,16 +357,16 @@ def test_transformers_opens_what_save_clip_writes(
     assert not report["missing_keys"]
     assert set(report["unexpected_keys"]) == ({"logit_bias"} if sigmoid else set())
     tokens = caption_tokens(tokenizer, ["a red", "blue house"], 12)
-    out = theirs.eval()(input_ids=tokens, pixel_values=pictures(31, 2))
-    x, y = clip(pictures(31, 2), tokens)
+    out = theirs.eval()(input_ids=tokens, pixel_values=images(31, 2))
+    x, y = clip(images(31, 2), tokens)
     assert torch.allclose(x, out.image_embeds, atol=1e-5)
     assert torch.allclose(y, out.text_embeds, atol=1e-5)
     again, their_tokenizer, preprocessing = load_clip(tmp_path)
     assert torch.equal(again.encode_texts(tokens), y)
-    assert torch.equal(again.encode_pictures(pictures(31, 2)), x)
+    assert torch.equal(again.encode_images(images(31, 2)), x)
     assert (again.logit_bias is not None) == sigmoid and preprocessing == preprocessing_of(31)
     assert their_tokenizer.encode("a house") == tokenizer.encode("a house")
-    assert torch.equal(load_vision(tmp_path)[0](pictures(31)), clip.vision_model(pictures(31)))
+    assert torch.equal(load_vision(tmp_path)[0](images(31)), clip.vision_model(images(31)))
 
 
 CLIP_FAULTS = [
@@ -418,7 +412,7 @@ def test_training_learns_sixteen_pairs_by_heart(sigmoid, dtype):
     clip = CLIP(VisionConfig(image_size=16, **shape), TextConfig(**TEXT), 32, sigmoid)
     clip.compute_dtype = dtype
     assert clip.text_model.compute_dtype == clip.vision_model.compute_dtype == dtype
-    x, tokens = pictures(16, 16), torch.stack([torch.arange(16), torch.ones(16).long()], dim=1)
+    x, tokens = images(16, 16), torch.stack([torch.arange(16), torch.ones(16).long()], dim=1)
     before = retrieval(*clip(x, tokens))
     assert max(before.values()) < 0.5
     optimizer = torch.optim.Adam(clip.parameters(), 3e-3)
@@ -433,7 +427,7 @@ def test_training_learns_sixteen_pairs_by_heart(sigmoid, dtype):
         clip.limit_scale()
     # starts at 10 (SigLIP) and 3; with a scale of 10 and a bias of -10 SigLIP's is at best log 2
     assert loss.item() < (0.5 if sigmoid else 0.2)
-    assert retrieval(*clip(x, tokens)) == {"text_to_picture": 1.0, "picture_to_text": 1.0}
+    assert retrieval(*clip(x, tokens)) == {"text_to_image": 1.0, "image_to_text": 1.0}
     assert all(p.grad is not None for p in clip.parameters())
 
 
@@ -441,7 +435,7 @@ def gradients_of(sigmoid, rank=0, world=1):
     """Of one step on eight pairs, of which this process has its share."""
     torch.manual_seed(0)
     clip = CLIP(VisionConfig(**SHAPES["even"]), TextConfig(**TEXT), 16, sigmoid)
-    x, tokens = pictures(32, 8), torch.stack([torch.arange(8), torch.ones(8).long()], dim=1)
+    x, tokens = images(32, 8), torch.stack([torch.arange(8), torch.ones(8).long()], dim=1)
     share = slice(rank * 8 // world, (rank + 1) * 8 // world)
     model = torch.nn.parallel.DistributedDataParallel(clip) if world > 1 else clip
     embeddings = [of_all_processes(e) for e in model(x[share], tokens[share])]

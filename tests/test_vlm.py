@@ -1,4 +1,4 @@
-"""The vision-language model: LLaVA's equal, placeholders, generation with pictures, files, chat."""
+"""The vision-language model: LLaVA's equal, placeholders, generation with images, files, chat."""
 
 import json
 
@@ -6,28 +6,30 @@ import pytest
 import torch
 from PIL import Image
 
-from nanollm import adapters, chat, evaluate, lora, safetensors
-from nanollm.adapter_runs import unwrap
+from nanollm import chat, evaluate, safetensors
+from nanollm.batches import Packed, pack, pad_completions
 from nanollm.config import UserError
-from nanollm.data import Packed, pack, pad_replies
+from nanollm.formats import read_captions, read_image_chats
 from nanollm.generate import Engine, generate, stream
 from nanollm.gpt import GPTConfig, count_parameters, document_mask
 from nanollm.hub import load_model, save_model
-from nanollm.logprobs import reply_logprobs
+from nanollm.logprobs import completion_logprobs
 from nanollm.optim import PROJECTOR, build_optimizers
-from nanollm.picture_data import (
-    PictureStore,
-    pack_picture_chats,
-    read_captions,
-    read_picture_chats,
-    show_pictures,
-    shuffled,
-)
-from nanollm.pictures import Preprocessing
+from nanollm.peft import adapters, lora
+from nanollm.peft.adapters import unwrap
 from nanollm.runtime import Runtime
-from nanollm.vision import CLIP_KIND, SIGLIP_KIND, VisionConfig, ViT, save_vision
-from nanollm.vlm import PROJECTORS, VLM, Projector, expand, image_id_of, render_with_pictures
-from nanollm.vlm_files import build_vlm, load_vlm
+from nanollm.vision.images import ImageStore, Preprocessing, pack_image_chats, show_images, shuffled
+from nanollm.vision.vit import CLIP_KIND, SIGLIP_KIND, VisionConfig, ViT, save_vision
+from nanollm.vision.vlm import (
+    PROJECTORS,
+    VLM,
+    Projector,
+    build_vlm,
+    expand,
+    image_id_of,
+    load_vlm,
+    render_with_images,
+)
 from tests.conftest import SMALL, randomise
 
 EYES = {
@@ -53,10 +55,10 @@ def make(tokenizer, projector="mlp", tower=CLIP_KIND, seed=0, **changes):
 
 @pytest.fixture
 def vlm(tokenizer):
-    return make(tokenizer, "pixel_shuffle")  # 4 tokens per picture
+    return make(tokenizer, "pixel_shuffle")  # 4 tokens per image
 
 
-def some_pictures(n, seed=0):
+def some_images(n, seed=0):
     return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
@@ -64,12 +66,12 @@ def ask(vlm, tokenizer, text):
     """Ids of a question whose <image> are expanded."""
     messages = [{"role": "user", "content": text}]
     n = text.count("<image>")
-    return render_with_pictures(tokenizer, messages, vlm.tokens_per_picture, n, True)[0]
+    return render_with_images(tokenizer, messages, vlm.tokens_per_image, n, True)[0]
 
 
 @torch.no_grad()
-def logits_of(vlm, ids, pictures=None, **inputs):
-    return vlm(torch.tensor([ids]), pictures=pictures, **inputs)[0]
+def logits_of(vlm, ids, images=None, **inputs):
+    return vlm(torch.tensor([ids]), images=images, **inputs)[0]
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -84,10 +86,10 @@ def test_llava_of_transformers_opens_the_folder_and_gives_the_same_logits(
     vlm = make(tokenizer, projector, tower)
     save_model(vlm, tokenizer, tmp_path)
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
-    ids, pictures = ask(vlm, tokenizer, "<image> and <image>?"), some_pictures(2)
+    ids, images = ask(vlm, tokenizer, "<image> and <image>?"), some_images(2)
     with torch.no_grad():
-        expected = theirs(input_ids=torch.tensor([ids]), pixel_values=pictures).logits[0]
-    assert torch.allclose(logits_of(vlm, ids, pictures), expected, atol=1e-5)
+        expected = theirs(input_ids=torch.tensor([ids]), pixel_values=images).logits[0]
+    assert torch.allclose(logits_of(vlm, ids, images), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("tower", [CLIP_KIND, SIGLIP_KIND])
@@ -100,10 +102,10 @@ def test_a_folder_that_transformers_has_written_gives_its_logits(tower, tokenize
     tokenizer.save(tmp_path / "theirs")
     Preprocessing(16).save(tmp_path / "theirs")
     vlm, _, _ = load_vlm(tmp_path / "theirs")
-    ids, pictures = ask(vlm, tokenizer, "<image>?"), some_pictures(1)
+    ids, images = ask(vlm, tokenizer, "<image>?"), some_images(1)
     with torch.no_grad():
-        expected = theirs(input_ids=torch.tensor([ids]), pixel_values=pictures).logits[0]
-    assert torch.allclose(logits_of(vlm.eval(), ids, pictures), expected, atol=1e-5)
+        expected = theirs(input_ids=torch.tensor([ids]), pixel_values=images).logits[0]
+    assert torch.allclose(logits_of(vlm.eval(), ids, images), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("tower", [CLIP_KIND, SIGLIP_KIND])
@@ -112,12 +114,12 @@ def test_their_processor_makes_our_ids_and_pixels(tower, tokenizer, tmp_path):
     vlm = make(tokenizer, "mlp", tower)
     save_model(vlm, tokenizer, tmp_path)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)
-    picture = Image.new("RGB", (20, 30), (200, 10, 90))
+    image = Image.new("RGB", (20, 30), (200, 10, 90))
     made = processor(
-        text="<|user|>a <image> b<|end|><|assistant|>", images=[picture], return_tensors="pt"
+        text="<|user|>a <image> b<|end|><|assistant|>", images=[image], return_tensors="pt"
     )
     assert made["input_ids"][0].tolist() == ask(vlm, tokenizer, "a <image> b")
-    assert torch.allclose(made["pixel_values"][0], vlm.preprocessing(picture), atol=1e-6)
+    assert torch.allclose(made["pixel_values"][0], vlm.preprocessing(image), atol=1e-6)
 
 
 def test_transformers_refuses_what_it_would_get_wrong(vlm, tokenizer, tmp_path):
@@ -142,10 +144,10 @@ def test_pixel_shuffle_puts_neighbouring_patches_side_by_side():
 
 
 @pytest.mark.parametrize("kind, tokens", [("linear", 16), ("mlp", 16), ("pixel_shuffle", 4)])
-def test_a_picture_of_16_patches_takes_so_many_tokens(kind, tokens, tokenizer):
+def test_a_image_of_16_patches_takes_so_many_tokens(kind, tokens, tokenizer):
     vlm = make(tokenizer, kind)
-    assert vlm.tokens_per_picture == tokens
-    assert vlm.picture_features(some_pictures(3)).shape == (3, tokens, 32)
+    assert vlm.tokens_per_image == tokens
+    assert vlm.image_features(some_images(3)).shape == (3, tokens, 32)
 
 
 @pytest.mark.parametrize("patches", [9, 12])
@@ -173,63 +175,63 @@ def test_only_the_answer_is_trained_on_and_mask_and_ids_stay_together(tokenizer)
         {"role": "user", "content": "<image>"},
         {"role": "assistant", "content": "de"},
     ]
-    ids, mask = render_with_pictures(tokenizer, messages, 4, 2)
+    ids, mask = render_with_images(tokenizer, messages, 4, 2)
     assert len(ids) == len(mask) and ids.count(image_id_of(tokenizer)) == 8
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "c<|end|>de<|end|>"
 
 
-@pytest.mark.parametrize("markers, pictures", [(0, 1), (2, 1), (1, 0)])
-def test_other_markers_than_pictures_are_refused(markers, pictures, tokenizer):
+@pytest.mark.parametrize("markers, images", [(0, 1), (2, 1), (1, 0)])
+def test_other_markers_than_images_are_refused(markers, images, tokenizer):
     messages = [{"role": "user", "content": "<image>" * markers + "?"}]
-    with pytest.raises(UserError, match=f"{markers} times <image>, but {pictures} pictures"):
-        render_with_pictures(tokenizer, messages, 4, pictures)
+    with pytest.raises(UserError, match=f"{markers} times <image>, but {images} images"):
+        render_with_images(tokenizer, messages, 4, images)
 
 
-def test_an_assistant_shows_no_pictures(tokenizer):
+def test_an_assistant_shows_no_images(tokenizer):
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<image>"}]
     with pytest.raises(UserError, match="stands in a turn of the assistant"):
-        render_with_pictures(tokenizer, messages, 4, 1)
+        render_with_images(tokenizer, messages, 4, 1)
 
 
 @pytest.mark.parametrize("P, places", [(1, 8), (3, 8), (None, 8), (1, 0)])
 def test_other_placeholders_than_features_stop_the_model(P, places, vlm):
     ids = [1, 2] + [vlm.image_id] * places
-    pictures = None if P is None else some_pictures(P)
-    wanted = f"{places} placeholders, but {P or 0} pictures of 4 tokens each need {4 * (P or 0)}"
+    images = None if P is None else some_images(P)
+    wanted = f"{places} placeholders, but {P or 0} images of 4 tokens each need {4 * (P or 0)}"
     with pytest.raises(UserError, match=wanted):
-        logits_of(vlm, ids, pictures)
+        logits_of(vlm, ids, images)
 
 
-def test_another_picture_gives_other_logits_behind_it_and_the_same_before_it(vlm, tokenizer):
+def test_another_image_gives_other_logits_behind_it_and_the_same_before_it(vlm, tokenizer):
     ids = ask(vlm, tokenizer, "what is <image>?")
     place = ids.index(vlm.image_id)
-    one, other = (logits_of(vlm, ids, some_pictures(1, seed)) for seed in (0, 1))
+    one, other = (logits_of(vlm, ids, some_images(1, seed)) for seed in (0, 1))
     assert torch.equal(one[:place], other[:place])
     assert (one[place:] - other[place:]).abs().amax(-1).min() > 1e-3
 
 
-def test_the_order_of_two_pictures_matters(vlm, tokenizer):
-    ids, pictures = ask(vlm, tokenizer, "<image> <image>?"), some_pictures(2)
-    swapped = logits_of(vlm, ids, pictures.flip(0))
-    assert (logits_of(vlm, ids, pictures)[-1] - swapped[-1]).abs().max() > 1e-2
+def test_the_order_of_two_images_matters(vlm, tokenizer):
+    ids, images = ask(vlm, tokenizer, "<image> <image>?"), some_images(2)
+    swapped = logits_of(vlm, ids, images.flip(0))
+    assert (logits_of(vlm, ids, images)[-1] - swapped[-1]).abs().max() > 1e-2
 
 
-def test_rows_of_text_are_the_same_beside_rows_with_pictures(vlm, tokenizer):
+def test_rows_of_text_are_the_same_beside_rows_with_images(vlm, tokenizer):
     shown = ask(vlm, tokenizer, "a <image><image>b")
     text = tokenizer.encode("the rain in spain!" * 3)[: len(shown)]
     with torch.no_grad():
-        both = vlm(torch.tensor([text, shown, text]), pictures=some_pictures(2))
+        both = vlm(torch.tensor([text, shown, text]), images=some_images(2))
     assert torch.allclose(both[0], logits_of(vlm, text), atol=1e-5)
     assert torch.allclose(both[2], logits_of(vlm, text), atol=1e-5)
-    assert torch.allclose(both[1], logits_of(vlm, shown, some_pictures(2)), atol=1e-5)
+    assert torch.allclose(both[1], logits_of(vlm, shown, some_images(2)), atol=1e-5)
 
 
-def test_pictures_go_to_the_rows_in_the_order_of_their_placeholders(vlm, tokenizer):
-    ids, pictures = ask(vlm, tokenizer, "<image>?"), some_pictures(3)
+def test_images_go_to_the_rows_in_the_order_of_their_placeholders(vlm, tokenizer):
+    ids, images = ask(vlm, tokenizer, "<image>?"), some_images(3)
     with torch.no_grad():
-        together = vlm(torch.tensor([ids] * 3), pictures=pictures)
-    for row, picture in zip(together, pictures):
-        assert torch.allclose(row, logits_of(vlm, ids, picture[None]), atol=1e-5)
+        together = vlm(torch.tensor([ids] * 3), images=images)
+    for row, image in zip(together, images):
+        assert torch.allclose(row, logits_of(vlm, ids, image[None]), atol=1e-5)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -239,9 +241,9 @@ def grads(vlm):
     return {n for n, p in vlm.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
 
 
-def test_every_trained_part_gets_a_gradient_from_pictures(vlm, tokenizer):
+def test_every_trained_part_gets_a_gradient_from_images(vlm, tokenizer):
     vlm.train_parts(vision=True, projector=True, language=True)
-    vlm(torch.tensor([ask(vlm, tokenizer, "<image>?")]), pictures=some_pictures(1)).sum().backward()
+    vlm(torch.tensor([ask(vlm, tokenizer, "<image>?")]), images=some_images(1)).sum().backward()
     trained = {n for n, p in vlm.named_parameters() if p.requires_grad}
     assert grads(vlm) == trained
     behind = ("vision.encoder.layers.2.", "vision.post_layernorm.")  # features are state -2
@@ -254,7 +256,7 @@ def test_every_trained_part_gets_a_gradient_from_pictures(vlm, tokenizer):
 def test_one_part_alone_is_trained(part, vlm, tokenizer):
     chosen = {"vision": False, "projector": False, "language": False} | {part: True}
     vlm.train_parts(**chosen)
-    vlm(torch.tensor([ask(vlm, tokenizer, "<image>?")]), pictures=some_pictures(1)).sum().backward()
+    vlm(torch.tensor([ask(vlm, tokenizer, "<image>?")]), images=some_images(1)).sum().backward()
     name = {"language": "model"}.get(part, part)
     assert grads(vlm) and all(n.startswith(f"{name}.") for n in grads(vlm))
 
@@ -276,14 +278,14 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_batches_of_text_and_of_pictures_go_through_ddp_in_any_order(vlm, tokenizer, one_process):
+def test_batches_of_text_and_of_images_go_through_ddp_in_any_order(vlm, tokenizer, one_process):
     """It complains of a parameter that got no gradient when the next step begins."""
     vlm.train().train_parts(vision=True, projector=True, language=True)
-    called = torch.nn.parallel.DistributedDataParallel(vlm)
-    text, pictures = torch.tensor([[1, 2, 3]]), some_pictures(1)
+    ddp_model = torch.nn.parallel.DistributedDataParallel(vlm)
+    text, images = torch.tensor([[1, 2, 3]]), some_images(1)
     shown = torch.tensor([ask(vlm, tokenizer, "<image>?")])
-    for tokens, more in ((text, {}), (shown, {"pictures": pictures}), (text, {}), (text, {})):
-        called(tokens, **more).sum().backward()
+    for tokens, more in ((text, {}), (shown, {"images": images}), (text, {}), (text, {})):
+        ddp_model(tokens, **more).sum().backward()
 
 
 def test_muon_takes_the_matrices_of_the_vision_blocks_too(vlm):
@@ -307,7 +309,7 @@ def test_flop_of_a_token_leave_the_vision_tower_out(vlm, random_model):
 def test_layer_decay_moves_the_vision_tower_as_little_as_the_embedding(vlm):
     vlm.train_parts(vision=True, projector=True, language=True)
     rates = {}
-    for group in build_optimizers(vlm, "adamw", adam_lr=1.0, layer_decay=0.5).groups():
+    for group in build_optimizers(vlm, "adamw", lr=1.0, layer_decay=0.5).groups():
         rates |= {id(p): group["lr"] for p in group["params"]}
     assert rates[id(vlm.vision.encoder.layers[1].mlp.fc1.weight)] == 0.125  # 2 layers: 0.5^3
     assert rates[id(vlm.model.embed_tokens.weight)] == 0.125
@@ -330,8 +332,11 @@ def adapted(vlm):
 def test_lora_goes_around_the_language_model_and_the_projector_is_trained_beside_it(vlm):
     adapted(vlm)
     assert all(name.startswith("model.layers.") for name in lora.layers(vlm))
-    assert all(".lora_" in n or n.startswith("projector.") for n, p in vlm.named_parameters()
-               if p.requires_grad)
+    assert all(
+        ".lora_" in n or n.startswith("projector.")
+        for n, p in vlm.named_parameters()
+        if p.requires_grad
+    )
     assert all(p.requires_grad for p in vlm.projector.parameters())
 
 
@@ -340,11 +345,11 @@ def test_an_adapters_folder_gives_the_model_back_with_its_projector(vlm, tokeniz
     adapted(vlm).base_folder = tmp_path / "base"
     save_model(vlm, tokenizer, tmp_path / "adapter")
     loaded, _ = load_model(tmp_path / "adapter")
-    ids, pictures = ask(vlm, tokenizer, "<image>?"), some_pictures(1)
-    expected = logits_of(vlm, ids, pictures)
-    assert torch.allclose(logits_of(loaded.eval(), ids, pictures), expected, atol=1e-4)
+    ids, images = ask(vlm, tokenizer, "<image>?"), some_images(1)
+    expected = logits_of(vlm, ids, images)
+    assert torch.allclose(logits_of(loaded.eval(), ids, images), expected, atol=1e-4)
     unwrap(vlm, merged=True)
-    assert torch.allclose(logits_of(vlm, ids, pictures), expected, atol=1e-4)
+    assert torch.allclose(logits_of(vlm, ids, images), expected, atol=1e-4)
 
 
 def test_an_adapter_is_not_saved_where_it_would_lose_the_vision_tower(vlm, tokenizer, tmp_path):
@@ -362,45 +367,45 @@ def test_peft_opens_the_adapter_of_a_vlm(tokenizer, tmp_path):
     save_model(vlm, tokenizer, tmp_path / "adapter")
     base = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ids, pictures = ask(vlm, tokenizer, "<image>?"), some_pictures(1)
+    ids, images = ask(vlm, tokenizer, "<image>?"), some_images(1)
     with torch.no_grad():
-        expected = theirs(input_ids=torch.tensor([ids]), pixel_values=pictures).logits[0]
-    assert torch.allclose(logits_of(vlm, ids, pictures), expected, atol=1e-4)
+        expected = theirs(input_ids=torch.tensor([ids]), pixel_values=images).logits[0]
+    assert torch.allclose(logits_of(vlm, ids, images), expected, atol=1e-4)
 
 
 # --- generation ----------------------------------------------------------------------------------
 
 
 def four_prompts(vlm, tokenizer):
-    """Prompts of different lengths with 1, 0, 2 and 0 pictures."""
+    """Prompts of different lengths with 1, 0, 2 and 0 images."""
     texts = ["<image>what?", "hm", "is <image> left of <image>, or not at all?", "a longer text"]
     prompts = [ask(vlm, tokenizer, text) for text in texts]
-    pictures = some_pictures(3)
-    return prompts, [pictures[:1], None, pictures[1:], pictures[:0]]
+    images = some_images(3)
+    return prompts, [images[:1], None, images[1:], images[:0]]
 
 
 @torch.no_grad()
-def slow_greedy(vlm, prompt, pictures, n):
+def slow_greedy(vlm, prompt, images, n):
     """The obvious loop: the whole sequence anew for every token."""
     ids = list(prompt)
     for _ in range(n):
-        shown = pictures if pictures is not None and len(pictures) else None
-        logits = vlm(torch.tensor([ids]), pictures=shown)[0, -1]
+        shown = images if images is not None and len(images) else None
+        logits = vlm(torch.tensor([ids]), images=shown)[0, -1]
         logits[vlm.image_id] = float("-inf")
         ids.append(logits.argmax().item())
     return ids[len(prompt) :]
 
 
-def test_a_padded_batch_of_pictures_and_text_is_continued_as_one_by_one(vlm, tokenizer):
-    prompts, pictures = four_prompts(vlm, tokenizer)
-    out = generate(vlm, prompts, 8, temperature=0, pictures=pictures)
-    assert out.lists() == [slow_greedy(vlm, p, x, 8) for p, x in zip(prompts, pictures)]
+def test_a_padded_batch_of_images_and_text_is_continued_as_one_by_one(vlm, tokenizer):
+    prompts, images = four_prompts(vlm, tokenizer)
+    out = generate(vlm, prompts, 8, temperature=0, images=images)
+    assert out.lists() == [slow_greedy(vlm, p, x, 8) for p, x in zip(prompts, images)]
 
 
-def test_each_sample_sees_its_prompts_pictures(vlm, tokenizer):
-    prompts, pictures = four_prompts(vlm, tokenizer)
-    out = generate(vlm, prompts, 6, samples=3, temperature=0, pictures=pictures)
-    greedy = [slow_greedy(vlm, p, x, 6) for p, x in zip(prompts, pictures)]
+def test_each_sample_sees_its_prompts_images(vlm, tokenizer):
+    prompts, images = four_prompts(vlm, tokenizer)
+    out = generate(vlm, prompts, 6, samples=3, temperature=0, images=images)
+    greedy = [slow_greedy(vlm, p, x, 6) for p, x in zip(prompts, images)]
     assert out.lists() == [row for row in greedy for _ in range(3)]
 
 
@@ -409,85 +414,85 @@ def test_the_vision_tower_runs_once_per_prompt(vlm, tokenizer, monkeypatch):
     monkeypatch.setattr(
         ViT, "features", lambda self, x, *how: (seen.append(len(x)), features(self, x, *how))[1]
     )
-    prompts, pictures = four_prompts(vlm, tokenizer)
-    generate(vlm, prompts, 6, samples=3, temperature=0, pictures=pictures)
+    prompts, images = four_prompts(vlm, tokenizer)
+    generate(vlm, prompts, 6, samples=3, temperature=0, images=images)
     assert seen == [3]
 
 
 def test_cached_logits_equal_uncached_ones(vlm, tokenizer):
-    prompts, pictures = four_prompts(vlm, tokenizer)
-    shown = torch.cat([x for x in pictures if x is not None])
+    prompts, images = four_prompts(vlm, tokenizer)
+    shown = torch.cat([x for x in images if x is not None])
     with torch.no_grad():
-        engine = Engine(vlm, prompts, 4, pictures=shown)
+        engine = Engine(vlm, prompts, 4, images=shown)
         engine.step(torch.tensor([1, 2, 3, 4]))
         engine.keep(torch.tensor([0, 2]))
         last = engine.step(torch.tensor([5, 6]))
     for row, (i, first, second) in enumerate([(0, 1, 5), (2, 3, 6)]):
-        fresh = logits_of(vlm, [*prompts[i], first, second], pictures[i])[-1]
+        fresh = logits_of(vlm, [*prompts[i], first, second], images[i])[-1]
         real = torch.arange(270) != vlm.image_id
         assert torch.allclose(last[row][real], fresh[real], atol=1e-4)
 
 
 def test_a_placeholder_is_never_drawn(vlm, tokenizer):
     vlm.model.embed_tokens.weight.data[vlm.image_id] *= 20  # tied: a loud row of the head
-    prompts, pictures = four_prompts(vlm, tokenizer)
-    out = generate(vlm, prompts, 20, samples=4, pictures=pictures)
+    prompts, images = four_prompts(vlm, tokenizer)
+    out = generate(vlm, prompts, 20, samples=4, images=images)
     assert vlm.image_id not in {token for row in out.lists() for token in row}
 
 
 def test_in_bf16_the_masters_stay_fp32_and_the_logprobs_near(vlm, tokenizer):
-    prompts, pictures = four_prompts(vlm, tokenizer)
+    prompts, images = four_prompts(vlm, tokenizer)
     before = {name: p.clone() for name, p in vlm.named_parameters()}
-    exact = generate(vlm, prompts, 1, temperature=0, pictures=pictures).logprobs
+    exact = generate(vlm, prompts, 1, temperature=0, images=images).logprobs
     vlm.compute_dtype = torch.bfloat16
-    rough = generate(vlm, prompts, 1, temperature=0, pictures=pictures).logprobs
+    rough = generate(vlm, prompts, 1, temperature=0, images=images).logprobs
     assert (exact - rough).abs().max() < 0.3
     for name, p in vlm.named_parameters():
         assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
 
 
 def test_stream_yields_what_generate_returns(vlm, tokenizer):
-    prompts, pictures = four_prompts(vlm, tokenizer)
-    for prompt, shown in zip(prompts, pictures):
-        streamed = list(stream(vlm, prompt, 5, temperature=0, pictures=shown))
+    prompts, images = four_prompts(vlm, tokenizer)
+    for prompt, shown in zip(prompts, images):
+        streamed = list(stream(vlm, prompt, 5, temperature=0, images=shown))
         assert streamed == slow_greedy(vlm, prompt, shown, 5)
 
 
-def test_pictures_of_another_prompt_are_refused_even_where_the_total_fits(vlm, tokenizer):
-    prompts, pictures = four_prompts(vlm, tokenizer)
-    with pytest.raises(UserError, match="prompt 0 holds 4 placeholders, but its 2 pictures need 8"):
-        generate(vlm, prompts, 2, pictures=[pictures[2], None, pictures[0], None])
+def test_images_of_another_prompt_are_refused_even_where_the_total_fits(vlm, tokenizer):
+    prompts, images = four_prompts(vlm, tokenizer)
+    with pytest.raises(UserError, match="prompt 0 holds 4 placeholders, but its 2 images need 8"):
+        generate(vlm, prompts, 2, images=[images[2], None, images[0], None])
 
 
-def test_a_text_model_refuses_pictures(random_model):
+def test_a_text_model_refuses_images(random_model):
     with pytest.raises(UserError, match="reads text only"):
-        generate(random_model(), [[1]], 2, pictures=[some_pictures(1)])
+        generate(random_model(), [[1]], 2, images=[some_images(1)])
 
 
-def test_replies_keep_their_pictures_when_prompts_are_sorted(vlm, tokenizer):
-    prompts, pictures = four_prompts(vlm, tokenizer)
-    replies = evaluate.sample_replies(
-        vlm, tokenizer, prompts, 5, temperature=0, batch_size=2, pictures=pictures
+def test_completions_keep_their_images_when_prompts_are_sorted(vlm, tokenizer):
+    prompts, images = four_prompts(vlm, tokenizer)
+    completions = evaluate.sample_completions(
+        vlm, tokenizer, prompts, 5, temperature=0, batch_size=2, images=images
     )
     stops = tokenizer.stop_ids
-    for prompt, shown, reply in zip(prompts, pictures, replies):
+    for prompt, shown, completion in zip(prompts, images, completions):
         slow = slow_greedy(vlm, prompt, shown, 5)
         ends = [i + 1 for i, token in enumerate(slow) if token in stops] or [5]
-        assert reply == slow[: ends[0]]
+        assert completion == slow[: ends[0]]
 
 
-def test_replies_are_scored_with_their_pictures(vlm, tokenizer):
-    prompts, pictures = four_prompts(vlm, tokenizer)
-    replies = [[5, 6, 7], [8], [9, 10], [11, 12]]
-    rows = pad_replies(prompts, replies, tokenizer.pad_id, pictures=pictures)
+def test_completions_are_scored_with_their_images(vlm, tokenizer):
+    prompts, images = four_prompts(vlm, tokenizer)
+    completions = [[5, 6, 7], [8], [9, 10], [11, 12]]
+    rows = pad_completions(prompts, completions, tokenizer.pad_id, images=images)
     with torch.no_grad():
-        scored = reply_logprobs(vlm, rows)
-    for row, prompt, reply, own in zip(scored, prompts, replies, pictures):
+        scored = completion_logprobs(vlm, rows)
+    for row, prompt, completion, own in zip(scored, prompts, completions, images):
         own = own if own is not None and len(own) else None
-        fresh = logits_of(vlm, prompt + reply, own)
+        fresh = logits_of(vlm, prompt + completion, own)
         fresh[:, vlm.image_id] = -torch.inf  # never drawn
         fresh = fresh.log_softmax(-1)
-        for t, token in enumerate(reply, start=len(prompt)):
+        for t, token in enumerate(completion, start=len(prompt)):
             assert row[t - 1].item() == pytest.approx(fresh[t - 1, token].item(), abs=1e-4)
 
 
@@ -496,7 +501,7 @@ def test_replies_are_scored_with_their_pictures(vlm, tokenizer):
 
 @pytest.fixture
 def album(tmp_path):
-    """Three plain pictures a.png, b.png, c.png, and a function that writes rows of JSONL."""
+    """Three plain images a.png, b.png, c.png, and a function that writes rows of JSONL."""
     for name, colour in zip("abc", [(250, 0, 0), (0, 250, 0), (0, 0, 250)]):
         Image.new("RGB", (20, 20), colour).save(tmp_path / f"{name}.png")
 
@@ -513,9 +518,9 @@ def row(image, asked, answer="yes", **more):
     return {"image": image, "messages": turns, **more} if image else {"messages": turns, **more}
 
 
-def test_rows_with_one_picture_several_and_none_are_read(album):
+def test_rows_with_one_image_several_and_none_are_read(album):
     path = album(row("a.png", "<image>"), row(["b.png", "a.png"], "<image><image>"), row(None, "?"))
-    chats = read_picture_chats(path)
+    chats = read_image_chats(path)
     names = [[image.rpartition("/")[2] for image in chat["images"]] for chat in chats]
     assert names == [["a.png"], ["b.png", "a.png"], []]
 
@@ -523,7 +528,7 @@ def test_rows_with_one_picture_several_and_none_are_read(album):
 def test_llavas_json_array_is_read(album):
     turns = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": "yes"}]
     path = album({"id": "1", "image": "a.png", "conversations": turns}, name="llava.json")
-    [read] = read_picture_chats(path)
+    [read] = read_image_chats(path)
     assert read["messages"][0] == {"role": "user", "content": "<image>\nred?"}
     assert read["images"] == [str(path.parent / "a.png")]
 
@@ -531,93 +536,93 @@ def test_llavas_json_array_is_read(album):
 @pytest.mark.parametrize(
     "bad, sentence",
     [
-        (row("a.png", "no marker"), "line 2: 0 times <image>, but 1 pictures"),
-        (row(["a.png"], "<image><image>"), "line 2: 2 times <image>, but 1 pictures"),
-        (row(None, "<image>"), "line 2: 1 times <image>, but 0 pictures"),
-        (row("z.png", "<image>"), "line 2: the picture .*z.png does not exist"),
+        (row("a.png", "no marker"), "line 2: 0 times <image>, but 1 images"),
+        (row(["a.png"], "<image><image>"), "line 2: 2 times <image>, but 1 images"),
+        (row(None, "<image>"), "line 2: 1 times <image>, but 0 images"),
+        (row("z.png", "<image>"), "line 2: the image .*z.png does not exist"),
         (row(7, "<image>"), 'line 2: "image" must be a file name'),
         (row("a.png", "<image>?", "<image>"), "line 2: <image> stands in a turn of the assistant"),
     ],
 )
 def test_a_bad_row_is_named_with_file_and_line(bad, sentence, album):
     with pytest.raises(UserError, match=f"rows.jsonl, {sentence}"):
-        read_picture_chats(album(row("a.png", "<image>?"), bad))
+        read_image_chats(album(row("a.png", "<image>?"), bad))
 
 
 def test_captions_are_read_and_a_bad_one_is_named(album):
     good = {"image": "a.png", "caption": "red"}
     path = album(good)
-    picture = str(path.parent / "a.png")
-    assert read_captions(path) == [{"image": picture, "caption": "red"}]
+    image = str(path.parent / "a.png")
+    assert read_captions(path) == [{"image": image, "caption": "red"}]
     said = row("a.png", "<image>\nWhat is this?", "A red square.")
-    assert read_captions(album(said)) == [{"image": picture, "caption": "A red square."}]
+    assert read_captions(album(said)) == [{"image": image, "caption": "A red square."}]
     bad_rows = {
         "a chat record needs": {"image": "a.png"},
-        "a caption belongs to one picture, not to 0": {"caption": "x"},
+        "a caption belongs to one image, not to 0": {"caption": "x"},
         'a "caption" is wanted': {"image": "a.png", "caption": " "},
     }
     for sentence, bad in bad_rows.items():
         with pytest.raises(UserError, match=f"rows.jsonl, line 2: {sentence}"):
             read_captions(album(good, bad))
-    with pytest.raises(UserError, match="line 1: the picture .*z.png does not exist"):
+    with pytest.raises(UserError, match="line 1: the image .*z.png does not exist"):
         read_captions(album({"image": "z.png", "caption": "x"}))
 
 
 def test_a_store_opens_each_file_once_and_gives_what_preprocessing_gives(album, monkeypatch):
     path = str(album().parent / "a.png")
-    store, preprocessing = PictureStore(Preprocessing(16)), Preprocessing(16)
-    with Image.open(path) as picture:
-        expected = preprocessing(picture)
+    store, preprocessing = ImageStore(Preprocessing(16)), Preprocessing(16)
+    with Image.open(path) as image:
+        expected = preprocessing(image)
     monkeypatch.setattr(
-        "nanollm.picture_data.open_picture", lambda path: Image.open(path).convert("RGB")
+        "nanollm.vision.images.open_image", lambda path: Image.open(path).convert("RGB")
     )
     assert torch.equal(store.of([path, path]), torch.stack([expected, expected]))
-    monkeypatch.delattr("nanollm.picture_data.open_picture")
+    monkeypatch.delattr("nanollm.vision.images.open_image")
     assert torch.equal(store.of([path])[0], expected)
     assert len(store.kept) == 1 and store.of([]) is None
     assert store.kept[0].dtype == torch.uint8
 
 
-def test_packed_rows_know_their_pictures_in_order():
+def test_packed_rows_know_their_images_in_order():
     examples = [([1] * n, [True] * n) for n in (12, 30, 10, 28)]
-    rows = pack(examples, 40, pad_id=0, pictures=[[7], [8, 9], [], [4]])
+    rows = pack(examples, 40, pad_id=0, images=[[7], [8, 9], [], [4]])
     # longest first: 30 and 10 share a row, and so do 28 and 12
-    assert rows.pictures == [[8, 9], [4, 7]]
-    assert rows.rows(torch.tensor([1, 0])).picture_numbers() == [4, 7, 8, 9]
-    assert rows.rows(slice(1, 2)).picture_numbers() == [4, 7]
+    assert rows.images == [[8, 9], [4, 7]]
+    assert rows[torch.tensor([1, 0])].image_numbers() == [4, 7, 8, 9]
+    assert rows[slice(1, 2)].image_numbers() == [4, 7]
 
 
-def test_rows_of_text_join_rows_with_pictures():
-    shown = pack([([1], [True])], 4, 0, pictures=[[3]])
+def test_rows_of_text_join_rows_with_images():
+    shown = pack([([1], [True])], 4, 0, images=[[3]])
     text = pack([([1], [True]), ([2] * 4, [True] * 4)], 4, 0)
-    assert isinstance(text, Packed) and text.pictures is None and text.join(text).pictures is None
-    assert shown.join(text).pictures == [[3], [], []]
-    assert text.join(shown).picture_numbers() == [3]
+    assert isinstance(text, Packed) and text.images is None and text.join(text).images is None
+    assert shown.join(text).images == [[3], [], []]
+    assert text.join(shown).image_numbers() == [3]
     assert text.join(shown).to("cpu").tokens.shape == (3, 4)
 
 
 def test_packed_dialogues_give_the_loss_of_each_alone(vlm, tokenizer, album, capsys):
-    """Attention stays inside a dialogue, pictures go to their own placeholders."""
-    chats = read_picture_chats(
+    """Attention stays inside a dialogue, images go to their own placeholders."""
+    chats = read_image_chats(
         album(
             row("a.png", "<image>hm"), row("b.png", "so <image>?"), row(None, "no"), row(None, "ah")
         )
     )
-    store = PictureStore(vlm.preprocessing)
+    store = ImageStore(vlm.preprocessing)
     rt = Runtime(torch.device("cpu"), torch.float32)
-    rows = pack_picture_chats(chats, tokenizer, 40, vlm, store, "training", rt)
-    assert "4 dialogues with 2 pictures in 2 rows" in capsys.readouterr().out
+    rows = pack_image_chats(chats, tokenizer, 40, vlm, store, "training", rt)
+    assert "4 dialogues with 2 images in 2 rows" in capsys.readouterr().out
     with torch.no_grad():
         logits = vlm(
             rows.tokens,
             rows.positions,
             document_mask(rows.documents),
-            pictures=store.pictures(rows.picture_numbers()),
+            images=store.images(rows.image_numbers()),
         )
     found = 0
     for each in chats:
-        n = vlm.tokens_per_picture
-        ids, _ = render_with_pictures(tokenizer, each["messages"], n, len(each["images"]))
+        n = vlm.tokens_per_image
+        ids, _ = render_with_images(tokenizer, each["messages"], n, len(each["images"]))
         alone = logits_of(vlm, ids, store.of(each["images"]))
         for r, tokens in enumerate(rows.tokens.tolist()):
             for start in range(len(tokens) - len(ids) + 1):
@@ -627,26 +632,26 @@ def test_packed_dialogues_give_the_loss_of_each_alone(vlm, tokenizer, album, cap
     assert found == 4
 
 
-def test_a_dialogue_is_cut_between_turns_and_never_inside_a_picture(vlm, tokenizer, album):
+def test_a_dialogue_is_cut_between_turns_and_never_inside_a_image(vlm, tokenizer, album):
     two = row("a.png", "<image>one")
     two["messages"] += row("b.png", "<image>two")["messages"]
-    chats = read_picture_chats(album(two | {"image": ["a.png", "b.png"]}))
-    store = PictureStore(vlm.preprocessing)
+    chats = read_image_chats(album(two | {"image": ["a.png", "b.png"]}))
+    store = ImageStore(vlm.preprocessing)
     whole = 4 + 3 + 2 + 3 + 2  # placeholders, "one", its markers, "yes", its markers
     rt = Runtime(torch.device("cpu"), torch.float32)
-    for T, pictures in ((2 * whole, 2), (2 * whole - 1, 1), (whole, 1)):
-        rows = pack_picture_chats(chats, tokenizer, T, vlm, store, "training", rt)
-        assert len(rows.picture_numbers()) == pictures
-        assert (rows.tokens == vlm.image_id).sum() == 4 * pictures
-    with pytest.raises(UserError, match="of which a picture takes 4; raise --context"):
-        pack_picture_chats(chats, tokenizer, whole - 1, vlm, store, "training", rt)
+    for T, images in ((2 * whole, 2), (2 * whole - 1, 1), (whole, 1)):
+        rows = pack_image_chats(chats, tokenizer, T, vlm, store, "training", rt)
+        assert len(rows.image_numbers()) == images
+        assert (rows.tokens == vlm.image_id).sum() == 4 * images
+    with pytest.raises(UserError, match="of which a image takes 4; raise --context"):
+        pack_image_chats(chats, tokenizer, whole - 1, vlm, store, "training", rt)
 
 
-def test_shuffled_pictures_are_never_the_right_ones():
+def test_shuffled_images_are_never_the_right_ones():
     paths = [["a"], ["a"], ["b"], ["c", "d"], ["e", "f"], []] * 20
     for own, other in zip(paths, shuffled(paths)):
         assert len(own) == len(other) and (own != other or not own)
-    with pytest.raises(UserError, match="no other item has 2 pictures"):
+    with pytest.raises(UserError, match="no other item has 2 images"):
         shuffled([["a", "b"], ["c"], ["d"], ["a", "b"]])
 
 
@@ -676,8 +681,8 @@ def test_a_vlm_is_joined_from_a_text_model_and_a_vision_tower(random_model, toke
     vlm, their_tokenizer = build_vlm(tmp_path / "text", tmp_path / "eyes", "pixel_shuffle", -1)
     assert their_tokenizer == tokenizer and vlm.feature_layer == -1
     assert torch.equal(text(torch.tensor([[1, 2, 3]])), vlm(torch.tensor([[1, 2, 3]])))
-    pictures = some_pictures(1)
-    assert torch.equal(vit.features(pictures, -1), vlm.vision.features(pictures, -1))
+    images = some_images(1)
+    assert torch.equal(vit.features(images, -1), vlm.vision.features(images, -1))
     save_model(vlm, tokenizer, tmp_path / "vlm")
     with pytest.raises(UserError, match="a vision-language model already"):
         build_vlm(tmp_path / "vlm", tmp_path / "eyes")
@@ -687,7 +692,7 @@ def test_a_tokenizer_without_image_is_refused(random_model, tokenizer, tmp_path)
     save_model(random_model(), tokenizer, tmp_path / "text")
     save_vision(ViT(VisionConfig(**EYES)), Preprocessing(16), tmp_path / "eyes")
     file = tmp_path / "text/tokenizer.json"
-    file.write_text(file.read_text().replace("<image>", "<picture>"))
+    file.write_text(file.read_text().replace("<image>", "<image>"))
     with pytest.raises(UserError, match="no token <image>"):
         build_vlm(tmp_path / "text", tmp_path / "eyes")
 
@@ -722,69 +727,73 @@ def test_names_of_older_versions_are_read(tokenizer, tmp_path):
     }
     safetensors.save_file(tensors, tmp_path / "model.safetensors")
     loaded, _ = load_model(tmp_path)
-    pictures = some_pictures(1)
-    assert torch.equal(loaded.picture_features(pictures), vlm.picture_features(pictures))
+    images = some_images(1)
+    assert torch.equal(loaded.image_features(images), vlm.image_features(images))
 
 
-def item(image, family="colour", **more):
+def example(image, task="colour", **more):
     turns = [{"role": "user", "content": "<image>\ncolour?"}]
-    return {"image": image, "messages": turns, "answer": "x", "family": family, **more}
+    return {"image": image, "messages": turns, "answer": "x", "task": task, **more}
 
 
-def test_items_are_answered_with_right_grey_or_other_pictures(vlm, tokenizer, album):
+def test_examples_are_answered_with_right_grey_or_other_images(vlm, tokenizer, album):
     text = {"prompt": "2 + 2?", "answer": "4"}
-    path = album(item("a.png"), text, item("b.png"), item("c.png"))
-    items = evaluate.read_items(path)
-    store = PictureStore(vlm.preprocessing)
-    replies = {
-        how: evaluate.accuracy_by_family(vlm, tokenizer, items, 8, store=store, shown=how)[1]
+    path = album(example("a.png"), text, example("b.png"), example("c.png"))
+    examples = evaluate.read_examples(path)
+    store = ImageStore(vlm.preprocessing)
+    completions = {
+        how: evaluate.accuracy_by_task(vlm, tokenizer, examples, 8, store=store, shown=how)[1]
         for how in ("right", "grey", "shuffled")
     }
-    a, plain, b, c = replies["right"]
+    a, plain, b, c = completions["right"]
     assert len({a, b, c}) == 3
-    assert len({replies["grey"][i] for i in (0, 2, 3)}) == 1
-    assert all(replies["right"][i] != replies["shuffled"][i] for i in (0, 2, 3))
-    assert {replies[how][1] for how in replies} == {plain}
-    assert show_pictures(items, store, "grey")[1] is None
+    assert len({completions["grey"][i] for i in (0, 2, 3)}) == 1
+    assert all(completions["right"][i] != completions["shuffled"][i] for i in (0, 2, 3))
+    assert {completions[how][1] for how in completions} == {plain}
+    assert show_images(examples, store, "grey")[1] is None
 
 
-def test_evaluate_prints_and_writes_accuracy_on_pictures(vlm, tokenizer, album, tmp_path, capsys):
+def test_evaluate_prints_and_writes_accuracy_on_images(vlm, tokenizer, album, tmp_path, capsys):
     save_model(vlm, tokenizer, tmp_path / "vlm")
-    path = album(item("a.png"), item("b.png"))
+    path = album(example("a.png"), example("b.png"))
     cfg = evaluate.Config(
-        str(tmp_path / "vlm"), data=str(path), max_new_tokens=4, pictures="grey", dtype="fp32"
+        str(tmp_path / "vlm"), data=str(path), max_new_tokens=4, images="grey", dtype="fp32"
     )
     evaluate.main(cfg)
     assert "colour" in capsys.readouterr().out
     result = json.loads((tmp_path / "vlm/evaluation.json").read_text())
-    assert result["pictures"] == "grey" and result["families"]["colour"]["n"] == 2
+    assert result["images"] == "grey" and result["tasks"]["colour"]["n"] == 2
 
 
-def test_llavas_form_serves_as_a_test_item(album):
+def test_llavas_form_serves_as_a_test_example(album):
     turns = [{"from": "human", "value": "<image>\nred?"}]
-    read = evaluate.read_items(album({"image": "a.png", "conversations": turns, "answer": "yes"}))
+    read = evaluate.read_examples(
+        album({"image": "a.png", "conversations": turns, "answer": "yes"})
+    )
     assert read[0]["messages"] == [{"role": "user", "content": "<image>\nred?"}]
-    assert read[0]["family"] == "all" and len(read[0]["images"]) == 1
+    assert read[0]["task"] == "all" and len(read[0]["images"]) == 1
 
 
-def test_a_text_model_can_not_be_asked_about_pictures(random_model, tokenizer, album):
-    items = evaluate.read_items(album(item("a.png")))
+def test_a_text_model_can_not_be_asked_about_images(random_model, tokenizer, album):
+    examples = evaluate.read_examples(album(example("a.png")))
     with pytest.raises(UserError, match="reads text only"):
-        evaluate.accuracy_by_family(random_model(), tokenizer, items, 4)
+        evaluate.accuracy_by_task(random_model(), tokenizer, examples, 4)
 
 
 def run_chat(monkeypatch, lines=(), **settings):
-    """What each answer was asked: (ids of the prompt, number of pictures)."""
+    """What each answer was asked: (ids of the prompt, number of images)."""
     asked = []
 
-    def record(model, prompt, n, pictures=None, **sampling):
-        asked.append((prompt, 0 if pictures is None else len(pictures)))
-        return stream(model, prompt, 3, temperature=0, pictures=pictures)
+    def record(model, prompt, n, images=None, **sampling):
+        asked.append((prompt, 0 if images is None else len(images)))
+        return stream(model, prompt, 3, temperature=0, images=images)
 
     monkeypatch.setattr(chat, "stream", record)
     typed = iter([*(f"{line}\n" for line in lines), ""])
-    monkeypatch.setattr("sys.stdin", type("Pipe", (), {
-        "isatty": lambda self: False, "readline": lambda self: next(typed)})())
+    monkeypatch.setattr(
+        "sys.stdin",
+        type("Pipe", (), {"isatty": lambda self: False, "readline": lambda self: next(typed)})(),
+    )
     chat.main(chat.Config(max_new_tokens=10, dtype="fp32", **settings))
     return asked
 
@@ -795,7 +804,7 @@ def folder(vlm, tokenizer, tmp_path):
     return str(tmp_path / "vlm")
 
 
-def test_chat_shows_pictures_in_front_of_the_prompt(folder, vlm, tokenizer, album, monkeypatch):
+def test_chat_shows_images_in_front_of_the_prompt(folder, vlm, tokenizer, album, monkeypatch):
     place = album().parent
     images = f"{place / 'a.png'}, {place / 'b.png'}"
     [(ids, shown)] = run_chat(monkeypatch, model=folder, image=images, prompt="same?")
@@ -806,7 +815,7 @@ def test_chat_shows_pictures_in_front_of_the_prompt(folder, vlm, tokenizer, albu
     assert ids == ask(vlm, tokenizer, "is <image> like <image>?") and shown == 2
 
 
-def test_chat_keeps_pictures_over_turns_and_takes_new_ones(folder, vlm, album, monkeypatch):
+def test_chat_keeps_images_over_turns_and_takes_new_ones(folder, vlm, album, monkeypatch):
     place = album().parent
     lines = ["what?", f"/image {place / 'b.png'}", "and this?", "/reset", "hello"]
     asked = run_chat(monkeypatch, lines, model=folder, image=str(place / "a.png"))
@@ -814,7 +823,7 @@ def test_chat_keeps_pictures_over_turns_and_takes_new_ones(folder, vlm, album, m
     assert [ids.count(vlm.image_id) for ids, _ in asked] == [4, 8, 0]
 
 
-def test_chat_keeps_the_picture_longer_than_what_was_said_later(
+def test_chat_keeps_the_image_longer_than_what_was_said_later(
     folder, vlm, tokenizer, album, monkeypatch, capsys
 ):
     lines = ["what?", "x" * 50, "y" * 50]
@@ -825,24 +834,24 @@ def test_chat_keeps_the_picture_longer_than_what_was_said_later(
     assert not capsys.readouterr().err
 
 
-def test_chat_says_when_no_room_is_left_for_the_picture(folder, vlm, album, monkeypatch, capsys):
+def test_chat_says_when_no_room_is_left_for_the_image(folder, vlm, album, monkeypatch, capsys):
     lines = ["x" * 60, "y" * 60]
-    picture = str(album().parent / "a.png")
-    asked = run_chat(monkeypatch, lines, model=folder, image=picture)
+    image = str(album().parent / "a.png")
+    asked = run_chat(monkeypatch, lines, model=folder, image=image)
     assert [shown for _, shown in asked] == [1, 0]
-    assert capsys.readouterr().err.count("no room is left for the picture") == 1
+    assert capsys.readouterr().err.count("no room is left for the image") == 1
 
 
 @pytest.mark.parametrize(
     "prompt, sentence",
-    [("<image><image>?", "2 times <image>, but 1 pictures"), ("x" * 130, "shorten it")],
+    [("<image><image>?", "2 times <image>, but 1 images"), ("x" * 130, "shorten it")],
 )
 def test_chat_says_what_is_wrong_with_the_message(prompt, sentence, folder, album, monkeypatch):
     with pytest.raises(UserError, match=sentence):
         run_chat(monkeypatch, model=folder, image=str(album().parent / "a.png"), prompt=prompt)
 
 
-def test_chat_with_a_text_model_refuses_pictures(
+def test_chat_with_a_text_model_refuses_images(
     random_model, tokenizer, tmp_path, album, monkeypatch
 ):
     save_model(random_model(), tokenizer, tmp_path / "text")

@@ -10,13 +10,14 @@ import transformers
 from PIL import Image, ImageDraw
 
 import train_vlm
-from nanollm.clip import caption_tokens, load_clip
 from nanollm.config import parse
+from nanollm.formats import read_captions
 from nanollm.hub import load_model
-from nanollm.picture_data import PictureStore, read_captions
-from nanollm.report import Picture, Section, to_html, to_markdown
+from nanollm.report import ReportImage, Section, to_html, to_markdown
 from nanollm.run import Run, read_metrics
-from nanollm.vlm import VLM, render_with_pictures
+from nanollm.vision.clip import caption_tokens, load_clip
+from nanollm.vision.images import ImageStore
+from nanollm.vision.vlm import VLM, render_with_images
 from nanollm.vlm_figures import blind_figures, summary
 from tests.test_train import (
     as_two_processes,
@@ -36,41 +37,41 @@ COLOURS = {
 }
 PLACES = {"left": (0, 4), "middle": (4, 4), "right": (8, 4)}
 COMMON = (
-    "--dtype fp32 --device cpu --batch_size 12 --warmup 2 --eval_every 1000 --picture_size 16 "
-    "--patch_size 8 --vision_layers 2 --vision_channels 32 --alike 1 --replay 0 "
+    "--dtype fp32 --device cpu --batch_size 12 --warmup 2 --eval_every 1000 --image_size 16 "
+    "--patch_size 8 --vision_layers 2 --vision_channels 32 --hard_negatives 1 --replay 0 "
     "--text_data chats.jsonl --replay_data text.txt"
 ).split()
 CLIP = [*COMMON, *"--stage clip --init runs/pretrain --data captions.jsonl".split()]
-CLIP += "--val_data captions.jsonl --lr 0.01 --adam_lr 0.002".split()
+CLIP += "--val_data captions.jsonl --muon_lr 0.01 --lr 0.002".split()
 LANGUAGE = [*COMMON, *"--data colours.jsonl --val_data colours.jsonl --context 48".split()]
 ALIGN = [*LANGUAGE, *"--stage align --init runs/pretrain --vision runs/clip".split()]
-ALIGN += ["--adam_lr", "0.01", "--feature_layer", "-2", "--no_class_token"]
-INSTRUCT = [*LANGUAGE, *"--stage instruct --init runs/align --lr 0.02 --adam_lr 0.01".split()]
-ALL = [*LANGUAGE, *"--stage all --init runs/pretrain --lr 0.01 --adam_lr 0.005".split()]
+ALIGN += ["--lr", "0.01", "--feature_layer", "-2", "--no_class_token"]
+INSTRUCT = [*LANGUAGE, *"--stage instruct --init runs/align --muon_lr 0.02 --lr 0.01".split()]
+ALL = [*LANGUAGE, *"--stage all --init runs/pretrain --muon_lr 0.01 --lr 0.005".split()]
 MIXED = ["--replay", "0.5"]  # of twelve rows three dialogues and three of plain text
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with twelve pictures, what is said of them, and a run of each stage."""
+    """A folder with twelve images, what is said of them, and a run of each stage."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
-        captions, dialogues, items = [], [], []
+        captions, dialogues, examples = [], [], []
         for colour, rgb in COLOURS.items():
             for place, (x, y) in PLACES.items():
-                picture, name = Image.new("RGB", (16, 16), "white"), f"{colour}_{place}.png"
-                ImageDraw.Draw(picture).rectangle((x, y, x + 7, y + 7), fill=rgb)
-                picture.save(name)
+                image, name = Image.new("RGB", (16, 16), "white"), f"{colour}_{place}.png"
+                ImageDraw.Draw(image).rectangle((x, y, x + 7, y + 7), fill=rgb)
+                image.save(name)
                 captions.append({"image": name, "caption": f"{colour} {place}"})
                 turns = [("user", "<image>colour?"), ("assistant", colour)]
                 dialogues.append({"image": name, "messages": said(turns)})
-                question = {"prompt": "<image>colour?", "family": "colour", "check": "exact"}
-                items.append({"image": name, "answer": colour, **question})
+                question = {"prompt": "<image>colour?", "task": "colour", "check": "exact"}
+                examples.append({"image": name, "answer": colour, **question})
         write("captions", captions)
         write("colours", dialogues)
-        write("items", items)
+        write("items", examples)
         write("chats", [{"messages": said([("user", "say owl"), ("assistant", "owl")])}] * 12)
         pretrain("--steps", 20, "--eval_every", 20, "--context", 64)
         run(CLIP, "--steps", 60, out="runs/clip")
@@ -123,19 +124,19 @@ def changed(before, after):
 # --- learning ------------------------------------------------------------------------------------
 
 
-def test_the_clip_loss_falls_until_every_picture_is_found(here):
+def test_the_clip_loss_falls_until_every_image_is_found(here):
     losses = [m["loss"] for m in read_metrics("runs/clip") if "loss" in m]
     found = result("runs/clip")
     assert losses[-1] < 0.3  # log 12 = 2.5 by chance
-    assert found["picture_to_text"] == found["text_to_picture"] == 1.0
+    assert found["image_to_text"] == found["text_to_image"] == 1.0
 
 
-def test_the_siglip_loss_falls_until_every_picture_is_found(here):
+def test_the_siglip_loss_falls_until_every_image_is_found(here):
     metrics = run(CLIP, "--loss", "siglip", "--steps", 60, out="runs/siglip")
     losses = [m["loss"] for m in metrics if "loss" in m]
     found = result("runs/siglip")
     assert losses[-1] < 0.5  # 3.4 where every cell is answered alike
-    assert found["picture_to_text"] == found["text_to_picture"] == 1.0
+    assert found["image_to_text"] == found["text_to_image"] == 1.0
 
 
 def test_alignment_lowers_the_loss_by_the_projector_alone(here):
@@ -150,20 +151,22 @@ def test_alignment_lowers_the_loss_by_the_projector_alone(here):
 
 
 def test_the_projector_that_alignment_writes_is_another_than_it_began_with(here):
-    run(ALIGN, "--steps", 1, "--adam_lr", 0, out="runs/untrained")
+    run(ALIGN, "--steps", 1, "--lr", 0, out="runs/untrained")
     assert changed("runs/untrained", "runs/align") == {"projector"}
 
 
 def test_the_model_names_the_colour_that_it_is_shown_and_the_blind_one_cannot(here):
     seeing, blind = result("runs/seeing"), result("runs/seeing-blind")
-    assert seeing["pictures"]["right"]["colour"] == {"accuracy": 1.0, "n": 12}
-    assert seeing["pictures"]["shuffled"]["colour"]["accuracy"] <= 0.5
-    assert blind["pictures"]["right"]["colour"]["accuracy"] <= 0.25  # always the same of four
-    assert seeing["blind"] == blind["pictures"]["right"] == blind_figures("runs/seeing")
-    line = summary(seeing["pictures"], seeing["blind"])
-    assert line.startswith("accuracy, mean over families: right picture 100.0%, another item's")
-    losses = [[m for m in read_metrics(n) if "val_loss" in m][-1]["val_loss"]
-              for n in ("runs/seeing", "runs/seeing-blind")]
+    assert seeing["images"]["right"]["colour"] == {"accuracy": 1.0, "n": 12}
+    assert seeing["images"]["shuffled"]["colour"]["accuracy"] <= 0.5
+    assert blind["images"]["right"]["colour"]["accuracy"] <= 0.25  # always the same of four
+    assert seeing["blind"] == blind["images"]["right"] == blind_figures("runs/seeing")
+    line = summary(seeing["images"], seeing["blind"])
+    assert line.startswith("accuracy, mean over tasks: right image 100.0%, another item's")
+    losses = [
+        [m for m in read_metrics(n) if "val_loss" in m][-1]["val_loss"]
+        for n in ("runs/seeing", "runs/seeing-blind")
+    ]
     assert losses[0] < 0.05 < 0.2 < losses[1]  # log 4 over the tokens of a colour and the end
 
 
@@ -202,12 +205,12 @@ def test_an_adapter_is_trained_beside_the_projector_and_its_folder_opens(here):
 def test_a_clip_folder_opens_in_transformers_with_our_similarities(here):
     ours, tokenizer, preprocessing = load_clip("runs/clip")
     records = read_captions("captions.jsonl")
-    pictures = PictureStore(preprocessing).of([r["image"] for r in records])
+    images = ImageStore(preprocessing).of([r["image"] for r in records])
     tokens = caption_tokens(tokenizer, [r["caption"] for r in records], 128)
     theirs = transformers.CLIPModel.from_pretrained("runs/clip").eval()
     with torch.no_grad():
-        x, y = ours.eval()(pictures, tokens)
-        expected = theirs(input_ids=tokens, pixel_values=pictures).logits_per_image
+        x, y = ours.eval()(images, tokens)
+        expected = theirs(input_ids=tokens, pixel_values=images).logits_per_image
     torch.testing.assert_close(ours.logit_scale.exp() * x @ y.T, expected, atol=1e-4, rtol=1e-5)
 
 
@@ -215,23 +218,23 @@ def test_what_was_instructed_opens_in_transformers_with_our_logits(here):
     ours, tokenizer = load_model("runs/seeing")
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained("runs/seeing").eval()
     messages = said([("user", "<image>colour?")])
-    ids, _ = render_with_pictures(tokenizer, messages, ours.tokens_per_picture, 1, True)
-    pictures, tokens = PictureStore(ours.preprocessing).of(["red_left.png"]), torch.tensor([ids])
+    ids, _ = render_with_images(tokenizer, messages, ours.tokens_per_image, 1, True)
+    images, tokens = ImageStore(ours.preprocessing).of(["red_left.png"]), torch.tensor([ids])
     with torch.no_grad():
-        got = ours.eval()(tokens, pictures=pictures)
-        expected = theirs(input_ids=tokens, pixel_values=pictures).logits
+        got = ours.eval()(tokens, images=images)
+        expected = theirs(input_ids=tokens, pixel_values=images).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_replies_are_kept_with_their_pictures_and_the_report_shows_them(here):
-    files = [Path(f"runs/{name}/pictures.json") for name in ("seeing", "seeing-blind")]
+def test_completions_are_kept_with_their_images_and_the_report_shows_them(here):
+    files = [Path(f"runs/{name}/images.json") for name in ("seeing", "seeing-blind")]
     seen, guessed = (json.loads(file.read_text()) for file in files)
     assert [s["image"] for s in seen] == [g["image"] for g in guessed]
-    assert all(s["right"] and s["reply"] == s["answer"] for s in seen) and len(seen) == 3
+    assert all(s["right"] and s["completion"] == s["answer"] for s in seen) and len(seen) == 3
     assert {s["question"] for s in seen} == {"colour?"}
     section = Section("Eyes")
-    rows = [[Picture(s["image"], Path(".")), s["answer"]] for s in seen]
-    section.table(["picture", "right"], rows)
+    rows = [[ReportImage(s["image"], Path(".")), s["answer"]] for s in seen]
+    section.table(["image", "right"], rows)
     html = to_html("Report", "lead", [section])
     assert html.count("<img src='data:image/png;base64,iVBOR") == len(seen)
     assert "| ![](red_left.png) | red |" in to_markdown("Report", "lead", [section])
@@ -311,7 +314,7 @@ def test_all_stages_go_on_where_one_was_killed_and_end_as_without(
 
 def test_an_attempt_that_fails_leaves_the_finished_stages_alone(all_stages, capsys):
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
-    for flags in (["--context", 65], ["--alike", 5], ["--data", "nowhere.jsonl"]):
+    for flags in (["--context", 65], ["--hard_negatives", 5], ["--data", "nowhere.jsonl"]):
         refused(capsys, train_vlm, *ALL, *flags, "--out", "runs/all")
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before
 
@@ -335,7 +338,7 @@ def test_two_processes_give_the_gradients_of_one(stage, own, here):
     second process has rows of text alone.
     """
     one, two = f"runs/one_{stage}", f"runs/two_{stage}"
-    flags = ["--steps", 1, "--clip", 0]
+    flags = ["--steps", 1, "--grad_clip", 0]
     run(own, *flags, out=one)
     as_two_processes("train_vlm.py", *own, *flags, "--out", two)
     moments = [first_moments(torch.load(f"{n}/state.pt", weights_only=True)) for n in (one, two)]
@@ -372,29 +375,29 @@ REFUSED = {
     "instruct from a tower": ([*INSTRUCT, "--init", "runs/clip"], "model_type 'clip'"),
     "align from a model with eyes": ([*ALIGN, "--init", "runs/align"], "model already"),
     "no such model": ([*CLIP, "--init", "runs/none"], "no tokenizer at runs/none"),
-    "missing picture": ([*ALIGN, "--data", "gone.jsonl"], "line 1: the picture nowhere.png"),
+    "missing image": ([*ALIGN, "--data", "gone.jsonl"], "line 1: the image nowhere.png"),
     "broken captions": ([*CLIP, "--data", "bad.jsonl"], "bad.jsonl, line 4: broken JSON"),
     "empty caption": ([*CLIP, "--data", "silent.jsonl"], 'line 4: a "caption" is wanted'),
     "long caption": ([*CLIP, "--data", "long.jsonl"], "has 201 tokens, more than 128"),
     "captions for align": ([*ALIGN, "--data", "captions.jsonl"], 'needs "messages"'),
-    "damaged picture": ([*CLIP, "--data", "damaged.jsonl"], "damaged.png: the image is damaged"),
-    "damaged held-out picture": ([*CLIP, "--val_data", "damaged.jsonl"], "damaged.png: the image"),
+    "damaged image": ([*CLIP, "--data", "damaged.jsonl"], "damaged.png: the image is damaged"),
+    "damaged held-out image": ([*CLIP, "--val_data", "damaged.jsonl"], "damaged.png: the image"),
     "one record": ([*CLIP, "--data", "single.jsonl", "--val_data", "none"], "too few records (1)"),
-    "alike doesn't divide": ([*CLIP, "--alike", 5], "--alike 5 doesn't divide --batch_size 12"),
+    "alike doesn't divide": ([*CLIP, "--hard_negatives", 5], "--hard_negatives 5 doesn't divide --batch_size 12"),
     "alike is more than all": (
-        [*CLIP, "--alike", 24, "--batch_size", 24],
-        "--alike 24 is more than the 12 captions",
+        [*CLIP, "--hard_negatives", 24, "--batch_size", 24],
+        "--hard_negatives 24 is more than the 12 captions",
     ),
-    "alike is nothing": ([*CLIP, "--alike", 0], "--alike must be at least 1"),
+    "alike is nothing": ([*CLIP, "--hard_negatives", 0], "--hard_negatives must be at least 1"),
     "row beyond the model": ([*ALIGN, "--context", 65], "beyond the model's context of 64"),
-    "row within a picture": ([*ALIGN, "--context", 4], "a picture takes 4 tokens, too many"),
+    "row within a image": ([*ALIGN, "--context", 4], "a image takes 4 tokens, too many"),
     "row within an answer": ([*ALIGN, "--context", 12], "has an answer within 12 tokens"),
-    "patch beyond the picture": ([*CLIP, "--patch_size", 32], "--patch_size 32 doesn't divide"),
-    "patches leave an edge": ([*CLIP, "--picture_size", 20], "its right and lower edge too"),
+    "patch beyond the image": ([*CLIP, "--patch_size", 32], "--patch_size 32 doesn't divide"),
+    "patches leave an edge": ([*CLIP, "--image_size", 20], "its right and lower edge too"),
     "patches of nothing": ([*CLIP, "--patch_size", 0], "--patch_size must be at least 1"),
     "heads don't divide": ([*CLIP, "--vision_channels", 100], "must be a multiple of 32"),
     "pixel shuffle of nine": (
-        [*ALL, "--projector", "pixel_shuffle", "--picture_size", 24, "--no_class_token"],
+        [*ALL, "--projector", "pixel_shuffle", "--image_size", 24, "--no_class_token"],
         "not 9 patches",
     ),
     "pixel shuffle of a class token": (
@@ -403,11 +406,11 @@ REFUSED = {
     "a layer too deep": ([*ALIGN, "--feature_layer", 5], "has 2 layers; there is no 5"),
     "replay of all": ([*INSTRUCT, "--replay", 1], "--replay 1.0 is no share"),
     "replay of all rows": ([*INSTRUCT, "--replay", 0.99], "leaves none of the 12 rows"),
-    "items without pictures": (
+    "items without images": (
         [*INSTRUCT, "--test_data", "blind_items.jsonl"],
-        "the item 'say owl' has no picture",
+        "the item 'say owl' has no image",
     ),
-    "items of one picture": ([*INSTRUCT, "--test_data", "same.jsonl"], "no other item has 1 pic"),
+    "items of one image": ([*INSTRUCT, "--test_data", "same.jsonl"], "no other item has 1 pic"),
     "long items": ([*INSTRUCT, "--test_data", "long_items.jsonl"], "the model reads 64; shorten"),
     "damaged items": ([*INSTRUCT, "--test_data", "damaged_items.jsonl"], "damaged.png: the image"),
     "unknown adapter": ([*INSTRUCT, "--adapter", "lola"], "--adapter lola is no method"),
@@ -418,8 +421,8 @@ REFUSED = {
     "projector of another stage": (
         [*INSTRUCT, "--projector", "linear"], "--projector goes with --stage align or all"
     ),
-    "a picture too small to paint": (
-        [*CLIP, "--data", "village", "--picture_size", 16, "--patch_size", 4], "the least is 32"
+    "a image too small to paint": (
+        [*CLIP, "--data", "village", "--image_size", 16, "--patch_size", 4], "the least is 32"
     ),
     "all stages, as the last one": (
         [*INSTRUCT, "--init", "runs/pretrain"], "all stages go on with --stage all --resume"
@@ -428,7 +431,7 @@ REFUSED = {
     "all from nothing": ([*ALL, "--init", "runs/none"], "runs/none is no folder"),
     "all from eyes": ([*ALL, "--init", "runs/align"], "model already; name a text one"),
     "all with captions": ([*ALL, "--data", "captions.jsonl"], 'needs "messages"'),
-    "all with bad items": ([*ALL, "--test_data", "blind_items.jsonl"], "has no picture"),
+    "all with bad items": ([*ALL, "--test_data", "blind_items.jsonl"], "has no image"),
     "all beyond the context": ([*ALL, "--context", 65], "beyond the model's context of 64"),
 }  # fmt: skip
 
@@ -472,14 +475,14 @@ def test_files_beside_out_that_are_no_run_stay_where_they_are(here, capsys):
 def test_an_empty_folder_is_taken_for_all_stages(here):
     Path("runs/empty").mkdir()
     run(ALL, "--steps", 1, out="runs/empty")
-    assert "pictures" not in result("runs/empty") and not blind_figures("runs/empty")
+    assert "images" not in result("runs/empty") and not blind_figures("runs/empty")
 
 
 @pytest.mark.parametrize("own", [CLIP, INSTRUCT])
 def test_weights_that_are_no_numbers_never_replace_a_checkpoint(own, here, capsys):
     run(own, "--steps", 2, out="runs/finite")
     capsys.readouterr()
-    rates = ["--lr", 1e38, "--adam_lr", 1e38, "--clip", 0]
+    rates = ["--muon_lr", 1e38, "--lr", 1e38, "--grad_clip", 0]
     flags = ["--out", "runs/finite", "--resume", "--steps", 9, "--eval_every", 1, *rates]
     assert "became nan" in refused(capsys, train_vlm, *flags)
     state = torch.load("runs/finite/state.pt", weights_only=True)

@@ -1,0 +1,3 @@
+from data.village import main
+
+main()

@@ -1,0 +1,420 @@
+"""Questions about a scene, their answers, and what reads a question and says whether an answer is
+true.
+
+    existence   count   colour   place   comparison       plain: one look is enough
+    sum         more    total    season                   steps: `worked` writes them down
+
+A question is a wording with slots, for example "How many {objects} are there?". `ask` fills the
+slots; `read` goes back, by a regular expression made of the same wording. So whatever can be asked
+can be checked, no matter who asked: `is_true` filters what a teacher model writes.
+"""
+
+import re
+from typing import NamedTuple
+
+from data.village.scenes import (
+    COLOURS,
+    HELD_OUT,
+    KINDS,
+    PLACES,
+    ROWS,
+    SEASONS,
+    SIZES,
+    kinds_of,
+    row_of,
+)
+from nanollm.rewards import check_answer
+
+SUMS = ("sum", "more", "total")
+STEPS = (*SUMS, "season")
+WORDINGS = {
+    "existence": (
+        "Are there any {objects}?",
+        "Are there {objects} in the picture?",
+        "Do you see any {objects}?",
+        "Can you see {objects} anywhere?",
+        "Does the picture show any {objects}?",
+        "Look for {objects}: are there any?",
+    ),
+    "count": (
+        "How many {objects} are there?",
+        "How many {objects} do you see?",
+        "Count the {objects}.",
+        "How many {objects} are in the picture?",
+        "What is the number of {objects}?",
+        "Tell me how many {objects} you can see.",
+    ),
+    "colour": (
+        "What colour {be}?",
+        "Which colour {be}?",
+        "What is the colour of {the}?",
+        "Tell me the colour of {the}.",
+        "Which colour do you see on {the}?",
+        "In which colour did somebody paint {the}?",
+    ),
+    "place": (
+        "Where {be}?",
+        "Where in the picture {be}?",
+        "Where can I find {the}?",
+        "In which part of the picture {be}?",
+        "Where do you see {the}?",
+        "Where must I look for {the}: left, middle or right?",
+    ),
+    "comparison": (
+        "Are there more {objects} than {others}?",
+        "Do you see more {objects} than {others}?",
+        "Are there fewer {objects} than {others}?",
+        "Is a {object} bigger here than a {other}?",
+        "Are the {objects} bigger than the {others}?",
+    ),
+    "sum": (
+        "How many {objects} and {others} are there together?",
+        "Count the {objects} and the {others}. How many are they together?",
+        "If you add the {objects} to the {others}, how many are they?",
+        "What is the number of {objects} and {others} in all?",
+    ),
+    "more": (
+        "Which are more, {objects} or {others}, and by how many?",
+        "What is the difference between the numbers of {objects} and {others}?",
+        "By how many do the numbers of {objects} and {others} differ?",
+        "How many more or fewer {objects} than {others} are there?",
+    ),
+    "total": (
+        "How many things are there in all, not counting the trees?",
+        "Without the trees, how many things do you see altogether?",
+        "Count everything but the trees. How many things are there?",
+        "How many things does the picture show, trees left out?",
+    ),
+    "season": (
+        "Which season is it?",
+        "What season does the picture show?",
+        "In which season was this painted?",
+        "Is it spring, summer, autumn or winter?",
+        "What time of the year is it here?",
+    ),
+}
+FAMILIES = tuple(WORDINGS)
+WHERE = {
+    "left": ("on the left", "on the left side", "on the left of the picture"),
+    "middle": ("in the middle", "in the middle of the picture"),
+    "right": ("on the right", "on the right side", "on the right of the picture"),
+}
+IN_ROW = {"sky": "In the sky", "ground": "On the ground"}
+LOOKS = {
+    "spring": "The trees are pink with blossoms, and the grass is pale green.",
+    "summer": "The trees are full of green leaves, and the grass is green.",
+    "autumn": "The leaves of the trees are orange, and the ground is brown with fallen leaves.",
+    "winter": "The trees are bare, and snow covers the ground.",
+}
+
+
+class Question(NamedTuple):
+    """A question about one kind (of this colour, if one is named), perhaps beside another kind."""
+
+    task: str
+    wording: str
+    kind: str = None
+    colour: str = None
+    other: str = None
+
+
+# --- from a question to words, and back ------------------------------------------------
+
+
+def number_of(number, kind, colour=None):
+    """2, "bell", "red" -> "2 red bells"."""
+    return f"{number} {named(kind, colour, number)}"
+
+
+def named(kind, colour=None, number=1):
+    """The noun, with its colour if one is given: "red bell", "bells"."""
+    noun = kind if number == 1 else KINDS[kind]
+    return f"{colour} {noun}" if colour else noun
+
+
+def ask(question, scene):
+    """The question in words."""
+    kind, colour, other = question[2:]
+    slots = {}
+    if kind:
+        alone = scene.count(kind) == 1
+        the = f"the {named(kind, None, 1 if alone else 2)}"
+        slots = {
+            "object": named(kind, colour),
+            "objects": named(kind, colour, 2),
+            "the": the,
+            "be": f"{'is' if alone else 'are'} {the}",
+        }
+    if other:
+        slots |= {"other": other, "others": KINDS[other]}
+    return question.wording.format(**slots)
+
+
+KIND_OF = {word: kind for kind, plural in KINDS.items() for word in (kind, plural)}
+ANY_KIND = "|".join(sorted(KIND_OF, key=len, reverse=True))
+OBJECT = rf"(?:(?P<colour>{'|'.join(COLOURS)}) )?(?P<kind>{ANY_KIND})"
+OTHER = rf"(?P<other>{ANY_KIND})"
+SLOTS = {
+    "object": OBJECT,
+    "objects": OBJECT,
+    "the": f"the {OBJECT}",
+    "be": f"(?:is|are) the {OBJECT}",
+    "other": OTHER,
+    "others": OTHER,
+}
+
+
+def pattern_of(wording):
+    parts = re.split(r"\{(\w+)\}", wording)  # literal text and slots in turn
+    return re.compile(
+        "".join(SLOTS[part] if i % 2 else re.escape(part) for i, part in enumerate(parts)),
+        re.IGNORECASE,
+    )
+
+
+PATTERNS = [
+    (task, wording, pattern_of(wording))
+    for task, wordings in WORDINGS.items()
+    for wording in wordings
+]
+
+
+def read(text):
+    """The Question that these words ask, or None."""
+    text = " ".join(text.replace("<image>", "").split())
+    for task, wording, pattern in PATTERNS:
+        found = pattern.fullmatch(text)
+        if found:
+            said = {key: word.lower() for key, word in found.groupdict().items() if word}
+            kind, other = KIND_OF.get(said.get("kind")), KIND_OF.get(said.get("other"))
+            return Question(task, wording, kind, said.get("colour"), other)
+    return None
+
+
+# --- what is true ------------------------------------------------------------------
+
+
+def truth(scene, question):
+    """The answer, as short as it can be: "yes", "3", "red", "left", "cup", "autumn".
+
+    None where the question has no answer, such as the colour of what isn't there.
+    """
+    task, wording, kind, colour, other = question
+    group, rest = scene.group(kind), scene.group(other)
+    if kind is not None and kind == other:
+        return None
+    if task == "existence":
+        return "yes" if scene.count(kind, colour) else "no"
+    if task == "count":
+        return str(scene.count(kind, colour))
+    if task in ("colour", "place"):
+        suits = group and colour in (None, group.colour)
+        return getattr(group, task) if suits else None
+    if task == "season":
+        return scene.season
+    if task == "total":
+        return str(sum(group.number for group in scene.groups))
+    if "bigger" in wording:
+        if not group or not rest or group.size == rest.size or colour not in (None, group.colour):
+            return None
+        return "yes" if group.size == "big" else "no"
+    a, b = scene.count(kind, colour), scene.count(other)
+    if task == "comparison":
+        return "yes" if (a < b if "fewer" in wording else a > b) else "no"
+    return str(a + b if task == "sum" else abs(a - b))
+
+
+def check_of(answer):
+    """What `check_answer` needs: "answer", "check" and, beside "contains", "not"."""
+    if answer.isdigit():
+        return {"answer": answer, "check": "number", "not": []}
+    answers = next(
+        answers for answers in (("yes", "no"), tuple(COLOURS), PLACES, SEASONS) if answer in answers
+    )
+    wrong = [a for a in answers if a != answer]
+    return {"answer": answer, "check": "contains", "not": wrong}
+
+
+def completion(scene, question):
+    """The answer, mostly after a look at what was asked for: two easy steps instead of a hard one.
+
+    Of sums the result alone: `worked` has the steps.
+    """
+    task, wording, kind, colour, other = question
+    answer = truth(scene, question)
+    if task in SUMS:
+        return f"The answer is {answer}."
+    if task == "season":
+        return f"It is {answer}."
+    if task in ("colour", "place"):
+        return glance(scene, kind, colour=True)
+    if task == "count":
+        verb = "is" if answer == "1" else "are"
+        return f"{inventory(scene, kind)}There {verb} {number_of(int(answer), kind, colour)}."
+    if task == "existence":
+        return f"{inventory(scene, kind)}{answer.capitalize()}."
+    bigger = "bigger" in wording
+    seen = " ".join(glance(scene, each, size=bigger) for each in (kind, other))
+    if not bigger:
+        a, b = scene.count(kind, colour), scene.count(other)
+        than = "more than" if a > b else "fewer than" if a < b else "as many as"
+        seen += f" {a} is {than} {b}."
+    return f"{seen} {answer.capitalize()}."
+
+
+def inventory(scene, kind):
+    """The number of each kind that could be where this one would be, as a thought:
+    "<think>In the sky: lanterns 0, stars 2. So lanterns 0.</think>".
+
+    To look a number up by its kind is easier than to see whether two kinds are the same.
+    """
+    row = row_of(kind)
+    found = ", ".join(f"{KINDS[each]} {scene.count(each)}" for each in kinds_of(row))
+    return f"<think>{IN_ROW[row]}: {found}. So {KINDS[kind]} {scene.count(kind)}.</think>"
+
+
+def glance(scene, kind, **how):
+    """What is of this kind, or else what is in its place: "In the sky I see stars: 3, on the left." """
+    row, group = row_of(kind), scene.group(kind)
+    return told(row, [group] if group else scene.in_row(row), **how)
+
+
+def told(row, groups, size=False, colour=False):
+    """These groups of a row in words, with their size and colour if wanted."""
+    there = [
+        " ".join([g.size] * size + [g.colour] * colour + [f"{KINDS[g.kind]}:"])
+        + f" {g.number}, {WHERE[g.place][0]}"
+        for g in groups
+    ]
+    return f"{IN_ROW[row]} I see {'; '.join(there) if there else 'nothing'}."
+
+
+def survey(scene, **how):
+    """What is in the sky, and what on the ground: [(number, words)]."""
+    rows = {row: scene.in_row(row) for row in ROWS}
+    return [
+        (sum(g.number for g in groups), told(row, groups, **how)) for row, groups in rows.items()
+    ]
+
+
+def worked(scene, question):
+    """The answer after its steps; every number and every sum in them is true."""
+    kind, other = question.kind, question.other
+    if question.task == "season":
+        steps = LOOKS[scene.season]
+    else:
+        seen = (
+            [(scene.count(k), glance(scene, k)) for k in (kind, other)] if kind else survey(scene)
+        )
+        (a, _), (b, _) = seen
+        sums = (
+            f"{max(a, b)} - {min(a, b)} = {abs(a - b)}."
+            if question.task == "more"
+            else f"{a} + {b} = {a + b}."
+        )
+        steps = " ".join([*(words for _, words in seen), sums])
+    return f"<think>{steps}</think>{completion(scene, question)}"
+
+
+def listed(parts):
+    """ "a, b and c"."""
+    return " and ".join([", ".join(parts[:-1])] * (len(parts) > 1) + parts[-1:])
+
+
+# --- is an answer true? --------------------------------------------------------------
+
+OPPOSITES = {"more": "fewer", "fewer": "more", "bigger": "smaller"}
+
+
+def answer_of(scene, text):
+    """The shortest answer to a question in words; None where it can't be read, or has no answer."""
+    question = read(text)
+    return truth(scene, question) if question else None
+
+
+def is_true(scene, question, answer_text):
+    """Does this text answer the question, and is every number, every sum, and all that it says to
+    see true?
+
+    Stricter than `check_answer`: "Yes, there is a blue bell." doesn't answer whether there is a
+    red one. False, too, where the question can't be read or has no answer.
+    """
+    asked = read(question)
+    answer = truth(scene, asked) if asked else None
+    if answer is None or not (
+        numbers_true(scene, answer_text)
+        and sums_true(answer_text)
+        and looks_true(scene, answer_text)
+    ):
+        return False
+    said = answer_text.rsplit("</think>", 1)[-1]
+    if said.strip() == completion(scene, asked).rsplit("</think>", 1)[-1]:
+        return True
+    words = re.findall(r"[a-z']+", said.lower())
+    kinds = {KIND_OF[word] for word in words if word in KIND_OF}
+    if asked.kind and not kinds <= {asked.kind, asked.other}:
+        return False
+    colours = {asked.colour, answer}
+    if asked.task != "existence":  # 2 red bells, where only the number was asked for
+        colours |= {group.colour for group in scene.groups if group.kind in asked[2:]}
+    if not {word for word in words if word in COLOURS} <= colours:
+        return False
+    if answer not in ("yes", "no") and any(
+        w in ("no", "not", "but") or w.endswith("n't") for w in words
+    ):
+        return False
+    rows = {row for row in ROWS if row in words}
+    if asked.kind and not rows <= {row_of(kind) for kind in (asked.kind, asked.other) if kind}:
+        return False
+    places = {group.place for group in scene.groups if group.kind in asked[2:]}
+    if asked.task != "place" and not {word for word in words if word in PLACES} <= places:
+        return False
+    if any(there in asked.wording and opposite in words for there, opposite in OPPOSITES.items()):
+        return False
+    return check_answer(check_of(answer), said)
+
+
+def looks_true(scene, text):
+    """Is each "In the sky I see ..." what is there, all of it or one group, and does no season
+    look like another?
+    """
+    for row, words in IN_ROW.items():
+        groups = scene.in_row(row)
+        seen = {
+            told(row, part, size, colour)
+            for part in (groups, *([g] for g in groups))
+            for size in (False, True)
+            for colour in (False, True)
+        }
+        if not set(re.findall(rf"{words} I see [^.]*\.", text)) <= seen:
+            return False
+    return not any(looks in text for season, looks in LOOKS.items() if season != scene.season)
+
+
+def numbers_true(scene, text):
+    """Is everything like "3 red bells", "red bells: 3" or "bells 3" as it is in the scene?"""
+    what = rf"(?:(?:{'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({ANY_KIND})"
+    said = re.findall(rf"\b(\d+) {what}\b", text, re.IGNORECASE)
+    said += [
+        (number, *rest) for *rest, number in re.findall(rf"\b{what}:? (\d+)\b", text, re.IGNORECASE)
+    ]
+    return all(
+        scene.count(KIND_OF[kind.lower()], colour.lower() or None) == int(number)
+        for number, colour, kind in said
+    )
+
+
+def sums_true(text):
+    """Is every a + b = c and a - b = c right?"""
+    return all(
+        int(a) + (int(b) if sign == "+" else -int(b)) == int(c)
+        for a, sign, b, c in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", text)
+    )
+
+
+def names_held_out(text):
+    """Does it name a pair of HELD_OUT, such as a red basket? Training never does."""
+    return any(
+        found["colour"] and found["colour"] == HELD_OUT.get(KIND_OF[found["kind"]])
+        for found in re.finditer(rf"\b{OBJECT}\b", text.lower())
+    )

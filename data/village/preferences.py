@@ -1,0 +1,126 @@
+"""Preferences with a known truth: prompts, composed replies, the gold score, and the annotators.
+
+The gold score says how good a reply is; only the annotators know it, and they waver:
+
+    gold = 0.5 correct + 0.3 polite + 0.2 concise        correct, concise in 0..1, polite in -1..1
+
+An annotator ranks K replies by Plackett and Luce's model: i comes first with a probability
+proportional to exp(gold_i / temperature), then the next of the others, and so on. Of two replies
+i is then preferred to j with probability sigmoid((gold_i - gold_j) / temperature), which is what
+the Bradley-Terry loss of a reward model assumes. The temperature follows from the stated rate at
+which pairs are to be ranked against their gold.
+"""
+
+import math
+import random
+import re
+
+from data.village.facts import answer_sentence
+from data.village.styles import MANNERS, conciseness, politeness, with_manner
+from data.village.tasks import MAKERS, as_example, distinct_examples
+from data.village.world import Villager, article
+from nanollm.rewards import check_answer
+
+WEIGHTS = {"correct": 0.5, "polite": 0.3, "concise": 0.2}
+BEST_GOLD = sum(WEIGHTS.values())
+FAMILIES = {"fact": 0.55, "two_hop": 0.15, "unknown": 0.18, "multi_turn": 0.12}
+DISAGREEMENT = 0.15  # of the pairs, against the gold
+RATINGS = 7  # the scale on which annotators also rate each reply
+
+
+def gold_parts(example, completion):
+    """{"correct", "polite", "concise"} of a reply; `item` as preference_prompts makes it."""
+    return {
+        "correct": float(check_answer(example, completion)),
+        "polite": politeness(completion),
+        "concise": conciseness(completion, example["reference"]),
+    }
+
+
+def gold_score(example, completion):
+    """What a reply to a prompt is worth, at most 1."""
+    return sum(WEIGHTS[name] * part for name, part in gold_parts(example, completion).items())
+
+
+def preference_prompts(world, split, n_examples, seed=0):
+    """Prompts {"messages", "reference", "family", "answer", "check", ...}, no question twice.
+
+    `reference` is the plain answer. The splits are those of the instructions: wordings, operands
+    and combinations of "test" are in no training item.
+    """
+    rng = random.Random(f"preferences-{split}-{world.seed}-{seed}")
+
+    def make(task):
+        turns, check = MAKERS[task](world, split, rng)
+        if check["check"] == "exact":  # its wording isn't free: no manners to prefer
+            return None
+        messages = as_example(task, turns, check, split)["messages"]
+        if split != "test":  # there the answer is left out already
+            messages = messages[:-1]
+        return {"messages": messages, "reference": turns[-1], "task": task, **check}
+
+    sizes = {task: round(share * n_examples) for task, share in FAMILIES.items()}
+    return distinct_examples(sizes, make, rng)
+
+
+# --- composed replies --------------------------------------------------------
+
+
+def wrong_completion(example, rng):
+    """A reply like the reference that says something false."""
+    reference, answer = example["reference"], example["answer"]
+    value = rng.choice(example["not"])
+    if example["check"] == "unknown":
+        name = re.search(r"called (\w+)", reference)[1]
+        stranger = Villager(name, rng.choice(("she", "he")), False, {example["attribute"]: value})
+        return answer_sentence(stranger, example["attribute"])
+    return re.sub(
+        rf"\b(?:(an?) )?{re.escape(answer)}(?!\w)",
+        lambda m: f"{article(value)} {value}" if m[1] else value,
+        reference,
+    )
+
+
+def composed_completion(example, rng):
+    """A reply that is right or wrong, in any manner: what the model may not say by itself."""
+    if rng.random() < 0.5:
+        return with_manner(
+            example["reference"], rng.choice(("courteous", "courteous", *MANNERS)), rng
+        )
+    return with_manner(
+        wrong_completion(example, rng), rng.choice(("plain", "plain", *MANNERS)), rng
+    )
+
+
+# --- annotators --------------------------------------------------------------
+
+
+def disagreement(golds, temperature):
+    """Share of the pairs of unequal gold that annotators are expected to rank against it.
+
+    golds: per prompt, the gold scores of its replies.
+    """
+    gaps = [abs(a - b) for row in golds for i, a in enumerate(row) for b in row[:i] if a != b]
+    return sum(1 / (1 + math.exp(gap / temperature)) for gap in gaps) / len(gaps)
+
+
+def temperature_for(golds, rate=DISAGREEMENT):
+    """The temperature at which annotators disagree with the gold at this rate, by bisection."""
+    if not 0 < rate < 0.5:
+        raise ValueError(f"a rate of disagreement lies between 0 and 0.5, got {rate}")
+    low, high = 1e-3, 1e3
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if disagreement(golds, middle) < rate else (low, middle)
+    return middle
+
+
+def annotate(golds, temperature, rng):
+    """One annotator's view of K replies: (order, best first; a rating from 1 to 7 of each reply).
+
+    Ranking by gold / temperature plus Gumbel noise is drawing from Plackett and Luce's model.
+    """
+    views = [g - temperature * math.log(-math.log(rng.random())) for g in golds]
+    order = sorted(range(len(golds)), key=lambda i: -views[i])
+    ratings = [1 + round((RATINGS - 1) * min(1.0, max(0.0, view / BEST_GOLD))) for view in views]
+    return order, ratings

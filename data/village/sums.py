@@ -1,0 +1,229 @@
+"""Arithmetic that the corpus tells of and the problems ask about: written steps, stories of goods.
+
+Numbers that occur together in a test problem occur together in no text: every operand is drawn for
+a split.
+"""
+
+from data.village.world import CASES, capitalise, split_of
+
+SUMS = {
+    "+": (
+        "What is {a} + {b}?",
+        "Add {a} and {b}.",
+        "How much is {a} plus {b}?",
+        "{a} + {b} = ?",
+        "Please work out {a} + {b}.",
+        "What is the sum of {a} and {b}?",
+    ),
+    "-": (
+        "What is {a} - {b}?",
+        "Take {b} from {a}.",
+        "How much is {a} minus {b}?",
+        "{a} - {b} = ?",
+        "Please work out {a} - {b}.",
+        "What is the difference of {a} and {b}?",
+    ),
+    "*": (
+        "What is {a} * {b}?",
+        "Multiply {a} by {b}.",
+        "How much is {a} times {b}?",
+        "{a} * {b} = ?",
+        "Please work out {a} * {b}.",
+        "What is the product of {a} and {b}?",
+    ),
+}
+GOODS = {
+    "apple": "apples",
+    "pear": "pears",
+    "egg": "eggs",
+    "carrot": "carrots",
+    "onion": "onions",
+    "turnip": "turnips",
+    "bun": "buns",
+    "candle": "candles",
+    "ribbon": "ribbons",
+    "button": "buttons",
+    "nail": "nails",
+    "jar": "jars",
+    "rope": "ropes",
+    "lemon": "lemons",
+    "cabbage": "cabbages",
+    "peach": "peaches",
+    "potato": "potatoes",
+    "loaf": "loaves",
+    "penny": "pennies",
+    "cup": "cups",
+    "spoon": "spoons",
+    "bell": "bells",
+    "brush": "brushes",
+}
+WARES = tuple(w for w in GOODS if w != "penny")
+STARTS = (
+    "{n} has {A}.",
+    "In the basket of {n} there {are} {A}.",
+    "{n} picks {A}.",
+    "{n} comes to the market with {A}.",
+)
+FULL_STARTS = (
+    "{n} has {k} baskets with {A} each.",
+    "{n} fills {k} bags with {A} each.",
+    "{n} buys {k} boxes of {A} each.",
+)
+GAINS = (
+    "{He} buys {B} more.",
+    "{m} gives {him} {B}.",
+    "Then {he} finds {B} more.",
+    "{He} gets {B} from {m}.",
+)
+LOSSES = (
+    "{He} sells {B}.",
+    "{He} gives {B} to {m}.",
+    "Then {he} loses {B}.",
+    "{m} takes {B} away.",
+)
+
+
+def count(number, word):
+    """3, "apple" -> "3 apples"."""
+    return f"{number} {word if number == 1 else GOODS[word]}"
+
+
+def held_out(a, b):
+    """Is this pair of two-digit operands kept for the test (3) or validation (5)? 0: for training.
+
+    A prime modulus, so that every pair of last digits also occurs in training.
+    """
+    low, high = sorted((a, b))
+    rest = (low * 31 + high * 17) % 11
+    return rest if low > 9 and rest in (3, 5) else 0
+
+
+# --- operands, at random and of a split --------------------------------------
+
+
+def small_sum(rng):
+    """(a, sign, b) up to 20."""
+    while True:
+        a, b, sign = rng.randint(1, 20), rng.randint(1, 9), rng.choice("+-")
+        if 0 <= result_of(a, sign, b) <= 20:
+            return a, sign, b
+
+
+def small_product(rng):
+    return rng.randint(1, 9), "*", rng.randint(1, 9)
+
+
+def two_digit_operands(split, rng):
+    residue = {"train": 0, "val": 5, "test": 3}[split]
+    while True:
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
+        if held_out(a, b) == residue:
+            return a, b
+
+
+def three_digit_operands(split, rng):
+    while True:
+        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        if split_of("three", *sorted((a, b))) == split:
+            return a, b
+
+
+def product_operands(split, rng):
+    """Two or three digits, and one digit."""
+    while True:
+        a, b = rng.randint(*rng.choice(((11, 99), (100, 999)))), rng.randint(2, 9)
+        if split_of("product", a, b) == split:
+            return a, b
+
+
+# --- questions and written steps ---------------------------------------------
+
+
+def question_of(a, sign, b, rng):
+    return rng.choice(SUMS[sign]).format(a=a, b=b)
+
+
+def result_of(a, sign, b):
+    return {"+": a + b, "-": a - b, "*": a * b}[sign]
+
+
+def written_steps(a, sign, b):
+    """Column addition or subtraction (a >= b for "-") of numbers with as many digits, in this form:
+
+    27 + 35: 7 + 5 = 12, write 2 carry 1; 2 + 3 + 1 = 6, write 6; so 27 + 35 = 62.
+    62 - 35: 12 - 5 = 7, write 7 borrow 1; 6 - 3 - 1 = 2, write 2; so 62 - 35 = 27.
+    """
+    tops, bottoms = ([int(digit) for digit in reversed(str(number))] for number in (a, b))
+    bottoms += [0] * (len(tops) - len(bottoms))
+    lines, carry = [], 0
+    for i, (top, bottom) in enumerate(zip(tops, bottoms)):
+        before = f" {sign} {carry}" if i else ""
+        if sign == "+":
+            total, word = top + bottom + carry, "carry"
+            carry, digit = divmod(total, 10)
+        else:
+            borrow, word = int(top < bottom + carry), "borrow"
+            top += 10 * borrow
+            total = digit = top - bottom - carry
+            carry = borrow
+        last = i == len(tops) - 1
+        step = f"{top} {sign} {bottom}{before} = {total}, write "
+        lines.append(step + (str(total) if last else f"{digit} {word} {carry}"))
+    return f"{a} {sign} {b}: {'; '.join(lines)}; so {a} {sign} {b} = {result_of(a, sign, b)}."
+
+
+def written_product(a, b):
+    """a times one digit b, from the ones on, in the form
+
+    34 * 6: 4 * 6 = 24, write 4 carry 2; 3 * 6 = 18, 18 + 2 = 20, write 20; so 34 * 6 = 204.
+    """
+    digits, lines, carry = [int(digit) for digit in reversed(str(a))], [], 0
+    for i, digit in enumerate(digits):
+        total = digit * b + carry
+        step = f"{digit} * {b} = {digit * b}" + (f", {digit * b} + {carry} = {total}" if i else "")
+        carry, last = total // 10, i == len(digits) - 1
+        lines.append(f"{step}, write " + (str(total) if last else f"{total % 10} carry {carry}"))
+    return f"{a} * {b}: " + "; ".join(lines) + f"; so {a} * {b} = {a * b}."
+
+
+# --- stories -----------------------------------------------------------------
+
+
+def story_of_goods(world, split, rng, n_steps):
+    """(names and words of the story, its sentences, its equations (a, sign, b)): what somebody has,
+    and two or three things that happen to it. The last equation gives what is left; no number is
+    above 30.
+    """
+    while True:
+        filled = rng.random() < 0.4  # begins with a product: baskets of so many
+        a, k = (rng.randint(2, 6), rng.randint(2, 5)) if filled else (rng.randint(2, 20), 1)
+        equations, total = ([(k, "*", a)], k * a) if filled else ([], a)
+        while len(equations) < n_steps:
+            sign, b = rng.choice("+-"), rng.randint(2, 9)
+            equations.append((total, sign, b))
+            total = result_of(total, sign, b)
+        totals = [result_of(*equation) for equation in equations]
+        numbers = [n for _, sign, b in equations for n in (sign, b)]
+        if min(totals) > 0 and max(totals) <= 30 and split_of("story", a, k, *numbers) == split:
+            break
+    who, other = rng.sample(world.villagers, 2)
+    ware = rng.choice(WARES)
+    said = {
+        "n": who.name,
+        "m": other.name,
+        "goods": GOODS[ware],
+        "k": k,
+        "A": count(a, ware),
+        "are": "are" if a > 1 else "is",
+        **CASES[who.pronoun],
+    }
+    said["He"] = capitalise(said["he"])
+    sentences = [rng.choice(FULL_STARTS if filled else STARTS).format(**said)]
+    for _, sign, b in equations[filled:]:
+        sentence = rng.choice(GAINS if sign == "+" else LOSSES)
+        sentences.append(sentence.format(**said, B=count(b, ware)))
+    return said, sentences, equations
+
+
+def equation(a, sign, b):
+    return f"{a} {sign} {b} = {result_of(a, sign, b)}."

@@ -1,0 +1,161 @@
+"""What cannot be done in the head: large numbers, and questions about people whom no text tells of.
+
+Newcomers have moved to the village after the corpus was written. What is known of them stands in a
+small knowledge base, which a search tool reads; a calculator works out large numbers. Dialogues
+show the calls: the model writes <tool_call>calculator(4821 * 736)</tool_call>, the result follows
+between <tool_result> and </tool_result>, and the model goes on with the answer. Nothing is trained
+on the results. Questions about the other half of the newcomers, and other numbers, are the test.
+"""
+
+import random
+
+from data.village.facts import answer_sentence
+from data.village.sums import question_of, result_of
+from data.village.tasks import (
+    QUESTIONS,
+    as_example,
+    ask,
+    ask_about_friend,
+    ask_about_stranger,
+    distinct_examples,
+    task_sizes,
+    value_check,
+)
+from data.village.world import ATTRIBUTES, POOLS, World, draw_names, settle, split_of
+from nanollm.tools import NOTHING
+
+N_NEWCOMERS = 1000
+FAMILIES = {"large_numbers": 0.38, "lookup": 0.25, "lookup_two_hop": 0.25, "nobody": 0.12}
+SIZES = {"train": 6000, "val": 200}
+N_TEST = 200  # items per family
+TOPICS = {
+    "job": "job",
+    "home": "home",
+    "pet": "pet",
+    "food": "favourite food",
+    "colour": "door colour",
+    "town": "birthplace",
+    "friend": "best friend",
+}
+
+# --- the knowledge base --------------------------------------------------------
+
+
+def newcomers(world, n=N_NEWCOMERS):
+    """A World of people absent from the corpus: training asks about its asked half."""
+    rng = random.Random(f"newcomers-{world.seed}")
+    known = len(world.villagers), len(world.strangers)
+    _, names = draw_names(known[0], known[1] + n, random.Random(f"village-{world.seed}"))
+    names = names[known[1] :]  # neither villagers nor strangers
+    people = []
+    for half, asked in ((names[: n // 2], True), (names[n // 2 :], False)):
+        pronouns = ["she" if name.endswith("a") else "he" for name in half]
+        people += settle(list(zip(half, pronouns)), asked, rng)
+    return World(tuple(people), world.strangers, world.seed)
+
+
+def knowledge(people):
+    """The entries of the knowledge base: {"title", "text"}, one for each fact."""
+    return [
+        {
+            "title": f"{TOPICS[attribute]} of {person.name}",
+            "text": answer_sentence(person, attribute),
+        }
+        for person in people.villagers
+        for attribute in ATTRIBUTES
+    ]
+
+
+# --- one item at a time: (question, reply with calls, what to check) --------------
+
+
+def call(tool, argument, result):
+    """How a call and its result stand in a reply."""
+    return f"<tool_call>{tool}({argument})</tool_call><tool_result>{result}</tool_result>"
+
+
+def look_up(person, attribute):
+    query = f"{TOPICS[attribute]} of {person.name}"
+    return call("search", query, answer_sentence(person, attribute))
+
+
+def large_numbers(people, split, rng):
+    """Sums and differences of five to seven digits, products of three and four."""
+    sign = rng.choice("+-*")
+    digits = (3, 4) if sign == "*" else (5, 6, 7)
+    while True:
+        a, b = (rng.randint(10 ** (n - 1), 10**n - 1) for n in rng.choices(digits, k=2))
+        a, b = max(a, b), min(a, b)
+        if split_of("large", a, b) == split:
+            break
+    question = question_of(a, sign, b, rng)
+    result = result_of(a, sign, b)
+    completion = f"{call('calculator', f'{a} {sign} {b}', result)}The answer is {result}."
+    return question, completion, {"answer": str(result), "check": "number"}
+
+
+def half_of(people, split, rng):
+    """Somebody to ask about: validation shares its people with training."""
+    return rng.choice(people.never_asked if split == "test" else people.asked)
+
+
+def lookup(people, split, rng):
+    person, attribute = half_of(people, split, rng), rng.choice(ATTRIBUTES)
+    question = ask(rng.choice(QUESTIONS[attribute]), person.name, split, rng)
+    completion = look_up(person, attribute) + answer_sentence(person, attribute)
+    return question, completion, value_check(people, person, attribute)
+
+
+def lookup_two_hop(people, split, rng):
+    person, attribute = half_of(people, split, rng), rng.choice(list(POOLS))
+    question = ask_about_friend(rng.choice(QUESTIONS[attribute]), person, split, rng)
+    friend = people.by_name[person.facts["friend"]]
+    calls = look_up(person, "friend") + look_up(friend, attribute)
+    completion = f"{calls}{answer_sentence(person, 'friend')} {answer_sentence(friend, attribute)}"
+    return question, completion, value_check(people, friend, attribute)
+
+
+def nobody(people, split, rng):
+    """Strangers are in no text and in no knowledge base either."""
+    name, attribute, question = ask_about_stranger(people, split, rng)
+    completion = call("search", f"{TOPICS[attribute]} of {name}", NOTHING)
+    check = {"answer": "I don't know", "check": "unknown", "not": people.values(attribute)}
+    return question, f"{completion}I don't know anyone called {name}.", check
+
+
+MAKERS = {
+    "large_numbers": large_numbers,
+    "lookup": lookup,
+    "lookup_two_hop": lookup_two_hop,
+    "nobody": nobody,
+}
+
+
+def tool_examples(world, split, seed=0, n_examples=None):
+    """Chat items with calls of "train", "val" or "test", with "answer" and "check"; test items end
+    with the user's turn. `n_items` is the total, and for test the number per family.
+    """
+    people = newcomers(world)
+    rng = random.Random(f"tools-{split}-{world.seed}-{seed}")
+    totals = SIZES if n_examples is None else dict.fromkeys(SIZES, n_examples)
+    per_task = N_TEST if n_examples is None else n_examples
+    sizes = task_sizes(split, MAKERS, FAMILIES, totals, per_task)
+
+    def make(task):
+        question, completion, check = MAKERS[task](people, split, rng)
+        if len(check.get("not", ())) > 40:  # of a thousand names
+            check["not"] = rng.sample(check["not"], 40)
+        return {**as_example(task, [question, completion], check, split), **check}
+
+    return distinct_examples(sizes, make, rng)
+
+
+def tool_lessons(world, split, problems, chats, seed=0):
+    """Dialogues for SFT: those with calls, half as many worked problems and as many other chats,
+    which show when no tool is needed.
+    """
+    examples = tool_examples(world, split, seed)
+    known = [c for c in chats if c["task"] != "unknown"]  # strangers are looked up now
+    examples += list(problems)[: len(examples) // 2] + known[: len(examples) // 2]
+    random.Random(f"tool-lessons-{split}-{seed}").shuffle(examples)
+    return examples

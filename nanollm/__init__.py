@@ -1,0 +1,1 @@
+"""nanollm: the training of a large language model, from scratch, in plain PyTorch."""

@@ -1,0 +1,420 @@
+"""From files to batches: strict reading, token shards on disk, windows for pretraining, packed rows
+for chat, padded rows for preferences.
+
+Formats are documented in data/README.md. Wrong input raises UserError with file and line number.
+T is the length of a row in tokens; L the length of an example.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanollm.config import UserError
+from nanollm.formats import images_in
+from nanollm.gpt import document_mask
+
+CACHE = Path("data/cache/tokens")
+SHARD_TOKENS = 2**27  # tokens per shard file
+
+
+# --- token shards --------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenShards:
+    """A corpus as tokens on disk: a folder with meta.json and shard_*.bin (little-endian uint16 or
+    uint32).
+    """
+
+    arrays: list  # memory maps
+    tokens: int
+    text_bytes: int  # UTF-8 bytes of the text behind the tokens
+    documents: int  # each begins with <|endoftext|>
+
+    @classmethod
+    def open(cls, folder, tokenizer):
+        """Open a folder of shards; raises UserError when it was made with another tokenizer or is
+        damaged.
+        """
+        folder = Path(folder)
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            if meta["tokenizer"] != tokenizer.fingerprint():
+                raise UserError(
+                    f"the tokens in {folder} were made with another tokenizer; tokenize the text "
+                    f"again"
+                )
+            arrays = [
+                np.memmap(folder / name, dtype=meta["dtype"], mode="r") for name in meta["shards"]
+            ]
+            shards = cls(arrays, meta["tokens"], meta["text_bytes"], meta["documents"])
+        except (FileNotFoundError, KeyError, TypeError, ValueError) as e:
+            raise UserError(
+                f"{folder} is no intact folder of token shards ({e}); delete it to have it made "
+                f"anew"
+            ) from None
+        if sum(len(a) for a in arrays) != shards.tokens:
+            raise UserError(f"{folder} is truncated; delete it to have it made anew")
+        return shards
+
+
+def write_shards(documents, tokenizer, folder):
+    """Tokenise documents (str) into a new folder of shards, <|endoftext|> before each; all or
+    nothing.
+    """
+    folder = Path(folder)
+    tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    tmp.mkdir(parents=True, exist_ok=True)
+    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    meta = {"dtype": dtype, "tokenizer": tokenizer.fingerprint(), "shards": [], "tokens": 0}
+    meta |= {"text_bytes": 0, "documents": 0}
+    pending = []
+
+    def flush():
+        name = f"shard_{len(meta['shards']):05d}.bin"
+        np.concatenate(pending).tofile(tmp / name)
+        meta["shards"].append(name)
+        pending.clear()
+
+    try:
+        documents = iter(documents)
+        while batch := list(itertools.islice(documents, 1024)):
+            for text, ids in zip(batch, tokenizer.encode_batch(batch)):
+                pending.append(np.array([tokenizer.eot_id, *ids], dtype=dtype))
+                meta["tokens"] += len(ids) + 1
+                meta["documents"] += 1
+                meta["text_bytes"] += len(text.encode("utf-8", "surrogatepass"))
+            if sum(map(len, pending)) >= SHARD_TOKENS:
+                flush()
+        if pending:
+            flush()
+        (tmp / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        if not (folder / "meta.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process was faster, with the same bytes
+            os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)  # gone already where all went well
+
+
+def load_shards(documents, source, tokenizer):
+    """Token shards of a corpus, made once and found again by the identity of source and tokenizer.
+
+    documents: a function that returns the texts; source: strings that identify them (path, size,
+    part).
+    """
+    key = hashlib.sha256(
+        json.dumps([*map(str, source), tokenizer.fingerprint()]).encode()
+    ).hexdigest()[:24]
+    folder = CACHE / key
+    if not (folder / "meta.json").exists():
+        write_shards(documents(), tokenizer, folder)
+    return TokenShards.open(folder, tokenizer)
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Numbers 0..n-1 in random order without replacement, epoch after epoch; its position can be
+    saved.
+    """
+
+    def __init__(self, n, seed=0):
+        self.n, self.seed, self.epoch, self.index = n, seed, 0, 0
+        self._order = self._permutation()
+
+    def _permutation(self):
+        return torch.randperm(
+            self.n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        )
+
+    def take(self, k):
+        """The next k numbers, as an int64 tensor (k,)."""
+        taken = [self._order[:0]]
+        while k > 0:
+            if self.index == self.n:
+                self.epoch, self.index = self.epoch + 1, 0
+                self._order = self._permutation()
+            part = self._order[self.index : self.index + k]
+            taken.append(part)
+            self.index, k = self.index + len(part), k - len(part)
+        return torch.cat(taken)
+
+    def state_dict(self):
+        return {"n": self.n, "epoch": self.epoch, "index": self.index}
+
+    def load_state_dict(self, state):
+        if state["n"] != self.n:
+            raise UserError(
+                f"the data has changed since the checkpoint: {state['n']} rows then, {self.n} now"
+            )
+        self.epoch, self.index = state["epoch"], state["index"]
+        self._order = self._permutation()
+
+
+def row_length(context, model):
+    """T, the tokens of a row: --context, or where that isn't given 256, or as many as the model can
+    read. Raises UserError where --context is more than that.
+    """
+    limit = model.cfg.max_position_embeddings
+    T = context or min(256, limit)
+    if T > limit:
+        raise UserError(f"--context {T} is beyond the model's context of {limit}")
+    return T
+
+
+class Windows:
+    """Rows of T + 1 tokens that tile the shards, so that each token is predicted once per epoch."""
+
+    def __init__(self, shards, T):
+        self.arrays, self.T = shards.arrays, T
+        counts = [max(0, (len(a) - 1) // T) for a in self.arrays]
+        self.ends = np.cumsum(counts)
+        self.n = sum(counts)
+        if self.n == 0:
+            raise UserError(
+                f"{shards.tokens} tokens are too few for one row of {T + 1}; use more text or a "
+                f"shorter --context"
+            )
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, numbers):
+        """int64 tensor (len(numbers), T + 1)."""
+        out = np.empty((len(numbers), self.T + 1), dtype=np.int64)
+        for row, number in enumerate(np.asarray(numbers)):
+            shard = int(np.searchsorted(self.ends, number, side="right"))
+            start = (int(number) - (int(self.ends[shard - 1]) if shard else 0)) * self.T
+            out[row] = self.arrays[shard][start : start + self.T + 1]
+        return torch.from_numpy(out)
+
+
+def picked(images, numbers):
+    """The images of these rows, of a list with an entry for each row; None of None."""
+    if images is None:
+        return None
+    rows = torch.arange(len(images), device=getattr(numbers, "device", None))
+    return [images[i] for i in rows[numbers].tolist()]
+
+
+@dataclass
+class Packed:
+    """Examples packed into rows of T tokens: what SFT trains on."""
+
+    tokens: torch.Tensor  # (R, T) int64
+    mask: torch.Tensor  # (R, T) bool: True where the token is trained on
+    documents: (
+        torch.Tensor
+    )  # (R, T) int64: which example of the row a token belongs to; attention stays inside
+    positions: torch.Tensor  # (R, T) int64: counted from 0 in each example
+    # per row the numbers of its images, in the order of their placeholders; None: all is text
+    images: list | None = None
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def tensors(self):
+        return self.tokens, self.mask, self.documents, self.positions
+
+    def __getitem__(self, numbers):
+        """These rows; numbers: an index tensor or a slice."""
+        return Packed(*(x[numbers] for x in self.tensors()), picked(self.images, numbers))
+
+    def join(self, other):
+        """The rows of both."""
+        images = None
+        if self.images is not None or other.images is not None:
+            images = [p for rows in (self, other) for p in rows.images or [[]] * len(rows)]
+        return Packed(*map(torch.cat, zip(self.tensors(), other.tensors())), images)
+
+    def to(self, device):
+        return Packed(*(x.to(device, non_blocking=True) for x in self.tensors()), self.images)
+
+    def image_numbers(self):
+        """The numbers of all images, row after row."""
+        return [number for row in self.images or () for number in row]
+
+
+def pack(examples, T, pad_id, images=None):
+    """First-fit packing of (ids, mask) examples, each at most T long, into rows of T tokens.
+
+    Padding is a document of its own, never trained on. Longest first, so that few gaps stay.
+    `images` holds the numbers of each example's images.
+    """
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]))
+    rows, room, open_rows = [], [], []
+    for i in order:
+        need = len(examples[i][0])
+        row = next((r for r in open_rows if room[r] >= need), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(T)
+            open_rows.append(row)
+        rows[row].append(i)
+        room[row] -= need
+        if room[row] < 8:
+            open_rows.remove(row)
+        elif len(open_rows) > 64:  # the oldest has little room: bounds the search
+            open_rows.pop(0)
+    tokens = torch.full((len(rows), T), pad_id)
+    mask = torch.zeros((len(rows), T), dtype=torch.bool)
+    documents, positions = (
+        torch.full((len(rows), T), -1),
+        torch.zeros((len(rows), T), dtype=torch.int64),
+    )
+    for r, members in enumerate(rows):
+        start = 0
+        for number, i in enumerate(members):
+            ids, trained = examples[i]
+            part = slice(start, start + len(ids))
+            tokens[r, part], mask[r, part] = torch.tensor(ids), torch.tensor(trained)
+            documents[r, part], positions[r, part] = number, torch.arange(len(ids))
+            start += len(ids)
+    if images is not None:
+        images = [[p for i in members for p in images[i]] for members in rows]
+    return Packed(tokens, mask, documents, positions, images)
+
+
+def last_true(mask):
+    """Column of the last True of each row, (B,); every row of mask (B, T) holds one."""
+    return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+
+
+@dataclass
+class Completions:
+    """Prompts with a completion each, one per row: what preferences and reinforcement train on."""
+
+    tokens: torch.Tensor  # (B, T) int64: prompt, completion, padding
+    mask: torch.Tensor  # (B, T) bool: True on the completion's tokens, its end of turn included
+    real: torch.Tensor  # (B, T) bool: False on padding
+    # per row what a VLM takes as images, a tensor (n, ...), or None; None: all is text
+    images: list | None = None
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def tensors(self):
+        return self.tokens, self.mask, self.real
+
+    def __getitem__(self, numbers):
+        """These rows, without columns that are padding in all of them."""
+        real = self.real[numbers]
+        used = real.any(0).nonzero()[:, 0]
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        tensors = (x[numbers][:, columns] for x in self.tensors())
+        return Completions(*tensors, picked(self.images, numbers))
+
+    @classmethod
+    def join(cls, parts):
+        """The rows of several, padded on the right to the longest."""
+        width = max(part.tokens.shape[1] for part in parts)
+        columns = zip(*(part.tensors() for part in parts))
+        padded = ([F.pad(x, (0, width - x.shape[1])) for x in xs] for xs in columns)
+        images = None
+        if any(part.images is not None for part in parts):
+            images = [p for part in parts for p in part.images or [None] * len(part)]
+        return cls(*map(torch.cat, padded), images)
+
+    def to(self, device):
+        return Completions(*(x.to(device, non_blocking=True) for x in self.tensors()), self.images)
+
+    def last(self):
+        """Column of each row's last real token, (B,): found by the mask, not by comparing ids."""
+        return last_true(self.real)
+
+    def inputs(self):
+        """(tokens, positions, mask) for a model. Rows padded on the right alone need no mask:
+        causal attention never looks at what comes later.
+        """
+        if self.real[:, 0].all():
+            return self.tokens, None, None
+        positions = (self.real.cumsum(1) - 1).clamp(min=0)
+        return self.tokens, positions, document_mask(self.real.long())
+
+    def shown(self):
+        """What a model is given beside the inputs: the images of all rows, in order, if any."""
+        some = [each for each in self.images or () if each is not None and len(each)]
+        return {"images": torch.cat(some).to(self.tokens.device)} if some else {}
+
+
+def pad_completions(prompts, completions, pad_id, own=None, images=None):
+    """Completions from lists of ids, one completion per prompt, padded on the right.
+
+    `own` holds a bool for each id of each completion: False where it is not to be trained on.
+    `images`: those of each prompt, as Completions keeps them.
+    """
+    lengths = torch.tensor([[len(p), len(p) + len(r)] for p, r in zip(prompts, completions)])
+    tokens = torch.full((len(prompts), int(lengths.max())), pad_id)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+        tokens[row, : lengths[row, 1]] = torch.tensor([*prompt, *completion])
+    columns = torch.arange(tokens.shape[1])
+    real = columns < lengths[:, 1:]
+    mask = real & (columns >= lengths[:, :1])
+    if own is not None:
+        mask[mask.clone()] = torch.tensor([each for row in own for each in row])
+    return Completions(tokens, mask, real, images)
+
+
+# --- dialogues -----------------------------------------------------------------------------------
+
+
+def fit_chats(chats, T, render):
+    """(dialogues as far as they fit, the (ids, mask) of each, how many were shortened).
+
+    A dialogue is cut after the last assistant turn with which it has at most T tokens; without any
+    it is dropped. `render` gives the (ids, mask) of messages.
+    """
+    kept, examples, shortened = [], [], 0
+    for chat in chats:
+        messages = chat["messages"]
+        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for end in reversed(ends):
+            ids, mask = render(messages[:end])
+            if len(ids) <= T and any(mask):
+                kept.append({**chat, "messages": messages[:end]})
+                examples.append((ids, mask))
+                shortened += end < ends[-1]
+                break
+    return kept, examples, shortened
+
+
+def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
+    """Packed rows of T tokens; says what was cut. Raises UserError when nothing is left to train
+    on.
+
+    With a `store` (vision/images.py) of images, each takes `image_tokens` in a row; those that were
+    shown after the cut are left out, and none is ever cut.
+    """
+    render = functools.partial(tokenizer.render, image_tokens=image_tokens)
+    kept, examples, shortened = fit_chats(chats, T, render)
+    if not kept:
+        note = f", of which an image takes {image_tokens}" * bool(image_tokens)
+        raise UserError(
+            f"none of the {len(chats)} {name} dialogues has an answer within {T} tokens{note}; "
+            "raise --context"
+        )
+    images, note = None, ""
+    if store is not None:
+        paths = [chat.get("images", [])[: images_in(chat["messages"])] for chat in kept]
+        images = list(map(store.numbers, paths))
+        note = f" with {sum(map(len, images))} images"
+    rows = pack(examples, T, tokenizer.pad_id, images)
+    rt.print(
+        f"{name}: {len(kept)} dialogues{note} in {len(rows)} rows of {T} tokens, "
+        f"{rows.mask.sum():,} trained on; {shortened} shortened, {len(chats) - len(kept)} dropped "
+        "because they were longer"
+    )
+    return rows

@@ -1,0 +1,218 @@
+"""What is measured: bits per byte of text, accuracy by task, votes and pass@k, and the one table that
+prints them.
+"""
+
+import math
+from collections import defaultdict
+
+import torch
+
+from nanollm.generate import check_room, complete
+from nanollm.gpt import document_mask
+from nanollm.logprobs import token_logprobs
+from nanollm.rewards import final_answer, is_right, last_number
+from nanollm.rollouts import prompt_of
+
+LONGEST_COMPLETION = 128  # tokens; the village's longest worked solution has 108
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def token_lengths(tokenizer, vocab_size):
+    """UTF-8 bytes of each token's text, (V,) int64; special tokens stand for no text."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    for token, i in tokenizer.ranks.items():
+        lengths[i] = len(token)
+    return lengths
+
+
+def next_token_logits(model, tokens, eot_id=None):
+    """Logits (B, T, V) of plain rows; with eot_id attention stays inside the documents that
+    <|endoftext|> begins.
+    """
+    inside = None if eot_id is None else document_mask((tokens == eot_id).cumsum(1))
+    return model(tokens, mask=inside)
+
+
+@torch.no_grad()
+def bits_per_byte(model, windows, token_bytes, eot_id=None, most=None, batch=32):
+    """(nats per token, bits per byte) on held-out rows of T + 1 tokens; token_bytes as
+    token_lengths gives it.
+
+    With eot_id each document is read on its own, as in training with a document mask. `most` bounds
+    the number of tokens. In data-parallel training every process computes the same rows, so that
+    all agree on when to stop.
+    """
+    nats = tokens = text_bytes = 0
+    rows_wanted = windows.n if most is None else min(windows.n, -(-most // windows.T))
+    for part in torch.arange(rows_wanted).split(batch):
+        rows = windows[part].to(model.device)
+        targets = rows[:, 1:]
+        nats -= (
+            token_logprobs(next_token_logits(model, rows[:, :-1], eot_id), targets)
+            .double()
+            .sum()
+            .item()
+        )
+        tokens += targets.numel()
+        text_bytes += token_bytes[targets.cpu()].sum().item()
+    return nats / tokens, nats / math.log(2) / max(1, text_bytes)
+
+
+# --- accuracy ------------------------------------------------------------------------------------
+
+
+def accuracy_by_task(
+    model,
+    tokenizer,
+    examples,
+    max_new_tokens=LONGEST_COMPLETION,
+    begin="",
+    store=None,
+    shown="right",
+    template="chat",
+    **sampling,
+):
+    """Let the model answer every example; returns ({task: {"accuracy", "n"}}, completions).
+
+    A cloze example is continued as plain text, and right when the text goes on with the answer;
+    every other one is asked by the template, and judged by its check. Every completion goes on from
+    `begin`. Examples with "images" are asked with their images, or as `shown` says
+    (vision/images.py); an ImageStore given as `store` keeps those that it has opened.
+    """
+    begun, images = tokenizer.encode(begin, special=True), None
+    if any(example.get("images") for example in examples):
+        images = (store or model.image_store()).shown(examples, shown)
+    prompts = [prompt_of(example, model, tokenizer, template) + begun for example in examples]
+    check_room(model, prompts, 1, examples)
+    completions = complete(model, tokenizer, prompts, max_new_tokens, images=images, **sampling)
+    completions = [begin + completion for completion in completions]
+    right = defaultdict(list)
+    for example, completion in zip(examples, completions):
+        right[example["task"]].append(is_right(example, completion))
+    return {
+        name: {"accuracy": sum(r) / len(r), "n": len(r)} for name, r in right.items()
+    }, completions
+
+
+def mean_accuracy(by_task):
+    """The mean over tasks of {task: {"accuracy"}}; None without any."""
+    accuracies = [each["accuracy"] for each in by_task.values()]
+    return sum(accuracies) / len(accuracies) if accuracies else None
+
+
+def sampled_metrics(examples, greedy, sampled=None):
+    """{task: metrics}, and "all" for their mean over examples.
+
+    Metrics are "n", "accuracy" (of the greedy completions), and where `sampled` holds k completions
+    per example, in order, "sampled" (accuracy of one of them), "maj" (of a vote among k: maj@k) and
+    "pass" (share of examples with a right one among k: pass@k).
+    """
+    k = len(sampled) // len(examples) if sampled else 0
+    by_task = defaultdict(list)
+    for n, (example, completion) in enumerate(zip(examples, greedy)):
+        found = {"accuracy": float(is_right(example, completion))}
+        if k:
+            several = sampled[n * k : (n + 1) * k]
+            right = sum(is_right(example, each) for each in several)
+            vote = float(is_right(example, majority(example, several)))
+            found |= {"sampled": right / k, "maj": vote, "pass": pass_at_k(k, right, k)}
+        by_task[example["task"]].append(found)
+    by_task["all"] = [found for rows in list(by_task.values()) for found in rows]
+    return {
+        name: {"n": len(rows), "k": k}
+        | {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        for name, rows in by_task.items()
+    }
+
+
+def pass_at_k(n, right, k):
+    """Chance that one of k answers is right, estimated without bias from n answers of which
+    `right` are: 1 - C(n - right, k) / C(n, k)  (Chen et al. 2021, arXiv:2107.03374, eq. 1).
+    """
+    chance_of_none = 1.0
+    for i in range(k):
+        chance_of_none *= max(0, n - right - i) / (n - i)
+    return 1.0 - chance_of_none
+
+
+def majority(example, completions):
+    """The completion whose final answer most others share; the first of them where several lead.
+
+    Self-consistency (Wang et al. 2022, arXiv:2203.11171). Completions without an answer don't vote.
+    """
+    votes = {}
+    for completion in completions:
+        vote = vote_of(example, completion)
+        if vote not in (None, ""):
+            votes.setdefault(vote, []).append(completion)
+    return max(votes.values(), key=len)[0] if votes else ""
+
+
+def vote_of(example, completion):
+    """What a completion votes for: its number, or its text; for a cloze item the rest of the sentence."""
+    if "check" not in example:
+        return completion.partition(".")[0].strip().lower()
+    answer = final_answer(completion)
+    return last_number(answer) if example["check"] == "number" else answer.strip().lower()
+
+
+# --- examples and tables -------------------------------------------------------------------------
+
+
+def first_of_each_task(examples, limit):
+    """At most `limit` examples per task; 0 for all."""
+    seen, kept = defaultdict(int), []
+    for example in examples:
+        seen[example["task"]] += 1
+        if not limit or seen[example["task"]] <= limit:
+            kept.append(example)
+    return kept
+
+
+def question_of(example):
+    """What an example asks, as text."""
+    return example["messages"][-1]["content"] if "messages" in example else example["prompt"]
+
+
+def sample_by_task(examples, completions):
+    """The first example of each task with its completion, for samples.txt."""
+    first = {e["task"]: (e, text) for e, text in zip(examples[::-1], completions[::-1])}
+    return "\n".join(f"{question_of(e)}\n    {text}" for e, text in first.values())
+
+
+def table(head, rows):
+    """Text table: the first column flush left, the others flush right; cells are text or numbers,
+    shares between 0 and 1 that are floats in percent.
+    """
+
+    def cell(value):
+        if isinstance(value, float):
+            return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.3f}"
+        return "-" if value is None else str(value)
+
+    lines = [[cell(value) for value in row] for row in [head, *rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths)))
+        for line in lines
+    )
+
+
+def accuracy_table(columns, keys=("accuracy",)):
+    """Text table of {column: {task: metrics}}, a line per task; of each column those `keys`."""
+    tasks = dict.fromkeys(task for by_task in columns.values() for task in by_task)
+    shown = [
+        (name, key)
+        for name, by_task in columns.items()
+        for key in keys
+        if any(key in found for found in by_task.values())
+    ]
+    head = [name if len(keys) == 1 else f"{name} {key}".strip() for name, key in shown]
+    rows = []
+    for task in tasks:
+        found = [columns[name].get(task, {}) for name, _ in shown]
+        counts = dict.fromkeys(str(each["n"]) for each in found if each)
+        cells = [each.get(key) for each, (_, key) in zip(found, shown)]
+        rows.append([task, *cells, ", ".join(counts)])
+    return table(["task", *head, "n"], rows)

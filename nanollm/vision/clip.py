@@ -1,0 +1,281 @@
+"""CLIP: a image and its caption become two vectors that lie close together.
+
+    s_ij = t x_i . y_j          x_i images, y_j captions, both of length 1; t = exp(log_scale)
+    CLIP     mean over rows and columns of -log softmax(s) at the diagonal
+    SigLIP   -1/B sum_ij log sigmoid(z_ij (s_ij + b)), z_ij = 1 on the diagonal, else -1
+
+CLIP: Radford et al. 2021 (arXiv:2103.00020), SigLIP's loss: Zhai et al. 2023 (2303.15343).
+Module names equal those of Hugging Face's CLIPModel. Shapes: B pairs, T tokens, C channels,
+E channels of the shared space.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
+
+from nanollm import safetensors
+from nanollm.checkpoint import existing_folder, load_weights, read_json
+from nanollm.config import UserError
+from nanollm.gpt import Linear
+from nanollm.tokenizer import Tokenizer
+from nanollm.vision.encoder import Encoder, LayerNorm, check_block, init_blocks
+from nanollm.vision.vit import (
+    CLIP_KIND,
+    ViT,
+    load_preprocessing,
+    read_values,
+    read_vision_config,
+    without_ids,
+    write_folder,
+)
+
+MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: more than 100 is unstable
+# what a Hugging Face config.json means where its text_config is silent
+SILENT = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "eos_token_id": 49407,
+}
+
+
+@dataclass
+class TextConfig:
+    """The shape of the text tower; the names are those of a Hugging Face config.json."""
+
+    vocab_size: int = 2048  # V
+    hidden_size: int = 128  # C
+    intermediate_size: int = 512  # width of the MLP
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    max_position_embeddings: int = 64  # the longest T
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "gelu"
+    eos_token_id: int = 1  # its first place in a caption is where the text is read off
+
+    def __post_init__(self):
+        check_block(self)
+
+
+# --- losses and measure --------------------------------------------------------------------------
+
+
+def clip_loss(image_embeddings, text_embeddings, log_scale):
+    """(CE(s, diagonal) + CE(s^T, diagonal)) / 2 with s = exp(log_scale) x y^T: each image finds
+    its caption among B, each caption its image. x, y (B, E) of length 1; returns a number.
+
+    Radford et al. 2021 (arXiv:2103.00020), figure 3.
+    """
+    logits = log_scale.exp() * image_embeddings @ text_embeddings.T  # (B, B)
+    pairs = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+
+
+def siglip_loss(image_embeddings, text_embeddings, log_scale, bias):
+    """-1/B sum_ij log sigmoid(z_ij (exp(log_scale) x_i . y_j + bias)), z_ij = 1 for a pair and -1
+    otherwise: every cell is a question of its own, yes or no. x, y (B, E) of length 1.
+
+    Zhai et al. 2023 (arXiv:2303.15343), equation 1.
+    """
+    logits = log_scale.exp() * image_embeddings @ text_embeddings.T + bias  # (B, B)
+    signs = 2 * torch.eye(len(logits), device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+def of_all_processes(embeddings):
+    """The embeddings (B, E) of every process below each other, (B processes, E): the losses compare
+    each pair with all others, wherever they were computed.
+
+    Gradients flow back to the process they came from, so that the average over processes that
+    DistributedDataParallel takes is the gradient of one process with the whole batch.
+    """
+    if not dist.is_initialized():
+        return embeddings
+    return torch.cat(all_gather(embeddings))
+
+
+@torch.no_grad()
+def retrieval(image_embeddings, text_embeddings):
+    """Of N aligned pairs (N, E), the share whose nearest partner is the right one, both ways.
+
+    Where several partners lie equally near it counts as found only if the right one comes first.
+    """
+    similarity = image_embeddings.float() @ text_embeddings.float().T  # (N, N)
+    pairs = torch.arange(len(similarity), device=similarity.device)
+    return {
+        "text_to_image": (similarity.argmax(0) == pairs).float().mean().item(),
+        "image_to_text": (similarity.argmax(1) == pairs).float().mean().item(),
+    }
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+        for table in (self.token_embedding, self.position_embedding):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, tokens):
+        return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+
+
+class TextTower(nn.Module):
+    """Tokens (B, T) -> (B, C): the state at the first end token, which has seen the whole text.
+
+    Attention is causal, so what pads a row behind its end token has no effect.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.compute_dtype = torch.float32
+        self.embeddings = TextEmbeddings(cfg)
+        self.encoder = Encoder(cfg, causal=True)
+        self.final_layer_norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        init_blocks(self.encoder)
+
+    def forward(self, tokens):
+        is_end = tokens == self.cfg.eos_token_id
+        if tokens.shape[1] > self.cfg.max_position_embeddings or not is_end.any(1).all():
+            limit = f"at most {self.cfg.max_position_embeddings} tokens"
+            raise ValueError(f"a text needs {limit}, with the end token {self.cfg.eos_token_id}")
+        x = self.encoder(self.embeddings(tokens).to(self.compute_dtype))
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return self.final_layer_norm(x[rows, is_end.int().argmax(1)])
+
+
+class CLIP(nn.Module):
+    """A image tower and a text tower, each with a linear map into a space of E channels.
+
+    With `sigmoid` it is trained by SigLIP's loss: then it has a `logit_bias`, which starts at -10,
+    and its scale starts at 10, as nearly all cells of the loss are no pair.
+    """
+
+    def __init__(self, vision_cfg, text_cfg, projection_dim=128, sigmoid=False):
+        super().__init__()
+        if vision_cfg.model_type != CLIP_KIND:
+            raise ValueError(f"the ViT of a CLIP is a {CLIP_KIND}, not a {vision_cfg.model_type}")
+        self.projection_dim = projection_dim  # E
+        self.text_model = TextTower(text_cfg)
+        self.vision_model = ViT(vision_cfg)
+        self.visual_projection = Linear(vision_cfg.hidden_size, projection_dim, bias=False)
+        self.text_projection = Linear(text_cfg.hidden_size, projection_dim, bias=False)
+        for projection in (self.visual_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if sigmoid else 1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None
+
+    def encode_images(self, images):
+        """(B, 3, size, size) -> (B, E) fp32, each row of length 1."""
+        return F.normalize(self.visual_projection(self.vision_model(images)).float(), dim=-1)
+
+    def encode_texts(self, tokens):
+        """(B, T), each row with an end token -> (B, E) fp32, each row of length 1."""
+        return F.normalize(self.text_projection(self.text_model(tokens)).float(), dim=-1)
+
+    def forward(self, images, tokens):
+        """Both embeddings, for clip_loss, siglip_loss and retrieval."""
+        return self.encode_images(images), self.encode_texts(tokens)
+
+    @torch.no_grad()
+    def limit_scale(self):
+        """After each optimizer step: the scale may not exceed 100 (Radford et al. 2021)."""
+        self.logit_scale.clamp_(max=MAX_LOG_SCALE)
+
+    @property
+    def compute_dtype(self):
+        return self.vision_model.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype):
+        self.vision_model.compute_dtype = self.text_model.compute_dtype = dtype
+
+    @property
+    def device(self):
+        return self.logit_scale.device
+
+
+def caption_tokens(tokenizer, texts, context):
+    """Texts -> (B, T) int64, each with the end token, padded behind it to the longest of them.
+
+    Raises UserError for a text of more than `context` tokens: none is cut.
+    """
+    rows = [[*tokenizer.encode(text), tokenizer.end_id] for text in texts]
+    longest = max(rows, key=len)
+    if len(longest) > context:
+        text = texts[rows.index(longest)]
+        raise UserError(
+            f"the caption {text[:40]!r} ... has {len(longest)} tokens, more than {context}; "
+            "shorten it"
+        )
+    padded = [row + [tokenizer.pad_id] * (len(longest) - len(row)) for row in rows]
+    return torch.tensor(padded)
+
+
+# --- model folders -------------------------------------------------------------------------------
+
+
+def save_clip(clip, tokenizer, preprocessing, folder):
+    """Write a folder that transformers' CLIPModel opens, its tokenizer and preprocessing too.
+
+    It reads a text off at the first end token as we do, unless that has the id 2: then it takes the
+    highest id for the end, as old files of CLIP want it.
+    """
+    text, vision = clip.text_model.cfg, clip.vision_model.cfg
+    ids = {"bos_token_id": None, "pad_token_id": tokenizer.pad_id}
+    config = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": clip.projection_dim,
+        "text_config": {"model_type": "clip_text_model", **dataclasses.asdict(text), **ids},
+        "vision_config": dataclasses.asdict(vision),
+        "torch_dtype": "float32",
+    }
+    for part in ("text_config", "vision_config"):
+        config[part]["projection_dim"] = clip.projection_dim
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    write_folder(config, clip, preprocessing, folder)
+
+
+def load_clip(folder):
+    """(CLIP in fp32 on the CPU, Tokenizer, Preprocessing) from a folder that holds a CLIPModel.
+
+    A tensor logit_bias in it, which CLIPModel has not, says that it was trained by SigLIP's loss.
+    """
+    folder = existing_folder(folder)
+    path = folder / "config.json"
+    values = read_json(path)
+    if values.get("model_type") != "clip":
+        raise UserError(f"{path}: model_type {values.get('model_type')!r} is not clip")
+    text, width = values.get("text_config"), values.get("projection_dim", 512)
+    if not isinstance(text, dict) or type(width) is not int or width < 1:
+        raise UserError(f"{path} is incomplete: it needs a text_config and a projection_dim")
+    text = SILENT | {k: v for k, v in text.items() if v is not None}
+    vision_cfg, text_cfg = read_vision_config(folder), read_values(TextConfig, text, path)
+    tensors = without_ids(safetensors.load_folder(folder))
+    clip = CLIP(vision_cfg, text_cfg, width, sigmoid="logit_bias" in tensors)
+    load_weights(clip, tensors, folder)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > text_cfg.vocab_size or tokenizer.end_id != text_cfg.eos_token_id:
+        raise UserError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids and ends texts by "
+            f"{tokenizer.end_id}, but config.json says {text_cfg.vocab_size} and "
+            f"{text_cfg.eos_token_id}; the two files don't belong together"
+        )
+    return clip, tokenizer, load_preprocessing(folder, vision_cfg)

@@ -1,0 +1,393 @@
+"""The vision-language model: a GPT that reads images where its text says <image>.
+
+    image (3, H, W) -> ViT -> features (N, C_v) -> projector -> (n, C), n tokens of the GPT
+
+In the token ids every image stands as n placeholders, and their embeddings are overwritten by the
+projected features; everything else is the GPT as it was (Liu et al. 2023, LLaVA, arXiv:2304.08485).
+
+Shapes: P images, N patches, n tokens per image, B rows, T tokens, C channels. Folders:
+vlm_files.py; rows of training data: image_data.py.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanollm import safetensors
+from nanollm.checkpoint import config_json, config_of, load_weights, read_json, write_configs
+from nanollm.config import UserError, atomic_write
+from nanollm.formats import IMAGE
+from nanollm.gpt import GPT, Linear
+from nanollm.tokenizer import Tokenizer
+from nanollm.vision.images import ImageStore
+from nanollm.vision.vit import (
+    CLIP_KIND,
+    ViT,
+    load_preprocessing,
+    load_vision,
+    vision_config_of,
+    without_ids,
+)
+
+PROJECTORS = ("linear", "mlp", "pixel_shuffle")
+
+
+class Projector(nn.Module):
+    """Features of patches (P, N, C_v) -> embeddings of the language model (P, n, C).
+
+    linear: W x + b, n = N (Liu et al. 2023, arXiv:2304.08485)
+    mlp: W2 gelu(W1 x + b1) + b2, n = N (LLaVA-1.5, Liu et al. 2023, 2310.03744)
+    pixel_shuffle: r x r neighbouring patches side by side in the channels, then the mlp, so that
+    n = N / r^2 (Shi et al. 2016, 1609.05158, backwards; as in InternVL, Chen et al. 2024,
+    2404.16821)
+
+    Patches stand in raster order, and so do the groups of them.
+    """
+
+    def __init__(self, vision_size, text_size, kind="mlp", r=2):
+        super().__init__()
+        if kind not in PROJECTORS:
+            raise UserError(f"unknown projector {kind!r}; there are {', '.join(PROJECTORS)}")
+        self.kind, self.r = kind, r if kind == "pixel_shuffle" else 1
+        self.linear_1 = Linear(self.r**2 * vision_size, text_size)
+        self.linear_2 = None if kind == "linear" else Linear(text_size, text_size)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            else:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+
+    def tokens(self, patches):
+        """n for N patches; raises UserError where their grid can't be grouped by r x r."""
+        side = math.isqrt(patches)
+        if self.r > 1 and (side**2 != patches or side % self.r):
+            raise UserError(
+                f"pixel_shuffle wants a square grid of patches whose side {self.r} divides, not "
+                f"{patches} patches; choose another image or patch size, or the projector mlp"
+            )
+        return patches // self.r**2
+
+    def group(self, x):
+        """(P, N, C) -> (P, n, r r C): what stands side by side."""
+        P, N, C = x.shape
+        n, r, side = self.tokens(N), self.r, math.isqrt(N)
+        if r == 1:
+            return x
+        x = x.view(P, side // r, r, side // r, r, C).transpose(2, 3)
+        return x.reshape(P, n, r * r * C)  # rows of groups, in each r rows of r patches
+
+    def forward(self, x):
+        x = self.linear_1(self.group(x))
+        return x if self.linear_2 is None else self.linear_2(F.gelu(x))
+
+    @torch.no_grad()
+    def calibrate(self, x, size):
+        """Adapt a new projector to features x (P, N, C_v), so that what comes out has root mean
+        square `size`, as the embeddings of words have. A tower's features have large means that say
+        nothing of the image; unadapted, its tokens are many times larger than words, all alike to
+        the layers that normalise them, and hardly changed by what layers add.
+
+        Standardises the first layer's inputs by its own weights and scales the last layer
+        (Kraehenbuehl et al. 2016, arXiv:1511.06856, section 3).
+        """
+        groups = self.group(x.float()).flatten(0, 1)
+        first, last = self.linear_1, self.linear_2 or self.linear_1
+        first.weight.div_(groups.std(0) + 1e-6)
+        first.bias.copy_(-first.weight @ groups.mean(0))
+        scale = size / self(x.float()).square().mean().sqrt()
+        last.weight.mul_(scale)
+        last.bias.mul_(scale)
+
+
+class VLM(GPT):
+    """A GPT with eyes: a vision tower, a projector, and the id of the token <image>.
+
+    `images` (P, 3, H, W) are given in the order in which their placeholders stand in the batch,
+    row after row. Rows of text alone have none, and a batch of such rows needs no images. What
+    `encode_images` has made of images may stand for them.
+    """
+
+    def __init__(self, cfg, vision, projector, image_id, feature_layer=-2, class_token=False):
+        """vision: a ViT; projector: a kind; feature_layer: which of the ViT's hidden states;
+        class_token: the class token's as well, in front of the patches' (CLIP's kind of tower).
+        """
+        super().__init__(cfg)
+        if not isinstance(feature_layer, int):
+            raise UserError(f"features of one layer are wanted, not of {feature_layer}")
+        layers = vision.cfg.num_hidden_layers
+        if not -layers - 1 <= feature_layer <= layers:
+            raise UserError(f"the vision tower has {layers} layers; there is no {feature_layer}")
+        if class_token and vision.cfg.model_type != CLIP_KIND:
+            raise UserError("this vision tower has no class token; add --no_class_token")
+        if class_token and projector == "pixel_shuffle":
+            raise UserError(
+                "pixel_shuffle joins patches that stand side by side, and a class token stands "
+                "nowhere; leave it out with --no_class_token"
+            )
+        self.vision, self.image_id, self.feature_layer = vision, image_id, feature_layer
+        self.class_token = class_token
+        self.projector = Projector(vision.cfg.hidden_size, cfg.hidden_size, projector)
+        self.preprocessing = None  # from a Pillow image to what the vision tower reads
+        self.tokens_per_image  # raises where the projector doesn't fit the patches
+
+    def shared(self):
+        return {id(self.vision): self.vision}  # it reads each image once: neither copied nor cast
+
+    def image_store(self):
+        """An empty ImageStore that keeps images as this model reads them."""
+        return ImageStore(self.preprocessing)
+
+    def gather_images(self, prompts, images):
+        """(P, 3, H, W) on the model's device: the images of all prompts in order; None for none.
+
+        prompts: lists of ids; images: for each a tensor (n, 3, H, W) or None; or None altogether.
+        Raises UserError where a prompt has other images than placeholders.
+        """
+        if images is None:
+            return None
+        if len(images) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts, but images for {len(images)}")
+        n = self.tokens_per_image
+        for number, (prompt, each) in enumerate(zip(prompts, images)):
+            places, P = prompt.count(self.image_id), 0 if each is None else len(each)
+            if places != P * n:
+                raise UserError(
+                    f"prompt {number} holds {places} placeholders, but its {P} images need {P * n}"
+                )
+        shown = [each for each in images if each is not None and len(each)]
+        return torch.cat(shown).to(self.device) if shown else None
+
+    @property
+    def tokens_per_image(self):
+        return self.projector.tokens(self.vision.cfg.num_patches + self.class_token)
+
+    def forward(self, tokens, positions=None, mask=None, cache=None, where=None, images=None):
+        """As GPT's; images as the class says."""
+        hidden = self.hidden(tokens, positions, mask, cache, images)
+        return self.head(hidden if where is None else hidden[where])
+
+    def hidden(self, tokens, positions=None, mask=None, cache=None, images=None):
+        """What the head reads: (B, T, C)."""
+        x = self.model.embed_tokens(tokens).to(self.compute_dtype)
+        decoding = cache is not None and tokens.shape[1] == 1 and images is None
+        if not decoding:  # counting would make a GPU wait
+            x = self.merge_image_features(x, tokens, images)
+        return self.model(x, positions, mask, cache)
+
+    def merge_image_features(self, x, tokens, images):
+        """Embeddings x (B, T, C) of the tokens, those of placeholders overwritten by features."""
+        where = tokens == self.image_id
+        places, P = int(where.sum()), 0 if images is None else len(images)
+        n = self.tokens_per_image
+        if places != P * n:
+            raise UserError(
+                f"the tokens hold {places} placeholders, but {P} images of {n} tokens each need "
+                f"{P * n}"
+            )
+        if P:
+            return x.masked_scatter(where[..., None], self.image_features(images).to(x.dtype))
+        if self.training and torch.is_grad_enabled():
+            # DDP waits for a gradient of all that is trained, here it is zero
+            eyes = [*self.vision.parameters(), *self.projector.parameters()]
+            x = x + sum(0.0 * p.sum() for p in eyes if p.requires_grad)
+        return x
+
+    def encode_images(self, images):
+        """(P, 3, H, W) -> what the projector reads, (P, N, C_v). A frozen tower needs to look but
+        once at a image that is read many times.
+        """
+        self.vision.compute_dtype = self.compute_dtype
+        seen = self.vision.features(images, self.feature_layer, self.class_token)
+        return seen.to(self.compute_dtype)
+
+    def image_features(self, images):
+        """(P, 3, H, W), or (P, N, C_v) from `encode_images`, -> (P, n, C)."""
+        return self.projector(self.encode_images(images) if images.dim() == 4 else images)
+
+    @torch.no_grad()
+    def calibrate(self, images):
+        """Adapt a new projector to the tower's features of these images (P, 3, H, W)."""
+        size = self.model.embed_tokens.weight.square().mean().sqrt()
+        self.projector.calibrate(self.encode_images(images), size)
+
+    def train_parts(self, vision=False, projector=True, language=False):
+        """Say which parts are trained; the others are frozen. What of the vision tower lies behind
+        the layer whose features are read is frozen in any case: it would get no gradient.
+        """
+        self.requires_grad_(False)
+        eyes, depth = self.vision, self.feature_layer % (len(self.vision.encoder.layers) + 1)
+        parts = [self.projector] * projector + [self.model, self.lm_head] * language
+        parts += [eyes.embeddings, eyes.pre_layrnorm, *eyes.encoder.layers[:depth]] * vision
+        for part in parts:
+            if part is not None:
+                part.requires_grad_(True)
+
+
+# --- text with images --------------------------------------------------------------------------
+
+
+def image_id_of(tokenizer):
+    """The id of <image>; raises UserError where the tokenizer has none."""
+    if IMAGE not in tokenizer.special:
+        raise UserError(
+            f"this tokenizer has no token {IMAGE}: start from a model of this project, or one "
+            "whose vocabulary has no chat tokens of its own"
+        )
+    return tokenizer.special[IMAGE]
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+# our names -> those in a file
+PREFIXES = {
+    "model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "vision.": "vision_tower.",
+    "projector.": "multi_modal_projector.",
+}
+ACTIVATIONS = {"mlp": "gelu", "linear": "linear", "pixel_shuffle": "gelu"}
+LLAVA, OURS = "llava", "nanollm_vlm"  # model_type; the second is for what transformers has not
+
+
+def build_vlm(
+    language, tokenizer, vision_folder, projector="mlp", feature_layer=-2, class_token=False
+):
+    """A VLM of a text model (GPT) and the vision tower in a folder, each with its weights, and a
+    new projector between them; its preprocessing is the tower's.
+
+    Raises UserError where the tokenizer has no <image>, or the projector doesn't fit the patches.
+    """
+    if isinstance(language, VLM) or language.adapter:
+        raise UserError("a vision tower goes on a whole text model, not on a VLM or an adapter")
+    vision, preprocessing = load_vision(vision_folder)
+    vlm = VLM(language.cfg, vision, projector, image_id_of(tokenizer), feature_layer, class_token)
+    vlm.load_state_dict(language.state_dict(), strict=False)
+    vlm.preprocessing = preprocessing
+    return vlm
+
+
+def save_vlm(vlm, tokenizer, preprocessing, folder):
+    """Write a model folder; transformers' LlavaForConditionalGeneration and AutoProcessor open it,
+    save with pixel_shuffle. Each file is replaced atomically, the weights last.
+
+    A linear projector is LLaVA's without activation, and with the identity as second layer.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    preprocessing.save(folder)
+    write_configs(vlm_config(vlm, tokenizer), tokenizer, folder)
+    cfg, clip = vlm.vision.cfg, vlm.vision.cfg.model_type == CLIP_KIND
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE,
+        "patch_size": cfg.patch_size,
+        "vision_feature_select_strategy": strategy(vlm),
+        "num_additional_image_tokens": int(clip),
+    }
+    if vlm.projector.r == 1:
+        atomic_write(folder / "processor_config.json", json.dumps(processor, indent=2) + "\n")
+    tensors = {name: p.detach().cpu() for name, p in vlm.state_dict().items()}
+    if vlm.projector.kind == "linear":
+        bias = torch.zeros_like(tensors["projector.linear_1.bias"])
+        tensors["projector.linear_2.weight"] = torch.eye(len(bias), dtype=bias.dtype)
+        tensors["projector.linear_2.bias"] = bias
+    tensors = {renamed(name, PREFIXES): tensor for name, tensor in tensors.items()}
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def vlm_config(vlm, tokenizer):
+    """What config.json holds."""
+    text = config_json(vlm.cfg, tokenizer, vlm.model.norm.weight.dtype)
+    known = vlm.projector.r == 1
+    vision, kind = dataclasses.asdict(vlm.vision.cfg), vlm.projector.kind
+    return {
+        "architectures": ["LlavaForConditionalGeneration" if known else "VLM"],
+        "model_type": LLAVA if known else OURS,
+        "projector": kind,
+        "projector_hidden_act": ACTIVATIONS[kind],
+        "multimodal_projector_bias": True,
+        "image_token_index": vlm.image_id,
+        "image_seq_length": vlm.tokens_per_image,
+        "vision_feature_layer": vlm.feature_layer,
+        "vision_feature_select_strategy": strategy(vlm),
+        "tie_word_embeddings": vlm.cfg.tie_word_embeddings,
+        **{name: text[name] for name in ("eos_token_id", "pad_token_id", "torch_dtype")},
+        "text_config": text,
+        "vision_config": vision,
+    }
+
+
+def strategy(vlm):
+    """LLaVA's word for which tokens are features: "default" leaves the class token out."""
+    clip = vlm.vision.cfg.model_type == CLIP_KIND
+    return "default" if clip and not vlm.class_token else "full"
+
+
+def chosen_features(values, path):
+    """Does config.json want all tokens of the tower?"""
+    chosen = values.get("vision_feature_select_strategy", "default")
+    if chosen not in ("default", "full"):
+        raise UserError(f"{path}: vision_feature_select_strategy {chosen!r} is unknown")
+    return chosen == "full"
+
+
+def renamed(name, prefixes):
+    """The name with the first of the prefixes that it has replaced."""
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def load_vlm(folder):
+    """(VLM in fp32 on the CPU, Tokenizer, Preprocessing) from a folder that save_vlm or a
+    LlavaForConditionalGeneration has written. Raises UserError for what isn't implemented.
+    """
+    path = Path(folder) / "config.json"
+    values = read_json(path)
+    kind = projector_of(values, path)
+    vision_cfg = vision_config_of(values["vision_config"], path)
+    full, clip = chosen_features(values, path), vision_cfg.model_type == CLIP_KIND
+    if not full and not clip:
+        raise UserError(f"{path}: a tower without class token has no features without it")
+    tokenizer = Tokenizer.load(folder)
+    image_id = values.get("image_token_index", values.get("image_token_id"))
+    if image_id != image_id_of(tokenizer):
+        raise UserError(f"{path}: image_token_index {image_id} is not the tokenizer's {IMAGE}")
+    vlm = VLM(
+        config_of(values["text_config"], path),
+        ViT(vision_cfg),
+        kind,
+        image_id,
+        values.get("vision_feature_layer", -2),
+        class_token=full and clip,
+    )
+    back = {"vision_tower.vision_model.": "vision."} | {new: old for old, new in PREFIXES.items()}
+    tensors = {renamed(name, back): x for name, x in safetensors.load_folder(folder).items()}
+    if kind == "linear":
+        tensors = {name: x for name, x in tensors.items() if ".linear_2." not in name}
+    load_weights(vlm, without_ids(tensors), folder)
+    vlm.preprocessing = load_preprocessing(folder, vision_cfg)
+    return vlm, tokenizer, vlm.preprocessing
+
+
+def projector_of(values, path):
+    """The kind of projector that a config.json asks for."""
+    if values.get("model_type") not in (LLAVA, OURS):
+        raise UserError(f"{path}: model_type {values.get('model_type')!r} is not {LLAVA}, a VLM's")
+    for part in ("text_config", "vision_config"):
+        if not isinstance(values.get(part), dict):
+            raise UserError(f"{path} has no {part}")
+    kind = values.get("projector", "mlp")
+    if ACTIVATIONS.get(kind) != values.get("projector_hidden_act", "gelu"):
+        raise UserError(f"{path}: projector {kind!r} with this projector_hidden_act is unknown")
+    if not values.get("multimodal_projector_bias", True):
+        raise UserError(f"{path}: a projector without biases is not implemented")
+    return kind
