@@ -1,0 +1,130 @@
+"""What tests of the scripts share: running one in this process, as a command, killed and resumed, or
+as two processes, and looking at what it leaves.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanollm.config import cli, parse
+from nanollm.hub import load_model
+from nanollm.run import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(module, *flags, out):
+    """Train in this process; returns the metrics."""
+    flags = [*map(str, flags), "--out", str(out)]
+    module.main(parse(module.Config, module.PRESETS, flags))
+    return read_metrics(out)
+
+
+def result(out):
+    return json.loads(Path(out, "result.json").read_text(encoding="utf-8"))
+
+
+def command(script, *flags):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {"args": [sys.executable, str(ROOT / script), *map(str, flags)], "env": env}
+
+
+def weights(folder):
+    return dict(load_model(folder)[0].state_dict())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def kill_and_resume(script, flags, out, steps):
+    """Run a script, kill it once it has passed one of `steps` and a checkpoint, and resume it."""
+    process = subprocess.Popen(**command(script, *flags, "--out", out), stdout=subprocess.DEVNULL)
+    random_step, last = random.choice(steps), 0
+    while process.poll() is None and (last < random_step or not Path(out, "state.pt").exists()):
+        last = max([m["step"] for m in read_metrics(out)], default=0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(
+        **command(script, "--out", out, "--resume"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def moments_of_two_processes(script, flags, one, two):
+    """First moments of the optimizers after a run with one process and a run with two."""
+    subprocess.run(**command(script, *flags, "--out", one), check=True, capture_output=True)
+    as_two_processes(script, *flags, "--out", two)
+    return [first_moments(n) for n in (one, two)]
+
+
+def as_two_processes(script, *flags, timeout=120):
+    """Run a script as two processes; returns what they said. Where they hang, the failure tells
+    what each thread was doing.
+    """
+    both = command(script, *flags)
+    both["env"]["PYTHONFAULTHANDLER"] = "1"
+    where = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    both["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
+    # a file, because a pipe is at its end only when every process has left
+    with open("said.txt", "w+") as said:
+        parent = subprocess.Popen(**both, stdout=said, stderr=said)
+        hung = False
+        try:
+            parent.wait(timeout)
+        except subprocess.TimeoutExpired:
+            hung = True
+            for pid in (parent.pid, *children(parent.pid)):
+                with contextlib.suppress(ProcessLookupError):  # it has left meanwhile
+                    os.kill(pid, signal.SIGABRT)
+                time.sleep(0.5)  # until it has told, before the next one does
+            parent.wait()
+        said.seek(0)
+        text = said.read()
+    assert not hung, f"{script} hung for {timeout} s:\n{text}"
+    assert parent.returncode == 0, text
+    return text
+
+
+def children(pid):
+    """Processes that a process has started, and those that they have."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    own = [int(child) for task in tasks for child in task.read_text().split()]
+    return [each for child in own for each in (child, *children(child))]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def first_moments(folder):
+    """The optimizers' first moments in a checkpoint: after one step the gradients, up to a factor."""
+    state = torch.load(Path(folder, "state.pt"), weights_only=True)["optimizer"]
+    return [
+        s[name]
+        for optimizer in state["optimizers"]
+        for s in optimizer["state"].values()
+        for name in ("momentum", "exp_avg")
+        if name in s
+    ]
+
+
+def refused(capsys, module, *flags):
+    """The one line on stderr with which a script refuses; its exit code must be 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli(module.main, module.Config, getattr(module, "PRESETS", None), list(map(str, flags)))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
