@@ -250,7 +250,8 @@ def comments_in(source):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message)
+        flag = message.removeprefix("argument ").partition(":")[0]
+        raise UserError(f"{flag} needs a value; write {flag} VALUE")
 
 
 def parser_of(config_class, flags, presets):
@@ -287,10 +288,13 @@ def parser_of(config_class, flags, presets):
 def read_argv(config_class, flags, presets, argv):
     """{name: value} of the flags that were typed."""
     words = []
-    for word in argv:  # --batch-size is --batch_size; a negative number is no flag
+    for word in argv:
         name, equals, text = word.partition("=")
-        words.append(name.replace("-", "_").replace("__", "--", 1) + equals + text
-                     if word.startswith("--") else word)  # fmt: skip
+        if word.startswith("--"):  # --batch-size is --batch_size
+            word = "--" + name[2:].replace("-", "_") + equals + text
+        elif word.startswith("-") and is_number(word) and words and "=" not in words[-1]:
+            word = f"{words.pop()}={word}"  # which argparse would take for a flag
+        words.append(word)
     given, unknown = parser_of(config_class, flags, presets).parse_known_args(words)
     for word in unknown:
         name = word.partition("=")[0]
@@ -306,6 +310,12 @@ def read_argv(config_class, flags, presets, argv):
         name: flags[name].convert(value) if isinstance(value, str) else value
         for name, value in typed.items()
     }
+
+
+def is_number(text):
+    with contextlib.suppress(ValueError):
+        return isinstance(float(text), float)
+    return False
 
 
 def saved_values(path, flags, typed):
