@@ -169,7 +169,7 @@ class Flag:
 
 def flag_of(field, hints):
     """The Flag of a dataclass field. hints: its types in the class and in its bases, from which it
-    has bounds and comment where it only sets another default. TypeError where no flag has this type.
+    has its bounds where it only sets another default. TypeError where no flag has this type.
     """
     flag = Flag(field.name, None, (), None, field.default)
     flag.positional = field.metadata.get("positional", False)
