@@ -46,9 +46,9 @@ def save_file(tensors, path, metadata=None):
     """
     header, begin = {}, 0
     if metadata is not None:
-        if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
-            raise TypeError("metadata must map strings to strings")
-        header["__metadata__"] = dict(metadata)
+        header["__metadata__"] = metadata
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise TypeError("metadata must map strings to strings")
     # widest first: as the header fills a multiple of 8 bytes, every tensor then lies aligned
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
@@ -56,11 +56,8 @@ def save_file(tensors, path, metadata=None):
         if name == "__metadata__" or tensor.dtype not in NAMES or tensor.layout != torch.strided:
             raise TypeError(f"safetensors cannot hold {name!r} ({tensor.dtype}, {tensor.layout})")
         end = begin + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name]["data_offsets"] = [begin, end]
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -93,67 +90,50 @@ def load_file(path, device="cpu", dtype=None):
 
 def read_header(path):
     """({name: Entry}, metadata) of one file, every rule of the format checked. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise UserError(
-                    f"{path} is cut off or no safetensors file: {size} bytes, of which "
-                    f"{length if size >= 8 else 8} should be the header"
-                )
-            text = file.read(length)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name a safetensors file in it") from None
-    header = parse_json(text, path)
+    path = Path(path)
+    if not path.is_file():
+        why = "is a directory; name a safetensors file" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {why}")
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise UserError(
+                f"{path} is cut off, or not a safetensors file: {size} bytes, and the header "
+                f"would have {length}"
+            )
+        header = parse_json(file.read(length), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise UserError(f"{path}: __metadata__ must map names to strings")
     entries = {name: read_entry(name, info, 8 + length, path) for name, info in header.items()}
     position, last = 8 + length, "the header"
-    for name, entry in sorted(entries.items(), key=lambda example: example[1][2:]):
+    for name, entry in sorted(entries.items(), key=lambda each: each[1][2:]):
         if entry.begin != position:
             fault = "overlaps" if entry.begin < position else "leaves a gap behind"
             raise UserError(f"{path}: tensor {name!r} {fault} {last}")
         position, last = entry.end, repr(name)
     if position != size:
-        raise UserError(
-            f"{path} should have {position} bytes but has {size}: it is "
-            + ("cut off; fetch it again" if size < position else "not all tensors")
-        )
+        fault = "cut off; fetch it again" if size < position else "more than its tensors"
+        raise UserError(f"{path} should have {position} bytes but has {size}: it is {fault}")
     return entries, metadata
 
 
 def read_entry(name, info, start, path):
     """The Entry of one tensor; `start` is where the data begins in the file."""
-
-    def check(fine, fault):
-        if not fine:
-            raise UserError(f"{path}: tensor {name!r} {fault}")
-
-    check(
-        isinstance(info, dict) and info.keys() >= {"dtype", "shape", "data_offsets"},
-        "needs dtype, shape and data_offsets",
+    try:
+        dtype, shape, (begin, end) = DTYPES[info["dtype"]], info["shape"], info["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))  # True is an int, too
+        # torch counts in 63 bits, even where a 0 makes the tensor empty, and allows 64 dimensions
+        fits = whole and len(shape) <= 64 and math.prod(n or 1 for n in shape) < 2**63
+        if fits and math.prod(shape) * dtype.itemsize == end - begin:
+            return Entry(dtype, tuple(shape), start + begin, start + end)
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise UserError(
+        f"{path}: tensor {name!r} must have a known dtype, a shape of whole numbers, and the "
+        f"data_offsets of as many bytes, not {info!r:.100}"
     )
-    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    check(isinstance(dtype, str) and dtype in DTYPES, f"has the unknown dtype {dtype!r}")
-    for numbers in (shape, offsets):  # type(), because True is an int as well
-        check(
-            isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers),
-            "has a shape or offsets that are not whole numbers from 0 up",
-        )
-    check(len(offsets) == 2 and offsets[0] <= offsets[1], f"has the impossible offsets {offsets}")
-    # torch counts in 63 bits, even where a 0 makes the tensor empty, and allows 64 dimensions
-    check(len(shape) <= 64 and math.prod(n or 1 for n in shape) < 2**63, "is too large for torch")
-    dtype, size = DTYPES[dtype], offsets[1] - offsets[0]
-    check(
-        math.prod(shape) * dtype.itemsize == size,
-        f"has {size} bytes, which is not {tuple(shape)} of {info['dtype']}",
-    )
-    return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
 def parse_json(text, path):
@@ -161,9 +141,7 @@ def parse_json(text, path):
 
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{path}: the key {twice!r} is there twice")
+            raise ValueError(f"a key is there twice, among {[name for name, _ in pairs]}"[:200])
         return dict(pairs)
 
     try:
@@ -182,33 +160,20 @@ def load_folder(folder, device="cpu", dtype=None):
     if (folder / "model.safetensors").exists():
         return load_file(folder / "model.safetensors", device, dtype)
     if not index.exists():
-        raise UserError(no_weights(folder))
-    shard_of = parse_json(index.read_bytes(), index).get("weight_map")
-    if not (
-        isinstance(shard_of, dict)
-        and shard_of
-        and all(isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values())
-    ):
-        raise UserError(f"{index}: weight_map must map each tensor to a file of this folder")
-    shards = {shard: read_header(folder / shard)[0] for shard in sorted({*shard_of.values()})}
-    for name, shard in shard_of.items():  # before anything large is read
-        if name not in shards[shard]:
-            raise UserError(f"{folder / shard} lacks the tensor {name!r} that {index.name} names")
-    tensors = {}
-    for shard in shards:
-        loaded = load_file(folder / shard, device, dtype)
-        tensors |= {name: loaded[name] for name in loaded if shard_of.get(name, shard) == shard}
-    return tensors
-
-
-def no_weights(folder):
-    if not folder.is_dir():
-        return f"{folder}: no such folder"
-    if pickles := sorted(
-        file.name for ending in ("bin", "pt", "pth") for file in folder.glob(f"*model*.{ending}")
-    ):
-        return (
-            f"{folder} holds its weights as a pickle ({pickles[0]}), which may run any code "
-            "when it is read; convert it to model.safetensors first"
+        pickles = [*folder.glob("*model*.bin"), *folder.glob("*model*.pt*")]
+        why = (
+            " but a pickle ({0.name}), which may run any code; convert it first" if pickles else ""
         )
-    return f"{folder} holds no model.safetensors"
+        raise UserError(f"{folder} holds no model.safetensors" + why.format(*pickles))
+    shard_of = parse_json(index.read_bytes(), index).get("weight_map")
+    named = shard_of.values() if isinstance(shard_of, dict) and shard_of else [None]
+    if not all(isinstance(shard, str) and Path(shard).name == shard for shard in named):
+        raise UserError(f"{index}: weight_map must map each tensor to a file of this directory")
+    tensors = {}
+    for shard in sorted({*named}):
+        loaded = load_file(folder / shard, device, dtype)
+        for name in (name for name in shard_of if shard_of[name] == shard):
+            if name not in loaded:
+                raise UserError(f"{folder / shard} lacks the tensor {name!r} that the index names")
+            tensors[name] = loaded[name]
+    return tensors
