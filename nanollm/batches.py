@@ -1,8 +1,5 @@
-"""From files to batches: strict reading, token shards on disk, windows for pretraining, packed rows
-for chat, padded rows for preferences.
-
-Formats are documented in data/README.md. Wrong input raises UserError with file and line number.
-T is the length of a row in tokens; L the length of an example.
+"""From records to batches: token shards on disk, windows for pretraining, packed rows for chat,
+padded rows for preferences and reinforcement. T is the length of a row in tokens.
 """
 
 import contextlib
@@ -43,27 +40,21 @@ class TokenShards:
 
     @classmethod
     def open(cls, folder, tokenizer):
-        """Open a folder of shards; raises UserError when it was made with another tokenizer or is
-        damaged.
-        """
+        """From a folder of shards; UserError where it is damaged, or of another tokenizer."""
         folder = Path(folder)
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            if meta["tokenizer"] != tokenizer.fingerprint():
-                raise UserError(
-                    f"the tokens in {folder} were made with another tokenizer; tokenize the text "
-                    f"again"
-                )
-            arrays = [
-                np.memmap(folder / name, dtype=meta["dtype"], mode="r") for name in meta["shards"]
-            ]
+            arrays = [np.memmap(folder / n, dtype=meta["dtype"], mode="r") for n in meta["shards"]]
             shards = cls(arrays, meta["tokens"], meta["text_bytes"], meta["documents"])
+            made_with = meta["tokenizer"]
         except (FileNotFoundError, KeyError, TypeError, ValueError) as e:
+            wanted = "must be a directory of token shards; delete it to have it made anew"
+            raise UserError(f"{folder} {wanted} ({e})") from None
+        if made_with != tokenizer.fingerprint():
             raise UserError(
-                f"{folder} is no intact folder of token shards ({e}); delete it to have it made "
-                f"anew"
-            ) from None
-        if sum(len(a) for a in arrays) != shards.tokens:
+                f"the tokens in {folder} were made with another tokenizer; tokenize the text again"
+            )
+        if sum(map(len, arrays)) != shards.tokens:
             raise UserError(f"{folder} is truncated; delete it to have it made anew")
         return shards
 
@@ -76,14 +67,11 @@ def write_shards(documents, tokenizer, folder):
     tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     tmp.mkdir(parents=True, exist_ok=True)
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    meta = {"dtype": dtype, "tokenizer": tokenizer.fingerprint(), "shards": [], "tokens": 0}
-    meta |= {"text_bytes": 0, "documents": 0}
-    pending = []
+    names, pending, tokens, text_bytes, count = [], [], 0, 0, 0
 
     def flush():
-        name = f"shard_{len(meta['shards']):05d}.bin"
-        np.concatenate(pending).tofile(tmp / name)
-        meta["shards"].append(name)
+        names.append(f"shard_{len(names):05d}.bin")
+        np.concatenate(pending).tofile(tmp / names[-1])
         pending.clear()
 
     try:
@@ -91,13 +79,15 @@ def write_shards(documents, tokenizer, folder):
         while batch := list(itertools.islice(documents, 1024)):
             for text, ids in zip(batch, tokenizer.encode_batch(batch)):
                 pending.append(np.array([tokenizer.eot_id, *ids], dtype=dtype))
-                meta["tokens"] += len(ids) + 1
-                meta["documents"] += 1
-                meta["text_bytes"] += len(text.encode("utf-8", "surrogatepass"))
+                tokens += len(ids) + 1
+                text_bytes += len(text.encode("utf-8", "surrogatepass"))
+            count += len(batch)
             if sum(map(len, pending)) >= SHARD_TOKENS:
                 flush()
         if pending:
             flush()
+        meta = {"dtype": dtype, "tokenizer": tokenizer.fingerprint(), "shards": names}
+        meta |= {"tokens": tokens, "text_bytes": text_bytes, "documents": count}
         (tmp / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         if not (folder / "meta.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -108,15 +98,12 @@ def write_shards(documents, tokenizer, folder):
 
 
 def load_shards(documents, source, tokenizer):
-    """Token shards of a corpus, made once and found again by the identity of source and tokenizer.
+    """TokenShards of a corpus, made once and found again by the identity of source and tokenizer.
 
-    documents: a function that returns the texts; source: strings that identify them (path, size,
-    part).
+    documents: a function that returns the texts; source: what identifies them (path, size, part).
     """
-    key = hashlib.sha256(
-        json.dumps([*map(str, source), tokenizer.fingerprint()]).encode()
-    ).hexdigest()[:24]
-    folder = CACHE / key
+    identity = json.dumps([*map(str, source), tokenizer.fingerprint()])
+    folder = CACHE / hashlib.sha256(identity.encode()).hexdigest()[:24]
     if not (folder / "meta.json").exists():
         write_shards(documents(), tokenizer, folder)
     return TokenShards.open(folder, tokenizer)
@@ -126,18 +113,15 @@ def load_shards(documents, source, tokenizer):
 
 
 class Sampler:
-    """Numbers 0..n-1 in random order without replacement, epoch after epoch; its position can be
-    saved.
-    """
+    """Numbers 0..n-1 in random order, epoch after epoch; its position can be saved."""
 
     def __init__(self, n, seed=0):
         self.n, self.seed, self.epoch, self.index = n, seed, 0, 0
         self._order = self._permutation()
 
     def _permutation(self):
-        return torch.randperm(
-            self.n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        )
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(self.n, generator=generator)
 
     def take(self, k):
         """The next k numbers, as an int64 tensor (k,)."""
@@ -164,8 +148,8 @@ class Sampler:
 
 
 def row_length(context, model):
-    """T, the tokens of a row: --context, or where that isn't given 256, or as many as the model can
-    read. Raises UserError where --context is more than that.
+    """T, the tokens of a row: --context, or 256, or as many as the model can read where that is
+    less. Raises UserError where --context is more.
     """
     limit = model.cfg.max_position_embeddings
     T = context or min(256, limit)
@@ -183,10 +167,8 @@ class Windows:
         self.ends = np.cumsum(counts)
         self.n = sum(counts)
         if self.n == 0:
-            raise UserError(
-                f"{shards.tokens} tokens are too few for one row of {T + 1}; use more text or a "
-                f"shorter --context"
-            )
+            few = f"{shards.tokens} tokens are too few for one row of {T + 1}"
+            raise UserError(f"{few}; use more text or a shorter --context")
 
     def __len__(self):
         return self.n
@@ -215,9 +197,7 @@ class Packed:
 
     tokens: torch.Tensor  # (R, T) int64
     mask: torch.Tensor  # (R, T) bool: True where the token is trained on
-    documents: (
-        torch.Tensor
-    )  # (R, T) int64: which example of the row a token belongs to; attention stays inside
+    documents: torch.Tensor  # (R, T) int64: the example of a token; attention stays inside
     positions: torch.Tensor  # (R, T) int64: counted from 0 in each example
     # per row the numbers of its images, in the order of their placeholders; None: all is text
     images: list | None = None
@@ -253,9 +233,8 @@ def pack(examples, T, pad_id, images=None):
     Padding is a document of its own, never trained on. Longest first, so that few gaps stay.
     `images` holds the numbers of each example's images.
     """
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]))
-    rows, room, open_rows = [], [], []
-    for i in order:
+    rows, room, open_rows = [], [], []  # row -> its examples, row -> tokens left, rows to fill
+    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i][0])):
         need = len(examples[i][0])
         row = next((r for r in open_rows if room[r] >= need), None)
         if row is None:
@@ -269,12 +248,9 @@ def pack(examples, T, pad_id, images=None):
             open_rows.remove(row)
         elif len(open_rows) > 64:  # the oldest has little room: bounds the search
             open_rows.pop(0)
-    tokens = torch.full((len(rows), T), pad_id)
-    mask = torch.zeros((len(rows), T), dtype=torch.bool)
-    documents, positions = (
-        torch.full((len(rows), T), -1),
-        torch.zeros((len(rows), T), dtype=torch.int64),
-    )
+    shape = len(rows), T
+    tokens, documents = torch.full(shape, pad_id), torch.full(shape, -1)
+    mask, positions = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int64)
     for r, members in enumerate(rows):
         start = 0
         for number, i in enumerate(members):
@@ -392,8 +368,7 @@ def fit_chats(chats, T, render):
 
 
 def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
-    """Packed rows of T tokens; says what was cut. Raises UserError when nothing is left to train
-    on.
+    """Packed rows of T tokens; says what was cut. UserError when nothing is left to train on.
 
     With a `store` (vision/images.py) of images, each takes `image_tokens` in a row; those that were
     shown after the cut are left out, and none is ever cut.
@@ -401,11 +376,9 @@ def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
     render = functools.partial(tokenizer.render, image_tokens=image_tokens)
     kept, examples, shortened = fit_chats(chats, T, render)
     if not kept:
-        note = f", of which an image takes {image_tokens}" * bool(image_tokens)
-        raise UserError(
-            f"none of the {len(chats)} {name} dialogues has an answer within {T} tokens{note}; "
-            "raise --context"
-        )
+        fit = f"{T} tokens" + f", of which an image takes {image_tokens}" * bool(image_tokens)
+        none = f"none of the {len(chats)} {name} dialogues has an answer within {fit}"
+        raise UserError(f"{none}; raise --context")
     images, note = None, ""
     if store is not None:
         paths = [chat.get("images", [])[: images_in(chat["messages"])] for chat in kept]
