@@ -2,21 +2,18 @@
 padded rows for preferences and reinforcement. T is the length of a row in tokens.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
-import os
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanollm.config import UserError
+from nanollm.config import UserError, atomic_folder, atomic_write
 from nanollm.formats import images_in
 from nanollm.gpt import document_mask
 
@@ -60,41 +57,25 @@ class TokenShards:
 
 
 def write_shards(documents, tokenizer, folder):
-    """Tokenise documents (str) into a new folder of shards, <|endoftext|> before each; all or
-    nothing.
-    """
-    folder = Path(folder)
-    tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    tmp.mkdir(parents=True, exist_ok=True)
+    """Tokenise documents (str) into a new folder of shards, <|endoftext|> before each."""
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     names, pending, tokens, text_bytes, count = [], [], 0, 0, 0
-
-    def flush():
-        names.append(f"shard_{len(names):05d}.bin")
-        np.concatenate(pending).tofile(tmp / names[-1])
-        pending.clear()
-
-    try:
+    with atomic_folder(folder) as new:
         documents = iter(documents)
-        while batch := list(itertools.islice(documents, 1024)):
+        batches = iter(lambda: list(itertools.islice(documents, 1024)), [])
+        for batch in itertools.chain(batches, [[]]):  # the empty one writes the rest
             for text, ids in zip(batch, tokenizer.encode_batch(batch)):
                 pending.append(np.array([tokenizer.eot_id, *ids], dtype=dtype))
                 tokens += len(ids) + 1
                 text_bytes += len(text.encode("utf-8", "surrogatepass"))
             count += len(batch)
-            if sum(map(len, pending)) >= SHARD_TOKENS:
-                flush()
-        if pending:
-            flush()
+            if pending and (not batch or sum(map(len, pending)) >= SHARD_TOKENS):
+                names.append(f"shard_{len(names):05d}.bin")
+                np.concatenate(pending).tofile(new / names[-1])
+                pending = []
         meta = {"dtype": dtype, "tokenizer": tokenizer.fingerprint(), "shards": names}
         meta |= {"tokens": tokens, "text_bytes": text_bytes, "documents": count}
-        (tmp / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        if not (folder / "meta.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was faster, with the same bytes
-            os.replace(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)  # gone already where all went well
+        atomic_write(new / "meta.json", json.dumps(meta))
 
 
 def load_shards(documents, source, tokenizer):
@@ -104,7 +85,7 @@ def load_shards(documents, source, tokenizer):
     """
     identity = json.dumps([*map(str, source), tokenizer.fingerprint()])
     folder = CACHE / hashlib.sha256(identity.encode()).hexdigest()[:24]
-    if not (folder / "meta.json").exists():
+    if not folder.is_dir():
         write_shards(documents(), tokenizer, folder)
     return TokenShards.open(folder, tokenizer)
 
@@ -191,22 +172,29 @@ def picked(images, numbers):
     return [images[i] for i in rows[numbers].tolist()]
 
 
-@dataclass
-class Packed:
-    """Examples packed into rows of T tokens: what SFT trains on."""
-
-    tokens: torch.Tensor  # (R, T) int64
-    mask: torch.Tensor  # (R, T) bool: True where the token is trained on
-    documents: torch.Tensor  # (R, T) int64: the example of a token; attention stays inside
-    positions: torch.Tensor  # (R, T) int64: counted from 0 in each example
-    # per row the numbers of its images, in the order of their placeholders; None: all is text
-    images: list | None = None
+class Rows:
+    """What Packed and Completions have in common: tensors of B rows each, and images of some."""
 
     def __len__(self):
         return len(self.tokens)
 
     def tensors(self):
-        return self.tokens, self.mask, self.documents, self.positions
+        return [getattr(self, field.name) for field in fields(self) if field.name != "images"]
+
+    def to(self, device):
+        return type(self)(*(x.to(device, non_blocking=True) for x in self.tensors()), self.images)
+
+
+@dataclass
+class Packed(Rows):
+    """Examples packed into rows of T tokens: what SFT trains on."""
+
+    tokens: torch.Tensor  # (B, T) int64
+    mask: torch.Tensor  # (B, T) bool: True where the token is trained on
+    documents: torch.Tensor  # (B, T) int64: the example of a token; attention stays inside
+    positions: torch.Tensor  # (B, T) int64: counted from 0 in each example
+    # per row the numbers of its images, in the order of their placeholders; None: all is text
+    images: list | None = None
 
     def __getitem__(self, numbers):
         """These rows; numbers: an index tensor or a slice."""
@@ -218,9 +206,6 @@ class Packed:
         if self.images is not None or other.images is not None:
             images = [p for rows in (self, other) for p in rows.images or [[]] * len(rows)]
         return Packed(*map(torch.cat, zip(self.tensors(), other.tensors())), images)
-
-    def to(self, device):
-        return Packed(*(x.to(device, non_blocking=True) for x in self.tensors()), self.images)
 
     def image_numbers(self):
         """The numbers of all images, row after row."""
@@ -270,7 +255,7 @@ def last_true(mask):
 
 
 @dataclass
-class Completions:
+class Completions(Rows):
     """Prompts with a completion each, one per row: what preferences and reinforcement train on."""
 
     tokens: torch.Tensor  # (B, T) int64: prompt, completion, padding
@@ -278,12 +263,6 @@ class Completions:
     real: torch.Tensor  # (B, T) bool: False on padding
     # per row what a VLM takes as images, a tensor (n, ...), or None; None: all is text
     images: list | None = None
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def tensors(self):
-        return self.tokens, self.mask, self.real
 
     def __getitem__(self, numbers):
         """These rows, without columns that are padding in all of them."""
@@ -303,9 +282,6 @@ class Completions:
         if any(part.images is not None for part in parts):
             images = [p for part in parts for p in part.images or [None] * len(part)]
         return cls(*map(torch.cat, padded), images)
-
-    def to(self, device):
-        return Completions(*(x.to(device, non_blocking=True) for x in self.tensors()), self.images)
 
     def last(self):
         """Column of each row's last real token, (B,): found by the mask, not by comparing ids."""

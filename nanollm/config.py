@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import textwrap
 import tokenize
@@ -434,6 +435,25 @@ def atomic_file(path):
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(folder):
+    """A new directory to fill. It takes the place of `folder` once that has gone well, unless
+    another process was faster, with the same bytes.
+    """
+    folder = Path(folder)
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        try:
+            os.replace(unfinished, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # gone already where all went well
 
 
 def atomic_write(path, data):
