@@ -6,6 +6,7 @@ import errno
 import importlib
 import json
 import math
+import random
 from dataclasses import fields
 from pathlib import Path
 
@@ -393,6 +394,14 @@ def test_the_folder_to_start_from_is_never_replaced(init, here, capsys):
 def test_data_that_has_changed_since_the_checkpoint_is_refused():
     with pytest.raises(Exception, match="12 rows then, 13 now"):
         Sampler(13).load_state_dict(Sampler(12).state_dict())
+
+
+def test_xz_needs_nothing_for_what_it_has_seen_and_four_bits_for_one_of_sixteen_letters():
+    seen, unseen = (
+        "".join(random.Random(seed).choices("abcdefghijklmnop", k=20_000)) for seed in (0, 1)
+    )
+    assert train_pretrain.xz_bits_per_byte([seen], [seen]) < 0.1
+    assert 4.0 <= train_pretrain.xz_bits_per_byte([seen], [unseen]) < 4.6
 
 
 # --- what scripts share --------------------------------------------------------------------------
