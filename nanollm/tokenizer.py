@@ -1,11 +1,11 @@
 """Text to token ids and back: byte-level BPE, special tokens, the chat layout and its loss mask.
 
 train_bpe     learns the merges                          Sennrich et al. 2016, arXiv:1508.07909
-Tokenizer     encodes with tiktoken, which merges the adjacent pair of lowest rank first; the
-              rank of a token, the order in which the trainer made it, is its id
-tokenizer.json, tokenizer_config.json   are read and written (tokenizer_json.py):
-              transformers.AutoTokenizer gives the same ids, and its chat template the same
-              ids as `Tokenizer.render`
+Tokenizer     encodes with tiktoken, which merges the adjacent pair of lowest rank first; the rank
+              of a token, the order in which the trainer made it, is its id
+files         tokenizer.json and tokenizer_config.json are read and written as Hugging Face's
+              libraries do: transformers.AutoTokenizer gives the same ids, and its chat template
+              the same ids as `Tokenizer.render`. What would encode differently is refused.
 """
 
 import functools
@@ -19,34 +19,18 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import regex
 import tiktoken
 from tqdm import tqdm
 
 from nanollm.config import UserError, atomic_write
-from nanollm.tokenizer_json import read_json, to_config, to_jinja, to_json
 
 # What the content of an assistant or tool message may hold as special tokens.
-CONTENT_TOKENS = (
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_result>",
-    "</tool_result>",
-)
+RESULT_TOKENS = ("<tool_result>", "</tool_result>")
+CONTENT_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", *RESULT_TOKENS)
 # In our own tokenizers these come after the ordinary tokens, in this order.
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|pad|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|tool|>",
-    "<|end|>",
-    *CONTENT_TOKENS,
-    "<image>",
-)
+ROLES = ("system", "user", "assistant", "tool")
+ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", *ROLE_TOKENS, "<|end|>", *CONTENT_TOKENS, "<image>")
 
 # Text is cut into pieces, and no token crosses a cut. Every character must fall in some piece, for
 # tiktoken drops what no alternative matches. {0,64} bounds the backtracking on long blanks.
@@ -63,7 +47,6 @@ PATTERN = "|".join(
 )
 
 # Chat layouts, role -> (prefix, suffix). The first one whose two marks the vocabulary has is used.
-ROLES = ("system", "user", "assistant", "tool")
 CHATML = {role: (f"<|im_start|>{role}\n", "<|im_end|>\n") for role in ROLES}
 CHATML["tool"] = ("<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im_end|>\n")
 LLAMA3 = {role: (f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES}
@@ -79,7 +62,31 @@ PAD_NAMES = ("<|pad|>", "<|finetune_right_pad_id|>", "<pad>", *EOT_NAMES)
 NAMES = ("bytes", "gpt2", "cl100k_base", "o200k_base")
 
 
-# --- training ---------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
+
+
+# The standard library knows no classes of Unicode. It cuts, in the same places, a text of the same
+# kinds of characters that are all ASCII.
+ASCII_PATTERN = PATTERN.replace(r"\p{L}\p{M}", "A-Za-z").replace(r"\p{N}", r"\d")
+
+
+class AsciiKinds(dict):
+    """{code point: ASCII character of its kind}: letter or mark, number, blank, anything else."""
+
+    def __missing__(self, code):
+        shown = {"L": "Z", "M": "Z", "N": "0", "Z": "\t"}
+        kind = "Z" if code == 0x85 else unicodedata.category(chr(code))[0]
+        self[code] = chr(code) if code < 128 else shown.get(kind, ".")
+        return self[code]
+
+
+KINDS = AsciiKinds()
+
+
+def cut(text):
+    """The pieces of a text, as PATTERN has them for characters that Python's Unicode knows."""
+    kinds = re.finditer(ASCII_PATTERN, text.translate(KINDS), re.ASCII)
+    return [text[match.start() : match.end()] for match in kinds]
 
 
 def merge_pair(word, pair, new):
@@ -101,7 +108,7 @@ def train_bpe(texts, vocab_size):
     """
     pieces = Counter()
     for text in [texts] if isinstance(texts, str) else texts:
-        pieces.update(regex.findall(PATTERN, text))
+        pieces.update(cut(text))
     words = [list(piece.encode("utf-8", "surrogatepass")) for piece in pieces]
     freqs = list(pieces.values())
     counts, where = Counter(), defaultdict(set)  # pair -> occurrences, pair -> indices into words
@@ -138,7 +145,7 @@ def train_bpe(texts, vocab_size):
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-# --- special tokens ---------------------------------------------------------------------------
+# --- the tokenizer -------------------------------------------------------------------------------
 
 
 def with_markers(special, ranks):
@@ -154,9 +161,6 @@ def with_markers(special, ranks):
 def splitter(tokens):
     """A compiled pattern whose split() puts the special `tokens` at the odd places."""
     return re.compile("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
-
-
-# --- the tokenizer ----------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -181,14 +185,11 @@ class Tokenizer:
         absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         self._absent = {self.vocab_size + n: byte for n, byte in enumerate(absent)}
         self._ranks = ranks | {byte: id for id, byte in self._absent.items()}
-        self._bytes = {id: token for token, id in self.ranks.items()} | {
-            id: text.encode() for text, id in special.items()
-        }
+        self._bytes = {id: token for token, id in ranks.items()}
+        self._bytes |= {id: text.encode() for text, id in special.items()}
+        pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
         self.encoding = tiktoken.Encoding(
-            "nanollm",
-            pat_str=rf"{pattern}|(?:(?!{pattern})[\s\S])+",
-            mergeable_ranks=self._ranks,
-            special_tokens={},
+            "nanollm", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={}
         )
         end, self.layout = next(
             (end, layout) for mark, end, layout in LAYOUTS if mark in special and end in special
@@ -204,17 +205,11 @@ class Tokenizer:
     def train(cls, texts, vocab_size):
         """Learn a tokenizer of `vocab_size` tokens in all, the special tokens included."""
         ordinary = vocab_size - len(SPECIAL_TOKENS)
-        if ordinary < 256:
-            raise UserError(
-                f"vocab_size {vocab_size} is too small: the bytes and special tokens "
-                f"alone are {256 + len(SPECIAL_TOKENS)}"
-            )
-        ranks = train_bpe(texts, ordinary)
-        if len(ranks) < ordinary:
-            raise UserError(
-                f"the texts are too short for vocab_size {vocab_size}: give more text, "
-                f"or a vocab_size of at most {len(ranks) + len(SPECIAL_TOKENS)}"
-            )
+        ranks = train_bpe(texts, ordinary) if ordinary >= 256 else {}
+        if not ranks or len(ranks) < ordinary:
+            least, most = 256 + len(SPECIAL_TOKENS), len(ranks) + len(SPECIAL_TOKENS)
+            bound = f"at most {most} for so little text" if ranks else f"at least {least}"
+            raise UserError(f"the vocab_size must be {bound}, not {vocab_size}")
         return cls(ranks, with_markers({}, ranks))
 
     @classmethod
@@ -234,29 +229,26 @@ class Tokenizer:
             return cls.from_bytes() if name == "bytes" else cls._from_tiktoken(name)
         file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
         try:
-            ranks, added, pattern, nfc, source = read_json(file)
-            return cls(ranks, with_markers(added, ranks), pattern, nfc, source)
+            source = json.loads(file.read_text(encoding="utf-8"))
+            added = {token["content"]: token["id"] for token in source.get("added_tokens") or ()}
+            ranks = read_model(source["model"], added)
+            pattern = read_pattern(source.get("pre_tokenizer") or {})
+            return cls(ranks, with_markers(added, ranks), pattern, read_nfc(source), source)
         except OSError:
-            raise UserError(
-                f"no tokenizer at {name}: give a folder with a tokenizer.json, "
-                f"or one of {', '.join(NAMES)}"
-            ) from None
+            known = f"a directory with a tokenizer.json, or one of {', '.join(NAMES)}"
+            raise UserError(f"the tokenizer {name} must be {known}") from None
         except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
             why = error if isinstance(error, UserError) else f"it is malformed ({error!r})"
-            raise UserError(
-                f"{file}: {why}; use a byte-level BPE tokenizer.json (as of GPT-2, "
-                "Llama-3, Qwen3, SmolLM2), or train one"
-            ) from None
+            known = "a byte-level BPE tokenizer.json (as of GPT-2, Llama-3, Qwen3, SmolLM2)"
+            raise UserError(f"{file}: {why}; use {known}, or train one") from None
 
     @classmethod
     def _from_tiktoken(cls, name):
         try:
             encoding = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            raise UserError(
-                f"could not download the tokenizer {name} ({type(error).__name__}): go "
-                'online once, or use "bytes" or a folder instead'
-            ) from None
+            failed = f"could not download the tokenizer {name} ({type(error).__name__})"
+            raise UserError(f'{failed}: go online once, or use "bytes" or a directory') from None
         # Possessive {1,3}+ changes nothing there, and Oniguruma reads it otherwise.
         pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")
         ranks = encoding._mergeable_ranks
@@ -266,7 +258,8 @@ class Tokenizer:
 
     def encode(self, text, special=False):
         """Token ids of `text`. Special tokens in it stay plain text, so that no user can forge a
-        role, unless `special` is true. Lone surrogates are encoded as their three bytes."""
+        role, unless `special` is true. Lone surrogates are encoded as their three bytes.
+        """
         return self._encode(text, tuple(self.special) if special else ())
 
     def _encode(self, text, special):
@@ -280,13 +273,10 @@ class Tokenizer:
                 ids += self.encode_bytes(part.encode("utf-8", "surrogatepass"))
         return ids
 
-    def encode_batch(self, texts, special=False):
+    def encode_batch(self, texts):
         """`encode` of each text of a list, on all cores."""
-        size = 1 + len(texts) // (4 * os.cpu_count())
-        chunks = [texts[i : i + size] for i in range(0, len(texts), size)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            done = pool.map(lambda chunk: [self.encode(text, special) for text in chunk], chunks)
-            return [ids for chunk in done for ids in chunk]
+            return list(pool.map(self.encode, texts))
 
     def encode_bytes(self, data):
         """Token ids of exactly these bytes. What is not UTF-8 gets one token per byte."""
@@ -297,11 +287,10 @@ class Tokenizer:
                 ids += [self._ranks[bytes([ord(char) - 0xDC00])] for char in part]
             else:
                 ids += self.encoding.encode_ordinary(part)
-        if self._absent and not self._absent.keys().isdisjoint(ids):
-            byte = next(self._absent[id] for id in ids if id in self._absent)
+        if self._absent and (absent := [self._absent[id] for id in ids if id in self._absent]):
             raise UserError(
-                f"this tokenizer has no token for the byte {byte!r}: remove the "
-                "characters that hold it from the text, or use another tokenizer"
+                f"this tokenizer has no token for the byte {absent[0]!r}: remove the characters "
+                "that hold it from the text, or use another tokenizer"
             )
         return ids
 
@@ -310,7 +299,7 @@ class Tokenizer:
         return b"".join(self._bytes.get(int(id), b"\xef\xbf\xbd") for id in ids)
 
     def decode(self, ids):
-        """The text that the ids stand for, special tokens included; U+FFFD where it is no UTF-8."""
+        """The text that the ids stand for, special tokens included; U+FFFD where it isn't UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     # -- chat
@@ -330,13 +319,13 @@ class Tokenizer:
         message with "loss": false and in what tools have answered in between. Ids are put together
         turn by turn, and never made from the whole text again. Special tokens in a content are
         plain text, but for <think>, <tool_call> and their like in what the assistant and the tools
-        say, and <image>, which becomes `image_tokens` placeholders, where that is not 0. `generation_prompt` adds the assistant's prefix.
-        Raises UserError on a malformed message.
+        say, and <image>, which becomes `image_tokens` placeholders, where that is not 0.
+        `generation_prompt` adds the assistant's prefix. Raises UserError on a malformed message.
         """
         if image_tokens and "<image>" not in self.special:
             raise UserError(
-                "this tokenizer has no token <image>: start from a model of this "
-                "project, or one whose vocabulary has no chat tokens of its own"
+                "this tokenizer has no token <image>: start from a model of this project, or one "
+                "whose vocabulary has no chat tokens of its own"
             )
         ids = self.encode(self.start, special=True)
         mask = [False] * len(ids)
@@ -345,19 +334,18 @@ class Tokenizer:
                 raise UserError(f'message {n}: needs a "content" that is text, in a JSON object')
             role = message.get("role")
             if role not in ROLES:
-                raise UserError(f"message {n}: role {role!r} is none of {', '.join(ROLES)}")
+                raise UserError(f"message {n}: role {role!r} must be one of {', '.join(ROLES)}")
             allowed = self.content_tokens if role in ("assistant", "tool") else ()
-            allowed += ("<image>",) * bool(image_tokens)
-            content = self._encode(message["content"], allowed)
+            content = self._encode(message["content"], allowed + ("<image>",) * bool(image_tokens))
             if image_tokens:
                 image = self.special["<image>"]
-                times = (image_tokens if id == image else 1 for id in content)
-                content = [id for id, k in zip(content, times) for _ in range(k)]
+                repeated = ([id] * (image_tokens if id == image else 1) for id in content)
+                content = [id for each in repeated for id in each]
             before, after = self._affixes[role]
             ids += before + content + after
-            # In ChatML a line end follows the end of the turn; nobody needs to write it.
             train = role == "assistant" and message.get("loss") is not False
             mask += [False] * len(before) + [train and own for own in self.written(content)]
+            # In ChatML a line end follows the end of the turn; nobody needs to write it.
             mask += [train and id == self.end_id for id in after]
         if generation_prompt:
             before = self._affixes["assistant"][0]
@@ -368,7 +356,7 @@ class Tokenizer:
         """True for each id that an assistant writes itself, False from <tool_result> to
         </tool_result>: that comes from the tool (nanollm/tools.py), and nobody learns it.
         """
-        start, end = (self.special.get(token) for token in CONTENT_TOKENS[-2:])
+        start, end = (self.special.get(token) for token in RESULT_TOKENS)
         own, inside = [], False
         for id in ids:
             inside = inside or id == start
@@ -382,7 +370,12 @@ class Tokenizer:
 
         In foreign layouts ids may also differ where a content starts with a blank.
         """
-        return to_jinja(self.layout, self.start)
+        return (
+            "{% set affixes = " + json.dumps(self.layout) + " %}"
+            "{{ " + json.dumps(self.start) + " }}{% for m in messages %}"
+            "{{ affixes[m['role']][0] + m['content'] + affixes[m['role']][1] }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ affixes['assistant'][0] }}{% endif %}"
+        )
 
     # -- identity and files
 
@@ -396,11 +389,123 @@ class Tokenizer:
 
     @functools.cached_property
     def _json(self):  # kept: a large vocabulary takes seconds, and every checkpoint saves it
-        return to_json(self)
+        return json.dumps(to_json(self), ensure_ascii=False) + "\n"
 
     def save(self, folder):
         """Write tokenizer.json, and tokenizer_config.json with the chat template."""
-        files = {"tokenizer.json": self._json, "tokenizer_config.json": to_config(self)}
-        for name, value in files.items():
-            text = json.dumps(value, ensure_ascii=False) + "\n"
-            atomic_write(Path(folder) / name, text)
+        names = {id: text for text, id in self.special.items()}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": names[self.end_id],
+            "pad_token": names[self.pad_id],
+            "chat_template": self.chat_template,
+        }
+        atomic_write(Path(folder) / "tokenizer.json", self._json)
+        text = json.dumps(config, ensure_ascii=False) + "\n"
+        atomic_write(Path(folder) / "tokenizer_config.json", text)
+
+
+# --- tokenizer.json ------------------------------------------------------------------------------
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same after cuts around each digit, or run of digits: there, blanks go up to the cut.
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|%s| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+# It shows bytes as characters (GPT-2): printable ones as themselves, the others, in their order, as
+# the characters from U+0100 on.
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTE_TO_CHAR = {b: b for b in PRINTABLE} | {b: 256 + n for n, b in enumerate(OTHERS)}
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+
+
+def read_model(model, added):
+    """The ranks {token bytes: id} of tokenizer.json's `model`, without the `added` tokens."""
+    unknown = "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"
+    foreign = [key for key in unknown if model.get(key)]
+    if model.get("type") != "BPE" or foreign:
+        raise UserError(f"its model is {' with '.join([str(model.get('type')), *foreign])}")
+    names = {name: id for name, id in model["vocab"].items() if added.get(name) != id}
+    for name in names:
+        if not name or not CHAR_TO_BYTE.keys() >= set(map(ord, name)):
+            raise UserError(f"its token {name!r} does not spell bytes")
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    made = [names.get(left + right, -1) for left, right in merges]
+    # tiktoken merges by id, tokenizer.json by place in the list: they must say the same.
+    if -1 in made or made != sorted(made):
+        raise UserError("its merges are not in the order of the ids that they make")
+    # tiktoken finds a whole piece even where no merge makes it.
+    unmade = {id for name, id in names.items() if len(name) > 1}.difference(made)
+    if unmade and not model.get("ignore_merges"):
+        raise UserError(f"its token {min(unmade)} is made by no merge")
+    return {name.translate(CHAR_TO_BYTE).encode("latin-1"): id for name, id in names.items()}
+
+
+def read_pattern(pre):
+    """The one pattern that cuts text as tokenizer.json's `pre_tokenizer` does."""
+    steps = pre.get("pretokenizers", [pre])
+    kinds, first, last = [step.get("type") for step in steps], steps[0], steps[-1]
+    if kinds[-1] == "ByteLevel" and not last.get("add_prefix_space", True):
+        by_regex = last.get("use_regex", True)
+        if by_regex and len(kinds) == 1:
+            return GPT2_PATTERN
+        if by_regex and kinds == ["Digits", "ByteLevel"]:
+            return DIGITS_PATTERN % (r"\p{N}" if first.get("individual_digits") else r"\p{N}+")
+        if not by_regex and kinds == ["Split", "ByteLevel"]:
+            pattern = first["pattern"].get("Regex")
+            isolated = first.get("behavior") == "Isolated" and not first.get("invert")
+            # Oniguruma reads {1,3}+ as a repeated repetition, tiktoken as a possessive one.
+            if pattern and isolated and not re.search(r"\d\}\+", pattern):
+                return pattern
+    raise UserError(f"its pre-tokenizer ({', '.join(map(str, kinds))}) is of an unknown kind")
+
+
+def read_nfc(source):
+    """Whether tokenizer.json's normalizer is NFC (Qwen) rather than none."""
+    normalizer = source.get("normalizer") or {"normalizers": []}
+    kinds = {step["type"] for step in normalizer.get("normalizers", [normalizer])}
+    if kinds - {"NFC"}:
+        raise UserError(f"its normalizer ({', '.join(map(str, kinds))}) is of an unknown kind")
+    return bool(kinds)
+
+
+def list_merges(ranks):
+    """The pairs of tokens that spell a token, in the order (id made, left id, right id)."""
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    return merges
+
+
+def to_json(tokenizer):
+    """What tokenizer.json holds; `ignore_merges` takes a whole piece first, as tiktoken does."""
+    ranks, special, source = tokenizer.ranks, tokenizer.special, tokenizer.source
+    shown = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
+    # Special tokens are in the vocabulary too: so their ids may have gaps.
+    vocab = {shown[token]: id for token, id in ranks.items()} | special
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {
+        text: {"id": id, "content": text, **flags, "special": text.startswith("<|")}
+        for text, id in special.items()
+    } | {token["content"]: token for token in source.get("added_tokens") or ()}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}}
+    split |= {"behavior": "Isolated", "invert": False}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    bytes_ |= {"use_regex": False}
+    return {
+        "version": "1.0",
+        "added_tokens": sorted(added.values(), key=lambda token: token["id"]),
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
+        "post_processor": source.get("post_processor"),
+        "decoder": bytes_,
+        "model": {
+            "type": "BPE",
+            "ignore_merges": True,
+            "vocab": dict(sorted(vocab.items(), key=lambda pair: pair[1])),
+            "merges": [[shown[left], shown[right]] for left, right in list_merges(ranks)],
+        },
+    }
