@@ -1,10 +1,8 @@
-"""Files of weights and their config.json: any Llama-, Qwen2-, Qwen3- or SmolLM2-shaped model folder
-is read, and ours are written the same way.
+"""Model folders: those of any Llama, Qwen2, Qwen3 or SmolLM2 are read, and ours are written alike.
 
 A folder holds config.json, model.safetensors (or shards and their index), tokenizer.json,
-tokenizer_config.json and generation_config.json;
-`transformers.AutoModelForCausalLM.from_pretrained` opens it. hub.py opens adapters and
-vision-language models, too.
+tokenizer_config.json and generation_config.json, and transformers' from_pretrained opens it.
+hub.py opens adapters and vision-language models, too.
 """
 
 import dataclasses
@@ -16,21 +14,18 @@ import torch
 
 from nanollm import safetensors
 from nanollm.config import UserError, atomic_write
+from nanollm.formats import need
 from nanollm.gpt import GPT, MLP, GPTConfig, ScalarGPT, rope_frequencies
 from nanollm.tokenizer import Tokenizer
 
-SAME_NAME = [
-    f.name for f in dataclasses.fields(GPTConfig) if f.name not in ("rope_scaling", "qk_norm")
-]
+OWN_NAMES = {"rope_scaling", "qk_norm"}  # the other fields of GPTConfig are named as in config.json
+SAME_NAME = [f.name for f in dataclasses.fields(GPTConfig) if f.name not in OWN_NAMES]
+ARCHITECTURES = {kind.lower(): f"{kind}ForCausalLM" for kind in ("Llama", "Qwen3", "Qwen2")}
 ADAPTER_CONFIG = "adapter_config.json"
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
 
 
 def read_json(path, kind=dict):
+    """The JSON object, or array, in a file; raises UserError."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -50,70 +45,54 @@ def read_config(folder):
 
 def config_of(values, path):
     """The GPTConfig that these values of a config.json mean; `path` is where they stand."""
-    kind = values.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(f"{path}: model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
-    if values.get("hidden_act", "silu") != MLP.hidden_act or values.get("mlp_bias"):
-        raise UserError(f"{path}: only an MLP of {MLP.hidden_act} without biases is implemented")
-    if values.get("use_sliding_window"):
-        raise UserError(f"{path}: sliding-window attention is not implemented")
+    kind, act = values.get("model_type"), values.get("hidden_act", "silu")
+    known = ", ".join(ARCHITECTURES)
+    need(kind in ARCHITECTURES, path, f"model_type must be one of {known}, not {kind!r}")
+    mlp = f"the MLP must have hidden_act {MLP.hidden_act!r} and no biases"
+    need(act == MLP.hidden_act and not values.get("mlp_bias"), path, mlp)
+    need(not values.get("use_sliding_window"), path, "sliding-window attention is not implemented")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: the RoPE settings must be a JSON object, not {rope!r}")
-    kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
-    if kind_of_rope not in ("default", "llama3"):
-        raise UserError(f"{path}: RoPE of type {kind_of_rope!r} is not implemented")
+    rope = rope if isinstance(rope, dict) else {"type": rope}
+    rope_kind = rope.get("rope_type", rope.get("type", "default"))
+    there = rope_kind in ("default", "llama3")
+    need(there, path, f"RoPE of type {rope_kind!r} is not implemented")
     known = {name: values[name] for name in SAME_NAME if values.get(name) is not None}
     for name, value in known.items():
         whole = type(getattr(GPTConfig, name)) is int
-        if not isinstance(value, int if whole else (int, float)) or (whole and value < 1):
-            raise UserError(f"{path} is incomplete or inconsistent: {name} is {value!r}")
+        fine = isinstance(value, int if whole else (int, float)) and (value >= 1 or not whole)
+        need(fine, path, f"incomplete or inconsistent, {name} is {value!r}")
     try:
         known.setdefault("num_key_value_heads", known["num_attention_heads"])
         known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
         known.setdefault("tie_word_embeddings", False)
         known["rope_theta"] = float(values.get("rope_theta") or rope.get("rope_theta") or 10_000.0)
         known["attention_bias"] = kind == "qwen2" or bool(values.get("attention_bias"))
-        cfg = GPTConfig(
-            **known,
-            qk_norm=kind == "qwen3",
-            rope_scaling=rope if kind_of_rope == "llama3" else None,
-        )
+        scaling = rope if rope_kind == "llama3" else None
+        cfg = GPTConfig(**known, qk_norm=kind == "qwen3", rope_scaling=scaling)
         rope_frequencies(cfg)  # a llama3 scaling may lack a number
         return cfg
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
-        raise UserError(f"{path} is incomplete or inconsistent: {e!r}") from None
+        raise UserError(f"{path}: incomplete or inconsistent, {e!r}") from None
 
 
 def config_json(cfg, tokenizer, dtype):
-    """The config.json of a model of ours: a llama, or with QK-norm a qwen3 (or qwen2, if it came as
-    one).
+    """The config.json of a model of ours, which is a Qwen3 with QK-norm, a Llama without (or a
+    Qwen2, if it came as one).
     """
     kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.attention_bias else "llama"
-    values = {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        "hidden_act": MLP.hidden_act,
-    }
-    values |= {name: getattr(cfg, name) for name in SAME_NAME}
+    values = {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
+    values |= {"hidden_act": MLP.hidden_act} | {name: getattr(cfg, name) for name in SAME_NAME}
     if cfg.rope_scaling:
         values["rope_scaling"] = {k: v for k, v in cfg.rope_scaling.items() if k != "rope_theta"}
-    values |= {
-        "bos_token_id": None,
-        "eos_token_id": sorted(tokenizer.stop_ids),
-        "pad_token_id": tokenizer.pad_id,
-    }
-    values["torch_dtype"] = str(dtype).removeprefix("torch.")
-    return values
+    values |= {"bos_token_id": None, "eos_token_id": sorted(tokenizer.stop_ids)}
+    return values | {"pad_token_id": tokenizer.pad_id, "torch_dtype": str(dtype)[6:]}
 
 
 # --- writing and reading ------------------------------------------------------------------------
 
 
 def save_gpt(model, tokenizer, folder):
-    """Write a GPT or ScalarGPT and its tokenizer as a model folder; each file is replaced
-    atomically, the weights last.
-    """
+    """Write a GPT or ScalarGPT and its tokenizer as a model folder: file by file, weights last."""
     folder = Path(folder)
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
     config = config_json(model.cfg, tokenizer, model.model.norm.weight.dtype)
@@ -127,12 +106,9 @@ def save_gpt(model, tokenizer, folder):
 
 
 def write_configs(config, tokenizer, folder):
-    """Write config.json, and generation_config.json with what ends an answer."""
-    generation = {
-        "eos_token_id": sorted(tokenizer.stop_ids),
-        "pad_token_id": tokenizer.pad_id,
-        "do_sample": False,
-    }
+    """Write config.json, and generation_config.json with what ends a completion."""
+    generation = {"eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+    generation["do_sample"] = False
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
     atomic_write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
@@ -162,42 +138,28 @@ def load_weights(model, tensors, where):
     """Copy tensors into the model by name; wrong names or shapes raise UserError naming the first
     of each kind.
     """
-    own = dict(model.state_dict())
-    if "lm_head.weight" not in own:
-        tensors = {
-            k: v for k, v in tensors.items() if k != "lm_head.weight"
-        }  # tied: it repeats the embedding
-    tensors = {
-        k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")
-    }  # old exports
+    own = model.state_dict()
+    # a tied head that was written repeats the embedding; old exports hold the angles of RoPE
+    extra = {"lm_head.weight"} - own.keys()
+    extra |= {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in extra}
     if missing := sorted(own.keys() - tensors.keys()):
         raise UserError(f"{where} lacks {len(missing)} tensors, such as {missing[0]}")
-    if extra := sorted(tensors.keys() - own.keys()):
-        raise UserError(
-            f"{where} has {len(extra)} tensors that the model in config.json has not, such as "
-            f"{extra[0]}"
-        )
+    if unknown := sorted(tensors.keys() - own.keys()):
+        many = f"{len(unknown)} tensors that the model in config.json has not"
+        raise UserError(f"{where} has {many}, such as {unknown[0]}")
     for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            shapes = f"{list(tensor.shape)}, but config.json says {list(own[name].shape)}"
-            raise UserError(f"{where}: {name} has shape {shapes}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+        shapes = f"{list(tensor.shape)}, but config.json says {list(own[name].shape)}"
+        need(tensor.shape == own[name].shape, where, f"{name} has shape {shapes}")
+    model.load_state_dict(tensors)
 
 
 def grow_vocabulary(model, vocab_size):
-    """The same model with more rows in embedding and head; the new rows are the mean of the old
-    ones.
-    """
-    grown = GPT(dataclasses.replace(model.cfg, vocab_size=vocab_size))
-    tensors = dict(model.state_dict())
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in tensors:
-            old = tensors[name]
-            tensors[name] = torch.cat(
-                [old, old.mean(0, keepdim=True).expand(vocab_size - len(old), -1)]
-            )
+    """The same model with more rows in embedding and head: new rows are the mean of the others."""
+    grown, tensors = GPT(dataclasses.replace(model.cfg, vocab_size=vocab_size)), model.state_dict()
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
+        new = tensors[name].mean(0, keepdim=True).expand(vocab_size - len(tensors[name]), -1)
+        tensors[name] = torch.cat([tensors[name], new])
     load_weights(grown, tensors, "the grown model")
     return grown
 
@@ -208,8 +170,8 @@ def grow_vocabulary(model, vocab_size):
 def existing_folder(folder, flag=""):
     """The folder as a Path; where there is none the message names the flag that asked for it."""
     if not Path(folder).is_dir():
-        named = f"{flag} {folder}".strip()
-        raise UserError(f"{named} is no folder; run the stage that makes it, or name another")
+        wanted = "must be a directory; run the stage that makes it, or name another"
+        raise UserError(f"{flag} {folder} {wanted}".strip())
     return Path(folder)
 
 
@@ -229,7 +191,7 @@ def bases_of(folder):
         base = next((place for place in places if place.is_dir()), None)
         if base is None or base.resolve() in [b.resolve() for b in (folder, *bases)]:
             raise UserError(
-                f"{folder} is an adapter of {named}, which is no folder; name its base in "
+                f"{folder} is an adapter of {named}, which must be a directory; name its base in "
                 f"{folder / ADAPTER_CONFIG}, under base_model_name_or_path"
             )
         bases.append(base)
@@ -238,14 +200,18 @@ def bases_of(folder):
 
 
 def weights_hash(folder):
-    """SHA-256 of a model's weights; those of an adapter's bases are part of it."""
+    """Tells a model's weights, an adapter's bases included, from others: SHA-256 of 64 bytes in the
+    middle of every tensor. Training changes nearly all weights, and to read them all takes long.
+    """
     digest = hashlib.sha256()
     for place in (Path(folder), *bases_of(folder)):
-        names = ("adapter_model.safetensors",) if is_adapter(place) else ("model*.safetensors",)
-        for path in sorted(path for name in names for path in place.glob(name)):
+        name = "adapter_model.safetensors" if is_adapter(place) else "model*.safetensors"
+        for path in sorted(place.glob(name)):
             with open(path, "rb") as file:
-                while part := file.read(2**20):
-                    digest.update(part)
+                for tensor, entry in sorted(safetensors.read_header(path)[0].items()):
+                    size = entry.end - entry.begin
+                    file.seek(entry.begin + max(0, size // 2 - 32))
+                    digest.update(tensor.encode() + file.read(min(size, 64)))
     return digest.hexdigest()
 
 

@@ -30,7 +30,7 @@ from nanollm.config import UserError
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; the names are those of a Hugging Face config.json (see hub.py)."""
+    """The shape of a model; the names are those of a Hugging Face config.json (checkpoint.py)."""
 
     vocab_size: int = 2048  # V
     hidden_size: int = 128  # C
@@ -83,19 +83,15 @@ def rotation_table(cfg):
 
 
 def rotate(x, cos, sin):
-    """Rotate each pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle; cos, sin (B or 1, 1, T,
-    D).
-
-    (a, b) -> (a cos - b sin, b cos + a sin), as a product with (a, b) plus one with the halves
-    swapped.
+    """Rotate each pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle: (a, b) -> (a cos - b sin,
+    b cos + a sin), one product with (a, b) and one with the halves swapped; cos, sin (., 1, T, D).
     """
     x = x.float()
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def document_mask(documents):
-    """The attention mask of packed rows: a token sees itself and what came before in its own
-    document.
+    """The attention mask of packed rows: a token sees itself and what came before in its document.
 
     documents (B, T): the number of the document that each token belongs to. Returns (B, 1, T, T)
     bool, True where attention is allowed; on CUDA a BlockMask, with which flex attention skips
@@ -103,14 +99,11 @@ def document_mask(documents):
     """
     B, T = documents.shape
     if documents.is_cuda:
-        return create_block_mask(
-            lambda b, h, q, k: (q >= k) & (documents[b, q] == documents[b, k]),
-            B,
-            None,
-            T,
-            T,
-            documents.device,
-        )
+
+        def allowed(b, h, q, k):
+            return (q >= k) & (documents[b, q] == documents[b, k])
+
+        return create_block_mask(allowed, B, None, T, T, documents.device)
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     return (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]
 
@@ -141,7 +134,7 @@ def compiled_flex_attention():
 
 
 def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D), k and v (B, G, S, D); mask None means causal."""
+    """softmax(q k^T / sqrt(D)) v; q (B, H, T, D), k and v (B, G, S, D); mask None means causal."""
     shared = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         compiled = torch.compiler.is_compiling()  # as a part of the whole model
@@ -157,16 +150,17 @@ def attend(q, k, v, mask):
 
 
 def attention_dtype(device, compute_dtype):
-    """The precision of queries, keys and values: fp32 on a CPU, whose kernel for bf16 is slow."""
+    """The precision of queries, keys and values: fp32 but on CUDA, for torch's CPU kernel needs
+    three to four times as long in bf16.
+    """
     return compute_dtype if device.type == "cuda" else torch.float32
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in buffers of fixed size: (layers, B, G, S, D)
-    each.
+    """Keys and values of the tokens so far, in two buffers of fixed size (layers, B, G, S, D).
 
-    Before each forward pass the owner says where the new tokens go (`slots`, (T,) int64) and how
-    many slots attention looks at (`visible`); generate.py is that owner.
+    Before each forward pass the owner, generate.py, says where the new tokens go (`slots`, (T,)
+    int64) and how many slots attention looks at (`visible`).
     """
 
     def __init__(self, cfg, batch, size, device, dtype):
@@ -176,17 +170,13 @@ class KVCache:
         self.slots, self.visible = None, size
 
     def append(self, layer, k, v):
-        """Store k, v (B, G, T, D) in the slots; returns the visible keys and values (B, G, visible,
-        D).
-        """
+        """Store k, v (B, G, T, D) in the slots; returns all that is visible, (B, G, visible, D)."""
         self.k[layer].index_copy_(2, self.slots, k)
         self.v[layer].index_copy_(2, self.slots, v)
         return self.k[layer, :, :, : self.visible], self.v[layer, :, :, : self.visible]
 
     def select(self, rows):
-        """Keep these rows of the batch (int64, may repeat): for G samples per prompt, or to drop
-        done rows.
-        """
+        """Keep these rows of the batch (int64)."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
@@ -235,19 +225,13 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask, cache, prefix=None):
         """prefix: keys and values (2, G, V, D) in front of every row's own."""
         B, T, _ = x.shape
-        q, k, v = (
-            y.view(B, T, -1, self.head_dim) for y in self.project(x)
-        )  # (B, T, H, D), (B, T, G, D) twice
+        # (B, T, H, D), and twice (B, T, G, D)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (
-            rotate(q.transpose(1, 2), cos, sin),
-            rotate(k.transpose(1, 2), cos, sin),
-            v.transpose(1, 2),
-        )
-        # torch's CPU kernel for bf16 needs three to four times as long as the one for fp32
-        dtype = attention_dtype(x.device, x.dtype)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, G, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (y.to(attention_dtype(x.device, x.dtype)) for y in (q, k, v))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
         if prefix is not None:
@@ -304,9 +288,7 @@ class Decoder(nn.Module):
         cos, sin = rotation_table(cfg)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.checkpoint_activations = (
-            False  # recompute each block in backward: less memory, more time
-        )
+        self.checkpoint_activations = False  # recompute blocks in backward: less memory, more time
 
     def forward(self, x, positions=None, mask=None, cache=None):
         if positions is None:
@@ -339,7 +321,7 @@ def fused(*linears):
 
 
 def unwrap(module, merged):
-    """Put plain layers in place of those that an adapter or four bits changed, in place: the base's
+    """Replace, in place, the layers that an adapter or four bits changed by plain ones: the base's
     own, or with `merged` ones that compute the same, where such exist.
     """
     for name, child in list(module.named_children()):
@@ -351,11 +333,11 @@ def unwrap(module, merged):
 
 # --- models --------------------------------------------------------------------------------------
 
+TEXT_ONLY = "this model reads text only; for images take one with a vision tower (train_vlm.py)"
+
 
 class GPT(nn.Module):
-    """A causal language model: tokens (B, T) -> logits (B, T, V), where logits[:, t] scores
-    tokens[:, t + 1].
-    """
+    """A causal language model: tokens (B, T) -> logits (B, T, V), at t those of the next token."""
 
     tokens_per_image = 0  # nanollm/vision/vlm.py reads images
 
@@ -424,14 +406,11 @@ class GPT(nn.Module):
     def gather_images(self, prompts, images):
         """The images of all prompts in one batch, for `hidden`; this model reads none."""
         if any(each is not None and len(each) for each in images or ()):
-            raise UserError("this model reads text only; take one that train_vlm.py has made")
+            raise UserError(TEXT_ONLY)
 
     def image_store(self):
         """An empty store of images as this model reads them."""
-        raise UserError(
-            "there are images, but this model reads text only; name one that has a vision tower "
-            "(train_vlm.py)"
-        )
+        raise UserError(TEXT_ONLY)
 
     @property
     def device(self):

@@ -1,5 +1,5 @@
-"""The one place that opens whatever lies in a folder, and writes it back: a language model, a reward
-model, an adapter on either, or a vision-language model.
+"""The one place that opens whatever lies in a folder, and writes it back: a language model, a
+reward model, an adapter on either, or a vision-language model. What isn't there isn't imported.
 """
 
 from pathlib import Path
@@ -44,8 +44,6 @@ def load_model(folder, adapter=None):
     shape; from an adapter's folder its base with the adapter. `adapter` names one more to put on.
     A folder of LLaVA's shape gives a VLM.
     """
-    from nanollm.peft.adapters import put_adapter
-
     folder = existing_folder(folder)
     if is_scalar(folder):
         raise UserError(f"{folder} holds a reward model, which scores text and writes none")
@@ -53,6 +51,8 @@ def load_model(folder, adapter=None):
         own = existing_folder(adapter, "--adapter").resolve()
         if own in [place.resolve() for place in (folder, *bases_of(folder))]:
             raise UserError(f"{folder} holds the adapter in {adapter} already")
+        from nanollm.peft.adapters import put_adapter
+
         model, tokenizer = load_model(folder)
         put_adapter(model, adapter, folder)
         return model, tokenizer
@@ -69,10 +69,10 @@ def load_scalar(folder):
     """(ScalarGPT in fp32 on the CPU, Tokenizer) from the folder of a reward model, ours or any of
     Hugging Face's shape with one label; or from a language model's, whose head a new one replaces.
     """
-    from nanollm.peft.adapters import put_adapter
-
     folder = existing_folder(folder)
     if is_scalar(folder) and is_adapter(folder):
+        from nanollm.peft.adapters import put_adapter
+
         base = bases_of(folder)[0]
         model, tokenizer = load_scalar(base)
         put_adapter(model, folder, base)

@@ -1,4 +1,4 @@
-"""GPT: parity with transformers through the files of a folder, and what makes a decoder a decoder."""
+"""GPT: parity with transformers through the files of a folder; what makes a decoder a decoder."""
 
 import json
 import math
@@ -7,12 +7,18 @@ import sys
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from conftest import SMALL
 
+from nanollm import checkpoint, gpt
 from nanollm.batches import pack
+from nanollm.config import TrainConfig
+from nanollm.generate import generate
 from nanollm.gpt import (
     GPT,
     GPTConfig,
+    Linear,
     RMSNorm,
     attend,
     count_parameters,
@@ -23,27 +29,21 @@ from nanollm.gpt import (
 )
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import token_logprobs
+from nanollm.optim import build_optimizer
+from nanollm.peft.adapters import attach
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3_ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA, QWEN2, UNTIED = {"qk_norm": False}, {"attention_bias": True}, {"tie_word_embeddings": False}
 SHAPES = {
-    "llama, tied, grouped": {"qk_norm": False},
-    "llama, untied, a head size of its own": {
-        "qk_norm": False,
-        "tie_word_embeddings": False,
-        "head_dim": 16,
-    },
-    "llama, one key-value head": {"qk_norm": False, "num_key_value_heads": 1},
-    "llama, stretched rope": {"qk_norm": False, "rope_scaling": LLAMA3_ROPE, "rope_theta": 500.0},
+    "llama, tied, grouped": LLAMA,
+    "llama, untied, a head size of its own": LLAMA | UNTIED | {"head_dim": 16},
+    "llama, one key-value head": LLAMA | {"num_key_value_heads": 1, "rms_norm_eps": 1e-5},
+    "llama, stretched rope": LLAMA | {"rope_scaling": LLAMA3_ROPE, "rope_theta": 500.0},
     "qwen3, tied, grouped": {"rope_theta": 1e6},
-    "qwen3, untied, full": {"tie_word_embeddings": False, "num_key_value_heads": 4},
-    "qwen2, tied": {"qk_norm": False, "attention_bias": True},
-    "qwen2, untied": {"qk_norm": False, "attention_bias": True, "tie_word_embeddings": False},
+    "qwen3, untied, full": UNTIED | {"num_key_value_heads": 4},
+    "qwen2, tied": LLAMA | QWEN2,
+    "qwen2, untied": LLAMA | QWEN2 | UNTIED,
 }
 CLASSES = {"llama": "Llama", "qwen3": "Qwen3", "qwen2": "Qwen2"}
 
@@ -64,7 +64,7 @@ def gradients(model):
 
 # --- parity ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", SHAPES)
-def test_transformers_opens_our_folder_and_computes_our_logits(
+def test_transformers_opens_our_folder_and_computes_our_logits_and_so_do_we(
     shape, random_model, tokenizer, tmp_path
 ):
     transformers = pytest.importorskip("transformers")
@@ -74,34 +74,16 @@ def test_transformers_opens_our_folder_and_computes_our_logits(
     assert type(theirs).__name__ == CLASSES[shape.split(",")[0]] + "ForCausalLM"
     with torch.no_grad():
         assert_close(model(tokens), theirs(tokens).logits)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_saved_model_loads_with_the_same_logits(shape, random_model, tokenizer, tmp_path):
-    model, tokens = random_model(**SHAPES[shape]), some_tokens()
-    save_model(model, tokenizer, tmp_path)
     loaded, _ = load_model(tmp_path)
-    assert loaded.cfg == model.cfg
-    assert torch.equal(loaded(tokens), model(tokens))
+    assert loaded.cfg == model.cfg and torch.equal(loaded(tokens), model(tokens))
 
 
 def their_model(kind, randomised, **changes):
     transformers = pytest.importorskip("transformers")
-    values = {
-        "vocab_size": 270,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "head_dim": 8,
-    }
+    values = SMALL | {"bos_token_id": None, "eos_token_id": None} | changes
     if kind == "qwen2":  # Qwen2 has no head size of its own
         del values["head_dim"]
-    config = getattr(transformers, CLASSES[kind] + "Config")(**values | changes)
+    config = getattr(transformers, CLASSES[kind] + "Config")(**values)
     return randomised(getattr(transformers, CLASSES[kind] + "ForCausalLM")(config).eval())
 
 
@@ -121,32 +103,24 @@ def test_we_open_transformers_folder_and_compute_its_logits(
     assert (tmp_path / "model.safetensors.index.json").exists() == (shards > 1)
     ours, _ = load_model(tmp_path)
     assert ours.model.norm.weight.dtype == torch.float32
-    theirs = type(theirs).from_pretrained(
-        tmp_path, dtype=torch.float32
-    )  # .float() would keep bf16 angles
+    theirs = type(theirs).from_pretrained(tmp_path, dtype=torch.float32)  # angles in fp32, too
     with torch.no_grad():
         assert_close(ours(tokens), theirs(tokens).logits)
 
 
-def test_the_older_rope_theta_means_the_same_as_rope_parameters(tokenizer, randomised, tmp_path):
-    theirs = their_model(
-        "llama", randomised, rope_parameters={"rope_type": "default", "rope_theta": 77.0}
-    )
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, LLAMA3_ROPE])
+def test_both_ways_of_writing_rope_down_give_transformers_logits(
+    rope, older, tokenizer, randomised, tmp_path
+):
+    theirs = their_model("llama", randomised, rope_parameters=rope | {"rope_theta": 77.0})
     theirs.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
-    tokens = some_tokens()
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["rope_parameters"]
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | {"rope_theta": 77.0, "rope_scaling": None})
-    )
-    assert_close(load_model(tmp_path)[0](tokens), theirs(tokens).logits)
-
-
-def test_a_stretched_rope_saved_by_transformers_gives_its_logits(tokenizer, randomised, tmp_path):
-    theirs = their_model("llama", randomised, rope_parameters=LLAMA3_ROPE | {"rope_theta": 500.0})
-    theirs.save_pretrained(tmp_path)
-    tokenizer.save(tmp_path)
+    if older:
+        scaling = config.pop("rope_parameters") if rope is LLAMA3_ROPE else None
+        config |= {"rope_theta": 77.0, "rope_scaling": scaling}
+        (tmp_path / "config.json").write_text(json.dumps(config))
     tokens = some_tokens(T=64)
     assert_close(load_model(tmp_path)[0](tokens), theirs(tokens).logits)
 
@@ -174,9 +148,8 @@ def test_rope_leaves_products_that_depend_on_the_distance_alone():
 
 def test_llama3_rope_keeps_short_waves_and_stretches_long_ones():
     scaling = LLAMA3_ROPE | {"original_max_position_embeddings": 64}
-    plain = rope_frequencies(
-        GPTConfig(head_dim=8)
-    )  # 1, 0.1, 0.01, 0.001: 10.2, 1.02, .1, .01 turns in 64
+    # 1, 0.1, 0.01, 0.001 radians per position: 10.2, 1.02, 0.1, 0.01 turns in 64
+    plain = rope_frequencies(GPTConfig(head_dim=8))
     stretched = rope_frequencies(GPTConfig(head_dim=8, rope_scaling=scaling))
     assert stretched[0] == plain[0]  # more than 4 turns
     assert stretched[2:].tolist() == pytest.approx((plain[2:] / 8).tolist())  # less than 1
@@ -221,9 +194,7 @@ def test_a_token_never_sees_what_comes_after_it(random_model):
     changed[0, 12] = (tokens[0, 12] + 1) % 270
     before, after = model(tokens), model(changed)
     assert torch.equal(before[:, :12], after[:, :12])
-    assert (
-        (before - after)[:, 12:].abs().amax(-1) > 1e-3
-    ).all()  # and all that follows does see it
+    assert ((before - after)[:, 12:].abs().amax(-1) > 1e-3).all()  # what follows does see it
 
 
 def test_document_mask_by_hand():
@@ -245,12 +216,12 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(shape, random_model)
     model = random_model(**SHAPES[shape])
     documents, rows = packed_and_alone()
     logits, found = model(rows.tokens, rows.positions, document_mask(rows.documents)), 0
-    for r, d in ((r, d) for r in range(len(rows)) for d in rows.documents[r].unique() if d >= 0):
-        here = rows.documents[r] == d
-        ids = rows.tokens[r][here]
-        assert ids.tolist() in documents
-        assert_close(logits[r][here], model(ids[None])[0])
-        found += 1
+    for row, numbers in enumerate(rows.documents):
+        for number in numbers[numbers >= 0].unique():
+            ids = rows.tokens[row][numbers == number]
+            assert ids.tolist() in documents
+            assert_close(logits[row][numbers == number], model(ids[None])[0])
+            found += 1
     assert found == 5
 
 
@@ -318,15 +289,8 @@ def test_every_block_starts_as_the_identity():
 @pytest.mark.parametrize("C", [64, 128, 768, 2048])
 def test_a_fresh_model_of_any_width_finds_all_tokens_about_equally_likely(C, tied):
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(
-            vocab_size=4096,
-            hidden_size=C,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            tie_word_embeddings=tied,
-        )
-    )
+    shape = {"vocab_size": 4096, "hidden_size": C, "intermediate_size": 64}
+    model = GPT(GPTConfig(**shape, num_hidden_layers=1, tie_word_embeddings=tied))
     tokens = some_tokens(B=4, T=64, V=4096)
     with torch.no_grad():
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
@@ -336,17 +300,13 @@ def test_a_fresh_model_of_any_width_finds_all_tokens_about_equally_likely(C, tie
 def test_gains_start_at_one_and_biases_at_zero():
     model = GPT(GPTConfig(attention_bias=True))
     values = {name: p.unique().tolist() for name, p in model.named_parameters() if p.dim() == 1}
-    assert values and all(
-        v == ([0.0] if name.endswith("bias") else [1.0]) for name, v in values.items()
-    )
+    assert values == {name: [0.0 if name.endswith("bias") else 1.0] for name in values} != {}
 
 
 def test_a_fresh_model_learns_one_sequence_by_heart():
     torch.manual_seed(0)
-    model, tokens = (
-        GPT(GPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)),
-        some_tokens(1, 16, 64),
-    )
+    model = GPT(GPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
+    tokens = some_tokens(1, 16, 64)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(100):
         loss = -token_logprobs(model(tokens[:, :-1]), tokens[:, 1:]).mean()
@@ -360,15 +320,8 @@ def test_a_fresh_model_learns_one_sequence_by_heart():
 def test_parameters_are_counted_by_hand(tied, total, in_products):
     # q, o 4x4; k, v 2x4; gate, up, down 3x4: 84. Norms 4 + 4 + 4, of heads 2 + 2: 16. Embedding
     # 5x4: 20
-    shape = {
-        "vocab_size": 5,
-        "hidden_size": 4,
-        "intermediate_size": 3,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 2,
-    }
+    shape = {"vocab_size": 5, "hidden_size": 4, "intermediate_size": 3, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}
     model = GPT(GPTConfig(**shape, tie_word_embeddings=tied))
     assert count_parameters(model) == (total, in_products)
 
@@ -377,3 +330,61 @@ def test_a_model_on_a_cpu_waits_for_no_compiler():
     seen = "import sys, nanollm.gpt; print('torch._inductor' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# --- to sample with ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "dora", "qlora", "adapter", "prefix", "prompt"])
+def test_a_merged_model_computes_the_same_and_is_its_own_merged_model(adapter, random_model):
+    model, tokens = random_model(), some_tokens()
+    if adapter:
+        attach(model, adapter)
+        for p in (p for p in model.parameters() if p.requires_grad):  # as if it had learnt
+            nn.init.normal_(p, std=0.1)
+    merged = model.merged()
+    assert merged is not model and merged.merged() is merged
+    assert_close(merged(tokens), model(tokens), 1e-4)
+
+
+def test_a_merged_model_stays_as_it_was_when_the_model_is_trained_on(random_model):
+    model, tokens = random_model(), some_tokens()
+    model.compute_dtype = torch.bfloat16
+    merged = model.merged()
+    before = merged(tokens)
+    model.model.norm.weight.data += 1
+    assert torch.equal(merged(tokens), before) and not torch.equal(model(tokens), before)
+
+
+class ReLU2(nn.Module):
+    """What somebody puts in the place of MLP: ReLU^2 (So et al. 2021, arXiv:2109.08668)."""
+
+    hidden_act = "relu2"
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.wide = Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.relu(self.wide(x)).square())
+
+
+def test_another_mlp_trains_generates_and_is_exported_and_read_back(
+    tokenizer, tmp_path, monkeypatch
+):
+    for module in (gpt, checkpoint):  # in a fork it stands in gpt.py
+        monkeypatch.setattr(module, "MLP", ReLU2)
+    torch.manual_seed(0)
+    model, tokens = GPT(GPTConfig(**SMALL)), some_tokens(2, 16)
+    optimizer = build_optimizer(model, TrainConfig(lr=0.01, muon_lr=0.05))
+    for _ in range(60):
+        loss = -token_logprobs(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+        loss.backward()
+        optimizer.step(grad_clip=1.0)
+    assert loss < 0.1  # from 5.6
+    prompts = tokens[:, :2].tolist()
+    assert generate(model, prompts, 14, temperature=0).lists() == tokens[:, 2:].tolist()
+    save_model(model, tokenizer, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_act"] == "relu2"
+    assert torch.equal(load_model(tmp_path)[0](tokens), model(tokens))
