@@ -1,12 +1,12 @@
 """Sampling from a GPT: many prompts of different lengths, G samples each, in one batch with a
-static KV cache.
+static KV cache. What a row writes doesn't depend on the rows beside it.
 
 Prompts are padded on the left, so that every row writes its next token into the same slot of the
 cache. The prefill runs once per prompt and is shared by its G samples. On a CPU, rows that are done
 leave the batch; on a GPU a decoding step is recorded once as a CUDA graph and replayed.
 
-Of a model it knows `merged` (a copy to sample with), `hidden`, `head` and `gather_images`. Images
-are read in the prefill, once per prompt; in the cache they are tokens like any.
+Of a model it knows `merged` (a copy to sample with), `hidden`, `head`, `gather_images` and
+`select_rows`. Images are read in the prefill; in the cache they are tokens like any.
 
 N prompts, G samples each, B = N * G rows; P longest prompt, L new tokens, S slots of the cache.
 """
@@ -48,7 +48,7 @@ def keep_top_k(logits, k):
 
 
 def keep_top_p(logits, p):
-    """The smallest set whose probability reaches p stays (Holtzman et al. 2019, arXiv:1904.09751)."""
+    """The fewest whose probability reaches p stay (Holtzman et al. 2019, arXiv:1904.09751)."""
     sorted_logits, order = logits.sort(descending=True)
     probs = sorted_logits.softmax(-1)
     beyond = probs.cumsum(-1) - probs >= p  # what comes before it already reaches p
@@ -77,30 +77,33 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
         logits = keep_top_k(logits, min(top_k, logits.shape[1])) if top_k else logits
         kept = (keep_top_p(logits, top_p) if top_p < 1 else logits).softmax(-1)
     cdf = kept.cumsum(-1, dtype=torch.float64)
-    if u is None:
-        u = torch.rand(len(cdf), dtype=torch.float64, device=cdf.device, generator=generator)
+    u = uniform(len(cdf), cdf.device, generator) if u is None else u
     # the inverse of the CDF at u
     tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+
+
+def uniform(shape, device, generator=None):
+    """Random numbers in [0, 1): float64, for a vocabulary is large."""
+    return torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
 
 
 def check_room(model, prompts, new_tokens, examples=()):
     """Raise UserError where a prompt (list of ids) and new tokens exceed the context. `examples`,
     the prompts' records, let it say which one is the longest.
     """
-    context = model.cfg.max_position_embeddings
-    lengths = [len(prompt) + new_tokens for prompt in prompts]
-    if (longest := max(lengths, default=0)) > context:
-        asked = ""
+    context, lengths = model.cfg.max_position_embeddings, list(map(len, prompts))
+    beyond = sum(length + new_tokens > context for length in lengths)
+    if beyond:
+        longest, asked = max(lengths), ""
         if examples:
             example = examples[lengths.index(longest)]
             turns = example.get("messages") or [{"content": example.get("prompt")}]
             asked = f", {turns[-1]['content'][:40]!r},"
-        beyond = sum(length > context for length in lengths)
         raise UserError(
-            f"{beyond} of {len(prompts)} prompts, the longest of {longest - new_tokens} "
-            f"tokens{asked} and {new_tokens} to write don't fit the model's context of {context}; "
-            "shorten or drop them" + ", or lower --max_new_tokens" * (new_tokens > 1)
+            f"{beyond} of {len(prompts)} prompts, the longest of {longest} tokens{asked} and "
+            f"{new_tokens} to write don't fit the model's context of {context}; shorten or drop "
+            "them" + ", or lower --max_new_tokens" * (new_tokens > 1)
         )
 
 
@@ -128,12 +131,10 @@ class Engine:
         self.pads = self.P - lengths  # (N,)
         self.room = model.cfg.max_position_embeddings - lengths  # (N,) new tokens at most
         dtype = attention_dtype(device, model.compute_dtype)
-        own_size = self.P if samples > 1 else size
-        self.cache = KVCache(model.cfg, len(prompts), own_size, device, dtype)
-        self.never = getattr(model, "image_id", None)  # a placeholder is no word of an answer
-        self.last_logits = self._prefill(images)  # (B, V)
-        if samples > 1:
-            self._spread(samples, size)
+        self.cache = KVCache(model.cfg, len(prompts), self.P, device, dtype)
+        self.never = getattr(model, "image_id", None)  # nobody writes a placeholder
+        self.last_logits = self._prefill(images)  # (N, V)
+        self._spread(samples, size)
         slots = torch.arange(size, device=device)
         seen = (slots >= self.pads[:, None]) & (slots < self.P)  # (B, S)
         self.allowed = seen[:, None, None] if self.cuda or self.pads.any() else None
@@ -145,10 +146,9 @@ class Engine:
         positions = mask = None
         if self.pads.any():
             positions = (slots - self.pads[:, None]).clamp(min=0)
-            causal = slots[:, None] >= slots  # (P, P)
             real = slots >= self.pads[:, None]  # (N, P)
             itself = slots[:, None] == slots  # padding sees itself, or its softmax has no key
-            mask = (causal & real[:, None] | itself)[:, None]
+            mask = ((slots[:, None] >= slots) & real[:, None] | itself)[:, None]
         shown = {} if images is None else {"images": images}
         hidden = self.model.hidden(self.prompts, positions, mask, self.cache, **shown)
         return self._speakable(self.model.head(hidden[:, -1]))
@@ -235,8 +235,8 @@ def generate(
     """Continue each of N prompts (lists of ids) G = `samples` times, until a stop id, the end of
     the context or max_new_tokens; Generated.
 
-    `noise` (B, max_new_tokens), uniform in [0, 1) and float64, takes the place of the generator:
-    what a row draws then depends on its own noise only, not on which rows stand beside it.
+    `noise` (B, max_new_tokens), uniform in [0, 1), takes the place of the generator: each row draws
+    by its own.
     `tools` (tools.Toolbox) answers calls: behind a closed call the result is written into the row,
     token by token, while the other rows go on. `images` holds for each prompt a tensor (n, 3, H, W)
     with those that its placeholders stand for, in order, or what encode_images has made of them,
@@ -245,6 +245,8 @@ def generate(
     shown = model.gather_images(prompts, images)
     engine = Engine(model.merged(), prompts, max_new_tokens, samples, pad_id, shown)
     B, device = len(engine.pads), model.device
+    if noise is None and temperature > 0:
+        noise = uniform((B, max_new_tokens), device, generator)
     tokens = torch.full((B, max_new_tokens), pad_id, device=device)
     mask = torch.zeros((B, max_new_tokens), dtype=torch.bool, device=device)
     own = torch.zeros_like(mask)
@@ -257,7 +259,7 @@ def generate(
     prompt_rows, logits = engine.prompts, engine.last_logits
     for t in range(max_new_tokens):
         u = None if noise is None else noise[rows, t]
-        new, logprob = sample(logits, temperature, top_k, top_p, generator, u)
+        new, logprob = sample(logits, temperature, top_k, top_p, u=u)
         new, chosen = torch.where(alive, new, pad_id), alive
         if results:
             new, chosen = insert_results(new, alive, rows, results)
@@ -293,26 +295,17 @@ def insert_results(new, alive, rows, results):
 
 
 @torch.no_grad()
-def stream(
-    model,
-    prompt,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    stop_ids=(),
-    generator=None,
-    tools=None,
-    images=None,
-):
+def stream(model, prompt, max_new_tokens, stop_ids=(), tools=None, images=None, **sampling):
     """Continue one prompt and yield each id as it is drawn, those of tools' results included; a
-    stop id ends the stream and is not yielded. `images`: (n, 3, H, W), or None.
+    stop id ends the stream and is not yielded. `images`: (n, 3, H, W), or None; sampling: what
+    `sample` takes.
     """
     shown = model.gather_images([prompt], [images])
     engine = Engine(model.merged(), [prompt], max_new_tokens, images=shown)
     logits, written, result = engine.last_logits, [], []
-    for t in range(min(max_new_tokens, int(engine.room))):
-        new, _ = sample(logits, temperature, top_k, top_p, generator)
+    most = min(max_new_tokens, int(engine.room))
+    for t in range(most):
+        new, _ = sample(logits, **sampling)
         if result:
             new[0], result = result[0], result[1:]
         elif int(new) in stop_ids:
@@ -321,7 +314,7 @@ def stream(
             result = tools.respond([*written, tools.call_end])
         written.append(int(new))
         yield int(new)
-        if t + 1 < max_new_tokens and t + 1 < int(engine.room):
+        if t + 1 < most:
             logits = engine.step(new)
 
 
@@ -345,20 +338,18 @@ def sample_completions(
 
     `images`: a tensor (n, 3, H, W) or None for each prompt, in a list or what is indexed like it.
     """
-    model = model.merged()
+    model, G = model.merged(), samples
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    completions = [None] * len(prompts) * samples
-    # drawn in the order of the prompts: what one draws doesn't depend on the others' lengths
-    noise = None
-    if temperature > 0:
-        shape = len(prompts), samples, max_new_tokens
-        noise = torch.rand(shape, dtype=torch.float64, device=model.device, generator=generator)
-    for numbers in batched(order, max(1, batch_size // samples)):
+    completions, noise = [None] * len(prompts) * G, None
+    if temperature > 0:  # for each prompt its own, in whatever batch it runs
+        noise = uniform((len(prompts), G, max_new_tokens), model.device, generator)
+    size = max(1, batch_size // G)  # prompts in a batch
+    for numbers in (order[i : i + size] for i in range(0, len(order), size)):
         out = generate(
             model,
             [prompts[i] for i in numbers],
             max_new_tokens,
-            samples,
+            G,
             temperature=temperature,
             stop_ids=tokenizer.stop_ids,
             pad_id=tokenizer.pad_id,
@@ -367,19 +358,14 @@ def sample_completions(
             **how,
         )
         for row, ids in enumerate(out.lists()):
-            completions[numbers[row // samples] * samples + row % samples] = ids
+            completions[numbers[row // G] * G + row % G] = ids
     return completions
 
 
-def batched(numbers, size):
-    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
-
-
-def complete(model, tokenizer, prompts, max_new_tokens, temperature=0.0, **how):
+def complete(model, tokenizer, prompts, max_new_tokens, **how):
     """As sample_completions, as texts, greedy where nothing else is said."""
-    ids = sample_completions(
-        model, tokenizer, prompts, max_new_tokens, temperature=temperature, **how
-    )
+    how = {"temperature": 0.0} | how
+    ids = sample_completions(model, tokenizer, prompts, max_new_tokens, **how)
     return [as_text(tokenizer, each) for each in ids]
 
 

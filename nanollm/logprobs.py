@@ -1,16 +1,12 @@
-"""Log-probabilities of tokens, their entropy, and means over masks: what lies under nearly every
-loss.
-
-Everything is computed in fp32, whatever the precision of the logits. B batch, T tokens, V
-vocabulary.
+"""Log-probabilities of tokens and their entropy: what lies under nearly every loss, in fp32
+whatever the precision of the logits. B batch, T tokens, V vocabulary.
 """
 
 import torch
 import torch.nn.functional as F
 
 # Logits turned to fp32 at a time: few enough to stay in a CPU's cache, and a 50k vocabulary times a
-# long
-# batch never exists in fp32 on a GPU.
+# long batch never exists in fp32 on a GPU.
 CHUNK = {"cpu": 2**21, "cuda": 2**27}
 
 
@@ -20,9 +16,7 @@ def _row_chunks(logits):
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits)[target], whose backward recomputes the softmax instead of keeping it in
-    memory.
-    """
+    """log softmax(logits)[target]; backward recomputes the softmax, so that it takes no memory."""
 
     @staticmethod
     def forward(ctx, logits, targets):
@@ -48,15 +42,13 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(logits, targets):
-    """log p(target) at every position: logits (..., V) of any precision, targets (...) -> (...) in
-    fp32.
-    """
+    """log p(target) at every position: logits (..., V), targets (...) -> (...) in fp32."""
     V = logits.shape[-1]
     return _TokenLogprobs.apply(logits.reshape(-1, V), targets.reshape(-1)).view(targets.shape)
 
 
 def completion_logprobs(model, rows, temperature=1.0, with_entropy=False):
-    """log p of each completion's tokens: rows a data.Completions of B rows -> (B, T - 1) in fp32.
+    """log p of each completion's tokens: rows batches.Completions -> (B, T - 1) in fp32.
 
     Entry t scores tokens[:, t + 1], and is zero where that is no token of the completion. With
     `with_entropy` also the entropy in nats of the distribution behind each, (B, T - 1). The
@@ -67,8 +59,7 @@ def completion_logprobs(model, rows, temperature=1.0, with_entropy=False):
     if temperature != 1:
         logits = logits / temperature
     never = getattr(getattr(model, "module", model), "image_id", None)  # DDP's module
-    if never is not None:
-        # no -inf, for which p log p of the entropy would be no number
+    if never is not None:  # not -inf, for which p log p of the entropy is NaN
         at = torch.tensor([never], device=logits.device)
         logits = logits.index_fill(1, at, torch.finfo(logits.dtype).min)
     blank = torch.zeros(trained.shape, device=logits.device)
@@ -87,13 +78,6 @@ def batched_logprobs(model, rows, parts, temperature):
         logprobs = completion_logprobs(model, rows[numbers], temperature)
         out[numbers, : logprobs.shape[1]] = logprobs
     return out
-
-
-def masked_mean(x, mask):
-    """Mean of x where mask is True; both (...). A mask without a single True is an error of the
-    caller.
-    """
-    return (x * mask).sum() / mask.sum()
 
 
 def entropy(logits):

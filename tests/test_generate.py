@@ -1,13 +1,22 @@
-"""Sampling: parity with transformers and with our own uncached forward, and the laws of samplers."""
+"""Sampling: parity with transformers and our own uncached forward, and the laws of samplers."""
 
 import math
+import random
 
 import pytest
 import torch
 
 from nanollm import generate as module
 from nanollm.config import UserError
-from nanollm.generate import generate, keep_top_k, keep_top_p, sample, stream
+from nanollm.generate import (
+    complete,
+    generate,
+    keep_top_k,
+    keep_top_p,
+    sample,
+    sample_completions,
+    stream,
+)
 from nanollm.hub import save_model
 from nanollm.logprobs import token_logprobs
 
@@ -47,43 +56,33 @@ def fresh_logprobs(model, out, temperature=1.0):
     return rows
 
 
-# --- greedy ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("shape", SHAPES)
-def test_greedy_equals_an_uncached_loop_for_prompts_of_different_lengths(shape, random_model):
-    model, prompts = random_model(**shape), some_prompts()
-    assert generate(model, prompts, 12, temperature=0).lists() == [
-        slow_greedy(model, p, 12) for p in prompts
-    ]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_greedy_equals_transformers_generate(shape, random_model, tokenizer, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model, prompts = random_model(**shape), some_prompts()
-    save_model(model, tokenizer, tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ours = generate(
-        model, prompts, 12, temperature=0, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id
+def near_fresh(model, out, temperature=1.0):
+    fresh = fresh_logprobs(model, out, temperature)
+    return all(
+        torch.allclose(ours[mask], theirs, atol=1e-4)
+        for ours, mask, theirs in zip(out.logprobs, out.mask, fresh)
     )
-    tokens = theirs.generate(
-        ours.prompts, attention_mask=ours.prompt_mask.long(), max_new_tokens=12
-    )
-    assert torch.equal(ours.tokens, tokens[:, ours.prompts.shape[1] :])
 
 
-def test_a_stop_token_in_greedy_decoding_pads_as_transformers_does(
-    random_model, tokenizer, tmp_path
+# --- greedy --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_equals_an_uncached_loop_and_transformers_generate(
+    shape, random_model, tokenizer, tmp_path
 ):
     transformers = pytest.importorskip("transformers")
-    model, prompts = random_model(), some_prompts()
-    stop = slow_greedy(model, prompts[0], 4)[-1]
+    model, prompts = random_model(**shape), some_prompts()
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ours = generate(model, prompts, 12, temperature=0, stop_ids={stop}, pad_id=tokenizer.pad_id)
-    tokens = theirs.generate(
-        ours.prompts, attention_mask=ours.prompt_mask.long(), max_new_tokens=12, eos_token_id=stop
-    )
-    assert torch.equal(ours.tokens, tokens[:, ours.prompts.shape[1] :])
+    slow = [slow_greedy(model, p, 12) for p in prompts]
+    for stops in (tokenizer.stop_ids, {slow[0][3]}):
+        how = {"stop_ids": stops, "pad_id": tokenizer.pad_id}
+        ours = generate(model, prompts, 12, temperature=0, **how)
+        assert ours.lists() == [slow_greedy(model, p, 12, stops) for p in prompts]
+        how = {"attention_mask": ours.prompt_mask.long(), "eos_token_id": list(stops)}
+        tokens = theirs.generate(ours.prompts, max_new_tokens=12, **how)
+        assert torch.equal(ours.tokens, tokens[:, ours.prompts.shape[1] :])
     assert ours.mask[0].sum() <= 4
 
 
@@ -105,39 +104,25 @@ def test_each_prompt_is_continued_by_its_own_samples(random_model):
     ]
 
 
-def test_the_samples_of_a_prompt_differ(random_model):
-    out = generate(random_model(), [[1, 2]], 8, samples=6, generator=seeded())
-    assert len({tuple(row) for row in out.lists()}) == 6
-
-
-def test_the_same_seed_gives_the_same_samples_and_another_seed_others(random_model):
+def test_samples_differ_by_seed_and_within_a_prompt(random_model):
     def once(seed):
-        return generate(random_model(), some_prompts(), 8, samples=2, generator=seeded(seed)).tokens
+        return generate(random_model(), some_prompts(), 8, samples=6, generator=seeded(seed))
 
-    assert torch.equal(once(1), once(1))
-    assert not torch.equal(once(1), once(2))
+    assert torch.equal(once(1).tokens, once(1).tokens)
+    assert not torch.equal(once(1).tokens, once(2).tokens)
+    assert len({tuple(row) for row in once(1).lists()}) == 24
 
 
 def test_a_row_ends_with_its_stop_token_and_is_padding_after_it(random_model):
     stops = set(range(8))  # 3% of the tokens or so
-    out = generate(
-        random_model(),
-        some_prompts(),
-        40,
-        samples=8,
-        stop_ids=stops,
-        pad_id=257,
-        generator=seeded(),
-    )
-    ended = 0
-    for tokens, mask, logprobs in zip(
-        out.tokens.tolist(), out.mask.tolist(), out.logprobs.tolist()
-    ):
+    how = {"stop_ids": stops, "pad_id": 257, "generator": seeded()}
+    out, ended = generate(random_model(), some_prompts(), 40, samples=8, **how), 0
+    for tokens, mask, logprobs in zip(*(x.tolist() for x in (out.tokens, out.mask, out.logprobs))):
         length = sum(mask)
-        assert mask == [True] * length + [False] * (len(mask) - length)
+        padding = len(mask) - length
+        assert mask == [True] * length + [False] * padding
         assert not stops & set(tokens[: length - 1])
-        assert tokens[length:] == [257] * (len(tokens) - length)
-        assert logprobs[length:] == [0.0] * (len(tokens) - length)
+        assert tokens[length:] == [257] * padding and logprobs[length:] == [0.0] * padding
         ended += tokens[length - 1] in stops
     assert 10 < ended < 32  # some by stop token, some by the limit
 
@@ -150,16 +135,59 @@ def test_decoding_ends_when_all_rows_have(random_model):
     assert out.mask.all()
 
 
-# --- logprobs ----------------------------------------------------------------------------------
+# --- rows don't depend on their neighbours -------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_neighbours_batches_and_padding_change_no_completion(
+    temperature, seed, random_model, tokenizer
+):
+    model, chance = random_model(), random.Random(seed)
+    prompts = some_prompts([chance.randint(1, 40) for _ in range(6)], seed=seed)
+    how = {"temperature": temperature, "samples": 2, "tools": None}
+
+    def sampled(prompts, batch_size=256):
+        how["generator"] = seeded(seed)
+        return sample_completions(model, tokenizer, prompts, 20, batch_size=batch_size, **how)
+
+    wanted = sampled(prompts)
+    assert max(map(len, wanted)) == 20
+    for batch_size in (1, 2, 5, 8):
+        assert sampled(prompts, batch_size) == wanted
+    others = some_prompts([chance.randint(1, 40) for _ in range(3)], seed=seed + 100)
+    assert sampled(prompts[:3] + others)[:6] == wanted[:6]
+    assert sampled([*others, *prompts[3:]])[6:] == wanted[6:]
+
+
+def test_one_long_prompt_shortens_no_other_completion(random_model, tokenizer):
+    model, short = random_model(), some_prompts((3, 5, 4, 6, 2, 3, 7, 4))
+    [long] = some_prompts((61,))  # leaves room for three tokens
+    alone = complete(model, tokenizer, short, 20)
+    assert complete(model, tokenizer, [*short, long], 20)[:8] == alone
+    assert complete(model, tokenizer, [long, *short], 20)[1:] == alone
+    [row] = generate(model, [long], 20, temperature=0).lists()
+    assert row == slow_greedy(model, long, 3)  # until the context is full
+    assert [list(stream(model, long, 20, temperature=0))] == [row]
+
+
+def test_each_order_of_greedy_prompts_gives_the_same(random_model, tokenizer):
+    model, prompts = random_model(), some_prompts((9, 2, 30, 5))
+    texts = complete(model, tokenizer, prompts, 10)
+    assert complete(model, tokenizer, prompts[::-1], 10) == texts[::-1]
+
+
+# --- logprobs ------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_logprobs_are_those_of_a_fresh_forward(samples, temperature, random_model):
-    model = random_model()
-    out = generate(
-        model, some_prompts(), 10, samples=samples, temperature=temperature, generator=seeded()
-    )
-    for ours, mask, fresh in zip(out.logprobs, out.mask, fresh_logprobs(model, out, temperature)):
-        assert torch.allclose(ours[mask], fresh, atol=1e-4)
+    model, how = random_model(), {"samples": samples, "temperature": temperature}
+    out = generate(model, some_prompts(), 10, generator=seeded(), **how)
+    assert near_fresh(model, out, temperature) and not out.logprobs.requires_grad
+    out = generate(model, some_prompts(), 6, top_k=3, top_p=0.8, generator=seeded(), **how)
+    assert near_fresh(model, out, temperature)  # of the full distribution even so
 
 
 def test_logprobs_stay_right_after_finished_rows_have_left_the_batch(random_model, monkeypatch):
@@ -167,20 +195,10 @@ def test_logprobs_stay_right_after_finished_rows_have_left_the_batch(random_mode
     monkeypatch.setattr(
         module.Engine, "keep", lambda self, rows: (batches.append(len(rows)), keep(self, rows))[1]
     )
-    model = random_model()
-    out = generate(
-        model, some_prompts(), 40, samples=8, stop_ids=set(range(30)), generator=seeded(3)
-    )
+    model, how = random_model(), {"samples": 8, "stop_ids": set(range(30))}
+    out = generate(model, some_prompts(), 40, generator=seeded(3), **how)
     assert len(batches) >= 3 and batches == sorted(batches, reverse=True) and batches[0] <= 16
-    for ours, mask, fresh in zip(out.logprobs, out.mask, fresh_logprobs(model, out)):
-        assert torch.allclose(ours[mask], fresh, atol=1e-4)
-
-
-def test_logprobs_are_of_the_full_distribution_even_with_top_k(random_model):
-    model = random_model()
-    out = generate(model, some_prompts(), 6, top_k=3, top_p=0.8, generator=seeded())
-    for ours, fresh in zip(out.logprobs, fresh_logprobs(model, out)):
-        assert torch.allclose(ours, fresh, atol=1e-4)
+    assert near_fresh(model, out)
 
 
 def test_in_bf16_logprobs_are_near_those_of_a_fresh_forward_and_weights_stay_fp32(random_model):
@@ -192,10 +210,6 @@ def test_in_bf16_logprobs_are_near_those_of_a_fresh_forward_and_weights_stay_fp3
         assert (ours - fresh).abs().mean() < 0.05
     for name, p in model.named_parameters():
         assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
-
-
-def test_generating_leaves_no_graph_behind(random_model):
-    assert not generate(random_model(), [[1]], 3).logprobs.requires_grad
 
 
 # --- samplers ----------------------------------------------------------------------------------
@@ -238,10 +252,7 @@ def test_top_p_equals_transformers(p):
         ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares
         ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
         ({"top_p": 0.75}, [0, 4 / 9, 2 / 9, 3 / 9]),
-        (
-            {"top_k": 3, "top_p": 0.7},
-            [0, 4 / 7, 0, 3 / 7],
-        ),  # of 4/9, 3/9, 2/9 the first two reach 0.7
+        ({"top_k": 3, "top_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),  # of 4/9, 3/9, 2/9: two reach 0.7
     ],
 )
 def test_tokens_are_drawn_as_often_as_their_probability_says(settings, probabilities):
@@ -277,38 +288,38 @@ def test_a_token_of_zero_probability_is_never_drawn():
     assert set(sample(logits, generator=seeded())[0].tolist()) == {1, 3}
 
 
-# --- errors ------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    "prompts, new, sentence",
+    "prompts, sentence",
     [
-        ([[1] * 60], 5, "60 tokens and 5 new ones don't fit the model's context of 64"),
-        ([[1], [1] * 65], 1, "65 tokens and 1 new ones"),
-        ([[1, 2], []], 4, "empty prompt"),
+        ([[1], [1] * 64], "1 of 2 prompts, the longest of 64 tokens and 1 to write don't fit"),
+        ([[1] * 70], "the model's context of 64; shorten or drop them"),
+        ([[1, 2], []], "give at least one token as a prompt"),
     ],
 )
-def test_a_prompt_that_does_not_fit_is_the_users_error(prompts, new, sentence, random_model):
+def test_a_prompt_that_does_not_fit_is_the_users_error(prompts, sentence, random_model):
     with pytest.raises(UserError, match=sentence) as error:
-        generate(random_model(), prompts, new)
+        generate(random_model(), prompts, 4)
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError):
+        list(stream(random_model(), prompts[-1], 4))
 
 
-def test_prompt_and_answer_may_fill_the_context_exactly(random_model):
-    model = random_model()
-    prompts = some_prompts((60, 12))
-    assert generate(model, prompts, 4, temperature=0).lists() == [
-        slow_greedy(model, p, 4) for p in prompts
-    ]
+def test_the_longest_prompt_is_named_by_its_record(random_model):
+    records = [{"messages": [{"content": text}]} for text in ("Why?", "Remember this list.")]
+    with pytest.raises(UserError, match="'Remember this list.', and 9 .* lower --max_new_tokens"):
+        module.check_room(random_model(), [[1], [1] * 60], 9, records)
 
 
 # --- stream ------------------------------------------------------------------------------------
 def test_stream_yields_what_generate_returns(random_model):
     model, prompt = random_model(), some_prompts()[0]
-    assert (
-        list(stream(model, prompt, 10, temperature=0))
-        == generate(model, [prompt], 10, temperature=0).lists()[0]
-    )
-    streamed = list(stream(model, prompt, 10, temperature=0.9, generator=seeded()))
-    assert streamed == generate(model, [prompt], 10, temperature=0.9, generator=seeded()).lists()[0]
+    for temperature in (0, 0.9):
+        [row] = generate(model, [prompt], 10, 1, temperature, generator=seeded()).lists()
+        how = {"temperature": temperature, "generator": seeded()}
+        assert list(stream(model, prompt, 10, **how)) == row
 
 
 def test_stream_ends_before_the_stop_token(random_model):
@@ -316,8 +327,3 @@ def test_stream_ends_before_the_stop_token(random_model):
     tokens = slow_greedy(model, prompt, 10)
     until = tokens.index(tokens[6])
     assert list(stream(model, prompt, 10, temperature=0, stop_ids={tokens[6]})) == tokens[:until]
-
-
-def test_stream_refuses_a_prompt_that_does_not_fit(random_model):
-    with pytest.raises(UserError, match="context of 64"):
-        list(stream(random_model(), [1] * 60, 5))
