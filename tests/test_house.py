@@ -1,5 +1,5 @@
-"""The house itself: imports go down only, text needs no image code, settings are read, and functions
-that several scripts show in full are the same.
+"""The house itself: imports go down only, text needs no image code, settings are read, functions
+that several scripts show in full are the same, and text is UTF-8 everywhere.
 """
 
 import ast
@@ -94,3 +94,15 @@ def test_functions_that_several_scripts_show_in_full_are_the_same():
                 key = node.name, ast.unparse(node.args)
                 shown.setdefault(key, set()).add(ast.get_source_segment(SOURCES[script], node))
     assert [key for key, sources in shown.items() if len(sources) > 1] == []
+
+
+def test_every_text_file_is_opened_as_utf8():
+    for module, source in SOURCES.items():
+        for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+            binary = any(getattr(each, "value", None) in ("rb", "wb", "r+b") for each in call.args)
+            method, function = getattr(call.func, "attr", ""), getattr(call.func, "id", "")
+            if method in ("read_text", "write_text") or function == "open" and not binary:
+                said = [
+                    keyword.value.value for keyword in call.keywords if keyword.arg == "encoding"
+                ]
+                assert said in (["utf-8"], ["utf-8-sig"]), f"{module}, line {call.lineno}"
