@@ -1,4 +1,4 @@
-"""From prompts to sampled completions, for PPO and GRPO: how a problem is put, and rows to train on.
+"""From prompts to sampled completions, for PPO and GRPO: how a problem is put, rows to train on.
 
     TEMPLATES, prompt_of    a problem as the ids that a completion follows
     draw_noise              what a batch is sampled with, the same for any number of processes
