@@ -66,6 +66,7 @@ from nanollm.peft.adapters import reference, start_adapter
 from nanollm.preferences import (
     change_table,
     completion_rows,
+    gold_effects,
     in_batches,
     judge,
     load_preferences,
@@ -407,15 +408,10 @@ def evaluate(cfg, model, tokenizer, ref, val, examples, ref_golds=None):
 def finish(rt, run, before, after):
     """Print what the preferences have changed, and keep it in result.json."""
     rt.print(change_table(before, after))
+    name = "held-out pairs whose chosen completion gained more"
+    effects = [effect(name, None, after["val_accuracy"], "share")]
     if "gold" in after:
-        name = "better than the completion of the model before, by gold"
-        effects = [
-            effect("gold score of sampled completions", before["gold"], after["gold"]),
-            effect(name, before["win_rate"], after["win_rate"], "share"),
-        ]
-    else:
-        name = "held-out pairs whose chosen completion gained more"
-        effects = [effect(name, None, after["val_accuracy"], "share")]
+        effects = gold_effects(before, after)
     run.write_result(effects, before=before, after=after)
     rt.close()
 

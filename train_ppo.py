@@ -69,6 +69,7 @@ from nanollm.peft.adapters import reference, start_adapter
 from nanollm.plot import line_chart
 from nanollm.preferences import (
     change_table,
+    gold_effects,
     judge,
     load_scorer,
     prompt_ids,
@@ -313,17 +314,13 @@ def sample_rollout(cfg, actor, ref, reward_model, tokenizer, gold, examples, noi
     """Sample completions of the prompts with this noise (B, max_new_tokens), and score them."""
     prompts = prompt_ids(examples, tokenizer)
     sampled = sample_rows(cfg, actor.policy, tokenizer, examples, prompts, noise)
-    rows, device = sampled.rows, noise.device
+    rows, said, golds = sampled.rows, [*zip(sampled.examples, sampled.texts)], None
     if cfg.reward == "rules":
-        rewards = torch.tensor(
-            list(map(reft_reward, sampled.examples, sampled.texts)), device=device
-        )
+        rewards = torch.tensor([reft_reward(*each) for each in said], device=noise.device)
     else:
         rewards = scores(reward_model, rows)
-    golds = None
     if gold is not None:
-        golds = [gold(*each)["gold"] for each in zip(sampled.examples, sampled.texts)]
-        golds = torch.tensor(golds, device=device)
+        golds = torch.tensor([gold(*each)["gold"] for each in said], device=noise.device)
     (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)
     return Rollout(
         rows,
@@ -486,11 +483,7 @@ def finish(cfg, rt, run, before, after):
     """Print what the rewards have changed, and keep it in result.json."""
     rt.print(change_table(before, after))
     if "gold" in after:
-        name = "better than the completion of the model before, by gold"
-        effects = [
-            effect("gold score of sampled completions", before["gold"], after["gold"]),
-            effect(name, before["win_rate"], after["win_rate"], "share"),
-        ]
+        effects = gold_effects(before, after)
         if rt.main:
             atomic_write(run.folder / "reward_over_kl.svg", over_optimisation_chart(cfg, run))
     elif cfg.reward == "rules":

@@ -248,6 +248,7 @@ def main(cfg):
     train, val = open_rankings(records, cfg, tokenizer), HeldOut(val_records, tokenizer)
     rt.print(f"{len(train)} rankings of {len(train.rows)} completions; held out: {len(val.rows)}")
     own = own_samples(ref, tokenizer, records[:256], cfg.seed, rt)
+    del ref  # all that it has to say is said
 
     share = rt.share(cfg.batch_size)
     run = Run(cfg, rt)

@@ -18,6 +18,7 @@ from nanollm.generate import as_text, batched, sample_completions
 from nanollm.hub import load_scalar
 from nanollm.logprobs import completion_logprobs
 from nanollm.metrics import table
+from nanollm.run import effect
 
 CACHE = Path("data/cache")
 K = 4  # completions of each prompt that the village's annotators rank
@@ -229,6 +230,15 @@ def change_table(before, after):
     """Text table of held-out metrics before and after training."""
     lines = [[name, f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in before]
     return table(["held-out", "before", "after"], lines)
+
+
+def gold_effects(before, after):
+    """The effects of a policy's training, where completions have a gold score."""
+    name = "better than the completion of the model before, by gold"
+    return [
+        effect("gold score of sampled completions", before["gold"], after["gold"]),
+        effect(name, before["win_rate"], after["win_rate"], "share"),
+    ]
 
 
 def win_rate(golds, others):
