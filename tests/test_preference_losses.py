@@ -219,8 +219,8 @@ def test_orpo_equals_trls_odds_ratio_beside_the_likelihood():
     close(our_loss(settings("orpo"), logps), -c - theirs)
 
 
-def test_kto_equals_trl():
-    logps, (policy_kl, ref_kl) = four_logps(), -10 * torch.rand(2, 2 * P)
+def test_kto_and_its_kl_equal_trl(monkeypatch):
+    logps, (ref_kl, policy_kl) = four_logps(), (-10 * torch.rand(2, 2 * P)).sort(0)[0]
     per_token = torch.zeros(2 * P, 4)
     per_token[:, -1] = torch.cat([logps[0], logps[1]])
     model = MagicMock(return_value=MagicMock(log_probs=per_token))
@@ -245,7 +245,10 @@ def test_kto_equals_trl():
     }
     theirs = KTOTrainer._compute_loss(me, model, inputs, return_outputs=False)
     cfg = settings("kto", beta=0.1, desirable_weight=1.3, undesirable_weight=0.7)
-    kl = max(0.0, (policy_kl - ref_kl).mean().item())
+    rows = pad_completions([[]] * 2 * P, [[i] for i in range(2 * P)], pad_id=0)
+    monkeypatch.setattr(train_dpo, "summed_logps", lambda _, rows: policy_kl[rows.tokens[:, 0]])
+    index = torch.arange(2 * P).view(P, 2)
+    kl = train_dpo.mean_kl(None, train_dpo.Pairs(rows, index, None, rows, ref_kl), "cpu")
     close(our_loss(cfg, logps, kl).mean() / 2, theirs)
 
 
@@ -383,37 +386,18 @@ def some_rows():
     return pad_completions([p for p, _ in draw], [r for _, r in draw], pad_id=0)
 
 
-@torch.no_grad()
-def test_padding_and_company_change_no_score_and_no_logprob(random_model):
+def test_neither_padding_nor_company_nor_order_change_scores_and_logprobs(random_model):
     policy, reward_model, rows = random_model(), scalar_model(), some_rows()
-    wanted = completion_logprobs(policy, rows).sum(1), scores(reward_model, rows)
-    alone = [rows[torch.tensor([i])] for i in range(len(rows))]
-    close(torch.cat([completion_logprobs(policy, row).sum(1) for row in alone]), wanted[0])
-    close(torch.cat([scores(reward_model, row) for row in alone]), wanted[1])
-    left = moved_left(rows)
-    close(completion_logprobs(policy, left).sum(1), wanted[0])
-    close(scores(reward_model, left), wanted[1])
+    order = torch.tensor([2, 0, 3, 1])
 
+    @torch.no_grad()
+    def of(rows):
+        return torch.stack([completion_logprobs(policy, rows).sum(1), scores(reward_model, rows)])
 
-@torch.no_grad()
-def test_padding_and_order_change_neither_the_dpo_nor_the_ppo_loss(random_model):
-    policy, rows, order = random_model(), some_rows(), torch.tensor([2, 0, 3, 1])
-
-    def losses(rows):
-        logprobs = completion_logprobs(policy, rows)
-        chosen, rejected = logprobs.sum(1).sort().values.chunk(2)
-        mask, total = rows.mask[:, 1:], torch.zeros(())
-        for row, m in zip(logprobs, mask):  # an advantage per token, whatever its column
-            A = torch.linspace(-1, 1, int(m.sum()))
-            total += train_ppo.policy_loss(row[m], row[m] - 0.3 * A, A, 0.2).sum()
-        zeros = torch.zeros(2, len(chosen))
-        logps = train_dpo.Logps(chosen, rejected, *zeros, *zeros)
-        return train_dpo.sigmoid_loss(logps, settings("sigmoid")).mean(), total / mask.sum()
-
-    wanted = losses(rows)
-    for other in (rows[order], moved_left(rows), moved_left(rows[order])):
-        for got, want in zip(losses(other), wanted):
-            close(got, want)
+    alone = [of(rows[torch.tensor([i])]) for i in range(len(rows))]
+    close(torch.cat(alone, 1), of(rows))
+    close(of(moved_left(rows)), of(rows))
+    close(of(moved_left(rows[order])), of(rows)[:, order])
 
 
 def test_entropy_comes_with_the_logprobs_and_where_nothing_is_said_both_are_zero(random_model):
