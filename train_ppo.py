@@ -6,21 +6,36 @@
     value loss = 0.5 mean max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2),  G = A + V_old
     beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)              1909.08593
 
-Advantages are whitened over the batch. A completion without its end token gets a fixed penalty instead
-of its score. The score comes from a reward model, or from rules on the text (ReFT, 2401.08967).
-The critic is a copy of the reward model, a value head on the policy (shared), or none: then the
-baseline is the mean over the prompt's other samples, or over the batch where a prompt has one.
-The KL term is k1 inside the reward, where the policy gradient makes it the reverse KL's.
+Advantages are whitened over the batch. A completion without its end token gets a fixed reward
+(--truncation_reward) instead of its score. The score comes from a reward model, or from rules on
+the text (ReFT, 2401.08967). The critic is a copy of the reward model, a value head on the policy
+(shared), or none: then the baseline is the mean over the prompt's other samples, or over the batch
+where a prompt has one. The KL term is k1 inside the reward, where the policy gradient makes it the
+reverse KL's.
 
 Run     python train_ppo.py
         python train_ppo.py --kl_coef 0 --kl_target 0 --lr 1e-3 --steps 60 --out runs/too_far
-        python train_ppo.py --preset reft --out runs/reft           # from runs/cot, rule rewards
+        python train_ppo.py --preset reft                           # from runs/cot, rule rewards
 Needs   runs/sft and runs/rm                       (python train_sft.py && python train_rm.py)
-Expect  see README.md: gold score on held-out prompts, with the KL that it cost. The second command
-        goes too far on purpose: the learned reward goes on rising while the gold falls
+Expect  gold score 0.67 -> 0.96 on held-out prompts, at a KL of 6 nats (README.md). The second
+        command goes too far on purpose: the learned reward goes on rising while the gold falls
+Watch   reward      mean score, rises; the gold, where there is one, must rise with it, or the
+                    policy has found the reward model's errors (reward_over_kl.svg)
+        kl          nats per completion to the reference, is held near kl_target by kl_coef (beta);
+                    running away: lower the learning rate, raise --kl_coef
+        entropy     nats per token; near 0: nothing is explored any more
+        length, ended    tokens of a completion, and the share that ends its turn: near 1
+        explained_variance   of the returns by the critic: rises towards 1; below 0 for long: the
+                    critic doesn't learn, raise --value_coef or --lr
+        policy_loss near 0, since advantages have mean 0; value_loss falls
+        clip_fraction, approximate_kl   share of tokens beyond the clip range, and how far the
+                    update has gone (k3): below 0.2 and 0.05; above: lower --lr, fewer --epochs
+        grad_norm   below 10; spikes: lower --lr
+        val_...     the same of sampled completions to held-out prompts; win_rate over the reference
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -28,24 +43,49 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from nanollm.batches import Sampler, last_true
-from nanollm.config import UserError, cli
+from data import village
+from data.village.preferences import gold_of
+from nanollm.batches import Completions, Sampler, last_true
+from nanollm.checkpoint import read_json
+from nanollm.config import (
+    AdapterConfig,
+    NotNegative,
+    OpenShare,
+    Positive,
+    Share,
+    TrainConfig,
+    UserError,
+    Whole,
+    atomic_write,
+    cli,
+)
+from nanollm.formats import read_prompts
 from nanollm.generate import check_room
 from nanollm.gpt import Linear
-from nanollm.hub import load_model, load_scalar
+from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.logprobs import completion_logprobs
-from nanollm.optim import build_optimizers
+from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import reference, start_adapter
-from nanollm.ppo_runs import evaluate, finish, load_prompts, rollout_figures
-from nanollm.preferences import judge, load_scorer, prompt_ids, scores
-from nanollm.rewards import reft_reward
-from nanollm.rollouts import Answers, draw_noise, sample_answers
-from nanollm.run import Run, check_folders
+from nanollm.plot import line_chart
+from nanollm.preferences import (
+    change_table,
+    gold_effects,
+    judge,
+    load_scorer,
+    prompt_ids,
+    sample_text,
+    scores,
+    train_and_held_out,
+    win_rate,
+)
+from nanollm.rewards import accuracy, reft_reward
+from nanollm.rollouts import draw_noise, sample_rows
+from nanollm.run import Run, check_folders, effect, read_metrics
 from nanollm.runtime import start
 
 
 @dataclass
-class Config:
+class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; reft: problems, rewarded by rules;
     # gpu: the gpu preset of pretraining
     preset: str = "tiny"
@@ -53,85 +93,82 @@ class Config:
     init: str = "runs/sft"  # run folder or model folder to start from; also the reference
     # village: its prompts; problems: its problems; or JSONL of prompts, preferences or problems
     data: str = "village"
-    val_fraction: float = 0.05  # share of --data that is held out
-    prompts: int = 3000  # use at most this many of the prompts
+    val_fraction: OpenShare = 0.05  # share of --data that is held out
+    prompts: Whole[1] = 3000  # use at most this many of the prompts
     # -- Reward
     reward: Literal["model", "rules"] = "model"  # model: --reward_model; rules: the answer's check
     reward_model: str = "runs/rm"  # run folder of train_rm.py
-    truncation_reward: float = (
-        -6.0
-    )  # the score of a completion that doesn't end within --max_new_tokens
+    truncation_reward: float = -6.0  # of a completion that doesn't end within --max_new_tokens
     # separate: a copy of the reward model; shared: a value head on the policy; none: no critic
     critic: Literal["separate", "shared", "none"] = "separate"
     # -- KL to the reference
-    kl_coef: float = 0.1  # beta at the start
-    kl_target: float = 6.0  # nats per completion that beta is steered to; 0: beta stays as it is
-    kl_horizon: float = 2000.0  # how slowly: completions
+    kl_coef: NotNegative = 0.1  # beta at the start
+    kl_target: NotNegative = 6.0  # nats per completion to steer beta to; 0: beta stays as it is
+    kl_horizon: Positive = 2000.0  # how slowly: completions
     # -- PPO
-    batch_size: int = 64  # prompts per update, over all processes
-    samples: int = 1  # completions per prompt
-    max_new_tokens: int = 64  # longest completion
-    temperature: float = 1.0  # of sampling and of training
-    epochs: int = 2  # passes over the batch per update
-    minibatches: int = 2  # optimizer steps per pass
-    clip_range: float = 0.2  # eps of the policy
-    value_clip: float = 0.2  # eps of the value
-    value_coef: float = 0.1  # weight of the value loss
-    gamma: float = 1.0  # discount
-    lam: float = 0.95  # lambda of GAE
-    # -- Adapter
-    # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
-    # prompt (nanollm/peft/adapters.py); default: all weights are trained
-    adapter: str | None = None
-    rank: int = 16  # r of lora, dora and qlora; width of a bottleneck adapter
-    alpha: float = 32.0  # lora, dora, qlora: what they learn counts alpha / r
+    samples: Whole[1] = 1  # completions per prompt
+    max_new_tokens: Whole[1] = 64  # longest completion
+    temperature: Positive = 1.0  # of sampling and of training
+    epochs: Whole[1] = 2  # passes over the batch per update
+    minibatches: Whole[1] = 2  # optimizer steps per pass
+    clip_range: Positive = 0.2  # eps of the policy
+    value_clip: Positive = 0.2  # eps of the value
+    value_coef: NotNegative = 0.1  # weight of the value loss
+    gamma: Share = 1.0  # discount
+    lam: Share = 0.95  # lambda of GAE
     # -- Training
-    out: str = "runs/ppo"  # run folder to write
+    out: str = "runs/ppo"
     steps: int = 30  # updates, each with a batch of new completions
-    lr: float = 3e-4  # learning rate of AdamW
-    warmup: int = 5  # updates of linear warm-up
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-    eval_every: int = 10  # updates between evaluations, each followed by a checkpoint
-    eval_prompts: int = 200  # held-out prompts that are answered at every evaluation
-    # -- Machine
-    seed: int = 0  # of the sampling and the order of the prompts
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    # precision of the layers; weights stay fp32
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    # recompute activations in backward: less memory, a third more time
-    checkpoint_activations: bool = False
-    resume: bool = False  # continue the run in --out from its last checkpoint
+    batch_size: int = 64  # prompts per update, over all processes
+    accumulate: int = 1  # parts that a process splits a minibatch into, to save memory
+    optimizer: str = "adamw"
+    lr: float = 3e-4
+    muon_lr: float = 1e-3
+    schedule: str = "constant"
+    warmup: int = 5
+    eval_every: int = 10
+    eval_prompts: Whole[1] = 200  # held-out prompts that are answered at every evaluation
 
 
 PRESETS = {
-    "smoke": {
-        "steps": 4,
-        "batch_size": 8,
-        "max_new_tokens": 16,
-        "eval_every": 2,
-        "eval_prompts": 20,
-    },
-    "tiny": {},
-    "reft": {
-        "init": "runs/cot",
-        "data": "problems",
-        "prompts": 9000,
-        "reward": "rules",
-        "critic": "shared",
-        "truncation_reward": 0.0,
-        "kl_coef": 0.01,
-        "kl_target": 0.0,
-        "batch_size": 256,
-        "max_new_tokens": 112,
-        "epochs": 1,
-        "steps": 25,
-        "out": "runs/reft",
-    },
-    "gpu": {"batch_size": 512, "steps": 200, "minibatches": 8, "lr": 1e-5},
+    "smoke": dict(steps=4, batch_size=8, max_new_tokens=16, eval_every=2, eval_prompts=20),
+    "reft": dict(
+        init="runs/cot",
+        data="problems",
+        prompts=9000,
+        reward="rules",
+        critic="shared",
+        truncation_reward=0.0,
+        kl_coef=0.01,
+        kl_target=0.0,
+        batch_size=256,
+        max_new_tokens=112,
+        epochs=1,
+        steps=25,
+        out="runs/reft",
+    ),
+    "gpu": dict(batch_size=512, steps=200, minibatches=8, lr=1e-5),
 }
 
 
-# --- algorithm: B completions, T tokens; entry t of (B, T - 1) belongs to tokens[:, t + 1] -----------
+# --- data ----------------------------------------------------------------------------------------
+
+
+def load_prompts(cfg):
+    """(training prompts, held-out prompts). UserError where rules have no answer to check."""
+    if cfg.data in ("village", "problems"):
+        name = "prompts" if cfg.data == "village" else "problems"
+        folder = village.of_run(cfg.init)
+        train, val = (read_prompts(folder / f"{name}_{s}.jsonl") for s in ("train", "test"))
+        train = train[: cfg.prompts]
+    else:
+        train, val = train_and_held_out(read_prompts(cfg.data)[: cfg.prompts], cfg)
+    if cfg.reward == "rules" and not all("answer" in example for example in train + val):
+        raise UserError(f'--reward rules needs an "answer" in every record of {cfg.data}')
+    return train, val
+
+
+# --- algorithm: B completions, T tokens; entry t of (B, T - 1) belongs to tokens[:, t + 1] --------
 
 
 def token_rewards(logprobs, ref_logprobs, scores, mask, beta):
@@ -143,7 +180,8 @@ def token_rewards(logprobs, ref_logprobs, scores, mask, beta):
 def gae(rewards, values, mask, gamma, lam):
     """(advantages, returns), (B, T - 1) each: generalised advantage estimation.
 
-    V after the end is 0. The tokens of a completion follow one another; outside of the mask both are 0.
+    V after the end is 0. The tokens of a completion follow one another; outside of the mask both
+    are 0.
     """
     advantages = torch.zeros_like(rewards)
     A = V_next = torch.zeros(len(rewards), device=rewards.device)
@@ -155,18 +193,20 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, (advantages + values) * mask
 
 
-def baseline_advantages(rewards, mask, samples):
-    """Without a critic: the return from each token on, less the mean return of the other completions.
+def baseline_advantages(rewards, mask, samples, total=lambda value: value):
+    """Without a critic: the return from each token on, less the mean return of the others.
 
-    The others are the prompt's `samples` - 1 further ones, or all of the batch where samples is 1
-    (leave-one-out baseline; Ahmadian et al. 2024, arXiv:2402.14740).
+    The others are the prompt's `samples` - 1 further completions, or all of the batch where samples
+    is 1 (leave-one-out baseline; Ahmadian et al. 2024, arXiv:2402.14740).
     """
     to_go = (rewards * mask).flip(1).cumsum(1).flip(1)
-    total = (rewards * mask).sum(1)
-    groups = total.view(-1, samples) if samples > 1 else total[None]
-    G = groups.shape[1]
-    others = (groups.sum(1, keepdim=True) - groups) / max(1, G - 1)
-    return (to_go - others.reshape(-1, 1)) * mask
+    own = (rewards * mask).sum(1)
+    if samples > 1:
+        sums, n = own.view(-1, samples).sum(1).repeat_interleave(samples), samples
+    else:
+        sums, n = total(own.sum().item()), total(len(own))
+    others = (sums - own) / max(1, n - 1)
+    return (to_go - others[:, None]) * mask
 
 
 def whiten(x, mask, total=lambda value: value):
@@ -202,9 +242,6 @@ class AdaptiveKL:
             self.coef *= 1 + error * n / self.horizon
 
 
-# --- policy and critic ---------------------------------------------------------------------------
-
-
 class ActorCritic(nn.Module):
     """Policy and critic in one module, so that one data-parallel wrapper holds both."""
 
@@ -216,8 +253,8 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.weight)
 
     def forward(self, rows, temperature, with_entropy=False):
-        """(what completion_logprobs gives, values or None): (B, T - 1) each."""
-        policy, values = self.policy, None
+        """(what completion_logprobs gives, values, 0 without a critic): (B, T - 1) each."""
+        policy, values = self.policy, torch.zeros(rows.mask[:, 1:].shape, device=rows.mask.device)
         if self.value_head is not None:
             hidden = policy.hidden(*rows.inputs())
             policy, values = _HeadOnly(policy, hidden), self.value_head(hidden.float())[:, :-1, 0]
@@ -241,165 +278,237 @@ class _HeadOnly:
 
 @dataclass
 class Rollout:
-    """Completions and all that an update needs to know of them; (B, T - 1) where nothing is said."""
+    """Sampled completions and what an update needs to know; (B, T - 1) where nothing is said."""
 
-    answers: Answers
+    rows: Completions
+    ended: torch.Tensor  # (B,) bool
     scores: torch.Tensor  # (B,) as trained on
+    golds: torch.Tensor | None  # (B,) to look at; nothing is trained on them
     logprobs: torch.Tensor  # of the policy that sampled
-    ref_logprobs: torch.Tensor
-    values: torch.Tensor  # of the critic then; zeros without one
     entropy: torch.Tensor
+    values: torch.Tensor  # of the critic then
+    ref_logprobs: torch.Tensor
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, numbers):
+        """These completions, without columns that are padding in all of them."""
+        rows, *rest = vars(self).values()
+        rows = rows[numbers]
+        width = rows.mask.shape[1] - 1
+        rest = [
+            x if x is None else x[numbers, :width] if x.dim() == 2 else x[numbers] for x in rest
+        ]
+        return Rollout(rows, *rest)
 
     @property
     def mask(self):
-        return self.answers.rows.mask[:, 1:]
-
-    @property
-    def kl(self):
-        """Nats per completion, (B,)."""
-        return ((self.logprobs - self.ref_logprobs) * self.mask).sum(1)
-
-
-def rewards_of(reward_model, answers):
-    """The reward of each completion, (B,): a model's at the last token, or by rules on the text."""
-    if reward_model is not None:
-        return scores(reward_model, answers.rows)
-    rewards = list(map(reft_reward, answers.examples, answers.texts))
-    return torch.tensor(rewards, device=answers.ended.device)
+        return self.rows.mask[:, 1:]
 
 
 @torch.no_grad()
-def sample_rollout(cfg, actor, ref, reward_model, tokenizer, examples, noise):
-    """Sample completions to the items with this noise (B, max_new_tokens), score them, look back."""
+def sample_rollout(cfg, actor, ref, reward_model, tokenizer, gold, examples, noise):
+    """Sample completions of the prompts with this noise (B, max_new_tokens), and score them."""
     prompts = prompt_ids(examples, tokenizer)
-    answers = sample_answers(cfg, actor.policy, tokenizer, examples, prompts, noise)
-    rows = answers.rows
+    sampled = sample_rows(cfg, actor.policy, tokenizer, examples, prompts, noise)
+    rows, said, golds = sampled.rows, [*zip(sampled.examples, sampled.texts)], None
+    if cfg.reward == "rules":
+        rewards = torch.tensor([reft_reward(*each) for each in said], device=noise.device)
+    else:
+        rewards = scores(reward_model, rows)
+    if gold is not None:
+        golds = torch.tensor([gold(*each)["gold"] for each in said], device=noise.device)
     (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)
     return Rollout(
-        answers,
-        torch.where(answers.ended, rewards_of(reward_model, answers), cfg.truncation_reward),
+        rows,
+        sampled.ended,
+        torch.where(sampled.ended, rewards, cfg.truncation_reward),
+        golds,
         logprobs,
-        completion_logprobs(ref, rows, cfg.temperature),
-        torch.zeros_like(logprobs) if values is None else values * rows.mask[:, 1:],
         entropy,
+        values * rows.mask[:, 1:],
+        completion_logprobs(ref, rows, cfg.temperature),
     )
-
-
-def advantages_of(cfg, rollout, beta, total):
-    """(whitened advantages, returns), (B, T - 1)."""
-    mask = rollout.mask
-    rewards = token_rewards(rollout.logprobs, rollout.ref_logprobs, rollout.scores, mask, beta)
-    if cfg.critic == "none":
-        advantages = baseline_advantages(rewards, mask, cfg.samples)
-        returns = torch.zeros_like(advantages)
-    else:
-        advantages, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam)
-    return whiten(advantages, mask, total), returns
 
 
 # --- training ------------------------------------------------------------------------------------
 
 
-def update(cfg, rt, ddp_model, model, optimizers, scaler, rollout, advantages, returns):
-    """Epochs of minibatches over one batch of completions; returns means of what was seen."""
-    seen = {}
-    B = len(rollout.scores)
-    for _ in range(cfg.epochs):
-        for numbers in torch.randperm(B).chunk(cfg.minibatches):
-            numbers = numbers.to(rt.device)
-            rows = rollout.answers.rows[numbers]
-            width = rows.mask.shape[1] - 1  # rows() leaves out columns of padding, all on the right
-            mask, old, A, G, V_old = (
-                x[numbers][:, :width]
-                for x in (rollout.mask, rollout.logprobs, advantages, returns, rollout.values)
-            )
-            count = rt.sum(mask.sum().item())
-            logprobs, values = ddp_model(rows, cfg.temperature)
-            loss = (policy_loss(logprobs, old, A, cfg.clip_range) * mask).sum() / count
-            errors = 0.0
-            if values is not None:
-                errors = (value_loss(values, V_old, G, cfg.value_clip) * mask).sum() / count
-            scaler.scale((loss + cfg.value_coef * errors) * rt.world).backward()
-            optimizers.unscale(scaler)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-            optimizers.step(scaler)
-            optimizers.zero_grad()
-            with torch.no_grad():
-                log_rho = (logprobs - old)[mask]
-                part = {
-                    "policy_loss": loss.item(),
-                    "value_loss": float(errors),
-                    "clip_fraction": (log_rho.exp() - 1).abs().gt(cfg.clip_range).float().mean(),
-                    "approximate_kl": (log_rho.exp() - 1 - log_rho).mean(),  # k3, Schulman
-                    "grad_norm": norm.item(),
-                }
-            for name, value in part.items():
-                seen.setdefault(name, []).append(float(value))
-    return {name: sum(values) / len(values) for name, values in seen.items()}
-
-
 def main(cfg):
-    if cfg.temperature == 0:
-        raise UserError(
-            "--temperature 0 samples one completion only, with nothing to explore; use 1"
-        )
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    check_folders(cfg.init, cfg.out)
-    if cfg.reward == "model":
-        check_folders(cfg.reward_model, cfg.out)
+    check_folders(cfg.out, cfg.init, cfg.reward_model if cfg.reward == "model" else None)
     policy, tokenizer = load_model(cfg.init)
     start_adapter(policy, cfg, rt)
-    ref, reward_model, critic = reference(policy), None, None
+    ref = rt.prepare(reference(policy), train=False)
+    reward_model = critic = None
     if cfg.reward == "model":
         reward_model = load_scorer(cfg.reward_model, tokenizer, cfg.init, rt)
     train, val = load_prompts(cfg)
-    prompts = prompt_ids(train + val, tokenizer)
-    check_room(policy, prompts, cfg.max_new_tokens, train + val)
+    check_room(policy, prompt_ids(train + val, tokenizer), cfg.max_new_tokens, train + val)
     if cfg.critic == "separate":
         critic = load_scalar(cfg.reward_model if cfg.reward == "model" else cfg.init)[0]
         start_adapter(critic, cfg, rt)
-        critic.compute_dtype = rt.dtype
 
     share = rt.share(cfg.batch_size)
-    run = Run(cfg, rt, cfg.steps)
+    run = Run(cfg, rt)
     model = ActorCritic(policy, critic, cfg.critic == "shared")
-    policy.model.checkpoint_activations = cfg.checkpoint_activations
-    policy.compute_dtype = rt.dtype
-    ddp_model = rt.prepare(model)
-    rt.prepare(ref, train=False)
-    optimizers = build_optimizers(
-        model, "adamw", lr=cfg.lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-5
-    )
-    sampler = Sampler(len(train), cfg.seed)
+    ddp_model = rt.prepare(model, cfg.compile)
+    for each in filter(None, (policy, critic)):
+        each.compute_dtype = rt.dtype
+        each.model.checkpoint_activations = cfg.checkpoint_activations
+    optimizer = build_optimizer(model, cfg, rt.scaler, eps=1e-5)
+    schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train), cfg.seed)
     control = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
-    scaler, trained = rt.scaler(), [model, optimizers, [sampler]]
-    saved = run.restore(*trained, scaler)
+    gold, examples = gold_of(train + val), val[: cfg.eval_prompts]
+    measure = partial(evaluate, cfg, run, policy, tokenizer, ref, reward_model, gold, examples)
+    saved = run.restore(model, optimizer, sampler)
     control.coef = saved.get("kl_coef", control.coef)
-    examples = val[: cfg.eval_prompts]
-    ref_golds = judge(ref, tokenizer, examples, None, None, cfg.max_new_tokens, seed=cfg.seed)[2]
-    measure = partial(evaluate, cfg, run, policy, tokenizer, ref, reward_model, examples, ref_golds)
-    before = saved.get("before") or measure()
-    after = saved.get("after", before)
+    if not saved:
+        before, golds = measure()
+        saved = {"before": before, "golds": golds, "after": before}
 
     while run.step < cfg.steps:
-        optimizers.schedule(min(1.0, (run.step + 1) / max(1, cfg.warmup)))
-        chosen = [train[i] for i in sampler.take(cfg.batch_size)[share]]
+        prompts = [train[i] for i in sampler.take(cfg.batch_size)[share]]
         noise = draw_noise(cfg, rt)
-        rollout = sample_rollout(cfg, model, ref, reward_model, tokenizer, chosen, noise)
-        advantages, returns = advantages_of(cfg, rollout, control.coef, rt.sum)
-        seen = update(cfg, rt, ddp_model, model, optimizers, scaler, rollout, advantages, returns)
-        run.check_finite(seen["policy_loss"] + seen["value_loss"])
-        figures = rollout_figures(cfg, rt, rollout, returns)
-        control.update(figures["kl"], cfg.batch_size * cfg.samples)
-        run.advance()
+        rollout = sample_rollout(cfg, model, ref, reward_model, tokenizer, gold, prompts, noise)
+        estimate_advantages(cfg, rollout, control.coef, rt.sum)
+        stats, sums = rollout_stats(cfg, rollout, rt.sum), Counter()
+        factor = schedule(run.step, cfg.steps, cfg.warmup)
+        for _ in range(cfg.epochs):
+            for numbers in torch.randperm(len(rollout)).chunk(cfg.minibatches):
+                minibatch = rollout[numbers]
+                num_tokens = rt.sum(minibatch.mask.sum())
+                for part in rt.micro_batches(minibatch, cfg.accumulate, ddp_model):
+                    logprobs, values = ddp_model(part.rows, cfg.temperature)
+                    loss = policy_loss(logprobs, part.logprobs, part.advantages, cfg.clip_range)
+                    error = value_loss(values, part.values, part.returns, cfg.value_clip)
+                    total = loss + cfg.value_coef * error
+                    rt.backward((total * part.mask).sum() / num_tokens)
+                    sums.update(update_stats(cfg, part, logprobs, loss, error))
+                grad_norm = optimizer.step(factor, cfg.grad_clip)
+        num_tokens = stats["length"] * cfg.batch_size * cfg.samples
+        stats |= {name: rt.sum(x) / num_tokens / cfg.epochs for name, x in sums.items()}
+        control.update(stats["kl"], cfg.batch_size * cfg.samples)
+        stats |= {"grad_norm": grad_norm, "kl_coef": control.coef}
+        run.advance(num_tokens, every=1, show=("reward", "kl"), **stats)
 
-        tokens = figures["length"] * cfg.batch_size * cfg.samples
-        run.log(tokens, show=("reward", "kl"), **figures, **seen, kl_coef=control.coef)
-        if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
-            after = measure()
-            run.export(policy, tokenizer)
-            run.checkpoint(*trained, scaler, kl_coef=control.coef, before=before, after=after)
-    finish(cfg, rt, run, before, after)
+        if run.due(cfg.eval_every):
+            saved["after"], _ = measure(saved["golds"])
+            run.export(save_model, policy, tokenizer)
+            run.checkpoint(**saved | {"kl_coef": control.coef})
+    curves = ("reward", "val_accuracy") if cfg.reward == "rules" else ("reward", "gold", "kl")
+    run.close(*curves, x_label="update", y_label="per completion")
+    finish(cfg, rt, run, saved["before"], saved["after"])
+
+
+def estimate_advantages(cfg, rollout, beta, total):
+    """Set the rollout's whitened advantages and returns; `total` sums a number over processes."""
+    mask = rollout.mask
+    rewards = token_rewards(rollout.logprobs, rollout.ref_logprobs, rollout.scores, mask, beta)
+    if cfg.critic == "none":
+        advantages = baseline_advantages(rewards, mask, cfg.samples, total)
+        rollout.returns = torch.zeros_like(advantages)
+    else:
+        advantages, rollout.returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam)
+    rollout.advantages = whiten(advantages, mask, total)
+
+
+def rollout_stats(cfg, rollout, total):
+    """Means over a batch of completions, of all processes. What is added here is logged, and drawn
+    where run.close names it.
+    """
+    mask = rollout.mask
+    per_completion = {
+        "reward": rollout.scores,
+        "kl": ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1),
+        "length": mask.sum(1),
+        "ended": rollout.ended,
+    }
+    if rollout.golds is not None:
+        per_completion["gold"] = rollout.golds
+    n, num_tokens = total(len(rollout)), total(mask.sum().item())
+    stats = {name: total(values.sum().item()) / n for name, values in per_completion.items()}
+    stats["entropy"] = total((rollout.entropy * mask).sum().item()) / num_tokens
+    if cfg.critic != "none":
+        stats["explained_variance"] = explained_variance(
+            rollout.values, rollout.returns, mask, total
+        )
+    return stats
+
+
+def explained_variance(values, returns, mask, total=lambda value: value):
+    """1 - var(G - V) / var(G) over real tokens: 1 for a perfect critic, 0 for a constant."""
+
+    def variance(x):
+        n = total(mask.sum().item())
+        mean = total((x * mask).sum().item()) / n
+        return total((((x - mean) * mask) ** 2).sum().item()) / n
+
+    return 1 - variance(returns - values) / max(variance(returns), 1e-8)
+
+
+@torch.no_grad()
+def update_stats(cfg, part, logprobs, loss, error):
+    """Sums over the tokens of a part of a minibatch."""
+    log_rho = logprobs - part.logprobs
+    per_token = {
+        "policy_loss": loss,
+        "value_loss": error,
+        "clip_fraction": (log_rho.exp() - 1).abs() > cfg.clip_range,
+        "approximate_kl": log_rho.exp() - 1 - log_rho,  # k3 (Schulman 2020)
+    }
+    return {name: (values * part.mask).sum().item() for name, values in per_token.items()}
+
+
+def evaluate(cfg, run, policy, tokenizer, ref, reward_model, gold, examples, ref_golds=None):
+    """(what sampled completions to held-out prompts are worth, the gold of each); logs them."""
+    stats, texts, golds = judge(
+        policy, tokenizer, examples, ref, reward_model, gold, cfg.max_new_tokens, seed=cfg.seed
+    )
+    if cfg.reward == "rules":
+        stats["reward"] = sum(map(reft_reward, examples, texts)) / len(examples)
+        stats["accuracy"] = sum(map(accuracy, examples, texts)) / len(examples)
+    if golds is not None:
+        stats["win_rate"] = win_rate(golds, ref_golds or golds)
+    shown = ("val_reward", "val_gold", "val_accuracy", "val_kl")
+    run.evaluated(shown, **{f"val_{name}": value for name, value in stats.items()})
+    run.write_sample(sample_text(examples, texts))
+    return stats, golds
+
+
+def finish(cfg, rt, run, before, after):
+    """Print what the rewards have changed, and keep it in result.json."""
+    rt.print(change_table(before, after))
+    if "gold" in after:
+        effects = gold_effects(before, after)
+        if rt.main:
+            atomic_write(run.folder / "reward_over_kl.svg", over_optimisation_chart(cfg, run))
+    elif cfg.reward == "rules":
+        name = "right answers to held-out problems, sampled"
+        effects = [effect(name, before["accuracy"], after["accuracy"], "share")]
+    else:
+        effects = [effect("reward of sampled completions", before["reward"], after["reward"])]
+    run.write_result(effects, before=before, after=after)
+    rt.close()
+
+
+def over_optimisation_chart(cfg, run):
+    """Learned reward and gold over the KL that they cost: where they part, the policy has learnt
+    the reward model's errors (Gao et al. 2022, arXiv:2210.10760).
+    """
+    records = [m for m in read_metrics(run.folder) if "val_kl" in m and "val_gold" in m]
+    a, b = 0.0, 1.0
+    if cfg.reward == "model":
+        a, b = read_json(f"{cfg.reward_model}/result.json").get("gold_line", (a, b))
+    series = {
+        "learned reward": [(m["val_kl"], a + b * m["val_reward"]) for m in records],
+        "gold": [(m["val_kl"], m["val_gold"]) for m in records],
+    }
+    title, x = "Held-out prompts: reward over KL", "KL to the reference, nats per completion"
+    return line_chart(series, title, x, "on the gold's scale")
 
 
 if __name__ == "__main__":

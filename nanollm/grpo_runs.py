@@ -15,7 +15,7 @@ from nanollm.config import UserError
 from nanollm.formats import read_prompts, split_documents
 from nanollm.generate import as_text, check_room, sample_completions
 from nanollm.metrics import first_of_each_task, metrics_table, sample_by_task, sampled_metrics
-from nanollm.rollouts import prompt_of, sample_answers
+from nanollm.rollouts import prompt_of, sample_rows
 from nanollm.tools import Toolbox, check_knowledge
 
 
@@ -111,9 +111,9 @@ class Sampling:
         return policy.encode_images(images.to(policy.device)).split([len(own) for own in paths])
 
     def answers(self, policy, examples, noise):
-        """rollouts.Answers to train on, with this noise (B, max_new_tokens)."""
+        """rollouts.SampledRows to train on, with this noise (B, max_new_tokens)."""
         prompts, seen = list(map(self.ask, examples)), self.look(policy, examples)
-        return sample_answers(
+        return sample_rows(
             self.cfg, policy, self.tokenizer, examples, prompts, noise, self.tools, seen
         )
 

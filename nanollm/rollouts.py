@@ -1,4 +1,11 @@
-"""What PPO and GRPO do alike: sample answers, as rows to train on. B = N G, G = cfg.samples."""
+"""From prompts to sampled completions, for PPO and GRPO: how a problem is put, rows to train on.
+
+    TEMPLATES, prompt_of    a problem as the ids that a completion follows
+    draw_noise              what a batch is sampled with, the same for any number of processes
+    sample_rows             SampledRows: G completions of each prompt
+
+N prompts, G = cfg.samples completions each, B = N G rows.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,32 +18,32 @@ from nanollm.generate import as_text, generate
 
 
 @dataclass
-class Answers:
-    """G answers to each of N items; row n G + g is answer g to item n."""
+class SampledRows:
+    """G completions of each of N prompts; row n G + g is completion g of prompt n."""
 
-    examples: list  # B records: each item G times
+    examples: list  # B records: each example G times
     rows: Completions  # their mask leaves out what tools have written
     texts: list
-    lengths: list  # tokens of each answer, what tools have written included
+    lengths: list  # tokens of each completion, what tools have written included
     ended: torch.Tensor  # (B,) bool: the last token is one that stops
 
     def each(self):
-        """(item, text, length, ended) of every answer."""
+        """(example, text, length, ended) of every completion."""
         return zip(self.examples, self.texts, self.lengths, self.ended.tolist())
 
 
 def draw_noise(cfg, rt):
     """What this process samples the next batch with, (B, max_new_tokens). Every process draws for
-    all of them, so that answers don't depend on how many there are.
+    all of them, so that completions don't depend on how many there are.
     """
     noise = torch.rand(cfg.batch_size, cfg.samples, cfg.max_new_tokens, dtype=torch.float64)
     return noise[rt.share(cfg.batch_size)].flatten(0, 1).to(rt.device)
 
 
-def sample_answers(cfg, policy, tokenizer, examples, prompts, noise, tools=None, images=None):
-    """Sample G Answers to each item with this noise, on the policy's device.
+def sample_rows(cfg, policy, tokenizer, examples, prompts, noise, tools=None, images=None):
+    """Sample G completions of each prompt with this noise: SampledRows on the policy's device.
 
-    prompts: each item's list of ids; images: what each item shows, as generate takes it, or None.
+    prompts: each example's list of ids; images: what each shows, as generate takes it, or None.
     """
     out = generate(
         policy,
@@ -58,11 +65,10 @@ def sample_answers(cfg, policy, tokenizer, examples, prompts, noise, tools=None,
     device = out.tokens.device
     ended = torch.tensor([ids[-1] in tokenizer.stop_ids for ids in completions], device=device)
     texts = [as_text(tokenizer, ids) for ids in completions]
-    return Answers(examples, rows.to(device), texts, list(map(len, completions)), ended)
+    return SampledRows(examples, rows.to(device), texts, list(map(len, completions)), ended)
 
 
 # --- how a problem is put -------------------------------------------------------------------------
-
 
 EXAMPLE = "What is 2 + 3? 2 + 3 = 5."
 DESCRIPTION = (
@@ -78,15 +84,15 @@ def chat_prompt(example, tokenizer):
 
 def zero_prompt(example, tokenizer):
     """For a base model, which follows examples instead of instructions: a question thought through,
-    then the problem. Without tags: no text has shown them to our base model, so that it would never
-    close one.
+    then the problem. Without tags, which no text has shown to our base model: it would never close
+    one.
     """
     text = f"{EXAMPLE} {example['messages'][-1]['content']}"
     return [tokenizer.eot_id, *tokenizer.encode(text)]
 
 
 def think_prompt(example, tokenizer):
-    """For a base model that has read much of the internet: as DeepSeek-R1-Zero's template
+    """For a base model that has read much of the internet: as in DeepSeek-R1-Zero's template
     (2501.12948, table 1), the thought and its tags are described, and rewarded by `think_format`.
     """
     question = f"User: {example['messages'][-1]['content']}\nAssistant:"
@@ -97,9 +103,9 @@ TEMPLATES = {"chat": chat_prompt, "zero": zero_prompt, "think": think_prompt}
 
 
 def prompt_of(example, model, tokenizer, template="chat"):
-    """The ids that the answer to a problem or a test example follows. One without "messages", a cloze
-    item, is plain text to go on with; one with images is a chat, and `model` says how many ids a
-    image takes.
+    """The ids that the completion of a problem or a test example follows. A cloze example, without
+    "messages", is plain text to go on with; one with images is a chat, and `model` says how many
+    ids an image takes.
     """
     if "messages" not in example:
         return [tokenizer.eot_id, *tokenizer.encode(example["prompt"])]

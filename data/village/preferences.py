@@ -1,14 +1,15 @@
-"""Preferences with a known truth: prompts, composed replies, the gold score, and the annotators.
+"""Preferences with a known truth: prompts, composed completions, the gold score, and annotators.
 
-The gold score says how good a reply is; only the annotators know it, and they waver:
+The gold score says how good a completion is. Only the annotators know it, and they waver; it is
+reported beside learned rewards, and nothing is ever trained on it:
 
     gold = 0.5 correct + 0.3 polite + 0.2 concise        correct, concise in 0..1, polite in -1..1
 
-An annotator ranks K replies by Plackett and Luce's model: i comes first with a probability
-proportional to exp(gold_i / temperature), then the next of the others, and so on. Of two replies
-i is then preferred to j with probability sigmoid((gold_i - gold_j) / temperature), which is what
-the Bradley-Terry loss of a reward model assumes. The temperature follows from the stated rate at
-which pairs are to be ranked against their gold.
+An annotator ranks K completions by Plackett and Luce's model: i comes first with a probability
+proportional to exp(gold_i / temperature), then the next of the others, and so on. Of two
+completions i is then preferred to j with probability sigmoid((gold_i - gold_j) / temperature),
+which is what the Bradley-Terry loss of a reward model assumes. The temperature follows from the
+stated rate at which pairs are to be ranked against their gold.
 """
 
 import math
@@ -23,51 +24,54 @@ from nanollm.rewards import check_answer
 
 WEIGHTS = {"correct": 0.5, "polite": 0.3, "concise": 0.2}
 BEST_GOLD = sum(WEIGHTS.values())
-FAMILIES = {"fact": 0.55, "two_hop": 0.15, "unknown": 0.18, "multi_turn": 0.12}
-DISAGREEMENT = 0.15  # of the pairs, against the gold
-RATINGS = 7  # the scale on which annotators also rate each reply
+SHARES = {"fact": 0.55, "two_hop": 0.15, "unknown": 0.18, "multi_turn": 0.12}
+RATINGS = 7  # the scale on which annotators also rate each completion
 
 
 def gold_parts(example, completion):
-    """{"correct", "polite", "concise"} of a reply; `item` as preference_prompts makes it."""
-    return {
+    """{"gold": what a completion is worth, at most 1, "correct", "polite", "concise"}; `example` as
+    preference_prompts makes it.
+    """
+    parts = {
         "correct": float(check_answer(example, completion)),
         "polite": politeness(completion),
         "concise": conciseness(completion, example["reference"]),
     }
+    return {"gold": sum(WEIGHTS[name] * part for name, part in parts.items()), **parts}
 
 
-def gold_score(example, completion):
-    """What a reply to a prompt is worth, at most 1."""
-    return sum(WEIGHTS[name] * part for name, part in gold_parts(example, completion).items())
+def gold_of(examples):
+    """gold_parts where these are the village's prompts, None where they have no gold."""
+    known = all({"reference", "answer", "check"} <= example.keys() for example in examples)
+    return gold_parts if known else None
 
 
 def preference_prompts(world, split, n_examples, seed=0):
-    """Prompts {"messages", "reference", "family", "answer", "check", ...}, no question twice.
+    """Prompts {"messages", "reference", "task", "answer", "check", ...}, no question twice.
 
     `reference` is the plain answer. The splits are those of the instructions: wordings, operands
-    and combinations of "test" are in no training item.
+    and combinations of "test" are in no training example.
     """
     rng = random.Random(f"preferences-{split}-{world.seed}-{seed}")
 
     def make(task):
         turns, check = MAKERS[task](world, split, rng)
-        if check["check"] == "exact":  # its wording isn't free: no manners to prefer
+        if check["check"] == "exact":  # its wording isn't free: no style to prefer
             return None
         messages = as_example(task, turns, check, split)["messages"]
         if split != "test":  # there the answer is left out already
             messages = messages[:-1]
         return {"messages": messages, "reference": turns[-1], "task": task, **check}
 
-    sizes = {task: round(share * n_examples) for task, share in FAMILIES.items()}
+    sizes = {task: round(share * n_examples) for task, share in SHARES.items()}
     return distinct_examples(sizes, make, rng)
 
 
-# --- composed replies --------------------------------------------------------
+# --- composed completions -------------------------------------------------------------------------
 
 
 def wrong_completion(example, rng):
-    """A reply like the reference that says something false."""
+    """A completion like the reference that says something false."""
     reference, answer = example["reference"], example["answer"]
     value = rng.choice(example["not"])
     if example["check"] == "unknown":
@@ -82,7 +86,7 @@ def wrong_completion(example, rng):
 
 
 def composed_completion(example, rng):
-    """A reply that is right or wrong, in any manner: what the model may not say by itself."""
+    """A completion, right or wrong, in any style: what the model may not say by itself."""
     if rng.random() < 0.5:
         return with_manner(
             example["reference"], rng.choice(("courteous", "courteous", *MANNERS)), rng
@@ -92,22 +96,20 @@ def composed_completion(example, rng):
     )
 
 
-# --- annotators --------------------------------------------------------------
+# --- annotators -----------------------------------------------------------------------------------
 
 
 def disagreement(golds, temperature):
     """Share of the pairs of unequal gold that annotators are expected to rank against it.
 
-    golds: per prompt, the gold scores of its replies.
+    golds: per prompt, the gold scores of its completions.
     """
     gaps = [abs(a - b) for row in golds for i, a in enumerate(row) for b in row[:i] if a != b]
     return sum(1 / (1 + math.exp(gap / temperature)) for gap in gaps) / len(gaps)
 
 
-def temperature_for(golds, rate=DISAGREEMENT):
+def temperature_for(golds, rate):
     """The temperature at which annotators disagree with the gold at this rate, by bisection."""
-    if not 0 < rate < 0.5:
-        raise ValueError(f"a rate of disagreement lies between 0 and 0.5, got {rate}")
     low, high = 1e-3, 1e3
     for _ in range(60):
         middle = math.sqrt(low * high)
@@ -116,7 +118,7 @@ def temperature_for(golds, rate=DISAGREEMENT):
 
 
 def annotate(golds, temperature, rng):
-    """One annotator's view of K replies: (order, best first; a rating from 1 to 7 of each reply).
+    """One annotator's view of K completions: (order, best first; a rating from 1 to 7 of each).
 
     Ranking by gold / temperature plus Gumbel noise is drawing from Plackett and Luce's model.
     """
@@ -124,3 +126,28 @@ def annotate(golds, temperature, rng):
     order = sorted(range(len(golds)), key=lambda i: -views[i])
     ratings = [1 + round((RATINGS - 1) * min(1.0, max(0.0, view / BEST_GOLD))) for view in views]
     return order, ratings
+
+
+def rank_completions(prompts, completions, K, rate, seed):
+    """Rankings {"ranking", "ratings", "gold", ...} of K completions of each prompt, of which up to
+    K - 1 are the model's own (a list of texts per prompt), the others composed. The annotators
+    disagree with the gold at `rate`.
+    """
+    rng, candidates = random.Random(f"rankings-{seed}"), []
+    for prompt, own in zip(prompts, completions):
+        texts = list(dict.fromkeys(text.strip() for text in own if text.strip()))[: K - 1]
+        while len(texts) < K:
+            composed = composed_completion(prompt, rng)
+            if composed not in texts:
+                texts.append(composed)
+        candidates.append(texts)
+    golds = [
+        [gold_parts(prompt, text)["gold"] for text in texts]
+        for prompt, texts in zip(prompts, candidates)
+    ]
+    temperature, rankings = temperature_for(golds, rate), []
+    for prompt, texts, gold in zip(prompts, candidates, golds):
+        order, ratings = annotate(gold, temperature, rng)
+        ranked = {"ranking": texts, "ratings": ratings, "gold": [round(g, 4) for g in gold]}
+        rankings.append(prompt | {name: [v[i] for i in order] for name, v in ranked.items()})
+    return rankings
