@@ -495,28 +495,12 @@ def main(cfg):
     if not saved:
         before = measure(cfg.eval_samples)
         saved = {"before": before, "after": before}
-    variant = VARIANTS[cfg.loss]
-    clip = [own if x is None else x for x, own in zip((cfg.clip_low, cfg.clip_high), variant.clip)]
 
     while run.step < cfg.steps:
         rollout, stats = sample_batch(cfg, rt, prompts, train, sampler)
-        order = rollout.rows.real.sum(1).argsort()  # short completions beside short ones
-        prepare(cfg, rt, ddp_model, ref, rollout, order.chunk(cfg.accumulate))
-        rollout = rollout[order]
-        sizes = Sizes(rt.sum(len(rollout)), rt.sum(rollout.mask.sum()), cfg.max_new_tokens)
-        factor, sums = schedule(run.step, cfg.steps, cfg.warmup), Counter()
-        for _ in range(cfg.inner_updates):
-            for part in rt.micro_batches(rollout, cfg.accumulate, ddp_model):
-                logprobs, penalty = completion_logprobs(ddp_model, part.rows, cfg.temperature), 0.0
-                old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
-                if cfg.kl_coef and not variant.kl_in_reward:
-                    penalty = cfg.kl_coef * kl_k3(logprobs, part.ref_logprobs)
-                loss = variant.loss(logprobs, old, part.advantages, part.mask, sizes, clip, penalty)
-                sums["loss"] += rt.backward(loss).item()
-                sums.update(update_stats(cfg, part, logprobs.detach(), old, sizes, clip))
-            sums["grad_norm"] += optimizer.step(factor, cfg.grad_clip) / rt.world
-        stats |= {name: rt.sum(value) / cfg.inner_updates for name, value in sums.items()}
-        run.advance(sizes.num_tokens, every=1, show=("reward", "accuracy"), **stats)
+        factor = schedule(run.step, cfg.steps, cfg.warmup)
+        stats |= update(cfg, rt, ddp_model, ref, optimizer, rollout, factor)
+        run.advance(stats.pop("tokens"), every=1, show=("reward", "accuracy"), **stats)
 
         if run.due(cfg.eval_every):
             saved["after"] = measure(cfg.eval_samples if run.step == cfg.steps else 1)
@@ -526,15 +510,37 @@ def main(cfg):
     finish(rt, run, saved["before"], saved["after"])
 
 
+def update(cfg, rt, ddp_model, ref, optimizer, rollout, factor=1.0):
+    """The inner updates on one batch of completions; returns stats, means over all processes."""
+    variant, order = VARIANTS[cfg.loss], rollout.rows.real.sum(1).argsort()
+    clip = [own if x is None else x for x, own in zip((cfg.clip_low, cfg.clip_high), variant.clip)]
+    set_logprobs(cfg, ddp_model, ref, rollout, order.chunk(cfg.accumulate))
+    rollout.advantages = estimate_advantages(cfg, rollout, rt.sum)
+    rollout, sums = rollout[order], Counter()  # short completions beside short ones
+    sizes = Sizes(rt.sum(len(rollout)), rt.sum(rollout.mask.sum()), cfg.max_new_tokens)
+    for _ in range(cfg.inner_updates):
+        for part in rt.micro_batches(rollout, cfg.accumulate, ddp_model):
+            logprobs = completion_logprobs(ddp_model, part.rows, cfg.temperature)
+            old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
+            penalty = 0.0
+            if ref is not None and not variant.kl_in_reward:
+                penalty = cfg.kl_coef * kl_k3(logprobs, part.ref_logprobs)
+            loss = variant.loss(logprobs, old, part.advantages, part.mask, sizes, clip, penalty)
+            sums["loss"] += rt.backward(loss).item()
+            sums.update(update_stats(cfg, part, logprobs.detach(), old, sizes, clip))
+        sums["grad_norm"] += optimizer.step(factor, cfg.grad_clip) / rt.world
+    stats = {name: rt.sum(value) / cfg.inner_updates for name, value in sums.items()}
+    return stats | {"tokens": sizes.num_tokens * cfg.inner_updates}
+
+
 @torch.no_grad()
-def prepare(cfg, rt, ddp_model, ref, rollout, parts):
-    """Set the rollout's logprobs before the update, where they are needed, and its advantages."""
+def set_logprobs(cfg, ddp_model, ref, rollout, parts):
+    """Set the logprobs of all completions before the update, where they are needed beforehand."""
     if ref is not None:
         rollout.ref_logprobs = batched_logprobs(ref, rollout.rows, parts, cfg.temperature)
     kl_in_reward = VARIANTS[cfg.loss].kl_in_reward and ref is not None
-    if kl_in_reward or cfg.inner_updates > 1:  # with one update the first pass gives them: rho = 1
+    if kl_in_reward or cfg.inner_updates > 1:  # with one update its own pass gives them: rho = 1
         rollout.old_logprobs = batched_logprobs(ddp_model, rollout.rows, parts, cfg.temperature)
-    rollout.advantages = estimate_advantages(cfg, rollout, rt.sum)
 
 
 def update_stats(cfg, part, logprobs, old, sizes, clip):
