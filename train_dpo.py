@@ -302,16 +302,30 @@ def mean_kl(model, pairs, device, total=float):
     return max(0.0, kl)
 
 
-def pair_stats(logps, losses, beta):
-    """Sums over these pairs. The implicit rewards are beta (log pi - log ref); log pi itself is
-    shown beside them, since that of the chosen completions may fall, too.
+def implicit_rewards(logps, cfg):
+    """beta (log pi - log ref) of chosen and of rejected completions; of a loss without a reference
+    beta log pi per token (SimPO, eq. 3).
     """
+    if cfg.loss in WITHOUT_REFERENCE:
+        chosen = logps.policy_chosen_logps / logps.chosen_lengths
+        rejected = logps.policy_rejected_logps / logps.rejected_lengths
+    else:
+        chosen, rejected = logps.chosen_logratios, logps.rejected_logratios
+    return cfg.beta * chosen, cfg.beta * rejected
+
+
+@torch.no_grad()
+def pair_stats(logps, losses, cfg):
+    """Sums over these pairs. log pi itself is shown beside the implicit rewards, since that of the
+    chosen completions may fall, too.
+    """
+    chosen, rejected = implicit_rewards(logps, cfg)
     values = {
         "loss": losses,
-        "reward_chosen": beta * logps.chosen_logratios,
-        "reward_rejected": beta * logps.rejected_logratios,
-        "margin": beta * logps.delta,
-        "accuracy": logps.delta > 0,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+        "margin": chosen - rejected,
+        "accuracy": chosen > rejected,
         "logp_chosen": logps.policy_chosen_logps,
         "logp_rejected": logps.policy_rejected_logps,
     }
@@ -356,7 +370,7 @@ def main(cfg):
             logps = logps_of(ddp_model, part, rt.device, kl)
             losses = LOSSES[cfg.loss](logps, cfg) + cfg.nll_coef * nll(logps)
             rt.backward(losses.sum() / cfg.batch_size)
-            sums.update(pair_stats(logps, losses, cfg.beta))
+            sums.update(pair_stats(logps, losses, cfg))
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
         means = {name: rt.sum(total) / cfg.batch_size for name, total in sums.items()}
         run.advance(num_tokens, show=("loss", "accuracy"), grad_norm=grad_norm, **means)
@@ -385,7 +399,7 @@ def evaluate(cfg, model, tokenizer, ref, val, examples, ref_golds=None):
     for numbers in torch.arange(len(val)).split(128):
         logps = logps_of(model, val[numbers], model.device, kl)
         losses = LOSSES[cfg.loss](logps, cfg) + cfg.nll_coef * nll(logps)
-        sums.update(pair_stats(logps, losses, cfg.beta))
+        sums.update(pair_stats(logps, losses, cfg))
     means = {f"val_{name}": total / len(val) for name, total in sums.items()}
     return means | metrics, texts, golds
 

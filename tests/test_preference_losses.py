@@ -1,6 +1,5 @@
 """Losses and estimators of reward model, DPO and PPO, beside trl and beside slow, obvious loops."""
 
-import dataclasses
 import math
 import random
 from collections import defaultdict
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import SMALL, randomise
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -23,21 +23,22 @@ import train_rm
 from data.village.preferences import (
     annotate,
     composed_completion,
-    gold_score,
+    gold_parts,
     preference_prompts,
+    rank_completions,
     temperature_for,
     wrong_completion,
 )
 from data.village.tasks import instructions, user_turns
 from data.village.world import build_world
+from nanollm import preferences
 from nanollm.batches import Completions, pad_completions
-from nanollm.gpt import GPT, GPTConfig, ScalarGPT
+from nanollm.gpt import GPTConfig, ScalarGPT
 from nanollm.hub import load_scalar, save_model
 from nanollm.logprobs import completion_logprobs
-from nanollm.ppo_runs import explained_variance
-from nanollm.preferences import gap_closed, scores, win_rate
+from nanollm.preferences import completion_rows, pair_index, sample_together, scores, win_rate
 from nanollm.rewards import check_answer, reft_reward
-from nanollm.tokenizer import Tokenizer
+from nanollm.runtime import Runtime
 
 LOG2 = math.log(2)
 
@@ -76,7 +77,9 @@ def test_bradley_terry_margin_and_centering_equal_trl(margin):
     me = trainer(args=SimpleNamespace(center_rewards_coefficient=0.01))
     theirs = RewardTrainer.compute_loss(me, model, inputs)
     ours = train_rm.bradley_terry_loss(chosen, rejected, m if margin else 0.0)
-    close(ours + 0.01 * train_rm.centering_loss(chosen, rejected), theirs)
+    rewards = torch.stack([chosen, rejected], 1)
+    centering = train_rm.centering_loss(rewards, torch.ones(7, 2, dtype=torch.bool))
+    close((ours + 0.01 * centering).mean(), theirs)
 
 
 def test_ranking_loss_equals_a_loop_over_pairs_and_for_two_completions_bradley_terry():
@@ -86,7 +89,7 @@ def test_ranking_loss_equals_a_loop_over_pairs_and_for_two_completions_bradley_t
         pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
         close(loss, -sum(F.logsigmoid(row[i] - row[j]) for i, j in pairs) / len(pairs))
     two = train_rm.ranking_loss(rewards[:, :2], torch.ones(5, 2, dtype=torch.bool))
-    close(two.mean(), train_rm.bradley_terry_loss(rewards[:, 0], rewards[:, 1]))
+    close(two, train_rm.bradley_terry_loss(rewards[:, 0], rewards[:, 1]))
 
 
 def test_calibration_error_of_a_coin_called_certain_is_a_half():
@@ -95,36 +98,23 @@ def test_calibration_error_of_a_coin_called_certain_is_a_half():
     assert train_rm.calibration_error(torch.full((100,), 0.5), happened) == pytest.approx(0.0)
 
 
-def test_pair_figures_count_by_annotators_and_by_gold():
-    figures = train_rm.pair_figures(torch.tensor([2.0, 1.0, 3.0]), torch.tensor([3]), [[1, 0, 0.5]])
-    assert figures["accuracy"] == pytest.approx(1 / 3)  # of 2 > 1, 2 > 3, 1 > 3 the first
-    assert figures["gold_accuracy"] == pytest.approx(2 / 3)  # 0 > 1, 0 > 2, 2 > 1: 2 > 1, 3 > 1
-    assert figures["annotators_accuracy"] == pytest.approx(2 / 3)
+def test_pair_metrics_count_by_annotators_and_by_gold():
+    rewards, golds = torch.tensor([2.0, 1.0, 3.0]), torch.tensor([1, 0, 0.5])
+    metrics = train_rm.pair_metrics(rewards, pair_index(torch.tensor([[0, 1, 2]])), golds)
+    assert metrics["accuracy"] == pytest.approx(1 / 3)  # of 2 > 1, 2 > 3, 1 > 3 the first
+    assert metrics["gold_accuracy"] == pytest.approx(2 / 3)  # 0 > 1, 0 > 2, 2 > 1: 2 > 1, 3 > 1
+    assert metrics["annotators_accuracy"] == pytest.approx(2 / 3)
 
 
-def tiny(kind, **changes):
-    cfg = GPTConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=32,
-        **changes,
-    )
-    model = kind(cfg)
-    for p in model.parameters():
-        p.data.normal_(std=0.3)
-    return model.eval()
+def scalar_model(**changes):
+    return randomise(ScalarGPT(GPTConfig(**SMALL | changes))).eval()
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_rewards_are_read_where_transformers_reads_them_and_survive_a_folder(qk_norm, tmp_path):
-    tokenizer = Tokenizer.from_bytes()
-    cfg = tiny(ScalarGPT, qk_norm=qk_norm).cfg
-    model = ScalarGPT(dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size))
+def test_rewards_are_read_where_transformers_reads_them_and_survive_a_folder(
+    qk_norm, tokenizer, tmp_path
+):
+    model = scalar_model(qk_norm=qk_norm)
     model.shift = 0.75
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -141,6 +131,25 @@ def test_the_last_real_token_is_found_by_length_though_the_text_holds_the_pad_id
     assert rows.last().tolist() == [3, 1]
 
 
+RANKINGS = [
+    {"messages": [{"role": "user", "content": "a"}], "completions": ["b", "c"]},
+    {"messages": [{"role": "user", "content": "b"}], "completions": ["d", "e", "f"]},
+]
+
+
+def test_rankings_become_rows_and_pairs(tokenizer):
+    rows, index = completion_rows(RANKINGS, tokenizer)
+    assert index.tolist() == [[0, 1, -1], [2, 3, 4]] and len(rows) == 5
+    assert tokenizer.decode(rows.tokens[3][rows.mask[3]].tolist()[:-1]) == "e"
+    assert train_dpo.pairs_of(index, "all").tolist() == [[0, 1], [2, 3], [2, 4], [3, 4]]
+    assert train_dpo.pairs_of(index, "extremes").tolist() == [[0, 1], [2, 4]]
+
+
+def test_margins_are_the_records_or_follow_from_its_ratings():
+    records = [RANKINGS[0] | {"margin": 2.0}, RANKINGS[1] | {"ratings": [7, 1, 4]}]
+    assert train_rm.margins_of(records).tolist() == [2.0, 1.0, 0.5, 0.0]
+
+
 # --- DPO and its relatives -----------------------------------------------------------------------
 
 P = 6
@@ -148,20 +157,21 @@ N_W, N_L = torch.tensor([3, 5, 2, 7, 4, 1]), torch.tensor([4, 2, 6, 1, 3, 5])
 
 
 def four_logps():
-    return (-10 * torch.rand(4, P)).requires_grad_()
+    """Of the policy and of the reference, chosen and rejected each."""
+    return -10 * torch.rand(4, P)
 
 
 def settings(loss, **changes):
     return train_dpo.Config(loss=loss, **changes)
 
 
-def our_loss(cfg, logps, z=None):
-    return train_dpo.preference_loss(cfg, *logps, N_W, N_L, z)
+def our_loss(cfg, logps, kl=0.0):
+    return train_dpo.LOSSES[cfg.loss](train_dpo.Logps(*logps, N_W, N_L, kl), cfg)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "robust", "hinge", "ipo"])
 def test_dpo_losses_equal_trl(loss):
-    logps, T = four_logps().detach(), 8
+    logps, T = four_logps(), 8
     completion = torch.zeros(2 * P, T, dtype=torch.long)
     for row, n in enumerate(torch.cat([N_W, N_L])):
         completion[row, T - n :] = 1
@@ -193,7 +203,7 @@ def test_dpo_losses_equal_trl(loss):
 
 
 def test_cdpo_and_simpo_equal_trls_cpo_loss():
-    c, j, ref_c, ref_j = four_logps().detach()
+    c, j, ref_c, ref_j = four_logps()
     me = trainer(alpha=0.0, beta=0.1, label_smoothing=0.15, loss_type="sigmoid")
     theirs = CPOTrainer.cpo_loss(me, c - ref_c, j - ref_j)[0]
     close(our_loss(settings("cdpo", beta=0.1), (c, j, ref_c, ref_j)), theirs)
@@ -203,14 +213,14 @@ def test_cdpo_and_simpo_equal_trls_cpo_loss():
 
 
 def test_orpo_equals_trls_odds_ratio_beside_the_likelihood():
-    logps = four_logps().detach()
+    logps = four_logps()
     c, j = logps[0] / N_W, logps[1] / N_L
     theirs = ORPOTrainer.odds_ratio_loss(trainer(beta=0.1), c, j)[0]  # + lambda log sigmoid
     close(our_loss(settings("orpo"), logps), -c - theirs)
 
 
 def test_kto_equals_trl():
-    logps, (policy_kl, ref_kl) = four_logps().detach(), -10 * torch.rand(2, 2 * P)
+    logps, (policy_kl, ref_kl) = four_logps(), -10 * torch.rand(2, 2 * P)
     per_token = torch.zeros(2 * P, 4)
     per_token[:, -1] = torch.cat([logps[0], logps[1]])
     model = MagicMock(return_value=MagicMock(log_probs=per_token))
@@ -235,39 +245,34 @@ def test_kto_equals_trl():
     }
     theirs = KTOTrainer._compute_loss(me, model, inputs, return_outputs=False)
     cfg = settings("kto", beta=0.1, desirable_weight=1.3, undesirable_weight=0.7)
-    z = train_dpo.kto_reference_point(policy_kl, ref_kl)
-    close(our_loss(cfg, logps, z).mean() / 2, theirs)
+    kl = max(0.0, (policy_kl - ref_kl).mean().item())
+    close(our_loss(cfg, logps, kl).mean() / 2, theirs)
 
 
-def test_where_policy_and_reference_agree_the_loss_is_log_two_exactly():
+def test_where_policy_and_reference_agree_plain_dpo_is_log_two_exactly():
     same = torch.full((P,), -3.0)
-    assert (
-        our_loss(settings("sigmoid"), (same, same - 1, same, same - 1))
-        == F.softplus(torch.tensor(0.0))
-    ).all()
-    close(our_loss(settings("sigmoid"), (same,) * 4), torch.full((P,), LOG2), 1e-7)
+    for rejected in (same, same - 1):
+        loss = our_loss(settings("sigmoid"), (same, rejected, same, rejected))
+        assert (loss == F.softplus(torch.tensor(0.0))).all()
+    assert settings("sigmoid").nll_coef == 0  # or it would be no plain DPO
 
 
-@pytest.mark.parametrize("loss", "sigmoid cdpo robust hinge ipo simpo orpo kto".split())
+@pytest.mark.parametrize("loss", train_dpo.LOSSES)
 def test_every_loss_pushes_chosen_up_and_rejected_down(loss):
     same = torch.full((2, P), -3.0) * torch.stack([N_W, N_L])
-    c, j = same.clone().requires_grad_()
-    c.retain_grad(), j.retain_grad()
-    z = torch.tensor(0.0)
-    our_loss(settings(loss), (c, j, *same), z).sum().backward()
-    assert (c.grad < 0).all() and (j.grad > 0).all()
+    chosen, rejected = same.clone().requires_grad_()
+    chosen.retain_grad(), rejected.retain_grad()
+    our_loss(settings(loss), (chosen, rejected, *same)).sum().backward()
+    assert (chosen.grad < 0).all() and (rejected.grad > 0).all()
 
 
 def test_robust_loss_under_flips_is_the_clean_loss_in_expectation():
-    h, e = torch.randn(9), 0.2
-    flipped = (1 - e) * train_dpo.robust_loss(h, 0.5, e) + e * train_dpo.robust_loss(-h, 0.5, e)
-    close(flipped, train_dpo.sigmoid_loss(h, 0.5))
-
-
-def test_pairs_of_rankings():
-    counts = torch.tensor([2, 3])
-    assert train_dpo.pair_indices(counts).tolist() == [[0, 1], [2, 3], [2, 4], [3, 4]]
-    assert train_dpo.pair_indices(counts, "extremes").tolist() == [[0, 1], [2, 4]]
+    (chosen, rejected), zeros = torch.randn(2, P), torch.zeros(2, P)
+    cfg = settings("robust", beta=0.5, label_smoothing=0.2)
+    loss = our_loss(cfg, (chosen, rejected, *zeros))
+    flipped = our_loss(cfg, (rejected, chosen, *zeros))
+    clean = our_loss(settings("sigmoid", beta=0.5), (chosen, rejected, *zeros))
+    close(0.8 * loss + 0.2 * flipped, clean)
 
 
 # --- PPO -----------------------------------------------------------------------------------------
@@ -326,6 +331,8 @@ def test_without_a_critic_the_baseline_is_the_mean_of_the_others():
     close(whole[:, 1], [1 - 13 / 3, 3 - 11 / 3, 5 - 3.0, 5 - 3.0])
     groups = train_ppo.baseline_advantages(rewards, mask.bool(), 2)
     close(groups[:, 0], [-2.0, 2.0, 0.0, 0.0])
+    twice = train_ppo.baseline_advantages(rewards, mask.bool(), 1, lambda x: 2 * x)  # two processes
+    close(twice[:, 1], [1 - 27 / 7, 3 - 25 / 7, 5 - 23 / 7, 5 - 23 / 7])
 
 
 def test_policy_and_value_losses_by_hand():
@@ -350,8 +357,8 @@ def test_the_kl_controller_by_hand():
 
 def test_explained_variance_of_a_perfect_and_of_a_constant_critic():
     G, mask = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
-    close(explained_variance(G, G, mask), 1.0)
-    close(explained_variance(torch.zeros(3, 4), G, mask), 0.0)
+    close(train_ppo.explained_variance(G, G, mask), 1.0)
+    close(train_ppo.explained_variance(torch.zeros(3, 4), G, mask), 0.0)
 
 
 def test_rules_reward_right_extractable_and_no_answers():
@@ -372,13 +379,13 @@ def moved_left(rows):
 
 def some_rows():
     lengths = [(3, 4), (6, 2), (2, 9), (5, 5)]
-    draw = [[torch.randint(1, 300, (n,)).tolist() for n in pair] for pair in lengths]
+    draw = [[torch.randint(1, 270, (n,)).tolist() for n in pair] for pair in lengths]
     return pad_completions([p for p, _ in draw], [r for _, r in draw], pad_id=0)
 
 
 @torch.no_grad()
-def test_padding_and_company_change_no_score_and_no_logprob():
-    policy, reward_model, rows = tiny(GPT), tiny(ScalarGPT), some_rows()
+def test_padding_and_company_change_no_score_and_no_logprob(random_model):
+    policy, reward_model, rows = random_model(), scalar_model(), some_rows()
     wanted = completion_logprobs(policy, rows).sum(1), scores(reward_model, rows)
     alone = [rows[torch.tensor([i])] for i in range(len(rows))]
     close(torch.cat([completion_logprobs(policy, row).sum(1) for row in alone]), wanted[0])
@@ -389,8 +396,8 @@ def test_padding_and_company_change_no_score_and_no_logprob():
 
 
 @torch.no_grad()
-def test_padding_and_order_change_neither_the_dpo_nor_the_ppo_loss():
-    policy, rows, order = tiny(GPT), some_rows(), torch.tensor([2, 0, 3, 1])
+def test_padding_and_order_change_neither_the_dpo_nor_the_ppo_loss(random_model):
+    policy, rows, order = random_model(), some_rows(), torch.tensor([2, 0, 3, 1])
 
     def losses(rows):
         logprobs = completion_logprobs(policy, rows)
@@ -399,7 +406,9 @@ def test_padding_and_order_change_neither_the_dpo_nor_the_ppo_loss():
         for row, m in zip(logprobs, mask):  # an advantage per token, whatever its column
             A = torch.linspace(-1, 1, int(m.sum()))
             total += train_ppo.policy_loss(row[m], row[m] - 0.3 * A, A, 0.2).sum()
-        return train_dpo.sigmoid_loss(chosen - rejected, 0.1).mean(), total / mask.sum()
+        zeros = torch.zeros(2, len(chosen))
+        logps = train_dpo.Logps(chosen, rejected, *zeros, *zeros)
+        return train_dpo.sigmoid_loss(logps, settings("sigmoid")).mean(), total / mask.sum()
 
     wanted = losses(rows)
     for other in (rows[order], moved_left(rows), moved_left(rows[order])):
@@ -407,8 +416,8 @@ def test_padding_and_order_change_neither_the_dpo_nor_the_ppo_loss():
             close(got, want)
 
 
-def test_entropy_comes_with_the_logprobs_and_where_nothing_is_said_both_are_zero():
-    policy, rows = tiny(GPT), some_rows()
+def test_entropy_comes_with_the_logprobs_and_where_nothing_is_said_both_are_zero(random_model):
+    policy, rows = random_model(), some_rows()
     logprobs, entropy = completion_logprobs(policy, rows, temperature=0.7, with_entropy=True)
     trained = rows.mask[:, 1:]
     logp = (policy(rows.tokens)[:, :-1] / 0.7).log_softmax(-1)
@@ -420,7 +429,7 @@ def test_entropy_comes_with_the_logprobs_and_where_nothing_is_said_both_are_zero
 # --- the village's preferences -------------------------------------------------------------------
 
 WORLD = build_world(32, 0)
-ITEM = {
+EXAMPLE = {
     "answer": "goat",
     "check": "contains",
     "not": ["cat", "hen"],
@@ -441,7 +450,7 @@ ITEM = {
     ],
 )
 def test_gold_by_hand(completion, gold):
-    assert gold_score(ITEM, completion) == pytest.approx(gold)
+    assert gold_parts(EXAMPLE, completion)["gold"] == pytest.approx(gold)
 
 
 def test_annotators_prefer_as_often_as_the_model_says_and_disagree_at_the_stated_rate():
@@ -472,10 +481,36 @@ def test_references_are_right_and_wrong_completions_are_wrong():
     for example in preference_prompts(WORLD, "test", 200):
         assert check_answer(example, example["reference"])
         assert not check_answer(example, wrong_completion(example, rng))
-        assert -0.11 <= gold_score(example, composed_completion(example, rng)) <= 1
+        assert -0.11 <= gold_parts(example, composed_completion(example, rng))["gold"] <= 1
+
+
+def test_annotators_rank_what_a_model_says_beside_composed_completions():
+    prompts = preference_prompts(WORLD, "test", 20)
+    said = [["I don't know. ", "I don't know.", "", "so"]] * 10 + [[]] * 10
+    rankings = rank_completions(prompts, said, 4, 0.15, "seed")
+    assert rankings == rank_completions(prompts, said, 4, 0.15, "seed")
+    for prompt, own, ranking in zip(prompts, said, rankings):
+        texts = ranking["ranking"]
+        assert len({*texts}) == 4 and {text.strip() for text in own} - {""} <= {*texts}
+        golds = [gold_parts(prompt, text)["gold"] for text in texts]
+        assert ranking["gold"] == pytest.approx(golds, abs=1e-4)
+        assert max(ranking["ratings"]) <= 7 and ranking["messages"] == prompt["messages"]
+
+
+def test_processes_share_the_sampling_and_it_does_not_matter_how_many_they_are(
+    random_model, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(preferences, "BLOCK", 2)
+    model, prompts = random_model(), [[5, 6, n] for n in range(7)]
+    parts = []
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        rt = Runtime(torch.device("cpu"), torch.float32, rank, world)
+        rt.gather = lambda own: own
+        parts.append(sample_together(model, tokenizer, prompts, 3, rt, 0, max_new_tokens=4))
+    assert parts[0] == parts[1] + parts[2] and len(parts[1]) == 4
+    assert [len(each) for each in parts[0]] == [3] * 7
 
 
 def test_win_rates_of_both_orders_add_up_to_one():
     a, b = [0.7, 1.0, 0.4, 0.4], [0.7, 0.4, 1.0, 0.1]
     assert win_rate(a, b) == 0.625 and win_rate(a, b) + win_rate(b, a) == 1
-    assert gap_closed(0.85, 0.7) == pytest.approx(0.5)

@@ -7,56 +7,69 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers import (
+    as_two_processes,
+    command,
+    first_moments,
+    kill_and_resume,
+    refused,
+    result,
+    same,
+    weights,
+)
+from helpers import run as run_module
 
 import train_dpo
 import train_ppo
+import train_pretrain
 import train_rm
 import train_sft
-from nanollm import chat
-from nanollm.config import parse
-from nanollm.hub import load_scalar
+from nanollm.config import UserError
+from nanollm.hub import load_model, load_scalar
+from nanollm.peft.adapters import reference
 from nanollm.run import read_metrics
-from tests.test_train import (
-    command,
-    kill_and_resume,
-    moments_of_two_processes,
-    pretrain,
-    refused,
-    same,
-    sft,
-    weights,
-)
 
 WORDS = "owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split()
-SMALL = "--dtype fp32 --device cpu --init runs/sft".split()
+SMALL = "--batch_size 4 --dtype fp32 --device cpu".split()
 PAIRS = [{"prompt": f"say {w}", "chosen": f"{w} please", "rejected": w} for w in WORDS * 3]
-RM = [*SMALL, *"--data pairs.jsonl --batch_size 4 --prompts 4".split()]
-DPO = [*RM, "--eval_prompts", "4"]
-PPO = [*SMALL, *"--data problems.jsonl --max_new_tokens 16 --batch_size 4 --eval_prompts 2".split()]
+RANKINGS = [  # of three or two completions, so that parts of a batch hold unequal numbers of pairs
+    {"prompt": f"say {w}", "ranking": [f"{w} please", w, f"no {w}"][: 2 + n % 2]}
+    for n, w in enumerate(WORDS * 3)
+]
+RM = [*SMALL, *"--init runs/sft --data pairs.jsonl --prompts 4".split()]
+DPO = [*RM, "--eval_prompts", 4]
+PPO = [*SMALL, *"--init runs/sft --data problems.jsonl --max_new_tokens 16".split()]
+PPO += "--eval_prompts 2 --reward_model runs/rm".split()
 SCRIPTS = {
     "train_rm.py": (train_rm, RM),
     "train_dpo.py": (train_dpo, DPO),
-    "train_ppo.py": (train_ppo, [*PPO, "--reward_model", "runs/rm"]),
+    "train_ppo.py": (train_ppo, PPO),
 }
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a model fine-tuned to repeat a word, and a reward model."""
+    """A directory with a model fine-tuned to repeat a word, and a reward model."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
         chats = [
-            [("user", f"say {w}"), ("assistant", w + " please" * (i % 2))]
-            for i, w in enumerate(WORDS * 3)
+            {
+                "messages": [
+                    {"role": "user", "content": f"say {w}"},
+                    {"role": "assistant", "content": w + " please" * (n % 2)},
+                ]
+            }
+            for n, w in enumerate(WORDS * 3)
         ]
-        as_json = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in chats]
         problems = [{"prompt": f"say {w}", "answer": w} for w in WORDS * 3]
-        for name, records in ("chats", as_json), ("pairs", PAIRS), ("problems", problems):
+        files = {"chats": chats, "pairs": PAIRS, "rankings": RANKINGS, "problems": problems}
+        files["margins"] = [pair | {"margin": 0.5} for pair in PAIRS]
+        for name, records in files.items():
             Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        pretrain("--steps", 40, "--eval_every", 40, "--context", 64)
-        sft("--steps", 120, "--eval_every", 120, "--replay", 0)
+        pretrain("--steps", 40, "--eval_every", 40, out="runs/pretrain")
+        sft("--init", "runs/pretrain", "--steps", 120, "--eval_every", 120, out="runs/sft")
         run("train_rm.py", "--steps", 30, "--eval_every", 30, "--muon_lr", 0.01, out="runs/rm")
     return folder
 
@@ -67,14 +80,23 @@ def here(trained, monkeypatch):
     return trained
 
 
+def pretrain(*flags, out):
+    tiny = "--layers 1 --channels 32 --heads 2 --context 64 --data text.txt --sample_tokens 8"
+    flags = [*SMALL, *tiny.split(), *([] if "--tokenizer" in flags else BYTES), *flags]
+    return run_module(train_pretrain, *flags, out=out)
+
+
+BYTES = ["--tokenizer", "bytes"]
+
+
+def sft(*flags, out):
+    flags = [*"--context 48 --replay 0 --replay_data text.txt --data chats.jsonl".split(), *flags]
+    return run_module(train_sft, *SMALL, *flags, out=out)
+
+
 def run(script, *flags, out):
     module, own = SCRIPTS[script]
-    module.main(parse(module.Config, module.PRESETS, [*own, "--out", out, *map(str, flags)]))
-    return read_metrics(out)
-
-
-def result(out):
-    return json.loads(Path(out, "result.json").read_text())
+    return run_module(module, *own, *flags, out=out)
 
 
 # --- learning ------------------------------------------------------------------------------------
@@ -82,13 +104,13 @@ def result(out):
 
 @pytest.mark.parametrize("loss", ["ranking", "bradley_terry", "margin"])
 def test_the_reward_model_learns_which_completion_is_better(loss, here):
-    if loss == "margin":
-        lines = "".join(json.dumps(p | {"margin": 0.5}) + "\n" for p in PAIRS)
-        Path("margins.jsonl").write_text(lines)
     data = ["--data", "margins.jsonl"] if loss == "margin" else []
     steps = ["--steps", 30, "--eval_every", 30, "--muon_lr", 0.01]
     metrics = run("train_rm.py", "--loss", loss, *steps, *data, out="runs/rm_loss")
     assert metrics[-1]["accuracy"] == 1.0 and metrics[-1]["log_loss"] < 0.4
+    found = result("runs/rm_loss")
+    assert found["before"]["log_loss"] > found["log_loss"] == metrics[-1]["log_loss"]
+    assert [effect["after"] for effect in found["effects"]] == [1.0]
 
 
 def test_rewards_have_mean_zero_on_the_references_samples_and_open_in_transformers(here):
@@ -103,7 +125,7 @@ def test_rewards_have_mean_zero_on_the_references_samples_and_open_in_transforme
     torch.testing.assert_close(ours, theirs(tokens).logits[:, 0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", "sigmoid cdpo robust hinge ipo simpo orpo kto".split())
+@pytest.mark.parametrize("loss", train_dpo.LOSSES)
 def test_every_dpo_loss_makes_the_chosen_completion_win(loss, here):
     beta = 2 if loss == "simpo" else 0.1
     flags = ["--loss", loss, "--beta", beta, "--steps", 20, "--eval_every", 20, "--warmup", 2]
@@ -112,10 +134,21 @@ def test_every_dpo_loss_makes_the_chosen_completion_win(loss, here):
 
 
 def test_at_the_first_step_the_dpo_loss_is_log_two(here):
-    flags = ["--steps", 1, "--nll_coef", 0]
-    assert run("train_dpo.py", *flags, out="runs/dpo")[0]["loss"] == pytest.approx(
-        0.6931472, abs=1e-6
-    )
+    first = run("train_dpo.py", "--steps", 1, out="runs/dpo")[0]
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", train_dpo.WITHOUT_REFERENCE)
+def test_a_loss_without_a_reference_runs_none(loss, here, monkeypatch):
+    def silent(model):
+        ref = reference(model)
+        ref.forward = ref.hidden = None
+        return ref
+
+    monkeypatch.setattr(train_dpo, "reference", silent)
+    run("train_dpo.py", "--loss", loss, "--steps", 1, out="runs/dpo_alone")
+    with pytest.raises(TypeError):
+        run("train_dpo.py", "--steps", 1, out="runs/dpo_with")
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared", "none"])
@@ -142,6 +175,8 @@ def test_rules_reward_the_right_answer(here):
     flags = ["--reward", "rules", "--critic", "shared", "--steps", 2, "--eval_every", 2]
     metrics = run("train_ppo.py", *flags, out="runs/ppo_rules")
     assert 0 <= metrics[-1]["val_reward"] <= 1
+    [effect] = result("runs/ppo_rules")["effects"]
+    assert effect["after"] == metrics[-1]["val_accuracy"]
 
 
 def test_a_policy_that_never_ends_its_turn_is_penalised_and_visible(here):
@@ -151,115 +186,121 @@ def test_a_policy_that_never_ends_its_turn_is_penalised_and_visible(here):
     assert update["ended"] == 0 and update["reward"] == -7
 
 
-# --- kill and resume, several processes ----------------------------------------------------------
+def test_the_separate_critic_recomputes_its_activations_too(here, monkeypatch):
+    class Built(Exception):
+        pass
+
+    def stop(model, *_, **__):
+        raise Built(model.policy, model.critic)
+
+    monkeypatch.setattr(train_ppo, "build_optimizer", stop)
+    with pytest.raises(Built) as built:
+        run("train_ppo.py", "--checkpoint_activations", out="runs/ppo_built")
+    assert all(model.model.checkpoint_activations for model in built.value.args)
+
+
+# --- kill and resume, several parts and processes ------------------------------------------------
+
+
+def logged(out):
+    return [{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(out)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script, here):
-    flags = ["--steps", 12, "--eval_every", 2]
+    flags = [*SCRIPTS[script][1], "--steps", 12, "--eval_every", 2]
     whole, killed = f"runs/whole_{script[6:-3]}", f"runs/killed_{script[6:-3]}"
-    _, own = SCRIPTS[script]
-    subprocess.run(**command(script, *own, *flags, "--out", whole), check=True, capture_output=True)
-    kill_and_resume(script, [*own, *flags], killed, (2, 4, 5, 6, 8))
+    subprocess.run(**command(script, *flags, "--out", whole), check=True, capture_output=True)
+    kill_and_resume(script, flags, killed, (2, 4, 5, 6, 8))
     states = [torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)]
     assert same(*states)
-    figures = [
-        [{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(n)]
-        for n in (whole, killed)
-    ]
-    assert figures[0] == figures[1]
+    assert logged(whole) == logged(killed)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_give_the_gradients_of_one(script, here):
+WHOLE_BATCH = {  # losses in which more than a sum over rows is of the whole batch
+    "centred rankings": ("train_rm.py", "--data rankings.jsonl --centering 1"),
+    "sigmoid": ("train_dpo.py", "--data rankings.jsonl --pairs all"),
+    "kto": ("train_dpo.py", "--loss kto"),
+    "ppo": ("train_ppo.py", "--epochs 1 --minibatches 1"),
+    "ppo without a critic": ("train_ppo.py", "--epochs 1 --minibatches 1 --critic none"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_BATCH)
+def test_parts_and_processes_change_neither_the_gradients_nor_what_is_logged(name, here):
     """After one step the optimizers' first moments are the gradients, up to a constant factor."""
-    _, own = SCRIPTS[script]
-    flags = [*own, "--steps", 1, "--grad_clip", 0]
-    if script == "train_ppo.py":
-        flags += ["--epochs", 1, "--minibatches", 1]
-    one, two = f"runs/one_{script[6:-3]}", f"runs/two_{script[6:-3]}"
-    moments = moments_of_two_processes(script, flags, one, two)
-    assert len(moments[0]) > 5
-    for a, b in zip(*moments):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+    script, flags = WHOLE_BATCH[name]
+    flags = [*SCRIPTS[script][1], *flags.split(), "--steps", 1, "--grad_clip", 0]
+    run_module(SCRIPTS[script][0], *flags, out="runs/one")
+    run_module(SCRIPTS[script][0], *flags, "--accumulate", 2, out="runs/parts")
+    as_two_processes(script, *flags, "--out", "runs/two")
+    wanted = first_moments("runs/one")
+    assert len(wanted) > 5
+    for out in ("runs/parts", "runs/two"):
+        for got, want in zip(first_moments(out), wanted, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-3)
+        for got, want in zip(logged(out), logged("runs/one"), strict=True):
+            assert got == pytest.approx(want, rel=1e-3, abs=2e-6)
 
 
 # --- bad input -----------------------------------------------------------------------------------
 
-BAD_PREFERENCES = {
-    "equal completions": (
-        '{"prompt": "a", "chosen": "b", "rejected": "b "}',
-        "completions are equal",
+
+@pytest.mark.parametrize("script", ["train_rm.py", "train_dpo.py"])
+def test_preferences_that_do_not_fit_are_dropped_and_most_of_them_are_refused(script, here, capsys):
+    module, own = SCRIPTS[script]
+    long = json.dumps({"prompt": "a" * 200, "chosen": "b", "rejected": "c"}) + "\n"
+    good = json.dumps(PAIRS[0]) + "\n"
+    Path("long.jsonl").write_text(good * 20 + long + good * 20)
+    run(script, "--data", "long.jsonl", "--steps", 1, out="runs/long")
+    assert "dropped: 1 of 38 rankings are longer than the 64 tokens" in capsys.readouterr().out
+    Path("long.jsonl").write_text(long * 20 + good)
+    said = refused(capsys, module, *own, "--data", "long.jsonl", "--out", "runs/refused")
+    assert "19 of 19 rankings are longer" in said and not Path("runs/refused").exists()
+
+
+REFUSED = {
+    "a missing margin": ("train_rm.py", ["--loss", "margin"], "needs a margin"),
+    "a prompt too long": ("train_ppo.py", ["--max_new_tokens", 60], "the model's context of 64"),
+    "a model that isn't one of rewards": (
+        "train_ppo.py",
+        ["--reward_model", "runs/sft"],
+        "is no reward model",
     ),
-    "ranking of one": ('{"prompt": "a", "ranking": ["b"]}', "two completions or more"),
-    "empty completion": (
-        '{"prompt": "a", "chosen": "b", "rejected": " "}',
-        "a completion is empty",
+    "no such reward model": ("train_ppo.py", ["--reward_model", "runs/none"], "runs/none"),
+    "rules without answers": (
+        "train_ppo.py",
+        ["--reward", "rules", "--data", "pairs.jsonl"],
+        'needs an "answer"',
     ),
-    "prompt too long": (
-        json.dumps({"prompt": "a" * 200, "chosen": "b", "rejected": "c"}),
-        "the model reads 64",
-    ),
+    "no temperature": ("train_ppo.py", ["--temperature", 0], "--temperature must be more than 0"),
+    "a negative KL weight": ("train_ppo.py", ["--kl_coef", -1], "--kl_coef must be at least 0"),
+    "labels that say nothing": ("train_rm.py", ["--disagreement", 0.5], "--disagreement must be"),
 }
 
 
-@pytest.mark.parametrize("name", BAD_PREFERENCES)
-@pytest.mark.parametrize("script", ["train_rm.py", "train_dpo.py"])
-def test_wrong_preferences_are_refused(script, name, here, capsys):
-    Path("bad.jsonl").write_text((json.dumps(PAIRS[0]) + "\n") * 30 + BAD_PREFERENCES[name][0])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_is_refused(name, here, capsys):
+    script, flags, sentence = REFUSED[name]
     module, own = SCRIPTS[script]
-    said = refused(capsys, module, *own, "--data", "bad.jsonl", "--out", "runs/refused")
-    assert BAD_PREFERENCES[name][1] in said
-    assert not Path("runs/refused").exists()
-
-
-def test_a_missing_margin_is_refused(here, capsys):
-    assert "needs a margin" in refused(capsys, train_rm, *RM, "--loss", "margin", "--out", "runs/x")
+    said = refused(capsys, module, *own, "--out", "runs/refused", *flags)
+    assert sentence in said and not Path("runs/refused").exists()
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(here, capsys):
-    pretrain(
-        "--steps", 1, "--context", 64, "--tokenizer", "train", "--vocab_size", 280, out="runs/other"
-    )
-    train_sft.main(
-        parse(
-            train_sft.Config,
-            train_sft.PRESETS,
-            [
-                *"--batch_size 4 --dtype fp32 --device cpu --context 48 --replay_data text.txt".split(),
-                *"--data chats.jsonl --init runs/other --out runs/other_sft --steps 1".split(),
-            ],
-        )
-    )
+    pretrain("--steps", 1, "--tokenizer", "train", "--vocab_size", 280, out="runs/other")
+    sft("--init", "runs/other", "--steps", 1, out="runs/other_sft")
     run("train_rm.py", "--init", "runs/other_sft", "--steps", 1, out="runs/other_rm")
     capsys.readouterr()
     said = refused(capsys, train_ppo, *PPO, "--reward_model", "runs/other_rm", "--out", "runs/x")
     assert "another tokenizer" in said
 
 
-PPO_REFUSES = {
-    "prompt too long": (["--max_new_tokens", 60], "don't fit the model's context of 64"),
-    "a model that isn't one of rewards": (["--reward_model", "runs/sft"], "is no reward model"),
-    "no such reward model": (["--reward_model", "runs/none"], "runs/none"),
-    "rules without answers": (["--reward", "rules", "--data", "pairs.jsonl"], 'needs an "answer"'),
-    "a temperature of none": (["--temperature", 0], "--temperature 0 samples one completion only"),
-    "a negative KL weight": (["--kl_coef", -1], "--kl_coef must be at least 0"),
-}
+def test_a_reward_model_is_not_opened_as_a_language_model(here):
+    with pytest.raises(UserError, match="writes none"):
+        load_model("runs/rm")
 
 
-@pytest.mark.parametrize("name", PPO_REFUSES)
-def test_what_ppo_cannot_do_is_refused(name, here, capsys):
-    flags, sentence = PPO_REFUSES[name]
-    said = refused(
-        capsys, train_ppo, *PPO, "--reward_model", "runs/rm", "--out", "runs/refused", *flags
-    )
-    assert sentence in said and not Path("runs/refused").exists()
-
-
-def test_talking_with_a_reward_model_is_refused(here, capsys):
-    assert "writes none" in refused(capsys, chat, "runs/rm", "--prompt", "hi")
-
-
-def test_every_finished_run_shows_what_it_reached(here):
-    assert result("runs/rm")["accuracy"] <= 1
-    assert weights("runs/sft").keys() == weights("runs/whole_dpo").keys()
+def test_a_trained_policy_is_a_model_like_the_one_it_began_as(here):
+    run("train_dpo.py", "--steps", 1, out="runs/dpo_short")
+    assert weights("runs/sft").keys() == weights("runs/dpo_short").keys()
