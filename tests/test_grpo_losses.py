@@ -20,16 +20,28 @@ import train_grpo
 import train_ppo
 from nanollm.batches import pad_completions
 from nanollm.config import UserError
-from nanollm.gpt import GPT
+from nanollm.gpt import GPT, GPTConfig
 from nanollm.optim import Optimizer
 from nanollm.rollouts import TEMPLATES
 from nanollm.runtime import Runtime
-from tests.test_preference_losses import close, tiny
 from train_grpo import VARIANTS, Config, Prompts, Rollout, Sizes, sample_rollout
 
 LOSSES = list(VARIANTS)
 IN_THE_LOSS = [name for name in LOSSES if not VARIANTS[name].kl_in_reward]
 CPU = Runtime(torch.device("cpu"), torch.float32)
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=tolerance, rtol=1e-5)
+
+
+def tiny():
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = GPT(GPTConfig(**shape, **heads, max_position_embeddings=32))
+    for p in model.parameters():
+        p.data.normal_(std=0.3)
+    return model.eval()
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +126,7 @@ def test_value_and_gradient_equal_trls(loss, spread, beta):
         advantages=A[:, 0],
         old_per_token_logps=old,
         ref_per_token_logps=ref,
-        num_examples_in_batch=mask.sum(),
+        num_items_in_batch=mask.sum(),
     )
     penalty = beta * train_grpo.kl_k3(logprobs, ref)
     ours = VARIANTS[loss].loss(logprobs, old, A, mask, sizes, clip, penalty)
@@ -380,8 +392,8 @@ def test_parts_of_a_batch_add_up_to_the_whole_however_it_is_split(loss):
         return variant.loss(*parts, sizes, variant.clip, penalty)
 
     whole, rows = loss_of(torch.arange(len(mask))), torch.randperm(len(mask))
-    for sizes in (1,) * 16, (7, 9), (1, 2, 10, 3), (15, 1):
-        equal(sum(loss_of(part) for part in rows.split(sizes)), whole, logprobs)
+    for parts in (1,) * 16, (7, 9), (1, 2, 10, 3), (15, 1):
+        equal(sum(loss_of(part) for part in rows.split(parts)), whole, logprobs)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -463,7 +475,7 @@ def vector(model):
 
 def two_models():
     """A policy, and a reference that differs a little."""
-    policy = tiny(GPT)
+    policy = tiny()
     ref = copy.deepcopy(policy)
     for p in ref.parameters():
         p.data += 0.03 * torch.randn(p.shape)
@@ -524,14 +536,14 @@ def test_accumulating_over_parts_changes_nothing(loss, accumulate):
 
 
 def test_no_gradient_is_left_for_the_next_inner_update():
-    _, (first, second), _ = update(tiny(GPT), made_up(), inner_updates=2, lr=0.0)
+    _, (first, second), _ = update(tiny(), made_up(), inner_updates=2, lr=0.0)
     assert torch.equal(first, second) and first.abs().max() > 0
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "reinforce_pp"])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.1])
 def test_groups_of_equal_rewards_leave_every_weight_as_it_was(loss, reward):
-    policy, rollout = tiny(GPT), made_up([reward] * 8)
+    policy, rollout = tiny(), made_up([reward] * 8)
     after, gradients, _ = update(policy, rollout, samples=8, loss=loss)
     assert (gradients[0] == 0).all()
     assert torch.equal(vector(after), vector(policy))
@@ -539,7 +551,7 @@ def test_groups_of_equal_rewards_leave_every_weight_as_it_was(loss, reward):
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "reinforce_pp"])
 def test_what_a_group_of_equal_rewards_says_does_not_matter(loss):
-    policy, rollout = tiny(GPT), made_up([1.0, 0.0, 0.0, 1.0] + [1.0] * 4)
+    policy, rollout = tiny(), made_up([1.0, 0.0, 0.0, 1.0] + [1.0] * 4)
     _, (wanted,), _ = update(policy, rollout, loss=loss)
     tokens = rollout.rows.tokens
     tokens[4:, 1:] = torch.where(rollout.mask[4:], 17, tokens[4:, 1:])
@@ -551,7 +563,7 @@ def test_what_a_group_of_equal_rewards_says_does_not_matter(loss):
 @pytest.mark.parametrize("by_a_tool", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_ids_that_a_tool_has_written_are_not_learned(loss, by_a_tool):
-    policy, completions = tiny(GPT), answers([4, 9, 1, 6, 7, 3, 8, 2])
+    policy, completions = tiny(), answers([4, 9, 1, 6, 7, 3, 8, 2])
     own = [[True] * len(completion) for completion in completions]
     own[1][-2:] = [not by_a_tool] * 2  # cut off while a result was being written
 
@@ -567,7 +579,7 @@ def test_ids_that_a_tool_has_written_are_not_learned(loss, by_a_tool):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_rewarded_end_of_turn_becomes_likelier_and_its_rival_less_likely(loss):
-    policy = tiny(GPT)
+    policy = tiny()
     rollout = rollout_of([[3, 4], [3, 4]], [[END], [5]], [1.0, 0.0])
     after, _, _ = update(policy, rollout, samples=2, loss=loss)
     before, after = (m(torch.tensor([[3, 4]]))[0, -1].log_softmax(-1) for m in (policy, after))
@@ -648,6 +660,8 @@ def test_the_clip_fraction_is_the_share_of_tokens_whose_ratio_the_loss_clips(
     loss, ratios, share, monkeypatch
 ):
     monkeypatch.setattr(train_grpo, "completion_logprobs", Table.logprobs)
+    before = lambda model, rows, *how: torch.zeros(rows.mask[:, 1:].shape)  # noqa: E731
+    monkeypatch.setattr(train_grpo, "batched_logprobs", before)
     rollout = rollout_of([[3, 4], [3, 4]], [[5, 6], [7, 8]], [1.0, 0.0])
     policy = Table([[1.0, 1.0], [1.0, 1.0]], ratios)
     _, _, seen = update(policy, rollout, loss=loss, samples=2, inner_updates=2)
