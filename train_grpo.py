@@ -64,7 +64,7 @@ from nanollm.rewards import accuracy, think_format
 from nanollm.rollouts import draw_noise, prompt_of, sample_rows
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
-from nanollm.tools import Toolbox
+from nanollm.tools import Toolbox, check_knowledge
 
 LOSSES = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "cispo", "gspo"]
 
@@ -474,16 +474,15 @@ def rollout_stats(rollout, G, total=lambda value: value):
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.out, cfg.init)
+    check_knowledge(cfg)
     policy, tokenizer = load_model(cfg.init)
     start_adapter(policy, cfg, rt)
     if policy.tokens_per_image and not cfg.adapter:
         policy.train_parts(language=True)  # and the projector
     ref = rt.prepare(reference(policy), train=False) if cfg.kl_coef else None
     train, val = load_problems(cfg)
-    prompts, val = (
-        Prompts(cfg, policy, tokenizer, train + val),
-        first_of_each_task(val, cfg.eval_problems),
-    )
+    prompts = Prompts(cfg, policy, tokenizer, train + val)
+    val = first_of_each_task(val, cfg.eval_problems)
 
     run = Run(cfg, rt)
     ddp_model = rt.prepare(policy, cfg.compile)
