@@ -1,19 +1,21 @@
-"""Test items as training reads problems; samples, votes and templates; tables that say of how many."""
+"""The commands evaluate and chat: examples as training reads them, samples, votes, talk."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from helpers import refused
 
-from nanollm import chat, effects, evaluate
+from nanollm import chat, evaluate
+from nanollm import metrics as metrics_module
 from nanollm.config import UserError, parse
 from nanollm.formats import read_examples, read_prompts
-from nanollm.hub import save_model
-from nanollm.metrics import counts, majority, sampled_metrics, table
-from nanollm.report import Section
+from nanollm.gpt import GPT
+from nanollm.hub import load_model, save_model
+from nanollm.metrics import accuracy_by_task, accuracy_table, majority, sampled_metrics, table
 from nanollm.rewards import is_right
 from nanollm.rollouts import TEMPLATES, prompt_of, template_of
-from tests.test_train import refused
 
 
 def write(path, *records):
@@ -23,7 +25,7 @@ def write(path, *records):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, random_model, tokenizer):
-    """An empty folder with a model of random weights in runs/model."""
+    """An empty directory with a model of random weights in runs/model."""
     monkeypatch.chdir(tmp_path)
     save_model(random_model(max_position_embeddings=160), tokenizer, "runs/model")
     return tmp_path
@@ -37,18 +39,18 @@ def evaluated(*flags):
 
 
 def watched(monkeypatch):
-    """(prompts, settings) of each batch that evaluate generates from now on."""
-    calls, generate = [], evaluate.generate
+    """(prompts, settings) of each batch that evaluate samples from now on."""
+    calls, complete = [], metrics_module.complete
 
-    def watch(model, prompts, *rest, **settings):
+    def watch(model, tokenizer, prompts, *rest, **settings):
         calls.append((prompts, settings))
-        return generate(model, prompts, *rest, **settings)
+        return complete(model, tokenizer, prompts, *rest, **settings)
 
-    monkeypatch.setattr(evaluate, "generate", watch)
+    monkeypatch.setattr(metrics_module, "complete", watch)
     return calls
 
 
-# --- items ---------------------------------------------------------------------------------------
+# --- examples ------------------------------------------------------------------------------------
 
 ASKED = [{"role": "user", "content": "How many?"}]
 HAND_MADE = [
@@ -62,19 +64,15 @@ HAND_MADE = [
 ]
 
 
-@pytest.mark.parametrize("record", HAND_MADE)
-def test_a_test_example_is_what_training_reads(record, tmp_path):
-    path = write(tmp_path / "items.jsonl", record)
-    (example,), (prompt,) = read_examples(path), read_prompts(path)
-    assert example == {"task": "all", **prompt} and example["messages"] == ASKED
-    assert example["answer"] == example["answer"].strip()
-
-
-def test_a_number_is_compared_as_a_number(tmp_path):
-    (example,) = read_examples(
-        write(tmp_path / "items.jsonl", {"prompt": "How many?", "answer": "62"})
-    )
-    assert is_right(example, "There are 62.") and not is_right(example, "Of 62 only 61.")
+def test_a_test_example_is_what_training_reads(tmp_path):
+    path = write(tmp_path / "examples.jsonl", *HAND_MADE)
+    for example, prompt in zip(read_examples(path), read_prompts(path), strict=True):
+        assert example == {"task": "all", **prompt} and example["messages"] == ASKED
+        assert example["answer"] == example["answer"].strip()
+    first, last = (read_examples(path)[i] for i in (0, -1))
+    for example in (first, last):
+        assert is_right(example, "<think>61.</think>There are 62.")
+        assert not is_right(example, "Of 62 only 61.")
 
 
 @pytest.mark.parametrize(
@@ -87,32 +85,41 @@ def test_a_number_is_compared_as_a_number(tmp_path):
     ],
 )
 def test_a_bad_example_is_refused_with_its_line(record, sentence, tmp_path):
-    path = write(tmp_path / "items.jsonl", {"prompt": "a", "answer": "b"}, record)
-    with pytest.raises(UserError, match=f"items.jsonl, line 2: .*{sentence}"):
+    path = write(tmp_path / "examples.jsonl", {"prompt": "a", "answer": "b"}, record)
+    with pytest.raises(UserError, match=f"examples.jsonl, line 2: .*{sentence}"):
         read_examples(path)
 
 
-def test_a_task_may_be_called_cloze(here, random_model, tokenizer):
-    write("items.jsonl", {"messages": ASKED, "answer": "62", "task": "cloze"})
-    (example,) = read_examples("items.jsonl")
+def test_a_task_may_be_called_cloze(here, tokenizer):
+    write("e.jsonl", {"messages": ASKED, "answer": "62", "task": "cloze"})
+    (example,) = read_examples("e.jsonl")
     assert prompt_of(example, None, tokenizer) == TEMPLATES["chat"](example, tokenizer)
-    assert is_right(example, "It is 62.")
-    found = evaluated("--data", "items.jsonl", "--samples", "2")
-    assert found["sampled"]["cloze"]["n"] == 1
+    assert evaluated("--data", "e.jsonl", "--samples", "2")["sampled"]["cloze"]["n"] == 1
 
 
-def test_of_prompts_too_long_the_longest_is_named(here, capsys):
+def test_what_evaluate_cannot_do_is_refused(here, capsys):
     texts = "short", "x" * 160, "y" * 170
-    write("items.jsonl", *({"prompt": text, "answer": "1"} for text in texts))
-    said = refused(capsys, evaluate, "runs/model", "--data", "items.jsonl", "--device", "cpu")
-    assert "2 of 3 prompts" in said and repr("y" * 40) in said
+    write("long.jsonl", *({"prompt": text, "answer": "1"} for text in texts))
+    for flags, sentences in (
+        (["--data", "long.jsonl"], ["2 of 3 prompts", repr("y" * 40)]),
+        *((["--data", name], ["this model reads text only"]) for name in ("images", "combos")),
+        (["--samples", 8, "--temperature", 0], ["--temperature 0 makes all --samples equal"]),
+        (["--out", "."], ["--out . is a directory"]),
+        (["--reward_model", "runs/rm"], ["--reward_model goes with --data preferences"]),
+        (["--data", "tools", "--against", "runs/a"], ["--against goes with --data preferences"]),
+        (["--best_of", 4], ["--best_of needs a --reward_model"]),
+        (["--knowledge", "people.jsonl"], ["--knowledge is what tools search in; add --tools"]),
+    ):
+        said = refused(capsys, evaluate, "runs/model", *flags)
+        assert all(sentence in said for sentence in sentences), said
+    assert not Path("data").exists()  # no image was painted
 
 
-def test_a_model_without_eyes_is_refused_before_images_are_painted(here, capsys):
-    for name in "images", "combos", "counting":
-        said = refused(capsys, evaluate, "runs/model", "--data", name, "--device", "cpu")
-        assert "this model reads text only" in said
-    assert not Path("data").exists()
+def test_questions_for_tools_without_tools_are_answered_and_that_is_said(capsys):
+    evaluate.check_flags(evaluate.Config(data="tools", tools=True))
+    assert not capsys.readouterr().out
+    evaluate.check_flags(evaluate.Config(data="tools"))
+    assert "without --tools" in capsys.readouterr().out
 
 
 # --- samples and votes ---------------------------------------------------------------------------
@@ -120,31 +127,24 @@ def test_a_model_without_eyes_is_refused_before_images_are_painted(here, capsys)
 CLOZE = {"prompt": "Nora is a", "answer": " miller", "task": "cloze"}
 
 
-def test_the_village_is_evaluated_with_samples(here, monkeypatch):
-    monkeypatch.setattr(evaluate, "village.of_run", lambda folder: Path("village"))
+def test_the_village_is_evaluated_with_samples(here, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.village, "of_run", lambda folder: Path("village"))
     Path("village").mkdir()
     write("village/cloze.jsonl", CLOZE)
     write("village/sft_test.jsonl", {"messages": ASKED, "answer": "62", "task": "arithmetic"})
     write("village/corpus_val.jsonl", {"text": "Nora is a miller. " * 40})
     found = evaluated("--samples", "2")
-    assert {name: row["n"] for name, row in found["sampled"].items()} == {
-        "cloze": 1,
-        "arithmetic": 1,
-        "all": 2,
-    }
+    counts = {name: row["n"] for name, row in found["sampled"].items()}
+    assert counts == {"cloze": 1, "arithmetic": 1, "all": 2}
+    assert [each["name"] for each in found["effects"]] == ["cloze", "arithmetic"]
+    assert "maj@2 and pass@2" in capsys.readouterr().out
 
 
 def test_cloze_completions_vote_with_the_rest_of_their_sentence():
     completions = " baker. So it is.", " miller. She is old.", " miller. She has a hen."
     assert majority(CLOZE, completions) == completions[1]
-    assert sampled_metrics([CLOZE], [completions[0]], completions)["cloze"] == {
-        "n": 1,
-        "k": 3,
-        "greedy": 0.0,
-        "sampled": 2 / 3,
-        "maj": 1.0,
-        "pass": 1.0,
-    }
+    found = sampled_metrics([CLOZE], [completions[0]], completions)["cloze"]
+    assert found == {"n": 1, "k": 3, "accuracy": 0, "sampled": 2 / 3, "maj": 1, "pass": 1}
 
 
 @pytest.mark.parametrize(
@@ -157,61 +157,102 @@ def test_cloze_completions_vote_with_the_rest_of_their_sentence():
     ],
 )
 def test_with_samples_the_temperature_is_theirs_alone(flags, temperatures, here, monkeypatch):
-    write("items.jsonl", {"messages": ASKED, "answer": "62"})
+    write("e.jsonl", {"messages": ASKED, "answer": "62"})
     calls = watched(monkeypatch)
-    evaluated("--data", "items.jsonl", *flags)
+    evaluated("--data", "e.jsonl", *flags)
     assert [settings["temperature"] for _, settings in calls] == temperatures
 
 
-PREFERENCES = "goes with questions that have an answer, not with --data preferences"
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0}])
+def test_what_a_model_says_to_a_question_depends_on_no_other_question(how, here):
+    """Nor on the batch size; a prompt that leaves little room cuts its own completion only."""
+    model, tokenizer = load_model("runs/model")
+    texts = [f"say {n}" for n in range(7)] + ["word " * 28]
+    examples = [{"prompt": t, "answer": "1", "task": "a", "check": "number"} for t in texts]
+    examples = [e | {"messages": [{"role": "user", "content": e["prompt"]}]} for e in examples]
+
+    def said(examples, batch_size):
+        generator = metrics_module.torch.Generator().manual_seed(0)
+        more = how | ({"generator": generator} if how else {})
+        return accuracy_by_task(model, tokenizer, examples, 24, batch_size=batch_size, **more)[1]
+
+    together = said(examples, 256)
+    assert said(examples, 1) == said(examples, 3) == together
+    assert said(examples[:7], 256) == together[:7]
+    assert len(together[0]) > len(together[-1])
 
 
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        (["--data", "preferences", "--samples", 8], f"--samples {PREFERENCES}"),
-        (["--data", "preferences", "--temperature", 0.5], f"--temperature {PREFERENCES}"),
-        (["--data", "preferences", "--begin", "<think>"], f"--begin {PREFERENCES}"),
-        (["--samples", 8, "--temperature", 0], "--temperature 0 makes all --samples alike"),
-        (["--temperature", "inf"], "--temperature must be finite"),
-        (["--out", "."], "--out . is a folder"),
-    ],
-)
-def test_flags_that_could_mean_nothing_are_refused(flags, sentence, capsys):
-    assert sentence in refused(capsys, evaluate, *flags)
+def test_a_completion_can_be_made_to_begin_as_asked(here):
+    model, tokenizer = load_model("runs/model")
+    write("e.jsonl", *HAND_MADE[:2])
+    begun = accuracy_by_task(model, tokenizer, read_examples("e.jsonl"), 4, begin="b")[1]
+    assert all(completion.startswith("b") for completion in begun)
 
 
 # --- templates -----------------------------------------------------------------------------------
 
 
 def test_a_run_is_asked_as_it_was_trained(here, monkeypatch, tokenizer, capsys):
-    write("items.jsonl", {"messages": ASKED, "answer": "62"})
-    (example,), calls = read_examples("items.jsonl"), watched(monkeypatch)
-    evaluated("--data", "items.jsonl")
+    write("e.jsonl", {"messages": ASKED, "answer": "62"})
+    (example,), calls = read_examples("e.jsonl"), watched(monkeypatch)
+    assert template_of("runs/model") == template_of("runs/none") == "chat"
+    evaluated("--data", "e.jsonl")
     write("runs/model/train_config.json", {"template": "zero"})
-    evaluated("--data", "items.jsonl")
+    evaluated("--data", "e.jsonl")
     assert "by the template zero" in capsys.readouterr().out
-    evaluated("--data", "items.jsonl", "--template", "think")
+    evaluated("--data", "e.jsonl", "--template", "think")
     asked = [prompts[0] for prompts, _ in calls]
     assert asked == [TEMPLATES[name](example, tokenizer) for name in ("chat", "zero", "think")]
-
-
-def test_a_run_that_was_not_trained_on_a_template_chats(here):
-    assert template_of("runs/model") == template_of("runs/none") == "chat"
     write("runs/model/train_config.json", {"template": "riddle"})
     assert template_of("runs/model") == "chat"
 
 
-def test_chat_says_that_a_model_has_not_learnt_to(here, capsys):
-    flags = ["runs/model", "--prompt", "Hi", "--dtype", "fp32", "--max_new_tokens", "4"]
+# --- chat ----------------------------------------------------------------------------------------
+
+
+def talk(monkeypatch, text, *flags):
+    """Chat with lines from a pipe."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    flags = ["runs/model", "--dtype", "fp32", "--max_new_tokens", "4", *flags]
     chat.main(parse(chat.Config, None, flags))
+
+
+def test_a_conversation_goes_on_until_it_is_reset_with_one_merged_model(
+    here, monkeypatch, tokenizer, capsys
+):
+    prompts, merges, stream, merged = [], [], chat.stream, GPT.merged
+
+    def watch(model, prompt, *rest, **how):
+        prompts.append(tokenizer.decode(prompt))
+        return stream(model, prompt, *rest, **how)
+
+    monkeypatch.setattr(chat, "stream", watch)
+    monkeypatch.setattr(GPT, "merged", lambda model: merges.append(1) or merged(model))
+    talk(monkeypatch, "one\ntwo\n/reset\nthree\n", "--system", "be kind")
+    turns = [prompt.count("<|user|>") for prompt in prompts]
+    assert turns == [1, 2, 1] and len(merges) == 1
+    assert all(prompt.startswith("<|system|>be kind<|end|>") for prompt in prompts)
+
+
+def test_what_does_not_fit_any_more_is_left_out_and_a_longer_message_refused(
+    here, monkeypatch, capsys
+):
+    talk(monkeypatch, "a" * 90 + "\n" + "b" * 90 + "\n")
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("c" * 200))
+    assert "shorten it" in refused(capsys, chat, "runs/model")
+    assert "reads text only" in refused(capsys, chat, "runs/model", "--image", "a.png")
+
+
+def test_chat_says_that_a_model_has_not_learnt_to(here, monkeypatch, capsys):
+    talk(monkeypatch, "", "--prompt", "Hi")
     assert not capsys.readouterr().err
     write("runs/model/train_config.json", {"template": "zero"})
-    chat.main(parse(chat.Config, None, flags))
+    talk(monkeypatch, "", "--prompt", "Hi")
     assert "was trained with --template zero, not on chats" in capsys.readouterr().err
 
 
-def test_chat_and_evaluate_let_an_answer_be_equally_long():
+def test_chat_and_evaluate_let_a_completion_be_equally_long():
     """The village's longest worked solution has 108 tokens."""
     assert chat.Config().max_new_tokens == evaluate.Config().max_new_tokens == 128
 
@@ -219,24 +260,14 @@ def test_chat_and_evaluate_let_an_answer_be_equally_long():
 # --- tables --------------------------------------------------------------------------------------
 
 
-def cells(*numbers):
-    return [n and {"accuracy": 0.5, "n": n} for n in numbers]
+def test_a_table_lines_up_and_shows_shares_in_percent():
+    said = table(["task", "share", "n"], [["sums", 0.5, 64], ["facts", None, 200]])
+    assert said == "task   share    n\nsums   50.0%   64\nfacts      -  200"
 
 
-@pytest.mark.parametrize(
-    "numbers, said",
-    [((64,), "64"), ((64, 64), "64"), ((64, None), "64"), ((64, 64, 200), "64, 64, 200"),
-     ((64, None, 200), "64, -, 200")],
-)  # fmt: skip
-def test_a_row_says_of_how_many_examples_each_cell_is(numbers, said):
-    assert counts(cells(*numbers)) == said
-
-
-def test_both_tables_say_so():
-    before, after = ({"sum": cell} for cell in cells(64, 200))
-    assert table({"before": before, "after": after}).endswith("64, 200")
-    section = Section("Tools")
-    effects.accuracy_table(section, "questions", {"sum": "sums"}, before=before, with_tools=after)
-    [(_, (header, rows))] = section.parts
-    assert header == ["questions", "before", "with tools", "n"]
-    assert rows == [["sums", "50.0%", "50.0%", "64, 200"]]
+def test_a_row_says_of_how_many_examples_its_cells_are():
+    before = {"sum": {"accuracy": 0.5, "n": 64}, "more": {"accuracy": 1.0, "n": 3}}
+    after = {"sum": {"accuracy": 1.0, "n": 200}}
+    lines = accuracy_table({"before": before, "after": after}).splitlines()
+    assert lines[1].split() == ["sum", "50.0%", "100.0%", "64,", "200"]
+    assert lines[2].split() == ["more", "100.0%", "-", "3"]

@@ -18,20 +18,30 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 import train_grpo
 import train_ppo
-from nanollm import grpo_runs
 from nanollm.batches import pad_completions
 from nanollm.config import UserError
-from nanollm.gpt import GPT
-from nanollm.grpo_runs import Sampling
-from nanollm.optim import Optimizers
+from nanollm.gpt import GPT, GPTConfig
+from nanollm.optim import Optimizer
 from nanollm.rollouts import TEMPLATES
 from nanollm.runtime import Runtime
-from tests.test_preference_losses import close, tiny
-from train_grpo import VARIANTS, Config, Counts, Rollout, sample_rollout
+from train_grpo import VARIANTS, Config, Prompts, Rollout, Sizes, sample_rollout
 
 LOSSES = list(VARIANTS)
 IN_THE_LOSS = [name for name in LOSSES if not VARIANTS[name].kl_in_reward]
 CPU = Runtime(torch.device("cpu"), torch.float32)
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=tolerance, rtol=1e-5)
+
+
+def tiny():
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = GPT(GPTConfig(**shape, **heads, max_position_embeddings=32))
+    for p in model.parameters():
+        p.data.normal_(std=0.3)
+    return model.eval()
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +67,8 @@ def batch(spread):
     mask = ragged()
     old, ref = -3 * torch.rand(2, *mask.shape)
     logprobs = (old + spread * torch.randn(mask.shape)).requires_grad_()
-    counts = Counts(len(mask), mask.sum().item(), longest=9)
-    return logprobs, old, torch.randn(len(mask), 1), mask, counts, ref
+    sizes = Sizes(len(mask), mask.sum().item(), 9)
+    return logprobs, old, torch.randn(len(mask), 1), mask, sizes, ref
 
 
 def equal(ours, theirs, logprobs):
@@ -95,7 +105,7 @@ def inputs_of_trl(mask, **tensors):
 @pytest.mark.parametrize("spread", [0.1, 1.5])
 @pytest.mark.parametrize("loss", IN_THE_LOSS)
 def test_value_and_gradient_equal_trls(loss, spread, beta):
-    logprobs, old, A, mask, counts, ref = batch(spread)
+    logprobs, old, A, mask, sizes, ref = batch(spread)
     clip = VARIANTS[loss].clip
     me = self_of_trl(
         logprobs,
@@ -104,7 +114,7 @@ def test_value_and_gradient_equal_trls(loss, spread, beta):
         importance_sampling_level="sequence" if loss == "gspo" else "token",
         epsilon_low=clip[0],
         epsilon_high=clip[1],
-        max_completion_length=counts.longest,
+        max_completion_length=sizes.max_new_tokens,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
         use_vllm=False,
@@ -116,19 +126,19 @@ def test_value_and_gradient_equal_trls(loss, spread, beta):
         advantages=A[:, 0],
         old_per_token_logps=old,
         ref_per_token_logps=ref,
-        num_examples_in_batch=mask.sum(),
+        num_items_in_batch=mask.sum(),
     )
     penalty = beta * train_grpo.kl_k3(logprobs, ref)
-    ours = VARIANTS[loss].loss(logprobs, old, A, mask, counts, clip, penalty)
+    ours = VARIANTS[loss].loss(logprobs, old, A, mask, sizes, clip, penalty)
     equal(ours, GRPOTrainer._compute_loss(me, None, inputs), logprobs)
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.5])
 def test_value_and_gradient_of_rloo_equal_trls(spread):
-    logprobs, old, A, mask, counts, _ = batch(spread)
+    logprobs, old, A, mask, sizes, _ = batch(spread)
     me = self_of_trl(logprobs, epsilon_low=0.2, epsilon_high=0.2)
     inputs = inputs_of_trl(mask, advantages=A[:, 0], old_logps=(old * mask).sum(1))
-    ours = train_grpo.rloo(logprobs, old, A, mask, counts, (0.2, 0.2))
+    ours = train_grpo.rloo(logprobs, old, A, mask, sizes, (0.2, 0.2))
     equal(ours, RLOOTrainer._compute_loss(me, None, inputs), logprobs)
 
 
@@ -201,6 +211,12 @@ def test_whitening_is_that_of_ppo():
     assert inspect.getsource(train_grpo.whiten) == inspect.getsource(train_ppo.whiten)
 
 
+def advantages(cfg, rewards, mask, old, ref):
+    names = {"old_logprobs": old, "ref_logprobs": ref}
+    rollout = SimpleNamespace(rewards=rewards, mask=mask, **names)
+    return train_grpo.estimate_advantages(cfg, rollout)
+
+
 def reinforce_pp_by_loop(rewards, old, ref, mask, beta):
     """{(answer, column): advantage}: reward less beta k1 of what is still to come, whitened."""
     returns = {}
@@ -215,11 +231,10 @@ def reinforce_pp_by_loop(rewards, old, ref, mask, beta):
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_reinforce_pp_equals_a_slow_loop(beta):
-    logprobs, old, _, mask, counts, ref = batch(0.5)
+    logprobs, old, _, mask, sizes, ref = batch(0.5)
     rewards = torch.randn(len(mask))
     cfg, variant = Config(loss="reinforce_pp", kl_coef=beta), VARIANTS["reinforce_pp"]
-    rollout = SimpleNamespace(rewards=rewards, mask=mask)
-    A = train_grpo.advantages_of(cfg, variant, rollout, old, ref, CPU.sum)
+    A = advantages(cfg, rewards, mask, old, ref)
     by_loop = reinforce_pp_by_loop(rewards, old, ref, mask, beta)
     assert (A[~mask] == 0).all()
     loss = 0.0
@@ -227,26 +242,24 @@ def test_reinforce_pp_equals_a_slow_loop(beta):
         close(A[b, t].item(), a)
         rho = torch.exp(logprobs[b, t] - old[b, t])
         loss -= torch.min(rho * a, rho.clamp(0.8, 1.2) * a) / len(by_loop)
-    equal(variant.loss(logprobs, old, A, mask, counts, variant.clip), loss, logprobs)
+    equal(variant.loss(logprobs, old, A, mask, sizes, variant.clip), loss, logprobs)
 
 
 def test_reinforce_pp_by_hand():
     mask, zeros = torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2)
-    rollout = SimpleNamespace(rewards=torch.tensor([1.0, 0.0]), mask=mask)
     cfg, variant = Config(loss="reinforce_pp", kl_coef=0.0), VARIANTS["reinforce_pp"]
-    A = train_grpo.advantages_of(cfg, variant, rollout, zeros, None, CPU.sum)
+    A = advantages(cfg, torch.tensor([1.0, 0.0]), mask, zeros, None)
     close(A, [[1.0, 1.0], [-1.0, -1.0]])  # mean and std of the four returns are a half
-    rho, counts = torch.tensor([[1.5, 1.0], [1.5, 0.5]]), Counts(2, 4, 2)
-    loss = variant.loss(rho.log(), zeros, A, mask, counts, variant.clip)
+    rho, sizes = torch.tensor([[1.5, 1.0], [1.5, 0.5]]), Sizes(2, 4, 2)
+    loss = variant.loss(rho.log(), zeros, A, mask, sizes, variant.clip)
     close(loss, (-1.2 - 1.0 + 1.5 + 0.8) / 4)
 
 
 def test_in_rloo_the_kl_of_a_whole_answer_is_taken_off_its_reward():
     mask = torch.tensor([[True, True], [True, False]])
     old, ref = torch.tensor([[-1.0, -2.0], [-1.0, -9.0]]), torch.tensor([[-2.0, -4.0], [-1.5, 0]])
-    rollout = SimpleNamespace(rewards=torch.tensor([1.0, 0.0]), mask=mask)
-    cfg, variant = Config(loss="rloo", kl_coef=0.1, samples=2), VARIANTS["rloo"]
-    A = train_grpo.advantages_of(cfg, variant, rollout, old, ref, CPU.sum)
+    cfg = Config(loss="rloo", kl_coef=0.1, samples=2)
+    A = advantages(cfg, torch.tensor([1.0, 0.0]), mask, old, ref)
     close(A[:, 0], [0.7 + 0.05, -0.05 - 0.7])  # rewards 1 - 0.1 (1 + 2) and 0 - 0.1 (0.5)
 
 
@@ -299,8 +312,8 @@ def test_k3_in_the_loss_has_the_forward_kls_gradient_and_k1_in_the_reward_the_re
 )
 def test_the_clip_by_hand_on_an_answer_of_one_token(loss, A, rho, value, gradient):
     logprobs, one = torch.tensor([[rho]]).log().requires_grad_(), torch.ones(1, 1)
-    counts = Counts(1, 1, 1)
-    got = VARIANTS[loss].loss(logprobs, 0 * one, A * one, one.bool(), counts, (0.2, 0.2))
+    sizes = Sizes(1, 1, 1)
+    got = VARIANTS[loss].loss(logprobs, 0 * one, A * one, one.bool(), sizes, (0.2, 0.2))
     close(got, value)
     close(torch.autograd.grad(got, logprobs)[0], [[gradient]])
 
@@ -309,8 +322,8 @@ def test_the_clip_by_hand_on_an_answer_of_one_token(loss, A, rho, value, gradien
 @pytest.mark.parametrize("rho, weight", [(0.1, 0.1), (1.0, 1.0), (4.0, 4.0), (7.0, 5.0)])
 def test_cispo_weighs_a_token_by_its_clipped_ratio_and_keeps_its_gradient(A, rho, weight):
     logprobs, one = torch.tensor([[rho]]).log().requires_grad_(), torch.ones(1, 1)
-    counts, clip = Counts(1, 1, 1), VARIANTS["cispo"].clip
-    got = train_grpo.cispo(logprobs, 0 * one, A * one, one.bool(), counts, clip)
+    sizes, clip = Sizes(1, 1, 1), VARIANTS["cispo"].clip
+    got = train_grpo.cispo(logprobs, 0 * one, A * one, one.bool(), sizes, clip)
     close(got, -weight * A * math.log(rho))
     close(torch.autograd.grad(got, logprobs)[0], [[-weight * A]])
 
@@ -318,8 +331,8 @@ def test_cispo_weighs_a_token_by_its_clipped_ratio_and_keeps_its_gradient(A, rho
 @pytest.mark.parametrize("loss, gradient", [("grpo", 0.0), ("dapo", -1.25)])
 def test_dapo_clips_higher(loss, gradient):
     logprobs, one = torch.tensor([[1.25]]).log().requires_grad_(), torch.ones(1, 1)
-    variant, counts = VARIANTS[loss], Counts(1, 1, 1)
-    got = variant.loss(logprobs, 0 * one, one, one.bool(), counts, variant.clip)
+    variant, sizes = VARIANTS[loss], Sizes(1, 1, 1)
+    got = variant.loss(logprobs, 0 * one, one, one.bool(), sizes, variant.clip)
     close(torch.autograd.grad(got, logprobs)[0], [[gradient]])
 
 
@@ -338,54 +351,54 @@ def test_dapo_clips_higher(loss, gradient):
 def test_what_a_short_and_a_long_answer_weigh_by_hand(loss, value):
     mask = torch.tensor([[True, False, False], [True, True, True]])
     same, A = torch.full((2, 3), -0.5), torch.tensor([[2.0], [1.0]])
-    variant, counts = VARIANTS[loss], Counts(2, 4, 10)
-    close(variant.loss(same, same, A, mask, counts, variant.clip), value)
+    variant, sizes = VARIANTS[loss], Sizes(2, 4, 10)
+    close(variant.loss(same, same, A, mask, sizes, variant.clip), value)
 
 
 @pytest.mark.parametrize("loss, value", [("grpo", 2.5), ("gspo", 2.0), ("rloo", 4.0)])
 def test_the_ratio_is_of_a_token_or_the_answers_geometric_mean_or_the_answers(loss, value):
     rho, zeros = torch.tensor([[4.0, 1.0, 0.25, 7.0]]), torch.zeros(1, 4)
     mask = torch.tensor([[True, True, False, False]])
-    args = rho.log(), zeros, torch.tensor([[-1.0]]), mask, Counts(1, 2, 4), (0.2, 0.2)
+    args = rho.log(), zeros, torch.tensor([[-1.0]]), mask, Sizes(1, 2, 4), (0.2, 0.2)
     close(VARIANTS[loss].loss(*args), value)
 
 
-def weights(loss, mask, counts):
+def weights(loss, mask, sizes):
     """What REINFORCE weighs -A grad log pi of each token with, (B, 1)."""
     return {
-        "grpo": 1 / (counts.answers * mask.sum(1, keepdim=True)),
-        "gspo": 1 / (counts.answers * mask.sum(1, keepdim=True)),
-        "rloo": torch.full((len(mask), 1), 1 / counts.answers),
-        "dr_grpo": torch.full((len(mask), 1), 1 / (counts.answers * counts.longest)),
-    }.get(loss, torch.full((len(mask), 1), 1 / counts.tokens))
+        "grpo": 1 / (sizes.num_sequences * mask.sum(1, keepdim=True)),
+        "gspo": 1 / (sizes.num_sequences * mask.sum(1, keepdim=True)),
+        "rloo": torch.full((len(mask), 1), 1 / sizes.num_sequences),
+        "dr_grpo": torch.full((len(mask), 1), 1 / (sizes.num_sequences * sizes.max_new_tokens)),
+    }.get(loss, torch.full((len(mask), 1), 1 / sizes.num_tokens))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_where_nothing_has_changed_the_gradient_is_reinforces(loss):
-    logprobs, _, A, mask, counts, _ = batch(0.0)
+    logprobs, _, A, mask, sizes, _ = batch(0.0)
     variant = VARIANTS[loss]
-    got = variant.loss(logprobs, logprobs.detach(), A, mask, counts, variant.clip)
-    close(torch.autograd.grad(got, logprobs)[0], -weights(loss, mask, counts) * A * mask)
+    got = variant.loss(logprobs, logprobs.detach(), A, mask, sizes, variant.clip)
+    close(torch.autograd.grad(got, logprobs)[0], -weights(loss, mask, sizes) * A * mask)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_parts_of_a_batch_add_up_to_the_whole_however_it_is_split(loss):
-    logprobs, old, A, mask, counts, ref = batch(0.5)
+    logprobs, old, A, mask, sizes, ref = batch(0.5)
     variant = VARIANTS[loss]
 
     def loss_of(rows):
         penalty = 0.3 * train_grpo.kl_k3(logprobs, ref)[rows]
         parts = (x[rows] for x in (logprobs, old, A, mask))
-        return variant.loss(*parts, counts, variant.clip, penalty)
+        return variant.loss(*parts, sizes, variant.clip, penalty)
 
     whole, rows = loss_of(torch.arange(len(mask))), torch.randperm(len(mask))
-    for sizes in (1,) * 16, (7, 9), (1, 2, 10, 3), (15, 1):
-        equal(sum(loss_of(part) for part in rows.split(sizes)), whole, logprobs)
+    for parts in (1,) * 16, (7, 9), (1, 2, 10, 3), (15, 1):
+        equal(sum(loss_of(part) for part in rows.split(parts)), whole, logprobs)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_changes_nothing(loss):
-    logprobs, old, A, mask, counts, ref = batch(0.5)
+    logprobs, old, A, mask, sizes, ref = batch(0.5)
     variant = VARIANTS[loss]
 
     def wider(x):
@@ -394,7 +407,7 @@ def test_padding_changes_nothing(loss):
 
     def loss_of(logprobs, old, mask, ref):
         penalty = 0.3 * train_grpo.kl_k3(logprobs, ref)
-        return variant.loss(logprobs, old, A, mask, counts, variant.clip, penalty)
+        return variant.loss(logprobs, old, A, mask, sizes, variant.clip, penalty)
 
     padded = loss_of(*map(wider, (logprobs, old, mask, ref)))
     equal(padded, loss_of(logprobs, old, mask, ref), logprobs)
@@ -428,27 +441,32 @@ def made_up(rewards=(1.1, 0.0, 0.1, 0.1, 0.0, 1.0, 1.0, 0.1)):
     return rollout_of(prompts, completions, list(rewards), own)
 
 
-class Watched(Optimizers):
+class Watched(Optimizer):
     """SGD that keeps the gradient of every step, all parameters' as one vector."""
 
     def __init__(self, model, lr):
         super().__init__(torch.optim.SGD(model.parameters(), lr=lr))
         self.model, self.gradients = model, []
 
-    def step(self, scaler):
+    def step(self, factor, grad_clip):
         grads = [p.grad.flatten() for p in self.model.parameters()]
         self.gradients.append(torch.cat(grads))
-        super().step(scaler)
+        return super().step(factor, grad_clip)
 
 
 def update(policy, rollout, ref=None, lr=0.05, **flags):
     """(the updated copy of the policy, gradients of its steps, what was seen)."""
     policy = copy.deepcopy(policy)
-    flags = {"samples": G, "max_new_tokens": 9, "clip": 0.0, "accumulate": 1} | flags
+    flags = {"samples": G, "max_new_tokens": 9, "grad_clip": 0.0, "accumulate": 1} | flags
     watched = Watched(policy, lr)
     with torch.random.fork_rng():
-        seen = train_grpo.update(Config(**flags), CPU, policy, ref, watched, CPU.scaler(), rollout)
+        seen = train_grpo.update(Config(**flags), CPU, policy, ref, watched, fresh(rollout))
     return policy, watched.gradients, seen
+
+
+def fresh(rollout):
+    """Without what an update has set."""
+    return Rollout(rollout.rows, rollout.rewards, rollout.correct, rollout.ended)
 
 
 def vector(model):
@@ -457,7 +475,7 @@ def vector(model):
 
 def two_models():
     """A policy, and a reference that differs a little."""
-    policy = tiny(GPT)
+    policy = tiny()
     ref = copy.deepcopy(policy)
     for p in ref.parameters():
         p.data += 0.03 * torch.randn(p.shape)
@@ -483,11 +501,11 @@ def gradient_by_loop(loss, policy, ref, rollout, beta, temperature, longest=9):
     else:
         by_loop = BY_LOOP[VARIANTS[loss].advantages.__name__]
         A = torch.tensor([by_loop(group) for group in rewards.view(N, G).tolist()]).view(-1, 1)
-    counts = Counts(len(rows), mask.sum().item(), longest)
+    sizes = Sizes(len(rows), mask.sum().item(), longest)
     per_token = -A * logprobs
     if loss in IN_THE_LOSS:
         per_token = per_token + beta * ((fixed - logprobs).exp() - (fixed - logprobs) - 1)
-    total = (weights(loss, mask, counts) * per_token * mask).sum()
+    total = (weights(loss, mask, sizes) * per_token * mask).sum()
     return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.parameters()))])
 
 
@@ -518,14 +536,14 @@ def test_accumulating_over_parts_changes_nothing(loss, accumulate):
 
 
 def test_no_gradient_is_left_for_the_next_inner_update():
-    _, (first, second), _ = update(tiny(GPT), made_up(), inner_updates=2, lr=0.0)
+    _, (first, second), _ = update(tiny(), made_up(), inner_updates=2, lr=0.0)
     assert torch.equal(first, second) and first.abs().max() > 0
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "reinforce_pp"])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.1])
 def test_groups_of_equal_rewards_leave_every_weight_as_it_was(loss, reward):
-    policy, rollout = tiny(GPT), made_up([reward] * 8)
+    policy, rollout = tiny(), made_up([reward] * 8)
     after, gradients, _ = update(policy, rollout, samples=8, loss=loss)
     assert (gradients[0] == 0).all()
     assert torch.equal(vector(after), vector(policy))
@@ -533,7 +551,7 @@ def test_groups_of_equal_rewards_leave_every_weight_as_it_was(loss, reward):
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "reinforce_pp"])
 def test_what_a_group_of_equal_rewards_says_does_not_matter(loss):
-    policy, rollout = tiny(GPT), made_up([1.0, 0.0, 0.0, 1.0] + [1.0] * 4)
+    policy, rollout = tiny(), made_up([1.0, 0.0, 0.0, 1.0] + [1.0] * 4)
     _, (wanted,), _ = update(policy, rollout, loss=loss)
     tokens = rollout.rows.tokens
     tokens[4:, 1:] = torch.where(rollout.mask[4:], 17, tokens[4:, 1:])
@@ -545,7 +563,7 @@ def test_what_a_group_of_equal_rewards_says_does_not_matter(loss):
 @pytest.mark.parametrize("by_a_tool", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_ids_that_a_tool_has_written_are_not_learned(loss, by_a_tool):
-    policy, completions = tiny(GPT), answers([4, 9, 1, 6, 7, 3, 8, 2])
+    policy, completions = tiny(), answers([4, 9, 1, 6, 7, 3, 8, 2])
     own = [[True] * len(completion) for completion in completions]
     own[1][-2:] = [not by_a_tool] * 2  # cut off while a result was being written
 
@@ -561,7 +579,7 @@ def test_ids_that_a_tool_has_written_are_not_learned(loss, by_a_tool):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_rewarded_end_of_turn_becomes_likelier_and_its_rival_less_likely(loss):
-    policy = tiny(GPT)
+    policy = tiny()
     rollout = rollout_of([[3, 4], [3, 4]], [[END], [5]], [1.0, 0.0])
     after, _, _ = update(policy, rollout, samples=2, loss=loss)
     before, after = (m(torch.tensor([[3, 4]]))[0, -1].log_softmax(-1) for m in (policy, after))
@@ -571,45 +589,44 @@ def test_a_rewarded_end_of_turn_becomes_likelier_and_its_rival_less_likely(loss)
 SUM = {"messages": [{"role": "user", "content": "2 + 5?"}], "answer": "7", "check": "number"}
 
 
-def prompt_length(tokenizer):
-    return len(tokenizer.render(SUM["messages"], generation_prompt=True)[0])
+@pytest.fixture
+def sampled(random_model, tokenizer, monkeypatch):
+    """A rollout of a random policy, whose completions are all worth this reward; and the prompt."""
+
+    def make(reward):
+        monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda problem, text: reward),))
+        cfg = Config(samples=8, max_new_tokens=40)
+        policy = random_model(max_position_embeddings=128)
+        prompts = Prompts(cfg, policy, tokenizer, [SUM])
+        noise = torch.rand(32, 40, dtype=torch.float64)
+        return sample_rollout(cfg, prompts, [SUM] * 4, noise), prompts.ids(SUM)
+
+    return make
 
 
-def test_the_end_token_belongs_to_the_answer_and_without_one_there_is_no_reward(
-    random_model, tokenizer, monkeypatch
+def test_the_end_token_belongs_to_the_completion_and_without_one_there_is_no_reward(
+    sampled, tokenizer
 ):
-    monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda example, text: 1.0),))
-    cfg = Config(samples=8, max_new_tokens=40)
-    sampling = Sampling(cfg, tokenizer)
-    noise = torch.rand(32, 40, dtype=torch.float64)
-    policy = random_model(max_position_embeddings=128)
-    rollout = sample_rollout(cfg, policy, sampling, [SUM] * 4, noise)
+    rollout, prompt = sampled(1.0)
     rows, each, last = rollout.rows, torch.arange(32), rollout.rows.last()
     assert rows.mask[each, last].all()
     ended = torch.isin(rows.tokens[each, last], torch.tensor(sorted(tokenizer.stop_ids)))
     assert 0 < ended.sum() < 32
     assert rollout.ended.tolist() == ended.tolist() == rollout.rewards.bool().tolist()
-    assert not rows.mask[:, : prompt_length(tokenizer)].any()
+    assert not rows.mask[:, : len(prompt)].any()
 
 
-def test_where_rewards_are_negative_not_to_end_is_no_way_out(random_model, tokenizer, monkeypatch):
-    monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda example, text: -1.0),))
-    cfg = Config(samples=8, max_new_tokens=40)
-    sampling = Sampling(cfg, tokenizer)
-    noise = torch.rand(32, 40, dtype=torch.float64)
-    policy = random_model(max_position_embeddings=128)
-    rollout = sample_rollout(cfg, policy, sampling, [SUM] * 4, noise)
-    assert 0 < rollout.ended.sum() < 32
-    assert set(rollout.rewards.tolist()) == {-1.0}
+def test_where_rewards_are_negative_not_to_end_is_no_way_out(sampled):
+    rollout, _ = sampled(-1.0)
+    assert 0 < rollout.ended.sum() < 32 and set(rollout.rewards.tolist()) == {-1.0}
 
 
-def test_what_a_tool_writes_into_a_sampled_answer_is_left_out_of_the_mask(random_model, tokenizer):
-    sampling = Sampling(Config(samples=4, max_new_tokens=12), tokenizer)
-    ask = (random_model(), [SUM], torch.rand(4, 12, dtype=torch.float64))
-    first = prompt_length(tokenizer)
-    call_end = sampling.answers(*ask).rows.tokens[0, first].item()  # taken for the end of a call
-    sampling.tools = SimpleNamespace(call_end=call_end, respond=lambda ids: [65, 66])
-    rows = sampling.answers(*ask).rows
+def test_what_a_tool_writes_into_a_completion_is_left_out_of_the_mask(random_model, tokenizer):
+    prompts = Prompts(Config(samples=4, max_new_tokens=12), random_model(), tokenizer, [SUM])
+    first, noise = len(prompts.ids(SUM)), torch.rand(4, 12, dtype=torch.float64)
+    call_end = prompts.sample([SUM], noise).rows.tokens[0, first].item()  # taken for a call's end
+    prompts.tools = SimpleNamespace(call_end=call_end, respond=lambda ids: [65, 66])
+    rows = prompts.sample([SUM], noise).rows
     assert rows.tokens[0, first : first + 3].tolist() == [call_end, 65, 66]
     assert rows.mask[0, first : first + 4].tolist() == [True, False, False, True]
 
@@ -643,6 +660,8 @@ def test_the_clip_fraction_is_the_share_of_tokens_whose_ratio_the_loss_clips(
     loss, ratios, share, monkeypatch
 ):
     monkeypatch.setattr(train_grpo, "completion_logprobs", Table.logprobs)
+    before = lambda model, rows, *how: torch.zeros(rows.mask[:, 1:].shape)  # noqa: E731
+    monkeypatch.setattr(train_grpo, "batched_logprobs", before)
     rollout = rollout_of([[3, 4], [3, 4]], [[5, 6], [7, 8]], [1.0, 0.0])
     policy = Table([[1.0, 1.0], [1.0, 1.0]], ratios)
     _, _, seen = update(policy, rollout, loss=loss, samples=2, inner_updates=2)
@@ -655,7 +674,7 @@ def test_groups_of_equal_rewards_are_counted(groups, reward):
     for size in (2, 7, 8, 10, 16):
         n = groups * size
         rollout = rollout_of([[3]] * n, [[END]] * n, [reward] * n)
-        assert grpo_runs.figures_of(CPU, rollout, size)["equal_groups"] == 1.0
+        assert train_grpo.rollout_stats(rollout, size)["equal_groups"] == 1.0
 
 
 def test_entropy_and_kl_are_read_off_the_sampled_tokens():
@@ -673,7 +692,7 @@ def test_entropy_and_kl_are_read_off_the_sampled_tokens():
 
 def problems_in(path, records, **flags):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return grpo_runs.load_problems(Config(data=str(path), **flags))
+    return train_grpo.load_problems(Config(data=str(path), **flags))
 
 
 def test_gsm8k_records_are_problems_and_the_last_of_them_held_out(tmp_path):
@@ -720,24 +739,24 @@ def test_only_the_wanted_tasks_are_kept_and_no_problem_is_in_both_parts(wanted, 
 
 
 def test_a_task_that_nobody_knows_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match="has no problems of divide"):
+    with pytest.raises(UserError, match="--tasks divide: .* has only add"):
         problems_in(tmp_path / "p.jsonl", tasks(), tasks="divide", val_fraction=0.25)
 
 
 @pytest.mark.parametrize(
     "data, name, place",
     [
-        ("village", "problems", "village.of_run"),
-        ("tools", "tools", "village.of_run"),
-        ("images", "problems", "village_images.of_run"),
+        ("village", "problems", "data.village.of_run"),
+        ("tools", "tools", "data.village.of_run"),
+        ("images", "problems", "data.village.images.of_run"),
     ],
 )
 def test_the_villages_own_problems_come_in_two_files(data, name, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo_runs, place, lambda run_folder: tmp_path)
+    monkeypatch.setattr(place, lambda run_folder: tmp_path)
     for part, answer in ("train", "3"), ("test", "4"):
         record = {"prompt": "?", "answer": answer, "task": "add"}
         (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(record))
-    train, val = grpo_runs.load_problems(Config(data=data))
+    train, val = train_grpo.load_problems(Config(data=data))
     assert [example["answer"] for example in train + val] == ["3", "4"]
 
 
