@@ -1,0 +1,44 @@
+"""Bottleneck adapters: a thin MLP behind attention and behind the MLP of every block.
+
+    y = h + U gelu(D h),  h = W x            D (r, C), U (C, r)
+
+W is the last linear layer of the branch, and y goes on to the residual. U starts at zero, so that
+nothing changes at first. Houlsby et al. 2019 (arXiv:1902.00751), figure 2. peft has no such method;
+the names of the tensors are those of our parameters.
+"""
+
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanollm.gpt import Linear
+from nanollm.peft.method import Method
+
+
+class Bottleneck(nn.Module):
+    """A linear layer with an adapter behind it; x (..., in) -> (..., C)."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        C = base.out_features
+        self.base, self.down, self.up = base, Linear(C, rank), Linear(rank, C)
+        nn.init.normal_(self.down.weight, std=C**-0.5)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x):
+        h = self.base(x)
+        return h + self.up(F.gelu(self.down(h)))
+
+    def plain(self, merged):
+        """The base itself; merging is not possible."""
+        return self if merged else self.base
+
+
+class Bottlenecks(Method):
+    peft_type = "BOTTLENECK"
+
+    def add(self, model, settings):
+        for block in model.model.layers:
+            block.self_attn.o_proj = Bottleneck(block.self_attn.o_proj, settings.rank)
+            block.mlp.down_proj = Bottleneck(block.mlp.down_proj, settings.rank)
+        return {"r": settings.rank}
