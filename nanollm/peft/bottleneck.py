@@ -11,16 +11,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanollm.gpt import Linear
-from nanollm.peft.method import Method
+from nanollm.peft.method import Around, Method, put_around
 
 
-class Bottleneck(nn.Module):
-    """A linear layer with an adapter behind it; x (..., in) -> (..., C)."""
+class Bottleneck(Around):
+    """A linear layer with an adapter behind it, which can't be merged; x (..., in) -> (..., C)."""
 
     def __init__(self, base, rank):
-        super().__init__()
+        super().__init__(base)
         C = base.out_features
-        self.base, self.down, self.up = base, Linear(C, rank), Linear(rank, C)
+        self.down, self.up = Linear(C, rank), Linear(rank, C)
         nn.init.normal_(self.down.weight, std=C**-0.5)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
@@ -29,16 +29,10 @@ class Bottleneck(nn.Module):
         h = self.base(x)
         return h + self.up(F.gelu(self.down(h)))
 
-    def plain(self, merged):
-        """The base itself; merging is not possible."""
-        return self if merged else self.base
-
 
 class Bottlenecks(Method):
     peft_type = "BOTTLENECK"
 
     def add(self, model, settings):
-        for block in model.model.layers:
-            block.self_attn.o_proj = Bottleneck(block.self_attn.o_proj, settings.rank)
-            block.mlp.down_proj = Bottleneck(block.mlp.down_proj, settings.rank)
+        put_around(model, ("o_proj", "down_proj"), lambda layer: Bottleneck(layer, settings.rank))
         return {"r": settings.rank}

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from nanollm.config import UserError
 from nanollm.gpt import Linear
-from nanollm.peft.method import Method, peft_name
+from nanollm.peft.method import Around, Method, peft_name
 from nanollm.peft.nf4 import NF4Linear, dense, quantise_linears
 
 UNKNOWN = (  # what peft can and we cannot
@@ -45,12 +45,12 @@ class Choice:
         self.names, self.rows = [], None  # rows (B,): each row's number in names, -1 for none
 
 
-class LoRALinear(nn.Module):
-    """A linear layer with adapters by name around it; x (..., in) -> (..., out)."""
+class LoRALinear(Around):
+    """A Linear or NF4Linear with adapters by name around it; x (..., in) -> (..., out)."""
 
     def __init__(self, base, choice):
-        super().__init__()
-        self.base, self.choice = base, choice  # base: a Linear or an NF4Linear, frozen
+        super().__init__(base)
+        self.choice = choice
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.lora_magnitude_vector, self.scale = nn.ParameterDict(), {}
         self.register_buffer("merged", None, persistent=False)
@@ -107,7 +107,6 @@ class LoRALinear(nn.Module):
         return weight
 
     def plain(self, merged):
-        """The base itself, or with `merged` a Linear with the active adapter in it."""
         if not merged:
             return self.base
         if self.choice.rows is not None:  # every row its own: they stay apart

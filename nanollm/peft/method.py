@@ -8,6 +8,7 @@ A new method is a class derived from Method in a file of its own, and a line in 
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 
 from nanollm.config import AdapterConfig, UserError, Whole
 
@@ -31,14 +32,33 @@ class Settings(AdapterConfig):
     hidden: Whole[1] = 128  # prefix: width of the MLP that makes keys and values in training
 
 
+class Around(nn.Module):
+    """A linear layer, the base, with an adapter around it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def plain(self, merged):
+        """The base itself, or with `merged` a Linear that computes as base and adapter do together;
+        where there is none, this module.
+        """
+        return self if merged else self.base
+
+
+def put_around(model, names, make):
+    """Put make(layer) in place of each layer of the blocks that has one of these names (a tuple)."""
+    for block in model.model.layers:
+        for name, layer in list(block.named_modules()):
+            if name.endswith(names):
+                block.set_submodule(name, make(layer))
+
+
 class Method:
-    """A method. What is said here fits those whose parameters stand in the layers that they change:
-    modules with a `plain(merged)`, which gives the layer without its adapter, or with `merged` a
-    Linear that computes the same (itself, where there is none).
-    """
+    """A method. What is said here fits those whose parameters stand around the layers."""
 
     peft_type = ""  # in adapter_config.json
-    mergeable = False  # does `plain(merged=True)` give a Linear?
+    mergeable = False  # does `plain(merged=True)` of its layers give a Linear?
 
     def add(self, model, settings):
         """Put new parameters into the model, in place; returns the method's own entries of
