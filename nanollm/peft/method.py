@@ -47,7 +47,7 @@ class Around(nn.Module):
 
 
 def put_around(model, names, make):
-    """Put make(layer) in place of each layer of the blocks that has one of these names (a tuple)."""
+    """Put make(layer) in place of each layer of the blocks with one of these names, a tuple."""
     for block in model.model.layers:
         for name, layer in list(block.named_modules()):
             if name.endswith(names):
