@@ -56,8 +56,6 @@ from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
 from train_sft import packed_logits, sft_loss, validation_loss
 
-NEW_DOMAIN = "harbour"  # the village's files of it: NEW_DOMAIN_train.jsonl, _val and _test
-
 
 @dataclass
 class Config(Settings, TrainConfig):
@@ -116,9 +114,9 @@ RATES = {  # by method
 def load_domain(cfg):
     """(training dialogues, held-out dialogues, test examples) of the new domain."""
     if cfg.data == "village":
-        file = village.of_run(cfg.init) / f"{NEW_DOMAIN}_test.jsonl"
-        train, val = (read_chats(file.with_stem(f"{NEW_DOMAIN}_{s}")) for s in ("train", "val"))
-        return train, val, read_examples(cfg.test_data or file)
+        folder = village.of_run(cfg.init)
+        train, val = (read_chats(folder / f"new_domain_{s}.jsonl") for s in ("train", "val"))
+        return train, val, read_examples(cfg.test_data or folder / "new_domain_test.jsonl")
     if not cfg.test_data:
         raise UserError("--data FILE needs --test_data FILE: examples that show what was learnt")
     train = read_chats(cfg.data)

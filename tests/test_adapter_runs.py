@@ -1,4 +1,4 @@
-"""--adapter in every script: what is trained, saved, opened, resumed, shared and refused."""
+"""--adapter in every script, and lora.py: what is learnt, saved, opened, resumed, shared, refused."""
 
 import json
 import shutil
@@ -7,20 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    interrupted_and_resumed,
-    kill_and_resume,
-    moments_of_two_processes,
-    refused,
-    same,
-)
+from helpers import interrupted_and_resumed, moments_of_two_processes, refused, result, same
 from helpers import run as run_script
 
 from nanollm import chat, evaluate, safetensors
-from nanollm.batches import pack_chats
 from nanollm.config import parse
+from nanollm.formats import read_examples
 from nanollm.hub import load_model, load_scalar
-from nanollm.runtime import start
+from nanollm.metrics import accuracy_by_task
+from nanollm.peft.adapters import METHODS
+from nanollm.run import read_metrics
 
 WORDS = "owl fox hen cow pig bee ant elk".split()
 LORA = "--adapter lora --rank 4 --alpha 8".split()
@@ -33,6 +29,8 @@ SCRIPTS = {
     "--reward_model runs/rm",
     "train_grpo": "--init runs/sft --data problems.jsonl --max_new_tokens 12 --samples 4 "
     "--accumulate 2 --eval_problems 4 --eval_samples 2 --kl_coef 0.1",
+    "lora": "--init runs/sft --data no.jsonl --test_data no_test.jsonl --other_data say_test.jsonl "
+    "--other_text text.txt --context 48 --virtual_tokens 4 --hidden 16",
 }
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -74,6 +72,9 @@ def trained(tmp_path_factory):
             ],
             "problems": [{"prompt": f"say {w}", "answer": "please"} for _, w in words],
         }
+        for name, answer in (("no_test", "no"), ("say_test", "please")):
+            how = {"answer": answer, "check": "exact", "task": "say"}
+            files[name] = [{"prompt": f"say {w}", **how} for w in WORDS]
         for name, records in files.items():
             Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         tiny = "--layers 1 --channels 32 --heads 2 --context 64 --tokenizer bytes".split()
@@ -91,13 +92,6 @@ def here(trained, monkeypatch):
 
 
 # --- what is trained and saved -------------------------------------------------------------------
-
-
-def test_fine_tuning_with_an_adapter_learns(here):
-    flags = [*LORA, "--init", "runs/sft", "--data", "no.jsonl", "--replay", 0, "--lr", 0.02]
-    flags += ["--optimizer", "adamw", "--steps", 100, "--eval_every", 100]
-    metrics = run("train_sft", *flags, out="runs/learnt")
-    assert metrics[0]["loss"] > 2 and metrics[-1]["val_loss"] < 0.3  # the head is frozen, too
 
 
 @every_script
@@ -122,16 +116,6 @@ def test_the_adapter_alone_is_saved_and_opens_with_its_base(script, method, here
     assert not torch.equal(load(out)[0](tokens), load(base)[0](tokens))
 
 
-def test_what_opens_is_what_was_trained(here):
-    train_sft = import_module("train_sft")
-    metrics = run("train_sft", *LORA, "--steps", 6, "--eval_every", 6, out="runs/same")
-    model, tokenizer = load_model("runs/same")
-    _, val, _ = train_sft.load_chats(parse(train_sft.Config, None, flags_of("train_sft")))
-    rows = pack_chats(val, tokenizer, 48, "held-out", start("cpu", "fp32"))
-    loss = train_sft.validation_loss(model.eval(), rows)
-    assert loss == pytest.approx(metrics[-1]["val_loss"], abs=1e-5)
-
-
 def test_the_reference_is_the_base_at_first_and_the_base_stays_as_it_was(here):
     before = Path("runs/sft/model.safetensors").read_bytes()
     losses = run("train_dpo", *LORA, "--steps", 2, "--nll_coef", 0, out="runs/dpo")
@@ -139,6 +123,62 @@ def test_the_reference_is_the_base_at_first_and_the_base_stays_as_it_was(here):
     first = [m for m in run("train_grpo", *LORA, "--steps", 1, out="runs/grpo") if "kl" in m]
     assert first[0]["kl"] == 0.0
     assert Path("runs/sft/model.safetensors").read_bytes() == before
+
+
+# --- lora.py -------------------------------------------------------------------------------------
+
+RATES = {"prefix": 0.02, "ptuning": 0.1, "prompt": 0.1, "none": 0.003}  # of the others: 0.02
+
+
+@pytest.mark.parametrize("method", [*METHODS, "none"])
+def test_every_method_learns_a_new_answer_and_what_it_saves_answers_so(method, here):
+    out, rate = f"runs/new_{method}", RATES.get(method, 0.02)
+    flags = ["--adapter", method, "--rank", 4, "--alpha", 8, "--lr", rate, "--warmup", 2]
+    run("lora", *flags, "--steps", 120, "--eval_every", 120, out=out)
+    found = result(out)
+    assert found["before"]["accuracy"] < 0.3 and found["after"]["accuracy"] >= 0.95
+    model, tokenizer = load_model(out)
+    tasks, _ = accuracy_by_task(model, tokenizer, read_examples("no_test.jsonl"))
+    assert tasks["say"]["accuracy"] == pytest.approx(found["after"]["accuracy"], abs=0.13)
+    weights = "model.safetensors" if method == "none" else "adapter_model.safetensors"
+    assert [path.name for path in Path(out).glob("*.safetensors")] == [weights]
+    assert found["file_bytes"] == Path(out, weights).stat().st_size
+    all_parameters = sum(p.numel() for p in load_model("runs/sft")[0].parameters())
+    assert found["trained_share"] == found["trained_parameters"] / all_parameters
+    assert (found["trained_share"] < 1) == (method != "none")
+    gained, kept, text = ((each["before"], each["after"]) for each in found["effects"])
+    before, after = found["before"], found["after"]
+    assert gained == (before["accuracy"], after["accuracy"])
+    assert kept == (before["elsewhere"], after["elsewhere"])
+    assert text == (before["bits_per_byte"], after["bits_per_byte"])
+
+
+def test_training_holds_the_weights_and_of_what_is_trained_gradients_and_two_moments(here):
+    run("lora", "--steps", 1, "--adapter", "none", out="runs/all")
+    run("lora", "--steps", 1, out="runs/few")
+    everything, few = result("runs/all"), result("runs/few")
+    more = everything["state_bytes"] - 4 * 4 * everything["trained_parameters"]
+    assert 0 < more < 100_000  # tables of angles, and the counters of AdamW
+    assert few["state_bytes"] < everything["state_bytes"] / 2
+
+
+def test_each_method_has_rates_of_its_own_unless_they_are_given(here):
+    def rates(*flags):
+        run("lora", "--steps", 1, *flags, out="runs/rates")
+        saved = json.loads(Path("runs/rates/train_config.json").read_text())
+        return saved["lr"], saved["weight_decay"]
+
+    assert rates() == (5e-3, 6.0)
+    assert rates("--adapter", "prefix", "--lr", 1e-5) == (1e-5, 0.0)
+    assert rates("--weight_decay", 0) == (5e-3, 0.0)
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_and_the_last_checkpoint_stays(here, capsys):
+    run("lora", "--steps", 2, "--eval_every", 2, out="runs/finite")
+    before = Path("runs/finite/adapter_model.safetensors").read_bytes()
+    flags = ["--out", "runs/finite", "--resume", "--steps", 20, "--eval_every", 20]
+    assert "became" in turned_down(capsys, "lora", *flags, "--lr", 1e30, "--weight_decay", 0)
+    assert Path("runs/finite/adapter_model.safetensors").read_bytes() == before
 
 
 # --- where an adapter's folder may stand ---------------------------------------------------------
@@ -180,6 +220,7 @@ def test_chat_and_evaluate_take_an_adapter(here, capsys):
         flags = ["--data", "problems.jsonl", "--dtype", "fp32", "--max_new_tokens", "8"]
         evaluate.main(parse(evaluate.Config, None, [*model, *flags]))
         found.append(json.loads(Path("runs/lora/evaluation.json").read_text())["tasks"])
+        capsys.readouterr()
     assert answers[0] == answers[1] != "" and found[0] == found[1]
 
 
@@ -188,7 +229,7 @@ def test_chat_and_evaluate_take_an_adapter(here, capsys):
 
 @pytest.mark.parametrize("script,method", [
     ("train_sft", "dora"), ("train_dpo", "qlora"), ("train_rm", "lora"), ("train_ppo", "lora"),
-    ("train_grpo", "lora"),
+    ("train_grpo", "lora"), ("lora", "qlora"), ("lora", "prefix"),
 ])  # fmt: skip
 def test_an_interrupted_and_resumed_run_equals_a_whole_one_bit_for_bit(script, method, here):
     flags = ["--adapter", method, "--rank", 4, "--steps", 6, "--eval_every", 2]
@@ -198,17 +239,13 @@ def test_an_interrupted_and_resumed_run_equals_a_whole_one_bit_for_bit(script, m
     interrupted_and_resumed(module, *flags, out=killed, last=5)  # a step after the checkpoint
     assert same(*(torch.load(f"{f}/state.pt", weights_only=True)["model"] for f in folders))
     assert same(*(safetensors.load_file(f"{f}/adapter_model.safetensors") for f in folders))
+    steps = [[m["step"] for m in read_metrics(folder)] for folder in folders]
+    assert steps[0] == steps[1] and result(whole)["effects"] == result(killed)["effects"]
 
 
-def test_a_killed_and_resumed_run_equals_a_whole_one(here):
-    flags = [*LORA, "--steps", 24, "--eval_every", 4]
-    run("train_sft", *flags, out="runs/whole")
-    kill_and_resume("train_sft.py", flags_of("train_sft", *flags), "runs/killed", (4, 8, 12, 16))
-    folders = ("runs/whole", "runs/killed")
-    assert same(*(safetensors.load_file(f"{f}/adapter_model.safetensors") for f in folders))
-
-
-@pytest.mark.parametrize("script,method", [("train_sft", "qlora"), ("train_rm", "dora")])
+@pytest.mark.parametrize("script,method", [
+    ("train_sft", "qlora"), ("train_rm", "dora"), ("lora", "prompt"),
+])  # fmt: skip
 def test_two_processes_give_the_gradients_of_one(script, method, here):
     flags = ["--adapter", method, "--steps", 1, "--grad_clip", 0, "--eval_every", 1]
     where = f"runs/one_{script}", f"runs/two_{script}"
@@ -250,6 +287,17 @@ def test_an_adapter_of_another_base_is_refused(here, capsys):
 def test_the_base_of_an_adapter_is_never_replaced(here, capsys):
     said = turned_down(capsys, "train_dpo", "--init", "runs/lora", "--out", "runs/pretrain")
     assert "would replace runs/lora, whose base is runs/pretrain, which the run reads" in said
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    (["--virtual_tokens", 0], "--virtual_tokens must be at least 1"),
+    (["--alpha", 0], "--alpha must be more than 0"),
+    (["--targets", "magic"], "--targets magic matches no linear layer"),
+    (["--test_data", "none"], "needs --test_data"),
+])  # fmt: skip
+def test_flags_of_the_methods_that_fit_nothing_are_refused(flags, sentence, here, capsys):
+    assert sentence in turned_down(capsys, "lora", *flags)
+    assert not Path("runs/refused").exists()
 
 
 def test_resuming_with_another_rank_is_refused_and_changes_nothing(here, capsys):

@@ -13,12 +13,11 @@ A method is a class derived from Method (method.py), and a line in METHODS. The 
 """
 
 import copy
-import hashlib
 import json
 from pathlib import Path
 
 from nanollm import safetensors
-from nanollm.checkpoint import ADAPTER_CONFIG, bases_of, existing_folder, is_adapter, read_json
+from nanollm.checkpoint import ADAPTER_CONFIG, existing_folder, is_adapter, read_json, weights_hash
 from nanollm.config import UserError, atomic_write
 from nanollm.gpt import ScalarGPT, unwrap
 from nanollm.peft.bottleneck import Bottlenecks
@@ -37,7 +36,7 @@ METHODS = {
 }
 
 WEIGHTS = "adapter_model.safetensors"
-FINGERPRINT = "base_fingerprint"  # in the metadata of WEIGHTS; peft writes none
+BASE_HASH = "base_weights_hash"  # in the metadata of WEIGHTS; peft writes none
 TYPES = {  # of what is read in adapter_config.json; each may be missing or null
     "peft_type": str,
     "task_type": str,
@@ -53,14 +52,14 @@ def attach(model, method, settings=None, base=None):
     """Freeze the model and add the trainable parameters of a method, in place; returns the model.
 
     `base` is the folder that the model came from: what is saved names it, and its weights by their
-    fingerprint. `model.adapter` is then the method's name.
+    hash. `model.adapter` is then the method's name.
     """
     if model.adapter:
         raise UserError(f"the model has an adapter ({model.adapter}) already; merge it first")
     check_method(method)
     model.adapter_config = METHODS[method].attach(model, settings or Settings())
     model.adapter = method
-    model.base_folder, model.fingerprint = base, fingerprint(base) if base else None
+    model.base_folder, model.base_hash = base, weights_hash(base) if base else None
     return model
 
 
@@ -78,25 +77,9 @@ def trainable(model):
 # --- files ---------------------------------------------------------------------------------------
 
 
-def fingerprint(folder):
-    """A hash that tells a model's weights from others of the same shapes: of some bytes in the
-    middle of every tensor, those of an adapter's bases too. All of them would take long to read.
-    """
-    digest = hashlib.sha256()
-    for place in (Path(folder), *bases_of(folder)):
-        samples = {}
-        for path in place.glob(WEIGHTS if is_adapter(place) else "model*.safetensors"):
-            with open(path, "rb") as file:
-                for name, entry in safetensors.read_header(path)[0].items():
-                    file.seek((entry.begin + entry.end) // 2)
-                    samples[name] = file.read(min(64, (entry.end - entry.begin + 1) // 2))
-        digest.update(repr(sorted(samples.items())).encode())
-    return digest.hexdigest()
-
-
 def save_adapter(model, folder, base):
     """Write adapter_config.json and adapter_model.safetensors, which name the base and hold nothing
-    of it but its fingerprint.
+    of it but the hash of its weights.
     """
     scalar = isinstance(model, ScalarGPT)
     config = {
@@ -111,8 +94,8 @@ def save_adapter(model, folder, base):
     if scalar:
         config["reward_shift"] = model.shift  # not peft's
     tensors = METHODS[model.adapter].parameters(model)
-    known = getattr(model, "fingerprint", None)
-    metadata = {"format": "pt"} | ({FINGERPRINT: known} if known else {})
+    known = getattr(model, "base_hash", None)
+    metadata = {"format": "pt"} | ({BASE_HASH: known} if known else {})
     atomic_write(Path(folder) / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
     safetensors.save_file(tensors, Path(folder) / WEIGHTS, metadata=metadata)
 
@@ -132,8 +115,8 @@ def load_adapter(model, folder, base=None, **more):
     method = next((name for name, each in METHODS.items() if each.wrote(config)), None)
     if method is None:
         raise UserError(f"{where}: peft_type {config.get('peft_type')!r} is not implemented")
-    known = safetensors.read_header(folder / WEIGHTS)[1].get(FINGERPRINT)
-    if base and known and known != fingerprint(base):
+    known = safetensors.read_header(folder / WEIGHTS)[1].get(BASE_HASH)
+    if base and known and known != weights_hash(base):
         raise UserError(
             f"{folder} was trained on another base: {base} holds other weights; put it on those "
             "that it was trained on, or train it anew"
