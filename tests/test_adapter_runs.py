@@ -1,4 +1,4 @@
-"""--adapter in every script, and lora.py: what is learnt, saved, opened, resumed, shared, refused."""
+"""--adapter in every script, and lora.py: what is learnt, saved, opened, resumed and refused."""
 
 import json
 import shutil
@@ -250,9 +250,9 @@ def test_two_processes_give_the_gradients_of_one(script, method, here):
     flags = ["--adapter", method, "--steps", 1, "--grad_clip", 0, "--eval_every", 1]
     where = f"runs/one_{script}", f"runs/two_{script}"
     moments = moments_of_two_processes(f"{script}.py", flags_of(script, *flags), *where)
-    assert len(moments[0]) > 5
+    assert moments[0]
     for a, b in zip(*moments):
-        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
 
 
 # --- bad input -----------------------------------------------------------------------------------
