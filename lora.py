@@ -93,10 +93,9 @@ PRESETS = {
     "gpu": dict(context=1024, batch_size=64, accumulate=2, compile=True),
 }
 
-# Few parameters take, and want, larger steps than all of
-# them. Decay keeps an adapter near its base, and so from forgetting; of all weights it would undo
-# what they know.
-RATES = {  # by method
+# By method. Few parameters take, and want, larger steps than all of them. Decay keeps an adapter
+# near its base, and so from forgetting; of all weights it would undo what they know.
+RATES = {
     None: dict(lr=1e-4, weight_decay=0.0),
     "lora": dict(lr=5e-3, weight_decay=6.0),
     "dora": dict(lr=5e-3, weight_decay=6.0),
@@ -183,7 +182,7 @@ def state_bytes(model, optimizer):
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.out, cfg.init)
-    check_method(cfg.adapter or "lora")
+    check_method(cfg.adapter)
     rates = RATES.get(cfg.adapter, RATES["lora"]).items()
     cfg = replace(cfg, **{name: rate for name, rate in rates if getattr(cfg, name) is None})
     model, tokenizer = load_model(cfg.init)

@@ -64,7 +64,8 @@ def attach(model, method, settings=None, base=None):
 
 
 def check_method(name):
-    if name not in METHODS:
+    """Raise UserError for a --adapter that isn't there; None is no adapter."""
+    if name not in (None, *METHODS):
         raise UserError(f"--adapter must be one of {', '.join(METHODS)} or none, not {name!r}")
 
 
@@ -144,9 +145,9 @@ def start_adapter(model, cfg, rt):
             f"--init {cfg.init} holds an adapter ({model.adapter}) that can't be merged into its "
             "base; start from the base"
         )
+    check_method(cfg.adapter)
     if not cfg.adapter:
         return
-    check_method(cfg.adapter)
     model.to(rt.device)
     settings = cfg if isinstance(cfg, Settings) else Settings(rank=cfg.rank, alpha=cfg.alpha)
     attach(model, cfg.adapter, settings, cfg.init)

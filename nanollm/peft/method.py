@@ -24,6 +24,7 @@ WHOLE = {"score": "score", "projector": "multi_modal_projector"}
 class Settings(AdapterConfig):
     """What the methods can be told; each reads its own."""
 
+    # -- Adapter
     # lora, dora, qlora: names of linear layers, separated by commas; all: every one in the blocks
     targets: str = "all"
     # lora, dora, qlora: they count alpha / sqrt(r) instead, so that high ranks don't learn less
