@@ -18,7 +18,7 @@ import torch
 
 from nanollm.config import cli, parse
 from nanollm.hub import load_model
-from nanollm.run import read_metrics
+from nanollm.run import Run, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,3 +128,23 @@ def refused(capsys, module, *flags):
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted_and_resumed(module, *flags, out, last):
+    """Train in this process until step `last`, then anew with --resume to the end."""
+    advance = Run.advance
+
+    def until_last(self, *args, **metrics):
+        advance(self, *args, **metrics)
+        if self.step == last:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "advance", until_last)
+        run(module, *flags, out=out)
+    torch.manual_seed(99)
+    module.main(parse(module.Config, module.PRESETS, ["--out", out, "--resume"]))

@@ -1,5 +1,6 @@
-"""One way to attach, count, save and load every method; bottleneck adapters."""
+"""What holds for every method: what is trained, saved, opened, merged and refused."""
 
+import copy
 import json
 
 import pytest
@@ -7,151 +8,271 @@ import torch
 import torch.nn.functional as F
 
 from nanollm.config import UserError
-from nanollm.generate import generate
-from nanollm.peft import adapters
+from nanollm.generate import generate, stream
+from nanollm.gpt import document_mask, unwrap
+from nanollm.hub import load_model, load_scalar, save_model
+from nanollm.peft import adapters, bottleneck
 
 TOKENS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
 SETTINGS = adapters.Settings(rank=4, alpha=8, virtual_tokens=5, hidden=16)
+SOFT = ("prefix", "ptuning", "prompt")
+every_method = pytest.mark.parametrize("method", adapters.METHODS)
 
 
-def attach(model, method):
+def attach(model, method, base=None):
     torch.manual_seed(0)
-    return adapters.attach(model, method, SETTINGS)
+    return adapters.attach(model, method, SETTINGS, base)
 
 
-def step(model, n=3):
-    """Train a little, so that what starts at zero moves."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+def loss_of(model):
+    logits = model(TOKENS)
+    if logits.dim() == 2:  # a reward model
+        return (logits - 1).square().mean()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+
+
+def train(model, n=3):
+    """Train a little, so that what starts at zero moves; returns the losses."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
     for _ in range(n):
-        loss = F.cross_entropy(model(TOKENS)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+        losses.append(loss_of(model))
         optimizer.zero_grad()
-        loss.backward()
+        losses[-1].backward()
         optimizer.step()
+    return losses
 
 
-# --- every method --------------------------------------------------------------------------------
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("method", adapters.METHODS)
-def test_only_what_was_added_is_trained(method, random_model):
+# --- training ------------------------------------------------------------------------------------
+
+
+@every_method
+def test_what_was_added_is_trained_and_nothing_else(method, random_model):
     model = random_model()
-    base = {name for name, _ in model.named_parameters()}
+    base = {name.replace(".base.", "."): p for name, p in model.named_parameters()}
     n_base = sum(p.numel() for p in model.parameters())
+    before = {name: p.detach().clone() for name, p in base.items()}
     attach(model, method)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert trained and not trained.keys() & base
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and not {map(id, trained)} & {map(id, base.values())}
     n, share = adapters.trainable(model)
-    assert n == sum(p.numel() for p in trained.values()) and share == n / n_base
+    assert n == sum(p.numel() for p in trained) and share == n / n_base
+    model.model.checkpoint_activations = True  # the blocks are recomputed in backward
+    losses = train(model, 30)
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(p, before[name]) for name, p in base.items())
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adapter"])
-def test_what_starts_at_zero_changes_nothing_at_first(method, random_model):
-    model = random_model()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_starts_at_zero_changes_nothing_at_first(method, dtype, random_model):
+    model = random_model(attention_bias=True)
+    model.compute_dtype = dtype
     before = model(TOKENS)
-    after = attach(model, method)(TOKENS)
-    if method == "dora":  # m / |W| is 1 up to rounding
-        torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
-    else:
-        assert torch.equal(after, before)
+    assert torch.equal(attach(model, method)(TOKENS), before)
 
 
-@pytest.mark.parametrize("method", adapters.METHODS)
+@every_method
+def test_gradients_are_the_same_when_activations_are_recomputed_in_backward(method, random_model):
+    model, gradients = attach(random_model(), method).train(), []
+    for recompute in (False, True):
+        model.model.checkpoint_activations = recompute
+        model.zero_grad()
+        loss_of(model).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert any(g.abs().max() > 0 for g in gradients[1])
+    for a, b in zip(*gradients):
+        close(a, b)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@every_method
 def test_a_trained_adapter_is_saved_and_loaded_again(method, random_model, tmp_path):
     model = attach(random_model(), method)
-    step(model)
-    wanted = model(TOKENS)
+    train(model)
     adapters.save_adapter(model, tmp_path, "runs/base")
     again = adapters.load_adapter(random_model(), tmp_path)
-    torch.testing.assert_close(again(TOKENS), wanted, atol=1e-6, rtol=1e-6)
+    close(again(TOKENS), model(TOKENS), 1e-6)
     assert again.adapter == {"prefix": "ptuning"}.get(method, method)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "runs/base"
+    tensors = adapters.METHODS[again.adapter].parameters(again)
+    size = sum(4 * t.numel() for t in tensors.values())  # what training alone needs isn't saved
+    assert size < (tmp_path / adapters.WEIGHTS).stat().st_size < 1.5 * size + 2000
 
 
-@pytest.mark.parametrize("method", adapters.METHODS)
+@every_method
+def test_a_reward_models_head_is_trained_beside_the_adapter_and_saved_with_it(
+    method, random_model, tokenizer, tmp_path
+):
+    save_model(random_model(), tokenizer, tmp_path / "base")
+    model = attach(load_scalar(tmp_path / "base")[0], method, tmp_path / "base")
+    before = model.score.weight.detach().clone()
+    train(model)
+    assert not torch.equal(model.score.weight, before)
+    model.shift = 1.5
+    save_model(model, tokenizer, tmp_path / "adapter")
+    again, _ = load_scalar(tmp_path / "adapter")
+    assert again.shift == 1.5
+    close(again(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "prefix"])
+def test_an_adapter_goes_on_the_weights_that_it_was_trained_on_alone(
+    method, tmp_path, random_model, tokenizer
+):
+    base, adapter, other = (tmp_path / name for name in ("base", "adapter", "other"))
+    save_model(random_model(), tokenizer, base)
+    save_model(random_model(seed=1), tokenizer, other)  # with equal shapes
+    save_model(attach(load_model(base)[0], method, base), tokenizer, adapter)
+    load_model(base, adapter)
+    with pytest.raises(UserError, match=f"{adapter} was trained on another base: {other} holds"):
+        load_model(other, adapter)
+    changed = random_model()
+    changed.model.layers[1].mlp.up_proj.weight.data.add_(1e-3)  # trained on
+    save_model(changed, tokenizer, base)
+    with pytest.raises(UserError, match="was trained on another base"):
+        load_model(adapter)
+
+
+@every_method
+def test_an_adapter_of_a_base_of_another_shape_is_refused(method, random_model, tmp_path):
+    adapters.save_adapter(attach(random_model(), method), tmp_path, "base")
+    for shape in ({"hidden_size": 48, "head_dim": 4}, {"num_hidden_layers": 1}):
+        if method != "prompt" or "hidden_size" in shape:  # embeddings know no layers
+            with pytest.raises(UserError, match="trained on another base"):
+                adapters.load_adapter(random_model(**shape), tmp_path)
+
+
+MISFITS = {
+    "another method": ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not implemented"),
+    "a method that is no text": ({"peft_type": ["LORA"]}, "peft_type can't be"),
+    "width 0": ({"r": 0}, "r must be a whole number of at least 1, not 0"),
+    "a width that is text": ({"r": "4"}, "r must be a whole number"),
+    "a number as text": ({"reward_shift": "0"}, "reward_shift can't be '0'"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_config_that_cannot_be_meant_is_refused(case, random_model, tmp_path):
+    change, sentence = MISFITS[case]
+    adapters.save_adapter(attach(random_model(), "adapter"), tmp_path, "base")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=sentence):
+        adapters.load_adapter(random_model(), tmp_path)
+
+
+def test_what_cannot_be_attached_is_refused(random_model, tmp_path):
+    with pytest.raises(UserError, match="--adapter must be one of lora, .*not 'magic'"):
+        adapters.attach(random_model(), "magic")
+    with pytest.raises(UserError, match="has an adapter .prefix. already"):
+        attach(attach(random_model(), "prefix"), "lora")
+    with pytest.raises(UserError, match="holds no adapter"):
+        adapters.load_adapter(random_model(), tmp_path)
+
+
+# --- sampling and comparing ----------------------------------------------------------------------
+
+
+@every_method
 def test_generation_speaks_with_the_adapter(method, random_model):
+    """Prompts of several lengths, padded on the left, two samples each; with a cache as without."""
+    model, prompts = attach(random_model(), method), [[1, 2, 3, 4], [7, 8, 9, 10, 11, 12], [5]]
+    train(model)
+    out = generate(model, prompts, 8, samples=2, temperature=0).lists()
+    for n, prompt in enumerate(prompts):
+        ids = list(prompt)
+        for _ in range(8):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        assert out[2 * n] == out[2 * n + 1] == ids[len(prompt) :]
+    assert list(stream(model, prompts[0], 8, temperature=0)) == out[0]
+
+
+@pytest.mark.parametrize("method", [n for n, m in adapters.METHODS.items() if m.mergeable])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_into_plain_layers_the_model_computes_and_writes_the_same(
+    method, dtype, random_model
+):
+    model = attach(random_model(attention_bias=True), method)
+    train(model)
+    merged = copy.deepcopy(model)
+    unwrap(merged, merged=True)
+    assert {*merged.state_dict()} == {*random_model(attention_bias=True).state_dict()}
+    close(merged(TOKENS), model(TOKENS))
+    for each in (model, merged):
+        each.compute_dtype = dtype
+    outs = [generate(m, [[1, 2, 3], [4]], 10, temperature=0) for m in (model, merged)]
+    assert torch.equal(outs[0].tokens, outs[1].tokens)
+    assert torch.equal(outs[0].logprobs, outs[1].logprobs)
+    assert any(hasattr(m, "plain") for m in model.modules())  # the model itself stays as it was
+
+
+@every_method
+def test_the_reference_is_the_base_and_shares_its_weights(method, random_model):
+    model = random_model()
+    base = model(TOKENS)
+    attach(model, method)
+    quantised = model(TOKENS)  # the base of qlora, beside which B is zero
+    train(model)
+    ref = adapters.reference(model)
+    close(ref(TOKENS), quantised if method == "qlora" else base, 1e-6)
+    assert not torch.allclose(model(TOKENS), ref(TOKENS))
+    own = {p.data_ptr() for p in model.parameters()}
+    assert all(p.data_ptr() in own for p in ref.parameters())
+    train(model)
+    close(ref(TOKENS), quantised if method == "qlora" else base, 1e-6)
+
+
+@every_method
+def test_bf16_follows_fp32(method, random_model):
     model = attach(random_model(), method)
-    step(model)
-    ids = [1, 2, 3]
-    for _ in range(6):
-        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    assert generate(model, [[1, 2, 3]], 6, temperature=0).lists() == [ids[3:]]
+    exact = model(TOKENS)
+    model.compute_dtype = torch.bfloat16
+    assert (model(TOKENS) - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("method", SOFT)
+def test_each_document_of_a_packed_row_has_the_virtual_tokens_in_front_of_itself(
+    method, random_model
+):
+    model = attach(random_model(), method)
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    positions = torch.tensor([[*range(5), *range(7)]])
+    packed = model(TOKENS[:1], positions, document_mask(documents))
+    for part in (slice(0, 5), slice(5, 12)):
+        close(packed[:, part], model(TOKENS[:1, part]))
+
+
+@pytest.mark.parametrize("method", SOFT)
+def test_the_whole_context_is_left_to_the_text(method, random_model):
+    model = attach(random_model(), method)
+    context = model.cfg.max_position_embeddings
+    assert model(torch.zeros(1, context, dtype=torch.int64)).shape[1] == context
+    generate(model, [[1] * (context - 8)], 8, temperature=0)
 
 
 # --- bottleneck adapters -------------------------------------------------------------------------
 
 
 def test_a_bottleneck_adds_its_own_output_to_the_layers(random_model):
-    model = random_model()
-    layer = model.model.layers[0].mlp.down_proj
-    new = adapters.Bottleneck.around(layer, 1)
+    layer = random_model().model.layers[0].mlp.down_proj
+    new = bottleneck.Bottleneck(layer, 1)
     new.down.weight.data.fill_(0.5)
     new.up.weight.data.fill_(2.0)
     x = torch.randn(2, layer.in_features)
     h = layer(x)
-    middle = 0.5 * h.sum(1, keepdim=True)
-    torch.testing.assert_close(new(x), h + 2.0 * F.gelu(middle))
+    close(new(x), h + 2.0 * F.gelu(0.5 * h.sum(1, keepdim=True)))
+    assert new.plain(merged=False) is layer and new.plain(merged=True) is new
 
 
-def test_two_adapters_in_every_block_with_two_matrices_and_two_biases_each(random_model):
-    model = attach(random_model(), "adapter")
+def test_two_bottlenecks_in_every_block_with_two_matrices_and_two_biases_each(random_model):
     C, r = 32, 4
-    assert adapters.trainable(model)[0] == 2 * 2 * (2 * C * r + r + C)
-
-
-def test_the_base_keeps_the_names_of_its_parameters_and_their_values(random_model):
-    base = random_model()
-    before = {name: p.detach().clone() for name, p in base.named_parameters()}
-    model = attach(base, "adapter")
-    step(model)
-    now = dict(model.named_parameters())
-    assert all(torch.equal(now[name], p) for name, p in before.items())
-
-
-def test_without_its_adapter_a_layer_is_the_bases_own(random_model):
-    model = random_model()
-    x, layer = torch.randn(2, 48), model.model.layers[1].mlp.down_proj
-    wanted = layer(x)
-    attach(model, "adapter")
-    step(model)
-    wrapped = model.model.layers[1].mlp.down_proj
-    assert not torch.equal(wrapped(x), wanted)
-    assert torch.equal(wrapped.plain(merged=False)(x), wanted)
-    assert wrapped.plain(merged=False).weight is wrapped.weight
-    assert wrapped.plain(merged=True) is wrapped
-
-
-# --- bad input -----------------------------------------------------------------------------------
-
-
-def test_what_cannot_be_attached_is_refused(random_model):
-    with pytest.raises(UserError, match="unknown method 'magic'"):
-        adapters.attach(random_model(), "magic")
-    for method in ("lora", "dora", "qlora", "adapter"):
-        with pytest.raises(UserError, match="--rank must be at least 1, not 0"):
-            adapters.attach(random_model(), method, adapters.Settings(rank=0))
-    with pytest.raises(UserError, match="has an adapter .prefix. already"):
-        attach(attach(random_model(), "prefix"), "lora")
-
-
-@pytest.mark.parametrize("method", ["adapter", "lora"])
-def test_an_adapter_of_another_base_is_refused(method, random_model, tmp_path):
-    adapters.save_adapter(attach(random_model(), method), tmp_path, "base")
-    with pytest.raises(UserError, match="another base"):
-        adapters.load_adapter(random_model(hidden_size=48), tmp_path)
-
-
-def test_a_folder_without_an_adapter_or_with_an_unknown_one_is_refused(random_model, tmp_path):
-    with pytest.raises(UserError, match="holds no adapter"):
-        adapters.load_adapter(random_model(), tmp_path)
-    adapters.save_adapter(attach(random_model(), "adapter"), tmp_path, "base")
-    path = tmp_path / "adapter_config.json"
-    for change, message in (
-        ({"peft_type": "IA3"}, "'IA3' is not implemented"),
-        ({"r": 0}, "not a whole number from 1 on"),
-    ):
-        kept = json.loads(path.read_text())
-        path.write_text(json.dumps(kept | change))
-        with pytest.raises(UserError, match=message):
-            adapters.load_adapter(random_model(), tmp_path)
-        path.write_text(json.dumps(kept))
+    trained, _ = adapters.trainable(attach(random_model(), "adapter"))
+    assert trained == 2 * 2 * (2 * C * r + r + C)

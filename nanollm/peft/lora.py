@@ -21,15 +21,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanollm.config import UserError
-from nanollm.gpt import Linear, ScalarGPT
+from nanollm.gpt import Linear
+from nanollm.peft.method import Around, Method, peft_name
 from nanollm.peft.nf4 import NF4Linear, dense, quantise_linears
 
-BASE = "base_model.model."
-KEY = re.compile(r"(base_model\.model\..+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
-# What is trained as a whole beside an adapter: a reward model's head, a VLM's projector.
-WHOLE = ("score", "projector")
-# Names of a VLM's parts, and what peft calls them, whose base is a LlavaForConditionalGeneration.
-PARTS = {"model.": "model.language_model.", "projector.": "model.multi_modal_projector."}
 UNKNOWN = (  # what peft can and we cannot
     "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias",
     "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config",
@@ -38,35 +33,35 @@ UNKNOWN = (  # what peft can and we cannot
 UNASKED = (None, False, "none", {}, [])
 
 
+# --- the layer -----------------------------------------------------------------------------------
+
+
 class Choice:
-    """Which adapter the layers of a model apply, and how each was made; shared by its layers."""
+    """Which adapter the layers of a model apply; shared by its layers."""
 
     def __init__(self):
-        self.settings = {}  # name -> the adapter_config.json of that adapter
-        self.active = None  # its name, or None for the base alone
+        self.known = []  # names of all adapters
+        self.active = None  # the name of one, or None for the base alone
         self.names, self.rows = [], None  # rows (B,): each row's number in names, -1 for none
 
 
-class LoRALinear(nn.Module):
-    """A linear layer with adapters by name around it; x (..., in) -> (..., out)."""
+class LoRALinear(Around):
+    """A Linear or NF4Linear with adapters by name around it; x (..., in) -> (..., out)."""
 
     def __init__(self, base, choice):
-        super().__init__()
-        self.base, self.choice = base, choice  # base: a Linear or an NF4Linear, frozen
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__(base)
+        self.choice = choice
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.magnitude, self.scale = nn.ParameterDict(), {}
+        self.lora_magnitude_vector, self.scale = nn.ParameterDict(), {}
         self.register_buffer("merged", None, persistent=False)
 
     def add(self, name, rank, scale, dora):
-        device = next(self.base.buffers(), self.base.weight).device
-        A = torch.empty(rank, self.in_features, device=device)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        self.lora_A[name] = nn.Parameter(A)
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        A = torch.empty(rank, self.base.in_features)
+        self.lora_A[name] = nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.lora_B[name] = torch.zeros(self.base.out_features, rank)
         self.scale[name] = scale
         if dora:
-            self.magnitude[name] = nn.Parameter(self.norm(name))
+            self.lora_magnitude_vector[name] = self.base.weight.detach().float().norm(dim=1)
 
     def forward(self, x):
         if self.merged is not None:
@@ -88,21 +83,18 @@ class LoRALinear(nn.Module):
         """What an adapter adds to y = W x + bias."""
         A, B = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
         update = F.linear(F.linear(x, A), B) * self.scale[name]
-        if name not in self.magnitude:
+        if name not in self.lora_magnitude_vector:
             return update
-        gain = self.magnitude[name] / self.norm(name)
+        with torch.no_grad():
+            norm = self.direction(name).norm(dim=1)
+        gain = self.lora_magnitude_vector[name] / norm
         product = y if self.base.bias is None else y - self.base.bias.to(y.dtype)
         return (gain - 1).to(x.dtype) * product + gain.to(x.dtype) * update
 
-    @torch.no_grad()
     def direction(self, name):
         """W + s B A in fp32, (out, in)."""
         product = self.lora_B[name].float() @ self.lora_A[name].float()
         return self.base.weight.float() + self.scale[name] * product
-
-    def norm(self, name):
-        """Of each row of `direction`, (out,), without gradient."""
-        return self.direction(name).norm(dim=1)
 
     @torch.no_grad()
     def weight_with(self, name):
@@ -110,12 +102,11 @@ class LoRALinear(nn.Module):
         if name not in self.lora_A:
             return self.base.weight.float().clone()
         weight = self.direction(name)
-        if name in self.magnitude:
-            weight = (self.magnitude[name] / weight.norm(dim=1))[:, None] * weight
+        if name in self.lora_magnitude_vector:
+            weight = (self.lora_magnitude_vector[name] / weight.norm(dim=1))[:, None] * weight
         return weight
 
     def plain(self, merged):
-        """The base itself, or with `merged` a Linear with the active adapter in it."""
         if not merged:
             return self.base
         if self.choice.rows is not None:  # every row its own: they stay apart
@@ -136,119 +127,49 @@ def linears(model):
     """{name: layer} of everything that an adapter can go around, or is around already: of a VLM
     the language model's alone.
     """
-    found = {}
-    for name, module in model.named_modules():
-        if name.endswith(".base") or name.startswith(("vision.", "projector.")):
-            continue
-        if isinstance(module, (Linear, NF4Linear, LoRALinear)):
-            found[name] = module
-    return found
-
-
-def whole(model):
-    """{name: parameter} of what is trained as a whole beside an adapter."""
-    return {n: p for n, p in model.named_parameters() if n.split(".")[0] in WHOLE}
-
-
-def wrap(model, names):
-    """Put LoRALinears around these layers; returns them by name."""
-    if model.lora is None:
-        model.lora = Choice()
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        if not isinstance(getattr(parent, last), LoRALinear):
-            setattr(parent, last, LoRALinear(getattr(parent, last), model.lora))
-    return {name: model.get_submodule(name) for name in names}
+    beside = ("vision.", "projector.", "score")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (Linear, NF4Linear, LoRALinear))
+        and not (name.endswith(".base") or name.startswith(beside))
+    }
 
 
 def named(model, targets):
     """Names of the layers that `targets` means: "all" those of the blocks, or names or ends of
     names, separated by commas. Raises UserError where one matches nothing.
     """
-    known = [name for name in linears(model) if name != "score"]
+    known, chosen = list(linears(model)), []
     if targets == "all":
         return [name for name in known if ".layers." in name]
-    chosen = []
-    for target in filter(None, map(str.strip, targets.split(","))):
+    for target in map(str.strip, targets.split(",")):
         found = [name for name in known if name == target or name.endswith("." + target)]
-        if not found and target in ("lm_head", "embed_tokens"):
-            tied = " whose head is the embedding itself" if target == "lm_head" else ""
-            raise UserError(f"--targets {target}: no adapter goes around the embedding{tied}")
-        if not found:
+        if not found or not target:
             ends = sorted({name.rpartition(".")[2] for name in known})
-            raise UserError(f"--targets {target} matches no layer; there are {', '.join(ends)}")
+            raise UserError(
+                f"--targets {target or 'nothing'} matches no linear layer; there are "
+                f"{', '.join(ends)} (a tied head is the embedding, which takes no adapter)"
+            )
         chosen += found
-    if not chosen:
-        raise UserError("--targets is empty; name linear layers, or all")
     return list(dict.fromkeys(chosen))
-
-
-def freeze(model, name):
-    """Only the adapter of this name is trained, and a reward model's head or a VLM's projector."""
-    own = tuple(f".{part}.{name}" for part in ("lora_A", "lora_B", "magnitude"))
-    beside = whole(model)
-    for where, p in model.named_parameters():
-        p.requires_grad = where.endswith(own) or where in beside
-
-
-def add(model, method, settings, name="default"):
-    """Add an adapter to the layers that settings.targets names, in place, and use it; method is
-    lora, dora or qlora. Raises UserError where rank, alpha or targets don't fit.
-    """
-    if settings.rank < 1:
-        raise UserError(f"--rank must be at least 1, not {settings.rank}")
-    if not 0 < settings.alpha < math.inf:
-        raise UserError(f"--alpha must be more than 0, not {settings.alpha}")
-    chosen = named(model, settings.targets)
-    if method == "qlora":
-        quantise_linears(model)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if isinstance(model, ScalarGPT) else "CAUSAL_LM",
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
-        "use_rslora": settings.rslora,
-        "use_dora": method == "dora",
-        "target_modules": sorted({name.rpartition(".")[2] for name in chosen}),
-        "modules_to_save": ["score"] if isinstance(model, ScalarGPT) else None,
-        "inference_mode": True,
-    }
-    if hasattr(model, "vision"):
-        ends = "|".join(config["target_modules"])
-        config["target_modules"] = rf"model\.language_model\..*\.({ends})"
-        config["modules_to_save"] = ["multi_modal_projector"]
-    if method == "qlora":
-        config["base_quantization"] = "nf4"  # not peft's: which base the adapter was trained on
-    _add(model, config, chosen, name)
-    freeze(model, name)
-    use(model, name)
-
-
-def _add(model, config, names, name):
-    if not name.isidentifier():
-        raise UserError(f"{name!r} is no name for an adapter; use letters, digits and _")
-    rank, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    for layer in wrap(model, names).values():
-        layer.add(name, rank, scale, config.get("use_dora"))
-    model.lora.settings[name] = config
 
 
 def use(model, names):
     """Switch: the name of an adapter for the whole batch, None for the base alone, or a list with
     one or the other for every row. Raises UserError for a name that isn't there.
     """
-    choice, rows = model.lora, names if isinstance(names, (list, tuple)) else [names]
-    if unknown := [n for n in rows if n is not None and n not in choice.settings]:
-        known = ", ".join(choice.settings)
+    choice, several = model.lora, isinstance(names, (list, tuple))
+    rows = names if several else [names]
+    if unknown := [name for name in rows if name not in (None, *choice.known)]:
+        known = ", ".join(choice.known)
         raise UserError(f"the model has no adapter {unknown[0]!r}; it has {known}")
     if any(layer.merged is not None for layer in layers(model).values()):
         raise UserError("an adapter is merged; unmerge it before another is used")
     choice.active, choice.rows = names, None
-    if isinstance(names, (list, tuple)):
-        choice.names = sorted(set(names) - {None})
-        numbers = [choice.names.index(n) if n is not None else -1 for n in names]
+    if several:
+        choice.names = sorted({*names} - {None})
+        numbers = [-1 if name is None else choice.names.index(name) for name in names]
         choice.active, choice.rows = None, torch.tensor(numbers, device=model.device)
 
 
@@ -267,97 +188,73 @@ def unmerge(model):
         layer.merged = None
 
 
-# --- files ---------------------------------------------------------------------------------------
+# --- the methods ---------------------------------------------------------------------------------
 
 
-def peft_key(model, name):
-    """What peft calls a tensor that we call `name`."""
-    for ours, theirs in PARTS.items() if hasattr(model, "vision") else ():
-        if name.startswith(ours):
-            name = theirs + name.removeprefix(ours)
-            break
-    return BASE + name
+class LoRA(Method):
+    peft_type, mergeable = "LORA", True
+    dora = quantised = False
 
+    def add(self, model, settings, name="default"):
+        """Put an adapter of this name around the layers that settings.targets means, and use it."""
+        chosen = named(model, settings.targets)
+        if self.quantised:
+            quantise_linears(model)
+        model.lora = model.lora or Choice()
+        rank, alpha = settings.rank, settings.alpha
+        scale = alpha / math.sqrt(rank) if settings.rslora else alpha / rank
+        for where in chosen:
+            layer = model.get_submodule(where)
+            if not isinstance(layer, LoRALinear):
+                layer = LoRALinear(layer, model.lora)
+                model.set_submodule(where, layer)
+            layer.add(name, rank, scale, self.dora)
+        model.lora.known.append(name)
+        use(model, name)
+        targets = sorted({where.rpartition(".")[2] for where in chosen})
+        if hasattr(model, "vision"):  # whose tower has layers of the same names
+            targets = rf"model\.language_model\..*\.({'|'.join(targets)})"
+        config = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
+        config |= {"use_rslora": settings.rslora, "use_dora": self.dora}
+        return config | ({"base_quantization": "nf4"} if self.quantised else {})  # not peft's
 
-def files(model, name="default"):
-    """(adapter_config.json without its base, {key: tensor}) of an adapter, as peft writes them."""
-    config, tensors = dict(model.lora.settings[name]), {}
-    if any(p.requires_grad for n, p in model.named_parameters() if n.startswith("vision.")):
-        raise UserError("an adapter is saved without the vision tower; freeze that, or train all")
-    for where, layer in layers(model).items():
-        if name in layer.lora_A:
-            key = peft_key(model, where)
-            tensors[f"{key}.lora_A.weight"] = layer.lora_A[name].detach()
-            tensors[f"{key}.lora_B.weight"] = layer.lora_B[name].detach()
-            if name in layer.magnitude:
-                tensors[f"{key}.lora_magnitude_vector"] = layer.magnitude[name].detach()
-    tensors |= {peft_key(model, where): p.detach() for where, p in whole(model).items()}
-    if isinstance(model, ScalarGPT):
-        config["reward_shift"] = model.shift  # not peft's either
-    return config, tensors
+    def wrote(self, config):
+        kind = bool(config.get("use_dora")), config.get("base_quantization") == "nf4"
+        return super().wrote(config) and kind == (self.dora, self.quantised)
 
-
-def load(model, config, tensors, name="default", where="the adapter"):
-    """Add the adapter of these files to a model, and use it; returns its method. Raises UserError
-    where it needs what isn't implemented, or belongs to another base.
-    """
-    for key in UNKNOWN:
-        if config.get(key) not in UNASKED:
-            raise UserError(f"{where}: {key} = {config[key]!r} is not implemented")
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and re.match("pissa|olora|corda|loftq|lora_ga", start):
-        raise UserError(f"{where}: {start} has changed the base's weights; convert it with peft")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)):
-        raise UserError(f"{where}: r = {rank!r} and lora_alpha = {alpha!r} are no rank and scale")
-    beside = {peft_key(model, n): p for n, p in whole(model).items()}
-    places = {peft_key(model, name): name for name in linears(model)}
-    found = {places.get(m[1], m[1].removeprefix(BASE)) for m in map(KEY.fullmatch, tensors) if m}
-    wanted = shapes(model, found, config, where)
-    wanted |= {key: p.shape for key, p in beside.items()}
-    if odd := sorted(wanted.keys() ^ tensors.keys()):
-        fault = "lacks" if odd[0] in wanted else "has a tensor that we can't use:"
-        raise UserError(f"{where} {fault} {odd[0]}")
-    for key, shape in wanted.items():
-        if tensors[key].shape != shape:
-            given = list(tensors[key].shape)
+    def settings(self, model, config, tensors, where):
+        """Raises UserError where the adapter needs what isn't implemented."""
+        for name in UNKNOWN:
+            if config.get(name) not in UNASKED:
+                raise UserError(f"{where}: {name} = {config[name]!r} is not implemented")
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and re.match("pissa|olora|corda|loftq|lora_ga", start):
             raise UserError(
-                f"{where}: {key} has shape {given}, but the model wants {list(shape)}: the adapter "
-                "was trained on another base"
+                f"{where}: {start} has changed the base's weights; convert it with peft"
             )
-    quantised = config.get("base_quantization") == "nf4"
-    if quantised:
-        quantise_linears(model)
-    _add(model, config, sorted(found), name)
-    parts = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            if key in beside:
-                beside[key].copy_(tensor)
-                continue
-            layer, part = KEY.fullmatch(key).groups()
-            into = getattr(model.get_submodule(places[layer]), parts.get(part, "magnitude"))
-            into[name].copy_(tensor)
-    if isinstance(model, ScalarGPT):
-        model.shift = float(config.get("reward_shift", 0.0))
-    use(model, name)
-    return "qlora" if quantised else "dora" if config.get("use_dora") else "lora"
-
-
-def shapes(model, names, config, where):
-    """{key: shape} of the tensors that an adapter around these layers must have."""
-    known, wanted = linears(model), {}
-    if not names:
-        raise UserError(f"{where} holds no low-rank matrices")
-    for layer in sorted(names):
-        if layer not in known:
+        settings = super().settings(model, config, tensors, where)
+        settings.alpha = config.get("lora_alpha") or 8  # as in peft
+        settings.rslora = bool(config.get("use_rslora"))
+        theirs = {f"{peft_name(model, name)}.lora_A.weight": name for name in linears(model)}
+        settings.targets = ",".join(theirs[name] for name in tensors if name in theirs)
+        if not settings.targets:
             raise UserError(
-                f"{where} has matrices for {layer}, which the model hasn't: the adapter was "
-                "trained on another base"
+                f"{where} holds no matrices for layers of the model: the adapter was trained on "
+                "another base"
             )
-        key, rank = peft_key(model, layer), config["r"]
-        wanted[f"{key}.lora_A.weight"] = torch.Size((rank, known[layer].in_features))
-        wanted[f"{key}.lora_B.weight"] = torch.Size((known[layer].out_features, rank))
-        if config.get("use_dora"):
-            wanted[f"{key}.lora_magnitude_vector"] = torch.Size((known[layer].out_features,))
-    return wanted
+        return settings
+
+    def parameters(self, model):
+        found = {}
+        for name, p in super().parameters(model).items():
+            name = re.sub(r"(\.lora_[AB])\.\w+$", r"\1.weight", name)
+            found[re.sub(r"(\.lora_magnitude_vector)\.\w+$", r"\1", name)] = p
+        return found
+
+
+class DoRA(LoRA):
+    dora = True
+
+
+class QLoRA(LoRA):
+    quantised = True

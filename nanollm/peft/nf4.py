@@ -147,10 +147,3 @@ def quantise_linears(model):
             for name, child in parent.named_children():
                 if type(child) is Linear:
                     setattr(parent, name, NF4Linear(child))
-
-
-def bits_per_weight(model):
-    """Bits, as held in memory, of a weight in the model's NF4 layers."""
-    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    held = sum(t.numel() * t.element_size() for m in layers for t in m.quantised)
-    return 8 * held / sum(m.shape.numel() for m in layers)

@@ -14,14 +14,13 @@ of a packed row, and every step of generation: no layer tells this from V more t
 The keys of prefix and ptuning are those after RoPE; the text's first token stands at position V.
 """
 
-import math
 from dataclasses import replace
 
 import torch
 import torch.nn as nn
 
-from nanollm.config import UserError
 from nanollm.gpt import rotation_table
+from nanollm.peft.method import Method, Settings, peft_name, whole_number
 
 
 class Recorder:
@@ -44,15 +43,33 @@ def keys_and_values(decoder, embeddings):
     return torch.stack(recorder.layers)
 
 
+def flatten(values):
+    """(layers, 2, G, V, D) -> (V, layers * 2 * G * D), as peft saves them."""
+    return values.permute(3, 0, 1, 2, 4).flatten(1)
+
+
+def unflatten(flat, decoder):
+    """(V, layers * 2 * G * D) -> (layers, 2, G, V, D)."""
+    shape = len(flat), len(decoder.layers), 2, -1, decoder.cos.shape[1]
+    return flat.view(shape).permute(1, 2, 3, 0, 4)
+
+
+# --- what stands in front ------------------------------------------------------------------------
+
+
 class KeysAndValues(nn.Module):
     """P-Tuning v2: keys and values are the parameters."""
 
     def __init__(self, values):
         super().__init__()
-        self.values = nn.Parameter(values)  # (layers, 2, G, V, D)
+        self.values = nn.Parameter(values)  # (V, layers * 2 * G * D)
+
+    def saved(self):
+        """What peft's files hold."""
+        return self.values
 
     def forward(self, decoder, dtype):
-        return self.values
+        return unflatten(self.values, decoder)
 
     def fixed(self, decoder, dtype):
         """The same without what only training needs."""
@@ -64,20 +81,19 @@ class PrefixMLP(nn.Module):
     values themselves. They are all that is saved, and all that generation needs.
     """
 
-    def __init__(self, V, C, hidden, shape):
+    def __init__(self, V, C, hidden, out):
         super().__init__()
-        self.shape = shape  # layers, 2, G, D
         self.embedding = nn.Embedding(V, C)
-        self.transform = nn.Sequential(
-            nn.Linear(C, hidden), nn.Tanh(), nn.Linear(hidden, math.prod(shape))
-        )
+        self.transform = nn.Sequential(nn.Linear(C, hidden), nn.Tanh(), nn.Linear(hidden, out))
+
+    def saved(self):
+        return self.transform(self.embedding.weight)  # (V, layers * 2 * G * D)
 
     def forward(self, decoder, dtype):
-        flat = self.transform(self.embedding.weight)  # (V, layers * 2 * G * D)
-        return unflatten(flat, self.shape)
+        return unflatten(self.saved(), decoder)
 
     def fixed(self, decoder, dtype):
-        return KeysAndValues(self(decoder, dtype).detach().clone())
+        return KeysAndValues(self.saved().detach().clone())
 
 
 class PromptEmbeddings(nn.Module):
@@ -87,106 +103,80 @@ class PromptEmbeddings(nn.Module):
         super().__init__()
         self.embedding = nn.Parameter(embedding)  # (V, C)
 
+    def saved(self):
+        return self.embedding
+
     def forward(self, decoder, dtype):
         return keys_and_values(decoder, self.embedding.to(dtype))
 
     @torch.no_grad()
     def fixed(self, decoder, dtype):
-        return KeysAndValues(self(decoder, dtype))
+        return KeysAndValues(flatten(self(decoder, dtype)))
 
 
-# --- attaching, saving, loading ------------------------------------------------------------------
+# --- the methods ---------------------------------------------------------------------------------
 
 
-def add(model, method, settings):
-    """Put V = settings.virtual_tokens virtual tokens in front; raises UserError for less than one,
-    and for as many as the model's context has positions.
+class SoftPrompt(Method):
+    def module(self, decoder, words, settings):
+        """What makes keys and values; words: the embeddings (V, C) of some tokens."""
+        raise NotImplementedError
 
-    Embeddings start as those of random tokens of the vocabulary, and the keys and values of ptuning
-    as what the model makes of such: words do better than noise (Li & Liang 2021, section 7.4;
-    Lester et al. 2021, section 3.2).
-    """
-    V, cfg, decoder = settings.virtual_tokens, model.cfg, model.model
-    if V < 1:
-        raise UserError(f"--virtual_tokens must be at least 1, not {V}")
-    if V >= cfg.max_position_embeddings:
-        raise UserError(
-            f"--virtual_tokens {V} fill the model's context of {cfg.max_position_embeddings}"
-        )
-    make_room(model, V)
-    words = decoder.embed_tokens.weight.detach()
-    words = words[torch.randint(cfg.vocab_size, (V,)).to(words.device)].clone()  # (V, C)
-    if method == "prompt":
-        decoder.prefix = PromptEmbeddings(words)
-    elif method == "ptuning":
-        with torch.no_grad():
-            decoder.prefix = KeysAndValues(keys_and_values(decoder, words))
-    else:
-        mlp = PrefixMLP(V, cfg.hidden_size, settings.hidden, shape_of(cfg))
-        decoder.prefix = mlp.to(words.device)
+    def add(self, model, settings):
+        """Put V = settings.virtual_tokens virtual tokens in front.
 
+        Embeddings start as those of random tokens of the vocabulary, and the keys and values of
+        ptuning as what the model makes of such: words do better than noise (Li & Liang 2021,
+        section 7.4; Lester et al. 2021, section 3.2).
+        """
+        V, cfg, decoder = settings.virtual_tokens, model.cfg, model.model
+        # longer tables of RoPE, so that texts may be as long as before
+        longer = replace(cfg, max_position_embeddings=cfg.max_position_embeddings + V)
+        decoder.cos, decoder.sin = (table.to(model.device) for table in rotation_table(longer))
+        words = torch.randint(cfg.vocab_size, (V,)).to(model.device)
+        words = decoder.embed_tokens.weight.detach()[words]  # a copy, (V, C)
+        decoder.prefix = self.module(decoder, words, settings)
+        heads, width = cfg.num_key_value_heads, cfg.num_key_value_heads * cfg.head_dim
+        if self.peft_type == "PROMPT_TUNING":
+            heads, width = cfg.num_attention_heads, cfg.hidden_size
+        return {
+            "num_virtual_tokens": V,
+            "num_layers": cfg.num_hidden_layers,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": heads,
+            "token_dim": width,
+        }
 
-def make_room(model, V):
-    """Longer tables of RoPE, so that texts may be as long as before."""
-    longer = replace(model.cfg, max_position_embeddings=model.cfg.max_position_embeddings + V)
-    model.model.cos, model.model.sin = (x.to(model.device) for x in rotation_table(longer))
+    def settings(self, model, config, tensors, where):
+        return Settings(virtual_tokens=whole_number(config, "num_virtual_tokens", where))
 
-
-def shape_of(cfg):
-    """(layers, 2, G, D): what one virtual token has in keys and values."""
-    return cfg.num_hidden_layers, 2, cfg.num_key_value_heads, cfg.head_dim
-
-
-def unflatten(flat, shape):
-    """(V, layers * 2 * G * D), as peft saves them, -> (layers, 2, G, V, D)."""
-    return flat.view(len(flat), *shape).permute(1, 2, 3, 0, 4)
+    def parameters(self, model):
+        own, beside = peft_name(model, "model.prefix."), super().parameters(model)
+        beside = {name: p for name, p in beside.items() if not name.startswith(own)}
+        return {"prompt_embeddings": model.model.prefix.saved(), **beside}
 
 
-def files(model):
-    """(adapter_config.json, tensors) as peft saves them."""
-    prefix, cfg = model.model.prefix, model.cfg
-    if isinstance(prefix, PromptEmbeddings):
-        tensor, kind = prefix.embedding.detach(), "PROMPT_TUNING"
-        own = {"token_dim": cfg.hidden_size, "num_attention_heads": cfg.num_attention_heads}
-        own |= {"prompt_tuning_init": "RANDOM"}
-    else:
-        values = prefix.fixed(model.model, torch.float32).values.detach()
-        tensor, kind = values.permute(3, 0, 1, 2, 4).flatten(1), "PREFIX_TUNING"
-        width = cfg.num_key_value_heads * cfg.head_dim
-        own = {"token_dim": width, "num_attention_heads": cfg.num_key_value_heads}
-        own |= {"encoder_hidden_size": width, "prefix_projection": False}
-    config = {
-        "peft_type": kind,
-        "task_type": "CAUSAL_LM",
-        "num_virtual_tokens": len(tensor),
-        "num_layers": cfg.num_hidden_layers,
-        "num_transformer_submodules": 1,
-        "inference_mode": True,
-        **own,
-    }
-    return config, {"prompt_embeddings": tensor.contiguous().cpu()}
+class PTuning(SoftPrompt):
+    peft_type = "PREFIX_TUNING"
+
+    @torch.no_grad()
+    def module(self, decoder, words, settings):
+        return KeysAndValues(flatten(keys_and_values(decoder, words)))
 
 
-def load(model, config, tensors, where="the adapter"):
-    """Attach what `files` or peft has saved; returns the method's name.
+class Prefix(SoftPrompt):
+    """Saved without its MLP: so it comes back, and goes on, as P-Tuning v2."""
 
-    A prefix comes back without its MLP, so it goes on as P-Tuning v2. Raises UserError for an
-    adapter of another base.
-    """
-    prompt, cfg = config["peft_type"] == "PROMPT_TUNING", model.cfg
-    width = cfg.hidden_size if prompt else math.prod(shape_of(cfg))
-    tensor = tensors.get("prompt_embeddings")
-    if tensor is None or tensor.dim() != 2 or 0 in tensor.shape:
-        raise UserError(f"{where} lacks the tensor prompt_embeddings of shape [V, {width}]")
-    if tensor.shape[1] != width:
-        raise UserError(
-            f"{where}: prompt_embeddings has shape {list(tensor.shape)}, but the model wants "
-            f"[V, {width}]: the adapter was trained on another base"
-        )
-    make_room(model, len(tensor))
-    tensor = tensor.to(model.device, torch.float32)
-    if prompt:
-        model.model.prefix = PromptEmbeddings(tensor)
-        return "prompt"
-    model.model.prefix = KeysAndValues(unflatten(tensor, shape_of(cfg)).clone())
-    return "ptuning"
+    peft_type = "PREFIX_TUNING"
+
+    def module(self, decoder, words, settings):
+        attention = decoder.layers[0].self_attn
+        out = len(decoder.layers) * 2 * attention.k_proj.out_features
+        return PrefixMLP(*words.shape, settings.hidden, out)
+
+
+class Prompt(SoftPrompt):
+    peft_type = "PROMPT_TUNING"
+
+    def module(self, decoder, words, settings):
+        return PromptEmbeddings(words)

@@ -1,0 +1,135 @@
+"""What a method of parameter-efficient fine-tuning is: a class that adds parameters to a frozen
+model, and says what peft calls them in its files.
+
+A new method is a class derived from Method in a file of its own, and a line in METHODS
+(adapters.py). bottleneck.py is the shortest example.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from nanollm.config import AdapterConfig, UserError, Whole
+
+BASE = "base_model.model."  # in front of every name in peft's files
+# Names of a VLM's parts, and what peft calls them, whose base is a LlavaForConditionalGeneration.
+PARTS = {"model.": "model.language_model.", "projector.": "model.multi_modal_projector."}
+# Trained as a whole beside an adapter, and what peft calls it: a reward model's head, a VLM's
+# projector.
+WHOLE = {"score": "score", "projector": "multi_modal_projector"}
+
+
+@dataclass
+class Settings(AdapterConfig):
+    """What the methods can be told; each reads its own."""
+
+    # -- Adapter
+    # lora, dora, qlora: names of linear layers, separated by commas; all: every one in the blocks
+    targets: str = "all"
+    # lora, dora, qlora: they count alpha / sqrt(r) instead, so that high ranks don't learn less
+    rslora: bool = False
+    virtual_tokens: Whole[1] = 16  # V of prefix, ptuning and prompt
+    hidden: Whole[1] = 128  # prefix: width of the MLP that makes keys and values in training
+
+
+class Around(nn.Module):
+    """A linear layer, the base, with an adapter around it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def plain(self, merged):
+        """The base itself, or with `merged` a Linear that computes as base and adapter do together;
+        where there is none, this module.
+        """
+        return self if merged else self.base
+
+
+def put_around(model, names, make):
+    """Put make(layer) in place of each layer of the blocks with one of these names, a tuple."""
+    for block in model.model.layers:
+        for name, layer in list(block.named_modules()):
+            if name.endswith(names):
+                block.set_submodule(name, make(layer))
+
+
+class Method:
+    """A method. What is said here fits those whose parameters stand around the layers."""
+
+    peft_type = ""  # in adapter_config.json
+    mergeable = False  # does `plain(merged=True)` of its layers give a Linear?
+
+    def add(self, model, settings):
+        """Put new parameters into the model, in place; returns the method's own entries of
+        adapter_config.json.
+        """
+        raise NotImplementedError
+
+    def settings(self, model, config, tensors, where):
+        """The Settings with which `add` makes an adapter like the one in these files."""
+        return Settings(rank=whole_number(config, "r", where))
+
+    def wrote(self, config):
+        """Does an adapter_config.json belong to this method?"""
+        return config.get("peft_type") == self.peft_type
+
+    def parameters(self, model):
+        """{name in peft's files: tensor} of what is trained."""
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if any(name.startswith("vision.") for name in trained):
+            raise UserError(
+                "an adapter is saved without the vision tower; freeze that, or train all"
+            )
+        return {peft_name(model, name): p for name, p in trained.items()}
+
+    def attach(self, model, settings, **more):
+        """Freeze the model and add the method's parameters, in place; returns what `add` does. What
+        is trained as a whole beside an adapter stays trainable.
+        """
+        model.base_parameters = sum(p.numel() for p in model.parameters())
+        device = model.device
+        model.requires_grad_(False)
+        config = self.add(model, settings, **more)
+        for name, p in model.named_parameters():
+            if name.split(".")[0] in WHOLE:
+                p.requires_grad_(True)
+        model.to(device)
+        return config
+
+    def load(self, model, config, tensors, where, **more):
+        """As `attach`, with the values of a file."""
+        settings = self.settings(model, config, tensors, where)
+        config = self.attach(model, settings, **more)
+        own = self.parameters(model)
+        if odd := sorted(own.keys() ^ tensors.keys()):
+            fault = "lacks" if odd[0] in own else "has a tensor that the model hasn't:"
+            raise UserError(
+                f"{where} is damaged or was trained on another base: it {fault} {odd[0]}"
+            )
+        for name, p in own.items():
+            if p.shape != tensors[name].shape:
+                raise UserError(
+                    f"{where}: {name} has shape {list(tensors[name].shape)}, but the model wants "
+                    f"{list(p.shape)}: the adapter was trained on another base"
+                )
+            with torch.no_grad():
+                p.copy_(tensors[name])
+        return config
+
+
+def whole_number(config, name, where):
+    """An entry of adapter_config.json that is at least 1, which it is where there is none."""
+    value = config.get(name, 1)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where}: {name} must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def peft_name(model, name):
+    """What peft calls a parameter that we call `name`."""
+    for ours, theirs in PARTS.items() if hasattr(model, "vision") else ():
+        if name.startswith(ours):
+            return BASE + theirs + name.removeprefix(ours)
+    return BASE + name
