@@ -128,40 +128,46 @@ QUESTIONS = {
 # --- running -------------------------------------------------------------------------------------
 
 
+def commands_of(stage, cfg):
+    """The stage's command, and that of its evaluation where it has one, as lists of words."""
+    preset, root = preset_of(stage, cfg), Path(cfg.root).as_posix()
+    script, *flags = (word.replace("ROOT", root) for word in stage.command.split())
+    evaluate = [word.replace("ROOT", root) for word in stage.evaluate.split()]
+    device = ["--device", cfg.device] * (cfg.device != "auto")
+    commands = [["python", script, *["--preset", preset] * (preset != "tiny"), *flags, *device]]
+    if evaluate:
+        limit = ["--limit", "20"] * (preset == "smoke")
+        commands.append(["python", "-m", "nanollm.evaluate", *evaluate, *limit, *device])
+    return commands
+
+
+def preset_of(stage, cfg):
+    return stage.preset if cfg.preset == "tiny" else cfg.preset
+
+
 def run_stage(stage, cfg, later):
     """Run the stage's commands unless they are done; returns {"command", "shown", "seconds"}.
     `later` are the folders of the stages behind it, which are stale once it has run again.
     """
-    folder = Path(cfg.root) / stage.name
-    preset = stage.preset if cfg.preset == "tiny" else cfg.preset
-    device = ["--device", cfg.device] * (cfg.device != "auto")
-    words, evaluate = (
-        [word.replace("ROOT", Path(cfg.root).as_posix()) for word in text.split()]
-        for text in (stage.command, stage.evaluate)
-    )
-    words[1:1] = ["--preset", preset] * (preset != "tiny")
-    commands = [["python", *words, *device]]
-    if evaluate:
-        limit = ["--limit", "20"] * (preset == "smoke")
-        commands.append(["python", "-m", "nanollm.evaluate", *evaluate, *limit, *device])
+    folder, commands = Path(cfg.root) / stage.name, commands_of(stage, cfg)
     command, shown = shlex.join(commands[0]), "\n".join(f"$ {shlex.join(c)}" for c in commands)
-
     done, begin = folder / "stage.json", time.perf_counter()
     if done.exists() and not cfg.fresh:
         record = read_json(done)
         if record["command"] == command:
             print(f"{stage.title}: done before in {record['seconds']:.0f} s (--fresh: again)")
             return record
-    interrupted = (folder / "state.pt").exists() and not done.exists() and not cfg.fresh
-    resumed = interrupted and read_json(folder / "train_config.json").get("preset") == preset
+    resumed = False
+    if (folder / "state.pt").exists() and not done.exists() and not cfg.fresh:  # interrupted
+        resumed = read_json(folder / "train_config.json").get("preset") == preset_of(stage, cfg)
     for other in later:
         move_aside(other)
     commands[0] += ["--resume"] * resumed
-    for each in commands:
-        print(f"\n$ {shlex.join(each)}", flush=True)
-        if code := subprocess.call([sys.executable, *each[1:]]):
+    for words in commands:
+        print(f"\n$ {shlex.join(words)}", flush=True)
+        if code := subprocess.call([sys.executable, *words[1:]]):
             raise UserError(
-                f"`{shlex.join(each)}` ended with exit code {code}; fix it and call python -m "
+                f"`{shlex.join(words)}` ended with exit code {code}; fix it and call python -m "
                 "nanollm again"
             )
     seconds = time.perf_counter() - begin
