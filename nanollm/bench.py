@@ -324,7 +324,6 @@ def main(cfg):
     where = f"{torch.get_num_threads()} CPU threads"
     if rt.device.type == "cuda":
         where = torch.cuda.get_device_name(rt.device)
-    roof = matrix_rate(rt)
     print(f"{total:,} parameters in {str(rt.dtype)[6:]} on {where}", flush=True)
     asked = f"{cfg.prompts} prompts of {cfg.prompt_tokens} tokens, {cfg.new_tokens} new ones"
     if cfg.what == "grpo":
@@ -332,7 +331,7 @@ def main(cfg):
         print(line("GRPO update", times, f"{asked} in each of {cfg.samples} samples\n{remark}"))
         found = {"grpo": times}
     else:
-        peer = peer_model(shape, rt) if cfg.peer else None
+        roof, peer = matrix_rate(rt), peer_model(shape, rt) if cfg.peer else None
         training, sampling = speed_works(cfg, rt, model, ddp_model, peer)
         times = in_turn(training, rt, cfg.repeats)
         tokens, flop = cfg.batch_size * cfg.context, flop_per_token(shape, matrices, cfg.context)

@@ -149,7 +149,7 @@ def section(page, stage, record):
     if (folder / "samples.txt").exists():
         page.code((folder / "samples.txt").read_text(encoding="utf-8").strip())
     preferences(page, folder / "preferences.json")
-    images(page, folder)
+    images(page, folder / "images.json")
 
 
 def preferences(page, path):
@@ -161,17 +161,14 @@ def preferences(page, path):
         page.table([*columns], list(zip(*columns.values())))
 
 
-def images(page, folder):
-    """Questions about images: the right answer, and what each run beside this one has said."""
-    runs = [place for place in folders_of(folder) if (place / "images.json").exists()]
-    if not runs:
-        return
-    found = {run.name: read_json(run / "images.json", list) for run in runs}
-    asked = found[runs[0].name]
-    columns = [[each["completion"] for each in examples] for examples in found.values()]
-    known = [[Path(each["image"]), each["question"], each["answer"]] for each in asked]
-    rows = [[*first, *said] for first, said in zip(known, zip(*columns))]
-    page.table(["image", "question", "right", *found], rows)
+def images(page, path):
+    """Questions about images, a column for each text that goes with them."""
+    examples = read_json(path, list) if path.exists() else []
+    if examples:
+        keys = [key for key, value in examples[0].items() if isinstance(value, str)]
+        head = ["image", *(key for key in keys if key != "image")]
+        rows = [[Path(each["image"]), *map(each.get, head[1:])] for each in examples]
+        page.table(head, rows)
 
 
 def write_report(root, done, answers, closing):

@@ -111,9 +111,8 @@ def test_the_report_shows_all_that_a_run_folder_holds(tmp_path):
     (tmp_path / "vlm" / "preferences.json").write_text(json.dumps(sampled))
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     shown = {"image": str(tmp_path / "a.png"), "question": "What?", "answer": "cup"}
-    for folder, said in ("vlm", "a cup"), ("vlm-clip", "a bell"):
-        images = json.dumps([shown | {"completion": said}])
-        (tmp_path / folder / "images.json").write_text(images)
+    shown |= {"completion": "a cup", "no_images": "a bell", "correct": True}
+    (tmp_path / "vlm" / "images.json").write_text(json.dumps([shown]))
     (tmp_path / "vlm" / "more.svg").write_text("<svg id='more'></svg>")
     names = [each["name"] for each in effects_of(tmp_path / "vlm")]
     assert names == ["right answers", "text", "after | evaluation"]
@@ -122,7 +121,7 @@ def test_the_report_shows_all_that_a_run_folder_holds(tmp_path):
     write_report(tmp_path, done, answers, "Talk with it")
     html, text = ((tmp_path / f"report.{end}").read_text("utf-8") for end in ("html", "md"))
     known = "10.0% → 90.0%|2 → 1 bits|$ python train_vlm.py|Talk with it|rude|I think Nora."
-    for part in f"{known}|vlm-clip|What?|a cup|a bell|Vision · 61 s".split("|"):
+    for part in f"{known}|vlm-clip|What?|a cup|no_images|a bell|Vision · 61 s".split("|"):
         assert part in html and part in text
     assert html.count("<svg") == 2 and html.count("src='data:image/png") == 1
     assert "said &lt;think&gt; this" in html and "&lt;b&gt;polite" in html
