@@ -62,51 +62,52 @@ STAGES = [
     Stage("pretrain", "Pretraining", "train_pretrain.py --out ROOT/pretrain --compare_xz",
           "A model with random weights reads the village's texts and learns to predict the next "
           "token. It learns the language, and on the way who lives where and keeps which pet.",
-          "dialogue", "ROOT/pretrain"),
+          asked="dialogue", evaluate="ROOT/pretrain"),
     Stage("sft", "Supervised fine-tuning", "train_sft.py --init ROOT/pretrain --out ROOT/sft",
-          "The model learns from dialogues to answer instead of to continue. Half of the villagers "
-          "never occur in them: what it can say about those, it knows from pretraining.",
-          "dialogue problems tools", "ROOT/sft"),
+          "The model learns from dialogues to answer instead of to continue. Half of the "
+          "villagers never occur in them: what it can say about those, it knows from pretraining.",
+          asked="dialogue problems tools", evaluate="ROOT/sft"),
     Stage("rm", "Reward model", "train_rm.py --init ROOT/sft --out ROOT/rm",
-          "The fine-tuned model completes each prompt several times, and annotators rank the "
-          "completions: right, polite and short ones are better. They are wrong now and then. A "
-          "model learns from the rankings to score completions. The samples below are the best of "
-          "four by its score.",
-          "", "ROOT/sft --data preferences --reward_model ROOT/rm --best_of 4 --against ROOT/sft "
-          "--out ROOT/rm/preferences.json"),
+          "The fine-tuned model completes each prompt several times, annotators, who err now and "
+          "then, rank the completions (right, polite and short ones are better), and a model "
+          "learns to score them. The samples below are the best of four by its score.",
+          evaluate="ROOT/sft --data preferences --reward_model ROOT/rm --best_of 4 "
+          "--against ROOT/sft --out ROOT/rm/preferences.json"),
     Stage("ppo", "PPO", "train_ppo.py --init ROOT/sft --reward_model ROOT/rm --out ROOT/ppo",
-          "The model completes prompts, the reward model scores, and completions that were better "
-          "than expected become more likely, at a price for every step away from the fine-tuned "
-          "model (KL).",
-          "dialogue", "ROOT/ppo --data preferences --reward_model ROOT/rm --against ROOT/sft"),
+          "The model completes prompts, the reward model scores, and what was better than "
+          "expected becomes more likely, at a price for every step away from the fine-tuned model "
+          "(KL).",
+          asked="dialogue",
+          evaluate="ROOT/ppo --data preferences --reward_model ROOT/rm --against ROOT/sft"),
     Stage("dpo", "DPO", "train_dpo.py --init ROOT/sft --nll_coef 0.3 --out ROOT/dpo",
           "The same rankings without a reward model: the better completion of each pair becomes "
-          "more likely than the worse one, measured against the fine-tuned model. The loss alone "
-          "lowers the probability of both, and true answers suffer; the likelihood of the better "
-          "one, counted 0.3 times, prevents that (Pang et al. 2024, arXiv:2404.19733).",
-          "dialogue", "ROOT/dpo --data preferences --reward_model ROOT/rm --against ROOT/sft"),
+          "more likely than the worse one. Both can become less likely at that, and right answers "
+          "suffer, unless the loss holds the likelihood of the better one as well (Pang et al. "
+          "2024, arXiv:2404.19733).",
+          asked="dialogue",
+          evaluate="ROOT/dpo --data preferences --reward_model ROOT/rm --against ROOT/sft"),
     Stage("cot", "Chain of thought", "train_sft.py --init ROOT/sft --data mixed --out ROOT/cot",
           "The model learns to think before it answers, from solutions to problems. People write "
           "out few of the long ones, so it has learnt to think, and not to rely on it.",
-          "problems", preset="cot"),
+          asked="problems", preset="cot"),
     Stage("grpo", "GRPO", "train_grpo.py --init ROOT/cot --out ROOT/grpo",
-          "The model tries each problem eight times, a rule checks the answers, and completions "
-          "better than their group become more likely. Nobody tells it to think: it finds out that "
-          "this pays.",
-          "problems"),
+          "The model tries each problem eight times, a rule checks the answers, and what was "
+          "better than its group becomes more likely. Nobody tells it to think: it finds out that "
+          "it pays.",
+          asked="problems"),
     Stage("reft", "ReFT", "train_ppo.py --init ROOT/cot --data problems --reward rules "
           "--critic shared --out ROOT/reft",
           "Reinforced fine-tuning: PPO on the same problems, from the same model, rewarded by "
           "rules: 1 for a right answer, 0.1 for one that can be read, 0 for none.",
-          "problems", "ROOT/reft --data reasoning --limit 64", "reft"),
+          asked="problems", preset="reft", evaluate="ROOT/reft --data reasoning --limit 64"),
     Stage("tools", "Tools", "train_sft.py --init ROOT/grpo --data tools --out ROOT/tools",
           "The model learns to call a calculator for large numbers, and a search for people whom "
           "no text has told it of. It writes the call, the engine writes the result behind it.",
-          "tools", "ROOT/tools --data tools --limit 64", "tools"),
+          asked="tools", preset="tools", evaluate="ROOT/tools --data tools --limit 64"),
     Stage("distill", "Distillation", "distill.py --teacher ROOT/sft --out ROOT/distill",
           "A new model with a third of the parameters learns from the fine-tuned one: from a "
-          "thousand dialogues, and from the teacher's completions of four thousand other prompts, "
-          "with its probabilities of every token."),
+          "thousand dialogues, and four thousand other prompts that the teacher completes, with "
+          "its probabilities of every token."),
     Stage("lora", "LoRA", "lora.py --init ROOT/sft --out ROOT/lora",
           "The fine-tuned model learns to talk with sailors: another style, and a few new facts. "
           "Its weights stay as they are; thin matrices beside them are trained."),
