@@ -68,15 +68,14 @@ STAGES = [
           "villagers never occur in them: what it can say about those, it knows from pretraining.",
           asked="dialogue problems tools", evaluate="ROOT/sft"),
     Stage("rm", "Reward model", "train_rm.py --init ROOT/sft --out ROOT/rm",
-          "The fine-tuned model completes each prompt several times, annotators, who err now and "
-          "then, rank the completions (right, polite and short ones are better), and a model "
-          "learns to score them. The samples below are the best of four by its score.",
+          "The fine-tuned model completes each prompt several times. Annotators, who err now and "
+          "then, rank the completions: right, polite and short ones are better. A model learns to "
+          "score completions from that. The samples below are the best of four by its score.",
           evaluate="ROOT/sft --data preferences --reward_model ROOT/rm --best_of 4 "
           "--against ROOT/sft --out ROOT/rm/preferences.json"),
     Stage("ppo", "PPO", "train_ppo.py --init ROOT/sft --reward_model ROOT/rm --out ROOT/ppo",
           "The model completes prompts, the reward model scores, and what was better than "
-          "expected becomes more likely, at a price for every step away from the fine-tuned model "
-          "(KL).",
+          "expected becomes more likely; every step away from the fine-tuned model has a price.",
           asked="dialogue",
           evaluate="ROOT/ppo --data preferences --reward_model ROOT/rm --against ROOT/sft"),
     Stage("dpo", "DPO", "train_dpo.py --init ROOT/sft --nll_coef 0.3 --out ROOT/dpo",
@@ -92,8 +91,7 @@ STAGES = [
           asked="problems", preset="cot"),
     Stage("grpo", "GRPO", "train_grpo.py --init ROOT/cot --out ROOT/grpo",
           "The model tries each problem eight times, a rule checks the answers, and what was "
-          "better than its group becomes more likely. Nobody tells it to think: it finds out that "
-          "it pays.",
+          "better than its group becomes more likely. Nobody tells it to think; thinking pays.",
           asked="problems"),
     Stage("reft", "ReFT", "train_ppo.py --init ROOT/cot --data problems --reward rules "
           "--critic shared --out ROOT/reft",
