@@ -1,6 +1,7 @@
 """The pipeline: which commands it runs, the report that it writes, and the commands of README."""
 
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -99,8 +100,8 @@ def test_a_stage_that_fails_names_its_command(run_pipeline, tmp_path):
 @pytest.mark.parametrize("preset", ["tiny", "smoke", "gpu"])
 def test_every_command_of_the_pipeline_is_understood(stage, preset):
     cfg = pipeline.Config(preset, "runs", device="cpu")
-    for script, *flags in (words[1:] for words in pipeline.commands_of(stage, cfg)):
-        understood(script, flags[1:] if script == "-m" else flags)
+    for words in pipeline.commands_of(stage, cfg):
+        understood(words)
 
 
 def test_the_report_shows_all_that_a_run_folder_holds(tmp_path):
@@ -154,11 +155,15 @@ def readme_commands():
     return sorted({part for part in parts if part.startswith(("python ", "torchrun "))})
 
 
-def understood(name, flags):
-    """A script's or a module's Config understands these flags; raises UserError."""
+def understood(words):
+    """The Config of the script or module in `python script --flag ...` takes these flags."""
+    name, *flags = words[1 + (words[1] == "-m") :]
+    if name == "pytest":
+        return
     name = "nanollm.__main__" if name == "nanollm" else name.removesuffix(".py").replace("/", ".")
     module = importlib.import_module(name)
     if hasattr(module, "Config"):
+        flags = list(itertools.dropwhile(lambda word: not word.startswith("--"), flags))
         parse(module.Config, getattr(module, "PRESETS", None), flags)
 
 
@@ -167,6 +172,4 @@ def test_every_command_in_readme_is_understood(command):
     words = shlex.split(command)
     if words[0] == "torchrun":
         words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]]
-    words = words[1 + (words[1] == "-m") :]
-    if words[0] != "pytest":
-        understood(words[0], words[1:])
+    understood(words)
