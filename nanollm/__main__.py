@@ -16,13 +16,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanollm.answers import QUESTIONS, answers_section, preferences_section
+from data import village
 from nanollm.checkpoint import read_json
 from nanollm.config import UserError, atomic_write, cli
-from nanollm.report import Section, to_html, to_markdown
-from nanollm.run import set_aside
+from nanollm.formats import read_examples
+from nanollm.generate import complete
+from nanollm.hub import load_model
+from nanollm.metrics import first_of_each_task, question_of
+from nanollm.report import effects_of, write_report
+from nanollm.rollouts import prompt_of
+from nanollm.run import effect_line, move_aside
 from nanollm.runtime import start
-from nanollm.stages import stages
+from nanollm.tools import Toolbox
 
 
 @dataclass
@@ -37,138 +42,175 @@ class Config:
 PRESETS = {"smoke": {}, "tiny": {}, "gpu": {}}
 
 
+# --- the stages ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """A command of the pipeline; ROOT in it stands for the folder of the runs."""
+
+    name: str  # of its run folder
+    title: str
+    command: str  # the script and its flags
+    what: str  # what the stage does, in a sentence or two
+    asked: str = ""  # kinds of QUESTIONS that the model is asked for the report
+    evaluate: str = ""  # what python -m nanollm.evaluate is called with afterwards; "": no call
+    preset: str = "tiny"  # the script's preset that stands for tiny
+
+
+STAGES = [
+    Stage("pretrain", "Pretraining", "train_pretrain.py --out ROOT/pretrain --compare_xz",
+          "A model with random weights reads the village's texts and learns to predict the next "
+          "token. It learns the language, and on the way who lives where and keeps which pet.",
+          asked="dialogue", evaluate="ROOT/pretrain"),
+    Stage("sft", "Supervised fine-tuning", "train_sft.py --init ROOT/pretrain --out ROOT/sft",
+          "The model learns from dialogues to answer instead of to continue. Half of the "
+          "villagers never occur in them: what it can say about those, it knows from pretraining.",
+          asked="dialogue problems tools", evaluate="ROOT/sft"),
+    Stage("rm", "Reward model", "train_rm.py --init ROOT/sft --out ROOT/rm",
+          "The fine-tuned model completes each prompt several times. Annotators, who err now and "
+          "then, rank the completions: right, polite and short ones are better. A model learns to "
+          "score completions from that. The samples below are the best of four by its score.",
+          evaluate="ROOT/sft --data preferences --reward_model ROOT/rm --best_of 4 "
+          "--against ROOT/sft --out ROOT/rm/preferences.json"),
+    Stage("ppo", "PPO", "train_ppo.py --init ROOT/sft --reward_model ROOT/rm --out ROOT/ppo",
+          "The model completes prompts, the reward model scores, and what was better than "
+          "expected becomes more likely; every step away from the fine-tuned model has a price.",
+          asked="dialogue",
+          evaluate="ROOT/ppo --data preferences --reward_model ROOT/rm --against ROOT/sft"),
+    Stage("dpo", "DPO", "train_dpo.py --init ROOT/sft --nll_coef 0.3 --out ROOT/dpo",
+          "The same rankings without a reward model: the better completion of each pair becomes "
+          "more likely than the worse one. Both can become less likely at that, and right answers "
+          "suffer, unless the loss holds the likelihood of the better one as well (Pang et al. "
+          "2024, arXiv:2404.19733).",
+          asked="dialogue",
+          evaluate="ROOT/dpo --data preferences --reward_model ROOT/rm --against ROOT/sft"),
+    Stage("cot", "Chain of thought", "train_sft.py --init ROOT/sft --data mixed --out ROOT/cot",
+          "The model learns to think before it answers, from solutions to problems. People write "
+          "out few of the long ones, so it has learnt to think, and not to rely on it.",
+          asked="problems", preset="cot"),
+    Stage("grpo", "GRPO", "train_grpo.py --init ROOT/cot --out ROOT/grpo",
+          "The model tries each problem eight times, a rule checks the answers, and what was "
+          "better than its group becomes more likely. Nobody tells it to think; thinking pays.",
+          asked="problems"),
+    Stage("reft", "ReFT", "train_ppo.py --init ROOT/cot --data problems --reward rules "
+          "--critic shared --out ROOT/reft",
+          "Reinforced fine-tuning: PPO on the same problems, from the same model, rewarded by "
+          "rules: 1 for a right answer, 0.1 for one that can be read, 0 for none.",
+          asked="problems", preset="reft", evaluate="ROOT/reft --data reasoning --limit 64"),
+    Stage("tools", "Tools", "train_sft.py --init ROOT/grpo --data tools --out ROOT/tools",
+          "The model learns to call a calculator for large numbers, and a search for people whom "
+          "no text has told it of. It writes the call, the engine writes the result behind it.",
+          asked="tools", preset="tools", evaluate="ROOT/tools --data tools --limit 64"),
+    Stage("distill", "Distillation", "distill.py --teacher ROOT/sft --out ROOT/distill",
+          "A new model with a third of the parameters learns from the fine-tuned one: from a "
+          "thousand dialogues, and four thousand other prompts that the teacher completes, with "
+          "its probabilities of every token."),
+    Stage("lora", "LoRA", "lora.py --init ROOT/sft --out ROOT/lora",
+          "The fine-tuned model learns to talk with sailors: another style, and a few new facts. "
+          "Its weights stay as they are; thin matrices beside them are trained."),
+    Stage("vlm", "Vision", "train_vlm.py --init ROOT/sft --out ROOT/vlm",
+          "The fine-tuned model learns to see. A vision tower learns which image belongs to which "
+          "caption, a projector turns its features into tokens of the language model, and then "
+          "both learn from questions about images. The no-image baseline learns the same from "
+          "grey images: what it gets right can be guessed."),
+]  # fmt: skip
+
+# by kind: the village's file of test examples, of which the first of each task is asked
+QUESTIONS = {
+    "dialogue": "sft_test.jsonl",
+    "problems": "problems_test.jsonl",
+    "tools": "tools_test.jsonl",
+}
+
+
 # --- running -------------------------------------------------------------------------------------
 
 
-def run_stage(stage, cfg, root, later):
-    """Run the stage's commands unless they are done; returns {"command", "shown", "seconds"}."""
-    folder = root / stage.name
-    preset = stage.preset if cfg.preset == "tiny" else cfg.preset
-    flags = dict(stage.flags)
-    if preset != "tiny":
-        flags = {"preset": preset, **flags}
-    if cfg.device != "auto":
-        flags["device"] = cfg.device
-    words = [
-        w
-        for name, value in flags.items()
-        for w in ([f"--{name}"] if value is None else [f"--{name}", str(value)])
-    ]
-    command = ["python", stage.script, *words]
-    evaluate = ["python", "-m", "nanollm.evaluate", *shlex.split(stage.evaluate)]
-    if cfg.preset == "smoke":
-        evaluate += ["--limit", "20"]
-    done = folder / "stage.json"
+def commands_of(stage, cfg):
+    """The stage's command, and that of its evaluation where it has one, as lists of words."""
+    preset, root = preset_of(stage, cfg), Path(cfg.root).as_posix()
+    script, *flags = (word.replace("ROOT", root) for word in stage.command.split())
+    evaluate = [word.replace("ROOT", root) for word in stage.evaluate.split()]
+    device = ["--device", cfg.device] * (cfg.device != "auto")
+    commands = [["python", script, *["--preset", preset] * (preset != "tiny"), *flags, *device]]
+    if evaluate:
+        limit = ["--limit", "20"] * (preset == "smoke")
+        commands.append(["python", "-m", "nanollm.evaluate", *evaluate, *limit, *device])
+    return commands
+
+
+def preset_of(stage, cfg):
+    return stage.preset if cfg.preset == "tiny" else cfg.preset
+
+
+def run_stage(stage, cfg, later):
+    """Run the stage's commands unless they are done; returns {"command", "shown", "seconds"}.
+    `later` are the folders of the stages behind it, which are stale once it has run again.
+    """
+    folder, commands = Path(cfg.root) / stage.name, commands_of(stage, cfg)
+    command, shown = shlex.join(commands[0]), "\n".join(f"$ {shlex.join(c)}" for c in commands)
+    done, begin = folder / "stage.json", time.perf_counter()
     if done.exists() and not cfg.fresh:
         record = read_json(done)
-        if record["command"] == shlex.join(command):
-            print(
-                f"{stage.title}: done before in {record['seconds']:.0f} s (--fresh to do it again)"
-            )
+        if record["command"] == command:
+            print(f"{stage.title}: done before in {record['seconds']:.0f} s (--fresh: again)")
             return record
-    begin = time.perf_counter()
-    interrupted = not cfg.fresh and not done.exists() and resumable(folder, cfg)
-    for name in later:  # what was built on an older run of this stage is stale
-        if (root / name).exists():
-            set_aside(root / name)
-    execute([*command, "--resume"] if interrupted else command)
-    if stage.evaluate:
-        execute(evaluate)
-    seconds = (
-        read_json(folder / "result.json")["seconds"] if interrupted else time.perf_counter() - begin
-    )
-    shown = [command, evaluate] if stage.evaluate else [command]
-    record = {
-        "command": shlex.join(command),
-        "shown": "\n".join(f"$ {shlex.join(words)}" for words in shown),
-        "seconds": seconds,
-    }
+    resumed = False
+    if (folder / "state.pt").exists() and not done.exists() and not cfg.fresh:  # interrupted
+        resumed = read_json(folder / "train_config.json").get("preset") == preset_of(stage, cfg)
+    for other in later:
+        move_aside(other)
+    commands[0] += ["--resume"] * resumed
+    for words in commands:
+        print(f"\n$ {shlex.join(words)}", flush=True)
+        if code := subprocess.call([sys.executable, *words[1:]]):
+            raise UserError(
+                f"`{shlex.join(words)}` ended with exit code {code}; fix it and call python -m "
+                "nanollm again"
+            )
+    seconds = time.perf_counter() - begin
+    if resumed:  # without evaluation, but with the time before the interruption
+        seconds = read_json(folder / "result.json")["seconds"]
+    record = {"command": command, "shown": shown, "seconds": seconds}
     atomic_write(done, json.dumps(record, indent=2) + "\n")
     return record
 
 
-def resumable(folder, cfg):
-    """True where a stage of the same preset was interrupted after its first checkpoint."""
-    settings = folder / "train_config.json"
-    if not (folder / "state.pt").exists() or not settings.exists():
-        return False
-    return read_json(settings).get("preset") == cfg.preset
-
-
-def execute(command):
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    code = subprocess.call([sys.executable, *command[1:]])
-    if code:
-        raise UserError(
-            f"`{shlex.join(command)}` ended with exit code {code}; mend it and call python -m "
-            f"nanollm again"
-        )
-
-
-# --- the report ----------------------------------------------------------------------------------
-
-
-def stage_section(stage, record, root):
-    folder = root / stage.name
-    section = Section(f"{stage.title} · {record['seconds']:.0f} s")
-    section.text(stage.what)
-    section.code(record["shown"])
-    stage.effect(section, read_json(folder / "result.json"), folder)
-    section.figure(f"{stage.name}/curves.svg", (folder / "curves.svg").read_text(), stage.curves)
-    return section
-
-
-def chat_command(done, root):
-    """How to talk with the last model that writes text."""
-    last = [stage for stage in done if stage.speaks != "none"][-1]
-    return f"python -m nanollm.chat {root}/{last.name}" + " --tools" * (last.speaks == "tools")
-
-
-def write_report(done, records, root, rt, known):
-    overview = Section("Overview")
-    overview.table(
-        ["stage", "seconds", "run folder"],
-        [
-            [stage.title, f"{records[stage.name]['seconds']:.0f}", f"{root}/{stage.name}"]
-            for stage in done
-        ],
-    )
-    size = read_json(root / "pretrain" / "config.json")
-    overview.text(
-        f"A model of {size['num_hidden_layers']} layers and {size['hidden_size']} channels, "
-        f"trained on {rt.device.type} in "
-        f"{str(rt.dtype)[6:]}. Talk with it: {chat_command(done, root)}"
-    )
-    names = {stage.name for stage in done}
-    kinds = [kind for kind in QUESTIONS if any(stage.speaks == kind for stage in done)]
-    sections = [overview, *(answers_section(kind, done, root, rt, known) for kind in kinds)]
-    if "dpo" in names:
-        sections.insert(2, preferences_section(root))
-    sections += [stage_section(stage, records[stage.name], root) for stage in done]
-    title, lead = (
-        "nanollm: the training of a language model",
-        "From raw text to a model that answers, stage by stage.",
-    )
-    atomic_write(root / "report.html", to_html(title, lead, sections))
-    atomic_write(root / "report.md", to_markdown(title, lead, sections))
+def ask(stage, root, rt, answers):
+    """Add the stage's greedy answers as a column to {kind of question: {column: cells}}."""
+    folder = village.of_run(root / "pretrain")
+    for kind in stage.asked.split():
+        examples = first_of_each_task(read_examples(folder / QUESTIONS[kind]), 1)
+        model, tokenizer = load_model(root / stage.name)
+        rt.prepare(model, train=False)
+        tools = Toolbox.of_village(folder, tokenizer) if kind == "tools" else None
+        prompts = [prompt_of(example, model, tokenizer) for example in examples]
+        texts = complete(model, tokenizer, prompts, 112, tools=tools)
+        columns = answers.setdefault(kind, {"prompt": list(map(question_of, examples))})
+        columns["right"] = [example["answer"] for example in examples]
+        columns[stage.title] = [text.strip() for text in texts]
 
 
 def main(cfg):
     if not Path("train_pretrain.py").exists():
-        raise UserError("call python -m nanollm in the folder that holds train_pretrain.py")
+        raise UserError("call python -m nanollm in the directory that holds train_pretrain.py")
     root, begin = Path(cfg.root), time.perf_counter()
-    rt, records, done, known = start(cfg.device), {}, [], {}
-    names = [stage.name for stage in stages(root)]
-    for stage in stages(root):
-        later = names[names.index(stage.name) + 1 :]
-        records[stage.name] = run_stage(stage, cfg, root, later)
-        done.append(stage)
-        write_report(done, records, root, rt, known)
-    print(
-        f"\n{root}/report.html and report.md are written ({time.perf_counter() - begin:.0f} s in "
-        f"all). Now talk with it:"
-    )
-    print(chat_command(done, root))
+    rt, answers, done = start(cfg.device), {}, []
+    for n, stage in enumerate(STAGES):
+        record = run_stage(stage, cfg, [root / each.name for each in STAGES[n + 1 :]])
+        ask(stage, root, rt, answers)
+        done.append((stage, record))
+        speaker = [each for each in STAGES[: n + 1] if each.asked][-1]
+        chat = f"python -m nanollm.chat {root.as_posix()}/{speaker.name}"
+        chat += " --tools" * (speaker.asked == "tools")
+        write_report(root, done, answers, f"Talk with it: {chat}")
+    print()
+    for stage, record in done:
+        effect = [effect_line(effect) for effect in effects_of(root / stage.name)[:1]]
+        print(f"{stage.title:24}{record['seconds']:6.0f} s   {''.join(effect)}")
+    print(f"\n{root}/report.html has it all ({time.perf_counter() - begin:.0f} s). Talk with it:")
+    print(chat)
 
 
 if __name__ == "__main__":

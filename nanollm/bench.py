@@ -1,55 +1,46 @@
-"""How fast it is, and beside what: training and sampling tokens per second, seconds per update of
-GRPO, memory, share of the hardware's peak.
+"""How fast it is, and beside what: tokens per second of training and sampling, seconds of an update
+of GRPO, memory, and the share of what the machine can multiply.
 
 Run     python -m nanollm.bench                        # a 1M-parameter model
         python -m nanollm.bench --peer transformers    # beside transformers, same shape, same run
-        python -m nanollm.bench --preset gpu           # 124M parameters, context 1024, batch 256
-        python -m nanollm.bench --preset grpo          # one update of GRPO, and where its time goes
-        python -m nanollm.bench --preset grpo --peer trl    # beside trl's GRPOTrainer
+        python -m nanollm.bench --preset gpu           # 124M parameters, context 1024
+        python -m nanollm.bench --preset grpo --peer trl    # an update beside trl's GRPOTrainer
 
-Medians of --repeats runs. With --peer the two take turns, so that a machine whose speed drifts
-slows both. transformers computes in fp32 eagerly, as its examples do; trl in fp32 and in bf16, with
-either attention of transformers, and the fastest counts. The roofline is measured: the rate of one
-large matrix product.
+Medians of --repeats turns after one that isn't counted. With --peer the two take turns, so that a
+machine whose speed drifts slows both. transformers computes in fp32 eagerly, as its examples do; of
+trl's settings (fp32 or bf16, either attention of transformers) the fastest counts. Training is a
+forward and a backward pass. The roof is the best rate of a linear layer in the run's precision,
+over several sizes and turns, before the measurements and after them.
 
-An update of GRPO is all of it: sampling, rewards, logprobs of the reference, loss, backward,
-clipping, AdamW. Both start from the same random weights and see prompts of random digits; the
-reward is the share of even ids, and no stop token is ever drawn, so that all answers are equally
-long.
+An update of GRPO is all of it, from sampling to the optimizer's step, made of the pieces that
+train_grpo.py is made of. Both sides start from the same random weights and see prompts of random
+digits; the reward is the share of even ids, and no stop token is ever drawn, so that all
+completions are equally long.
 """
 
 import copy
-import json
+import itertools
 import math
 import os
 import random
 import statistics
 import tempfile
 import warnings
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
-from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
-from nanollm.batches import Sampler
-from nanollm.checkpoint import config_json
-from nanollm.config import UserError, cli
-from nanollm.generate import check_room, generate
+from nanollm.batches import pad_completions
+from nanollm.checkpoint import config_json, save_gpt
+from nanollm.config import TrainConfig, UserError, Whole, cli
+from nanollm.generate import as_text, generate
 from nanollm.gpt import GPT, GPTConfig, count_parameters
-from nanollm.grpo_runs import Sampling
-from nanollm.hub import save_model
-from nanollm.logprobs import token_logprobs
-from nanollm.optim import build_optimizers
-from nanollm.runtime import (
-    clock,
-    flop_per_token,
-    has_bf16,
-    model_flops_utilisation,
-    peak_memory,
-    start,
-)
+from nanollm.logprobs import batched_logprobs, completion_logprobs, token_logprobs
+from nanollm.optim import build_optimizer
+from nanollm.runtime import bf16_is_faster, clock, flop_per_token, peak_memory, start
 from nanollm.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
@@ -57,294 +48,129 @@ from nanollm.tokenizer import SPECIAL_TOKENS, Tokenizer
 class Config:
     # tiny: the shape of the default pretraining run; gpu: 124M parameters; grpo: tiny, --what grpo
     preset: str = "tiny"
-    # which measurements; all: train and sample
-    what: Literal["all", "train", "sample", "step", "grpo"] = "all"
-    # -- Shape
-    layers: int = 4  # number of blocks
-    channels: int = 128  # width C
-    heads: int = 4  # attention heads
-    mlp: int = 384  # hidden width of the MLP
-    vocab_size: int = 2048  # V
-    context: int = 256  # T
-    qk_norm: bool = False  # RMSNorm on queries and keys
-    # -- Training: forward and backward; with --what step the optimizer too
-    batch_size: int = 32  # rows
-    # -- Sampling
-    prompts: int = 64  # prompts side by side
-    prompt_tokens: int = 32  # length of each
-    new_tokens: int = 64  # sampled after each
-    samples: int = 8  # answers per prompt; with --what grpo
-    # -- How
-    # measure it too; it must be installed. trl: with --what grpo; transformers: with the others
+    # speed: tokens per second of training and sampling; grpo: seconds of an update
+    what: Literal["speed", "grpo"] = "speed"
+    # measure it too: transformers with --what speed, trl with --what grpo
     peer: Literal["transformers", "trl"] | None = None
-    repeats: int = 5  # runs to take the median of, after one that is not counted
+    repeats: Whole[1] = 5  # turns to take the median of
+    # -- Shape
+    layers: Whole[1] = 4  # number of blocks
+    channels: Whole[1] = 128  # width C
+    heads: Whole[1] = 4  # attention heads
+    mlp: Whole[1] = 384  # hidden width of the MLP
+    vocab_size: Whole[1] = 2048  # V
+    context: Whole[1] = 256  # T
+    # -- Work
+    batch_size: Whole[1] = 32  # rows of training
+    prompts: Whole[1] = 64  # prompts side by side
+    prompt_tokens: Whole[1] = 32  # length of each
+    new_tokens: Whole[1] = 64  # sampled after each
+    samples: Whole[2] = 8  # grpo: completions per prompt
+    accumulate: Whole[1] = 4  # grpo: parts that the completions are split into
+    # -- Machine
     compile: bool = False  # torch.compile for training
-    seed: int = 0  # of weights and tokens
+    seed: Whole[0] = 0  # of weights and tokens
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers
-    json: str | None = None  # file to write the figures to
 
 
 PRESETS = {
-    "tiny": {},
-    "gpu": {
-        "layers": 12,
-        "channels": 768,
-        "heads": 12,
-        "mlp": 2048,
-        "vocab_size": 50304,
-        "context": 1024,
-        "batch_size": 32,
-        "prompts": 256,
-        "prompt_tokens": 128,
-        "new_tokens": 256,
-        "compile": True,
-    },
-    "grpo": {"what": "grpo", "prompts": 32, "new_tokens": 32, "samples": 8},
+    "gpu": dict(
+        layers=12,
+        channels=768,
+        heads=12,
+        mlp=2048,
+        vocab_size=50304,
+        context=1024,
+        prompts=256,
+        prompt_tokens=128,
+        new_tokens=256,
+        compile=True,
+    ),
+    "grpo": dict(what="grpo", prompts=32, new_tokens=32),
 }
 
 
-def matmul_rate(rt):
-    """FLOP per second of one large matrix product in the run's precision: the measured roof of
-    everything here.
-    """
-    n = 8192 if rt.device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=rt.device, dtype=rt.dtype) for _ in range(2))
-    return 2 * n**3 / statistics.median(seconds(lambda: a @ b, rt, 10))
-
-
-def seconds(work, rt, repeats):
-    """Durations of `repeats` calls after one that isn't counted."""
-    durations = []
-    for _ in range(repeats + 1):
-        begin = clock(rt.device)
-        work()
-        durations.append(clock(rt.device) - begin)
-    return durations[1:]
+# --- measuring -----------------------------------------------------------------------------------
 
 
 def in_turn(works, rt, repeats):
-    """Median duration of each of several works, run A B A B ...: {name: seconds}."""
+    """Median seconds of each of several works, run A B A B ...: {name: seconds}."""
     durations = {name: [] for name in works}
-    for i in range(repeats + 1):
+    for _ in range(repeats + 1):
         for name, work in works.items():
             begin = clock(rt.device)
             work()
-            if i:
-                durations[name].append(clock(rt.device) - begin)
-    return {name: statistics.median(times) for name, times in durations.items()}
+            durations[name].append(clock(rt.device) - begin)
+    return {name: statistics.median(times[1:]) for name, times in durations.items()}
+
+
+def matrix_rate(rt, turns=6):
+    """FLOP per second of the fastest of several linear layers in the run's precision."""
+    sizes = (2048, 4096, 8192) if rt.device.type == "cuda" else (256, 512, 1024, 2048)
+    best = 0.0
+    for n in sizes:
+        x, weight = (torch.randn(n, n, device=rt.device, dtype=rt.dtype) for _ in range(2))
+        for _ in range(turns):
+            begin = clock(rt.device)
+            F.linear(x, weight)
+            best = max(best, 2 * n**3 / (clock(rt.device) - begin))
+    return best
+
+
+def line(what, times, remark, tokens=None):
+    """What was measured as text: seconds, or tokens per second, of each, and their ratio."""
+    speeds = {
+        who: f"{seconds:.2f} s" if tokens is None else f"{tokens / seconds:,.0f} tokens/s"
+        for who, seconds in times.items()
+    }
+    text = f"{what:12}" + "".join(f"{who} {speed:18}" for who, speed in speeds.items())
+    ours, *peer = times.values()
+    return text + "".join(f"ratio {seconds / ours:.2f}   " for seconds in peer) + remark
+
+
+# --- training and sampling -----------------------------------------------------------------------
+
+
+def speed_works(cfg, rt, model, ddp_model, peer):
+    """({name: function} of a forward and a backward pass, {name: function} of sampling)."""
+    tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.context + 1), device=rt.device)
+    prompts = torch.randint(cfg.vocab_size, (cfg.prompts, cfg.prompt_tokens), device=rt.device)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    how = {"attention_mask": torch.ones_like(prompts), "do_sample": True, "top_k": 0}
+    how |= {"max_new_tokens": cfg.new_tokens, "min_new_tokens": cfg.new_tokens, "pad_token_id": 0}
+
+    def train():
+        model.zero_grad(set_to_none=True)
+        (-token_logprobs(ddp_model(inputs), targets).mean()).backward()
+
+    def peer_train():
+        peer.zero_grad(set_to_none=True)
+        peer(input_ids=inputs, labels=inputs).loss.backward()
+
+    training = {"nanollm": train, "transformers": peer_train}
+    sampling = {
+        "nanollm": lambda: generate(model, prompts.tolist(), cfg.new_tokens),
+        "transformers": lambda: peer.generate(prompts, **how),
+    }
+    names = ["nanollm", "transformers"][: 1 + bool(peer)]
+    return [{name: works[name] for name in names} for works in (training, sampling)]
 
 
 def peer_model(shape, rt):
-    """transformers' Llama (or Qwen3) of the same shape."""
+    """transformers' model of the same shape."""
     import transformers
 
-    values = config_json(shape, Tokenizer.from_bytes(), torch.float32) | {
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    config = transformers.AutoConfig.for_model(**values)
+    values = config_json(shape, Tokenizer.from_bytes(), torch.float32)
+    config = transformers.AutoConfig.for_model(**values | {"eos_token_id": None})
     return transformers.AutoModelForCausalLM.from_config(config).to(rt.device)
-
-
-def training_work(model, ddp_model, tokens, optimizers=None):
-    """One forward and backward pass of ours, and the optimizer's step where one is given."""
-    scaler = torch.amp.GradScaler(tokens.device.type, enabled=False)
-
-    def work():
-        model.zero_grad(set_to_none=True)
-        (-token_logprobs(ddp_model(tokens[:, :-1]), tokens[:, 1:]).mean()).backward()
-        if optimizers:
-            optimizers.step(scaler)
-
-    return work
-
-
-def check_peer(what, peer):
-    """Raise UserError where the peer can't do what is measured, or isn't installed."""
-    if peer and (peer == "trl") != (what == "grpo"):
-        raise UserError("--peer trl goes with --what grpo, --peer transformers with all else")
-    try:
-        if peer:
-            __import__(peer)
-    except ImportError:
-        raise UserError(
-            f"--peer {peer} needs it installed: pip install -r requirements-dev.txt"
-        ) from None
-
-
-def main(cfg):
-    check_peer(cfg.what, cfg.peer)
-    rt = start(cfg.device, cfg.dtype, cfg.seed)
-    shape = GPTConfig(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.channels,
-        intermediate_size=cfg.mlp,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.heads,
-        head_dim=cfg.channels // cfg.heads,
-        qk_norm=cfg.qk_norm,
-        max_position_embeddings=max(cfg.context, cfg.prompt_tokens + cfg.new_tokens),
-    )
-    model = GPT(shape)
-    ddp_model = rt.prepare(model, cfg.compile)
-    total, matrices = count_parameters(model)
-    roof = matmul_rate(rt)
-    where = (
-        torch.cuda.get_device_name(rt.device)
-        if rt.device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    print(
-        f"{total:,} parameters, {str(rt.dtype)[6:]}, {where}; roof: {roof / 1e12:.2f} TFLOP/s in "
-        f"a matrix product"
-    )
-    peer = peer_model(shape, rt) if cfg.peer == "transformers" else None
-    figures = {
-        "parameters": total,
-        "dtype": str(rt.dtype),
-        "device": where,
-        "roof_flop_per_second": roof,
-    }
-    if cfg.what in ("all", "train", "step"):
-        figures |= bench_training(cfg, rt, model, ddp_model, peer, matrices, roof)
-    if cfg.what in ("all", "sample"):
-        figures |= bench_sampling(cfg, rt, model, peer)
-    if cfg.what == "grpo":
-        figures |= bench_grpo(cfg, rt, model, ddp_model)
-    figures["peak_memory_bytes"] = peak_memory(rt.device)
-    print(f"peak memory {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
-    if cfg.json:
-        with open(cfg.json, "w") as f:
-            json.dump(figures, f, indent=2)
-    rt.close()
-
-
-def bench_training(cfg, rt, model, ddp_model, peer, matrices, roof):
-    tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.context + 1), device=rt.device)
-    n = cfg.batch_size * cfg.context
-    optimizers = build_optimizers(model) if cfg.what == "step" else None
-    works = {"nanollm": training_work(model, ddp_model, tokens, optimizers)}
-    if peer is not None:
-
-        def peer_work():
-            peer.zero_grad(set_to_none=True)
-            peer(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss.backward()
-
-        works["transformers"] = peer_work
-    times = in_turn(works, rt, cfg.repeats)
-    flop = flop_per_token(model.cfg, matrices, cfg.context)
-    mfu = model_flops_utilisation(n / times["nanollm"], flop, rt.device)
-    share = f"{flop * n / times['nanollm'] / roof:.1%} of the roof" + (
-        f", MFU {mfu:.1%} of the datasheet" if mfu else ""
-    )
-    report("training", times, n, share)
-    return {f"train_tokens_per_second_{name}": n / t for name, t in times.items()} | {"mfu": mfu}
-
-
-def bench_sampling(cfg, rt, model, peer):
-    model.eval()
-    prompts = torch.randint(cfg.vocab_size, (cfg.prompts, cfg.prompt_tokens), device=rt.device)
-    generator, n = torch.Generator(rt.device).manual_seed(cfg.seed), cfg.prompts * cfg.new_tokens
-    works = {
-        "nanollm": lambda: generate(model, prompts.tolist(), cfg.new_tokens, generator=generator)
-    }
-    if peer is not None:
-        peer.eval()
-        works["transformers"] = lambda: peer.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=cfg.new_tokens,
-            min_new_tokens=cfg.new_tokens,
-            do_sample=True,
-            top_k=0,
-            pad_token_id=0,
-        )
-    times = in_turn(works, rt, cfg.repeats)
-    report(
-        "sampling",
-        times,
-        n,
-        f"{cfg.prompts} prompts of {cfg.prompt_tokens} tokens, {cfg.new_tokens} new ones",
-    )
-    return {f"sample_tokens_per_second_{name}": n / t for name, t in times.items()}
-
-
-def report(name, times, tokens, remark):
-    print(
-        f"{name:10}"
-        + "".join(f"{who} {tokens / t:>11,.0f} tokens/s   " for who, t in times.items())
-        + (
-            f"ratio {times['transformers'] / times['nanollm']:.2f}   "
-            if "transformers" in times
-            else ""
-        )
-        + remark
-    )
 
 
 # --- GRPO ----------------------------------------------------------------------------------------
 
-
-def bench_grpo(cfg, rt, model, ddp_model):
-    tokenizer = endless_tokenizer(cfg.vocab_size)
-    digits, n = random.Random(cfg.seed), cfg.prompts * (cfg.repeats + 1)
-    prompts = ["".join(digits.choices("0123456789", k=cfg.prompt_tokens)) for _ in range(n)]
-    laps = Laps(rt.device)
-    settings, work = grpo_work(cfg, rt, model, ddp_model, tokenizer, prompts, laps)
-    figures, remark = {}, ""
-    if cfg.peer:
-        tried = product(("fp32", "bf16")[: 1 + has_bf16(rt.device)], ("sdpa", "eager"))
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(model, tokenizer, folder)
-            found = {
-                setting: in_turn_with_trl(cfg, rt, settings, folder, prompts, *setting, work)
-                for setting in tried
-            }
-        figures = {f"grpo_seconds_trl_{p}_{a}": found[p, a]["trl"] for p, a in found}
-        fastest = min(found, key=lambda setting: found[setting]["trl"])
-        times, remark = found[fastest], f" ({', '.join(fastest)})"
-    else:
-        times = in_turn({"nanollm": work}, rt, cfg.repeats)
-    shares = laps.shares()
-    print(
-        "GRPO update  "
-        + "   ".join(f"{who} {t:.2f} s" for who, t in times.items())
-        + (f"{remark}   ratio {times['trl'] / times['nanollm']:.2f}" if cfg.peer else "")
-        + f"   {cfg.prompts} prompts x {cfg.samples} answers x {cfg.new_tokens} new tokens, KL on\n"
-        + "of nanollm's "
-        + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    )
-    figures |= {f"grpo_seconds_{who}": t for who, t in times.items()}
-    return figures | {"grpo_shares_nanollm": shares}
-
-
-class Laps:
-    """Where the time of a work goes, run by run."""
-
-    def __init__(self, device):
-        self.device, self.runs = device, []
-
-    def begin(self):
-        self.runs.append({})
-        self.last = clock(self.device)
-
-    def after(self, function, name):
-        """The function; what has passed at its end since the last lap goes down to `name`."""
-
-        def timed(*args):
-            out = function(*args)
-            now, run = clock(self.device), self.runs[-1]
-            run[name], self.last = run.get(name, 0.0) + now - self.last, now
-            return out
-
-        return timed
-
-    def shares(self):
-        """{name: share of the time} over all runs but the first."""
-        totals = {name: sum(run[name] for run in self.runs[1:]) for name in self.runs[0]}
-        return {name: seconds / sum(totals.values()) for name, seconds in totals.items()}
+KL_COEF, CLIP = 0.04, 0.2  # on both sides
+PARTS = ("sampling", "reference", "forward and backward", "optimizer")
+PRECISIONS, ATTENTIONS = ("fp32", "bf16"), ("sdpa", "eager")  # of trl
 
 
 def endless_tokenizer(vocab_size):
@@ -356,114 +182,170 @@ def endless_tokenizer(vocab_size):
     return Tokenizer(ranks, special | {"<|pad|>": vocab_size - 1})
 
 
-def share_of_even(answers):
+def share_of_even(completions):
     """A reward for each list of ids."""
-    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in answers]
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completions]
 
 
-def grpo_work(cfg, rt, model, ddp_model, tokenizer, prompts, laps):
-    """(settings, one update of ours): all but prompts and reward is train_grpo.py's."""
-    import train_grpo  # at the root of the repository
-
-    sample_and_check = train_grpo.sample_rollout
-
-    def sample_rollout(*args):
-        out = sample_and_check(*args)
-        rows = out.rows.to("cpu")
-        answers = [tokens[mask].tolist() for tokens, mask in zip(rows.tokens, rows.mask)]
-        return replace(out, rewards=torch.tensor(share_of_even(answers), device=rt.device))
-
-    settings = train_grpo.Config(
-        batch_size=cfg.prompts,
-        samples=cfg.samples,
-        max_new_tokens=cfg.new_tokens,
-        kl_coef=0.04,
-        accumulate=train_grpo.PRESETS.get(cfg.preset, {}).get("accumulate", 4),
-    )
-    problems = [{"prompt": text, "answer": "none", "check": "exact"} for text in prompts]
-    sampling = Sampling(settings, tokenizer)
-    sampling.ask = lambda problem: tokenizer.encode(problem["prompt"])
-    check_room(model, list(map(sampling.ask, problems)), cfg.new_tokens)
-    ref = copy.deepcopy(model)
+def grpo_work(cfg, rt, model, ddp_model, tokenizer, questions, laps):
+    """A function that makes one update, and appends the seconds of its PARTS to `laps`."""
+    ref, G, questions = copy.deepcopy(model), cfg.samples, itertools.cycle(questions)
     rt.prepare(ref, train=False)
-    optimizers = build_optimizers(model, "adamw", lr=settings.lr, weight_decay=0.0)
-    optimizers.unscale = laps.after(optimizers.unscale, "forward and backward")
-    sample_batch = laps.after(train_grpo.sample_batch, "sampling")
-    batched_logprobs = laps.after(train_grpo.batched_logprobs, "reference")
-    update = laps.after(train_grpo.update, "optimizer and rest")
-    sampler, scaler = Sampler(len(problems), cfg.seed), rt.scaler()
+    optimizer = build_optimizer(model, TrainConfig(optimizer="adamw"), rt.scaler)
 
-    def work():
-        laps.begin()
-        with mock.patch.multiple(
-            train_grpo, sample_rollout=sample_rollout, batched_logprobs=batched_logprobs
-        ):
-            rollout, _ = sample_batch(settings, rt, model, sampling, problems, sampler)
-            update(settings, rt, ddp_model, ref, optimizers, scaler, rollout)
+    def update():
+        ends = [clock(rt.device)]
+        prompts = [tokenizer.encode(next(questions)) for _ in range(cfg.prompts)]
+        out = generate(model, prompts, cfg.new_tokens, G, pad_id=tokenizer.pad_id)
+        completions = out.lists()
+        _ = [as_text(tokenizer, ids) for ids in completions]  # what most rewards read
+        rewards = torch.tensor(share_of_even(completions), device=rt.device).view(-1, G)
+        A = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+        A = A.view(-1, 1)  # (B, 1)
+        prompts = [prompt for prompt in prompts for _ in range(G)]
+        rows = pad_completions(prompts, completions, tokenizer.pad_id).to(rt.device)
+        parts = torch.arange(len(rows)).chunk(cfg.accumulate)
+        ends.append(clock(rt.device))
+        ref_logprobs = batched_logprobs(ref, rows, parts, 1.0)  # (B, T - 1)
+        ends.append(clock(rt.device))
+        for part in parts:
+            mask, logprobs = rows.mask[part, 1:], completion_logprobs(ddp_model, rows[part])
+            rho = torch.exp(logprobs - logprobs.detach())
+            clipped = rho.clamp(1 - CLIP, 1 + CLIP)
+            to_ref = ref_logprobs[part] - logprobs
+            k3 = torch.exp(to_ref) - to_ref - 1
+            per_token = torch.maximum(-A[part] * rho, -A[part] * clipped) + KL_COEF * k3
+            rt.backward(((per_token * mask).sum(1) / mask.sum(1)).sum() / len(rows))
+        ends.append(clock(rt.device))
+        optimizer.step(1.0, 1.0)
+        ends.append(clock(rt.device))
+        laps.append([end - begin for begin, end in itertools.pairwise(ends)])
 
-    return settings, work
+    return update
 
 
-def in_turn_with_trl(cfg, rt, settings, folder, prompts, precision, attention, ours):
+def bench_grpo(cfg, rt, model, ddp_model):
+    """{name: seconds} of an update, and where the time goes."""
+    tokenizer, digits, laps = endless_tokenizer(cfg.vocab_size), random.Random(cfg.seed), []
+    n = cfg.prompts * (cfg.repeats + 1)
+    questions = ["".join(digits.choices("0123456789", k=cfg.prompt_tokens)) for _ in range(n)]
+    ours, remark = grpo_work(cfg, rt, model, ddp_model, tokenizer, questions, laps), ""
+    if cfg.peer:
+        precisions = PRECISIONS[: 1 + bf16_is_faster(rt.device)]
+        settings = itertools.product(precisions, ATTENTIONS)
+        with tempfile.TemporaryDirectory() as folder:
+            save_gpt(model, tokenizer, folder)
+            found = {s: in_turn_with_trl(cfg, rt, folder, questions, *s, ours) for s in settings}
+        fastest = min(found, key=lambda setting: found[setting]["trl"])
+        times, remark = found[fastest], f"trl: {', '.join(fastest)}; "
+    else:
+        times = in_turn({"nanollm": ours}, rt, cfg.repeats)
+    spent = [sum(seconds) for seconds in zip(*laps[1:])]
+    shares = (f"{name} {seconds / sum(spent):.0%}" for name, seconds in zip(PARTS, spent))
+    return times, f"{remark}of nanollm's {', '.join(shares)}"
+
+
+def in_turn_with_trl(cfg, rt, folder, questions, precision, attention, ours):
     """As in_turn: trl's GRPOTrainer on the model in `folder`, and after each of its updates ours.
-
     An update of trl's goes from the end of ours to its next on_step_end, generation included.
     """
     import transformers
+    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from data.prepare import Dataset
-
-    durations = {"nanollm": [], "trl": []}
+    ends = []  # of trl's update, of ours, of trl's ...
 
     class Turns(transformers.TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
-            self.begin = clock(rt.device)
-
         def on_step_end(self, *args, **kwargs):
-            end = clock(rt.device)
+            ends.append(clock(rt.device))
             ours()
-            durations["trl"].append(end - self.begin)
-            self.begin = clock(rt.device)
-            durations["nanollm"].append(self.begin - end)
+            ends.append(clock(rt.device))
 
-    parts = math.gcd(settings.accumulate, cfg.prompts)  # of whole groups
+    parts = math.gcd(cfg.accumulate, cfg.prompts)  # of whole groups
+    args = dict(
+        output_dir=folder,
+        max_steps=cfg.repeats + 1,
+        per_device_train_batch_size=cfg.prompts * cfg.samples // parts,
+        gradient_accumulation_steps=parts,
+        num_generations=cfg.samples,
+        max_completion_length=cfg.new_tokens,
+        loss_type="grpo",
+        beta=KL_COEF,
+        epsilon=CLIP,
+        bf16=precision == "bf16",
+        model_init_kwargs={"attn_implementation": attention},
+        gradient_checkpointing=False,  # trl's default, True, costs a forward pass
+        use_cpu=rt.device.type == "cpu",
+        report_to="none",
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.utils.logging.disable_progress_bar()
         trainer = GRPOTrainer(
             folder,
             reward_funcs=lambda completion_ids, **_: share_of_even(completion_ids),
-            args=GRPOConfig(
-                output_dir=folder,
-                max_steps=cfg.repeats + 1,
-                per_device_train_batch_size=cfg.prompts * cfg.samples // parts,
-                gradient_accumulation_steps=parts,
-                num_generations=cfg.samples,
-                max_completion_length=cfg.new_tokens,
-                loss_type="grpo",
-                beta=settings.kl_coef,
-                learning_rate=settings.lr,
-                lr_scheduler_type="constant",
-                max_grad_norm=settings.clip,
-                bf16=precision == "bf16",
-                model_init_kwargs={"attn_implementation": attention},
-                gradient_checkpointing=False,  # trl's default, True, costs a forward pass
-                use_cpu=rt.device.type == "cpu",
-                dataloader_pin_memory=rt.device.type == "cuda",
-                report_to="none",
-                logging_strategy="no",
-                save_strategy="no",
-                disable_tqdm=True,
-                seed=cfg.seed,
-            ),
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            args=GRPOConfig(**args),
+            train_dataset=Dataset.from_dict({"prompt": questions}),
             processing_class=transformers.AutoTokenizer.from_pretrained(folder),
             callbacks=[Turns],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    return {who: statistics.median(times[1:]) for who, times in durations.items()}
+    seconds = [end - begin for begin, end in itertools.pairwise(ends)][1:]  # trl's, ours, trl's ...
+    return {"nanollm": statistics.median(seconds[1::2]), "trl": statistics.median(seconds[::2])}
+
+
+# --- all of it -----------------------------------------------------------------------------------
+
+
+def main(cfg):
+    """Measures and prints; returns {measurement: {name: seconds}}, and the share of the roof."""
+    if cfg.peer and (cfg.peer == "trl") != (cfg.what == "grpo"):
+        raise UserError("--peer trl goes with --what grpo, --peer transformers with --what speed")
+    if cfg.peer and not find_spec(cfg.peer):
+        raise UserError(f"{cfg.peer} must be installed: pip install -r requirements-dev.txt")
+    rt = start(cfg.device, cfg.dtype, cfg.seed)
+    shape = GPTConfig(
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.channels,
+        intermediate_size=cfg.mlp,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.heads,
+        head_dim=cfg.channels // cfg.heads,
+        max_position_embeddings=max(cfg.context, cfg.prompt_tokens + cfg.new_tokens),
+    )
+    model = GPT(shape)
+    ddp_model = rt.prepare(model, cfg.compile)
+    total, matrices = count_parameters(model)
+    where = f"{torch.get_num_threads()} CPU threads"
+    if rt.device.type == "cuda":
+        where = torch.cuda.get_device_name(rt.device)
+    print(f"{total:,} parameters in {str(rt.dtype)[6:]} on {where}", flush=True)
+    asked = f"{cfg.prompts} prompts of {cfg.prompt_tokens} tokens, {cfg.new_tokens} new ones"
+    if cfg.what == "grpo":
+        times, remark = bench_grpo(cfg, rt, model, ddp_model)
+        print(line("GRPO update", times, f"{asked} in each of {cfg.samples} samples\n{remark}"))
+        found = {"grpo": times}
+    else:
+        roof, peer = matrix_rate(rt), peer_model(shape, rt) if cfg.peer else None
+        training, sampling = speed_works(cfg, rt, model, ddp_model, peer)
+        times = in_turn(training, rt, cfg.repeats)
+        tokens, flop = cfg.batch_size * cfg.context, flop_per_token(shape, matrices, cfg.context)
+        print(line("training", times, f"{cfg.batch_size} rows of {cfg.context} tokens", tokens))
+        sampled = in_turn(sampling, rt, cfg.repeats)
+        print(line("sampling", sampled, asked, cfg.prompts * cfg.new_tokens))
+        roof = max(roof, matrix_rate(rt))
+        share = flop * tokens / times["nanollm"] / roof
+        print(f"training is {share:.1%} of the roof, {roof / 1e12:.2f} TFLOP/s in a linear layer")
+        found = {"training": times, "sampling": sampled, "share": share}
+    if memory := peak_memory(rt.device):
+        print(f"peak memory {memory / 2**30:.2f} GiB" + ", the peer's included" * bool(cfg.peer))
+    rt.close()
+    return found
 
 
 if __name__ == "__main__":
