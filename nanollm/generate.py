@@ -338,19 +338,20 @@ def sample_completions(
     batch_size=256,
     generator=None,
     images=None,
+    noise=None,
     **how,
 ):
     """Continue N prompts (lists of ids) `samples` times each; n * samples + g is the list of ids of
     sample g of prompt n, its stop token included. Short prompts run beside short ones.
 
+    `noise` (N, samples, max_new_tokens) takes the place of the generator, as in `generate`.
     `images`: a tensor (n, 3, H, W) or None for each prompt, in a list or what is indexed like it.
     """
     model = model.merged()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions = [None] * len(prompts) * samples
     # drawn in the order of the prompts: what one draws doesn't depend on the others' lengths
-    noise = None
-    if temperature > 0:
+    if noise is None and temperature > 0:
         shape = len(prompts), samples, max_new_tokens
         noise = torch.rand(shape, dtype=torch.float64, device=model.device, generator=generator)
     for numbers in batched(order, max(1, batch_size // samples)):
