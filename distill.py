@@ -150,7 +150,8 @@ class Config(TrainConfig):
     @property
     def beta(self):
         """Of the divergence: as the flag says, or the method's paper."""
-        return self.jsd_beta if self.jsd_beta is not None else 0.5 * (self.method == "on_policy")
+        usual = 0.5 if self.method == "on_policy" else 0.0
+        return usual if self.jsd_beta is None else self.jsd_beta
 
 
 PRESETS = {
@@ -196,17 +197,12 @@ def load_examples(cfg):
         every, tests = read_completions(cfg.data), []
         parts = [split_documents(every, part, cfg.val_fraction) for part in ("train", "val")]
     tests = read_examples(cfg.test_data) if cfg.test_data else tests
+    tests = first_of_each_task(tests, cfg.test_examples)
     train, val = ([with_label(example, cfg.label) for example in part] for part in parts)
-    known = [e for e in train if "completion" in e]
-    rest = known[cfg.labels :] + [e for e in train if "completion" not in e]
+    labelled, val = ([e for e in part if "completion" in e] for part in (train, val))
+    rest = labelled[cfg.labels :] + [e for e in train if "completion" not in e]
     rest = village.prompts_about_people(folder) if cfg.data == "village" else rest
-    val = [e for e in val if "completion" in e]
-    return (
-        known[: cfg.labels],
-        rest[: cfg.unlabelled],
-        val,
-        first_of_each_task(tests, cfg.test_examples),
-    )
+    return labelled[: cfg.labels], rest[: cfg.unlabelled], val, tests
 
 
 def with_label(example, label):
@@ -230,21 +226,12 @@ def teacher_completions(cfg, rt, teacher, tokenizer, prompts):
     if cfg.method == "labels" or not prompts:
         return []
     if cfg.answers:
-        asked, count = read_completions(cfg.answers), ""
-        completed = [example for example in asked if "completion" in example]
+        completed = [e for e in read_completions(cfg.answers) if "completion" in e]
     else:
-        begin = clock(rt.device)
-        completed = ask_teacher(
-            rt, teacher, tokenizer, prompts,
-            cfg.max_new_tokens, cfg.samples, cfg.sample_temperature, cfg.seed,
-        )  # fmt: skip
-        asked = len(prompts) * cfg.samples
-        count = (
-            f"{asked} in {clock(rt.device) - begin:.0f} s, {asked - len(completed)} without an end "
-            f"within {cfg.max_new_tokens} tokens, "
-        )
+        how = cfg.max_new_tokens, cfg.samples, cfg.sample_temperature, cfg.seed
+        completed = ask_teacher(rt, teacher, tokenizer, prompts, *how)
     kept, counts = filtered(completed, cfg.method not in UNCHECKED)
-    rt.print(f"the teacher's completions: {count}{counts}")
+    rt.print(f"the teacher's completions: {counts}")
     return kept
 
 
@@ -261,19 +248,17 @@ def pack_rows(cfg, rt, tokenizer, T, labelled, completed, val):
     )
     if not len(train_rows) or not len(val_rows):
         raise UserError(
-            f"nothing to learn from: of at most {T} tokens there are {len(labels)} labels, "
-            f"{len(taught)} completions of the teacher and {len(val_rows)} held-out labels; raise "
-            f"--context or --max_new_tokens {cfg.max_new_tokens}, or see whether --teacher "
-            f"{cfg.teacher} completes such prompts"
+            f"nothing to learn from: {len(labels)} labels, {len(taught)} of the teacher's "
+            f"completions and {len(val_rows)} rows of held-out labels have at most {T} tokens; "
+            f"raise --context or --max_new_tokens, or see whether {cfg.teacher} ends its turns"
         )
     if cfg.method == "step_by_step":
         n = sum("<think>" in example["completion"] for example in completed)
         rt.print(f"{n} of these completions have a rationale")
         if not train_rows.rationale.any():
             raise UserError(
-                f"--teacher {cfg.teacher} gives no rationale, <think>...</think>, with --data "
-                f"{cfg.data}; step_by_step wants one that reasons, and questions of that kind, "
-                "such as --teacher runs/grpo --data problems"
+                f"--teacher {cfg.teacher} gives no rationale, <think>...</think>; step_by_step "
+                "needs one that reasons, such as --teacher runs/grpo --data problems"
             )
     return train_rows, val_rows
 
@@ -495,6 +480,7 @@ def main(cfg):
     completed = teacher_completions(cfg, rt, teacher, tokenizer, asked)
     train_rows, val_rows = pack_rows(cfg, rt, tokenizer, T, labelled, completed, val)
     prompts = [prompt_ids(example, tokenizer) for example in labelled + unlabelled]
+    prompts = [prompt for prompt in prompts if len(prompt) < T]
     if cfg.cache_top_k and cfg.method in CACHED:
         V = student.cfg.vocab_size
         train_rows = with_top_k(train_rows, teacher, cfg.cache_top_k, V, cfg.temperature)
@@ -502,8 +488,8 @@ def main(cfg):
     run = Run(cfg, rt)
     if rt.main and not cfg.resume:
         write_completions(completed, run.folder / "teacher.jsonl")
-    ddp_model = rt.prepare(Student(student), cfg.compile)
     student.compute_dtype = rt.dtype
+    ddp_model = rt.prepare(Student(student), cfg.compile)
     student.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(student, cfg, rt.scaler)
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train_rows), cfg.seed)
@@ -524,10 +510,9 @@ def main(cfg):
         rows = rows.to(rt.device)
         masks = rows.mask, rows.labelled, rows.rationale
         num_tokens, num_labelled, num_rationale = (rt.sum(mask.sum()) for mask in masks)
-        loss = 0.0
+        loss, of_batch = 0.0, (num_tokens, num_labelled, num_rationale)
         for part in rt.micro_batches(rows, cfg.accumulate, ddp_model):
-            counts = num_tokens, num_labelled, num_rationale  # of the whole batch
-            loss += rt.backward(distillation_loss(cfg, ddp_model, teacher, part, *counts))
+            loss += rt.backward(distillation_loss(cfg, ddp_model, teacher, part, *of_batch))
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
         run.advance(num_tokens, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
@@ -539,30 +524,28 @@ def main(cfg):
             run.export(save_model, student, tokenizer)
             run.checkpoint(**known)
     run.close("loss", "val_loss", "val_accuracy", y_label="nats per token, or share")
-    sizes = [count_parameters(model)[0] for model in (student, teacher)]
-    finish(rt, run, known, *sizes)
+    finish(rt, run, known, teacher, student)
 
 
-def finish(rt, run, known, parameters, teacher_parameters):
+def finish(rt, run, known, teacher, student):
     """Print what the student has learnt, and keep it in result.json."""
-    accuracies = {name: mean_accuracy(known[name]["tasks"]) for name in known}
-    right, before = accuracies["teacher"], accuracies["before"]
-    if right is None:
-        losses = known["before"]["val_loss"], known["after"]["val_loss"]
-        effects = [effect("held-out labels", *losses, "nats per token", False)]
-    else:
-        rt.print(accuracy_table({name: known[name]["tasks"] for name in known}))
-        after = accuracies["after"]
+    sizes = [count_parameters(model)[0] for model in (student, teacher)]
+    before, after, right = (known[name] for name in ("before", "after", "teacher"))
+    rt.print(
+        f"{sizes[0]:,} parameters, the teacher has {sizes[1]:,}; answers {after['per_second']:.0f} "
+        f"questions per second, the teacher {right['per_second']:.0f}"
+    )
+    if after["tasks"]:
+        rt.print(accuracy_table({name: each["tasks"] for name, each in known.items()}))
+        before, after, right = (mean_accuracy(each["tasks"]) for each in (before, after, right))
         effects = [effect("right answers to held-out questions", before, after, "share")]
         if right:
             shares = before / right, after / right
             effects.append(effect("share of the teacher's accuracy", *shares, "share"))
-    rt.print(
-        f"{run.folder}: {parameters:,} parameters, the teacher has {teacher_parameters:,}; answers "
-        f"{known['after']['per_second']:.0f} questions per second, the teacher "
-        f"{known['teacher']['per_second']:.0f}"
-    )
-    sizes = {"parameters": parameters, "teacher_parameters": teacher_parameters}
+    else:
+        losses = before["val_loss"], after["val_loss"]
+        effects = [effect("loss on held-out labels", *losses, "nats per token", False)]
+    sizes = dict(zip(("parameters", "teacher_parameters"), sizes))
     run.write_result(effects, method=run.cfg.method, **sizes, **known)
     rt.close()
 

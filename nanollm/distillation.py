@@ -17,6 +17,7 @@ from nanollm.config import atomic_write
 from nanollm.formats import as_chat, as_prompt, read_jsonl
 from nanollm.generate import as_text, sample_completions
 from nanollm.rewards import is_right
+from nanollm.runtime import clock
 
 # --- files ---------------------------------------------------------------------------------------
 
@@ -62,11 +63,14 @@ def ask_teacher(
     rt, teacher, tokenizer, examples, max_new_tokens, samples=1, temperature=1.0, seed=0
 ):
     """The examples with what the teacher writes, `samples` completions of each, without those that
-    don't end within max_new_tokens. Where an answer is known, "right" is what the checker says.
+    don't end, which are counted. Where an answer is known, "right" is what the checker says.
 
     Every process asks for its part. The noise is that of all of them, so that the completions don't
     depend on how many processes there are.
     """
+    begin, asked = clock(teacher.device), len(examples) * samples
+    room = teacher.cfg.max_position_embeddings
+    examples = [e for e in examples if len(prompt_ids(e, tokenizer)) < room]
     shape = len(examples), samples, max_new_tokens
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(shape, dtype=torch.float64, generator=generator)
@@ -82,6 +86,10 @@ def ask_teacher(
         if ids[-1] in tokenizer.stop_ids:
             right = is_right(example, text) if "answer" in example else None
             completed.append({**example, "completion": text, "right": right})
+    rt.print(
+        f"the teacher was asked {len(examples)} prompts in {clock(teacher.device) - begin:.0f} s; "
+        f"{asked - len(completed)} of {asked} completions don't end within {max_new_tokens} tokens"
+    )
     return completed
 
 

@@ -464,13 +464,13 @@ REFUSED = {
     "completions longer than the rows": (["--context", 8], "raise --context"),
     "a student with another tokenizer": (["--init", "runs/other"], "another tokenizer"),
     "a teacher that isn't there": (["--teacher", "runs/none"], "runs/none"),
-    "no labels": (["--method", "labels", "--data", "prompts.jsonl"], "there are 0 labels"),
+    "no labels": (["--method", "labels", "--data", "prompts.jsonl"], "0 labels"),
     "alpha is a share": (["--alpha", 1.5], "--alpha must be between 0 and 1"),
     "no temperature": (["--temperature", 0], "--temperature must be at least 0.01"),
     "heads that don't divide": (["--heads", 5], "--heads 5"),
     "completions that don't end": (
         ["--method", "step_by_step", "--max_new_tokens", 2],
-        "or --max_new_tokens 2",
+        "or --max_new_tokens",
     ),
     "dialogues without rationales": (
         ["--method", "step_by_step", "--answers", "plain.jsonl"],
