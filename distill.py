@@ -147,12 +147,6 @@ class Config(TrainConfig):
     muon_lr: float = 0.03
     lr: float = 0.02
 
-    @property
-    def beta(self):
-        """Of the divergence: as the flag says, or the method's paper."""
-        usual = 0.5 if self.method == "on_policy" else 0.0
-        return usual if self.jsd_beta is None else self.jsd_beta
-
 
 PRESETS = {
     "smoke": dict(
@@ -425,8 +419,9 @@ def distillation_loss(cfg, student, teacher, rows, num_tokens, num_labelled, num
     else:
         teacher_logprobs = rows.top_logprobs[rows.where()]
         student_logprobs = coarse(student_logprobs, rows.top_ids[rows.where()].long())
-    divergence = generalised_jsd(student_logprobs, teacher_logprobs, cfg.beta)
-    alpha = 1.0 if cfg.method == "on_policy" else cfg.alpha
+    alpha, beta = (1.0, 0.5) if cfg.method == "on_policy" else (cfg.alpha, 0.0)
+    beta = beta if cfg.jsd_beta is None else cfg.jsd_beta
+    divergence = generalised_jsd(student_logprobs, teacher_logprobs, beta)
     loss = soft_loss(divergence, ce, labelled, num_tokens, num_labelled, alpha, cfg.temperature)
     if cfg.method == "compress":
         cosine = hidden_cosine_loss(hidden, teacher_hidden)

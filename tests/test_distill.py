@@ -249,9 +249,9 @@ def test_completions_are_read_again_as_they_were_written(tmp_path):
     assert read_completions(path) == told
 
 
-def test_a_teacher_writes_the_same_however_many_processes_ask(tokenizer, random_model):
+def test_a_teacher_writes_the_same_however_many_processes_ask(tokenizer, random_model, capsys):
     teacher, found = random_model(), []
-    prompts = [asked("ab" * n, answer="a", check="contains") for n in (1, 2, 3)]
+    prompts = [asked("ab" * n, answer="a", check="contains") for n in (1, 40, 2, 3)]
 
     class Process(Runtime):
         def gather(self, ids):  # keeps what this process was told; all of them get one completion
@@ -264,8 +264,9 @@ def test_a_teacher_writes_the_same_however_many_processes_ask(tokenizer, random_
             rt = Process(torch.device("cpu"), torch.float32, rank, world)
             completed = ask_teacher(rt, teacher, tokenizer, prompts, 12, samples=2, seed=1)
         found.append(told)
-    assert found[0] == found[1] == found[2] and len(found[0]) == 6
+    assert found[0] == found[1] == found[2] and len(found[0]) == 6  # one is beyond the context
     assert [(e["completion"], e["right"]) for e in completed] == [("a", True), ("b", False)] * 2
+    assert "4 of 8 completions don't end within 12 tokens" in capsys.readouterr().out
 
 
 def test_questions_about_people_are_worded_as_no_test_example_is(tmp_path):
