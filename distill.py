@@ -1,4 +1,4 @@
-"""Distillation: a small student learns from what a large teacher thinks, writes or reasons.
+r"""Distillation: a small student learns from what a large teacher thinks, writes or reasons.
 
 With p_T, p_S = softmax(logits / tau) of teacher and student at every token of a completion:
 
