@@ -1,174 +1,321 @@
-"""Distillation: a small student learns from a large teacher's probabilities, answers or reasoning.
+r"""Distillation: a small student learns from what a large teacher thinks, writes or reasons.
 
-With p_T, p_S = softmax(logits / tau) of teacher and student at every token of an answer:
+With p_T, p_S = softmax(logits / tau) of teacher and student at every token of a completion:
 
+    labels        CE(label), to compare with
     soft          alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(label)    Hinton et al., 1503.02531
-    hard          CE of the teacher's answers that a checker lets through   Kim & Rush, 1606.07947
-    both          soft, with the answers that passed as labels
-    on_policy     JSD_beta(p_T, p_S) on the student's own answers in a share lambda of the steps
-                  (GKD; Agarwal et al., 2306.13649), on given ones in the others
+    hard          CE of the teacher's completions that a checker lets through
+                                                                        Kim & Rush, 1606.07947
+    both          soft, with the completions that passed as labels
+    on_policy     JSD_beta(p_T, p_S) on the student's own completions in a share lambda of the
+                  steps (GKD; Agarwal et al., 2306.13649), on given ones in the others
     step_by_step  CE(answer) + lambda CE(rationale), the rationale written by the teacher
                   (Hsieh et al., 2305.02301)
-    compress      soft and 1 - cos(h_S, h_T) of the last hidden states, from every other layer of
-                  the teacher (DistilBERT; Sanh et al., 1910.01108)
-    labels        CE of the labels alone: what a student is compared with
+    compress      both, and 1 - cos(h_S, h_T) of the last hidden states, starting from every other
+                  layer of the teacher (DistilBERT; Sanh et al., 1910.01108)
 
 Labels are scarce and prompts are plenty: beside --labels labelled examples there are --unlabelled
-prompts, which the teacher answers. soft and on_policy learn from all of its answers; hard, both
-and compress from those that the checker lets through; labels and step_by_step from none of them.
-How the teacher is asked, and what is dropped and counted, is in nanollm/teacher.py.
+prompts, which the teacher completes. soft and on_policy learn from all of its completions; hard,
+both and compress from those that the checker lets through; step_by_step asks the teacher for
+rationales of the labelled examples instead, and keeps those that end in the label. The completions
+are kept in teacher.jsonl, which another run reads with --answers.
 
-The teacher's logits are never stored. They are computed on the fly, or once per token with
---cache_top_k K: then the K most likely successors keep their probabilities, and all others become
-one event. KL between such coarse distributions is a lower bound of KL between the whole ones, and
-reaches it with K (data-processing inequality).
+With --cache_top_k K the teacher reads every row once, before training: the K most likely successors
+of each token keep their probabilities, and all others become one event. KL between such coarse
+distributions is a lower bound of KL between the whole ones, and reaches it with K (data-processing
+inequality).
 
 Differs from the papers: rationale and answer of step_by_step are one sequence, not two tasks, and
 the rationales are sampled and checked by the label; on_policy begins once --on_policy_start of the
-steps has taught the student to end an answer; tau^2 scales every divergence.
+steps has taught the student to end a completion; tau^2 scales every divergence.
 
 Run     python distill.py                          # soft; the village's questions about people
         python distill.py --method hard --samples 4 --out runs/hard
-        python distill.py --compare all --out runs/kinds    # every kind, three seeds, and a table
-        python distill.py --compare answers,step_by_step --data problems --teacher runs/grpo \
-            --steps 800 --out runs/steps
-Needs    runs/sft                                         (python train_sft.py)
+        python distill.py --method step_by_step --data problems --teacher runs/grpo --labels 500 \
+            --samples 4 --steps 800 --out runs/steps
+        # every method with the same completions of the teacher, three seeds each, and a table:
+        python distill.py --steps 1 --out runs/asked
+        for seed in 0 1 2; do for method in labels soft hard both on_policy compress; do
+            python distill.py --method $method --answers runs/asked/teacher.jsonl --seed $seed \
+                --out runs/kinds/${method}_$seed
+        done; done; python -m nanollm.compare runs/kinds/*
+Needs   runs/sft                                         (python train_sft.py)
 Expect  see README.md: a third of the parameters, 95% of the accuracy or more
+Watch   loss          falls steeply at first; with on_policy it rises where the student's own
+                      completions begin, for these it knows least
+        val_loss      nats per token of held-out labels, which the teacher's own are not: a soft
+                      student stays above the teacher's; rising: too many epochs of few labels
+        val_accuracy  of held-out questions, greedy; far below the teacher's: more --steps, or
+                      too few prompts (see what was dropped, at the beginning)
+        grad_norm     below 1 after warm-up; rising: lower the learning rates
 """
 
 import dataclasses
 import math
 import random
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from data import village
+from data.village.problems import answer_of, worked
 from nanollm.batches import Sampler
-from nanollm.config import cli
-from nanollm.distill_table import compare
-from nanollm.distillation import PerToken, make_lessons
+from nanollm.config import NotNegative, OpenShare, Range, Share, TrainConfig, UserError, Whole, cli
+from nanollm.distillation import (
+    ask_teacher,
+    filtered,
+    pack_labelled,
+    prompt_ids,
+    read_completions,
+    tokenize,
+    write_completions,
+)
+from nanollm.formats import read_examples, split_documents
 from nanollm.generate import generate
-from nanollm.gpt import GPT, document_mask
-from nanollm.hub import load_model
+from nanollm.gpt import GPT, count_parameters, document_mask
+from nanollm.hub import load_model, save_model
 from nanollm.logprobs import token_logprobs
-from nanollm.optim import build_optimizers, trapezoid
-from nanollm.run import Run, check_folders
-from nanollm.runtime import start
-from nanollm.students import answer_examples, check_models, finish, new_student, open_student
-from nanollm.teacher import prepare, write_answers
+from nanollm.metrics import (
+    accuracy_by_task,
+    accuracy_table,
+    first_of_each_task,
+    mean_accuracy,
+    sample_by_task,
+)
+from nanollm.optim import SCHEDULES, build_optimizer
+from nanollm.run import Run, check_folders, effect
+from nanollm.runtime import clock, start
 from train_sft import validation_loss
 
 
 @dataclass
-class Config:
+class Config(TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
     preset: str = "tiny"
     # -- Teacher and student
     teacher: str = "runs/sft"  # run folder or model folder of the teacher
-    method: Literal["soft", "hard", "both", "on_policy", "step_by_step", "compress", "labels"] = (
+    method: Literal["labels", "soft", "hard", "both", "on_policy", "step_by_step", "compress"] = (
         "soft"
     )
     # run folder or model folder of a student that exists; default: a new one of the shape below
     init: str | None = None
-    layers: int = 4  # number of blocks; compress: half the teacher's
-    channels: int = 64  # width C of the residual stream; compress: the teacher's
-    heads: int = 4  # attention heads
-    mlp: int = 192  # hidden width of the MLP
+    layers: Whole[1] = 4  # number of blocks; compress: half the teacher's
+    channels: Whole[1] = 64  # width C of the residual stream; compress: the teacher's
+    heads: Whole[1] = 4  # attention heads
+    mlp: Whole[1] = 192  # hidden width of the MLP
     # -- Data
     # village (dialogues about its people), problems (the village's), or JSONL of dialogues or
     # problems (see data/README.md)
     data: str = "village"
-    labels: int = 1000  # the first so many of --data are labelled
+    labels: Whole[0] = 1000  # so many of --data are labelled examples
     # label of a problem: its worked solution, or the answer alone
     label: Literal["worked", "answer"] = "worked"
-    unlabelled: int = 4000  # so many of the others are prompts for the teacher; 0: none
-    # dialogues with the teacher's answers, such as another run's teacher.jsonl; default: it is
+    unlabelled: Whole[0] = 4000  # so many of the others are prompts for the teacher
+    # dialogues with the teacher's completions, such as another run's teacher.jsonl; default: it is
     # asked
     answers: str | None = None
-    val_fraction: float = 0.05  # share of --data that is held out; the village has its own
+    val_fraction: OpenShare = 0.05  # share of --data that is held out; the village has its own
     test_data: str | None = None  # test examples to measure accuracy on; the village has its own
-    test_examples: int = 200  # items per task for that
-    context: int = 128  # row length T
-    # -- Answers of the teacher, and with on_policy of the student
-    samples: int = 1  # answers per prompt; step_by_step: rationales per label
-    sample_temperature: float = 1.0  # temperature of sampling
-    max_new_tokens: int = 112  # longest answer
+    test_examples: Whole[0] = 200  # examples per task for that; 0: all
+    context: Whole[1] = 128  # row length T, as far as both models can read
+    # -- Completions of the teacher, and with on_policy of the student
+    samples: Whole[1] = 1  # completions per prompt; step_by_step: rationales per label
+    sample_temperature: NotNegative = 1.0  # temperature of sampling
+    max_new_tokens: Whole[1] = 112  # longest completion
     # -- Loss
-    temperature: float = 2.0  # tau, which softens both distributions
-    alpha: float = 0.9  # weight of the divergence; 1 - alpha is that of the labels
+    temperature: Annotated[float, Range(0.01)] = 2.0  # tau, which softens both distributions
+    alpha: Share = 0.9  # weight of the divergence; 1 - alpha is that of the labels
     # the divergence: 0 is the forward KL, 1 the reverse, between them lies GKD's generalised JSD;
     # default: 0, and 0.5 with on_policy
-    jsd_beta: float | None = None
-    on_policy_share: float = 0.5  # lambda of GKD: share of the steps on the student's own answers
-    on_policy_start: float = 0.5  # share of the steps before the first of those
-    rationale_weight: float = 1.0  # lambda of step_by_step
-    cosine_weight: float = 0.2  # compress: of the cosine loss
+    jsd_beta: Share | None = None
+    on_policy_share: Share = (
+        0.5  # lambda of GKD: share of the steps on the student's own completions
+    )
+    on_policy_start: Share = 0.5  # share of the steps before the first of those
+    rationale_weight: NotNegative = 1.0  # lambda of step_by_step
+    cosine_weight: NotNegative = 0.2  # compress: of the cosine loss
     # probabilities of the teacher that are kept per token; 0: none, it computes them on the fly, as
-    # it always does for compress, which needs hidden states, and for the student's own answers
-    cache_top_k: int = 16
+    # it always does for compress, which needs hidden states, and for the student's own completions
+    cache_top_k: Whole[0, 255] = 16
     # -- Training
-    out: str = "runs/distill"  # run folder to write
-    steps: int = 300  # optimizer steps
-    batch_size: int = 24  # rows per optimizer step, over all processes
-    accumulate: int = 1  # parts that a process splits its rows into, to save memory
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
-    muon_lr: float = 0.03  # learning rate of Muon
-    lr: float = 0.02  # learning rate of AdamW
-    warmup: int = 20  # steps of linear warm-up
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-    eval_every: int = 100  # steps between evaluations, each followed by a checkpoint
-    # -- Comparison
-    # instead of one run: rows of the table, separated by commas, or all, each in its own folder
-    compare: str = ""
-    seeds: int = 3  # runs of each row
-    # -- Machine
-    seed: int = 0  # of the student's weights, the sampling and the order of the data
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    # precision of the layers; weights stay fp32
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    compile: bool = False  # torch.compile: about half a minute to start, then faster
-    # recompute activations in backward: less memory, a third more time
-    checkpoint_activations: bool = False
-    resume: bool = False  # continue the run in --out from its last checkpoint
+    out: str = "runs/distill"
+    batch_size: int = 24
+    muon_lr: float = 0.03
+    lr: float = 0.02
 
 
 PRESETS = {
-    "smoke": {
-        "layers": 2,
-        "channels": 32,
-        "heads": 2,
-        "mlp": 64,
-        "steps": 10,
-        "labels": 40,
-        "unlabelled": 40,
-        "batch_size": 4,
-        "max_new_tokens": 16,
-        "eval_every": 5,
-        "warmup": 2,
-        "test_examples": 4,
-        "cache_top_k": 8,
-        "seeds": 1,
-    },
-    "tiny": {},
-    "gpu": {
-        "layers": 6,
-        "channels": 384,
-        "heads": 6,
-        "mlp": 1024,
-        "labels": 10000,
-        "unlabelled": 100000,
-        "context": 512,
-        "max_new_tokens": 256,
-        "batch_size": 128,
-        "steps": 4000,
-        "muon_lr": 0.01,
-        "lr": 1e-3,
-        "compile": True,
-    },
+    "smoke": dict(
+        steps=10, labels=40, unlabelled=40, batch_size=4, eval_every=5, warmup=2, test_examples=4
+    ),
+    "gpu": dict(
+        layers=6,
+        channels=384,
+        heads=6,
+        mlp=1024,
+        labels=10000,
+        unlabelled=100000,
+        context=512,
+        max_new_tokens=256,
+        batch_size=128,
+        steps=4000,
+        muon_lr=0.01,
+        lr=1e-3,
+        compile=True,
+    ),
 }
+
+CACHED = ("soft", "both", "on_policy")  # need no more of the teacher than its probabilities
+UNCHECKED = ("soft", "on_policy")  # learn from all completions, by their probabilities: no labels
+
+# --- data ----------------------------------------------------------------------------------------
+
+VILLAGE = {"village": "sft", "problems": "problems"}  # --data: the village's files
+PEOPLE = ("fact", "fact_never_asked", "unknown", "two_hop", "multi_turn")
+
+
+def load_examples(cfg):
+    """(labelled, unlabelled, held-out labelled, test) examples."""
+    if cfg.data in VILLAGE:
+        folder, name = village.of_run(cfg.teacher), VILLAGE[cfg.data]
+        parts = [read_completions(folder / f"{name}_{part}.jsonl") for part in ("train", "val")]
+        tests = read_examples(folder / f"{name}_test.jsonl")
+        if cfg.data == "village":
+            parts = [[e for e in part if e["task"] in PEOPLE] for part in parts]
+            tests = [e for e in tests if e["task"] in PEOPLE]
+    else:
+        every, tests = read_completions(cfg.data), []
+        parts = [split_documents(every, part, cfg.val_fraction) for part in ("train", "val")]
+    tests = read_examples(cfg.test_data) if cfg.test_data else tests
+    tests = first_of_each_task(tests, cfg.test_examples)
+    train, val = ([with_label(example, cfg.label) for example in part] for part in parts)
+    labelled, val = ([e for e in part if "completion" in e] for part in (train, val))
+    rest = labelled[cfg.labels :] + [e for e in train if "completion" not in e]
+    rest = village.prompts_about_people(folder) if cfg.data == "village" else rest
+    return labelled[: cfg.labels], rest[: cfg.unlabelled], val, tests
+
+
+def with_label(example, label):
+    """An example and its label, if there is one: of a problem its steps and answer, or the answer
+    alone.
+    """
+    if "completion" in example or "answer" not in example:
+        return example
+    if label == "worked" and "steps" in example:
+        return example | {"completion": worked(example)["messages"][-1]["content"]}
+    return example | {"completion": answer_of(example)}
+
+
+def teacher_completions(cfg, rt, teacher, tokenizer, prompts):
+    """Examples with the teacher's completions of these prompts, as far as the method learns from
+    them.
+    """
+    file = Path(cfg.out) / "teacher.jsonl"
+    if cfg.resume and file.exists():
+        return read_completions(file) if file.stat().st_size else []
+    if cfg.method == "labels" or not prompts:
+        return []
+    if cfg.answers:
+        completed = [e for e in read_completions(cfg.answers) if "completion" in e]
+    else:
+        how = cfg.max_new_tokens, cfg.samples, cfg.sample_temperature, cfg.seed
+        completed = ask_teacher(rt, teacher, tokenizer, prompts, *how)
+    kept, counts = filtered(completed, cfg.method not in UNCHECKED)
+    rt.print(f"the teacher's completions: {counts}")
+    return kept
+
+
+def pack_rows(cfg, rt, tokenizer, T, labelled, completed, val):
+    """(rows to train on, held-out rows) of T tokens; says what was left out."""
+    labels = tokenize(labelled if cfg.method != "step_by_step" else [], True, tokenizer, T)
+    taught = tokenize(completed, cfg.method not in UNCHECKED, tokenizer, T)
+    train_rows = pack_labelled(labels + taught, T, tokenizer)
+    val_rows = pack_labelled(tokenize(val, True, tokenizer, T), T, tokenizer)
+    rt.print(
+        f"{len(labels)} labelled examples and {len(taught)} completions of the teacher in "
+        f"{len(train_rows)} rows of {T} tokens; {len(completed) - len(taught)} completions left "
+        "out because they were longer"
+    )
+    if not len(train_rows) or not len(val_rows):
+        raise UserError(
+            f"nothing to learn from: {len(labels)} labels, {len(taught)} of the teacher's "
+            f"completions and {len(val_rows)} rows of held-out labels have at most {T} tokens; "
+            f"raise --context or --max_new_tokens, or see whether {cfg.teacher} ends its turns"
+        )
+    if cfg.method == "step_by_step":
+        n = sum("<think>" in example["completion"] for example in completed)
+        rt.print(f"{n} of these completions have a rationale")
+        if not train_rows.rationale.any():
+            raise UserError(
+                f"--teacher {cfg.teacher} gives no rationale, <think>...</think>; step_by_step "
+                "needs one that reasons, such as --teacher runs/grpo --data problems"
+            )
+    return train_rows, val_rows
+
+
+# --- teacher and student -------------------------------------------------------------------------
+
+
+def open_student(cfg, teacher, tokenizer):
+    """The model in --init, a part of the teacher, or a new one of the shape that the flags say."""
+    if cfg.init:
+        student, own = load_model(cfg.init)
+        if own != tokenizer:
+            raise UserError(
+                f"--init {cfg.init} has another tokenizer than --teacher {cfg.teacher}: their "
+                "probabilities are of different tokens; start from a model with the teacher's"
+            )
+        return student
+    if cfg.method == "compress":
+        return every_other_layer(teacher)
+    if cfg.channels % (2 * cfg.heads):
+        raise UserError(
+            f"--channels {cfg.channels} must be an even multiple of --heads {cfg.heads}"
+        )
+    shape = {
+        "hidden_size": cfg.channels,
+        "intermediate_size": cfg.mlp,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.heads,
+        "head_dim": cfg.channels // cfg.heads,
+    }
+    return GPT(dataclasses.replace(teacher.cfg, **shape))
+
+
+def every_other_layer(teacher):
+    """A student of the teacher's width and half its depth: it starts as its layers 0, 2, ..."""
+    kept = range(0, teacher.cfg.num_hidden_layers, 2)
+    student = GPT(dataclasses.replace(teacher.cfg, num_hidden_layers=len(kept)))
+    for own, other in zip(student.model.layers, kept):
+        own.load_state_dict(teacher.model.layers[other].state_dict())
+    student.model.embed_tokens.load_state_dict(teacher.model.embed_tokens.state_dict())
+    student.model.norm.load_state_dict(teacher.model.norm.state_dict())
+    if teacher.lm_head is not None:
+        student.lm_head.load_state_dict(teacher.lm_head.state_dict())
+    return student
+
+
+def outputs(model, rows):
+    """(logits (n, V), last hidden states (n, C)) at the n trained tokens of LabelledRows."""
+    hidden = model.hidden(rows.tokens, rows.positions, document_mask(rows.documents))
+    hidden = hidden[rows.where()]
+    return model.head(hidden), hidden
+
+
+class Student(nn.Module):
+    """`outputs` as a forward pass: what data-parallel training and torch.compile wrap."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows):
+        return outputs(self.model, rows)
 
 
 # --- algorithm: log-probabilities (..., V) of student and teacher -> (...) in nats ---------------
@@ -215,263 +362,186 @@ def coarse(logprobs, ids):
     return torch.cat((logprobs.gather(-1, ids), others), dim=-1)
 
 
-@dataclass
-class Counts:
-    """Tokens that a loss divides by: of the whole batch, over all of its parts and processes."""
+@torch.no_grad()
+def with_top_k(rows, teacher, K, V, temperature, batch=16):
+    """The rows with the teacher's K most likely successors, of V, at every trained token, and all
+    others together.
+    """
+    R, T = rows.tokens.shape
+    ids, logprobs = torch.zeros(R, T, K, dtype=torch.int32), torch.zeros(R, T, K + 1)
+    for part in (slice(i, i + batch) for i in range(0, R, batch)):
+        logits, _ = outputs(teacher, rows[part].to(teacher.device))
+        every, where = tempered(logits[:, :V], temperature), rows[part].where()
+        top = every.topk(K).indices
+        ids[part][where], logprobs[part][where] = top.int().cpu(), coarse(every, top).cpu()
+    return dataclasses.replace(rows, top_ids=ids, top_logprobs=logprobs)
 
-    tokens: float  # of answers
-    labelled: float
-    rationale: float  # labelled and inside of <think>...</think>
+
+# The losses of a batch: values (n,) of a part's trained tokens -> scalar. They are divided by the
+# tokens of the whole batch, over all parts and processes, so that the parts add up.
 
 
-# The losses of a batch: per-token values (n,) -> scalar. Parts of a batch add up to the whole.
-
-
-def label_loss(ce, labelled, counts):
+def label_loss(ce, labelled, num_labelled):
     """Mean cross-entropy of the labels."""
-    return (ce * labelled).sum() / max(1, counts.labelled)
+    return (ce * labelled).sum() / max(1, num_labelled)
 
 
-def soft_loss(divergence, ce, labelled, counts, alpha, temperature):
+def soft_loss(divergence, ce, labelled, num_tokens, num_labelled, alpha, temperature):
     """alpha tau^2 D + (1 - alpha) CE, means over their tokens. A gradient of D falls with 1/tau^2,
     hence the factor (Hinton et al., section 2.1).
     """
-    soft = temperature**2 * divergence.sum() / max(1, counts.tokens)
-    return alpha * soft + (1 - alpha) * label_loss(ce, labelled, counts)
+    soft = temperature**2 * divergence.sum() / max(1, num_tokens)
+    return alpha * soft + (1 - alpha) * label_loss(ce, labelled, num_labelled)
 
 
-def step_by_step_loss(ce, labelled, rationale, counts, weight):
+def step_by_step_loss(ce, rationale, num_answer, num_rationale, weight):
     """CE(answer) + lambda CE(rationale), each a mean over its tokens (Hsieh et al., eq. 2)."""
-    answer, rationale = labelled & ~rationale, labelled & rationale
-    of_answer = (ce * answer).sum() / max(1, counts.labelled - counts.rationale)
-    return of_answer + weight * (ce * rationale).sum() / max(1, counts.rationale)
+    answer = label_loss(ce, ~rationale, num_answer)
+    return answer + weight * label_loss(ce, rationale, num_rationale)
 
 
-def every_other_layer(teacher):
-    """A student of the teacher's width and half its depth: it starts as its layers 0, 2, ..."""
-    kept = range(0, teacher.cfg.num_hidden_layers, 2)
-    student = GPT(dataclasses.replace(teacher.cfg, num_hidden_layers=len(kept)))
-    for own, other in zip(student.model.layers, kept):
-        own.load_state_dict(teacher.model.layers[other].state_dict())
-    student.model.embed_tokens.load_state_dict(teacher.model.embed_tokens.state_dict())
-    student.model.norm.load_state_dict(teacher.model.norm.state_dict())
-    if teacher.lm_head is not None:
-        student.lm_head.load_state_dict(teacher.lm_head.state_dict())
-    return student
-
-
-# --- the teacher's probabilities -----------------------------------------------------------------
-
-
-@torch.no_grad()
-def probabilities(teacher, part, V, temperature):
-    """(log-probabilities (n, V), hidden states (n, C)) of the teacher at the n trained tokens."""
-    rows = part.rows
-    hidden = teacher.hidden(rows.tokens, rows.positions, document_mask(rows.documents))
-    hidden = hidden[part.where()]
-    return tempered(teacher.head(hidden)[:, :V], temperature), hidden
-
-
-def cache_top_k(teacher, lessons, K, V, temperature, batch=16):
-    """PerToken of (log-probabilities (n, K + 1), ids (n, K)): the teacher's K most likely
-    successors, and all others together, at every trained token.
-    """
-    kept = []
-    for numbers in torch.arange(len(lessons)).split(batch):
-        part = lessons.select(numbers).to(teacher.device)
-        logprobs, _ = probabilities(teacher, part, V, temperature)
-        ids = logprobs.topk(K).indices
-        kept.append((coarse(logprobs, ids).cpu(), ids.int().cpu()))
-    return PerToken(lessons, *map(torch.cat, zip(*kept)))
+def distillation_loss(cfg, student, teacher, rows, num_tokens, num_labelled, num_rationale):
+    """What a part of the batch, LabelledRows, adds to its loss."""
+    logits, hidden = student(rows)
+    logits = logits[:, : teacher.cfg.vocab_size]  # both vocabularies may be padded
+    labelled = rows.trained(rows.labelled)
+    ce = -token_logprobs(logits, rows.trained(rows.tokens))  # (n,)
+    if cfg.method in ("labels", "hard"):
+        return label_loss(ce, labelled, num_labelled)
+    if cfg.method == "step_by_step":
+        counts = num_tokens - num_rationale, num_rationale
+        return step_by_step_loss(ce, rows.trained(rows.rationale), *counts, cfg.rationale_weight)
+    student_logprobs = tempered(logits, cfg.temperature)
+    if rows.top_ids is None:
+        with torch.no_grad():
+            teacher_logits, teacher_hidden = outputs(teacher, rows)
+        teacher_logprobs = tempered(teacher_logits[:, : logits.shape[1]], cfg.temperature)
+    else:
+        teacher_logprobs = rows.top_logprobs[rows.where()]
+        student_logprobs = coarse(student_logprobs, rows.top_ids[rows.where()].long())
+    alpha, beta = (1.0, 0.5) if cfg.method == "on_policy" else (cfg.alpha, 0.0)
+    beta = beta if cfg.jsd_beta is None else cfg.jsd_beta
+    divergence = generalised_jsd(student_logprobs, teacher_logprobs, beta)
+    loss = soft_loss(divergence, ce, labelled, num_tokens, num_labelled, alpha, cfg.temperature)
+    if cfg.method == "compress":
+        cosine = hidden_cosine_loss(hidden, teacher_hidden)
+        loss = loss + cfg.cosine_weight * cosine.sum() / num_tokens
+    return loss
 
 
 # --- training ------------------------------------------------------------------------------------
 
 
-class Distillation:
-    """Teacher, student and lessons: the batches of a run and their losses."""
-
-    def __init__(self, cfg, rt, teacher, student, tokenizer, lessons, prompts):
-        self.cfg, self.rt, self.tokenizer = cfg, rt, tokenizer
-        self.teacher, self.student, self.ddp_model = (
-            teacher,
-            student,
-            rt.prepare(student, cfg.compile),
-        )
-        self.lessons, self.prompts = lessons, prompts
-        self.V = min(teacher.cfg.vocab_size, student.cfg.vocab_size)  # both may be padded
-        self.samplers = [Sampler(len(lessons), cfg.seed), Sampler(len(prompts), cfg.seed + 1)]
-        beta = 0.5 if cfg.method == "on_policy" else 0.0
-        beta = beta if cfg.jsd_beta is None else cfg.jsd_beta
-        self.divergence = partial(generalised_jsd, beta=beta)
-        self.cache = None
-        if cfg.cache_top_k and cfg.method in ("soft", "both", "on_policy"):
-            self.cache = cache_top_k(teacher, lessons, cfg.cache_top_k, self.V, cfg.temperature)
-        if cfg.method == "compress":
-            seen = self.seen = {}  # not self in the hook: models that hold each other stay for ever
-            student.model.norm.register_forward_hook(lambda norm, x, out: seen.update(hidden=out))
-
-    def batch(self, step):
-        """(Lessons of this process, their numbers; None where the student wrote them itself)."""
-        cfg, rt = self.cfg, self.rt
-        own = cfg.method == "on_policy" and step >= cfg.on_policy_start * cfg.steps
-        if own and random.random() < cfg.on_policy_share:
-            n = 2 * cfg.batch_size  # about as many tokens as in packed rows
-            return self.own_answers(self.samplers[1].take(n), rt.share(n)), None
-        numbers = self.samplers[0].take(cfg.batch_size)[rt.share(cfg.batch_size)]
-        return self.lessons.select(numbers), numbers
-
-    def own_answers(self, numbers, share):
-        """Lessons from what the student itself answers to these prompts (GKD, algorithm 1)."""
-        cfg, tokenizer = self.cfg, self.tokenizer
-        noise = torch.rand(len(numbers), cfg.max_new_tokens, dtype=torch.float64)[share]
-        prompts = [self.prompts[i] for i in numbers[share]]
-        self.student.eval()
-        out = generate(
-            self.student,
-            prompts,
-            cfg.max_new_tokens,
-            temperature=cfg.sample_temperature,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-            noise=noise.to(self.rt.device),
-        )
-        self.student.train()
-        examples = [(p, completion, False) for p, completion in zip(prompts, out.lists())]
-        longest = max(len(prompt) + len(completion) for prompt, completion, _ in examples)
-        return make_lessons(examples, max(cfg.context, longest), tokenizer)
-
-    def counts(self, part):
-        labelled = part.at(part.labelled)
-        inside = labelled & part.at(part.rationale)
-        numbers = part.rows.mask[:, 1:].sum(), labelled.sum(), inside.sum()
-        return Counts(*(self.rt.sum(number.item()) for number in numbers))
-
-    def loss(self, part, numbers, counts):
-        """Loss of a part of the batch; `numbers` of its rows among the lessons, or None."""
-        cfg, rows, where = self.cfg, part.rows, part.where()
-        mask = document_mask(rows.documents)
-        logits = self.ddp_model(rows.tokens, rows.positions, mask, where=where)[
-            :, : self.V
-        ]  # (n, V)
-        labelled, ce = part.at(part.labelled), -token_logprobs(logits, part.at(rows.tokens))  # (n,)
-        if cfg.method in ("labels", "hard"):
-            return label_loss(ce, labelled, counts)
-        if cfg.method == "step_by_step":
-            inside = part.at(part.rationale)
-            return step_by_step_loss(ce, labelled, inside, counts, cfg.rationale_weight)
-        student = tempered(logits, cfg.temperature)
-        if self.cache is not None and numbers is not None:
-            teacher, ids = self.cache.rows(numbers, self.rt.device)
-            student = coarse(student, ids.long())
-        else:
-            teacher, hidden = probabilities(self.teacher, part, self.V, cfg.temperature)
-        alpha = 1.0 if cfg.method == "on_policy" else cfg.alpha
-        divergence = self.divergence(student, teacher)
-        loss = soft_loss(divergence, ce, labelled, counts, alpha, cfg.temperature)
-        if cfg.method == "compress":
-            cosine = hidden_cosine_loss(self.seen["hidden"][where], hidden)
-            loss = loss + cfg.cosine_weight * cosine.sum() / counts.tokens
-        return loss
+def own_completions(cfg, rt, student, tokenizer, prompts):
+    """This process's LabelledRows of what the student itself completes (GKD, algorithm 1). Noise is
+    drawn for all processes, so that it doesn't depend on how many there are.
+    """
+    noise = torch.rand(len(prompts), cfg.max_new_tokens, dtype=torch.float64)
+    share = rt.share(len(prompts))
+    completions = generate(
+        student,
+        prompts[share],
+        cfg.max_new_tokens,
+        temperature=cfg.sample_temperature,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        noise=noise[share].to(rt.device),
+    ).lists()
+    tokenized = [(prompt, ids, False) for prompt, ids in zip(prompts[share], completions)]
+    longest = max(len(prompt) + len(ids) for prompt, ids, _ in tokenized)
+    return pack_labelled(tokenized, max(cfg.context, longest), tokenizer)
 
 
-def open_models(cfg, rt):
-    """(teacher, student, tokenizer): the student from --init, the teacher's layers, or new."""
-    teacher, tokenizer = load_model(cfg.teacher)
-    check_models(cfg, teacher, tokenizer)
-    random.seed(cfg.seed)
-    torch.manual_seed(cfg.seed)
-    if cfg.init:
-        student = open_student(cfg, teacher, tokenizer)
-    elif cfg.method == "compress":
-        student = every_other_layer(teacher)
-    else:
-        student = new_student(cfg, teacher)
-    rt.prepare(teacher, train=False)
-    return teacher, student, tokenizer
-
-
-def gather(cfg, rt):
-    """(models, lessons) of a run; refuses what it can't do before it writes a folder."""
-    rt.share(cfg.batch_size)
-    models = open_models(cfg, rt)
-    return models, prepare(cfg, rt, *models)
-
-
-def distil(cfg, rt):
-    """Train one student."""
-    (teacher, student, tokenizer), gathered = gather(cfg, rt)
-    lessons, prompts, val, examples, answers = gathered
-    run = Run(cfg, rt, cfg.steps)
-    if rt.main and not cfg.resume:
-        write_answers(answers, run.folder / "teacher.jsonl")
-    task = Distillation(cfg, rt, teacher, student, tokenizer, lessons, prompts)
-    student.model.checkpoint_activations = cfg.checkpoint_activations
-    optimizers = build_optimizers(student, cfg.optimizer, cfg.muon_lr, cfg.lr, weight_decay=0.0)
-    scaler, trained = rt.scaler(), [student, optimizers, task.samplers]
-    saved = run.restore(*trained, scaler)
-
-    def measure(model):
-        model.eval()
-        found, sample = answer_examples(model, tokenizer, examples, cfg.max_new_tokens)
-        found["val_loss"] = validation_loss(model, val)
-        model.train(model is student)
-        return found, sample
-
-    known = saved.get("teacher") or measure(teacher)[0]
-    before = saved.get("before") or measure(student)[0]
-    after = saved.get("after", before)
-    since = 0
-
-    while run.step < cfg.steps:
-        optimizers.schedule(trapezoid(run.step, cfg.steps, cfg.warmup))
-        optimizers.zero_grad()
-        batch, numbers = task.batch(run.step)
-        counts, loss = task.counts(batch), 0.0
-        parts = torch.arange(len(batch)).chunk(cfg.accumulate)
-        for i, rows in enumerate(parts):
-            part, chosen = batch.select(rows).to(rt.device), None
-            if numbers is not None:
-                chosen = numbers[rows]
-            with rt.accumulating(task.ddp_model, more=i + 1 < len(parts)):
-                part_loss = task.loss(part, chosen, counts)
-                # times the number of processes, by which DDP's mean divides
-                scaler.scale(part_loss * rt.world).backward()
-            loss += part_loss.detach()
-        optimizers.unscale(scaler)
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip or math.inf)
-        loss = rt.sum(loss.item())
-        run.check_finite(loss)
-        if rt.dtype != torch.float16:  # there the scaler skips such steps
-            run.check_finite(norm.item(), "gradient")
-        optimizers.step(scaler)
-        run.advance()
-
-        since += counts.tokens
-        last = run.step == cfg.steps
-        if run.step % 10 == 0 or last:
-            run.log(since, show=("loss",), loss=loss, grad_norm=norm.item())
-            since = 0
-        if run.step % cfg.eval_every == 0 or last:
-            after, sample = measure(student)
-            run.check_finite(after["val_loss"], "held-out loss")
-            shown = {"val_loss": after["val_loss"]}
-            if after["figures"]:
-                shown["val_accuracy"] = after["figures"]["all"]["greedy"]
-            run.log(**shown, show=tuple(shown))
-            run.write_sample(sample)
-            run.export(student, tokenizer)
-            run.checkpoint(*trained, scaler, teacher=known, before=before, after=after)
-    finish(run, teacher, student, len(answers), known, before, after)
+def measure(cfg, model, tokenizer, tests, val_rows):
+    """({"val_loss", "tasks": accuracy by task, "per_second": tests answered}, a sample)."""
+    begin, tasks, completions = clock(model.device), {}, []
+    if tests:
+        tasks, completions = accuracy_by_task(model, tokenizer, tests, cfg.max_new_tokens)
+    speed = len(tests) / (clock(model.device) - begin)
+    found = {"val_loss": validation_loss(model, val_rows), "tasks": tasks, "per_second": speed}
+    return found, sample_by_task(tests, completions)
 
 
 def main(cfg):
-    check_folders(cfg.teacher, cfg.out)
-    if cfg.init:
-        check_folders(cfg.init, cfg.out)
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    train = partial(distil, rt=rt)
-    compare(cfg, rt, partial(gather, rt=rt), train) if cfg.compare else train(cfg)
+    check_folders(cfg.out, cfg.teacher, cfg.init)
+    share = rt.share(cfg.batch_size)
+    teacher, tokenizer = load_model(cfg.teacher)
+    student = open_student(cfg, teacher, tokenizer)
+    rt.prepare(teacher, train=False)
+    T = min(cfg.context, *(m.cfg.max_position_embeddings for m in (teacher, student)))
+    labelled, unlabelled, val, tests = load_examples(cfg)
+    asked = labelled if cfg.method == "step_by_step" else unlabelled
+    completed = teacher_completions(cfg, rt, teacher, tokenizer, asked)
+    train_rows, val_rows = pack_rows(cfg, rt, tokenizer, T, labelled, completed, val)
+    prompts = [prompt_ids(example, tokenizer) for example in labelled + unlabelled]
+    prompts = [prompt for prompt in prompts if len(prompt) < T]
+    if cfg.cache_top_k and cfg.method in CACHED:
+        V = student.cfg.vocab_size
+        train_rows = with_top_k(train_rows, teacher, cfg.cache_top_k, V, cfg.temperature)
+
+    run = Run(cfg, rt)
+    if rt.main and not cfg.resume:
+        write_completions(completed, run.folder / "teacher.jsonl")
+    student.compute_dtype = rt.dtype
+    ddp_model = rt.prepare(Student(student), cfg.compile)
+    student.model.checkpoint_activations = cfg.checkpoint_activations
+    optimizer = build_optimizer(student, cfg, rt.scaler)
+    schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train_rows), cfg.seed)
+    prompt_sampler = Sampler(len(prompts), cfg.seed + 1)
+    known = run.restore(student, optimizer, sampler, prompt_sampler)
+    if not known:
+        for name, model in (("teacher", teacher), ("before", student)):
+            known[name] = measure(cfg, model, tokenizer, tests, val_rows)[0]
+
+    while run.step < cfg.steps:
+        begun = cfg.method == "on_policy" and run.step >= cfg.on_policy_start * cfg.steps
+        if begun and random.random() < cfg.on_policy_share:
+            numbers = prompt_sampler.take(2 * cfg.batch_size)  # about as many tokens as in rows
+            chosen = [prompts[i] for i in numbers]
+            rows = own_completions(cfg, rt, student, tokenizer, chosen)
+        else:
+            rows = train_rows[sampler.take(cfg.batch_size)[share]]
+        rows = rows.to(rt.device)
+        masks = rows.mask, rows.labelled, rows.rationale
+        num_tokens, num_labelled, num_rationale = (rt.sum(mask.sum()) for mask in masks)
+        loss, of_batch = 0.0, (num_tokens, num_labelled, num_rationale)
+        for part in rt.micro_batches(rows, cfg.accumulate, ddp_model):
+            loss += rt.backward(distillation_loss(cfg, ddp_model, teacher, part, *of_batch))
+        grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
+        run.advance(num_tokens, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
+
+        if run.due(cfg.eval_every):
+            known["after"], sample = measure(cfg, student, tokenizer, tests, val_rows)
+            accuracy = mean_accuracy(known["after"]["tasks"])
+            run.evaluated(val_loss=known["after"]["val_loss"], val_accuracy=accuracy)
+            run.write_sample(sample)
+            run.export(save_model, student, tokenizer)
+            run.checkpoint(**known)
+    run.close("loss", "val_loss", "val_accuracy", y_label="nats per token, or share")
+    finish(rt, run, known, teacher, student)
+
+
+def finish(rt, run, known, teacher, student):
+    """Print what the student has learnt, and keep it in result.json."""
+    sizes = [count_parameters(model)[0] for model in (student, teacher)]
+    before, after, right = (known[name] for name in ("before", "after", "teacher"))
+    rt.print(
+        f"{sizes[0]:,} parameters, the teacher has {sizes[1]:,}; answers {after['per_second']:.0f} "
+        f"questions per second, the teacher {right['per_second']:.0f}"
+    )
+    if after["tasks"]:
+        rt.print(accuracy_table({name: each["tasks"] for name, each in known.items()}))
+        before, after, right = (mean_accuracy(each["tasks"]) for each in (before, after, right))
+        effects = [effect("right answers to held-out questions", before, after, "share")]
+        if right:
+            shares = before / right, after / right
+            effects.append(effect("share of the teacher's accuracy", *shares, "share"))
+    else:
+        losses = before["val_loss"], after["val_loss"]
+        effects = [effect("loss on held-out labels", *losses, "nats per token", False)]
+    sizes = dict(zip(("parameters", "teacher_parameters"), sizes))
+    run.write_result(effects, method=run.cfg.method, **sizes, **known)
     rt.close()
 
 

@@ -331,17 +331,19 @@ def sample_completions(
     batch_size=256,
     generator=None,
     images=None,
+    noise=None,
     **how,
 ):
     """Continue N prompts (lists of ids) `samples` times each; n * samples + g is the list of ids of
     sample g of prompt n, its stop token included. Short prompts run beside short ones.
 
+    `noise` (N, samples, max_new_tokens) takes the place of the generator, as in `generate`.
     `images`: a tensor (n, 3, H, W) or None for each prompt, in a list or what is indexed like it.
     """
     model, G = model.merged(), samples
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    completions, noise = [None] * len(prompts) * G, None
-    if temperature > 0:  # for each prompt its own, in whatever batch it runs
+    completions = [None] * len(prompts) * G
+    if noise is None and temperature > 0:  # for each prompt its own, in whatever batch it runs
         noise = uniform((len(prompts), G, max_new_tokens), model.device, generator)
     size = max(1, batch_size // G)  # prompts in a batch
     for numbers in (order[i : i + size] for i in range(0, len(order), size)):
@@ -360,6 +362,16 @@ def sample_completions(
         for row, ids in enumerate(out.lists()):
             completions[numbers[row // G] * G + row % G] = ids
     return completions
+
+
+def sample_together(rt, model, tokenizer, prompts, max_new_tokens, samples=1, seed=0, **how):
+    """sample_completions, the work shared by all processes; what comes out doesn't depend on how
+    many they are.
+    """
+    shape, generator = (len(prompts), samples, max_new_tokens), torch.Generator().manual_seed(seed)
+    mine, noise = rt.mine(len(prompts)), uniform(shape, "cpu", generator)
+    how |= {"samples": samples, "noise": noise[mine].to(model.device)}
+    return rt.gather(sample_completions(model, tokenizer, prompts[mine], max_new_tokens, **how))
 
 
 def complete(model, tokenizer, prompts, max_new_tokens, **how):

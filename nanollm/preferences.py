@@ -14,7 +14,7 @@ from nanollm.batches import pad_completions
 from nanollm.checkpoint import existing_folder, is_scalar, weights_hash
 from nanollm.config import UserError, atomic_write
 from nanollm.formats import read_preferences, read_prompts, split_documents
-from nanollm.generate import as_text, batched, sample_completions
+from nanollm.generate import as_text, sample_completions, sample_together
 from nanollm.hub import load_scalar
 from nanollm.logprobs import completion_logprobs
 from nanollm.metrics import table
@@ -22,7 +22,6 @@ from nanollm.run import effect
 
 CACHE = Path("data/cache")
 K = 4  # completions of each prompt that the village's annotators rank
-BLOCK = 256  # prompts that a process samples with one seed
 
 # --- data ----------------------------------------------------------------------------------------
 
@@ -57,29 +56,15 @@ def village_rankings(cfg, model, tokenizer, rt, folder, rank):
             continue
         examples = read_prompts(folder / f"prompts_{path.stem}.jsonl")[:most]
         prompts = prompt_ids(examples, tokenizer)
-        ids = sample_together(model, tokenizer, prompts, K, rt, cfg.seed)
-        own = [[as_text(tokenizer, i) for i in each if i[-1] in tokenizer.stop_ids] for each in ids]
+        ids = sample_together(rt, model, tokenizer, prompts, 64, K, cfg.seed)
+        texts = [as_text(tokenizer, i) if i[-1] in tokenizer.stop_ids else None for i in ids]
+        own = [list(filter(None, texts[i : i + K])) for i in range(0, len(texts), K)]
         rankings = rank(examples, own, K, cfg.disagreement, f"{path.stem}-{cfg.seed}")
         if rt.main:
             lines = (json.dumps(ranking, ensure_ascii=False) + "\n" for ranking in rankings)
             atomic_write(path, "".join(lines))
         rt.barrier()
     return [read_preferences(path) for path in paths]
-
-
-def sample_together(model, tokenizer, prompts, samples, rt, seed, max_new_tokens=64):
-    """`samples` completions of each prompt as lists of ids, a list per prompt. The processes share
-    the work; each block of prompts has its own seed, so that it doesn't matter how many they are.
-    """
-    blocks, mine = batched(prompts, BLOCK), []
-    for number in range(len(blocks))[rt.mine(len(blocks))]:
-        generator = torch.Generator(model.device).manual_seed(seed * 1000 + number)
-        block = blocks[number]
-        ids = sample_completions(
-            model, tokenizer, block, max_new_tokens, samples, generator=generator
-        )
-        mine += batched(ids, samples)
-    return rt.gather(mine)
 
 
 def train_and_held_out(records, cfg):

@@ -263,17 +263,19 @@ def effect(name, before, after, unit="", higher_is_better=True):
     }
 
 
+def shown(value, unit=""):
+    """A value of an effect as text, without its unit."""
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if unit == "share" else f"{value:.4g}"
+
+
 def effect_line(effect):
-    """An effect as text: gold score 0.68 -> 0.94."""
-
-    def show(value):
-        if value is None:
-            return "-"
-        return f"{value:.1%}" if effect["unit"] == "share" else f"{value:.4g}"
-
-    unit = "" if effect["unit"] == "share" else " " + effect["unit"]
-    values = [show(effect["before"])] * (effect["before"] is not None) + [show(effect["after"])]
-    return f"{effect['name']}: {' -> '.join(values)}{unit}".rstrip()
+    """An effect as text: gold score: 0.68 -> 0.94."""
+    unit = effect["unit"]
+    values = [shown(effect[side], unit) for side in ("before", "after")]
+    text = " -> ".join(values[effect["before"] is None :])
+    return f"{effect['name']}: {text} {'' if unit == 'share' else unit}".rstrip()
 
 
 def trained_state(model):

@@ -1,29 +1,35 @@
-"""Distillation's losses: against trl, against slow loops, and numbers that a person can check."""
+"""Distillation: its losses against trl and slow loops, and whole runs on small data: what students
+learn, resume, share between processes and refuse.
+"""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import kill_and_resume, moments_of_two_processes, refused, result, run, same, weights
 from trl.experimental.gkd import GKDTrainer
 
-from distill import (
-    Counts,
-    cache_top_k,
-    coarse,
-    every_other_layer,
-    forward_kl,
-    generalised_jsd,
-    hidden_cosine_loss,
-    label_loss,
-    probabilities,
-    reverse_kl,
-    soft_loss,
-    step_by_step_loss,
-    tempered,
+import distill
+import train_pretrain
+import train_sft
+from data import village
+from distill import coarse, forward_kl, generalised_jsd, reverse_kl, tempered
+from nanollm.distillation import (
+    ask_teacher,
+    filtered,
+    pack_labelled,
+    rationale_mask,
+    read_completions,
+    tokenize,
+    write_completions,
 )
-from nanollm.distillation import make_lessons, rationale_of, read_lessons, tokenize
+from nanollm.formats import read_chats, read_examples
 from nanollm.gpt import document_mask
-from nanollm.teacher import filtered, write_answers
+from nanollm.hub import load_model
+from nanollm.run import read_metrics
+from nanollm.runtime import Runtime
 
 
 def logits(seed=0, shape=(3, 7, 11), spread=2.0):
@@ -34,38 +40,33 @@ def logp(*probabilities):
     return torch.tensor(probabilities).log()
 
 
+def asked(prompt, completion=None, **more):
+    example = {"messages": [{"role": "user", "content": prompt}], **more}
+    return example if completion is None else {**example, "completion": completion}
+
+
 # --- divergences ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
-def test_jsd_equals_trl_with_masks_and_temperature(beta, temperature):
-    student, teacher = logits(1), logits(2)
+def test_jsd_and_its_gradients_equal_trls_with_masks_and_temperature(beta, temperature):
+    teacher, found = logits(2), []
     mask = torch.rand(3, 7, generator=torch.Generator().manual_seed(3)) < 0.6
     labels = torch.where(mask, 5, -100)
-    theirs = GKDTrainer.generalized_jsd_loss(student, teacher, labels, beta, temperature)
-    both = tempered(student, temperature), tempered(teacher, temperature)
-    ours = (generalised_jsd(*both, beta) * mask).sum() / mask.sum()
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
+    def ours(x):
+        both = tempered(x, temperature), tempered(teacher, temperature)
+        return (generalised_jsd(*both, beta) * mask).sum() / mask.sum()
 
-@pytest.mark.parametrize("beta", [0, 0.3, 1])
-def test_gradients_of_jsd_equal_trls(beta):
-    teacher, grads = logits(2), []
-    for loss in (
-        lambda x: GKDTrainer.generalized_jsd_loss(x, teacher, beta=beta, reduction="sum"),
-        lambda x: generalised_jsd(tempered(x), tempered(teacher), beta).sum(),
-    ):
+    def theirs(x):
+        return GKDTrainer.generalized_jsd_loss(x, teacher, labels, beta, temperature)
+
+    for loss in (ours, theirs):
         student = logits(1).requires_grad_()
         loss(student).backward()
-        grads.append(student.grad)
-    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
-
-
-def test_kl_of_a_sure_teacher_and_an_undecided_student_is_a_bit():
-    student, teacher = logp(0.5, 0.5), tempered(torch.tensor([100.0, 0.0]))
-    assert forward_kl(student, teacher).item() == pytest.approx(math.log(2))
-    assert reverse_kl(teacher, student).item() == pytest.approx(math.log(2))
+        found.append((loss(student).detach(), student.grad))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 def test_forward_and_reverse_kl_by_hand():
@@ -74,14 +75,8 @@ def test_forward_and_reverse_kl_by_hand():
     reverse = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
     assert forward_kl(student, teacher).item() == pytest.approx(forward)
     assert reverse_kl(student, teacher).item() == pytest.approx(reverse)
-
-
-def test_kl_equals_a_slow_loop():
-    student, teacher = tempered(logits(1, (4, 5))), tempered(logits(2, (4, 5)))
-    for n in range(4):
-        q, p = student[n].exp().tolist(), teacher[n].exp().tolist()
-        loop = sum(b * math.log(b / a) for a, b in zip(q, p))
-        assert forward_kl(student, teacher)[n].item() == pytest.approx(loop, abs=1e-5)
+    sure = tempered(torch.tensor([100.0, 0.0]))  # an undecided student is a bit away
+    assert forward_kl(logp(0.5, 0.5), sure).item() == pytest.approx(math.log(2))
 
 
 def test_nothing_diverges_from_itself():
@@ -101,8 +96,7 @@ def test_towards_its_ends_jsd_becomes_the_two_kls():
     for beta, limit in ((1e-4, forward_kl), (1 - 1e-4, reverse_kl)):
         scaled = generalised_jsd(a, b, beta) / (beta * (1 - beta))
         torch.testing.assert_close(scaled, limit(a, b), rtol=0.01, atol=1e-3)
-        end = generalised_jsd(a, b, round(beta))
-        torch.testing.assert_close(end, limit(a, b))
+        torch.testing.assert_close(generalised_jsd(a, b, round(beta)), limit(a, b))
 
 
 # --- the losses of a batch -----------------------------------------------------------------------
@@ -114,60 +108,49 @@ def test_temperature_squared_keeps_the_size_of_gradients():
     """
     student, teacher = (x - x.mean() for x in (logits(1, (1, 8), 1.0), logits(2, (1, 8), 1.0)))
     for temperature in (1e3, 3e3):
-        wanted = student.double().requires_grad_()
+        wanted, none = student.double().requires_grad_(), torch.zeros(1)
         log_ps, log_pt = ((x / temperature).log_softmax(-1) for x in (wanted, teacher.double()))
-        none, counts = torch.zeros(1), Counts(1, 0, 0)
-        loss = soft_loss(forward_kl(log_ps, log_pt), none, none, counts, 1.0, temperature)
-        loss.backward()
+        distill.soft_loss(forward_kl(log_ps, log_pt), none, none, 1, 0, 1.0, temperature).backward()
         expected = (student - teacher).double() / 8
         torch.testing.assert_close(wanted.grad, expected, atol=1e-3, rtol=0)
 
 
-def test_soft_loss_by_hand():
+def test_losses_by_hand():
     divergence, ce = torch.tensor([0.1, 0.3]), torch.tensor([1.0, 3.0])
-    labelled, counts = torch.tensor([True, False]), Counts(2, 1, 0)
-    loss = soft_loss(divergence, ce, labelled, counts, alpha=0.75, temperature=2.0)
-    assert loss.item() == pytest.approx(0.75 * 4 * 0.2 + 0.25 * 1.0)
-
-
-def test_only_labels_count_as_labels():
+    labelled = torch.tensor([True, False])
+    soft = distill.soft_loss(divergence, ce, labelled, 2, 1, alpha=0.75, temperature=2.0)
+    assert soft.item() == pytest.approx(0.75 * 4 * 0.2 + 0.25 * 1.0)
     ce, labelled = torch.tensor([1.0, 5.0, 3.0]), torch.tensor([True, False, True])
-    assert label_loss(ce, labelled, Counts(3, 2, 0)).item() == 2.0
-    assert label_loss(ce, torch.zeros(3, dtype=torch.bool), Counts(3, 0, 0)).item() == 0.0
+    assert distill.label_loss(ce, labelled, 2).item() == 2.0
+    assert distill.label_loss(ce, labelled & False, 0).item() == 0.0
 
 
 def test_a_rationale_weighs_as_much_as_its_weight_says_however_long_it_is():
-    ce = torch.tensor([1.0, 2.0, 3.0, 7.0])
-    labelled, rationale = torch.ones(4, dtype=torch.bool), torch.tensor([True, True, True, False])
+    ce, rationale = torch.tensor([1.0, 2.0, 3.0, 7.0]), torch.tensor([True, True, True, False])
     for weight, total in ((0.0, 7.0), (1.0, 9.0), (0.5, 8.0)):
-        loss = step_by_step_loss(ce, labelled, rationale, Counts(4, 4, 3), weight)
-        assert loss.item() == pytest.approx(total)
+        assert distill.step_by_step_loss(ce, rationale, 1, 3, weight).item() == pytest.approx(total)
 
 
 def test_parts_of_a_batch_add_up_to_the_whole():
     divergence, ce = torch.rand(6), torch.rand(6)
-    labelled, counts = torch.tensor([True, True, False, False, True, False]), Counts(6, 3, 0)
-    whole = soft_loss(divergence, ce, labelled, counts, 0.5, 2.0)
-    parts = [
-        soft_loss(divergence[p], ce[p], labelled[p], counts, 0.5, 2.0)
-        for p in (slice(0, 2), slice(2, 6))
-    ]
+    labelled = torch.tensor([True, True, False, False, True, False])
+    whole, *parts = (
+        distill.soft_loss(divergence[p], ce[p], labelled[p], 6, 3, 0.5, 2.0)
+        for p in (slice(0, 6), slice(0, 2), slice(2, 6))
+    )
     torch.testing.assert_close(sum(parts), whole)
 
 
-def test_cosine_loss_sees_the_direction_alone():
+def test_cosine_loss_sees_the_direction_alone_and_equals_torchs():
     a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     b = torch.tensor([[9.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
-    assert hidden_cosine_loss(a, b).tolist() == pytest.approx([0.0, 1.0, 2.0])
-
-
-def test_cosine_loss_equals_torchs():
+    assert distill.hidden_cosine_loss(a, b).tolist() == pytest.approx([0.0, 1.0, 2.0])
     a, b = logits(1, (5, 8)), logits(2, (5, 8))
     theirs = torch.nn.CosineEmbeddingLoss(reduction="none")(a, b, torch.ones(5))
-    torch.testing.assert_close(hidden_cosine_loss(a, b), theirs, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(distill.hidden_cosine_loss(a, b), theirs, atol=1e-6, rtol=1e-5)
 
 
-# --- the cache -----------------------------------------------------------------------------------
+# --- the teacher's most likely tokens ------------------------------------------------------------
 
 
 def test_coarse_probabilities_sum_to_one_and_keep_the_chosen():
@@ -175,111 +158,322 @@ def test_coarse_probabilities_sum_to_one_and_keep_the_chosen():
     assert coarse(logprobs, ids).exp()[0].tolist() == pytest.approx([0.5, 0.1, 0.4])
 
 
-def test_coarse_kl_never_exceeds_the_whole_and_reaches_it_with_k():
-    student, teacher = tempered(logits(1, (50, 30))), tempered(logits(2, (50, 30)))
-    whole, before = forward_kl(student, teacher), torch.zeros(50)
+def test_coarse_kl_never_exceeds_the_whole_reaches_it_with_k_and_keeps_all_gradients():
+    student, teacher = logits(1, (50, 30)).requires_grad_(), tempered(logits(2, (50, 30)))
+    whole, before = forward_kl(tempered(student), teacher), torch.zeros(50)
     for K in (1, 4, 16, 29):
         ids = teacher.topk(K).indices
-        kl = forward_kl(coarse(student, ids), coarse(teacher, ids))
+        kl = forward_kl(coarse(tempered(student), ids), coarse(teacher, ids))
         assert (kl >= before - 1e-5).all() and (kl <= whole + 1e-5).all()
         before = kl
+        [grad] = torch.autograd.grad(kl.sum(), student, retain_graph=True)
+        assert grad.isfinite().all() and (grad != 0).all()
     torch.testing.assert_close(before, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_coarse_kl_keeps_a_gradient_for_every_token():
-    student = logits(1, (4, 30)).requires_grad_()
-    teacher = tempered(logits(2, (4, 30)))
-    ids = teacher.topk(3).indices
-    forward_kl(coarse(tempered(student), ids), coarse(teacher, ids)).sum().backward()
-    assert student.grad.isfinite().all() and (student.grad != 0).all()
-
-
-def test_the_cache_holds_what_the_teacher_says(tokenizer, random_model):
+def test_the_teacher_says_the_same_beforehand_and_on_the_fly(tokenizer, random_model):
     teacher = random_model()
-    words = ("abc", "def", "g", "hi")
-    chats = [{"messages": [{"role": "user", "content": w}], "completion": w * 2} for w in words]
-    lessons = make_lessons(tokenize(chats, True, tokenizer, 32), 32, tokenizer)
-    assert len(lessons) > 1
-    cache = cache_top_k(teacher, lessons, 5, 270, 2.0, batch=1)
-    for numbers in (torch.arange(len(lessons)), torch.tensor([1, 0])):
-        whole, _ = probabilities(teacher, lessons.select(numbers), 270, 2.0)
-        kept, ids = cache.rows(numbers, "cpu")
-        assert ids.shape == (len(whole), 5)
-        torch.testing.assert_close(kept, coarse(whole, ids.long()))
-    whole, _ = probabilities(teacher, lessons, 270, 2.0)
-    rows = lessons.rows
+    examples = [asked(word, word * 2) for word in ("abc", "def", "g", "hi")]
+    rows = pack_labelled(tokenize(examples, True, tokenizer, 32), 32, tokenizer)
+    assert len(rows) > 1
+    cached = distill.with_top_k(rows, teacher, 5, 270, 2.0, batch=1)
     plain = teacher(rows.tokens, rows.positions, document_mask(rows.documents))
-    expected = (plain[lessons.where()] / 2).log_softmax(-1)
-    torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
+    for numbers in (torch.arange(len(rows)), torch.tensor([1, 0])):
+        part = cached[numbers]
+        whole = tempered(distill.outputs(teacher, part)[0], 2.0)
+        expected = (plain[numbers][part.where()] / 2).log_softmax(-1)
+        torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
+        ids = part.top_ids[part.where()]
+        assert ids.shape == (len(whole), 5)
+        kept = part.top_logprobs[part.where()]
+        torch.testing.assert_close(kept, coarse(whole, ids.long()), atol=1e-5, rtol=1e-5)
 
 
-# --- data ----------------------------------------------------------------------------------------
+# --- examples and rows ---------------------------------------------------------------------------
 
 
 def test_a_rationale_is_what_stands_between_the_marks(tokenizer):
-    chat = {"messages": [{"role": "user", "content": "q"}], "completion": "<think>ab</think>c"}
-    [(prompt, completion, _)] = tokenize([chat], True, tokenizer, 64)
-    assert rationale_of(completion, tokenizer) == [True] * 4 + [False] * 2  # the answer, its end
-    lessons = make_lessons([(prompt, completion, True)], 64, tokenizer)
-    assert lessons.rationale.sum() == 4 and lessons.rows.mask.sum() == 6
-    assert lessons.labelled.equal(lessons.rows.mask)
+    tokenized = tokenize([asked("q", "<think>ab</think>c")], True, tokenizer, 64)
+    [(_, completion, _)] = tokenized
+    assert rationale_mask(completion, tokenizer) == [True] * 4 + [False] * 2  # the answer, its end
+    rows = pack_labelled(tokenized, 64, tokenizer)
+    assert rows.rationale.sum() == 4 and rows.mask.sum() == 6 and rows.labelled.equal(rows.mask)
 
 
-def test_answers_of_the_teacher_are_no_labels(tokenizer):
-    chats = [
-        {"messages": [{"role": "user", "content": "q"}], "completion": r} for r in ("yes", "no")
-    ]
-    examples = tokenize(chats[:1], True, tokenizer, 64) + tokenize(chats[1:], False, tokenizer, 64)
-    lessons = make_lessons(examples, 64, tokenizer)
-    said = {False: "no<|end|>", True: "yes<|end|>"}
-    for labelled, text in said.items():
-        chosen = lessons.rows.mask & (lessons.labelled == labelled)
-        assert tokenizer.decode(lessons.rows.tokens[chosen]) == text
-
-
-def test_a_dialogue_trains_on_its_last_answer_only(tokenizer):
+def test_only_labels_are_labelled_and_only_completions_trained_on(tokenizer):
     turns = [("user", "a"), ("assistant", "first"), ("user", "b")]
-    record = {"messages": [{"role": r, "content": c} for r, c in turns], "completion": "second"}
-    [(prompt, completion, _)] = tokenize([record], True, tokenizer, 64)
-    assert "first" in tokenizer.decode(prompt) and tokenizer.decode(completion) == "second<|end|>"
+    label = {"messages": [{"role": r, "content": c} for r, c in turns], "completion": "yes"}
+    tokenized = tokenize([label], True, tokenizer, 64)
+    tokenized += tokenize([asked("q", "no"), asked("q", "long " * 20)], False, tokenizer, 64)
+    rows = pack_labelled(tokenized, 64, tokenizer)
+    for labelled, text in ((True, "yes<|end|>"), (False, "no<|end|>")):
+        assert tokenizer.decode(rows.tokens[rows.mask & (rows.labelled == labelled)]) == text
 
 
-def test_the_checker_filters_and_every_answer_is_counted():
-    def said(completion, right, prompt="q"):
-        return {
-            "messages": [{"role": "user", "content": prompt}],
-            "completion": completion,
-            "right": right,
-        }
-
-    answers = [said("1", True), said("1", True), said("2", False), said("?", None, "open")]
-    kept, counts = filtered("hard", answers)
-    assert [r["completion"] for r in kept] == ["1", "?"]
+def test_the_checker_filters_and_every_completion_is_counted():
+    found = [("1", True), ("1", True), ("2", False), ("?", None)]
+    examples = [asked("q", text, right=right) for text, right in found]
+    kept, counts = filtered(examples, checked=True)
+    assert [example["completion"] for example in kept] == ["1", "?"]
     assert counts == (
         "1 found wrong by the checker, 1 equal to another, 2 kept, 1 of them unchecked: no answer "
         "is known"
     )
-    assert [r["completion"] for r in filtered("soft", answers)[0]] == ["1", "2", "?"]
+    kept, _ = filtered(examples, checked=False)
+    assert [example["completion"] for example in kept] == ["1", "2", "?"]
 
 
-def test_kept_answers_are_read_again_as_they_were_written(tmp_path):
-    record = {"messages": [{"role": "user", "content": "q"}], "completion": "<think>x</think>1"}
-    path = tmp_path / "teacher.jsonl"
-    write_answers([record], path)
-    assert read_lessons(path) == [record]
+def test_completions_are_read_again_as_they_were_written(tmp_path):
+    path, lines = tmp_path / "a.jsonl", [{"instruction": "q", "output": "old"}]
+    lines.append({"conversations": [{"from": "human", "value": "q"}]})
+    lines.append({"messages": [{"role": "user", "content": "q"}], "answer": "1", "check": "number"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    examples = read_completions(path)
+    assert [example.get("completion") for example in examples] == ["old", None, None]
+    told = [{**example, "completion": "<think>x</think>1", "right": True} for example in examples]
+    write_completions(told, path)
+    assert read_completions(path) == told
 
 
-# --- compression ---------------------------------------------------------------------------------
+def test_a_teacher_writes_the_same_however_many_processes_ask(tokenizer, random_model, capsys):
+    teacher, found = random_model(), []
+    prompts = [asked("ab" * n, answer="a", check="contains") for n in (1, 40, 2, 3)]
+
+    class Process(Runtime):
+        def gather(self, ids):  # keeps what this process was told; all of them get one completion
+            told.extend(ids)
+            return [[97, tokenizer.end_id], [98, tokenizer.end_id], [98]] * 2
+
+    for world in (1, 2, 5):  # of five processes two have nothing to ask
+        told = []
+        for rank in range(world):
+            rt = Process(torch.device("cpu"), torch.float32, rank, world)
+            completed = ask_teacher(rt, teacher, tokenizer, prompts, 12, samples=2, seed=1)
+        found.append(told)
+    assert found[0] == found[1] == found[2] and len(found[0]) == 6  # one is beyond the context
+    assert [(e["completion"], e["right"]) for e in completed] == [("a", True), ("b", False)] * 2
+    assert "4 of 8 completions don't end within 12 tokens" in capsys.readouterr().out
+
+
+def test_questions_about_people_are_worded_as_no_test_example_is(tmp_path):
+    folder = village.prepare(megabytes=0.1, root=tmp_path)
+    prompts = village.prompts_about_people(folder)
+    new = [each for each in prompts if each.get("task") == "fact_never_asked"]
+    asked = {each["messages"][-1]["content"] for each in new}
+    tests = {each["messages"][-1]["content"] for each in read_examples(folder / "sft_test.jsonl")}
+    assert len(new) == 1500 and not asked & tests and all("answer" in each for each in new)
+    assert len(prompts) > 3000 and prompts == village.prompts_about_people(folder)
+
+
+# --- students ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_compressed_student_has_every_other_layer(tied, random_model):
     teacher = random_model(num_hidden_layers=5, tie_word_embeddings=tied)
-    student = every_other_layer(teacher)
+    student = distill.every_other_layer(teacher)
     assert student.cfg.num_hidden_layers == 3
-    own, other = student.state_dict(), teacher.state_dict()
-    for name, value in own.items():
+    other = teacher.state_dict()
+    for name, value in student.state_dict().items():
         parts = name.split(".")
         if "layers" in parts:
             parts[2] = str(2 * int(parts[2]))
-        torch.testing.assert_close(value, other[".".join(parts)], atol=0, rtol=0)
+        assert torch.equal(value, other[".".join(parts)])
+
+
+def test_a_compiled_student_gives_its_hidden_states_too(tokenizer, random_model):
+    """Without a hook, which torch.compile might never call."""
+    student = random_model()
+    rows = pack_labelled(tokenize([asked("q", "abc")], True, tokenizer, 32), 32, tokenizer)
+    compiled = torch.compile(distill.Student(student), backend="aot_eager")
+    found, hidden = compiled(rows)
+    torch.testing.assert_close(
+        (found, hidden), distill.outputs(student, rows), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(student.head(hidden), found)
+    distill.hidden_cosine_loss(hidden, logits(1, hidden.shape)).sum().backward()
+    assert student.model.layers[0].mlp.down_proj.weight.grad.norm() > 0
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+WORDS = "owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split()
+SMALL = "--batch_size 4 --dtype fp32 --device cpu".split()
+FAST = "--muon_lr 0.02 --lr 0.01".split()
+BASE = [*SMALL, *"--channels 32 --heads 2 --context 64 --data text.txt --sample_tokens 8".split()]
+OWN = [
+    *SMALL,
+    *"--teacher runs/sft --data examples.jsonl --test_data test.jsonl --labels 4".split(),
+    *"--max_new_tokens 24 --context 48 --layers 1 --channels 32 --heads 2 --mlp 64".split(),
+    *"--cache_top_k 8 --eval_every 400 --sample_temperature 0.5 --temperature 1".split(),
+]
+METHODS = ("soft", "hard", "both", "on_policy", "step_by_step", "compress", "labels")
+
+
+def spelt(word):
+    return f"<think>{'-'.join(word)}</think>{word.upper()}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a teacher that spells sixteen words and then says them in capitals."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
+        prompts = [asked(f"say {w}")["messages"] for w in WORDS]
+        turns = [
+            [*prompt, {"role": "assistant", "content": spelt(w)}]
+            for prompt, w in zip(prompts, WORDS)
+        ]
+        known = [{"answer": w.upper(), "check": "contains"} for w in WORDS]
+        examples = [{"messages": t, **each} for t, each in zip(turns, known)]
+        files = {
+            "chats": [{"messages": t} for t in turns * 4],
+            "examples": [*examples, examples[5]],  # the last is held out, to measure the loss
+            "test": [{"messages": p, **each} for p, each in zip(prompts, known)],
+            "prompts": [{"prompt": "say owl"}] * 40,
+            "plain": [{"messages": [*prompts[0], {"role": "assistant", "content": "OWL"}]}],
+        }
+        for name, records in files.items():
+            Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        base = [*BASE, "--steps", 40, "--eval_every", 40, "--layers", 2, "--tokenizer", "bytes"]
+        run(train_pretrain, *base, out="runs/pretrain")
+        flags = [*SMALL, *FAST, *"--data chats.jsonl --replay 0 --context 48 --steps 300".split()]
+        flags += ["--init", "runs/pretrain", "--eval_every", 300]
+        run(train_sft, *flags, out="runs/sft")
+    return folder
+
+
+@pytest.fixture
+def here(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    return trained
+
+
+def distil(*flags, out="runs/distill"):
+    run(distill, *OWN, *flags, out=out)
+    return result(out)
+
+
+def right(result):
+    """The student's accuracy at the end."""
+    return result["effects"][0]["after"]
+
+
+def test_a_student_says_words_that_only_the_teacher_knows(here):
+    """Four of the sixteen words have a label, so labels alone can't give more than a quarter."""
+    labels = distil("--method", "labels", "--steps", 150)
+    assert labels["teacher"]["tasks"]["all"]["accuracy"] == 1.0 and right(labels) <= 0.3
+    taught = distil("--method", "hard", "--steps", 150, "--samples", 2)
+    assert right(taught) >= 0.9
+    share = taught["effects"][1]
+    assert share["unit"] == "share" and share["after"] == right(taught)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_lowers_its_loss(method, here):
+    after = distil("--method", method, "--steps", 40, "--on_policy_start", 0.25)
+    losses = [m["loss"] for m in read_metrics("runs/distill") if "loss" in m]
+    assert losses[-1] < 0.7 * losses[0]
+    if method not in ("labels", "step_by_step"):  # those have not seen the held-out word
+        assert after["after"]["val_loss"] < after["before"]["val_loss"]
+    assert after["method"] == method and Path("runs/distill/curves.svg").exists()
+    if method == "compress":
+        student, _ = load_model("runs/distill")
+        assert student.cfg.num_hidden_layers == 1 and student.cfg.hidden_size == 32
+        assert after["parameters"] < after["teacher_parameters"]
+
+
+@pytest.mark.parametrize("beta", [0, 0.5, 1])
+def test_every_divergence_draws_the_student_to_the_teacher(beta, here):
+    after = distil("--jsd_beta", beta, "--alpha", 1, "--cache_top_k", 0, "--steps", 60)
+    assert after["after"]["val_loss"] < 0.6 * after["before"]["val_loss"]
+
+
+@pytest.mark.parametrize("K", [0, 8])
+def test_the_most_likely_tokens_teach_almost_as_well_as_all(K, here):
+    assert right(distil("--cache_top_k", K, "--steps", 150, "--samples", 2)) >= 0.9
+
+
+def test_the_teachers_completions_are_dialogues_that_other_runs_read(here, capsys):
+    distil("--method", "hard", "--steps", 2, "--samples", 3)
+    said = capsys.readouterr().out
+    kept = read_chats("runs/distill/teacher.jsonl")
+    assert f"{len(kept)} kept" in said and "found wrong by the checker" in said
+    assert all(chat["right"] for chat in kept)
+    flags = [*SMALL, *"--init runs/pretrain --data runs/distill/teacher.jsonl".split()]
+    flags += "--val_data chats.jsonl --replay 0 --steps 1 --context 48".split()
+    run(train_sft, *flags, out="runs/again")
+    distil(
+        "--method", "both", "--steps", 1, "--answers", "runs/distill/teacher.jsonl", out="runs/b"
+    )
+    assert f", {len(kept)} kept" in capsys.readouterr().out
+    assert read_chats("runs/b/teacher.jsonl") == kept
+
+
+def test_it_is_said_how_many_completions_have_a_rationale(here, capsys):
+    distil("--method", "step_by_step", "--steps", 1)
+    assert "4 of these completions have a rationale" in capsys.readouterr().out
+
+
+def test_a_student_that_exists_goes_on_from_where_it_is(here):
+    first = distil("--steps", 60, out="runs/first")
+    after = distil("--init", "runs/first", "--steps", 2)
+    assert after["before"]["val_loss"] == pytest.approx(first["after"]["val_loss"])
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
+    """With on_policy, which has most to remember: noise, whose turn it is to write."""
+    flags = "--method on_policy --on_policy_start 0.2 --steps 24 --eval_every 4".split()
+    distil(*flags, out="runs/whole")
+    kill_and_resume("distill.py", [*OWN, *flags], "runs/killed", (4, 8, 12, 16, 20))
+    assert same(weights("runs/whole"), weights("runs/killed"))
+    losses = [[m.get("loss") for m in read_metrics(f"runs/{n}")] for n in ("whole", "killed")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("method", ["on_policy", "compress"])
+def test_two_processes_and_parts_give_the_gradients_of_one(method, here):
+    """With on_policy of a step on given completions and one on the student's own: at a learning
+    rate of zero the optimizer's first moments are a weighted sum of their gradients.
+    """
+    flags = [*OWN, "--method", method, "--steps", "2", "--grad_clip", "0", "--on_policy_share", "1"]
+    flags += ["--optimizer", "adamw", "--lr", "0", "--accumulate", "2"]
+    one, two = moments_of_two_processes("distill.py", flags, "runs/one", "runs/two")
+    assert len(one) > 5
+    assert read_chats("runs/one/teacher.jsonl") == read_chats("runs/two/teacher.jsonl")
+    for a, b in zip(one, two):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+REFUSED = {
+    "completions longer than the rows": (["--context", 8], "raise --context"),
+    "a student with another tokenizer": (["--init", "runs/other"], "another tokenizer"),
+    "a teacher that isn't there": (["--teacher", "runs/none"], "runs/none"),
+    "no labels": (["--method", "labels", "--data", "prompts.jsonl"], "0 labels"),
+    "no temperature": (["--temperature", 0], "--temperature must be at least 0.01"),
+    "heads that don't divide": (["--heads", 5], "--heads 5"),
+    "completions that don't end": (
+        ["--method", "step_by_step", "--max_new_tokens", 2],
+        "or --max_new_tokens",
+    ),
+    "dialogues without rationales": (
+        ["--method", "step_by_step", "--answers", "plain.jsonl"],
+        "gives no rationale, <think>...</think>",
+    ),
+    "itself": (["--out", "runs/sft"], "would replace"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_distillation_cannot_do_is_refused(name, here, capsys):
+    if not Path("runs/other").exists():
+        flags = ["--steps", 1, "--tokenizer", "train", "--vocab_size", 280, "--layers", 1]
+        run(train_pretrain, *BASE, *flags, out="runs/other")
+    capsys.readouterr()
+    flags, sentence = REFUSED[name]
+    said = refused(capsys, distill, *OWN, "--out", "runs/refused", *flags)
+    assert sentence in said and not Path("runs/refused").exists()

@@ -31,9 +31,10 @@ from data.village.files import whole_folder, write_lines
 from data.village.new_domain import harbour_examples
 from data.village.preferences import preference_prompts
 from data.village.problems import GRADES, SHARES_WORKED, lessons, problems, worked
-from data.village.tasks import instructions
+from data.village.tasks import fact_never_asked, instructions
 from data.village.tools import knowledge, newcomers, tool_examples, tool_lessons
 from data.village.world import POOLS, Villager, World, build_world
+from nanollm.formats import read_prompts
 from nanollm.rewards import check_answer
 
 __all__ = [
@@ -120,6 +121,22 @@ def settings_with(name, run_folder):
     if name not in known and known.get("init"):
         return settings_with(name, known["init"])
     return known if name in known else {}
+
+
+def prompts_about_people(folder, n_never_asked=1500):
+    """The prompts of a village, and questions about the villagers that no dialogue is about, worded
+    as no test example is; shuffled. Their answers are for a checker.
+    """
+    prompts = read_prompts(folder / "prompts_train.jsonl")
+    known = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+    world = build_world(len(known["villagers"]), known["seed"])
+    rng = random.Random(f"prompts-about-people-{world.seed}")
+    for _ in range(n_never_asked):
+        (question, _), check = fact_never_asked(world, "train", rng)
+        turns = [{"role": "user", "content": question}]
+        prompts.append({"messages": turns, "task": "fact_never_asked", **check})
+    rng.shuffle(prompts)
+    return prompts
 
 
 def show(world, n_samples):
