@@ -47,6 +47,7 @@ from nanollm.config import (
     atomic_write,
     cli,
 )
+from nanollm.generate import sample_together
 from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import start_adapter
@@ -58,7 +59,6 @@ from nanollm.preferences import (
     load_preferences,
     pair_index,
     prompt_ids,
-    sample_together,
     scores,
 )
 from nanollm.run import Run, check_folders, effect
@@ -288,7 +288,7 @@ def main(cfg):
 def own_samples(ref, tokenizer, records, seed, rt):
     """Rows of the reference's own completions, on which a finished reward model's mean is 0."""
     prompts = prompt_ids(records, tokenizer)
-    completions = [ids for [ids] in sample_together(ref, tokenizer, prompts, 1, rt, seed)]
+    completions = sample_together(rt, ref, tokenizer, prompts, 64, seed=seed)
     return pad_completions(prompts, completions, tokenizer.pad_id)
 
 
