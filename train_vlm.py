@@ -80,7 +80,7 @@ from nanollm.metrics import (
     question_of,
 )
 from nanollm.optim import SCHEDULES, build_optimizer
-from nanollm.peft.adapters import check_method, start_adapter
+from nanollm.peft.adapters import start_adapter
 from nanollm.rewards import is_right
 from nanollm.rollouts import prompt_of
 from nanollm.run import Run, check_folders, effect, holds_a_run, move_aside
@@ -196,25 +196,20 @@ def load_records(cfg):
     else:
         known = read(cfg.data)
         train, val = (split_documents(known, part, cfg.val_fraction) for part in ("train", "val"))
-        if not train or not val:
-            raise UserError(
-                f"{cfg.data} has too few records ({len(known)}) for --val_fraction "
-                f"{cfg.val_fraction}; add some, or name --val_data"
-            )
+    if not train or not val:
+        raise UserError(f"{cfg.data} has too few records to hold some out; name --val_data")
     if cfg.no_images:
         train, val = ([c | {"images": [GREY] * len(c["images"])} for c in x] for x in (train, val))
     return train, val
 
 
 class Pairs:
-    """Images and their captions, as CLIP reads them. Every image is opened now, so that a
-    damaged one is found now.
-    """
+    """Images and their captions. Every image is opened now, so that a damaged one is found now."""
 
     def __init__(self, records, store, tokenizer):
-        texts = [record["caption"] for record in records]
-        self.tokens = caption_tokens(tokenizer, texts, CAPTION)  # (N, T)
-        self.lengths = (self.tokens != tokenizer.pad_id).sum(1)
+        captions = [record["caption"] for record in records]
+        self.tokens = caption_tokens(tokenizer, captions, CAPTION)  # (N, T)
+        self.used = self.tokens != tokenizer.pad_id
         self.store = store
         self.numbers = torch.tensor(store.numbers([record["image"] for record in records]))
 
@@ -224,26 +219,22 @@ class Pairs:
     def batch(self, chosen, device):
         """Images (B, 3, H, W) and captions (B, T), T that of the longest of these."""
         images = self.store.images(self.numbers[chosen].tolist())
-        return images.to(device), self.tokens[chosen, : self.lengths[chosen].max()].to(device)
+        return images.to(device), self.tokens[chosen][:, self.used[chosen].any(0)].to(device)
 
 
 def load_pairs(cfg, store, tokenizer):
     """(training, held-out, test) Pairs; without test data the held-out ones are the test."""
     train, val = load_records(cfg)
-    test = val
-    if "village" in (cfg.test_data, cfg.data):
+    test = read_captions(cfg.test_data) if cfg.test_data else val
+    if cfg.data == "village":
         test = read_captions(images_folder(cfg) / "captions_test.jsonl")
-    elif cfg.test_data:
-        test = read_captions(cfg.test_data)
-    if cfg.hard_negatives > len(train):
-        raise UserError(
-            f"--hard_negatives {cfg.hard_negatives} is more than the {len(train)} captions"
-        )
     return [Pairs(records, store, tokenizer) for records in (train, val, test)]
 
 
-def load_tests(cfg):
-    """Test examples: {"images", "new_pairs" of colour and kind, "texts" without images}."""
+def load_tests(cfg, model, tokenizer, store):
+    """{"images", "new_pairs" of colour and kind, "texts"}: test examples of the last stage. Raises
+    UserError for what would stop the tests: better now than after training.
+    """
     tests = {"images": [], "new_pairs": [], "texts": []}
     if cfg.stage == "instruct":
         if (cfg.test_data or cfg.data) == "village":
@@ -253,7 +244,13 @@ def load_tests(cfg):
             tests["images"] = read_examples(cfg.test_data)
         if cfg.text_data == "village" and not cfg.no_images:
             tests["texts"] = read_examples(village.of_run(cfg.init) / "sft_test.jsonl")
-    return {name: first_of_each_task(each, cfg.test_examples) for name, each in tests.items()}
+    tests = {name: first_of_each_task(each, cfg.test_examples) for name, each in tests.items()}
+    asked = tests["images"] + tests["new_pairs"]
+    check_room(model, [prompt_of(example, model, tokenizer) for example in asked], 1, asked)
+    for example in asked:
+        store.numbers(example.get("images", ()))  # opens them: a damaged one is found
+    store.shown(tests["images"], "shuffled")  # each has another to be swapped with
+    return tests
 
 
 # --- clip: both towers, from images and captions --------------------------------------------------
@@ -344,6 +341,8 @@ def train_clip(cfg, rt):
     model = new_clip(cfg, tokenizer)
 
     share, K = rt.share(cfg.batch_size), cfg.hard_negatives
+    if len(train) < K:
+        raise UserError(f"--hard_negatives {K} needs as many captions; there are {len(train)}")
     run = Run(cfg, rt)
     ddp_model = rt.prepare(model, cfg.compile)
     for tower in (model.vision_model, model.text_model):
@@ -422,11 +421,12 @@ def train_language(cfg, rt):
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", **how)
     sizes = [len(train_rows)]
     if n_texts:
-        text_rows = pack_chats(load_texts(cfg), tokenizer, T, "text", **how)
+        texts = village.of_run(cfg.init) / "sft_train.jsonl"
+        texts = read_chats(texts if cfg.text_data == "village" else cfg.text_data)
+        text_rows = pack_chats(texts, tokenizer, T, "text", **how)
         windows = load_text(cfg, tokenizer, model, T)[0]
         sizes += [len(text_rows), len(windows)]
-    tests = load_tests(cfg)
-    check_tests(tests, model, tokenizer, store)
+    tests = load_tests(cfg, model, tokenizer, store)
 
     share = rt.share(cfg.batch_size)
     if cfg.stage == "align":
@@ -468,24 +468,6 @@ def train_language(cfg, rt):
     finish(cfg, run, model, tokenizer, store, tests, before, val_loss)
 
 
-def load_texts(cfg):
-    """Dialogues of text alone."""
-    if cfg.text_data == "village":
-        return read_chats(village.of_run(cfg.init) / "sft_train.jsonl")
-    return read_chats(cfg.text_data)
-
-
-def check_tests(tests, model, tokenizer, store):
-    """Find now what would stop the tests after training: a damaged image, one that is too long, or
-    none to take another's place.
-    """
-    asked = tests["images"] + tests["new_pairs"]
-    check_room(model, [prompt_of(example, model, tokenizer) for example in asked], 1, asked)
-    for example in asked:
-        store.numbers(example.get("images", ()))
-    store.shown(tests["images"], "shuffled")
-
-
 def with_others_images(rows):
     """The packed rows, each image in the place of the one before it."""
     numbers = rows.image_numbers()
@@ -513,7 +495,7 @@ def measure(cfg, model, tokenizer, store, tests):
 
 def finish(cfg, run, model, tokenizer, store, tests, before, val_loss):
     """Print what was learnt, and keep it in result.json, some of the completions in images.json."""
-    effects, result, rt = [], {}, run.rt
+    effects, result = [], {}
     if not cfg.no_images:  # whose images are all the same
         result["val_loss"] = val_loss
         name = "held-out completions, with another's image and with the right one"
@@ -521,48 +503,47 @@ def finish(cfg, run, model, tokenizer, store, tests, before, val_loss):
         effects.append(effect(name, *losses, "nats per token", False))
     if tests["images"]:
         result["images"], completions = measure(cfg, model, tokenizer, store, tests)
-        baseline = {} if cfg.no_images else baseline_of(cfg.out)
-        columns = result["images"] | ({"no_images": baseline["right"]} if baseline else {})
-        rt.print(accuracy_table({name: column for name, column in columns.items() if column}))
-        guessed = mean_accuracy(baseline["right"]) if baseline else None
-        name = "questions about images" + ", no-image baseline and model" * bool(baseline)
-        effects.append(effect(name, guessed, mean_accuracy(columns["right"]), "share"))
+        baseline, guesses = ({}, {}) if cfg.no_images else baseline_of(cfg.out)
+        columns = result["images"] | {"no_images": baseline}
+        run.rt.print(accuracy_table({name: column for name, column in columns.items() if column}))
+        means = mean_accuracy(baseline), mean_accuracy(columns["right"])
+        name = "questions about images" + ", by the no-image baseline and the model" * bool(
+            baseline
+        )
+        effects.append(effect(name, *means, "share"))
         if columns["new_pairs"]:
-            name, found = "pairs never seen together", mean_accuracy(columns["new_pairs"])
-            effects.append(effect(name, None, found, "share"))
-        if rt.main:
-            keep_samples(run.folder, tests["images"], completions, baseline.get("samples", []))
+            found = mean_accuracy(columns["new_pairs"])
+            effects.append(effect("pairs never seen together", None, found, "share"))
+        if run.rt.main:
+            keep_samples(run.folder / "images.json", tests["images"], completions, guesses)
     if tests["texts"]:
         texts = before["texts"], accuracy_by_task(model, tokenizer, tests["texts"])[0]
         result["texts"] = dict(zip(("before", "after"), texts))
-        rt.print(accuracy_table(result["texts"]))
+        run.rt.print(accuracy_table(result["texts"]))
         effects.append(effect("questions without images", *map(mean_accuracy, texts), "share"))
     run.write_result(effects, **result)
 
 
 def baseline_of(out):
-    """{"right": accuracy by task, "samples"} of the no-image baseline beside a run, if any."""
+    """(accuracy by task, {(image, question): completion}) of the no-image baseline beside a run."""
     folder = Path(f"{out}-no_images")
-    if not (folder / "images.json").exists():
-        return {}
-    right = read_json(folder / "result.json")["images"]["right"]
-    return {"right": right, "samples": read_json(folder / "images.json", list)}
+    if not (folder / "result.json").exists() or not (folder / "images.json").exists():
+        return {}, {}
+    samples = read_json(folder / "images.json", list)
+    completions = {(s["image"], s["question"]): s["completion"] for s in samples}
+    return read_json(folder / "result.json")["images"]["right"], completions
 
 
-def keep_samples(folder, examples, completions, baseline, shown=3):
-    """images.json, for the report: some questions of each task, with image and completion."""
-    guesses = {(each["image"], each["question"]): each["completion"] for each in baseline}
+def keep_samples(path, examples, completions, guesses, shown=3):
+    """Write some questions of each task as JSON, with image and completion, for the report."""
     asked = [e | {"completion": text} for e, text in zip(examples, completions) if e.get("images")]
     samples = []
     for example in first_of_each_task(asked, shown):
-        sample = {"image": example["images"][0]}
-        sample["question"] = question_of(example).replace(IMAGE, "").strip()
-        sample |= {name: example[name] for name in ("answer", "completion")}
-        sample["right"] = is_right(example, example["completion"])
-        if tuple(sample.values())[:2] in guesses:
-            sample["no_images"] = guesses[sample["image"], sample["question"]]
-        samples.append(sample)
-    atomic_write(folder / "images.json", json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+        image, question = example["images"][0], question_of(example).replace(IMAGE, "").strip()
+        sample = {"image": image, "question": question, "answer": example["answer"]}
+        sample |= {"completion": example["completion"], "no_images": guesses.get((image, question))}
+        samples.append(sample | {"right": is_right(example, example["completion"])})
+    atomic_write(path, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
 
 
 # --- the stages ----------------------------------------------------------------------------------
@@ -582,10 +563,8 @@ def complete_settings(cfg):
         raise UserError(
             f"--replay {cfg.replay} leaves none of the {cfg.batch_size} rows of a batch to images"
         )
-    if cfg.adapter:
-        check_method(cfg.adapter)
-        if cfg.train_vision:
-            raise UserError("--train_vision goes with no --adapter, whose folder holds no tower")
+    if cfg.adapter and cfg.train_vision:
+        raise UserError("--train_vision goes with no --adapter, whose folder holds no tower")
     return cfg
 
 
@@ -597,13 +576,12 @@ def prepare_folders(cfg, stages, rt):
         check_folders(each.out, cfg.init)
         holds_a_run(Path(each.out))
         load_records(each)
+    tower = ViT(vision_config(cfg)), Preprocessing(cfg.image_size)
     how = (cfg.projector, cfg.feature_layer, cfg.class_token)
-    language, tokenizer = load_model(cfg.init)
-    vlm = build_vlm(
-        language, tokenizer, ViT(vision_config(cfg)), Preprocessing(cfg.image_size), *how
-    )
-    row_length(cfg.context, vlm)
-    check_tests(load_tests(stages[-1]), vlm, tokenizer, vlm.image_store())
+    model, tokenizer = load_model(cfg.init)
+    model = build_vlm(model, tokenizer, *tower, *how)
+    row_length(cfg.context, model)
+    load_tests(stages[-1], model, tokenizer, model.image_store())
     rt.barrier()  # before folders are moved, every process has looked at them
     if rt.main:
         for each in stages:
