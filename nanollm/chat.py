@@ -19,7 +19,7 @@ import torch
 
 from data import village
 from nanollm.config import UserError, cli, say
-from nanollm.formats import check_markers
+from nanollm.formats import IMAGE, check_markers
 from nanollm.generate import stream
 from nanollm.hub import load_model
 from nanollm.metrics import LONGEST_COMPLETION
@@ -27,7 +27,7 @@ from nanollm.rollouts import template_of
 from nanollm.runtime import start
 from nanollm.tools import Toolbox, check_knowledge
 from nanollm.vision.images import open_image
-from nanollm.vision.vlm import IMAGE, VLM, render_with_images
+from nanollm.vision.vlm import VLM
 
 
 @dataclass
@@ -74,10 +74,8 @@ def images_of(messages):
 
 def render(model, tokenizer, messages):
     """Ids of the conversation, its images' placeholders included."""
-    shown = len(images_of(messages))
-    if not shown:
-        return tokenizer.render(messages, generation_prompt=True)[0]
-    return render_with_images(tokenizer, messages, model.tokens_per_image, shown, True)[0]
+    tokens = model.tokens_per_image if images_of(messages) else 0
+    return tokenizer.render(messages, generation_prompt=True, image_tokens=tokens)[0]
 
 
 def fitting_prompt(model, tokenizer, messages, room):
