@@ -145,7 +145,7 @@ def main(cfg):
     texts = ask([prompt(record) for record in fitting], cfg.samples)
     repeated = [record for record in fitting for _ in range(cfg.samples)]
     pairs, counts = sift(zip(repeated, texts), scenes)
-    counts |= {"of captions too long": len(records) - len(fitting)}
+    counts |= {"captions too long": len(records) - len(fitting)}
     if not scenes and cfg.agree:
         begun = [prompt(r, f"Question: {question}\nAnswer:") for r, question, _ in pairs]
         pairs = agreeing(pairs, ask(begun, cfg.agree), cfg.agree)

@@ -24,13 +24,7 @@ from nanollm.formats import IMAGE
 from nanollm.gpt import GPT, Linear
 from nanollm.tokenizer import Tokenizer
 from nanollm.vision.images import ImageStore
-from nanollm.vision.vit import (
-    CLIP_KIND,
-    ViT,
-    load_preprocessing,
-    load_tensors,
-    vision_config_of,
-)
+from nanollm.vision.vit import CLIP_KIND, ViT, load_preprocessing, load_tensors, vision_config_of
 
 PROJECTORS = ("linear", "mlp", "pixel_shuffle")
 
