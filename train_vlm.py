@@ -222,15 +222,6 @@ class Pairs:
         return images.to(device), self.tokens[chosen][:, self.used[chosen].any(0)].to(device)
 
 
-def load_pairs(cfg, store, tokenizer):
-    """(training, held-out, test) Pairs; without test data the held-out ones are the test."""
-    train, val = load_records(cfg)
-    test = read_captions(cfg.test_data) if cfg.test_data else val
-    if cfg.data == "village":
-        test = read_captions(images_folder(cfg) / "captions_test.jsonl")
-    return [Pairs(records, store, tokenizer) for records in (train, val, test)]
-
-
 def load_tests(cfg, model, tokenizer, store):
     """{"images", "new_pairs" of colour and kind, "texts"}: test examples of the last stage. Raises
     UserError for what would stop the tests: better now than after training.
@@ -311,16 +302,6 @@ def held_out_retrieval(clip, pairs, among=64):
     return {key: sum(group[key] for group in groups) / len(groups) for key in groups[0]}
 
 
-def new_clip(cfg, tokenizer):
-    """A CLIP with new parameters, whose text tower reads this tokenizer's ids."""
-    text = TextConfig(
-        vocab_size=tokenizer.vocab_size,
-        max_position_embeddings=CAPTION,
-        eos_token_id=tokenizer.end_id,
-    )
-    return CLIP(vision_config(cfg), text, sigmoid=cfg.loss == "siglip")
-
-
 def vision_config(cfg):
     """The shape of the vision tower that the flags ask for."""
     C = cfg.vision_channels
@@ -336,9 +317,14 @@ def vision_config(cfg):
 def train_clip(cfg, rt):
     check_folders(cfg.out, cfg.init)
     tokenizer, preprocessing = Tokenizer.load(cfg.init), Preprocessing(size=cfg.image_size)
-    train, val, test = load_pairs(cfg, ImageStore(preprocessing), tokenizer)
+    store, records = ImageStore(preprocessing), load_records(cfg)
+    test = images_folder(cfg) / "captions_test.jsonl" if cfg.data == "village" else cfg.test_data
+    records = (*records, read_captions(test) if test else records[1])
+    train, val, test = (Pairs(each, store, tokenizer) for each in records)
     rt.print(f"{len(train)} captions of {len(train.numbers.unique())} images")
-    model = new_clip(cfg, tokenizer)
+    text = dict(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_id)
+    text = TextConfig(**text, max_position_embeddings=CAPTION)
+    model = CLIP(vision_config(cfg), text, sigmoid=cfg.loss == "siglip")
 
     share, K = rt.share(cfg.batch_size), cfg.hard_negatives
     if len(train) < K:
@@ -461,11 +447,7 @@ def train_language(cfg, rt):
             run.export(save_model, model, tokenizer)
             run.checkpoint(**before)
     run.close("loss", "val_loss", y_label="nats per token")
-    val_loss = {
-        name: validation_loss(model, rows, logits_of=logits_of)
-        for name, rows in (("right", val_rows), ("another", with_others_images(val_rows)))
-    }
-    finish(cfg, run, model, tokenizer, store, tests, before, val_loss)
+    finish(cfg, run, model, tokenizer, store, tests, before["texts"], val_rows)
 
 
 def with_others_images(rows):
@@ -493,35 +475,33 @@ def measure(cfg, model, tokenizer, store, tests):
     return columns, completions
 
 
-def finish(cfg, run, model, tokenizer, store, tests, before, val_loss):
+def finish(cfg, run, model, tokenizer, store, tests, texts_before, val_rows):
     """Print what was learnt, and keep it in result.json, some of the completions in images.json."""
-    effects, result = [], {}
+    effects, loss = [], {}
     if not cfg.no_images:  # whose images are all the same
-        result["val_loss"] = val_loss
+        for name, rows in (("another", with_others_images(val_rows)), ("right", val_rows)):
+            loss[name] = validation_loss(model, rows, logits_of=partial(image_logits, store=store))
         name = "held-out completions, with another's image and with the right one"
-        losses = val_loss["another"], val_loss["right"]
-        effects.append(effect(name, *losses, "nats per token", False))
-    if tests["images"]:
-        result["images"], completions = measure(cfg, model, tokenizer, store, tests)
-        baseline, guesses = ({}, {}) if cfg.no_images else baseline_of(cfg.out)
-        columns = result["images"] | {"no_images": baseline}
-        run.rt.print(accuracy_table({name: column for name, column in columns.items() if column}))
-        means = mean_accuracy(baseline), mean_accuracy(columns["right"])
-        name = "questions about images" + ", by the no-image baseline and the model" * bool(
-            baseline
-        )
-        effects.append(effect(name, *means, "share"))
-        if columns["new_pairs"]:
-            found = mean_accuracy(columns["new_pairs"])
-            effects.append(effect("pairs never seen together", None, found, "share"))
-        if run.rt.main:
-            keep_samples(run.folder / "images.json", tests["images"], completions, guesses)
-    if tests["texts"]:
-        texts = before["texts"], accuracy_by_task(model, tokenizer, tests["texts"])[0]
-        result["texts"] = dict(zip(("before", "after"), texts))
-        run.rt.print(accuracy_table(result["texts"]))
-        effects.append(effect("questions without images", *map(mean_accuracy, texts), "share"))
-    run.write_result(effects, **result)
+        effects.append(effect(name, *loss.values(), "nats per token", False))
+    columns, completions = measure(cfg, model, tokenizer, store, tests)
+    baseline, guesses = ({}, {}) if cfg.no_images else baseline_of(cfg.out)
+    texts = {"before": texts_before}
+    texts["after"] = accuracy_by_task(model, tokenizer, tests["texts"])[0]
+    for table in (columns | {"no_images": baseline}, texts):
+        if table := {name: column for name, column in table.items() if column}:
+            run.rt.print(accuracy_table(table))
+    against = ", by the no-image baseline and the model" if baseline else ""
+    compared = [
+        ("questions about images" + against, baseline, columns["right"]),
+        ("pairs never seen together", {}, columns["new_pairs"]),
+        ("questions without images", texts["before"], texts["after"]),
+    ]
+    for name, old, new in compared:
+        if new:
+            effects.append(effect(name, mean_accuracy(old), mean_accuracy(new), "share"))
+    if tests["images"] and run.rt.main:
+        keep_samples(run.folder / "images.json", tests["images"], completions, guesses)
+    run.write_result(effects, val_loss=loss, images=columns, texts=texts)
 
 
 def baseline_of(out):
