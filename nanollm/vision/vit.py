@@ -306,10 +306,6 @@ class ViT(nn.Module):
             x = self.pre_layrnorm(x)
         return self.encoder(x, depth)
 
-    @property
-    def device(self):
-        return self.embeddings.patch_embedding.weight.device
-
 
 # --- model folders -------------------------------------------------------------------------------
 
