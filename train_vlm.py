@@ -477,12 +477,6 @@ def measure(cfg, model, tokenizer, store, tests):
 
 def finish(cfg, run, model, tokenizer, store, tests, texts_before, val_rows):
     """Print what was learnt, and keep it in result.json, some of the completions in images.json."""
-    effects, loss = [], {}
-    if not cfg.no_images:  # whose images are all the same
-        for name, rows in (("another", with_others_images(val_rows)), ("right", val_rows)):
-            loss[name] = validation_loss(model, rows, logits_of=partial(image_logits, store=store))
-        name = "held-out completions, with another's image and with the right one"
-        effects.append(effect(name, *loss.values(), "nats per token", False))
     columns, completions = measure(cfg, model, tokenizer, store, tests)
     baseline, guesses = ({}, {}) if cfg.no_images else baseline_of(cfg.out)
     texts = {"before": texts_before}
@@ -496,9 +490,17 @@ def finish(cfg, run, model, tokenizer, store, tests, texts_before, val_rows):
         ("pairs never seen together", {}, columns["new_pairs"]),
         ("questions without images", texts["before"], texts["after"]),
     ]
-    for name, old, new in compared:
-        if new:
-            effects.append(effect(name, mean_accuracy(old), mean_accuracy(new), "share"))
+    effects = [
+        effect(name, mean_accuracy(old), mean_accuracy(new), "share")
+        for name, old, new in compared
+        if new
+    ]
+    loss = {}
+    if not cfg.no_images:  # whose images are all the same
+        for name, rows in (("another", with_others_images(val_rows)), ("right", val_rows)):
+            loss[name] = validation_loss(model, rows, logits_of=partial(image_logits, store=store))
+        name = "held-out completions, with another's image and with the right one"
+        effects.append(effect(name, *loss.values(), "nats per token", False))
     if tests["images"] and run.rt.main:
         keep_samples(run.folder / "images.json", tests["images"], completions, guesses)
     run.write_result(effects, val_loss=loss, images=columns, texts=texts)
