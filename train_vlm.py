@@ -1,78 +1,103 @@
 """A vision-language model: a language model learns to see, in three stages.
 
-    clip      images and captions become vectors that lie close together (nanollm/vision/clip.py)
+    clip      both towers: images and captions become vectors that lie close together
               loss = (CE(s, diagonal) + CE(s^T, diagonal)) / 2,  s_ij = t x_i . y_j
-              Radford et al. 2021, CLIP, arXiv:2103.00020, figure 3; or --loss siglip:
+              Radford et al. 2021, CLIP, arXiv:2103.00020, figure 3
+              or --loss siglip: -1/B sum_ij log sigmoid(z_ij (s_ij + b)),  z_ii = 1, else -1
               Zhai et al. 2023, 2303.15343, equation 1
-    align     the vision tower's features become tokens of the language model: a projector alone
-              learns, from descriptions; everything else is frozen
-    instruct  projector and language model learn from questions about images
+    align     the projector alone: it makes tokens of the language model out of the tower's features
+    instruct  projector and language model (--train_vision: the tower, too), by questions
               loss = - sum_t m_t log p(x_t | images, x_<t) / sum_t m_t, as in train_sft.py
               Liu et al. 2023, LLaVA, 2304.08485, section 4.2; Liu et al. 2023, 2310.03744
 
-The model is nanollm/vision/vlm.py, the tower nanollm/vision/vit.py; nanollm/vlm_runs.py reads the data and
-runs the stages one after the other. Rows of text alone (--replay) stand in the batches of the last
-stage, against forgetting. A model proves that it looks by the one that can't: --blind trains it in
-the same way on grey images; what that one gets right can be guessed.
+The model is nanollm/vision/vlm.py, its towers are in vit.py and clip.py there. Against forgetting,
+rows of text alone (--replay) stand in the batches of the last stage; LLaVA has none. A model proves
+that it looks by one that can't: the no-image baseline (--no_images) is trained in the same way on
+grey images, and what that one gets right can be guessed.
 
-Run     python train_vlm.py                           # all three, and the blind model: runs/vlm
+Run     python train_vlm.py                           # all three, and the baseline: runs/vlm
         python train_vlm.py --stage all --resume      # after a kill: finished stages are kept
         python train_vlm.py --stage clip --out runs/clip
         python train_vlm.py --stage align --vision runs/clip --out runs/align
-        python train_vlm.py --stage instruct --init runs/align --out runs/seeing
+        python train_vlm.py --stage instruct --init runs/align --out runs/instruct
         python train_vlm.py --stage align --vision path/to/clip-vit-base-patch32 --out runs/align
         python -m nanollm.chat runs/vlm --image scene.png
 Needs   runs/sft                                             (python train_sft.py)
-Expect  see README.md: accuracy by kind of question, with the right image, another and none
+Expect  EXPECT
+Watch   loss           of clip: log(batch) at first, below 1 after 100 steps; flat: lower the rates
+                       of align and instruct: nats per trained token
+        text_to_image  share of held-out captions whose nearest image among 64 is the right one;
+        image_to_text  the same of images; 1.6% by chance
+        cosine         of a held-out pair; rises towards 1
+        val_loss       nats per token of held-out completions; rising while loss falls: too many
+                       epochs; that of align ends high, as only the projector learns
+        grad_norm      below 1 after warm-up, of clip below 5; rising: lower the learning rates
+        lr             of the first group of parameters
 """
 
-import math
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
 
-from nanollm.batches import Sampler, Windows
-from nanollm.config import UserError, cli
+from data import village
+from data.village import images as village_images
+from nanollm.batches import Sampler, pack_chats, row_length
+from nanollm.checkpoint import read_json
+from nanollm.config import (
+    AdapterConfig,
+    OpenShare,
+    Range,
+    TrainConfig,
+    UserError,
+    Whole,
+    atomic_write,
+    cli,
+    save_config,
+)
+from nanollm.formats import (
+    IMAGE,
+    read_captions,
+    read_chats,
+    read_examples,
+    read_image_chats,
+    split_documents,
+)
+from nanollm.generate import check_room
 from nanollm.gpt import document_mask
-from nanollm.hub import load_model
-from nanollm.metrics import table
-from nanollm.optim import SCHEDULES, build_optimizers
+from nanollm.hub import load_model, save_model
+from nanollm.metrics import (
+    accuracy_by_task,
+    accuracy_table,
+    first_of_each_task,
+    mean_accuracy,
+    question_of,
+)
+from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import start_adapter
-from nanollm.run import Run
+from nanollm.rewards import is_right
+from nanollm.rollouts import prompt_of
+from nanollm.run import Run, check_folders, effect, holds_a_run, move_aside
 from nanollm.runtime import start
 from nanollm.tokenizer import Tokenizer
-from nanollm.vision.clip import clip_loss, of_all_processes, save_clip, siglip_loss
-from nanollm.vision.images import ImageStore, Preprocessing, pack_image_chats
-from nanollm.vision.vlm import VLM, build_vlm
-from nanollm.vlm_figures import (
-    blind_figures,
-    image_figures,
-    image_table,
-    keep_samples,
-    retrieved,
-    summary,
-    text_figures,
-    with_others_images,
-)
-from nanollm.vlm_runs import (
-    image_row_length,
-    load_dialogues,
-    load_examples,
-    load_pairs,
-    load_texts,
-    new_clip,
-    run_stages,
-)
-from train_sft import load_replay, replay_rows, sft_loss, validation_loss
+from nanollm.vision.clip import CLIP, TextConfig, caption_tokens, save_clip
+from nanollm.vision.images import GREY, ImageStore, Preprocessing
+from nanollm.vision.vit import VisionConfig, ViT, load_vision
+from nanollm.vision.vlm import build_vlm
+from train_sft import load_text, replay_rows, sft_loss, validation_loss
 
 
 @dataclass
-class Config:
+class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 224 pixels, one GPU
     preset: str = "tiny"
-    # clip, align, instruct, or all: the three and the blind model, in folders beside --out
+    # clip, align, instruct; or all: the three and the no-image baseline, in folders beside --out
     stage: Literal["all", "clip", "align", "instruct"] = "all"
     # -- Start
     # language model (clip takes its tokenizer); for instruct the run folder of align
@@ -82,180 +107,288 @@ class Config:
     # village: its images; or JSONL of {"image", "caption"} (clip) or of dialogues with images,
     # ours or LLaVA's (see data/README.md)
     data: str = "village"
-    images: int = 6000  # how many the village paints for training
-    val_data: str | None = None  # held-out records; none: the last --val_fraction of --data
-    val_fraction: float = 0.05  # share of --data that is held out
+    images: Whole[1] = 6000  # how many the village paints for training
+    val_data: str | None = None  # held-out records; default: the last --val_fraction of --data
+    val_fraction: OpenShare = 0.05  # share of --data that is held out
     # images to be tested on: test examples, each with an "image" (instruct), or captions (clip), or
-    # village; none: the village's own, or for another --data no test
+    # village; default: the village's own, and for another --data no test
     test_data: str | None = None
-    test_examples: int = 48  # items per task, of text and of images
+    test_examples: Whole[0] = 48  # examples per task, of text and of images; 0: all
     # for instruct, against forgetting: share of the rows without images, a quarter of them plain
     # text, the others dialogues
-    replay: float = 0.4
+    replay: Annotated[float, Range(0, 0.99)] = 0.4
     text_data: str = "village"  # those dialogues: the village's, or a JSONL file
-    replay_data: str = "village"  # that plain text: the village's, or a .txt or .jsonl file
-    blind: bool = False  # for instruct: grey in place of each image, in training and tests
-    context: int | None = None  # row length T; none: 256, or the model's context if shorter
+    replay_data: str | None = None  # that plain text, .txt or .jsonl; default: the village's
+    no_images: bool = False  # for instruct: grey in place of each image, in training and tests
+    # row length T; default: 256, or the model's context where that is shorter
+    context: Whole[1] | None = None
     # -- Model
-    image_size: int = 96  # pixels per side that the vision tower reads
-    patch_size: int = 16  # pixels per side of a patch
-    vision_layers: int = 4  # of the vision tower
-    vision_channels: int = 128  # of the vision tower; 32 per head
+    image_size: Whole[1] = 96  # pixels per side that the vision tower reads
+    patch_size: Whole[1] = 16  # pixels per side of a patch
+    vision_layers: Whole[1] = 4  # of the vision tower
+    vision_channels: Whole[1] = 128  # of the vision tower; 32 per head
     loss: Literal["clip", "siglip"] = "clip"  # of the first stage
     # for clip: so many captions that stand one below the other in the file come into a batch
     # together; the village's are of images that differ in one thing each, so that the tower has
     # to look at everything
-    hard_negatives: int = 4
+    hard_negatives: Whole[1] = 4
     # from the tower's features to the language model's tokens; pixel_shuffle joins four patches
     projector: Literal["linear", "mlp", "pixel_shuffle"] = "mlp"
     feature_layer: int = -1  # whose states the projector reads; -1: the last layer's; LLaVA: -2
     class_token: bool = True  # the projector reads the tower's summary of the image as well
     train_vision: bool = False  # for instruct: the vision tower learns too
-    # for instruct: train an adapter instead of the language model (lora, dora, qlora)
-    adapter: str | None = None
-    rank: int = 16  # r of the adapter
-    alpha: float = 32.0  # what it learns counts alpha / r
     # -- Training
-    out: str = "runs/vlm"  # run folder to write
-    steps: int | None = None  # optimizer steps; none: by stage
-    batch_size: int | None = None  # pairs (clip) or rows per optimizer step; none: by stage
+    out: str = "runs/vlm"
+    steps: int | None = None  # optimizer steps; default: by stage
+    # pairs (clip) or rows per optimizer step; default: by stage
+    batch_size: int | None = None
     accumulate: int = 1  # parts that a process splits its rows into, to save memory; not for clip
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
-    muon_lr: float | None = None  # learning rate of Muon; none: by stage
-    lr: float | None = None  # learning rate of AdamW; none: by stage
-    weight_decay: float | None = None  # on matrices and embeddings; none: by stage
-    schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # learning rate over the steps
-    warmup: int = 20  # steps of linear warm-up
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-    eval_every: int = 300  # steps between evaluations, each followed by a checkpoint
-    # -- Machine
-    seed: int = 0  # of new parameters and of the order of the data
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    # precision of the layers; weights stay fp32
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    compile: bool = False  # torch.compile: about half a minute to start, then faster
-    # recompute activations in backward: less memory, a third more time
-    checkpoint_activations: bool = False
-    resume: bool = False  # continue the run in --out from its last checkpoint
+    lr: float | None = None  # learning rate of AdamW; default: by stage
+    muon_lr: float | None = None  # learning rate of Muon; default: by stage
+    weight_decay: float | None = None  # on matrices and embeddings; default: by stage
+    eval_every: int = 300
 
 
 PRESETS = {
-    "smoke": {
-        "images": 100,
-        "steps": 6,
-        "batch_size": 8,
-        "eval_every": 3,
-        "warmup": 2,
-        "test_examples": 2,
-    },
-    "tiny": {},
-    "gpu": {
-        "image_size": 224,
-        "patch_size": 14,
-        "vision_layers": 12,
-        "vision_channels": 512,
-        "projector": "pixel_shuffle",
-        "class_token": False,
-        "context": 1024,
-        "compile": True,
-    },
+    "smoke": dict(images=100, steps=6, batch_size=8, eval_every=3, warmup=2, test_examples=2),
+    "gpu": dict(
+        image_size=224,
+        patch_size=14,
+        vision_layers=12,
+        vision_channels=512,
+        projector="pixel_shuffle",
+        class_token=False,
+        context=1024,
+        compile=True,
+    ),
 }
-BY_STAGE = {  # where a flag says none
-    "clip": {"steps": 250, "batch_size": 128, "muon_lr": 0.01, "lr": 2e-3, "weight_decay": 1.0},
-    "align": {"steps": 150, "batch_size": 8, "muon_lr": 0.05, "lr": 5e-3, "weight_decay": 0.0},
-    "instruct": {"steps": 850, "batch_size": 10, "muon_lr": 0.01, "lr": 3e-3, "weight_decay": 0.0},
+BY_STAGE = {
+    "clip": dict(steps=250, batch_size=128, muon_lr=0.01, lr=2e-3, weight_decay=1.0),
+    "align": dict(steps=150, batch_size=8, muon_lr=0.05, lr=5e-3, weight_decay=0.0),
+    "instruct": dict(steps=850, batch_size=10, muon_lr=0.01, lr=3e-3, weight_decay=0.0),
 }
+# what each stage learns from: how it is read, and the village's files
+DATA = {
+    "clip": (read_captions, "captions"),
+    "align": (read_image_chats, "describe"),
+    "instruct": (read_image_chats, "questions"),
+}
+CAPTION = 128  # tokens of the longest caption
+BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
 
 
-# --- clip ----------------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------
 
 
-def contrastive_loss(clip, images, texts):
-    if clip.logit_bias is None:
-        return clip_loss(images, texts, clip.logit_scale)
-    return siglip_loss(images, texts, clip.logit_scale, clip.logit_bias)
+def images_folder(cfg):
+    return village_images.prepare(size=cfg.image_size, n_train=cfg.images)
+
+
+def load_records(cfg):
+    """(training, held-out) records of the stage."""
+    read, name = DATA[cfg.stage]
+    if cfg.data == "village":
+        train, val = (
+            read(images_folder(cfg) / f"{name}_{part}.jsonl") for part in ("train", "val")
+        )
+    elif cfg.val_data:
+        train, val = read(cfg.data), read(cfg.val_data)
+    else:
+        known = read(cfg.data)
+        train, val = (split_documents(known, part, cfg.val_fraction) for part in ("train", "val"))
+    if not train or not val:
+        raise UserError(f"{cfg.data} has too few records to hold some out; name --val_data")
+    if cfg.no_images:
+        train, val = ([c | {"images": [GREY] * len(c["images"])} for c in x] for x in (train, val))
+    return train, val
+
+
+class Pairs:
+    """Images and their captions. Every image is opened now, so that a damaged one is found now."""
+
+    def __init__(self, records, store, tokenizer):
+        captions = [record["caption"] for record in records]
+        self.tokens = caption_tokens(tokenizer, captions, CAPTION)  # (N, T)
+        self.used = self.tokens != tokenizer.pad_id
+        self.store = store
+        self.numbers = torch.tensor(store.numbers([record["image"] for record in records]))
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def batch(self, chosen, device):
+        """Images (B, 3, H, W) and captions (B, T), T that of the longest of these."""
+        images = self.store.images(self.numbers[chosen].tolist())
+        return images.to(device), self.tokens[chosen][:, self.used[chosen].any(0)].to(device)
+
+
+def load_tests(cfg, model, tokenizer, store):
+    """{"images", "new_pairs" of colour and kind, "texts"}: test examples of the last stage. Raises
+    UserError for what would stop the tests: better now than after training.
+    """
+    tests = {"images": [], "new_pairs": [], "texts": []}
+    if cfg.stage == "instruct":
+        if (cfg.test_data or cfg.data) == "village":
+            tests["images"] = read_examples(images_folder(cfg) / "questions_test.jsonl")
+            tests["new_pairs"] = read_examples(images_folder(cfg) / "combos_test.jsonl")
+        elif cfg.test_data:
+            tests["images"] = read_examples(cfg.test_data)
+        if cfg.text_data == "village" and not cfg.no_images:
+            tests["texts"] = read_examples(village.of_run(cfg.init) / "sft_test.jsonl")
+    tests = {name: first_of_each_task(each, cfg.test_examples) for name, each in tests.items()}
+    asked = tests["images"] + tests["new_pairs"]
+    check_room(model, [prompt_of(example, model, tokenizer) for example in asked], 1, asked)
+    for example in asked:
+        store.numbers(example.get("images", ()))  # opens them: a damaged one is found
+    store.shown(tests["images"], "shuffled")  # each has another to be swapped with
+    return tests
+
+
+# --- clip: both towers, from images and captions --------------------------------------------------
+
+
+def clip_loss(image_embeddings, text_embeddings, log_scale):
+    """(CE(s, diagonal) + CE(s^T, diagonal)) / 2 with s = exp(log_scale) x y^T: each image finds
+    its caption among B, each caption its image. x, y (B, E) of length 1; returns a number.
+
+    Radford et al. 2021 (arXiv:2103.00020), figure 3.
+    """
+    logits = log_scale.exp() * image_embeddings @ text_embeddings.T  # (B, B)
+    pairs = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+
+
+def siglip_loss(image_embeddings, text_embeddings, log_scale, bias):
+    """-1/B sum_ij log sigmoid(z_ij (exp(log_scale) x_i . y_j + bias)), z_ij = 1 for a pair and -1
+    otherwise: every cell is a question of its own, yes or no. x, y (B, E) of length 1.
+
+    Zhai et al. 2023 (arXiv:2303.15343), equation 1.
+    """
+    logits = log_scale.exp() * image_embeddings @ text_embeddings.T + bias  # (B, B)
+    signs = 2 * torch.eye(len(logits), device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+def of_all_processes(embeddings):
+    """The embeddings (B, E) of every process below each other, (B processes, E): the losses compare
+    each pair with all others, wherever they were computed. Gradients flow back to the process they
+    came from.
+    """
+    if not dist.is_initialized():
+        return embeddings
+    return torch.cat(all_gather(embeddings))
+
+
+@torch.no_grad()
+def retrieval(image_embeddings, text_embeddings):
+    """Of N aligned pairs (N, E), the share whose nearest partner is the right one, both ways, and
+    the cosine of a pair. Where several lie equally near, the first of them counts as the nearest.
+    """
+    similarity = image_embeddings @ text_embeddings.T  # (N, N)
+    pairs = torch.arange(len(similarity), device=similarity.device)
+    return {
+        "text_to_image": (similarity.argmax(0) == pairs).float().mean().item(),
+        "image_to_text": (similarity.argmax(1) == pairs).float().mean().item(),
+        "cosine": similarity.diagonal().mean().item(),
+    }
+
+
+@torch.no_grad()
+def held_out_retrieval(clip, pairs, among=64):
+    """`retrieval` among `among` Pairs: the mean over as many such groups as there are."""
+    n = min(among, len(pairs))
+    starts = range(0, len(pairs) - n + 1, n)
+    groups = [retrieval(*clip(*pairs.batch(slice(i, i + n), clip.device))) for i in starts]
+    return {key: sum(group[key] for group in groups) / len(groups) for key in groups[0]}
+
+
+def vision_config(cfg):
+    """The shape of the vision tower that the flags ask for."""
+    C = cfg.vision_channels
+    heads = max(1, C // 32)
+    if cfg.image_size % cfg.patch_size or C % heads:
+        raise UserError(
+            f"--patch_size {cfg.patch_size} must divide --image_size {cfg.image_size}, or an edge "
+            f"is never looked at; and 32, the channels of a head, --vision_channels {C}"
+        )
+    return VisionConfig(cfg.image_size, cfg.patch_size, C, 4 * C, cfg.vision_layers, heads)
 
 
 def train_clip(cfg, rt):
-    tokenizer = Tokenizer.load(cfg.init)
-    preprocessing = Preprocessing(size=cfg.image_size)
-    train, val, test = load_pairs(cfg, ImageStore(preprocessing), tokenizer)
+    check_folders(cfg.out, cfg.init)
+    tokenizer, preprocessing = Tokenizer.load(cfg.init), Preprocessing(size=cfg.image_size)
+    store, records = ImageStore(preprocessing), load_records(cfg)
+    test = images_folder(cfg) / "captions_test.jsonl" if cfg.data == "village" else cfg.test_data
+    records = (*records, read_captions(test) if test else records[1])
+    train, val, test = (Pairs(each, store, tokenizer) for each in records)
     rt.print(f"{len(train)} captions of {len(train.numbers.unique())} images")
-    model = new_clip(cfg, tokenizer)
-    parameters = sum(p.numel() for p in model.vision_model.parameters())
-    rt.print(f"vision tower of {parameters:,} parameters")
+    text = dict(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_id)
+    text = TextConfig(**text, max_position_embeddings=CAPTION)
+    model = CLIP(vision_config(cfg), text, sigmoid=cfg.loss == "siglip")
 
-    share = rt.share(cfg.batch_size)
-    run = Run(cfg, rt, cfg.steps)
+    share, K = rt.share(cfg.batch_size), cfg.hard_negatives
+    if len(train) < K:
+        raise UserError(f"--hard_negatives {K} needs as many captions; there are {len(train)}")
+    run = Run(cfg, rt)
     ddp_model = rt.prepare(model, cfg.compile)
-    optimizers = build_optimizers(model, cfg.optimizer, cfg.muon_lr, cfg.lr, cfg.weight_decay)
-    sampler, scaler = Sampler(len(train) // cfg.hard_negatives, cfg.seed), rt.scaler()
-    trained = [model, optimizers, [sampler], scaler]
-    run.restore(*trained)
+    for tower in (model.vision_model, model.text_model):
+        tower.encoder.checkpoint_activations = cfg.checkpoint_activations
+    optimizer = build_optimizer(model, cfg, rt.scaler)
+    schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train) // K, cfg.seed)
+    before = run.restore(model, optimizer, sampler) or held_out_retrieval(model, test)
 
     while run.step < cfg.steps:
-        optimizers.schedule(SCHEDULES[cfg.schedule](run.step, cfg.steps, cfg.warmup))
-        optimizers.zero_grad()
-        batch = sampler.take(cfg.batch_size // cfg.hard_negatives)[:, None] * cfg.hard_negatives
-        batch = (batch + torch.arange(cfg.hard_negatives)).flatten()[share]
-        x, y = map(of_all_processes, ddp_model(*train.batch(batch, rt.device)))
-        loss = contrastive_loss(model, x, y)
-        scaler.scale(loss).backward()
-        optimizers.unscale(scaler)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        run.check_finite(loss.item())
-        if rt.dtype != torch.float16:  # there the scaler skips such steps
-            run.check_finite(norm.item(), "gradient")
-        optimizers.step(scaler)
+        groups = sampler.take(cfg.batch_size // K)[:, None] * K
+        chosen = (groups + torch.arange(K)).flatten()  # K captions in a row from each place
+        embeddings = ddp_model(*train.batch(chosen[share], rt.device))
+        x, y = map(of_all_processes, embeddings)  # (B, E) each
+        if model.logit_bias is None:
+            loss = clip_loss(x, y, model.logit_scale)
+        else:
+            loss = siglip_loss(x, y, model.logit_scale, model.logit_bias)
+        loss = rt.backward(loss / rt.world)  # each process has computed that of the whole batch
+        grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
         model.limit_scale()
-        run.advance()
+        run.advance(loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
-        last = run.step == cfg.steps
-        if run.step % 10 == 0 or last:
-            run.log(show=("loss",), loss=loss.item(), grad_norm=norm.item())
-        if run.step % cfg.eval_every == 0 or last:
-            found = retrieved(model, val)
-            run.check_finite(found["cosine"], "cosine of held-out pairs")
-            run.log(**found, show=tuple(found))
-            run.export(model, tokenizer, partial(save_clip, preprocessing=preprocessing))
-            run.checkpoint(*trained)
-    run.close()
-    run.draw_curves("loss", y_label="contrastive loss")
-    found = retrieved(model, test)
-    speed = run.speed() | {"images_per_second": cfg.steps * cfg.batch_size / run.elapsed}
-    run.write_result(**found, **speed)
-    among = min(64, len(test))
-    rt.print(
-        f"{cfg.out}: {run.step} steps in {run.elapsed:.0f} s; the right one among {among} held-out:"
-        f" image to text {found['image_to_text']:.1%}, text to image "
-        f"{found['text_to_image']:.1%} (chance {1 / among:.1%})"
-    )
+        if run.due(cfg.eval_every):
+            run.evaluated(**held_out_retrieval(model, val))
+            run.export(partial(save_clip, preprocessing=preprocessing), model, tokenizer)
+            run.checkpoint(**before)
+    run.close("loss", y_label="contrastive loss")
+    after, among = held_out_retrieval(model, test), min(64, len(test))
+    effects = [
+        effect(f"the right {found} among {among}", before[key], after[key], "share")
+        for key, found in (("image_to_text", "caption"), ("text_to_image", "image"))
+    ]
+    images_per_second = cfg.steps * cfg.batch_size / run.elapsed
+    run.write_result(effects, before=before, after=after, images_per_second=images_per_second)
 
 
-# --- align and instruct --------------------------------------------------------------------------
+# --- align: the projector, from descriptions; instruct: the language model too, from questions ----
 
 
 def start_model(cfg, rt):
-    """(model, tokenizer), and of the model only what the stage trains is not frozen."""
+    """(model, tokenizer), of which only what the stage trains isn't frozen."""
+    model, tokenizer = load_model(cfg.init)
     if cfg.stage == "align":
         how = (cfg.projector, cfg.feature_layer, cfg.class_token)
-        model, tokenizer = build_vlm(cfg.init, cfg.vision, *how)
-        model.train_parts()
+        model = build_vlm(model, tokenizer, *load_vision(cfg.vision), *how)
+        model.train_parts(projector=True)
         return model, tokenizer
-    model, tokenizer = load_model(cfg.init)
-    if not isinstance(model, VLM):
+    if not hasattr(model, "vision"):
         raise UserError(
-            f"{cfg.init} holds a language model without eyes; --stage instruct begins from the "
-            "run folder of --stage align (and all stages go on with --stage all --resume)"
+            f"{cfg.init} holds a language model without a vision tower; --stage instruct begins "
+            "from the run folder of --stage align (and all stages go on with --stage all --resume)"
         )
-    start_adapter(model, cfg, rt)
+    start_adapter(model, cfg, rt)  # --adapter: that and the projector are trained
     if not cfg.adapter:
-        model.train_parts(vision=cfg.train_vision, language=True)
+        model.train_parts(vision=cfg.train_vision, projector=True, language=True)
     return model, tokenizer
 
 
-def packed_logits(model, rows, store):
-    """Logits (B, T, V) of packed rows with their images."""
+def image_logits(model, rows, store):
+    """Logits (B, T, V) of packed rows with their images: attention inside documents."""
     images = store.images(rows.image_numbers())
     if images is not None:
         images = images.to(rows.tokens.device)
@@ -263,126 +396,208 @@ def packed_logits(model, rows, store):
 
 
 def train_language(cfg, rt):
+    check_folders(cfg.out, cfg.init, cfg.vision)
+    model, tokenizer = start_model(cfg, rt)
+    T, store = row_length(cfg.context, model), ImageStore(model.preprocessing)
     n_texts = round(cfg.replay * cfg.batch_size) if cfg.stage == "instruct" else 0
     n_plain = round(n_texts / 4)
-    model, tokenizer = start_model(cfg, rt)
-    T = image_row_length(cfg, model)
-    store = ImageStore(model.preprocessing)
-    logits_of = partial(packed_logits, store=store)
-    held_out_loss = partial(validation_loss, model, logits_of=logits_of)
-    chats, val_chats = load_dialogues(cfg)
-    pack = partial(pack_image_chats, tokenizer=tokenizer, T=T, vlm=model, store=store, rt=rt)
-    train_rows, val_rows = pack(chats, name="training"), pack(val_chats, name="held-out")
+    chats, val_chats = load_records(cfg)
+    how = dict(rt=rt, image_tokens=model.tokens_per_image, store=store)
+    train_rows = pack_chats(chats, tokenizer, T, "training", **how)
+    val_rows = pack_chats(val_chats, tokenizer, T, "held-out", **how)
     sizes = [len(train_rows)]
     if n_texts:
-        text_rows = pack(load_texts(cfg), name="text")
-        windows = Windows(load_replay(cfg, tokenizer)[0], T - 1)
-        sizes += [len(text_rows), windows.n]
-    examples = load_examples(cfg, model, tokenizer)
-    for example in (*examples["images"], *examples["combos"]):
-        store.numbers(example["images"])  # now, so that a damaged one is found now
+        texts = village.of_run(cfg.init) / "sft_train.jsonl"
+        texts = read_chats(texts if cfg.text_data == "village" else cfg.text_data)
+        text_rows = pack_chats(texts, tokenizer, T, "text", **how)
+        windows = load_text(cfg, tokenizer, model, T)[0]
+        sizes += [len(text_rows), len(windows)]
+    tests = load_tests(cfg, model, tokenizer, store)
 
     share = rt.share(cfg.batch_size)
     if cfg.stage == "align":
         model.calibrate(store.images(train_rows.image_numbers()[:256]))
-    run = Run(cfg, rt, cfg.steps)
+    run = Run(cfg, rt)
     ddp_model = rt.prepare(model, cfg.compile)
-    model.model.checkpoint_activations = cfg.checkpoint_activations
-    optimizers = build_optimizers(model, cfg.optimizer, cfg.muon_lr, cfg.lr, cfg.weight_decay)
+    for part in (model.model, model.vision.encoder):
+        part.checkpoint_activations = cfg.checkpoint_activations
+    optimizer = build_optimizer(model, cfg, rt.scaler)
+    schedule = SCHEDULES[cfg.schedule]
     samplers = [Sampler(n, cfg.seed + i) for i, n in enumerate(sizes)]
-    scaler = rt.scaler()
-    trained = [model, optimizers, samplers, scaler]
-    before = run.restore(*trained)
-    if not before:
-        before = {"texts": text_figures(model, tokenizer, examples["texts"]), "images": 0}
-    since = 0
+    before = run.restore(model, optimizer, *samplers)
+    before = before or {"texts": accuracy_by_task(model, tokenizer, tests["texts"])[0]}
+    logits_of = partial(image_logits, store=store)
 
     while run.step < cfg.steps:
-        optimizers.schedule(SCHEDULES[cfg.schedule](run.step, cfg.steps, cfg.warmup))
-        optimizers.zero_grad()
         rows = train_rows[samplers[0].take(cfg.batch_size - n_texts)]
         if n_texts:
             rows = rows.join(text_rows[samplers[1].take(n_texts - n_plain)])
             rows = rows.join(replay_rows(windows, samplers[2].take(n_plain), tokenizer.eot_id))
-        before["images"] += len(rows.image_numbers())
         rows = rows[share].to(rt.device)
-        count = rt.sum(rows.mask[:, 1:].sum().item())  # trained tokens of the whole batch
+        num_tokens = rt.sum(rows.mask[:, 1:].sum())  # trained on, in the whole batch
         loss = 0.0
-        parts = torch.arange(len(rows)).chunk(cfg.accumulate)
-        for i, numbers in enumerate(parts):
-            part = rows[numbers]
-            with rt.accumulating(ddp_model, more=i + 1 < len(parts)):
-                logits = logits_of(ddp_model, part)
-                part_loss = sft_loss(logits, part.tokens, part.mask) / count
-                # times the number of processes, by which DDP's mean divides
-                scaler.scale(part_loss * rt.world).backward()
-            loss += part_loss.detach()
-        optimizers.unscale(scaler)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        loss = rt.sum(loss.item())
-        run.check_finite(loss)
-        if rt.dtype != torch.float16:  # there the scaler skips such steps
-            run.check_finite(norm.item(), "gradient")
-        optimizers.step(scaler)
-        run.advance()
+        for part in rt.micro_batches(rows, cfg.accumulate, ddp_model):
+            part_loss = sft_loss(logits_of(ddp_model, part), part.tokens, part.mask)
+            loss += rt.backward(part_loss / num_tokens)
+        grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
+        run.advance(cfg.batch_size * T, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
-        since += cfg.batch_size * T
-        last = run.step == cfg.steps
-        if run.step % 10 == 0 or last:
-            figures = {"grad_norm": norm.item(), "images": before["images"]}
-            run.log(since, show=("loss",), loss=loss, **figures)
-            since = 0
-        if run.step % cfg.eval_every == 0 or last:
-            model.eval()
-            val_loss = held_out_loss(val_rows)
-            model.train()
-            run.check_finite(val_loss, "held-out loss")
-            run.log(val_loss=val_loss, show=("val_loss",))
-            run.export(model, tokenizer)
-            run.checkpoint(*trained, **before)
-    run.close()
-    run.draw_curves("loss", "val_loss")
-    result = run.speed()
-    if not cfg.blind:  # whose images are all the same
-        model.eval()
-        shown = {"right": val_rows, "another": with_others_images(val_rows)}
-        result["val_loss"] = {name: held_out_loss(rows) for name, rows in shown.items()}
-        rt.print(
-            f"held-out answers: {result['val_loss']['right']:.4f} nats per token with the right "
-            f"image, {result['val_loss']['another']:.4f} with another's"
+        if run.due(cfg.eval_every):
+            run.evaluated(val_loss=validation_loss(model, val_rows, logits_of=logits_of))
+            run.export(save_model, model, tokenizer)
+            run.checkpoint(**before)
+    run.close("loss", "val_loss", y_label="nats per token")
+    finish(cfg, run, model, tokenizer, store, tests, before["texts"], val_rows)
+
+
+def with_others_images(rows):
+    """The packed rows, each image in the place of the one before it."""
+    numbers = rows.image_numbers()
+    numbers = iter(numbers[1:] + numbers[:1])
+    return replace(rows, images=[[next(numbers) for _ in row] for row in rows.images])
+
+
+# --- what was learnt -----------------------------------------------------------------------------
+
+
+def measure(cfg, model, tokenizer, store, tests):
+    """({column: accuracy by task}, completions to tests["images"]): with the right image, another
+    example's, and with completions that begin with a thought or with the result.
+    """
+    ask, images = partial(accuracy_by_task, model, tokenizer, store=store), tests["images"]
+    shown, columns = "none" if cfg.no_images else "right", {}
+    columns["right"], completions = ask(images, shown=shown)
+    columns["new_pairs"] = ask(tests["new_pairs"], shown=shown)[0]
+    if not cfg.no_images:
+        columns["shuffled"] = ask(images, shown="shuffled")[0]
+        sums = [e for e in images if e["check"] == "number" and e["task"] != "count"]
+        columns |= {name: ask(sums, begin=begin)[0] for name, begin in BEGINS.items()}
+    return columns, completions
+
+
+def finish(cfg, run, model, tokenizer, store, tests, texts_before, val_rows):
+    """Print what was learnt, and keep it in result.json, some of the completions in images.json."""
+    columns, completions = measure(cfg, model, tokenizer, store, tests)
+    baseline, guesses = ({}, {}) if cfg.no_images else baseline_of(cfg.out)
+    texts = {"before": texts_before}
+    texts["after"] = accuracy_by_task(model, tokenizer, tests["texts"])[0]
+    for table in (columns | {"no_images": baseline}, texts):
+        if table := {name: column for name, column in table.items() if column}:
+            run.rt.print(accuracy_table(table))
+    against = ", by the no-image baseline and the model" if baseline else ""
+    compared = [
+        ("questions about images" + against, baseline, columns["right"]),
+        ("pairs never seen together", {}, columns["new_pairs"]),
+        ("questions without images", texts["before"], texts["after"]),
+    ]
+    effects = [
+        effect(name, mean_accuracy(old), mean_accuracy(new), "share")
+        for name, old, new in compared
+        if new
+    ]
+    loss = {}
+    if not cfg.no_images:  # whose images are all the same
+        for name, rows in (("another", with_others_images(val_rows)), ("right", val_rows)):
+            loss[name] = validation_loss(model, rows, logits_of=partial(image_logits, store=store))
+        name = "held-out completions, with another's image and with the right one"
+        effects.append(effect(name, *loss.values(), "nats per token", False))
+    if tests["images"] and run.rt.main:
+        keep_samples(run.folder / "images.json", tests["images"], completions, guesses)
+    run.write_result(effects, val_loss=loss, images=columns, texts=texts)
+
+
+def baseline_of(out):
+    """(accuracy by task, {(image, question): completion}) of the no-image baseline beside a run."""
+    folder = Path(f"{out}-no_images")
+    if not (folder / "result.json").exists() or not (folder / "images.json").exists():
+        return {}, {}
+    samples = read_json(folder / "images.json", list)
+    completions = {(s["image"], s["question"]): s["completion"] for s in samples}
+    return read_json(folder / "result.json")["images"]["right"], completions
+
+
+def keep_samples(path, examples, completions, guesses, shown=3):
+    """Write some questions of each task as JSON, with image and completion, for the report."""
+    asked = [e | {"completion": text} for e, text in zip(examples, completions) if e.get("images")]
+    samples = []
+    for example in first_of_each_task(asked, shown):
+        image, question = example["images"][0], question_of(example).replace(IMAGE, "").strip()
+        sample = {"image": image, "question": question, "answer": example["answer"]}
+        sample |= {"completion": example["completion"], "no_images": guesses.get((image, question))}
+        samples.append(sample | {"right": is_right(example, example["completion"])})
+    atomic_write(path, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+
+
+# --- the stages ----------------------------------------------------------------------------------
+
+
+def complete_settings(cfg):
+    """The settings of a stage, its own defaults filled in; UserError for what can't go together."""
+    own = {k: v for k, v in BY_STAGE[cfg.stage].items() if getattr(cfg, k) is None}
+    cfg = replace(cfg, **own)
+    if cfg.stage == "align" and not cfg.vision:
+        raise UserError("--stage align needs --vision, the folder of a vision tower")
+    if cfg.stage == "clip" and cfg.batch_size % cfg.hard_negatives:
+        raise UserError(
+            f"--hard_negatives {cfg.hard_negatives} must divide --batch_size {cfg.batch_size}"
         )
-    finish(cfg, rt, run, model, tokenizer, store, examples, before, result)
+    if cfg.stage == "instruct" and round(cfg.replay * cfg.batch_size) >= cfg.batch_size:
+        raise UserError(
+            f"--replay {cfg.replay} leaves none of the {cfg.batch_size} rows of a batch to images"
+        )
+    if cfg.adapter and cfg.train_vision:
+        raise UserError("--train_vision goes with no --adapter, whose folder holds no tower")
+    return cfg
 
 
-def finish(cfg, rt, run, model, tokenizer, store, examples, before, result):
-    """Measure, print what was learnt, and keep it in result.json."""
-    texts = text_figures(model, tokenizer, examples["texts"])
-    result["texts"] = {"before": before["texts"], "after": texts}
-    if texts:
-        rt.print(table({"text before": before["texts"], "after": texts}))
-    if examples["images"]:
-        found, completions = image_figures(model, tokenizer, store, examples, cfg.blind)
-        blind = None if cfg.blind else blind_figures(cfg.out)
-        result |= {"images": found, "blind": blind}
-        rt.print(image_table(found, blind))
-        rt.print(summary(found, blind))
-        if rt.main:
-            keep_samples(run.folder / "images.json", examples["images"], completions)
-    run.write_result(**result)
-    rt.print(
-        f"{cfg.out}: {run.step} steps in {run.elapsed:.0f} s, median "
-        f"{run.speed()['tokens_per_second']:,.0f} tokens/s"
-    )
-
-
-# --- all stages ----------------------------------------------------------------------------------
-
-STAGES = {"clip": train_clip, "align": train_language, "instruct": train_language}
+def prepare_folders(cfg, stages, rt):
+    """Before the first of all stages: find what would stop a later one, and move earlier runs out
+    of the way.
+    """
+    for each in stages:
+        check_folders(each.out, cfg.init)
+        holds_a_run(Path(each.out))
+        load_records(each)
+    tower = ViT(vision_config(cfg)), Preprocessing(cfg.image_size)
+    how = (cfg.projector, cfg.feature_layer, cfg.class_token)
+    model, tokenizer = load_model(cfg.init)
+    model = build_vlm(model, tokenizer, *tower, *how)
+    row_length(cfg.context, model)
+    load_tests(stages[-1], model, tokenizer, model.image_store())
+    rt.barrier()  # before folders are moved, every process has looked at them
+    if rt.main:
+        for each in stages:
+            move_aside(Path(each.out))
+        save_config(cfg, Path(cfg.out) / "train_config.json")
+    rt.barrier()
 
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    run_stages(cfg, rt, STAGES, BY_STAGE, PRESETS[cfg.preset])
+    stages = [cfg]
+    if cfg.stage == "all":
+        clip, align, baseline = (f"{cfg.out}-{name}" for name in ("clip", "align", "no_images"))
+        stages = [
+            # the vision tower, beside one for text: from images and their captions
+            replace(cfg, stage="clip", test_data=None, out=clip),
+            # the projector between tower and language model, both frozen: from descriptions
+            replace(cfg, stage="align", vision=clip, out=align),
+            # projector and language model: from questions about images, here each a grey one
+            replace(cfg, stage="instruct", init=align, no_images=True, out=baseline),
+            # the same, from the images themselves
+            replace(cfg, stage="instruct", init=align),
+        ]
+    stages = [complete_settings(each) for each in stages]
+    if cfg.stage == "all" and not cfg.resume:
+        prepare_folders(cfg, stages, rt)
+    for each in stages:
+        if cfg.stage == "all" and cfg.resume and (Path(each.out) / "result.json").exists():
+            continue  # finished before the kill
+        rt.print(f"\n{each.stage}{' without images' * each.no_images}: {each.out}")
+        # one that was stopped before its first checkpoint begins anew
+        each = replace(each, resume=cfg.resume and (Path(each.out) / "state.pt").exists())
+        torch.manual_seed(cfg.seed)  # new parameters are the same, whatever ran before
+        (train_clip if each.stage == "clip" else train_language)(each, rt)
     rt.close()
 
 

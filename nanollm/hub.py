@@ -34,7 +34,7 @@ def save_model(model, tokenizer, folder):
     elif hasattr(model, "vision"):
         from nanollm.vision.vlm import save_vlm
 
-        save_vlm(model, tokenizer, model.preprocessing, folder)
+        save_vlm(model, tokenizer, folder)
     else:
         save_gpt(model, tokenizer, folder)
 
@@ -61,7 +61,7 @@ def load_model(folder, adapter=None):
     if "vision_config" in read_json(folder / "config.json"):
         from nanollm.vision.vlm import load_vlm
 
-        return load_vlm(folder)[:2]
+        return load_vlm(folder)
     return load_gpt(folder)
 
 

@@ -62,3 +62,11 @@ def randomise(model, seed=0):
             spread = 0.4 if "embed" in name or "lm_head" in name else 1.5 * p.shape[-1] ** -0.5
             p.copy_(1 + 0.3 * noise if p.dim() == 1 else spread * noise)
     return model
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

@@ -1,12 +1,8 @@
-"""CLIP: a image and its caption become two vectors that lie close together.
+"""CLIP's two towers and their files: an image and its caption become vectors that lie close
+together (Radford et al. 2021, arXiv:2103.00020). The losses are in train_vlm.py.
 
-    s_ij = t x_i . y_j          x_i images, y_j captions, both of length 1; t = exp(log_scale)
-    CLIP     mean over rows and columns of -log softmax(s) at the diagonal
-    SigLIP   -1/B sum_ij log sigmoid(z_ij (s_ij + b)), z_ij = 1 on the diagonal, else -1
-
-CLIP: Radford et al. 2021 (arXiv:2103.00020), SigLIP's loss: Zhai et al. 2023 (2303.15343).
-Module names equal those of Hugging Face's CLIPModel. Shapes: B pairs, T tokens, C channels,
-E channels of the shared space.
+Module names equal those of Hugging Face's CLIPModel. Shapes: B pairs, T tokens, C channels, E
+channels of the shared space.
 """
 
 import dataclasses
@@ -15,39 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather
 
-from nanollm import safetensors
 from nanollm.checkpoint import existing_folder, load_weights, read_json
 from nanollm.config import UserError
 from nanollm.gpt import Linear
 from nanollm.tokenizer import Tokenizer
-from nanollm.vision.encoder import Encoder, LayerNorm, check_block, init_blocks
 from nanollm.vision.vit import (
-    CLIP_KIND,
+    Encoder,
+    LayerNorm,
     ViT,
+    check_block,
+    init_blocks,
     load_preprocessing,
+    load_tensors,
     read_values,
-    read_vision_config,
-    without_ids,
+    vision_config_of,
     write_folder,
 )
 
 MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: more than 100 is unstable
 # what a Hugging Face config.json means where its text_config is silent
-SILENT = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "eos_token_id": 49407,
-}
+DEFAULTS = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048) | dict(
+    num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77
+)
+DEFAULTS |= dict(hidden_act="quick_gelu", eos_token_id=49407)
 
 
 @dataclass
@@ -66,60 +55,6 @@ class TextConfig:
 
     def __post_init__(self):
         check_block(self)
-
-
-# --- losses and measure --------------------------------------------------------------------------
-
-
-def clip_loss(image_embeddings, text_embeddings, log_scale):
-    """(CE(s, diagonal) + CE(s^T, diagonal)) / 2 with s = exp(log_scale) x y^T: each image finds
-    its caption among B, each caption its image. x, y (B, E) of length 1; returns a number.
-
-    Radford et al. 2021 (arXiv:2103.00020), figure 3.
-    """
-    logits = log_scale.exp() * image_embeddings @ text_embeddings.T  # (B, B)
-    pairs = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
-
-
-def siglip_loss(image_embeddings, text_embeddings, log_scale, bias):
-    """-1/B sum_ij log sigmoid(z_ij (exp(log_scale) x_i . y_j + bias)), z_ij = 1 for a pair and -1
-    otherwise: every cell is a question of its own, yes or no. x, y (B, E) of length 1.
-
-    Zhai et al. 2023 (arXiv:2303.15343), equation 1.
-    """
-    logits = log_scale.exp() * image_embeddings @ text_embeddings.T + bias  # (B, B)
-    signs = 2 * torch.eye(len(logits), device=logits.device) - 1
-    return -F.logsigmoid(signs * logits).sum() / len(logits)
-
-
-def of_all_processes(embeddings):
-    """The embeddings (B, E) of every process below each other, (B processes, E): the losses compare
-    each pair with all others, wherever they were computed.
-
-    Gradients flow back to the process they came from, so that the average over processes that
-    DistributedDataParallel takes is the gradient of one process with the whole batch.
-    """
-    if not dist.is_initialized():
-        return embeddings
-    return torch.cat(all_gather(embeddings))
-
-
-@torch.no_grad()
-def retrieval(image_embeddings, text_embeddings):
-    """Of N aligned pairs (N, E), the share whose nearest partner is the right one, both ways.
-
-    Where several partners lie equally near it counts as found only if the right one comes first.
-    """
-    similarity = image_embeddings.float() @ text_embeddings.float().T  # (N, N)
-    pairs = torch.arange(len(similarity), device=similarity.device)
-    return {
-        "text_to_image": (similarity.argmax(0) == pairs).float().mean().item(),
-        "image_to_text": (similarity.argmax(1) == pairs).float().mean().item(),
-    }
-
-
-# --- models --------------------------------------------------------------------------------------
 
 
 class TextEmbeddings(nn.Module):
@@ -151,16 +86,15 @@ class TextTower(nn.Module):
 
     def forward(self, tokens):
         is_end = tokens == self.cfg.eos_token_id
-        if tokens.shape[1] > self.cfg.max_position_embeddings or not is_end.any(1).all():
-            limit = f"at most {self.cfg.max_position_embeddings} tokens"
-            raise ValueError(f"a text needs {limit}, with the end token {self.cfg.eos_token_id}")
+        if not is_end.any(1).all():
+            raise ValueError(f"a text needs the end token {self.cfg.eos_token_id}")
         x = self.encoder(self.embeddings(tokens).to(self.compute_dtype))
         rows = torch.arange(len(tokens), device=tokens.device)
         return self.final_layer_norm(x[rows, is_end.int().argmax(1)])
 
 
 class CLIP(nn.Module):
-    """A image tower and a text tower, each with a linear map into a space of E channels.
+    """An image tower and a text tower, each with a linear map into a space of E channels.
 
     With `sigmoid` it is trained by SigLIP's loss: then it has a `logit_bias`, which starts at -10,
     and its scale starts at 10, as nearly all cells of the loss are no pair.
@@ -168,8 +102,6 @@ class CLIP(nn.Module):
 
     def __init__(self, vision_cfg, text_cfg, projection_dim=128, sigmoid=False):
         super().__init__()
-        if vision_cfg.model_type != CLIP_KIND:
-            raise ValueError(f"the ViT of a CLIP is a {CLIP_KIND}, not a {vision_cfg.model_type}")
         self.projection_dim = projection_dim  # E
         self.text_model = TextTower(text_cfg)
         self.vision_model = ViT(vision_cfg)
@@ -189,7 +121,7 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(tokens)).float(), dim=-1)
 
     def forward(self, images, tokens):
-        """Both embeddings, for clip_loss, siglip_loss and retrieval."""
+        """Both embeddings."""
         return self.encode_images(images), self.encode_texts(tokens)
 
     @torch.no_grad()
@@ -230,24 +162,23 @@ def caption_tokens(tokenizer, texts, context):
 # --- model folders -------------------------------------------------------------------------------
 
 
-def save_clip(clip, tokenizer, preprocessing, folder):
+def save_clip(clip, tokenizer, folder, preprocessing):
     """Write a folder that transformers' CLIPModel opens, its tokenizer and preprocessing too.
 
     It reads a text off at the first end token as we do, unless that has the id 2: then it takes the
     highest id for the end, as old files of CLIP want it.
     """
-    text, vision = clip.text_model.cfg, clip.vision_model.cfg
+    width = {"projection_dim": clip.projection_dim}
     ids = {"bos_token_id": None, "pad_token_id": tokenizer.pad_id}
+    text = {"model_type": "clip_text_model", **dataclasses.asdict(clip.text_model.cfg), **ids}
     config = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
-        "projection_dim": clip.projection_dim,
-        "text_config": {"model_type": "clip_text_model", **dataclasses.asdict(text), **ids},
-        "vision_config": dataclasses.asdict(vision),
+        **width,
+        "text_config": text | width,
+        "vision_config": dataclasses.asdict(clip.vision_model.cfg) | width,
         "torch_dtype": "float32",
     }
-    for part in ("text_config", "vision_config"):
-        config[part]["projection_dim"] = clip.projection_dim
     Path(folder).mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     write_folder(config, clip, preprocessing, folder)
@@ -258,24 +189,15 @@ def load_clip(folder):
 
     A tensor logit_bias in it, which CLIPModel has not, says that it was trained by SigLIP's loss.
     """
-    folder = existing_folder(folder)
-    path = folder / "config.json"
+    path = existing_folder(folder) / "config.json"
     values = read_json(path)
-    if values.get("model_type") != "clip":
-        raise UserError(f"{path}: model_type {values.get('model_type')!r} is not clip")
-    text, width = values.get("text_config"), values.get("projection_dim", 512)
-    if not isinstance(text, dict) or type(width) is not int or width < 1:
-        raise UserError(f"{path} is incomplete: it needs a text_config and a projection_dim")
-    text = SILENT | {k: v for k, v in text.items() if v is not None}
-    vision_cfg, text_cfg = read_vision_config(folder), read_values(TextConfig, text, path)
-    tensors = without_ids(safetensors.load_folder(folder))
+    text = values.get("text_config")
+    if values.get("model_type") != "clip" or not isinstance(text, dict):
+        raise UserError(f"{path} must be of model_type clip, with a text_config")
+    text = DEFAULTS | {k: v for k, v in text.items() if v is not None}
+    vision_cfg, text_cfg = vision_config_of(values, path), read_values(TextConfig, text, path)
+    tensors = load_tensors(folder)
+    width = values.get("projection_dim", 512)
     clip = CLIP(vision_cfg, text_cfg, width, sigmoid="logit_bias" in tensors)
     load_weights(clip, tensors, folder)
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > text_cfg.vocab_size or tokenizer.end_id != text_cfg.eos_token_id:
-        raise UserError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids and ends texts by "
-            f"{tokenizer.end_id}, but config.json says {text_cfg.vocab_size} and "
-            f"{text_cfg.eos_token_id}; the two files don't belong together"
-        )
-    return clip, tokenizer, load_preprocessing(folder, vision_cfg)
+    return clip, Tokenizer.load(folder), load_preprocessing(folder, vision_cfg)

@@ -1,20 +1,15 @@
 """Image files to tensors, with Pillow alone.
 
-    open_image(path)            any image file -> RGB, or one clear line
-    Preprocessing()(image)        resize, crop, (pixel * rescale - mean) / std -> (3, H, W)
-    as_batch(pixels, how)         the same for pixels that have the right size already
+    open_image(path)          any image file -> RGB, or one clear line
+    Preprocessing()(image)    resize, crop, (pixel * rescale - mean) / std -> (3, H, W)
+    ImageStore                the images of many records, each file opened once
 
 Resizing and numbers are those of Hugging Face's CLIPImageProcessor and SiglipImageProcessor.
 """
 
-import contextlib
 import json
-import os
 import random
-import struct
-import threading
 import warnings
-import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,80 +24,48 @@ from nanollm.config import UserError, atomic_write
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000: 192 MB as RGB; a file of a few bytes may claim any size
 # Formats that Pillow decodes itself; EPS, for one, is a program that another program would run.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-# What Pillow's decoders raise on damaged files.
-DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-)
-LOCK = threading.Lock()
 CONFIG = "preprocessor_config.json"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# what such a file means where it is silent
+DEFAULTS = {"do_resize": True, "crop_size": 224, "resample": Image.Resampling.BICUBIC}
+DEFAULTS |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+CLIP_DEFAULTS = {
+    "size": 224,
+    "do_center_crop": True,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+SIGLIP_DEFAULTS = {
+    "size": 224,
+    "do_center_crop": False,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
 def open_image(path):
-    """The image in an image file as an RGB image, upright; of an animation its first frame.
+    """The image in a file as RGB, upright; of an animation the first frame.
 
     Transparency is laid on white, as whoever looks at the file on a page sees it. Raises UserError
     where the file is missing, no image, damaged, cut off, or larger than MAX_PIXELS.
     """
     try:
-        with quiet_pillow(), Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:  # nothing is decoded yet
-                raise Image.DecompressionBombError
-            with quiet_libtiff() if image.format == "TIFF" else contextlib.nullcontext():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damage: it is an error here, or doesn't matter
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:  # nothing is decoded yet
+                    raise Image.DecompressionBombError
                 return to_rgb(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombError, *DAMAGE) as e:
-        raise UserError(f"{path}{what_is_wrong(e)}") from None
-
-
-def what_is_wrong(error):
-    """The end of the line that begins with the file's name."""
-    if isinstance(error, Image.DecompressionBombError):
-        return f" claims more than {MAX_PIXELS:,} pixels, too many to decode; make it smaller"
-    if isinstance(error, FileNotFoundError):
-        return ": no such file"
-    if isinstance(error, IsADirectoryError):
-        return " is a folder; name an image file in it"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return f" is no image that can be read ({', '.join(FORMATS)})"
-    if getattr(error, "errno", None):  # of the file system, such as a missing permission
-        return f" can't be read: {error.strerror}"
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return f": the image is damaged, cut off or of an unknown kind ({reason})"
-
-
-@contextlib.contextmanager
-def quiet_pillow():
-    """No warnings: what they tell of is an error here, or no matter. Python's filter of warnings
-    belongs to the whole process, hence one thread at a time.
-    """
-    with LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def quiet_libtiff():
-    """The C library writes its complaints to the file descriptor of stderr itself."""
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+    except Image.DecompressionBombError:
+        reason = f"claims more than {MAX_PIXELS:,} pixels, too many to decode; make it smaller"
+    except Image.UnidentifiedImageError:
+        reason = f"is not an image that can be read ({', '.join(FORMATS)})"
+    except Exception as e:  # Pillow's decoders raise nearly anything on a damaged file
+        said = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
+        reason = f"can't be opened: it is missing, damaged, cut off or of an unknown kind ({said})"
+    raise UserError(f"{path} {reason}")
 
 
 def to_rgb(image):
@@ -150,29 +113,45 @@ class Preprocessing:
     rescale: float = 1 / 255
 
     def __post_init__(self):
-        if isinstance(self.size, int):
-            self.size = (self.size, self.size)
-        self.size, self.mean, self.std = tuple(self.size), tuple(self.mean), tuple(self.std)
+        self.size = both(self.size)
+        self.mean, self.std = tuple(map(float, self.mean)), tuple(map(float, self.std))
+        self.resample = int(Image.Resampling(self.resample))
+        if min(*self.size, self.shortest_edge or 1) < 1:
+            raise ValueError(f"a size must be at least 1: {self.size}, {self.shortest_edge}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
+            raise ValueError("image_mean and image_std must hold 3 numbers, and image_std no zero")
 
     def __call__(self, image):
         """A Pillow image of any mode -> (3, H, W) float32."""
-        pixels = np.array(self.resized(to_rgb(image)))  # (H, W, 3)
-        return as_batch(torch.from_numpy(pixels).permute(2, 0, 1)[None], self)[0]
+        return self.normalised(self.pixels(to_rgb(image))[None])[0]
 
-    def resized(self, image):
-        """The RGB image in the size that the ViT reads."""
+    def pixels(self, image):
+        """An RGB image in the size that the ViT reads, (3, H, W) uint8."""
         height, width = self.size
         if self.shortest_edge is None:
-            return image.resize((width, height), self.resample)
-        short, long = sorted(image.size)
-        edge = self.shortest_edge
-        longer = int(edge * long / short)  # cut, not rounded, as Hugging Face does
-        if edge * longer > MAX_PIXELS:
-            raise UserError(f"a image of {image.width} x {image.height} is too narrow to resize")
-        portrait = image.width <= image.height
-        image = image.resize((edge, longer) if portrait else (longer, edge), self.resample)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return image.crop((left, top, left + width, top + height))  # beyond the edge it is black
+            image = image.resize((width, height), self.resample)
+        else:
+            short, long = sorted(image.size)
+            edge = self.shortest_edge
+            longer = int(edge * long / short)  # cut, not rounded, as Hugging Face does
+            if edge * longer > MAX_PIXELS:
+                raise UserError(
+                    f"an image of {image.width} x {image.height} is too narrow to resize"
+                )
+            portrait = image.width <= image.height
+            image = image.resize((edge, longer) if portrait else (longer, edge), self.resample)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))  # black beyond the edge
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def normalised(self, pixels):
+        """(pixel * rescale - mean) / std for pixels (n, 3, H, W) uint8; float32.
+
+        Rounded after each step as Hugging Face does, hence equal to the bit.
+        """
+        mean, std = (torch.tensor(x, device=pixels.device) for x in (self.mean, self.std))
+        scaled = (pixels.double() * self.rescale).float()
+        return (scaled - mean[:, None, None]) / std[:, None, None]
 
     @classmethod
     def from_folder(cls, folder):
@@ -182,15 +161,16 @@ class Preprocessing:
         path = Path(folder) / CONFIG
         together = path.with_name("processor_config.json")
         if not path.exists() and together.exists():
-            path = together
-        values = read_json(path)
-        values = values.get("image_processor") or {} if path == together else values
+            path, values = together, read_json(together).get("image_processor") or {}
+        else:
+            values = read_json(path)
         kind = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
         if not kind.startswith(("CLIP", "Siglip")):
             raise UserError(f"{path}: its type {kind} is neither CLIP's nor SigLIP's")
-        clip = kind.startswith("CLIP")
+        defaults = CLIP_DEFAULTS if kind.startswith("CLIP") else SIGLIP_DEFAULTS
+        given = {name: value for name, value in values.items() if value is not None}
         try:
-            return cls(**read_sizes(values, clip), **read_numbers(values, clip))
+            return cls(**settings_of(DEFAULTS | defaults | given))
         except (KeyError, TypeError, ValueError) as e:
             raise UserError(f"{path} is incomplete or not implemented: {e}") from None
 
@@ -203,7 +183,7 @@ class Preprocessing:
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"shortest_edge": edge} if edge else exact,
-            "resample": int(self.resample),
+            "resample": self.resample,
             "do_rescale": True,
             "rescale_factor": self.rescale,
             "do_normalize": True,
@@ -215,68 +195,36 @@ class Preprocessing:
         atomic_write(Path(folder) / CONFIG, json.dumps(values, indent=2) + "\n")
 
 
-def read_sizes(values, clip):
-    """size and shortest_edge from a preprocessor_config.json; old ones hold plain numbers."""
-    if not values.get("do_resize", True):
-        raise ValueError("do_resize is false, so that images would differ in size")
-    size = values.get("size") or ({"shortest_edge": 224} if clip else 224)
-    crop = values.get("crop_size") or 224
-    crops = values.get("do_center_crop", clip)
+def both(size):
+    """(height, width); a single number stands for both."""
     if isinstance(size, int):
-        size = {"shortest_edge": size} if clip else {"height": size, "width": size}
-    if isinstance(crop, int):
-        crop = {"height": crop, "width": crop}
-    crop = whole(crop["height"]), whole(crop["width"])
-    if "shortest_edge" in size:
-        if not crops or size.get("longest_edge"):
-            raise ValueError("images would differ in size without do_center_crop")
-        return {"size": crop, "shortest_edge": whole(size["shortest_edge"])}
-    exact = whole(size["height"]), whole(size["width"])
-    if crops and crop != exact:
-        raise ValueError(f"it resizes to {exact} and then crops to {crop}")
-    return {"size": exact}
+        return size, size
+    height, width = (size["height"], size["width"]) if isinstance(size, dict) else size
+    return height, width
 
 
-def whole(number):
-    if type(number) is not int or number < 1:
-        raise ValueError(f"a size is {number!r}")
-    return number
-
-
-def read_numbers(values, clip):
-    """resample, mean, std and rescale from a preprocessor_config.json."""
-    mean, std = (CLIP_MEAN, CLIP_STD) if clip else ((0.5,) * 3, (0.5,) * 3)
-    mean, std = values.get("image_mean") or mean, values.get("image_std") or std
-    if not values.get("do_normalize", True):
-        mean, std = (0.0,) * 3, (1.0,) * 3
-    for numbers in (mean, std):
-        if len(numbers) != 3 or not all(isinstance(x, (int, float)) for x in numbers):
-            raise ValueError(f"image_mean and image_std must hold 3 numbers, not {numbers}")
-    if not all(std):
-        raise ValueError("image_std holds a zero")
-    rescale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
-    resample = values.get("resample", Image.Resampling.BICUBIC)
-    return {
-        "mean": mean,
-        "std": std,
-        "rescale": float(rescale),
-        "resample": int(Image.Resampling(resample)),
-    }
-
-
-def as_batch(pixels, preprocessing):
-    """(pixel * rescale - mean) / std for pixels (n, 3, H, W) uint8 of the right size; float32.
-
-    Rounded after each step as Hugging Face does, hence equal to the bit.
+def settings_of(values):
+    """The fields of a Preprocessing, from all values of a preprocessor_config.json; ValueError
+    where images would come out in different sizes, or in another one than we make.
     """
-    if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (3, *preprocessing.size):
-        wants = ("n", 3, *preprocessing.size)
-        raise ValueError(f"pixels are {pixels.dtype} {tuple(pixels.shape)}, not uint8 {wants}")
-    mean, std = (
-        torch.tensor(numbers, dtype=torch.float32, device=pixels.device)[:, None, None]
-        for numbers in (preprocessing.mean, preprocessing.std)
-    )
-    return ((pixels.double() * preprocessing.rescale).float() - mean) / std
+    size, crops = values["size"], values["do_center_crop"]
+    if isinstance(size, int) and crops:  # as old files say it
+        size = {"shortest_edge": size}
+    edge = size.get("shortest_edge") if isinstance(size, dict) else None
+    exact = both(values["crop_size"] if edge else size)
+    if not values["do_resize"] or (edge and (not crops or size.get("longest_edge"))):
+        raise ValueError("it would make images of different sizes")
+    if not edge and crops and both(values["crop_size"]) != exact:
+        raise ValueError(f"it resizes to {exact} and then crops to {values['crop_size']}")
+    normalise = values["do_normalize"]
+    return {
+        "size": exact,
+        "shortest_edge": edge,
+        "resample": values["resample"],
+        "mean": values["image_mean"] if normalise else (0.0, 0.0, 0.0),
+        "std": values["image_std"] if normalise else (1.0, 1.0, 1.0),
+        "rescale": float(values["rescale_factor"]) if values["do_rescale"] else 1.0,
+    }
 
 
 # --- images of records ----------------------------------------------------------------------------
@@ -298,8 +246,7 @@ class ImageStore:
             if path not in self.known:
                 grey = Image.new("RGB", (64, 64), (128, 128, 128))
                 image = grey if path == GREY else open_image(path)
-                pixels = np.array(self.preprocessing.resized(image))  # (H, W, 3)
-                self.kept.append(torch.from_numpy(pixels).permute(2, 0, 1))
+                self.kept.append(self.preprocessing.pixels(image))
                 self.known[path] = len(self.kept) - 1
         return [self.known[path] for path in paths]
 
@@ -307,7 +254,7 @@ class ImageStore:
         """(len(numbers), 3, H, W) float32; None where there are none."""
         if not len(numbers):
             return None
-        return as_batch(torch.stack([self.kept[i] for i in numbers]), self.preprocessing)
+        return self.preprocessing.normalised(torch.stack([self.kept[i] for i in numbers]))
 
     def of(self, paths):
         """The images of these files, as `images`."""
@@ -351,7 +298,7 @@ def shuffled(paths, seed=0):
         others = by_length[len(own)]
         if own and len(others) < 2:
             raise UserError(
-                f"no other item has {len(own)} images to show in place of {own[0]}; to shuffle "
+                f"no other example has {len(own)} images to show in place of {own[0]}; to shuffle "
                 "them takes two that differ"
             )
         i = rng.randrange(len(others))

@@ -1,16 +1,18 @@
 """The image encoder: a vision transformer (ViT) of CLIP's or of SigLIP's kind.
 
-    x = patches W + positions                a image is cut into P x P patches, as words of a text
+    x = patches W + positions                cut into P x P patches, as a text into words
     x = x + Attention(LayerNorm(x))          every patch sees every patch
-    x = x + MLP(LayerNorm(x))
+    x = x + MLP(LayerNorm(x))                MLP(x) = W_2 activation(W_1 x + b_1) + b_2
 
 ViT: Dosovitskiy et al. 2021 (arXiv:2010.11929). CLIP (Radford et al. 2021, 2103.00020) puts a class
 token in front, whose last state stands for the image. SigLIP (Zhai et al. 2023, 2303.15343) has
-no such token: a learnt query attends to the patches instead.
+no such token: a learnt query attends to the patches instead. The stack of blocks, Encoder, is that
+of CLIP's text tower, too.
 
 Module names equal those of Hugging Face's CLIPVisionModel and SiglipVisionModel, so a state dict
 needs no mapping. Precision: fp32 master weights; `compute_dtype` says in which precision the layers
-compute. Shapes: B images, P patch size, N patches, T = N or N + 1 tokens, C channels, H heads.
+compute. Shapes: B images, P patch size, N patches, T = N or N + 1 tokens, C channels, H heads, D
+head size.
 """
 
 import dataclasses
@@ -21,28 +23,29 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanollm import safetensors
 from nanollm.checkpoint import existing_folder, load_weights, read_json
 from nanollm.config import UserError, atomic_write
-from nanollm.gpt import Linear
-from nanollm.vision.encoder import MLP, Encoder, LayerNorm, attention, check_block, init_blocks
+from nanollm.gpt import Linear, attention_dtype
 from nanollm.vision.images import Preprocessing
 
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 CLIP_KIND, SIGLIP_KIND = "clip_vision_model", "siglip_vision_model"
 ARCHITECTURES = {CLIP_KIND: "CLIPVisionModel", SIGLIP_KIND: "SiglipVisionModel"}
 WHOLE_MODELS = {"clip": CLIP_KIND, "siglip": SIGLIP_KIND}  # folders that hold a text tower too
 # what a Hugging Face config.json means where it is silent
-SILENT = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-}
-SILENT_OF_KIND = {
-    CLIP_KIND: {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    SIGLIP_KIND: {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12) | dict(
+    num_attention_heads=12, image_size=224
+)
+DEFAULTS_OF = {
+    CLIP_KIND: dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
+    SIGLIP_KIND: dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
 }
 
 
@@ -62,10 +65,8 @@ class VisionConfig:
     model_type: str = CLIP_KIND
 
     def __post_init__(self):
-        if self.model_type not in ARCHITECTURES:
-            raise ValueError(f"model_type {self.model_type!r} is not of {', '.join(ARCHITECTURES)}")
         if self.patch_size > self.image_size:
-            raise ValueError(f"a patch of {self.patch_size} exceeds a image of {self.image_size}")
+            raise ValueError(f"a patch of {self.patch_size} exceeds an image of {self.image_size}")
         check_block(self)
 
     @property
@@ -76,6 +77,110 @@ class VisionConfig:
     @property
     def num_patches(self):
         return self.grid**2  # N
+
+
+def check_block(cfg):
+    """ValueError where a block of this shape can't be built."""
+    if cfg.hidden_size % cfg.num_attention_heads:
+        raise ValueError(f"{cfg.num_attention_heads} heads can't share {cfg.hidden_size} channels")
+    if cfg.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act {cfg.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+
+
+# --- the stack of blocks -------------------------------------------------------------------------
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / sqrt(variance + eps) * weight + bias in fp32, handed back in x's precision."""
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+def attention(q, k, v, heads, causal=False):
+    """softmax(q k^T / sqrt(D)) v for q (B, T, C) and k, v (B, S, C), each head on D = C / H of the
+    channels; returns (B, T, C).
+    """
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not causal:
+        # written out, it takes half the time of torch's kernel in fp32, which is the faster one:
+        # 8 to 16 ms, forward and backward, for 64 images of 64 patches on one core
+        y = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1) @ v
+    else:
+        exact = (x.to(attention_dtype(x.device, x.dtype)) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(*exact, is_causal=causal).to(q.dtype)
+    return y.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg, causal):
+        super().__init__()
+        self.heads, self.causal = cfg.num_attention_heads, causal
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, Linear(cfg.hidden_size, cfg.hidden_size))
+
+    def forward(self, x):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attention(q, k, v, self.heads, self.causal))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.activation = ACTIVATIONS[cfg.hidden_act]
+        self.fc1 = Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.fc2 = Linear(cfg.intermediate_size, cfg.hidden_size)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, causal):
+        super().__init__()
+        self.layer_norm1 = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.self_attn = Attention(cfg, causal)
+        self.layer_norm2 = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    """The stack of blocks: (B, T, C) -> (B, T, C). With `depth` only the first so many run."""
+
+    def __init__(self, cfg, causal=False):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(cfg, causal) for _ in range(cfg.num_hidden_layers))
+        self.checkpoint_activations = False  # recompute each block in the backward pass
+
+    def forward(self, x, depth=None):
+        for block in self.layers[:depth]:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+def init_blocks(encoder):
+    """CLIP's initialisation: N(0, 1 / C) for what reads the channels, and what writes to them
+    divided by sqrt(2 layers), so that their sum keeps its size with depth. Biases are zero.
+    """
+    for block in encoder.layers:
+        width = block.mlp.fc1.in_features**-0.5
+        shrink = (2 * len(encoder.layers)) ** -0.5
+        for name, p in block.named_parameters():
+            if name.endswith(("out_proj.weight", "fc2.weight")):
+                nn.init.normal_(p, std=width * shrink)
+            elif name.endswith("fc1.weight"):
+                nn.init.normal_(p, std=width * 2**-0.5)
+            elif name.endswith("proj.weight"):
+                nn.init.normal_(p, std=width)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
 
 # --- the vision transformer ----------------------------------------------------------------------
@@ -141,9 +246,8 @@ class PoolingAttention(nn.Module):
 
     def forward(self, query, x):
         weights, biases = self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype)
-        q, k, v = (
-            F.linear(y, w, b) for y, w, b in zip((query, x, x), weights.chunk(3), biases.chunk(3))
-        )
+        inputs = zip((query, x, x), weights.chunk(3), biases.chunk(3))
+        q, k, v = (F.linear(y, weight, bias) for y, weight, bias in inputs)
         return self.out_proj(attention(q, k, v, self.heads))
 
 
@@ -192,26 +296,15 @@ class ViT(nn.Module):
         Counted as Hugging Face's hidden_states: 0 is what enters the first block, -1 what leaves
         the last. LLaVA reads -2 (Liu et al. 2023, arXiv:2304.08485); blocks above don't run.
         """
-        states = len(self.encoder.layers) + 1
-        if not -states <= layer < states:
-            raise ValueError(f"layer {layer} is not of the {states} states of this ViT")
-        x = self.hidden(images, layer % states)
+        x = self.hidden(images, layer % (len(self.encoder.layers) + 1))
         return x if class_token or self.embeddings.class_embedding is None else x[:, 1:]
 
     def hidden(self, images, depth=None):
         """The tokens after `depth` blocks (all where None), (B, T, C)."""
-        size = self.cfg.image_size
-        if tuple(images.shape[1:]) != (self.cfg.num_channels, size, size):
-            wants = f"(B, {self.cfg.num_channels}, {size}, {size})"
-            raise ValueError(f"images have shape {tuple(images.shape)} instead of {wants}")
         x = self.embeddings(images.to(self.compute_dtype))
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         return self.encoder(x, depth)
-
-    @property
-    def device(self):
-        return self.embeddings.patch_embedding.weight.device
 
 
 # --- model folders -------------------------------------------------------------------------------
@@ -219,31 +312,22 @@ class ViT(nn.Module):
 
 def read_values(cls, values, path, **fixed):
     """The dataclass `cls` filled from a config.json's values; UserError where they don't fit."""
-    known = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in fixed}
+    known = {f.name: type(f.default) for f in dataclasses.fields(cls) if f.name not in fixed}
     given = {name: values[name] for name in known if values.get(name) is not None}
     for name, value in given.items():
-        kind = type(known[name])
-        if kind is str:
-            fits = isinstance(value, str)
-        else:
-            positive = type(value) in (int, kind) and value > 0
-            fits = positive or (value == 0 and name.endswith("_id"))
-        if not fits:
+        fits = isinstance(value, (int, float) if known[name] is float else known[name])
+        if not fits or (not isinstance(value, str) and value < 0):
             raise UserError(f"{path} is incomplete or inconsistent: {name} is {value!r}")
     try:
         return cls(**given, **fixed)
-    except ValueError as e:
+    except (ValueError, ArithmeticError) as e:
         raise UserError(f"{path} describes a model that is not implemented: {e}") from None
 
 
-def read_vision_config(folder):
-    """config.json of a vision tower, or of a model that has one -> VisionConfig."""
-    path = Path(folder) / "config.json"
-    return vision_config_of(read_json(path), path)
-
-
 def vision_config_of(values, path):
-    """The VisionConfig that these values of a config.json mean; `path` is where they stand."""
+    """The VisionConfig that the values of a config.json mean, of a vision tower or a model that has
+    one; `path` is where they stand.
+    """
     kind = values.get("model_type")
     if kind in WHOLE_MODELS:
         values, kind = values.get("vision_config"), WHOLE_MODELS[kind]
@@ -254,27 +338,28 @@ def vision_config_of(values, path):
         raise UserError(f"{path}: model_type {kind!r} is not one of {known}")
     if values.get("vision_use_head") is False:
         raise UserError(f"{path}: a SigLIP without its pooling head is not implemented")
-    values = SILENT | SILENT_OF_KIND[kind] | {k: v for k, v in values.items() if v is not None}
-    return read_values(VisionConfig, values, path, model_type=kind)
+    given = {k: v for k, v in values.items() if v is not None}
+    return read_values(VisionConfig, DEFAULTS | DEFAULTS_OF[kind] | given, path, model_type=kind)
 
 
 def load_vision(folder):
     """(ViT in fp32 on the CPU, its Preprocessing) from a folder that holds a CLIPVisionModel, a
     SiglipVisionModel, or a whole CLIPModel or SiglipModel, whose vision part is taken.
     """
-    folder = existing_folder(folder)
-    vit = ViT(read_vision_config(folder))
-    tensors = safetensors.load_folder(folder)
+    path = existing_folder(folder) / "config.json"
+    vit = ViT(vision_config_of(read_json(path), path))
+    tensors = load_tensors(folder)
     # within a whole model, and in files of older versions, the names have a prefix
     prefix = "vision_model."
     if any(name.startswith(prefix) for name in tensors):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    load_weights(vit, without_ids(tensors), folder)
+    load_weights(vit, tensors, folder)
     return vit, load_preprocessing(folder, vit.cfg)
 
 
-def without_ids(tensors):
-    """Files of older versions hold the numbers 0, 1, 2 ... of the positions as tensors too."""
+def load_tensors(folder):
+    """All tensors but the numbers 0, 1, 2 ... of the positions, which older files hold too."""
+    tensors = safetensors.load_folder(folder)
     return {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
 
 
@@ -296,9 +381,7 @@ def save_vision(vit, preprocessing, folder):
 
 
 def write_folder(config, model, preprocessing, folder):
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     preprocessing.save(folder)
-    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    atomic_write(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
-    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})

@@ -5,8 +5,7 @@
 In the token ids every image stands as n placeholders, and their embeddings are overwritten by the
 projected features; everything else is the GPT as it was (Liu et al. 2023, LLaVA, arXiv:2304.08485).
 
-Shapes: P images, N patches, n tokens per image, B rows, T tokens, C channels. Folders:
-vlm_files.py; rows of training data: image_data.py.
+Shapes: P images, N patches, n tokens per image, B rows, T tokens, C channels.
 """
 
 import dataclasses
@@ -25,14 +24,7 @@ from nanollm.formats import IMAGE
 from nanollm.gpt import GPT, Linear
 from nanollm.tokenizer import Tokenizer
 from nanollm.vision.images import ImageStore
-from nanollm.vision.vit import (
-    CLIP_KIND,
-    ViT,
-    load_preprocessing,
-    load_vision,
-    vision_config_of,
-    without_ids,
-)
+from nanollm.vision.vit import CLIP_KIND, ViT, load_preprocessing, load_tensors, vision_config_of
 
 PROJECTORS = ("linear", "mlp", "pixel_shuffle")
 
@@ -105,7 +97,7 @@ class Projector(nn.Module):
 
 
 class VLM(GPT):
-    """A GPT with eyes: a vision tower, a projector, and the id of the token <image>.
+    """A GPT with a vision tower, a projector, and the id of the token <image>.
 
     `images` (P, 3, H, W) are given in the order in which their placeholders stand in the batch,
     row after row. Rows of text alone have none, and a batch of such rows needs no images. What
@@ -117,23 +109,23 @@ class VLM(GPT):
         class_token: the class token's as well, in front of the patches' (CLIP's kind of tower).
         """
         super().__init__(cfg)
-        if not isinstance(feature_layer, int):
-            raise UserError(f"features of one layer are wanted, not of {feature_layer}")
         layers = vision.cfg.num_hidden_layers
-        if not -layers - 1 <= feature_layer <= layers:
-            raise UserError(f"the vision tower has {layers} layers; there is no {feature_layer}")
-        if class_token and vision.cfg.model_type != CLIP_KIND:
-            raise UserError("this vision tower has no class token; add --no_class_token")
-        if class_token and projector == "pixel_shuffle":
+        if feature_layer not in range(-layers - 1, layers + 1):
             raise UserError(
-                "pixel_shuffle joins patches that stand side by side, and a class token stands "
-                "nowhere; leave it out with --no_class_token"
+                f"the vision tower has {layers} layers; its features can't be those of layer "
+                f"{feature_layer}"
+            )
+        if class_token and (vision.cfg.model_type != CLIP_KIND or projector == "pixel_shuffle"):
+            raise UserError(
+                "add --no_class_token: pixel_shuffle joins neighbouring patches, and a class "
+                "token, which SigLIP's towers don't have, is nobody's neighbour"
             )
         self.vision, self.image_id, self.feature_layer = vision, image_id, feature_layer
         self.class_token = class_token
         self.projector = Projector(vision.cfg.hidden_size, cfg.hidden_size, projector)
+        # n; raises where the projector doesn't fit the patches
+        self.tokens_per_image = self.projector.tokens(vision.cfg.num_patches + class_token)
         self.preprocessing = None  # from a Pillow image to what the vision tower reads
-        self.tokens_per_image  # raises where the projector doesn't fit the patches
 
     def shared(self):
         return {id(self.vision): self.vision}  # it reads each image once: neither copied nor cast
@@ -162,10 +154,6 @@ class VLM(GPT):
         shown = [each for each in images if each is not None and len(each)]
         return torch.cat(shown).to(self.device) if shown else None
 
-    @property
-    def tokens_per_image(self):
-        return self.projector.tokens(self.vision.cfg.num_patches + self.class_token)
-
     def forward(self, tokens, positions=None, mask=None, cache=None, where=None, images=None):
         """As GPT's; images as the class says."""
         hidden = self.hidden(tokens, positions, mask, cache, images)
@@ -193,17 +181,17 @@ class VLM(GPT):
             return x.masked_scatter(where[..., None], self.image_features(images).to(x.dtype))
         if self.training and torch.is_grad_enabled():
             # DDP waits for a gradient of all that is trained, here it is zero
-            eyes = [*self.vision.parameters(), *self.projector.parameters()]
-            x = x + sum(0.0 * p.sum() for p in eyes if p.requires_grad)
+            unused = [*self.vision.parameters(), *self.projector.parameters()]
+            x = x + sum(0.0 * p.sum() for p in unused if p.requires_grad)
         return x
 
     def encode_images(self, images):
-        """(P, 3, H, W) -> what the projector reads, (P, N, C_v). A frozen tower needs to look but
-        once at a image that is read many times.
+        """(P, 3, H, W) -> what the projector reads, (P, N, C_v). A frozen tower needs to encode an
+        image but once, however often it is read.
         """
         self.vision.compute_dtype = self.compute_dtype
-        seen = self.vision.features(images, self.feature_layer, self.class_token)
-        return seen.to(self.compute_dtype)
+        features = self.vision.features(images, self.feature_layer, self.class_token)
+        return features.to(self.compute_dtype)
 
     def image_features(self, images):
         """(P, 3, H, W), or (P, N, C_v) from `encode_images`, -> (P, n, C)."""
@@ -220,25 +208,12 @@ class VLM(GPT):
         the layer whose features are read is frozen in any case: it would get no gradient.
         """
         self.requires_grad_(False)
-        eyes, depth = self.vision, self.feature_layer % (len(self.vision.encoder.layers) + 1)
+        tower, depth = self.vision, self.feature_layer % (len(self.vision.encoder.layers) + 1)
         parts = [self.projector] * projector + [self.model, self.lm_head] * language
-        parts += [eyes.embeddings, eyes.pre_layrnorm, *eyes.encoder.layers[:depth]] * vision
+        parts += [tower.embeddings, tower.pre_layrnorm, *tower.encoder.layers[:depth]] * vision
         for part in parts:
             if part is not None:
                 part.requires_grad_(True)
-
-
-# --- text with images --------------------------------------------------------------------------
-
-
-def image_id_of(tokenizer):
-    """The id of <image>; raises UserError where the tokenizer has none."""
-    if IMAGE not in tokenizer.special:
-        raise UserError(
-            f"this tokenizer has no token {IMAGE}: start from a model of this project, or one "
-            "whose vocabulary has no chat tokens of its own"
-        )
-    return tokenizer.special[IMAGE]
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -251,47 +226,81 @@ PREFIXES = {
     "vision.": "vision_tower.",
     "projector.": "multi_modal_projector.",
 }
-ACTIVATIONS = {"mlp": "gelu", "linear": "linear", "pixel_shuffle": "gelu"}
+ACTIVATIONS = {"linear": "linear", "mlp": "gelu", "pixel_shuffle": "gelu"}  # of each projector
+# what a config.json of LLaVA's means where it is silent
+LLAVA_DEFAULTS = {
+    "projector": "mlp",
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+}
 LLAVA, OURS = "llava", "nanollm_vlm"  # model_type; the second is for what transformers has not
 
 
-def build_vlm(
-    language, tokenizer, vision_folder, projector="mlp", feature_layer=-2, class_token=False
-):
-    """A VLM of a text model (GPT) and the vision tower in a folder, each with its weights, and a
-    new projector between them; its preprocessing is the tower's.
+def image_id_of(tokenizer):
+    """The id of <image>; raises UserError where the tokenizer has none."""
+    if IMAGE not in tokenizer.special:
+        raise UserError(
+            f"this tokenizer has no token {IMAGE}: start from a model of this project, or one "
+            "whose vocabulary has no chat tokens of its own"
+        )
+    return tokenizer.special[IMAGE]
+
+
+def build_vlm(language, tokenizer, vision, preprocessing, projector="mlp", layer=-2, token=False):
+    """A VLM of a text model (GPT) and a vision tower, as load_vision gives it, each with its
+    weights, and a new projector between them; layer and token: feature_layer, class_token of VLM.
 
     Raises UserError where the tokenizer has no <image>, or the projector doesn't fit the patches.
     """
     if isinstance(language, VLM) or language.adapter:
-        raise UserError("a vision tower goes on a whole text model, not on a VLM or an adapter")
-    vision, preprocessing = load_vision(vision_folder)
-    vlm = VLM(language.cfg, vision, projector, image_id_of(tokenizer), feature_layer, class_token)
+        raise UserError(
+            "a vision tower goes on a whole text model, not on one that has a tower or an adapter"
+        )
+    vlm = VLM(language.cfg, vision, projector, image_id_of(tokenizer), layer, token)
     vlm.load_state_dict(language.state_dict(), strict=False)
     vlm.preprocessing = preprocessing
     return vlm
 
 
-def save_vlm(vlm, tokenizer, preprocessing, folder):
+def save_vlm(vlm, tokenizer, folder):
     """Write a model folder; transformers' LlavaForConditionalGeneration and AutoProcessor open it,
     save with pixel_shuffle. Each file is replaced atomically, the weights last.
 
     A linear projector is LLaVA's without activation, and with the identity as second layer.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder)
-    preprocessing.save(folder)
-    write_configs(vlm_config(vlm, tokenizer), tokenizer, folder)
-    cfg, clip = vlm.vision.cfg, vlm.vision.cfg.model_type == CLIP_KIND
+    folder, vision = Path(folder), vlm.vision.cfg
+    clip, known = vision.model_type == CLIP_KIND, vlm.projector.r == 1
+    text = config_json(vlm.cfg, tokenizer, vlm.model.norm.weight.dtype)
+    # which tokens of the tower are features: "default" leaves the class token out
+    strategy = "default" if clip and not vlm.class_token else "full"
+    config = {
+        "architectures": ["LlavaForConditionalGeneration" if known else "VLM"],
+        "model_type": LLAVA if known else OURS,
+        "projector": vlm.projector.kind,
+        "projector_hidden_act": ACTIVATIONS[vlm.projector.kind],
+        "multimodal_projector_bias": True,
+        "image_token_index": vlm.image_id,
+        "image_seq_length": vlm.tokens_per_image,
+        "vision_feature_layer": vlm.feature_layer,
+        "vision_feature_select_strategy": strategy,
+        "tie_word_embeddings": vlm.cfg.tie_word_embeddings,
+        **{name: text[name] for name in ("eos_token_id", "pad_token_id", "torch_dtype")},
+        "text_config": text,
+        "vision_config": dataclasses.asdict(vision),
+    }
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE,
-        "patch_size": cfg.patch_size,
-        "vision_feature_select_strategy": strategy(vlm),
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": strategy,
         "num_additional_image_tokens": int(clip),
     }
-    if vlm.projector.r == 1:
+    tokenizer.save(folder)
+    vlm.preprocessing.save(folder)
+    write_configs(config, tokenizer, folder)
+    if known:
         atomic_write(folder / "processor_config.json", json.dumps(processor, indent=2) + "\n")
     tensors = {name: p.detach().cpu() for name, p in vlm.state_dict().items()}
     if vlm.projector.kind == "linear":
@@ -300,42 +309,6 @@ def save_vlm(vlm, tokenizer, preprocessing, folder):
         tensors["projector.linear_2.bias"] = bias
     tensors = {renamed(name, PREFIXES): tensor for name, tensor in tensors.items()}
     safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def vlm_config(vlm, tokenizer):
-    """What config.json holds."""
-    text = config_json(vlm.cfg, tokenizer, vlm.model.norm.weight.dtype)
-    known = vlm.projector.r == 1
-    vision, kind = dataclasses.asdict(vlm.vision.cfg), vlm.projector.kind
-    return {
-        "architectures": ["LlavaForConditionalGeneration" if known else "VLM"],
-        "model_type": LLAVA if known else OURS,
-        "projector": kind,
-        "projector_hidden_act": ACTIVATIONS[kind],
-        "multimodal_projector_bias": True,
-        "image_token_index": vlm.image_id,
-        "image_seq_length": vlm.tokens_per_image,
-        "vision_feature_layer": vlm.feature_layer,
-        "vision_feature_select_strategy": strategy(vlm),
-        "tie_word_embeddings": vlm.cfg.tie_word_embeddings,
-        **{name: text[name] for name in ("eos_token_id", "pad_token_id", "torch_dtype")},
-        "text_config": text,
-        "vision_config": vision,
-    }
-
-
-def strategy(vlm):
-    """LLaVA's word for which tokens are features: "default" leaves the class token out."""
-    clip = vlm.vision.cfg.model_type == CLIP_KIND
-    return "default" if clip and not vlm.class_token else "full"
-
-
-def chosen_features(values, path):
-    """Does config.json want all tokens of the tower?"""
-    chosen = values.get("vision_feature_select_strategy", "default")
-    if chosen not in ("default", "full"):
-        raise UserError(f"{path}: vision_feature_select_strategy {chosen!r} is unknown")
-    return chosen == "full"
 
 
 def renamed(name, prefixes):
@@ -347,47 +320,40 @@ def renamed(name, prefixes):
 
 
 def load_vlm(folder):
-    """(VLM in fp32 on the CPU, Tokenizer, Preprocessing) from a folder that save_vlm or a
+    """(VLM in fp32 on the CPU, Tokenizer) from a folder that save_vlm or transformers'
     LlavaForConditionalGeneration has written. Raises UserError for what isn't implemented.
     """
     path = Path(folder) / "config.json"
     values = read_json(path)
-    kind = projector_of(values, path)
-    vision_cfg = vision_config_of(values["vision_config"], path)
-    full, clip = chosen_features(values, path), vision_cfg.model_type == CLIP_KIND
-    if not full and not clip:
-        raise UserError(f"{path}: a tower without class token has no features without it")
-    tokenizer = Tokenizer.load(folder)
-    image_id = values.get("image_token_index", values.get("image_token_id"))
-    if image_id != image_id_of(tokenizer):
-        raise UserError(f"{path}: image_token_index {image_id} is not the tokenizer's {IMAGE}")
+    values = LLAVA_DEFAULTS | {"image_token_index": values.get("image_token_id")} | values
+    text, vision = values.get("text_config"), values.get("vision_config")
+    if not isinstance(text, dict) or not isinstance(vision, dict):
+        raise UserError(f"{path} must have a text_config and a vision_config")
+    tokenizer, vision = Tokenizer.load(folder), vision_config_of(vision, path)
+    kind, clip = values["projector"], vision.model_type == CLIP_KIND
+    implemented = {
+        "model_type": (LLAVA, OURS),
+        "projector_hidden_act": (ACTIVATIONS.get(kind),),
+        "multimodal_projector_bias": (True,),
+        "vision_feature_select_strategy": ("default", "full") if clip else ("full",),
+        "image_token_index": (image_id_of(tokenizer),),
+    }
+    for name, choices in implemented.items():
+        if values.get(name) not in choices:
+            must = " or ".join(map(str, choices))
+            raise UserError(f"{path}: {name} must be {must}, not {values.get(name)!r}")
     vlm = VLM(
-        config_of(values["text_config"], path),
-        ViT(vision_cfg),
+        config_of(text, path),
+        ViT(vision),
         kind,
-        image_id,
-        values.get("vision_feature_layer", -2),
-        class_token=full and clip,
+        values["image_token_index"],
+        values["vision_feature_layer"],
+        class_token=clip and values["vision_feature_select_strategy"] == "full",
     )
     back = {"vision_tower.vision_model.": "vision."} | {new: old for old, new in PREFIXES.items()}
-    tensors = {renamed(name, back): x for name, x in safetensors.load_folder(folder).items()}
+    tensors = {renamed(name, back): x for name, x in load_tensors(folder).items()}
     if kind == "linear":
         tensors = {name: x for name, x in tensors.items() if ".linear_2." not in name}
-    load_weights(vlm, without_ids(tensors), folder)
-    vlm.preprocessing = load_preprocessing(folder, vision_cfg)
-    return vlm, tokenizer, vlm.preprocessing
-
-
-def projector_of(values, path):
-    """The kind of projector that a config.json asks for."""
-    if values.get("model_type") not in (LLAVA, OURS):
-        raise UserError(f"{path}: model_type {values.get('model_type')!r} is not {LLAVA}, a VLM's")
-    for part in ("text_config", "vision_config"):
-        if not isinstance(values.get(part), dict):
-            raise UserError(f"{path} has no {part}")
-    kind = values.get("projector", "mlp")
-    if ACTIVATIONS.get(kind) != values.get("projector_hidden_act", "gelu"):
-        raise UserError(f"{path}: projector {kind!r} with this projector_hidden_act is unknown")
-    if not values.get("multimodal_projector_bias", True):
-        raise UserError(f"{path}: a projector without biases is not implemented")
-    return kind
+    load_weights(vlm, tensors, folder)
+    vlm.preprocessing = load_preprocessing(folder, vision)
+    return vlm, tokenizer
