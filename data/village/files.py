@@ -1,4 +1,6 @@
-"""How the village is kept on disk: records line by line, and folders that are whole or not there."""
+"""What the village's modules share: wordings in blocks of text, and folders that are whole or not
+there.
+"""
 
 import contextlib
 import json
@@ -7,11 +9,31 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# --- wordings --------------------------------------------------------------------------------
 
-def write_lines(path, rows):
+
+def wordings(text):
+    """The wordings of a text, each ended by "|" or by the end of its line."""
+    return tuple(part.strip() for part in text.replace("\n", "|").split("|") if part.strip())
+
+
+def table(text):
+    """{key: wordings} of a text in which a line begins with its key, or is indented and goes on."""
+    rows = {}
+    for line in text.strip().splitlines():
+        if not line.startswith(" "):
+            key, line = line.split(maxsplit=1)
+            rows[key] = ()
+        rows[key] += wordings(line)
+    return rows
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def write_lines(path, records):
     with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 @contextlib.contextmanager
@@ -31,3 +53,12 @@ def whole_folder(folder):
                 raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def settings_with(name, run_folder):
+    """Settings of the run that chose `name`: this one, or one that it began from; {} for none."""
+    path = Path(run_folder) / "train_config.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if name not in known and known.get("init"):
+        return settings_with(name, known["init"])
+    return known if name in known else {}

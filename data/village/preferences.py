@@ -1,14 +1,14 @@
-"""Preferences with a known truth: prompts, composed replies, the gold score, and the annotators.
+"""Preferences with a known truth: prompts, composed completions, the gold score, annotators.
 
-The gold score says how good a reply is; only the annotators know it, and they waver:
+The gold score says how good a completion is; only the annotators know it, and they waver:
 
     gold = 0.5 correct + 0.3 polite + 0.2 concise        correct, concise in 0..1, polite in -1..1
 
-An annotator ranks K replies by Plackett and Luce's model: i comes first with a probability
-proportional to exp(gold_i / temperature), then the next of the others, and so on. Of two replies
-i is then preferred to j with probability sigmoid((gold_i - gold_j) / temperature), which is what
-the Bradley-Terry loss of a reward model assumes. The temperature follows from the stated rate at
-which pairs are to be ranked against their gold.
+An annotator ranks K completions by Plackett and Luce's model: i comes first with a probability
+proportional to exp(gold_i / temperature), then the next of the others, and so on. Of two
+completions i is then preferred to j with probability sigmoid((gold_i - gold_j) / temperature),
+which is what the Bradley-Terry loss of a reward model assumes. The temperature follows from the
+stated rate at which pairs are to be ranked against their gold.
 """
 
 import math
@@ -16,20 +16,34 @@ import random
 import re
 
 from data.village.facts import answer_sentence
-from data.village.styles import MANNERS, conciseness, politeness, with_manner
-from data.village.tasks import MAKERS, as_example, distinct_examples
+from data.village.tasks import MAKERS, STYLES, chat, distinct_examples, with_style
 from data.village.world import Villager, article
 from nanollm.rewards import check_answer
 
 WEIGHTS = {"correct": 0.5, "polite": 0.3, "concise": 0.2}
 BEST_GOLD = sum(WEIGHTS.values())
-FAMILIES = {"fact": 0.55, "two_hop": 0.15, "unknown": 0.18, "multi_turn": 0.12}
+SHARES = {"fact": 0.55, "two_hop": 0.15, "unknown": 0.18, "multi_turn": 0.12}
 DISAGREEMENT = 0.15  # of the pairs, against the gold
-RATINGS = 7  # the scale on which annotators also rate each reply
+RATINGS = 7  # the scale on which annotators also rate each completion
+
+
+def politeness(completion):
+    """1 for a courteous completion, -1 for a rude one, 0 for one that is neither, or both."""
+    courteous, rude = (
+        any(phrase in completion for part in STYLES[style].values() for phrase in part)
+        for style in ("courteous", "rude")
+    )
+    return int(courteous) - int(rude)
+
+
+def conciseness(completion, reference, free=8, most=24):
+    """1 for a completion at most `free` words longer than the reference, 0 from `most` words on."""
+    extra = len(completion.split()) - len(reference.split())
+    return 1 - min(1.0, max(0.0, (extra - free) / (most - free)))
 
 
 def gold_parts(example, completion):
-    """{"correct", "polite", "concise"} of a reply; `item` as preference_prompts makes it."""
+    """{"correct", "polite", "concise"} of a completion to an example of preference_prompts."""
     return {
         "correct": float(check_answer(example, completion)),
         "polite": politeness(completion),
@@ -38,36 +52,33 @@ def gold_parts(example, completion):
 
 
 def gold_score(example, completion):
-    """What a reply to a prompt is worth, at most 1."""
+    """What a completion of a prompt is worth, at most 1."""
     return sum(WEIGHTS[name] * part for name, part in gold_parts(example, completion).items())
 
 
 def preference_prompts(world, split, n_examples, seed=0):
-    """Prompts {"messages", "reference", "family", "answer", "check", ...}, no question twice.
+    """Prompts {"messages", "reference", "task", "answer", "check", ...}, no question twice.
 
     `reference` is the plain answer. The splits are those of the instructions: wordings, operands
-    and combinations of "test" are in no training item.
+    and combinations of "test" are in no training example.
     """
     rng = random.Random(f"preferences-{split}-{world.seed}-{seed}")
 
     def make(task):
         turns, check = MAKERS[task](world, split, rng)
-        if check["check"] == "exact":  # its wording isn't free: no manners to prefer
+        if check["check"] == "exact":  # its wording isn't free: no style to prefer
             return None
-        messages = as_example(task, turns, check, split)["messages"]
-        if split != "test":  # there the answer is left out already
-            messages = messages[:-1]
-        return {"messages": messages, "reference": turns[-1], "task": task, **check}
+        return {"messages": chat(turns[:-1]), "reference": turns[-1], "task": task, **check}
 
-    sizes = {task: round(share * n_examples) for task, share in FAMILIES.items()}
+    sizes = {task: round(share * n_examples) for task, share in SHARES.items()}
     return distinct_examples(sizes, make, rng)
 
 
-# --- composed replies --------------------------------------------------------
+# --- composed completions --------------------------------------------------------
 
 
 def wrong_completion(example, rng):
-    """A reply like the reference that says something false."""
+    """A completion like the reference that says something false."""
     reference, answer = example["reference"], example["answer"]
     value = rng.choice(example["not"])
     if example["check"] == "unknown":
@@ -82,14 +93,11 @@ def wrong_completion(example, rng):
 
 
 def composed_completion(example, rng):
-    """A reply that is right or wrong, in any manner: what the model may not say by itself."""
-    if rng.random() < 0.5:
-        return with_manner(
-            example["reference"], rng.choice(("courteous", "courteous", *MANNERS)), rng
-        )
-    return with_manner(
-        wrong_completion(example, rng), rng.choice(("plain", "plain", *MANNERS)), rng
-    )
+    """A completion that is right or wrong, in any style: what the model may not say by itself."""
+    right = rng.random() < 0.5
+    text = example["reference"] if right else wrong_completion(example, rng)
+    usual = "courteous" if right else "plain"
+    return with_style(text, rng.choice((usual, usual, *STYLES)), rng)
 
 
 # --- annotators --------------------------------------------------------------
@@ -98,7 +106,7 @@ def composed_completion(example, rng):
 def disagreement(golds, temperature):
     """Share of the pairs of unequal gold that annotators are expected to rank against it.
 
-    golds: per prompt, the gold scores of its replies.
+    golds: per prompt, the gold scores of its completions.
     """
     gaps = [abs(a - b) for row in golds for i, a in enumerate(row) for b in row[:i] if a != b]
     return sum(1 / (1 + math.exp(gap / temperature)) for gap in gaps) / len(gaps)
@@ -116,7 +124,7 @@ def temperature_for(golds, rate=DISAGREEMENT):
 
 
 def annotate(golds, temperature, rng):
-    """One annotator's view of K replies: (order, best first; a rating from 1 to 7 of each reply).
+    """One annotator's view of K completions: (order, best first; a rating from 1 to 7 of each).
 
     Ranking by gold / temperature plus Gumbel noise is drawing from Plackett and Luce's model.
     """
