@@ -9,7 +9,7 @@ import random
 import zlib
 
 from data.village.facts import tell, tell_two
-from data.village.files import table, wordings
+from data.village.files import wordings
 from data.village.school import school
 from data.village.stories import story
 from data.village.sums import (

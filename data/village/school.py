@@ -11,8 +11,8 @@ from data.village.sums import GOODS
 from data.village.world import split_of
 
 OTHERS = (
-    "circle square triangle star sun rain wind snow storm river forest garden road barn village house "
-    "door table fire feast song story summer winter morning evening money picture paper friend child"
+    "circle square triangle star sun rain wind snow storm river forest garden road barn village "
+    "house door table fire feast song story summer winter morning evening money picture paper friend"
 )
 WORDS = sorted({*OBJECTS["thing"], *OBJECTS["animal"], *GOODS.values(), *OTHERS.split()})
 CONSONANTS, VOWELS = "bdfgklmnprstvwz", "aeiou"
