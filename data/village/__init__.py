@@ -22,12 +22,11 @@ Run     python -m data.village    # prints samples of everything, and the counts
 import argparse
 import json
 import random
-from collections import Counter
 from pathlib import Path
 
 from data.village.corpus import documents
 from data.village.facts import cloze
-from data.village.files import settings_with, whole_folder, write_lines
+from data.village.files import settings_with, show, whole_folder, write_lines
 from data.village.new_domain import new_domain_examples
 from data.village.preferences import preference_prompts
 from data.village.problems import DIFFICULTIES, SHARES_WORKED, lessons, problems, worked
@@ -107,8 +106,4 @@ def main():
         print(f"\n== {kind}: {len(texts)} documents in 1 MB, {sum(map(len, texts)):,} bytes")
         print(*(f"* {text}" for text in rng.sample(texts, args.samples)), sep="\n")
     for name, rows in records(world, args.seed).items():
-        tasks = Counter(row["task"] for row in rows if "task" in row)
-        print(f"\n== {name}: {len(rows)} records", dict(tasks) or "")
-        for row in rng.sample(rows, args.samples):
-            said = "  ".join(f"[{m['role']}] {m['content']}" for m in row.get("messages", ()))
-            print("*", said or row, "-> " + row["answer"] if said and "answer" in row else "")
+        show(name, rows, args.samples, rng)

@@ -13,16 +13,12 @@ from data.village.files import wordings
 from data.village.school import school
 from data.village.stories import story
 from data.village.sums import (
-    add_or_take,
+    drawn,
     equation,
-    product_operands,
     question_of,
     result_of,
     small_sum,
     story_of_goods,
-    three_digit_operands,
-    two_digit_operands,
-    written_product,
     written_steps,
 )
 from data.village.world import ATTRIBUTES, article, capitalise, split_of
@@ -113,15 +109,9 @@ def biography(world, rng):
 
 
 def step_lines(rng, n_lines):
-    """Lines of written steps, all of one kind: two digits mostly, three digits, or products."""
-    kind, lines = rng.choices(("two", "three", "product"), (2, 1, 1))[0], []
-    for _ in range(n_lines):
-        if kind == "product":
-            lines.append(written_product(*product_operands("train", rng)))
-        else:
-            operands = two_digit_operands if kind == "two" else three_digit_operands
-            lines.append(written_steps(*add_or_take(*operands("train", rng), rng)))
-    return "\n".join(lines)
+    """Lines of written steps, all of one kind, two digits mostly."""
+    kind = rng.choices(("two_digits", "three_digits", "products"), (2, 1, 1))[0]
+    return "\n".join(written_steps(*drawn(kind, "train", rng)) for _ in range(n_lines))
 
 
 def ledger(world, rng, n_stories):
@@ -179,7 +169,7 @@ On the paper there {be} {x}.
 
 
 def image(world, rng):
-    """Two or three groups of shapes, where they are, and which group is larger."""
+    """Two or three groups of shapes, and where they are."""
     kinds = rng.sample([f"{c} {s}" for c in COLOURS for s in SHAPES], rng.choice((2, 2, 3)))
     numbers = [rng.choice((1, 1, 2, 3, 4, 5)) for _ in kinds]
     kinds = [rng.choice(("", "", "small ", "large ")) + kind for kind in kinds]
@@ -191,16 +181,14 @@ def image(world, rng):
     ]
     x = ", ".join(named[:-1]) + " and " + named[-1]
     sentences = [rng.choice(IMAGE_OPENINGS).format(x=x, be=be[0])]
-    for i, j in zip(range(len(kinds)), range(1, len(kinds))):
-        one, opposite = rng.choice(SIDES)
+    for i in range(len(nouns) - 1):
+        side, opposite = rng.choice(SIDES)
         if rng.random() < 0.5:
-            sentences.append(f"The {nouns[i]} {be[i]} {one} the {nouns[j]}.")
+            sentences.append(f"The {nouns[i]} {be[i]} {side} the {nouns[i + 1]}.")
         else:
-            sentences.append(f"{capitalise(opposite)} the {nouns[i]} you see the {nouns[j]}.")
-        if rng.random() < 0.4:
-            than = "as many {} as {}" if numbers[i] == numbers[j] else "more {} than {}"
-            many, few = (i, j) if numbers[i] > numbers[j] else (j, i)
-            sentences.append(f"There are {than.format(kinds[many] + 's', kinds[few] + 's')}.")
+            sentences.append(f"{capitalise(opposite)} the {nouns[i]} you see the {nouns[i + 1]}.")
+        if numbers[i] > numbers[i + 1]:
+            sentences.append(f"There are more {nouns[i]} than {kinds[i + 1]}s.")
     if rng.random() < 0.35:
         sentences.append(f"Together there are {sum(numbers)} shapes.")
     return " ".join(sentences)

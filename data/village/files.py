@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 # --- wordings --------------------------------------------------------------------------------
@@ -34,6 +35,14 @@ def table(text):
 def write_lines(path, records):
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def show(name, records, n_samples, rng):
+    """Print how many records there are, of each task, and some of them."""
+    print(f"\n== {name}: {len(records)} records", *Counter(r.get("task") for r in records).items())
+    for record in rng.sample(records, n_samples):
+        said = "  ".join(f"[{m['role']}] {m['content']}" for m in record.get("messages", ()))
+        print("*", record.get("image", ""), said or record, said and record.get("answer", ""))
 
 
 @contextlib.contextmanager

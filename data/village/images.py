@@ -1,7 +1,8 @@
 """Images of the village, with captions, dialogues, tests and problems, as files.
 
     scenes.py           what is in an image, and the drawing
-    image_questions.py  the image in words; questions, their answers, and the checker
+    image_questions.py  questions, their answers, and the checker
+    image_examples.py   captions, and which questions are asked: dialogues, tests, problems
     images.py           the splits, and their files
 
 Run     python -m data.village.images                     # prints samples and counts
@@ -11,24 +12,22 @@ Run     python -m data.village.images                     # prints samples and c
 import argparse
 import json
 import random
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
 
-from data.village.files import settings_with, whole_folder, write_lines
-from data.village.image_questions import (
-    TASKS,
+from data.village.files import settings_with, show, whole_folder, write_lines
+from data.village.image_examples import (
     Balance,
     caption,
     describe_example,
     dialogue,
-    guess_accuracy,
     problems,
     question_examples,
     reader_dialogues,
 )
+from data.village.image_questions import TASKS
 from data.village.scenes import SMALLEST, draw, random_scene, vary
 
 __all__ = ["SMALLEST", "draw", "of_run", "prepare"]
@@ -117,7 +116,7 @@ def of_run(run_folder):
 
 
 def main(argv=None):
-    """Print samples of every file, how many records each has, and what a guess gets."""
+    """Print samples of every file, and how many records each has."""
     parser = argparse.ArgumentParser(description="Print samples of the images, and the counts.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=4, help="samples of each kind")
@@ -125,13 +124,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for split, scenes in split_scenes(args.seed, 600).items():
         for name, rows in records(split, scenes, args.seed).items():
-            tasks = Counter(row["task"] for row in rows if "task" in row)
-            print(f"\n== {name}: {len(rows)} records", dict(tasks) or "")
-            for row in random.Random(0).sample(rows, args.samples):
-                said = "  ".join(f"[{m['role']}] {m['content']}" for m in row.get("messages", ()))
-                print("*", row.get("image", ""), row.get("caption", said), row.get("answer", ""))
-            if name in ("questions_test", "combos_test"):
-                print("guess:", {t: f"{share:.0%}" for t, share in guess_accuracy(rows).items()})
+            show(name, rows, args.samples, random.Random(0))
     if args.sheet:
         rng, sheet = random.Random(args.seed), Image.new("RGB", (6 * 192, 4 * 192))
         for i in range(24):

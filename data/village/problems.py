@@ -15,20 +15,15 @@ import random
 
 from data.village.files import wordings
 from data.village.sums import (
-    add_or_take,
+    DRAWN,
+    drawn,
     equation,
-    product_operands,
     question_of,
     result_of,
-    small_sum,
     story_of_goods,
-    three_digit_operands,
-    two_digit_operands,
-    written_product,
     written_steps,
 )
 from data.village.tasks import chat, distinct_examples, user_turns
-from data.village.world import split_of
 
 ASKS = wordings("""
 How many {goods} does {n} have now? | How many {goods} are left to {n}?
@@ -38,60 +33,22 @@ FINAL = wordings("""
 Give the final answer. | Only the number, please. | So what is the result? | Now the answer alone.
 """)
 
-# --- one problem at a time: (question, steps, answer) ------------------------
-
-
-def easy(world, split, rng):
-    while True:
-        a, sign, b = small_sum(rng)
-        if split_of("easy", *sorted((a, b))) == split:
-            break
-    return question_of(a, sign, b, rng), equation(a, sign, b), result_of(a, sign, b)
-
-
-def two_digits(world, split, rng):
-    """The operands that the corpus and the chat examples hold out, too."""
-    return column_problem(*two_digit_operands(split, rng), rng)
-
-
-def three_digits(world, split, rng):
-    return column_problem(*three_digit_operands(split, rng), rng)
-
-
-def column_problem(a, b, rng):
-    problem = add_or_take(a, b, rng)
-    return question_of(*problem, rng), written_steps(*problem), result_of(*problem)
-
-
-def products(world, split, rng):
-    a, b = product_operands(split, rng)
-    return question_of(a, "*", b, rng), written_product(a, b), a * b
-
-
-def two_steps(world, split, rng, n_steps=2):
-    said, sentences, equations = story_of_goods(world, split, rng, n_steps)
-    sentences.append(rng.choice(ASKS).format(**said))
-    steps = [equation(*each) for each in equations]
-    return " ".join(sentences), " ".join(steps), result_of(*equations[-1])
-
-
-def three_steps(world, split, rng):
-    return two_steps(world, split, rng, 3)
-
-
-# --- whole splits -------------------------------------------------------------
-
-DIFFICULTIES = {
-    "easy": easy,
-    "two_digits": two_digits,
-    "three_digits": three_digits,
-    "products": products,
-    "two_steps": two_steps,
-    "three_steps": three_steps,
-}
+DIFFICULTIES = ("easy", *DRAWN, "two_steps", "three_steps")
 # How many solutions people write out: the longer, the fewer.
 SHARES_WORKED = {"easy": 0.7, "two_digits": 0.7, "three_digits": 0.45}
 SHARES_WORKED |= {"products": 0.4, "two_steps": 0.7, "three_steps": 0.4}
+
+
+def problem_of(difficulty, world, split, rng):
+    """(question, steps, answer)."""
+    if not difficulty.endswith("_steps"):
+        numbers = drawn(difficulty, split, rng)
+        steps = (equation if difficulty == "easy" else written_steps)(*numbers)
+        return question_of(*numbers, rng), steps, result_of(*numbers)
+    n_steps = 2 if difficulty == "two_steps" else 3
+    said, sentences, equations = story_of_goods(world, split, rng, n_steps)
+    question = " ".join([*sentences, rng.choice(ASKS).format(**said)])
+    return question, " ".join(equation(*each) for each in equations), result_of(*equations[-1])
 
 
 def problems(world, split, n_each, seed=0):
@@ -102,9 +59,9 @@ def problems(world, split, n_each, seed=0):
     rng = random.Random(f"problems-{split}-{world.seed}-{seed}")
 
     def make(task):
-        question, steps, answer = DIFFICULTIES[task](world, split, rng)
+        question, steps, answer = problem_of(task, world, split, rng)
         example = {"messages": chat([question]), "answer": str(answer), "check": "number"}
-        difficulty = 1 + list(DIFFICULTIES).index(task)
+        difficulty = 1 + DIFFICULTIES.index(task)
         return {**example, "task": task, "difficulty": difficulty, "steps": steps}
 
     return distinct_examples(dict.fromkeys(DIFFICULTIES, n_each), make, rng)

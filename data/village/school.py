@@ -12,7 +12,8 @@ from data.village.world import split_of
 
 OTHERS = (
     "circle square triangle star sun rain wind snow storm river forest garden road barn village "
-    "house door table fire feast song story summer winter morning evening money picture paper friend"
+    "house door table fire feast song story summer winter morning evening money picture paper "
+    "friend child"
 )
 WORDS = sorted({*OBJECTS["thing"], *OBJECTS["animal"], *GOODS.values(), *OTHERS.split()})
 CONSONANTS, VOWELS = "bdfgklmnprstvwz", "aeiou"

@@ -59,42 +59,18 @@ LOST = table("""
    Since then {n} ties a ribbon to every {thing}. | They went home and told the story.
 """)
 VISIT = table("""
-1  {season} {n} went to see {his} best friend {friend}.
-   {season} {friend}, the best friend of {n}, was at home and {n} came to visit.
-2  {n} and {friend} sat in the kitchen and talked about {a_thing}.
-   "I have found {a_thing}," said {friend}. {n} wanted to see it.
-   {friend} told {n} about {a_mood} {animal}.
-3  {weather}
-4  {n} likes {food} best, and so they ate {food}.
-   "May I have some more {food}?" asked {n}, and {friend} laughed.
-5  When it was dark, {n} walked home to the house by the {home}.
-   In the evening they stood at the {colour} door of {n} and looked at the stars.
-6  "Come again soon," said {n}. | It was a good day for {n} and {friend}.
-   {n} and {friend} will meet again next week.
-""")
-WORK = table("""
-1  {season} there was much work for {n} the {job}.
-   {season} somebody asked {n} the {job} for help.
-2  {weather} | A stranger stood before the {colour} door of {n}.
-   The {pet} of {n} was still asleep.
-3  "I need {a_job}," said {m}. "Here I am," said {n}.
-   {m} looked on and learned how {a_job} works.
+1  {season} {n} the {job} got a letter from {town}. | {season} {n} dreamed of {town}.
+   {season} {n} went to see {his} best friend {friend}. | {season} {n} the {job} met {friend}.
+2  {n} and {friend} sat behind the {colour} door of {n} and talked about {a_thing}.
    {m} asked: "Is it hard to be {a_job}?" "Only on Mondays," said {n}.
-4  At noon {n} ate {food} and rested. | At noon {n} fed the {pet}.
-   At noon {n} sang a song from {town}.
-5  When the work was done, {n} got {a_thing} as a present.
-   In the evening {m} paid {number} pennies and thanked {n}.
-   "Well done," said {m}, and {n} the {job} was proud.
-""")
-JOURNEY = table("""
-1  {season} {n} got a letter from {town}. | {season} {n} dreamed of {town}, where {he} was born.
-2  The road to {town} is long, and {n} took {a_thing} along.
-   {n} asked {m} to look after the {pet}. | {n} locked the {colour} door and walked away.
-3  {weather} | On the way {n} met {a_mood} {animal}.
-4  In {town} everything looked smaller than before. | The people of {town} still knew {n}.
-5  Then {n} went home to the {home}. | After {number} days {n} came back to the {colour} door.
-6  The {pet} was glad to see {n}. | Supper was on the table: {food}.
-   {m} wanted to hear everything about {town}.
+   "I need {a_job}," said {m}. "Here I am," said {n}. | At noon {n} fed the {pet}.
+3  {weather} | The {pet} of {n} was asleep. | On the way {n} met {a_mood} {animal}.
+4  {n} likes {food} best, and so they ate {food}. | The people of {town} still know {n}.
+   "May I have some more {food}?" asked {n}. | {friend} told {n} about {a_mood} {animal}.
+5  When it was dark, {n} walked home to the house by the {home}. | {m} thanked {n}.
+   In the evening {n} stood at the {colour} door and looked at the stars.
+6  The {pet} was glad to see {n}. | "Come again soon," said {n}. | Supper was on the table: {food}.
+   {m} paid {number} pennies, and {n} the {job} was proud. | It was a good day for {n}.
 """)
 LETTERS = table("""
 1  {season} {Who} painted a sign for the {spot}. | {season} {Who} wanted to learn the letters.
@@ -108,8 +84,7 @@ LETTERS = table("""
    "And how do you write {mood}?" asked {m}. "{MOOD}," said {n}.
 5  At last {n} wrote THE END. | {n} was proud of the big letters. | Now everybody can read it.
 """)
-OWN = (VISIT, WORK, JOURNEY)  # told only of villagers, since they speak of facts
-PLOTS = (LOST, LOST, LETTERS, LETTERS, *OWN)
+PLOTS = (LOST, LETTERS, VISIT)  # the last is told only of villagers, since it speaks of facts
 
 
 def story(world, rng):
@@ -119,7 +94,7 @@ def story(world, rng):
     if hero.facts["friend"] == second.name:  # "her friend Tobin" and "Tobin" would be one person
         second = rng.choice([v for v in world.villagers if v not in (hero, second)])
     known = hero.facts | {key: rng.choice(words) for key, words in OBJECTS.items()}
-    if plot in OWN or rng.random() < 0.7:
+    if plot is VISIT or rng.random() < 0.7:
         name, pronoun = hero.name, hero.pronoun
         who = rng.choice(EPITHETS).format(n=name, **with_forms(hero.facts))
     else:

@@ -47,44 +47,37 @@ def held_out(a, b):
     return rest if low > 9 and rest in (3, 5) else 0
 
 
-# --- operands, at random and of a split --------------------------------------
-
-
 def small_sum(rng):
-    """(a, sign, b) up to 20."""
+    """(a, sign, b) up to 20, as texts tell of; no split."""
     while True:
         a, b, sign = rng.randint(1, 20), rng.randint(1, 9), rng.choice("+-")
         if 0 <= result_of(a, sign, b) <= 20:
             return a, sign, b
 
 
-def two_digit_operands(split, rng):
-    residue = {"train": 0, "val": 5, "test": 3}[split]
+DRAWN = {  # difficulty: signs, and from where to where the two numbers go
+    "two_digits": ("+-", (10, 99), (10, 99)),
+    "three_digits": ("+-", (100, 999), (100, 999)),
+    "products": ("*", (11, 999), (2, 9)),
+}
+
+
+def drawn(difficulty, split, rng):
+    """A sum (a, sign, b) of this difficulty, whose numbers belong to this split; never negative."""
     while True:
-        a, b = rng.randint(10, 99), rng.randint(10, 99)
-        if held_out(a, b) == residue:
-            return a, b
-
-
-def three_digit_operands(split, rng):
-    while True:
-        a, b = rng.randint(100, 999), rng.randint(100, 999)
-        if split_of("three", *sorted((a, b))) == split:
-            return a, b
-
-
-def product_operands(split, rng):
-    """Two or three digits, and one digit."""
-    while True:
-        a, b = rng.randint(*rng.choice(((11, 99), (100, 999)))), rng.randint(2, 9)
-        if split_of("product", a, b) == split:
-            return a, b
-
-
-def add_or_take(a, b, rng):
-    """(a, sign, b), the larger first where the smaller is taken from it."""
-    sign = rng.choice("+-")
-    return (max(a, b), sign, min(a, b)) if sign == "-" else (a, sign, b)
+        if difficulty == "easy":
+            a, sign, b = small_sum(rng)
+        else:
+            signs, first, second = DRAWN[difficulty]
+            a, sign, b = rng.randint(*first), rng.choice(signs), rng.randint(*second)
+        if difficulty == "products" and rng.random() < 0.5:
+            a = rng.randint(11, 99)
+        if difficulty == "two_digits":
+            fits = held_out(a, b) == {"train": 0, "val": 5, "test": 3}[split]
+        else:
+            fits = split_of(difficulty, *sorted((a, b))) == split
+        if fits:
+            return (max(a, b), sign, min(a, b)) if sign == "-" else (a, sign, b)
 
 
 # --- questions and written steps ---------------------------------------------
@@ -102,48 +95,32 @@ def equation(a, sign, b):
     return f"{a} {sign} {b} = {result_of(a, sign, b)}."
 
 
-def digits_of(number):
-    """From the ones on."""
-    return [int(digit) for digit in reversed(str(number))]
-
-
 def written_steps(a, sign, b):
-    """Column addition or subtraction (a >= b for "-") of numbers with as many digits, in this form:
+    """The sum digit by digit, from the ones on, in one of these forms. For "+" and "-" both numbers
+    have as many digits, and a >= b; in products b has one digit.
 
     27 + 35: 7 + 5 = 12, write 2 carry 1; 2 + 3 + 1 = 6, write 6; so 27 + 35 = 62.
     62 - 35: 12 - 5 = 7, write 7 borrow 1; 6 - 3 - 1 = 2, write 2; so 62 - 35 = 27.
-    """
-    tops, bottoms = digits_of(a), digits_of(b)
-    bottoms += [0] * (len(tops) - len(bottoms))
-    lines, carry = [], 0
-    for i, (top, bottom) in enumerate(zip(tops, bottoms)):
-        before = f" {sign} {carry}" if i else ""
-        if sign == "+":
-            total, word = top + bottom + carry, "carry"
-            carry, digit = divmod(total, 10)
-        else:
-            borrow, word = int(top < bottom + carry), "borrow"
-            top += 10 * borrow
-            total = digit = top - bottom - carry
-            carry = borrow
-        last = i == len(tops) - 1
-        step = f"{top} {sign} {bottom}{before} = {total}, write "
-        lines.append(step + (str(total) if last else f"{digit} {word} {carry}"))
-    return f"{a} {sign} {b}: {'; '.join(lines)}; so {equation(a, sign, b)}"
-
-
-def written_product(a, b):
-    """a times one digit b, from the ones on, in the form
-
     34 * 6: 4 * 6 = 24, write 4 carry 2; 3 * 6 = 18, 18 + 2 = 20, write 20; so 34 * 6 = 204.
     """
-    digits, lines, carry = digits_of(a), [], 0
-    for i, digit in enumerate(digits):
-        total = digit * b + carry
-        step = f"{digit} * {b} = {digit * b}" + (f", {digit * b} + {carry} = {total}" if i else "")
-        carry, last = total // 10, i == len(digits) - 1
-        lines.append(f"{step}, write " + (str(total) if last else f"{total % 10} carry {carry}"))
-    return f"{a} * {b}: {'; '.join(lines)}; so {equation(a, '*', b)}"
+    tops = [int(digit) for digit in reversed(str(a))]
+    bottoms = [b] * len(tops) if sign == "*" else [int(digit) for digit in reversed(str(b))]
+    steps, carry = [], 0
+    for i, (top, bottom) in enumerate(zip(tops, bottoms)):
+        left = 10 * (sign == "-" and top < bottom + carry)
+        if sign == "*":
+            total = top * bottom + carry
+            more = f", {top * bottom} + {carry} = {total}" if i else ""
+            said = f"{top} * {bottom} = {top * bottom}{more}"
+        else:
+            top += left
+            total = result_of(result_of(top, sign, bottom), sign, carry)
+            said = f"{top} {sign} {bottom}" + (f" {sign} {carry}" if i else "") + f" = {total}"
+        carry = left // 10 if sign == "-" else total // 10
+        word = "borrow" if sign == "-" else "carry"
+        last = i == len(tops) - 1
+        steps.append(f"{said}, write " + (str(total) if last else f"{total % 10} {word} {carry}"))
+    return f"{a} {sign} {b}: {'; '.join(steps)}; so {equation(a, sign, b)}"
 
 
 # --- stories -----------------------------------------------------------------

@@ -10,7 +10,7 @@ import random
 from data.village.facts import answer_sentence
 from data.village.files import table, wordings
 from data.village.school import WORDS
-from data.village.sums import add_or_take, question_of, result_of, two_digit_operands, written_steps
+from data.village.sums import drawn, question_of, result_of, written_steps
 from data.village.world import ATTRIBUTES, CASES, POOLS, capitalise, split_of
 
 SHARES = {  # of the training examples
@@ -219,7 +219,7 @@ def two_hop(world, split, rng):
 
 def arithmetic(world, split, rng):
     """Two-digit sums and differences with written steps."""
-    problem = add_or_take(*two_digit_operands(split, rng), rng)
+    problem = drawn("two_digits", split, rng)
     check = {"answer": str(result_of(*problem)), "check": "number"}
     return [question_of(*problem, rng), written_steps(*problem)], check
 
