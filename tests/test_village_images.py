@@ -4,32 +4,38 @@ import json
 import math
 import random
 import re
-from collections import Counter
-from pathlib import Path
+from collections import Counter, defaultdict
+from dataclasses import asdict
 
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageDraw
 
 from data.village import images as village_images
-from data.village.captions import DESCRIBE, caption, description
-from data.village.image_examples import blind_guess, tells
-from data.village.image_questions import FAMILIES, LOOKS, STEPS, WORDINGS, is_true, read
-from data.village.images import answer_of, prepare, records, split_scenes
+from data.village.image_examples import DESCRIBE, caption, description, tells
+from data.village.image_questions import (
+    LOOKS,
+    STEPS,
+    TASKS,
+    WORDINGS,
+    answer_of,
+    is_true,
+    names_held_out,
+    read,
+)
+from data.village.images import prepare, records, split_scenes
 from data.village.scenes import (
     CELL,
     COLOURS,
-    DRAWN,
     HELD_OUT,
     KINDS,
     PLACES,
     SEASONS,
     UNITS,
     Group,
-    Pen,
     Scene,
     draw,
+    draw_object,
     layout,
-    random_scene,
     row_of,
     tinted,
 )
@@ -37,16 +43,10 @@ from data.village.tasks import user_turns
 from nanollm.rewards import check_answer
 
 N_TRAIN = 300
-VILLAGE = Scene(
-    "autumn",
-    "day",
-    (
-        Group("cup", "red", "big", "left", 1),
-        Group("candle", "yellow", "small", "right", 3),
-        Group("lantern", "blue", "small", "left", 2),
-    ),
-    7,
-)
+CUP = Group("cup", "red", "big", "left", 1)
+CANDLES = Group("candle", "yellow", "small", "right", 3)
+LANTERNS = Group("lantern", "blue", "small", "left", 2)
+VILLAGE = Scene("autumn", "day", (CUP, CANDLES, LANTERNS), 7)
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +56,13 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def files(scenes):
-    """{split: {name: records}}, and the scene of every image."""
+    """{split: {name: records}}."""
     return {split: records(split, scenes[split], 0) for split in scenes}
 
 
 @pytest.fixture(scope="module")
 def scene_of(scenes):
-    return {
-        f"{split}/{i:05}.png": scene for split in scenes for i, scene in enumerate(scenes[split])
-    }
+    return {f"{name}/{i:05}.png": s for name in scenes for i, s in enumerate(scenes[name])}
 
 
 def turns(example):
@@ -86,55 +84,57 @@ def test_the_same_seed_gives_the_same_scenes_and_pixels_and_another_seed_others(
 def test_no_scene_is_in_two_splits_and_the_tests_do_not_depend_on_the_training(scenes):
     truths = [scene.truth for split in scenes.values() for scene in split]
     assert len(set(truths)) == len(truths)
-    assert {split: len(drawn) for split, drawn in scenes.items()} == {
-        "train": N_TRAIN,
-        "val": 200,
-        "test": 400,
-        "combos": 150,
-    }
+    sizes = {split: len(drawn) for split, drawn in scenes.items()}
+    assert sizes == {"train": N_TRAIN, "val": 200, "test": 400, "combos": 150}
     assert split_scenes(0, 20)["test"] == scenes["test"]
+
+
+def test_four_training_scenes_in_a_row_differ_from_the_first_in_one_thing(scenes):
+    changed = Counter()
+    for first in range(0, N_TRAIN, 4):
+        one, *others = scenes["train"][first : first + 4]
+        for other in others:
+            assert (one.season, len(one.groups)) == (other.season, len(other.groups))
+            pairs = [(a, b) for a, b in zip(one.groups, other.groups) if a != b]
+            things = [k for a, b in pairs for k, v in asdict(a).items() if v != asdict(b)[k]]
+            assert len(things) == 1 or things == ["colour", "colour"], (one, other)
+            changed[" ".join(things)] += 1
+    assert min(changed.values()) > 5 and len(changed) == 5
 
 
 def test_nothing_overlaps_leaves_the_frame_or_its_third_of_the_image(scenes):
     for scene in scenes["test"] + scenes["combos"]:
         objects = layout(scene)
-        assert Counter(group.kind for group, *_ in objects) == {
-            group.kind: group.number for group in scene.groups
-        }
+        numbers = Counter(group.kind for group, *_ in objects)
+        assert numbers == {group.kind: group.number for group in scene.groups}
         for i, (group, x, y, half, _) in enumerate(objects):
-            assert half <= y <= UNITS - half
             left = PLACES.index(group.place) * CELL
-            assert left <= x - half and x + half <= left + CELL
-            assert all(
-                max(abs(x - u), abs(y - v)) >= half + other - 1e-9
-                for _, u, v, other, _ in objects[:i]
-            )
+            assert half <= y <= UNITS - half and left <= x - half and x + half <= left + CELL
+            for _, u, v, other, _ in objects[:i]:
+                assert max(abs(x - u), abs(y - v)) >= half + other - 1e-9
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("turn", (1, -1))
 def test_an_object_fills_its_square_and_stays_in_it(kind, turn):
     image = Image.new("RGB", (400, 400))
-    pen = Pen(image, 1)
-    pen.outline = 0.11 * 100
-    DRAWN[kind](pen, 200, 200, 100, (255, 255, 255), turn)
+    draw_object(ImageDraw.Draw(image), kind, 200, 200, 100, (255, 255, 255), turn)
     left, top, right, bottom = image.getbbox()
     assert min(left, top) >= 95 and max(right, bottom) <= 305  # half an outline more
     assert right - left >= 140 and bottom - top >= 180
 
 
 def test_a_small_object_measures_nine_pixels():
-    one = Scene("winter", "day", (Group("bell", "blue", "small", "left", 1),), 3)
-    white = Scene("winter", "day", (), 3)
-    left, top, right, bottom = ImageChops.difference(draw(one), draw(white)).getbbox()
+    bell = Scene("winter", "day", (Group("bell", "blue", "small", "left", 1),), 3)
+    nothing = Scene("winter", "day", (), 3)
+    left, top, right, bottom = ImageChops.difference(draw(bell), draw(nothing)).getbbox()
     assert right - left >= 9 and bottom - top >= 9
 
 
 def test_another_colour_changes_the_pixels_of_the_object_alone():
-    cup, *others = VILLAGE.groups
-    blue = Scene("autumn", "day", (Group("cup", "blue", "big", "left", 1), *others), 7)
+    blue = Scene("autumn", "day", (Group("cup", "blue", "big", "left", 1), CANDLES, LANTERNS), 7)
     changed = ImageChops.difference(draw(VILLAGE, 64), draw(blue, 64)).getbbox()
-    x, y, half = next(placed[1:4] for placed in layout(VILLAGE) if placed[0] == cup)
+    x, y, half = next(placed[1:4] for placed in layout(VILLAGE) if placed[0] == CUP)
     assert changed[0] >= x - half - 1 and changed[2] <= x + half + 1
     assert changed[1] >= y - half - 1 and changed[3] <= y + half + 1
     assert changed[2] - changed[0] > 9
@@ -147,21 +147,29 @@ def test_every_season_paints_other_trees_and_another_ground():
     assert len(grounds) == len(trees) == 4
 
 
-def test_a_image_too_small_for_its_objects_is_refused():
+def test_an_image_too_small_for_its_objects_is_refused():
     with pytest.raises(ValueError, match="at least 32 pixels"):
         draw(VILLAGE, 16)
 
 
-def test_every_group_has_a_tint_of_its_colour():
-    red = [tinted(VILLAGE.groups[0], seed) for seed in range(50)]
-    assert len(set(red)) > 40
-    for tint in red:
-        distances = {name: math.dist(tint, colour) for name, colour in COLOURS.items()}
-        assert min(distances, key=distances.get) == "red"
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("colour", COLOURS)
+def test_every_object_looks_like_its_colour_as_every_painter_mixes_it(kind, colour):
+    tints = [tinted(Group(kind, colour, "small", "left", 1), seed) for seed in range(50)]
+    assert len(set(tints)) > 40
+    for tint in tints:
+        assert min(COLOURS, key=lambda name: math.dist(tint, COLOURS[name])) == colour
+    image = draw(Scene("winter", "day", (Group(kind, colour, "small", "middle", 1),), 3))
+    near = Counter(
+        min(COLOURS, key=lambda name: math.dist(pixel, COLOURS[name]))
+        for pixel in image.getdata()
+        if max(pixel) - min(pixel) > 90
+    )
+    assert near[colour] > 0.6 * sum(near.values()), near
 
 
 def test_a_scene_comes_back_from_its_record():
-    assert Scene.from_dict(json.loads(json.dumps(VILLAGE.as_dict()))) == VILLAGE
+    assert Scene.from_dict(json.loads(json.dumps(asdict(VILLAGE)))) == VILLAGE
 
 
 # --- captions ---------------------------------------------------------------------
@@ -195,74 +203,54 @@ def test_a_description_tells_everything_the_sky_first():
 # --- questions --------------------------------------------------------------------
 
 
-def test_every_answer_in_a_dialogue_is_true(files, scene_of):
-    asked = Counter()
+def test_every_answer_in_a_dialogue_is_true_and_nothing_is_asked_twice(files, scene_of):
+    asked, steps = Counter(), Counter()
     for split in ("train", "val"):
         for example in files[split][f"questions_{split}"]:
             assert example["messages"][0]["content"].startswith("<image>\n")
+            tasks = [read(question).task for question, _ in turns(example)]
+            assert len(set(tasks)) == len(tasks) <= 4
             for question, answer in turns(example):
                 assert is_true(scene_of[example["image"]], question, answer), (question, answer)
-                asked[read(question).task] += 1
-    assert set(asked) == set(FAMILIES) and min(asked.values()) > 100
+                assert answer.count("<think>") == answer.count("</think>") <= 1
+                steps[answer.startswith("<think>")] += read(question).task in STEPS
+            asked.update(tasks)
+    assert set(asked) == set(TASKS) and min(asked.values()) > 100
+    assert 0.68 < steps[True] / sum(steps.values()) < 0.82  # three of four that need steps
 
 
-def test_every_test_answer_is_the_checkers(files, scene_of):
-    for name in ("questions_test", "problems_test", "combos_test"):
-        for example in files["combos" if name == "combos_test" else "test"][name]:
-            (question,) = user_turns(example)
-            assert answer_of(scene_of[example["image"]], question) == example["answer"]
-            assert read(question).task == example["task"]
-            assert check_answer(example, f"It is {example['answer']}.")
+@pytest.mark.parametrize("name", ["questions_test", "problems_test", "combos_test"])
+def test_every_test_answer_is_the_checkers(files, scene_of, name):
+    for example in files["combos" if name == "combos_test" else "test"][name]:
+        (question,) = user_turns(example)
+        assert answer_of(scene_of[example["image"]], question) == example["answer"]
+        assert read(question).task == example["task"]
+        assert check_answer(example, f"It is {example['answer']}.")
 
 
-def test_three_of_four_answers_that_need_steps_have_them(files):
-    worked = [
-        answer.startswith("<think>")
-        for example in files["train"]["questions_train"]
-        for question, answer in turns(example)
-        if read(question).task in STEPS
-    ]
-    assert 0.68 < sum(worked) / len(worked) < 0.82
-    for example in files["train"]["questions_train"]:
-        for _, answer in turns(example):
-            assert answer.count("<think>") == answer.count("</think>") <= 1
+ANSWERS = """
+yes: Are there any red cups? | no: Do you see any blue cups? | no: Are there any baskets?
+3: How many yellow candles are there? | 0: Count the red candles. | red: What colour is the cup?
+right: Where are the candles? | left: Where are the lanterns? | autumn: <image> which season is it?
+no: Are there more lanterns than candles? | yes: Are there fewer lanterns than candles?
+no: Is a lantern bigger here than a cup? | yes: Are the cups bigger than the lanterns?
+5: How many lanterns and candles are there together? | autumn: Which season is it?
+1: Which are more, lanterns or candles, and by how many?
+6: How many things are there in all, not counting the trees?
+none: What colour is the basket? | none: Where is the green cup? | none: How many dogs are there?
+none: Is a lantern bigger here than a candle? | none: Are there more cups than cups?
+none: Who lives here? | none: What?
+"""
 
 
-def test_recounting_by_hand_gives_the_same_answers():
-    for question, answer in {
-        "Are there any red cups?": "yes",
-        "Do you see any blue cups?": "no",
-        "Are there any baskets?": "no",
-        "How many yellow candles are there?": "3",
-        "Count the red candles.": "0",
-        "What colour is the cup?": "red",
-        "Where are the candles?": "right",
-        "Where are the lanterns?": "left",
-        "Are there more lanterns than candles?": "no",
-        "Are there fewer lanterns than candles?": "yes",
-        "Is a lantern bigger here than a cup?": "no",
-        "Are the cups bigger than the lanterns?": "yes",
-        "How many lanterns and candles are there together?": "5",
-        "Which are more, lanterns or candles, and by how many?": "1",
-        "How many things are there in all, not counting the trees?": "6",
-        "Which season is it?": "autumn",
-        "<image>\nwhich season is it?": "autumn",
-    }.items():
-        assert answer_of(VILLAGE, question) == answer, question
+@pytest.mark.parametrize("entry", re.split(r" \| |\n", ANSWERS.strip()))
+def test_recounting_by_hand_gives_the_same_answers(entry):
+    answer, question = entry.split(": ")
+    assert (answer_of(VILLAGE, question) or "none") == answer
+    assert answer != "none" or not is_true(VILLAGE, question, "Yes, there are 3.")
 
 
-def test_what_has_no_answer_or_cannot_be_read_has_none():
-    for question in (
-        "What colour is the basket?",
-        "Where is the green cup?",
-        "Who lives here?",
-        "Is a lantern bigger here than a candle?",
-        "How many dogs are there?",
-        "Are there more lanterns than lanterns?",
-        "",
-    ):
-        assert answer_of(VILLAGE, question) is None
-        assert not is_true(VILLAGE, question, "Yes, there are 3.")
+TOGETHER = "How many lanterns and candles are there together?"
 
 
 @pytest.mark.parametrize(
@@ -270,70 +258,50 @@ def test_what_has_no_answer_or_cannot_be_read_has_none():
     [
         ("Are there any red cups?", "Yes, there is a red cup.", "No, there is no red cup."),
         ("Are there any red cups?", "Yes.", "Yes, there is a blue cup."),
-        (
-            "Are there any bells?",
-            "<think>On the ground: cups 1, candles 3. So bells 0.</think>No.",
-            "<think>On the ground: cups 2, candles 3. So bells 0.</think>No.",
-        ),
         ("Are there any baskets?", "No.", "No, there is no cup."),
+        ("Are there any lanterns?", "Yes, on the left.", "Yes, on the right."),
+        ("Are there any lanterns?", "Yes, in the sky.", "Yes, 2 lanterns on the ground."),
         ("How many lanterns are there?", "There are 2 blue lanterns.", "There are 2 red lanterns."),
         ("How many lanterns are there?", "2", "There are 3 candles and 2 baskets."),
         ("What colour is the cup?", "It is red.", "It isn't red."),
+        ("What colour are the lanterns?", "They are blue.", "Anything but blue."),
         ("Where are the lanterns?", "They are on the left.", "They are on the left or the right."),
         ("Are there fewer lanterns than candles?", "Yes, there are fewer.", "Yes, there are more."),
-        (
-            "Are the cups bigger than the lanterns?",
-            "Yes, they are bigger.",
-            "Yes, they are smaller.",
-        ),
-        (
-            "How many lanterns and candles are there together?",
-            "<think>There are 2 lanterns and 3 candles. 2 + 3 = 5.</think>The answer is 5.",
-            "<think>There are 1 lanterns and 4 candles. 1 + 4 = 5.</think>The answer is 5.",
-        ),
-        (
-            "How many lanterns and candles are there together?",
-            "<think>I see blue lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5.",
-            "<think>I see red lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5.",
-        ),
-        (
-            "How many lanterns and candles are there together?",
-            "5 in all.",
-            "<think>2 + 2 = 5.</think>The answer is 5.",
-        ),
+        ("Are the cups bigger than the lanterns?", "Yes, bigger.", "Yes, they are smaller."),
         ("Which season is it?", "It is autumn.", "It is autumn or winter."),
-        (
-            "Which season is it?",
-            f"<think>{LOOKS['autumn']}</think>It is autumn.",
-            f"<think>{LOOKS['winter']}</think>It is autumn.",
-        ),
-        (
-            "Where are the lanterns?",
-            "In the sky I see blue lanterns: 2, on the left.",
-            "In the sky I see big blue lanterns: 2, on the left.",
-        ),
-        (
-            "Where are the lanterns?",
-            "In the sky I see small lanterns: 2, on the left.",
-            "On the ground I see small lanterns: 2, on the left.",
-        ),
-        (
-            "How many lanterns and candles are there together?",
-            "<think>In the sky I see lanterns: 2, on the left. 2 + 3 = 5.</think>The answer is 5.",
-            "<think>In the sky I see nothing. 2 + 3 = 5.</think>The answer is 5.",
-        ),
-        ("Are there any lanterns?", "Yes, on the left.", "Yes, on the right."),
-        (
-            "Are there any lanterns?",
-            "Yes, 2 lanterns in the sky.",
-            "Yes, 2 lanterns on the ground.",
-        ),
-        ("What colour are the lanterns?", "They are blue.", "Anything but blue."),
+        (TOGETHER, "5 in all.", "<think>2 + 2 = 5.</think>The answer is 5."),
     ],
 )
 def test_the_checker_knows_right_from_wrong(question, right, wrong):
     assert is_true(VILLAGE, question, right)
     assert not is_true(VILLAGE, question, wrong)
+
+
+@pytest.mark.parametrize(
+    "question, thought, wrong, answer",
+    [
+        ("Are there any bells?", "On the ground: cups 1, candles 3.", "cups 2, candles 3.", "No."),
+        (TOGETHER, "There are 2 lanterns and 3 candles.", "There are 1 lanterns, 4 candles.", "5."),
+        (TOGETHER, "I see blue lanterns: 2.", "I see red lanterns: 2.", "5."),
+        (TOGETHER, "In the sky I see lanterns: 2, on the left.", "In the sky I see nothing.", "5."),
+        ("Which season is it?", LOOKS["autumn"], LOOKS["winter"], "It is autumn."),
+        (
+            "Where are the lanterns?",
+            "In the sky I see small lanterns: 2, on the left.",
+            "On the ground I see small lanterns: 2, on the left.",
+            "They are on the left.",
+        ),
+        (
+            "Where are the lanterns?",
+            "In the sky I see blue lanterns: 2, on the left.",
+            "In the sky I see big blue lanterns: 2, on the left.",
+            "They are on the left.",
+        ),
+    ],
+)
+def test_what_is_thought_has_to_be_true_too(question, thought, wrong, answer):
+    assert is_true(VILLAGE, question, f"<think>{thought}</think>{answer}")
+    assert not is_true(VILLAGE, question, f"<think>{wrong}</think>{answer}")
 
 
 def test_the_teachers_words_are_checked_in_any_case_and_with_spaces():
@@ -342,133 +310,84 @@ def test_the_teachers_words_are_checked_in_any_case_and_with_spaces():
 
 def test_every_wording_is_read_as_itself(files):
     texts = [q for example in files["train"]["questions_train"] for q, _ in turns(example)]
-    assert {read(text).wording for text in texts} == {w for ws in WORDINGS.values() for w in ws}
-    assert len({w for ws in WORDINGS.values() for w in ws}) == sum(map(len, WORDINGS.values()))
-
-
-def test_nothing_is_asked_twice_in_a_dialogue(files):
-    for example in files["train"]["questions_train"]:
-        tasks = [read(question).task for question, _ in turns(example)]
-        assert len(set(tasks)) == len(tasks) <= 4
+    wordings = [wording for task in TASKS for wording in WORDINGS[task]]
+    assert {read(text).wording for text in texts} == set(wordings)
+    assert len(set(wordings)) == len(wordings)
 
 
 # --- what is held out, and what a guess gets -----------------------------------------
 
 
-def pairs_in(text):
-    """The (kind, colour) pairs that a text names."""
-    found = re.findall(rf"\b({'|'.join(COLOURS)}) ({'|'.join(KINDS)})", text.lower())
-    return {(kind, colour) for colour, kind in found}
-
-
 def test_the_held_out_pairs_occur_in_no_training_scene_or_text(scenes, files):
     for split in ("train", "val", "test"):
-        for scene in scenes[split]:
-            assert not any(HELD_OUT.get(g.kind) == g.colour for g in scene.groups)
-        named = pairs_in(json.dumps(files[split]))
-        assert not named & set(HELD_OUT.items())
+        assert not any(group.held_out for scene in scenes[split] for group in scene.groups)
+        text = json.dumps(files[split]).lower()
+        named = set(re.findall(rf"\b({'|'.join(COLOURS)}) ({'|'.join(KINDS)})", text))
+        assert not {(kind, colour) for colour, kind in named} & set(HELD_OUT.items())
         if split == "train":  # every other pair occurs
             assert len(named) == len(KINDS) * len(COLOURS) - len(HELD_OUT)
+    assert names_held_out("Two red baskets.") and not names_held_out("A lantern, a blue basket.")
 
 
-def test_the_pairs_of_combos_are_all_asked_about(scenes, files, scene_of):
+def test_the_pairs_of_combos_are_all_asked_about(files, scene_of):
     held_out = Counter()
     for example in files["combos"]["combos_test"]:
-        question = read(user_turns(example)[0])
-        groups = [
-            scene_of[example["image"]].group(kind) for kind in (question.kind, question.other)
-        ]
-        seen = scene_of[example["image"]].groups
-        (pair,) = [g for g in seen if HELD_OUT.get(g.kind) == g.colour]
+        question, scene = read(user_turns(example)[0]), scene_of[example["image"]]
+        (pair,) = [group for group in scene.groups if group.held_out]
+        groups = [scene.group(kind) for kind in (question.kind, question.other)]
         # what isn't there is asked for where the pair is
-        assert pair in groups or (
-            groups == [None, None] and row_of(question.kind) == row_of(pair.kind)
-        )
+        there = groups == [None, None] and row_of(question.kind) == row_of(pair.kind)
+        assert pair in groups or there
         held_out[pair.kind] += 1
     assert set(held_out) == set(HELD_OUT) and min(held_out.values()) > 60
 
 
-def test_there_are_at_least_200_test_questions_of_every_task(files):
-    counts = Counter(example["task"] for example in files["test"]["questions_test"])
-    assert set(counts) == set(FAMILIES) and min(counts.values()) >= 200
-
-
 def test_a_guess_without_the_image_gets_little(files):
-    examples = files["test"]["questions_test"]
-    blind = blind_guess(examples)
-    assert sum(blind.values()) / len(blind) < 0.4
-    assert blind["existence"] < 0.55 and blind["comparison"] < 0.55
-    assert (
-        max(share for task, share in blind.items() if task not in ("existence", "comparison")) < 0.5
-    )
+    examples, answers = files["test"]["questions_test"], defaultdict(Counter)
+    for example in examples:
+        question = read(user_turns(example)[0])
+        answers[question.task, question.wording][example["answer"]] += 1
+    asked = Counter(example["task"] for example in examples)
+    assert set(asked) == set(TASKS) and min(asked.values()) >= 200
+    guess = Counter()  # the most frequent answer to each wording
+    for (task, _), counts in answers.items():
+        guess[task] += max(counts.values()) / asked[task]
+    assert sum(guess.values()) / len(guess) < 0.4
+    assert all(guess[task] < 0.55 for task in ("existence", "comparison"))
+    assert all(guess[task] < 0.5 for task in set(TASKS) - {"existence", "comparison"})
     counts = Counter(example["answer"] for example in examples if example["task"] == "count")
     assert set(counts) == set("0123") and max(counts.values()) < 80
-
-
-def test_blind_guess_takes_the_most_frequent_answer_of_each_wording():
-    def example(question, answer):
-        return {
-            "messages": [{"role": "user", "content": question}],
-            "answer": answer,
-            "task": read(question).task,
-        }
-
-    examples = [
-        example("How many lanterns are there?", "1"),
-        example("How many bells are there?", "1"),
-        example("Count the lanterns.", "2"),
-        example("How many lanterns are there?", "3"),
-    ]
-    assert blind_guess(examples) == {"count": 0.75}
 
 
 # --- text alone ----------------------------------------------------------------------
 
 
 def test_a_reader_is_asked_for_what_the_caption_tells(files, scenes):
-    examples = files["val"]["reader_val"]
-    assert len(examples) == len(scenes["val"])
-    for example, scene in zip(examples, scenes["val"]):
+    tasks = set()
+    for example, scene in zip(files["val"]["reader_val"], scenes["val"], strict=True):
         words, completion = (message["content"] for message in example["messages"])
-        text = words.removeprefix("Here is a image in words: ").split("\n")[0]
+        text = words.removeprefix("Here is a picture in words: ").split("\n")[0]
         question, answer = re.fullmatch("Question: (.*)\nAnswer: (.*)", completion).groups()
         assert is_true(scene, question, answer) and tells(text, scene, read(question))
-    assert len(
-        {read(example["messages"][1]["content"].split("\n")[0][10:]).task for example in examples}
-    ) == len(FAMILIES)
+        tasks.add(read(question).task)
+    assert tasks == set(TASKS)
 
 
 # --- files ---------------------------------------------------------------------------
+
+FILES = """
+captions_test.jsonl captions_train.jsonl captions_val.jsonl combos combos_test.jsonl
+describe_train.jsonl describe_val.jsonl problems_test.jsonl problems_train.jsonl problems_val.jsonl
+questions_test.jsonl questions_train.jsonl questions_val.jsonl reader_train.jsonl reader_val.jsonl
+scenes_combos.json scenes_test.json scenes_train.json scenes_val.json test train val
+"""
 
 
 def test_prepare_writes_everything_once(tmp_path, monkeypatch):
     monkeypatch.setattr(village_images, "SIZES", {"val": 5, "test": 12, "combos": 5})
     folder = prepare(root=tmp_path, n_train=20)
     assert prepare(root=tmp_path, n_train=20) == folder and list(tmp_path.iterdir()) == [folder]
-    names = {path.name for path in folder.iterdir()}
-    assert names == {
-        "train",
-        "val",
-        "test",
-        "combos",
-        "captions_train.jsonl",
-        "captions_val.jsonl",
-        "captions_test.jsonl",
-        "describe_train.jsonl",
-        "describe_val.jsonl",
-        "questions_train.jsonl",
-        "questions_val.jsonl",
-        "questions_test.jsonl",
-        "combos_test.jsonl",
-        "problems_train.jsonl",
-        "problems_test.jsonl",
-        "reader_train.jsonl",
-        "reader_val.jsonl",
-        "scenes_train.json",
-        "scenes_val.json",
-        "scenes_test.json",
-        "scenes_combos.json",
-    }
+    assert sorted(path.name for path in folder.iterdir()) == FILES.split()
     for path in folder.glob("*.jsonl"):
         for row in map(json.loads, path.read_text().splitlines()):
             assert "reader" in path.name or (folder / row["image"]).is_file()
@@ -485,16 +404,10 @@ def test_a_preparation_that_breaks_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         prepare(root=tmp_path, n_train=5)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="at least one image"):
-        prepare(root=tmp_path, n_train=0)
 
 
-def test_the_script_prints_samples_and_paints_a_sheet(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_samples_and_paints_a_sheet(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(village_images, "SIZES", {"val": 5, "test": 60, "combos": 5})
-    village_images.show(0, 1)
-    shown = capsys.readouterr().out
-    assert "== questions_test" in shown and "blind guess" in shown
-    rng = random.Random(0)
-    sheet = village_images.contact_sheet([random_scene(rng) for _ in range(24)], rng)
-    sheet.save(Path(tmp_path) / "sheet.png")
-    assert sheet.width > 1000
+    village_images.main(["--samples", "1", "--sheet", str(tmp_path / "sheet.png")])
+    assert "== questions_test" in capsys.readouterr().out
+    assert Image.open(tmp_path / "sheet.png").width > 1000
