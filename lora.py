@@ -76,7 +76,7 @@ class Config:
     ranks: str = "3"  # ranks to compare, separated by commas
     # -- Data
     init: str = "runs/sft"  # run folder or model folder to start from
-    data: str = "village"  # village: its harbour; or JSONL of dialogues (see data/README.md)
+    data: str = "village"  # village: its new domain; or JSONL of dialogues (see data/README.md)
     val_data: str | None = None  # held-out dialogues; default: the last --val_fraction of --data
     val_fraction: float = 0.05  # share of --data that is held out
     test_data: str | None = None  # test examples of the new domain; the village has its own
@@ -147,8 +147,8 @@ def load_domain(cfg):
     """(training dialogues, held-out dialogues, test examples) of the new domain."""
     if cfg.data == "village":
         folder = village.of_run(cfg.init)
-        train, val = (read_chats(folder / f"harbour_{part}.jsonl") for part in ("train", "val"))
-        return train, val, read_examples(cfg.test_data or folder / "harbour_test.jsonl")
+        train, val = (read_chats(folder / f"new_domain_{part}.jsonl") for part in ("train", "val"))
+        return train, val, read_examples(cfg.test_data or folder / "new_domain_test.jsonl")
     if not cfg.test_data:
         raise UserError("--data FILE needs --test_data FILE: items that show what was learnt")
     train = read_chats(cfg.data)

@@ -34,7 +34,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from data.village.image_examples import READER, TURNS, chat
-from data.village.image_questions import FAMILIES, is_true, names_held_out, read, truth
+from data.village.image_questions import TASKS, is_true, names_held_out, read, truth
 from data.village.scenes import Scene
 from nanollm.config import UserError, atomic_write, cli
 from nanollm.formats import read_captions
@@ -228,7 +228,7 @@ def summary(counts, seconds, checked):
     lines = [f"{said}, {total['kept']:,} kept ({total['kept'] / written:.1%} of all)"]
     columns = [reason for reason in (*REASONS, "kept") if total[reason]]
     lines.append(f"{'task':12}" + "".join(f"{column:>14}" for column in columns))
-    for task in sorted(counts, key=(*FAMILIES, "other", "unreadable").index):
+    for task in sorted(counts, key=(*TASKS, "other", "unreadable").index):
         cells = "".join(f"{counts[task][column]:>14,}" for column in columns)
         lines.append(f"{task if task != 'unreadable' else '-':12}{cells}")
     return "\n".join(lines)
