@@ -202,17 +202,6 @@ class Dataset:
 
 SCRIPTS = {"corpus": "train_pretrain.py", "chat": "train_sft.py", "preferences": "train_dpo.py"}
 SCRIPTS |= {"problems": "train_grpo.py", "images": "train_vlm.py"}
-CATALOGUE = """
-tinyshakespeare | 1.1 MB | public domain | corpus: 40,000 lines of plays
-tinystories | 1.9 GB | CDLA-Sharing-1.0 | corpus: 2.1 million stories in a child's words
-alpaca | 23 MB | CC-BY-NC-4.0 | chat: 52,000 instructions, answered by text-davinci-003
-dolly | 13 MB | CC-BY-SA-3.0 | chat: 15,000 instructions, answered by people
-openhermes | 1.9 GB | none stated | chat: 1 million dialogues, answered mostly by GPT-4
-hh-harmless | 14 MB | MIT | preferences: the more harmless of two completions, some offensive
-hh-helpful | 17 MB | MIT | preferences: the more helpful of two completions, some offensive
-gsm8k | 4.9 MB | MIT | problems: 8,792 in words, with worked steps
-llava-instruct | 229 MB | CC-BY-4.0 | images: 158,000 dialogues about photographs
-"""
 READ = {
     "tinyshakespeare": (iter, str),
     "tinystories": (read_stories, dict),
@@ -224,27 +213,38 @@ READ = {
     "gsm8k": (read_jsonl, as_problem),
     "llava-instruct": (read_array, from_llava),
 }
-URLS = f"""
-tinyshakespeare/train.txt {GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
-tinystories/train.jsonl {HUB}/roneneldan/TinyStories/{MAIN}/TinyStories-train.txt
-tinystories/val.jsonl {HUB}/roneneldan/TinyStories/{MAIN}/TinyStories-valid.txt
-alpaca/train.jsonl {GITHUB}/tatsu-lab/stanford_alpaca/main/alpaca_data.json
-dolly/train.jsonl {HUB}/databricks/databricks-dolly-15k/{MAIN}/databricks-dolly-15k.jsonl
-openhermes/train.jsonl {HUB}/teknium/OpenHermes-2.5/{MAIN}/openhermes2_5.json
-hh-harmless/train.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/harmless-base/train.jsonl.gz
-hh-harmless/test.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/harmless-base/test.jsonl.gz
-hh-helpful/train.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/helpful-base/train.jsonl.gz
-hh-helpful/test.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/helpful-base/test.jsonl.gz
-gsm8k/train.jsonl {GITHUB}/openai/grade-school-math/master/grade_school_math/data/train.jsonl
-gsm8k/test.jsonl {GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl
-llava-instruct/train.jsonl {HUB}/liuhaotian/LLaVA-Instruct-150K/{MAIN}/llava_instruct_150k.json
+CATALOGUE = f"""
+tinyshakespeare | 1.1 MB | public domain | corpus: 40,000 lines of plays
+    train.txt {GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+tinystories | 1.9 GB | CDLA-Sharing-1.0 | corpus: 2.1 million stories in a child's words
+    train.jsonl {HUB}/roneneldan/TinyStories/{MAIN}/TinyStories-train.txt
+    val.jsonl {HUB}/roneneldan/TinyStories/{MAIN}/TinyStories-valid.txt
+alpaca | 23 MB | CC-BY-NC-4.0 | chat: 52,000 instructions, answered by text-davinci-003
+    train.jsonl {GITHUB}/tatsu-lab/stanford_alpaca/main/alpaca_data.json
+dolly | 13 MB | CC-BY-SA-3.0 | chat: 15,000 instructions, answered by people
+    train.jsonl {HUB}/databricks/databricks-dolly-15k/{MAIN}/databricks-dolly-15k.jsonl
+openhermes | 1.9 GB | none stated | chat: 1 million dialogues, answered mostly by GPT-4
+    train.jsonl {HUB}/teknium/OpenHermes-2.5/{MAIN}/openhermes2_5.json
+hh-harmless | 14 MB | MIT | preferences: the more harmless of two completions, some offensive
+    train.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/harmless-base/train.jsonl.gz
+    test.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/harmless-base/test.jsonl.gz
+hh-helpful | 17 MB | MIT | preferences: the more helpful of two completions, some offensive
+    train.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/helpful-base/train.jsonl.gz
+    test.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/helpful-base/test.jsonl.gz
+gsm8k | 4.9 MB | MIT | problems: 8,792 in words, with worked steps
+    train.jsonl {GITHUB}/openai/grade-school-math/master/grade_school_math/data/train.jsonl
+    test.jsonl {GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl
+llava-instruct | 229 MB | CC-BY-4.0 | images: 158,000 dialogues about photographs
+    train.jsonl {HUB}/liuhaotian/LLaVA-Instruct-150K/{MAIN}/llava_instruct_150k.json
 """
-DATASETS = {
-    name: Dataset(*words, *READ[name], {})
-    for name, *words in (line.split(" | ") for line in CATALOGUE.strip().splitlines())
-}
-for file, url in map(str.split, URLS.strip().splitlines()):
-    DATASETS[file.partition("/")[0]].files[file.partition("/")[2]] = url
+DATASETS = {}
+for line in CATALOGUE.strip().splitlines():
+    if line.startswith(" "):
+        file, url = line.split()
+        dataset.files[file] = url
+    else:
+        name, *words = line.split(" | ")
+        dataset = DATASETS[name] = Dataset(*words, *READ[name], {})
 IMAGES = "http://images.cocodataset.org/zips/train2017.zip (18 GB)"  # llava-instruct is about them
 
 
