@@ -238,13 +238,10 @@ llava-instruct | 229 MB | CC-BY-4.0 | images: 158,000 dialogues about photograph
     train.jsonl {HUB}/liuhaotian/LLaVA-Instruct-150K/{MAIN}/llava_instruct_150k.json
 """
 DATASETS = {}
-for line in CATALOGUE.strip().splitlines():
-    if line.startswith(" "):
-        file, url = line.split()
-        dataset.files[file] = url
-    else:
-        name, *words = line.split(" | ")
-        dataset = DATASETS[name] = Dataset(*words, *READ[name], {})
+for entry in re.split(r"\n(?! )", CATALOGUE.strip()):
+    words, *files = entry.splitlines()
+    name, *words = words.split(" | ")
+    DATASETS[name] = Dataset(*words, *READ[name], dict(map(str.split, files)))
 IMAGES = "http://images.cocodataset.org/zips/train2017.zip (18 GB)"  # llava-instruct is about them
 
 
