@@ -26,12 +26,12 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the repository root holds the package
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanollm.config import UserError, atomic_file, cli, say
+from nanollm.config import UserError, Whole, atomic_file, cli, say
 from nanollm.formats import as_ranking
 
 CACHE = Path("data/cache")
-GITHUB = "https://raw.githubusercontent.com/{}".format
-HUB = "https://huggingface.co/datasets/{}/resolve/main/{}".format
+GITHUB = "https://raw.githubusercontent.com"
+HUB, MAIN = "https://huggingface.co/datasets", "resolve/main"
 CHUNK = 2**20  # bytes, or characters, read at once
 NO_DATA = (b"<!doctype", b"<html", b"version https://git-lfs")  # pages and pointers, not data
 
@@ -39,8 +39,8 @@ NO_DATA = (b"<!doctype", b"<html", b"version https://git-lfs")  # pages and poin
 @dataclass
 class Config:
     name: str | None = field(default=None, metadata={"positional": True})  # none: list them
-    out: str | None = None  # folder to write; none: data/cache/NAME
-    limit: int | None = None  # keep only the first so many records of each file
+    out: str | None = None  # directory to write; none: data/cache/NAME
+    limit: Whole[1] | None = None  # keep only the first so many records of each file
     base_url: str | None = None  # mirror that takes the place of the https://host of every URL
 
 
@@ -53,35 +53,26 @@ class Download(io.RawIOBase):
             request = urllib.request.Request(url, headers={"User-Agent": "nanollm"})
             self.response = urllib.request.urlopen(request, timeout=30)  # seconds of silence
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UserError(
-                f"cannot open {url} ({error}): check the connection, or name a mirror "
-                "with --base_url"
-            ) from None
+            advice = "check the connection, or name a mirror with --base_url"
+            raise UserError(f"cannot open {url} ({error}): {advice}") from None
         self.size = int(self.response.headers.get("Content-Length", 0)) or None
-        self.bar = tqdm(
-            total=self.size,
-            desc=Path(url).name,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-            leave=False,
-        )
+        looks = {"desc": Path(url).name, "unit": "B", "unit_scale": True, "leave": False}
+        self.bar = tqdm(total=self.size, disable=None, **looks)
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
         try:
-            count, why = self.response.readinto(buffer), "it ended"
+            count, why = self.response.readinto(buffer), None
         except (OSError, http.client.HTTPException) as error:
             count, why = 0, repr(error)
         self.done += count
         self.bar.update(count)
-        if count == 0 and (why != "it ended" or self.size not in (None, self.done)):
-            raise UserError(
-                f"{self.url}: the connection broke after {self.done:,} of {self.size} "
-                f"bytes ({why}); run the same command again"
-            )
+        if count == 0 and (why or self.size not in (None, self.done)):
+            after = f"{self.done:,} of {self.size} bytes ({why or 'it ended'})"
+            advice = "run the same command again"
+            raise UserError(f"{self.url}: the connection broke after {after}; {advice}")
         return count
 
     def close(self):
@@ -95,10 +86,8 @@ def open_text(download):
     """The text that a download holds, unpacked where its name ends in .gz."""
     stream = io.BufferedReader(download, CHUNK)
     if stream.peek(1).lstrip().lower().startswith(NO_DATA):
-        raise UserError(
-            f"{download.url}: this is a web page, or a pointer, and not the data; "
-            "see it in a browser, or name another mirror with --base_url"
-        )
+        advice = "see it in a browser, or name another mirror with --base_url"
+        raise UserError(f"{download.url}: this is a web page, or a pointer, not the data; {advice}")
     if urlsplit(download.url).path.endswith(".gz"):
         stream = gzip.GzipFile(fileobj=stream)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
@@ -192,111 +181,68 @@ def from_llava(record):
     return {"image": f"train2017/{record['image']}"} | chat
 
 
+# --- the datasets -------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Dataset:
-    about: str
     size: str  # of the download
     licence: str
-    files: dict  # file to write -> URL
+    about: str  # begins with the format
     read: Callable  # the text of a download -> its records
     convert: Callable  # a record -> one in a format of ours
-    train: str  # the script that it is for, and flags: {train} is the file train.*
-    note: str = ""  # printed with the licence
+    files: dict  # file to write -> URL
+
+    def command(self, paths):
+        """That of the script that it is for."""
+        script = SCRIPTS[self.about.partition(":")[0]]
+        held_out = f" --val_data {paths['val']}" if "val" in paths else ""
+        return f"python {script} --data {paths['train']}{held_out}"
 
 
-def hh(part, size):
-    return Dataset(
-        f"preferences: the more {part} of two completions",
-        size,
-        "MIT",
-        {
-            f"{split}.jsonl": HUB("Anthropic/hh-rlhf", f"{part}-base/{split}.jsonl.gz")
-            for split in ("train", "test")
-        },
-        read_jsonl,
-        as_pair,
-        "train_dpo.py --data {train}",
-        "Some of the dialogues are offensive.",
-    )
-
-
-DATASETS = {
-    "tinyshakespeare": Dataset(
-        "corpus: 40,000 lines of plays",
-        "1.1 MB",
-        "public domain",
-        {"train.txt": GITHUB("karpathy/char-rnn/master/data/tinyshakespeare/input.txt")},
-        iter,
-        str,
-        "train_pretrain.py --data {train}",
-    ),
-    "tinystories": Dataset(
-        "corpus: 2.1 million stories in a child's words",
-        "1.9 GB",
-        "CDLA-Sharing-1.0",
-        {
-            "train.jsonl": HUB("roneneldan/TinyStories", "TinyStories-train.txt"),
-            "val.jsonl": HUB("roneneldan/TinyStories", "TinyStories-valid.txt"),
-        },
-        read_stories,
-        dict,
-        "train_pretrain.py --data {train} --val_data {val}",
-    ),
-    "alpaca": Dataset(
-        "chat: 52,000 instructions, answered by text-davinci-003",
-        "23 MB",
-        "CC-BY-NC-4.0",
-        {"train.jsonl": GITHUB("tatsu-lab/stanford_alpaca/main/alpaca_data.json")},
-        read_array,
-        from_alpaca,
-        "train_sft.py --data {train}",
-    ),
-    "dolly": Dataset(
-        "chat: 15,000 instructions, answered by people",
-        "13 MB",
-        "CC-BY-SA-3.0",
-        {"train.jsonl": HUB("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl")},
-        read_jsonl,
-        from_alpaca,
-        "train_sft.py --data {train}",
-    ),
-    "openhermes": Dataset(
-        "chat: 1 million dialogues, answered mostly by GPT-4",
-        "1.9 GB",
-        "none stated",
-        {"train.jsonl": HUB("teknium/OpenHermes-2.5", "openhermes2_5.json")},
-        read_array,
-        from_sharegpt,
-        "train_sft.py --data {train}",
-    ),
-    "hh-harmless": hh("harmless", "14 MB"),
-    "hh-helpful": hh("helpful", "17 MB"),
-    "gsm8k": Dataset(
-        "problems: 8,792 in words, with worked steps",
-        "4.9 MB",
-        "MIT",
-        {
-            f"{split}.jsonl": GITHUB(
-                f"openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
-            )
-            for split in ("train", "test")
-        },
-        read_jsonl,
-        as_problem,
-        "train_grpo.py --data {train}",
-    ),
-    "llava-instruct": Dataset(
-        "images: 158,000 dialogues about photographs",
-        "229 MB",
-        "CC-BY-4.0",
-        {"train.jsonl": HUB("liuhaotian/LLaVA-Instruct-150K", "llava_instruct_150k.json")},
-        read_array,
-        from_llava,
-        "train_vlm.py --data {train}",
-        "The images come apart: unpack http://images.cocodataset.org/zips/train2017.zip (18 GB) "
-        "into the same folder, as train2017/.",
-    ),
+SCRIPTS = {"corpus": "train_pretrain.py", "chat": "train_sft.py", "preferences": "train_dpo.py"}
+SCRIPTS |= {"problems": "train_grpo.py", "images": "train_vlm.py"}
+READ = {
+    "tinyshakespeare": (iter, str),
+    "tinystories": (read_stories, dict),
+    "alpaca": (read_array, from_alpaca),
+    "dolly": (read_jsonl, from_alpaca),
+    "openhermes": (read_array, from_sharegpt),
+    "hh-harmless": (read_jsonl, as_pair),
+    "hh-helpful": (read_jsonl, as_pair),
+    "gsm8k": (read_jsonl, as_problem),
+    "llava-instruct": (read_array, from_llava),
 }
+CATALOGUE = f"""
+tinyshakespeare | 1.1 MB | public domain | corpus: 40,000 lines of plays
+    train.txt {GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+tinystories | 1.9 GB | CDLA-Sharing-1.0 | corpus: 2.1 million stories in a child's words
+    train.jsonl {HUB}/roneneldan/TinyStories/{MAIN}/TinyStories-train.txt
+    val.jsonl {HUB}/roneneldan/TinyStories/{MAIN}/TinyStories-valid.txt
+alpaca | 23 MB | CC-BY-NC-4.0 | chat: 52,000 instructions, answered by text-davinci-003
+    train.jsonl {GITHUB}/tatsu-lab/stanford_alpaca/main/alpaca_data.json
+dolly | 13 MB | CC-BY-SA-3.0 | chat: 15,000 instructions, answered by people
+    train.jsonl {HUB}/databricks/databricks-dolly-15k/{MAIN}/databricks-dolly-15k.jsonl
+openhermes | 1.9 GB | none stated | chat: 1 million dialogues, answered mostly by GPT-4
+    train.jsonl {HUB}/teknium/OpenHermes-2.5/{MAIN}/openhermes2_5.json
+hh-harmless | 14 MB | MIT | preferences: the more harmless of two completions, some offensive
+    train.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/harmless-base/train.jsonl.gz
+    test.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/harmless-base/test.jsonl.gz
+hh-helpful | 17 MB | MIT | preferences: the more helpful of two completions, some offensive
+    train.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/helpful-base/train.jsonl.gz
+    test.jsonl {HUB}/Anthropic/hh-rlhf/{MAIN}/helpful-base/test.jsonl.gz
+gsm8k | 4.9 MB | MIT | problems: 8,792 in words, with worked steps
+    train.jsonl {GITHUB}/openai/grade-school-math/master/grade_school_math/data/train.jsonl
+    test.jsonl {GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl
+llava-instruct | 229 MB | CC-BY-4.0 | images: 158,000 dialogues about photographs
+    train.jsonl {HUB}/liuhaotian/LLaVA-Instruct-150K/{MAIN}/llava_instruct_150k.json
+"""
+DATASETS = {}
+for entry in re.split(r"\n(?! )", CATALOGUE.strip()):
+    words, *files = entry.splitlines()
+    name, *words = words.split(" | ")
+    DATASETS[name] = Dataset(*words, *READ[name], dict(map(str.split, files)))
+IMAGES = "http://images.cocodataset.org/zips/train2017.zip (18 GB)"  # llava-instruct is about them
 
 
 def convert_lines(records, convert, misfits):
@@ -318,15 +264,15 @@ def fetch(url, path, dataset, limit=None):
     try:
         with Download(url) as download, atomic_file(path) as file:
             lines = convert_lines(dataset.read(open_text(download)), dataset.convert, misfits)
-            for count, line in enumerate(itertools.islice(lines, limit), 1):
+            for line in itertools.islice(lines, limit):
                 file.write(line)
+                count += 1
             if count <= len(misfits):
                 raise ValueError(misfits[0] if misfits else "it is empty")
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:  # no UTF-8, no JSON
-        raise UserError(
-            f"{url}: damaged, or not the data that was expected ({error}); run the "
-            "same command again, or name another --base_url"
-        ) from None
+        what = f"damaged, or not the data that was expected ({error})"
+        advice = "run the same command again, or name another --base_url"
+        raise UserError(f"{url}: {what}; {advice}") from None
     left_out = f"; left out {len(misfits):,}, the first being {misfits[0]}" if misfits else ""
     return f"{count:,} records, {path.stat().st_size / 1e6:.1f} MB{left_out}"
 
@@ -335,8 +281,6 @@ def prepare(name, out=None, limit=None, base_url=None):
     """Returns {"train": path, ...} of a dataset, and fetches what is not there yet."""
     if name not in DATASETS:
         raise UserError(f"there is no dataset {name!r}; choose from {', '.join(DATASETS)}")
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit wants a whole number from 1 on, got {limit}")
     dataset, paths = DATASETS[name], {}
     for file, url in dataset.files.items():
         stem, suffix = file.split(".")
@@ -348,22 +292,16 @@ def prepare(name, out=None, limit=None, base_url=None):
     return paths
 
 
-def show():
-    for name, data in DATASETS.items():
-        files = {file.split(".")[0]: CACHE / name / file for file in data.files}
-        say(
-            f"{name:16}{data.size:>7}  {data.licence:17}{data.about}\n"
-            f"    python {data.train.format(**files)}"
-        )
-    say("\npython data/prepare.py NAME    fetches one; see --help for the flags")
-
-
 def main(config):
-    if config.name is None:
-        return show()
-    paths, dataset = prepare(**asdict(config)), DATASETS[config.name]
-    say(f"licence: {dataset.licence}. {dataset.note}".rstrip())
-    say(f"next: python {dataset.train.format(**paths)}")
+    if config.name:
+        paths, dataset = prepare(**asdict(config)), DATASETS[config.name]
+        if dataset.convert is from_llava:
+            say(f"the images come apart: unpack {IMAGES} in {paths['train'].parent}")
+        return say(f"licence: {dataset.licence}\nnext: {dataset.command(paths)}")
+    for name, data in DATASETS.items():
+        paths = {file.split(".")[0]: CACHE / name / file for file in data.files}
+        say(f"{name:16}{data.size:>7}  {data.licence:17}{data.about}\n    {data.command(paths)}")
+    say("\npython data/prepare.py NAME    fetches one; see --help for the flags")
 
 
 if __name__ == "__main__":

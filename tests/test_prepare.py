@@ -32,7 +32,6 @@ PAIR = {"chosen": DIALOGUE.format("Hi!", "Ask away."), "rejected": DIALOGUE.form
 ALPACA = {"instruction": "Write in capitals.", "input": "goat", "output": "GOAT"}
 DOLLY = {"instruction": "Which is a fish?", "context": "", "response": "Tope", "category": "qa"}
 HERMES = {
-    "custom_instruction": None,
     "source": "x",
     "conversations": [
         {"from": "system", "value": "Be brief.", "weight": None},
@@ -41,7 +40,6 @@ HERMES = {
     ],
 }
 LLAVA = {
-    "id": "33471",
     "image": "000000033471.jpg",
     "conversations": [
         {"from": "human", "value": "<image>\nWhat colour is the bus?"},
@@ -139,14 +137,40 @@ def records(path):
 # --- each dataset, in the format that its stage reads -----------------------------------------
 
 
+def chat(*turns, system=None):
+    messages = [{"role": "system", "content": system}] if system else []
+    for i, turn in enumerate(turns):
+        messages.append({"role": ("user", "assistant")[i % 2], "content": turn})
+    return {"messages": messages}
+
+
+TOM, LILY = {"text": "One day, Tom ran.\n\nHe fell."}, {"text": "Lily sang."}
+BUS = chat(*(turn["value"] for turn in LLAVA["conversations"]))
+CONVERTED = {  # dataset -> the records that its training file becomes
+    "tinystories": [TOM, LILY],
+    "alpaca": [chat("Write in capitals.\n\ngoat", "GOAT"), chat("Write in capitals.", "GOAT")],
+    "dolly": [chat("Which is a fish?", "Tope")] * 2,
+    "openhermes": [chat("Is 7 prime?", "Yes. “七”", system="Be brief.")],
+    "hh-harmless": [PAIR],
+    "hh-helpful": [PAIR, PAIR],
+    "gsm8k": [  # the answer without commas, and the steps as they are
+        {
+            "prompt": GSM8K["question"],
+            "answer": "1072",
+            "solution": GSM8K["answer"].partition("\n####")[0],
+        }
+    ],
+    "llava-instruct": [{"image": "train2017/000000033471.jpg"} | BUS],
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_each_dataset_becomes_records_of_ours(get, name):
+    assert records(get(name)["train"]) == CONVERTED[name]
+
+
 def test_shakespeare_stays_as_it_is(get):
     assert read_documents(get("tinyshakespeare")["train"]) == [PLAY]
-
-
-def test_each_story_becomes_a_document(get):
-    stories = ["One day, Tom ran.\n\nHe fell.", "Lily sang."]
-    paths = get("tinystories")
-    assert read_documents(paths["train"]) == read_documents(paths["val"]) == stories
 
 
 @pytest.mark.parametrize(
@@ -154,62 +178,13 @@ def test_each_story_becomes_a_document(get):
     [STORIES[:-1], STORIES[:-15], STORIES.replace("\n<|", "<|"), STORIES.replace("|>\n", "|>")],
 )
 def test_the_last_story_needs_no_separator_and_separators_no_line(get, body):
-    stories = read_documents(get("tinystories", body.encode())["train"])
-    assert stories == ["One day, Tom ran.\n\nHe fell.", "Lily sang."]
-
-
-def test_alpaca_becomes_chat_with_the_input_under_the_instruction(get):
-    first, second = records(get("alpaca")["train"])
-    assert first == {
-        "messages": [
-            {"role": "user", "content": "Write in capitals.\n\ngoat"},
-            {"role": "assistant", "content": "GOAT"},
-        ]
-    }
-    assert second["messages"][0]["content"] == "Write in capitals."
+    assert records(get("tinystories", body.encode())["train"]) == [TOM, LILY]
 
 
 def test_alpaca_reads_the_same_converted_or_not(get, tmp_path):
     (tmp_path / "raw.json").write_bytes(FILES["alpaca"])
     raw = [chat["messages"] for chat in read_chats(tmp_path / "raw.json")]
     assert [chat["messages"] for chat in read_chats(get("alpaca")["train"])] == raw
-
-
-def test_dolly_becomes_chat(get):
-    first, _ = read_chats(get("dolly")["train"])
-    assert first["messages"] == [
-        {"role": "user", "content": "Which is a fish?"},
-        {"role": "assistant", "content": "Tope"},
-    ]
-
-
-def test_sharegpt_becomes_chat_with_its_system_prompt(get):
-    [chat] = read_chats(get("openhermes")["train"])
-    assert [m["role"] for m in chat["messages"]] == ["system", "user", "assistant"]
-    assert chat["messages"][2]["content"] == "Yes. “七”"
-
-
-@pytest.mark.parametrize("name", ["hh-harmless", "hh-helpful"])
-def test_hh_is_unpacked_and_otherwise_as_it_is(get, name):
-    paths = get(name)
-    assert {*paths} == {"train", "test"}
-    assert records(paths["train"])[0] == PAIR
-
-
-def test_gsm8k_gives_the_answer_without_commas_and_keeps_the_steps(get):
-    [problem] = records(get("gsm8k")["train"])
-    assert problem == {
-        "prompt": GSM8K["question"],
-        "answer": "1072",
-        "solution": GSM8K["answer"].partition("\n####")[0],
-    }
-
-
-def test_llava_keeps_the_place_of_the_image(get):
-    [record] = records(get("llava-instruct")["train"])
-    assert record["image"] == "train2017/000000033471.jpg"
-    assert record["messages"][0] == {"role": "user", "content": LLAVA["conversations"][0]["value"]}
-    assert [m["role"] for m in record["messages"]] == ["user", "assistant"] * 2
 
 
 @pytest.mark.parametrize(
@@ -226,6 +201,8 @@ def test_the_real_files_convert(get, capsys, name, file, count):
         pytest.skip("the real samples are not here")
     path = get(name, (SAMPLES / file).read_bytes())["train"]
     assert f"train{path.suffix}: {count:,} records" in capsys.readouterr().out
+    if name == "hh-harmless":
+        assert len(read_preferences(path)) == count
 
 
 # --- what may go wrong ------------------------------------------------------------------------
@@ -235,15 +212,14 @@ def test_a_missing_file_names_the_status_and_the_mirror_flag(refuses):
     refuses("404: Not Found.*--base_url", "gsm8k", status=404)
 
 
-def test_no_network_is_said(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "url, why",
+    [("http://127.0.0.1:1", "open http://127.0.0.1:1/.*check the"), ("mirror", "unknown url type")],
+)
+def test_no_network_and_a_mirror_that_is_no_url_are_said(tmp_path, monkeypatch, url, why):
     monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(UserError, match="cannot open http://127.0.0.1:1/.*check the connection"):
-        prepare("gsm8k", tmp_path, base_url="http://127.0.0.1:1")
-
-
-def test_a_mirror_that_is_no_url_is_said(tmp_path):
-    with pytest.raises(UserError, match="unknown url type"):
-        prepare("gsm8k", tmp_path, base_url="mirror")
+    with pytest.raises(UserError, match=why):
+        prepare("gsm8k", tmp_path, base_url=url)
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -251,60 +227,43 @@ def test_a_body_that_ends_early_is_refused_even_where_it_could_be_read(refuses, 
     refuses(r"broke after [\d,]+ of 3000 bytes", name, claimed=3000)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        b"<!DOCTYPE html><p>Log in",
-        b"\n<html>Sorry",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:419d\nsize 13160427",
-    ],
-)
-@pytest.mark.parametrize("name", ["tinyshakespeare", "alpaca", "hh-harmless"])
-def test_a_web_page_or_a_pointer_instead_of_the_data_is_refused(refuses, name, page):
-    refuses("a web page, or a pointer", name, page)
+def damaged(at):
+    body = FILES["hh-helpful"]
+    return body[:at] + bytes([body[at] ^ 0xFF]) + body[at:][1:]
 
 
-def damaged(body, at):
-    return body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :]
+PAGES = [
+    b"<!DOCTYPE html><p>Log in",
+    b"\n<html>Sorry",
+    b"version https://git-lfs.github.com/spec/v1",
+]
+REFUSED = [
+    *(
+        ("web page, or a pointer", name, body)
+        for name in ("alpaca", "hh-harmless")
+        for body in PAGES
+    ),
+    *(("damaged", "hh-helpful", damaged(at)) for at in (0, 20, -5)),  # the last in its checksum
+    ("damaged", "hh-helpful", FILES["hh-helpful"][:-12]),
+    ("damaged", "hh-helpful", jsonl(PAIR)),
+    ("not the data", "gsm8k", b'{"question": "1 + 1?", "answer'),
+    ("not the data", "gsm8k", b"\xff\xfe{}"),
+    ("not the data", "gsm8k", b""),
+    ("not the data", "gsm8k", jsonl({"question": "1 + 1?", "answer": "2"})),
+    ("not the data", "dolly", b"[]"),
+    ("not the data", "tinyshakespeare", b"caf\xe9"),
+    ("not the data", "tinystories", b"\n"),
+    ("not the data", "alpaca", b"{}"),
+    ("not the data", "alpaca", array(ALPACA)[:-2]),
+    ("not the data", "alpaca", array(ALPACA, "text", 5)),
+    ("not the data", "llava-instruct", array(HERMES)),
+    ("not the data", "hh-harmless", gzip.compress(jsonl({"chosen": "Hi", "rejected": "Ho"}))),
+]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        damaged(FILES["hh-helpful"], 0),
-        damaged(FILES["hh-helpful"], 20),
-        damaged(FILES["hh-helpful"], -5 % len(FILES["hh-helpful"])),  # in its checksum
-        FILES["hh-helpful"][:-12],
-        jsonl(PAIR),
-    ],
-)
-def test_damaged_gzip_is_refused(refuses, body):
-    refuses("damaged", "hh-helpful", body)
-
-
-@pytest.mark.parametrize(
-    "name, body",
-    [
-        ("gsm8k", b'{"question": "1 + 1?", "answer'),
-        ("gsm8k", b"\xff\xfe{}"),
-        ("gsm8k", b"{}"),
-        ("gsm8k", b""),
-        ("gsm8k", jsonl({"question": "1 + 1?", "answer": "2"})),
-        ("dolly", b"[]"),
-        ("tinyshakespeare", b""),
-        ("tinyshakespeare", b"caf\xe9"),
-        ("tinystories", b"\n"),
-        ("alpaca", b"[]"),
-        ("alpaca", b"{}"),
-        ("alpaca", array(ALPACA)[:-2]),
-        ("alpaca", b"[1, 2]"),
-        ("alpaca", array(ALPACA, "text", 5)),
-        ("llava-instruct", array(HERMES)),
-        ("hh-harmless", gzip.compress(jsonl({"chosen": "Hi", "rejected": "Ho"}))),
-    ],
-)
-def test_other_data_than_expected_is_refused(refuses, name, body):
-    refuses("not the data that was expected", name, body)
+@pytest.mark.parametrize("words, name, body", REFUSED)
+def test_pages_damaged_files_and_other_data_than_expected_are_refused(refuses, words, name, body):
+    refuses(words, name, body)
 
 
 def test_a_single_misfit_is_left_out_and_told(get, capsys):
@@ -314,43 +273,31 @@ def test_a_single_misfit_is_left_out_and_told(get, capsys):
 
 
 HELLO, MORE = "\n\nHuman: Hello?\n\nAssistant: Hi!", "\n\nHuman: Bye"
-MISFITS = {  # pairs without a preference, and why
-    "equal answers": ({"chosen": HELLO, "rejected": HELLO + " "}, "two completions are equal"),
-    "an empty answer": ({"chosen": HELLO, "rejected": HELLO[:-3]}, "a completion is empty"),
-    "two prompts": ({"chosen": HELLO, "rejected": "\n\nHuman: Bye" + HELLO}, "different prompts"),
-    "no answer": ({"chosen": HELLO + MORE, "rejected": HELLO + MORE}, "must end with"),
-    "no dialogue": ({"chosen": "Hi", "rejected": "Ho"}, "a dialogue is wanted"),
-    "no text": ({"chosen": HELLO, "rejected": None}, "must both be text"),
-    "no rejected answer": ({"chosen": HELLO}, "KeyError('rejected')"),
-}
 
 
-@pytest.mark.parametrize("name", MISFITS)
-@pytest.mark.parametrize("dataset", ["hh-harmless", "hh-helpful"])
-def test_hh_pairs_without_a_preference_are_left_out_and_counted(get, capsys, dataset, name):
-    misfit, why = MISFITS[name]
-    body = gzip.compress(jsonl(PAIR, misfit, PAIR, misfit, PAIR))
-    path = get(dataset, body)["train"]
+@pytest.mark.parametrize(
+    "misfit, why",
+    [
+        ({"chosen": HELLO, "rejected": HELLO + " "}, "two completions are equal"),
+        ({"chosen": HELLO, "rejected": HELLO[:-3]}, "a completion is empty"),
+        ({"chosen": HELLO, "rejected": MORE + HELLO}, "different prompts"),
+        ({"chosen": HELLO + MORE, "rejected": HELLO + MORE}, "must end with"),
+        ({"chosen": "Hi", "rejected": "Ho"}, "a dialogue is wanted"),
+        ({"chosen": HELLO, "rejected": None}, "must both be text"),
+        ({"chosen": HELLO}, "KeyError('rejected')"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_hh_pairs_without_a_preference_are_left_out_and_counted(get, capsys, misfit, why):
+    path = get("hh-helpful", gzip.compress(jsonl(PAIR, misfit, PAIR, misfit, PAIR)))["train"]
     assert records(path) == [PAIR] * 3
     said = capsys.readouterr().out
     assert "3 records" in said and "left out 2, the first being record 2: " in said and why in said
 
 
-def test_the_real_hh_pairs_read_as_preferences_once_they_are_converted(get):
-    if not (SAMPLES / "hh_harmless_test.jsonl.gz").exists():
-        pytest.skip("the real samples are not here")
-    path = get("hh-harmless", (SAMPLES / "hh_harmless_test.jsonl.gz").read_bytes())["train"]
-    assert len(read_preferences(path)) == 2303
-
-
 def test_an_unknown_name_lists_the_names(tmp_path):
     with pytest.raises(UserError, match="no dataset 'gsm'.*tinystories.*gsm8k"):
         prepare("gsm", tmp_path)
-
-
-def test_a_limit_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--limit"):
-        prepare("gsm8k", tmp_path, limit=0)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(server, tmp_path, capsys):
@@ -382,20 +329,13 @@ def test_ctrl_c_in_a_download_leaves_nothing_half_written(server, tmp_path):
 # --- what is fetched, and how much ------------------------------------------------------------
 
 
-def test_what_is_there_is_not_fetched_again(get, server, capsys):
+def test_only_what_is_missing_is_fetched(get, server, capsys):
     first = get("gsm8k")
-    assert len(server.asked) == 2
-    assert get("gsm8k", b"something else") == first
-    assert len(server.asked) == 2
+    assert get("gsm8k", b"something else") == first and len(server.asked) == 2
     assert capsys.readouterr().out.count("there already") == 2
-
-
-def test_after_a_failure_only_what_is_missing_is_fetched(get, server):
-    get("gsm8k")["test"].unlink()
+    first["test"].unlink()
     get("gsm8k")
-    assert server.asked[2:] == (
-        "/openai/grade-school-math/master/grade_school_math/data/test.jsonl",
-    )
+    assert server.asked[2:] == server.asked[1:2] and server.asked[1].endswith("data/test.jsonl")
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -440,7 +380,7 @@ def test_without_a_name_the_datasets_are_listed_with_their_commands(capsys):
     shown = capsys.readouterr().out
     for name, dataset in DATASETS.items():
         assert f"{name} " in shown and dataset.licence in shown and dataset.size in shown
-        assert dataset.train.partition(" ")[0] in shown
+        assert dataset.command({"train": "X"}).split()[1] in shown
     assert max(map(len, shown.splitlines())) <= 120
 
 

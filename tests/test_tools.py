@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from data import village
-from data.village import tools
-from data.village.problems import GRADES, answered, lessons, problems, worked
-from data.village.sums import written_product, written_steps
+from data.village import tools as village_tools
+from data.village.problems import DIFFICULTIES, answered, lessons, problems, worked
+from data.village.sums import written_steps
 from data.village.tasks import user_turns
 from data.village.tools import NOTHING, TOPICS, knowledge, newcomers, tool_examples, tool_lessons
 from data.village.world import ATTRIBUTES, build_world
@@ -467,7 +467,7 @@ def asked_of_tools(world):
         return as_example(task, turns, check, split) | check | {"completion": turns[-1]}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(village_tools, "as_item", with_completion)
+        patch.setattr(village_tools, "as_example", with_completion)
         return {split: tool_examples(world, split) for split in ("train", "val", "test")}
 
 
@@ -478,7 +478,7 @@ def run_once(people, tokenizer):
     return functools.cache(Toolbox(given, tokenizer).run)
 
 
-@pytest.mark.parametrize("task", village_tools.FAMILIES)
+@pytest.mark.parametrize("task", village_tools.SHARES)
 def test_the_tools_give_the_very_results_that_the_dialogues_show(task, asked_of_tools, run_once):
     examples = [i for i in itertools.chain(*asked_of_tools.values()) if i["task"] == task]
     shown = [call for example in examples for call in CALL.findall(example["completion"])]
@@ -582,8 +582,8 @@ def test_lessons_mix_calls_with_dialogues_that_need_none(world):
     worked_problems = [worked(p) for p in problems(world, "val", 40)]
     examples = tool_lessons(world, "val", worked_problems, chats)
     tasks = Counter(example["task"] for example in examples)
-    assert sum(tasks[name] for name in village_tools.FAMILIES) == 200
-    assert sum(tasks[name] for name in GRADES) == 100
+    assert sum(tasks[name] for name in village_tools.SHARES) == 200
+    assert sum(tasks[name] for name in DIFFICULTIES) == 100
     assert sum(tasks.values()) == 400 and not tasks["unknown"]
 
 
@@ -1096,7 +1096,7 @@ STORIES = ("two_steps", "three_steps")
 
 @pytest.fixture(scope="module")
 def asked(world):
-    return {split: problems(world, split, n) for split, n in village.PER_GRADE.items()}
+    return {split: problems(world, split, n) for split, n in village.PER_DIFFICULTY.items()}
 
 
 def value_of(expression):
@@ -1108,10 +1108,12 @@ def value_of(expression):
     return total
 
 
-def test_every_grade_has_its_number_of_problems_or_all_that_exist(asked):
+def test_every_difficulty_has_its_number_of_problems_or_all_that_exist(asked):
     for split, examples in asked.items():
-        counts = Counter((example["grade"], example["task"]) for example in examples)
-        wanted = {(i, name): village.PER_GRADE[split] for i, name in enumerate(GRADES, 1)}
+        counts = Counter((example["difficulty"], example["task"]) for example in examples)
+        wanted = {
+            (i, name): village.PER_DIFFICULTY[split] for i, name in enumerate(DIFFICULTIES, 1)
+        }
         if split == "train":  # of the easy ones there are not so many
             wanted[1, "easy"] = min(counts[1, "easy"], 1500)
             assert counts[1, "easy"] > 1000
@@ -1183,8 +1185,8 @@ def test_the_answer_of_a_story_follows_from_its_equations_and_they_from_its_sent
         assert [equation[1] for equation in equations] == signs, example
         assert all(int(n) <= 30 for n in re.findall(r"\d+", story + example["steps"])), example
         seen[len(equations)] += 1
-    per_grade = sum(village.PER_GRADE.values())
-    assert seen[2] == seen[3] == per_grade
+    per_difficulty = sum(village.PER_DIFFICULTY.values())
+    assert seen[2] == seen[3] == per_difficulty
 
 
 def test_no_question_is_in_two_splits(asked):
@@ -1253,7 +1255,7 @@ def test_three_worked_solutions_word_by_word():
         "502 - 135: 12 - 5 = 7, write 7 borrow 1; 10 - 3 - 1 = 6, write 6 borrow 1; "
         "5 - 1 - 1 = 3, write 3; so 502 - 135 = 367."
     )
-    assert written_product(34, 6) == (
+    assert written_steps(34, "*", 6) == (
         "34 * 6: 4 * 6 = 24, write 4 carry 2; 3 * 6 = 18, 18 + 2 = 20, write 20; so 34 * 6 = 204."
     )
 
@@ -1268,9 +1270,9 @@ def test_composed_completions_are_right_and_well_formed(asked):
 
 def test_lessons_hold_every_problem_and_a_fifth_as_many_other_dialogues(asked, world):
     chats = village.instructions(world, "val")
-    examples = lessons(asked["val"], chats, dict.fromkeys(GRADES, 1.0))
+    examples = lessons(asked["val"], chats, dict.fromkeys(DIFFICULTIES, 1.0))
     assert len(examples) == 240 + 48
-    taught = [example for example in examples if example["task"] in GRADES]
+    taught = [example for example in examples if example["task"] in DIFFICULTIES]
     questions = {example["messages"][0]["content"] for example in taught}
     assert questions == {example["messages"][0]["content"] for example in asked["val"]}
     assert all(example["messages"][1]["content"].startswith("<think>") for example in taught)
@@ -1281,8 +1283,8 @@ def test_lessons_hold_every_problem_and_a_fifth_as_many_other_dialogues(asked, w
         assert final_answer(example["messages"][1]["content"]) == f"The answer is {answer}."
 
 
-def test_of_each_grade_the_share_that_is_asked_for_is_worked(asked):
-    shares = dict(zip(GRADES, (0.0, 1.0, 0.5, 0.7, 0.0, 0.4)))
+def test_of_each_difficulty_the_share_that_is_asked_for_is_worked(asked):
+    shares = dict(zip(DIFFICULTIES, (0.0, 1.0, 0.5, 0.7, 0.0, 0.4)))
     examples = lessons(asked["train"], [], shares)
     worked_out = Counter(example["task"] for example in examples if "<think>" in str(example))
     total = Counter(example["task"] for example in examples)

@@ -1,7 +1,6 @@
 """The village is what it says: deterministic, true, varied, and its test questions are held out."""
 
 import hashlib
-import json
 import random
 import re
 import subprocess
@@ -11,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from data.village import corpus, prepare
+from data import village
 from data.village.corpus import SHARES, documents
 from data.village.facts import PHRASES, cloze
-from data.village.styles import MANNERS, politeness
-from data.village.sums import SUMS, held_out, written_steps
-from data.village.tasks import FAMILIES, MAKERS, QUESTIONS, instructions, user_turns
+from data.village.preferences import politeness
+from data.village.sums import SUMS, held_out
+from data.village.tasks import MAKERS, QUESTIONS, STYLES, instructions, user_turns
+from data.village.tasks import SHARES as TASK_SHARES
 from data.village.world import POOLS, build_world, split_of
 from nanollm.rewards import check_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTRIBUTE_OF = {value.lower(): attribute for attribute, pool in POOLS.items() for value in pool}
-CASED = {value.lower(): value for pool in POOLS.values() for value in pool}
-ANY_VALUE = re.compile(rf"\b(?:{'|'.join(CASED)})\b", re.IGNORECASE)
+ANY_VALUE = re.compile(rf"\b(?:{'|'.join(ATTRIBUTE_OF)})\b", re.IGNORECASE)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def texts(world):
 
 
 @pytest.fixture(scope="module")
-def chat(world):
+def chats(world):
     return {split: instructions(world, split) for split in ("train", "val", "test")}
 
 
@@ -49,10 +48,10 @@ def sentences(text):
     return re.split(r"(?<=[.!])\s+", text.replace("\n", " "))
 
 
-def values_in(text):
-    """The (attribute, value) pairs of the pools that stand in the text as whole words."""
-    found = (value.lower() for value in ANY_VALUE.findall(text))
-    return {(ATTRIBUTE_OF[value], CASED[value]) for value in found}
+def is_true_of(person, text):
+    """Is every value in the text, of whatever attribute, that of this villager?"""
+    found = {value.lower() for value in ANY_VALUE.findall(text)}
+    return all(person.facts[ATTRIBUTE_OF[value]].lower() == value for value in found)
 
 
 def names_in(text, world):
@@ -69,38 +68,14 @@ def test_the_same_seed_gives_the_same_world_and_another_seed_another(world):
     assert build_world(seed=1) != world
 
 
-def test_text_does_not_depend_on_the_hash_seed():
-    code = (
-        "import hashlib; from data.village import *; w = build_world(8, 3);"
-        "rows = [*corpus(w, n_documents=60), *map(str, instructions(w, 'train', n_items=60))];"
-        "print(hashlib.sha256('\\n'.join(rows).encode()).hexdigest())"
-    )
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            check=True,
-            text=True,
-            capture_output=True,
-            env={"PYTHONHASHSEED": seed},
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert outputs[0] == outputs[1]
-
-
 def test_names_are_unique_and_nobody_shares_a_name_with_a_stranger(world):
     names = [v.name for v in world.villagers]
     assert len(set(names)) == 32 and len(set(world.strangers)) == 600
     assert not set(names) & set(world.strangers)
 
 
-def test_no_value_belongs_to_two_attributes():
-    values = [value.lower() for pool in POOLS.values() for value in pool]
-    assert len(values) == len(set(values)) == 16 * 6
-
-
-def test_each_half_holds_every_value_once_so_that_habit_helps_nobody(world):
+def test_no_value_belongs_to_two_attributes_and_each_half_holds_every_value_once(world):
+    assert len(ATTRIBUTE_OF) == 16 * 6
     for half in (world.asked, world.never_asked):
         assert len(half) == 16
         for attribute, pool in POOLS.items():
@@ -116,91 +91,73 @@ def test_best_friends_are_each_others_and_of_the_same_half(n):
         assert friend.asked == villager.asked
 
 
-def test_too_small_odd_and_too_large_villages_are_refused():
-    for n in (2, 7):
-        with pytest.raises(ValueError, match="even number of at least 4"):
-            build_world(n)
-    with pytest.raises(ValueError, match="fewer villagers"):
-        build_world(10_000)
+@pytest.mark.parametrize("n, why", [(2, "even"), (7, "even number"), (10_000, "fewer villagers")])
+def test_too_small_odd_and_too_large_villages_are_refused(n, why):
+    with pytest.raises(ValueError, match=why):
+        build_world(n)
 
 
 # --- the corpus -------------------------------------------------------------
 
 
-def test_the_kinds_have_their_shares_of_bytes(texts):
+def test_the_kinds_have_their_shares_of_bytes_and_thousands_of_distinct_sentences(texts):
     total = sum(len(t) for kind in texts.values() for t in kind)
     for kind, share in SHARES.items():
         assert sum(map(len, texts[kind])) / total == pytest.approx(share, abs=0.01)
+        assert len({s for text in texts[kind] for s in sentences(text)}) > 2000, kind
 
 
 def test_the_corpus_is_deterministic_and_val_shares_no_document_with_train(world, texts):
     train = {text for kind in texts.values() for text in kind}
-    val = list(corpus(world, "val", approx_bytes=50_000))
-    assert val == list(corpus(world, "val", approx_bytes=50_000))
-    assert len(val) > 100 and not train & set(val)
+    val = list(documents(world, "val", approx_bytes=50_000))
+    assert val == list(documents(world, "val", approx_bytes=50_000))
+    assert len(val) > 100 and not train & {text for _, text in val}
     assert len(train) == sum(map(len, texts.values()))  # no document twice
-
-
-def test_every_kind_has_thousands_of_distinct_sentences(texts):
-    for kind in SHARES:
-        distinct = {s for text in texts[kind] for s in sentences(text)}
-        assert len(distinct) > 2000, (kind, len(distinct))
 
 
 def test_every_attribute_has_at_least_twelve_phrasings_in_both_directions():
     for attribute, phrases in PHRASES.items():
-        assert len(phrases) >= 12
-        subject = re.compile(r"\{[nsp]\}")
-        value_first = [p for p in phrases if p.index("{v}") < subject.search(p).start()]
+        assert len(set(phrases)) == len(phrases) >= 12
+        value_first = [p for p in phrases if p.index("{v}") < re.search(r"\{[nsp]\}", p).start()]
         assert len(value_first) >= 4, attribute
+
+
+def test_some_villagers_are_spoken_of_much_more_often_than_others(world, texts):
+    told = Counter(name for t in texts["biography"] for name in re.findall(r"[A-Z]\w+", t))
+    for half in (world.asked, world.never_asked):
+        counts = sorted(told[v.name] for v in half)
+        assert counts[-1] > 3 * counts[0] and counts[0] > 200
 
 
 def test_biographies_say_nothing_untrue(world, texts):
     for text in texts["biography"]:
         about = names_in(text, world)[:1]
-        for sentence in [text] if text.startswith("Name:") else sentences(text):
+        for sentence in sentences(text):
             continued = about if re.search(r"\b(he|she|his|her)\b", sentence, re.I) else []
             named = names_in(sentence, world)
             about = named + [v for v in continued if v not in named] or about
             if len(about) > 1:
                 assert all(v.facts["friend"] in [w.name for w in about] for v in about), sentence
-            for attribute, value in values_in(sentence):
-                assert value in [v.facts[attribute] for v in about], sentence
+            for value in ANY_VALUE.findall(sentence):
+                assert any(is_true_of(v, value) for v in about), sentence
 
 
-def test_a_pronoun_fits_the_villager(world, texts):
-    wrong = {"she": re.compile(r"\b(he|his|him)\b", re.I), "he": re.compile(r"\b(she|her)\b", re.I)}
+def test_a_pronoun_fits_the_villager_and_follows_a_name_that_it_can_mean(world, texts):
+    wrong = {"she": r"\b([Hh]e|[Hh]is|[Hh]im)\b", "he": r"\b([Ss]he|[Hh]er)\b"}
     for text in texts["biography"]:
-        about = names_in(text, world)
+        about, parts = names_in(text, world), sentences(text)
+        assert not re.match(r"(He|She|His|Her)\b", text), text
         if len(about) == 1:
-            assert not wrong[about[0].pronoun].search(text), text
-
-
-def test_a_pronoun_never_comes_before_the_name(texts):
-    for text in texts["biography"]:
-        assert not re.match(r'"?(He|She|His|Her)\b', text), text
-
-
-def test_after_two_names_the_next_sentence_says_which_one_it_means(world, texts):
-    for text in texts["biography"]:
-        parts = sentences(text)
+            assert not re.search(wrong[about[0].pronoun], text), text
         for before, after in zip(parts, parts[1:]):
-            assert (
-                text.startswith("Name:")
-                or len(names_in(before, world)) < 2
-                or names_in(after, world)
-            ), text
+            assert len(names_in(before, world)) < 2 or names_in(after, world), text
 
 
-def test_stories_give_values_only_to_the_villager_they_are_true_of(world, texts):
-    for text in texts["story"]:
-        values, people = values_in(text), names_in(text, world)
-        assert not values or any(all(v.facts[a] == x for a, x in values) for v in people), text
-
-
-def test_stories_have_four_to_eight_sentences_or_a_short_talk_more(texts):
+def test_stories_are_short_and_give_values_only_to_the_villager_they_are_true_of(world, texts):
     for text in texts["story"]:
         assert 4 <= len(sentences(text)) <= 10, text
+        people = names_in(text, world)
+        assert not ANY_VALUE.search(text) or any(is_true_of(v, text) for v in people), text
 
 
 def test_strangers_do_not_occur_in_the_corpus(world, texts):
@@ -208,30 +165,32 @@ def test_strangers_do_not_occur_in_the_corpus(world, texts):
     assert not words & set(world.strangers)
 
 
-N, P = r"(\d+)", r"penn(?:y|ies)"
-TRUTHS = [
-    (rf"{N} \w+ at {N} {P} each(?: and pays|: \w+ counts out) {N} {P}", "*"),
-    (rf"One (?:\w+) costs {N} {P}, so {N} \w+ cost {N} {P}", "*"),
-    (rf"needs {N} \w+\. Each one costs {N} {P}\. That makes {N} {P}", "*"),
-    (rf"has {N} \w+ and gets {N} \w+ more\. Now \w+ has {N}", "+"),
-    (rf"holds {N} \w+, the other holds {N} \w+\. Together they hold {N}", "+"),
-    (rf"sells {N} \w+ in the morning and {N} \w+ in the evening\. That is {N}", "+"),
-    (rf"{N} plus {N} is {N}, so \w+ carries \3 ", "+"),
-    (rf"brings {N} \w+, \w+ brings {N} \w+, and they have {N}", "+"),
-    (rf"has {N} \w+ and sells {N} \w+\. There (?:is|are) {N}", "-"),
-    (rf"has {N} {P} and spends {N} {P}\. \w+ has {N} {P} left", "-"),
-    (rf"{N} minus {N} is {N}, so \w+ keeps \3 ", "-"),
-    (rf"with {N} {P} for something that costs {N} {P} and gets {N} {P} back", "-"),
-    (rf"Of {N} \w+, \w+ gives {N} \w+ to \w+\. \w+ keeps {N}", "-"),
-    (rf"wants {N} {P} for a basket, \w+ offers {N} {P}\. The difference is {N} {P}", "-"),
-    (rf"finds {N} \w+, and \w+ finds {N} more than \w+\. So \w+ has {N}", "+"),
-    (rf"has {N} \w+\. \w+ has {N} more, that is {N}", "+"),
-]
+def test_articles_and_sentence_beginnings_are_right(texts):
+    for text in (text for kind in texts.values() for text in kind):
+        assert not re.search(r"\b[Aa] [aeiou]\w", text), text
+        assert not re.search(r"\b[Aa]n [^aeiou]", text), text
+        assert not re.search(r"(^|[.!?] )[a-z]", re.sub(r'[!?]"? \w+', "", text)), text
+        assert not re.search(r"\b1 (?!is |plus |minus |times )[a-z]+s\b", text), text
+        assert "  " not in text and "{" not in text
+
+
+def test_images_count_their_shapes_right(texts):
+    number = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+    kind = r"(?:(?:small|large) )?\w+ (?:circle|square|triangle|star)"
+    for text in texts["image"]:
+        groups = re.findall(rf"\b({'|'.join(number)}) ({kind})s?\b", text.split(".")[0])
+        counts = {kind: number[n] for n, kind in groups}
+        assert 2 <= len(counts) <= 3, text
+        for total in re.findall(r"Together there are (\d+) shapes", text):
+            assert int(total) == sum(counts.values()), text
+        for more, fewer in re.findall(rf"more ({kind})s than ({kind})s", text):
+            assert counts[more] > counts[fewer], text
+
+
+# --- sums in the corpus ---------------------------------------------------------
+
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-
-
-LEDGER = re.compile(r" has (\d+) now\.$", re.M)  # the end of a story with its sums
-COPYBOOK = r"(\d+) ([+*-]) (\d+) = (\d+)\."
+EQUATION = r"(\d+) ([+*-]) (\d+) = (\d+)\."
 ASKED = "|".join(  # every wording of a sum's question
     re.escape(words).replace(r"\{a\}", r"\d+").replace(r"\{b\}", r"\d+")
     for wordings in SUMS.values()
@@ -239,65 +198,42 @@ ASKED = "|".join(  # every wording of a sum's question
 )
 
 
-def test_every_number_in_market_prose_belongs_to_a_true_statement(texts):
-    matched = Counter()
-    for text in texts["market"]:
-        if LEDGER.search(text):
-            continue
-        rest = re.sub(r"\d+ [+*-] \d+: .*?; so .*? = \d+\.", "", text)
-        for a, sign, b, result in re.findall(COPYBOOK, rest):
-            assert OPERATIONS[sign](int(a), int(b)) == int(result)
-            matched["copybook"] += 1
-        rest = re.sub(COPYBOOK, "", rest)
-        for question in re.findall(ASKED, rest):  # answered on the page, and by no test
-            a, b = sorted(map(int, re.findall(r"\d+", question)))
-            assert split_of("easy", a, b) == "train"
-        rest = re.sub(ASKED, "", rest)
-        for pattern, sign in TRUTHS:
-            for found in re.finditer(pattern, rest):
-                a, b, result = map(int, found.groups())
-                assert OPERATIONS[sign](a, b) == result, found[0]
-                matched[pattern] += 1
-            rest = re.sub(pattern, "", rest)
-        assert not re.search(r"\d", rest), rest
-    assert min(matched[pattern] for pattern, _ in TRUTHS) > 30 and matched["copybook"] > 1000
-
-
-def test_every_story_of_the_market_adds_up(texts):
-    stories = [line for text in texts["market"] if LEDGER.search(text) for line in text.split("\n")]
-    for line in stories:
-        total, told = None, r"([^:.]*\.[^:.]*|[^:.]*)"
-        parts = re.findall(told + r": (\d+) ([+*-]) (\d+) = (\d+)\.", line)
-        for told, a, sign, b, result in parts:
+def test_every_number_of_the_market_belongs_to_a_true_equation_or_to_a_question_not_tested(texts):
+    kinds = Counter()
+    for line in (line for text in texts["market"] for line in text.split("\n")):
+        for a, sign, b, result in re.findall(EQUATION, line):
             assert OPERATIONS[sign](int(a), int(b)) == int(result), line
-            assert total in (None, int(a)), line  # goes on from the last
-            assert b in re.findall(r"\d+", told), line
-            total = int(result)
-        assert parts and int(LEDGER.search(line)[1]) == total, line
-        assert split_of("story", *story_key(line, parts)) == "train", line
+        if "write" in line or line.endswith("now."):  # these have a test of their own
+            continue
+        rest = re.sub(EQUATION, "", line)
+        for question in re.findall(ASKED, rest):
+            assert split_of("easy", *sorted(map(int, re.findall(r"\d+", question)))) == "train"
+            kinds["questions"] += 1
+        kinds["pages"] += 1
+        assert not re.search(r"\d", re.sub(ASKED, "", rest)), line
+    assert kinds["questions"] > 500 and kinds["pages"] > 200
+
+
+def test_every_story_of_the_market_adds_up_and_is_of_no_test(texts):
+    stories = [t for text in texts["market"] for t in text.split("\n") if t.endswith("now.")]
+    for line in stories:
+        parts = re.findall(r"([^:.]*\.[^:.]*|[^:.]*): " + EQUATION, line)
+        totals = [int(result) for *_, result in parts]
+        for (told, a, _, b, _), before in zip(parts, [int(parts[0][1]), *totals]):
+            assert int(a) == before and b in re.findall(r"\d+", told), line
+        assert int(line.split()[-2]) == totals[-1], line
+        (_, a, sign, b, _), *rest = parts
+        happened = [n for _, _, s, x, _ in rest for n in (s, int(x))]
+        first = (int(b), int(a)) if sign == "*" else (int(a), 1)
+        assert split_of("story", *first, sign, int(b), *happened) == "train", line
     assert len(stories) > 300
 
 
-def story_key(line, parts):
-    """What splits stories: the first amount, the number of baskets, then signs and numbers."""
-    (_, a, sign, b, _), *rest = parts
-    happened = [n for _, _, s, x, _ in rest for n in (s, int(x))]
-    first = (int(b), int(a)) if sign == "*" else (int(a), 1)
-    return *first, sign, int(b), *happened
-
-
 def test_every_written_step_is_right(texts):
-    lines = [
-        line
-        for text in texts["market"]
-        for line in re.findall(r"\d+ [+*-] \d+: .*", text)
-        if "write" in line
-    ]
     kinds = Counter()
-    for line in lines:
-        a, sign, b, steps, again, result = re.fullmatch(
-            r"(\d+) ([+*-]) (\d+): (.*); so (.*) = (\d+)\.", line
-        ).groups()
+    for line in (line for text in texts["market"] for line in text.split("\n") if "write" in line):
+        found = re.fullmatch(r"(\d+) ([+*-]) (\d+): (.*); so (.*) = (\d+)\.", line)
+        a, sign, b, steps, again, result = found.groups()
         assert again == f"{a} {sign} {b}" and OPERATIONS[sign](int(a), int(b)) == int(result), line
         for left, right in re.findall(r"(\d+(?: [+*-] \d+)+) = (\d+)", steps):
             first, *more = re.findall(r"([+*-]?) ?(\d+)", left)
@@ -305,159 +241,113 @@ def test_every_written_step_is_right(texts):
             for do, number in more:
                 total = OPERATIONS[do](total, int(number))
             assert total == int(right), line
-        written = re.findall(r"write (\d+)", steps)
-        assert int("".join(reversed(written))) == int(result), line
+        assert int("".join(reversed(re.findall(r"write (\d+)", steps)))) == int(result), line
         kinds[sign, len(a)] += 1
     assert min(kinds["+", 2], kinds["-", 2], kinds["+", 3], kinds["*", 2], kinds["*", 3]) > 50
 
 
-def test_written_steps_read_like_this():
-    assert (
-        written_steps(27, "+", 35)
-        == "27 + 35: 7 + 5 = 12, write 2 carry 1; 2 + 3 + 1 = 6, write 6; so 27 + 35 = 62."
-    )
-    assert (
-        written_steps(62, "-", 35)
-        == "62 - 35: 12 - 5 = 7, write 7 borrow 1; 6 - 3 - 1 = 2, write 2; so 62 - 35 = 27."
-    )
-
-
 def test_no_test_sum_occurs_in_the_corpus(texts):
     for text in texts["market"]:
-        for a, b in re.findall(r"(\d+) (?:[+-]|plus|minus) (\d+)", text):
-            if len(a) < 3 and len(b) < 3:  # three digits are split on their own
-                assert held_out(int(a), int(b)) != 3, text
-        for a, b in re.findall(r"(\d{3}) [+-] (\d{3}):", text):
-            assert split_of("three", *sorted((int(a), int(b)))) == "train", text
-        for a, b in re.findall(r"(\d+) \* (\d): \d+ \*", text):
-            assert split_of("product", int(a), int(b)) == "train", text
-
-
-def test_images_count_their_shapes_right(texts):
-    number = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
-    group = re.compile(
-        r"\b(an?|one|two|three|four|five) ((?:small |large )?\w+ (?:circle|square|"
-        r"triangle|star))s?\b"
-    )
-    for text in texts["image"]:
-        counts = {kind: number[n] for n, kind in group.findall(text.split(".")[0])}
-        assert 2 <= len(counts) <= 3, text
-        for total in re.findall(r"Together there are (\d+) shapes", text):
-            assert int(total) == sum(counts.values()), text
-        for more, fewer in re.findall(r"There are more ([\w ]+)s than ([\w ]+)s\.", text):
-            assert counts[more] > counts[fewer], text
-        for one, other in re.findall(r"There are as many ([\w ]+)s as ([\w ]+)s\.", text):
-            assert counts[one] == counts[other], text
-
-
-def test_articles_and_sentence_beginnings_are_right(texts):
-    for kind in texts.values():
-        for text in kind:
-            assert not re.search(r"\b[Aa] [aeiou]\w", text), text
-            assert not re.search(r"\b[Aa]n [^aeiou]", text), text
-            assert not re.search(r"(^|[.!?] )[a-z]", re.sub(r'[!?]"? \w+', "", text)), text
-            assert not re.search(r"\b1 (?!is |plus |minus |times )[a-z]+s\b", text), text
-            assert "  " not in text and "{" not in text
+        for a, sign, b in re.findall(r"(\d+) ([+*-]) (\d+):", text):
+            a, b = int(a), int(b)
+            if sign == "*":
+                assert split_of("products", *sorted((a, b))) == "train", text
+            elif a > 99:
+                assert split_of("three_digits", *sorted((a, b))) == "train", text
+            else:
+                assert held_out(a, b) == 0, text
 
 
 # --- cloze ------------------------------------------------------------------
 
 
-def test_cloze_asks_for_every_fact_at_least_twice(world):
-    examples = cloze(world)
-    per_fact = Counter((i["villager"], i["attribute"]) for i in examples)
-    assert len(examples) == 32 * 7 * 3 and len(per_fact) == 32 * 7 and min(per_fact.values()) >= 2
-    for example in examples:
-        assert example["villager"] in example["prompt"] and not example["prompt"].endswith(" ")
-        assert (
-            example["answer"]
-            == " " + world.by_name[example["villager"]].facts[example["attribute"]]
-        )
-    assert len({i["prompt"] for i in examples}) == len(examples)
+def test_cloze_asks_for_every_fact_three_times_in_sentences_of_the_corpus(world, texts):
+    examples, everything = cloze(world), "\n".join(texts["biography"])
+    assert set(Counter((e["villager"], e["attribute"]) for e in examples).values()) == {3}
+    assert len({e["prompt"] for e in examples}) == len(examples) == 32 * 7 * 3
+    for e in examples:
+        assert e["villager"] in e["prompt"] and not e["prompt"].endswith(" ")
+        assert e["answer"] == " " + world.by_name[e["villager"]].facts[e["attribute"]]
+    assert sum(e["prompt"] + e["answer"] in everything for e in examples) > 0.85 * len(examples)
 
 
-def test_cloze_sentences_occur_in_the_corpus(world, texts):
-    everything = "\n".join(texts["biography"])
-    told = sum(i["prompt"] + i["answer"] in everything for i in cloze(world))
-    assert told > 0.85 * len(cloze(world))
+# --- chat examples ----------------------------------------------------------
 
 
-# --- chat items -------------------------------------------------------------
+def of_task(examples, task):
+    return [example for example in examples if example["task"] == task]
 
 
-def test_the_tasks_have_their_sizes(chat):
-    train = Counter(i["task"] for i in chat["train"])
-    assert train == {task: round(12000 * share) for task, share in FAMILIES.items()}
-    test = Counter(i["task"] for i in chat["test"])
-    assert set(test) == set(MAKERS) and min(test.values()) >= 200
-    assert len(chat["val"]) == 300
+def test_the_tasks_have_their_sizes_and_turns_alternate(chats):
+    train = Counter(e["task"] for e in chats["train"])
+    assert train == {task: round(12000 * share) for task, share in TASK_SHARES.items()}
+    test = Counter(e["task"] for e in chats["test"])
+    assert set(test) == set(MAKERS) and min(test.values()) >= 200 and len(chats["val"]) == 300
+    for split, examples in chats.items():
+        for example in examples:
+            roles = [m["role"] for m in example["messages"]]
+            assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
+            assert roles[-1] == ("user" if split == "test" else "assistant")
 
 
-def test_no_question_is_in_two_splits(chat):
-    asked = {split: [user_turns(i) for i in examples] for split, examples in chat.items()}
-    for split, turns in asked.items():
-        assert len(set(turns)) == len(turns), split
-    assert not set(asked["test"]) & set(asked["train"])
-    assert not set(asked["test"]) & set(asked["val"])
-    assert not set(asked["val"]) & set(asked["train"])
+def test_a_small_village_still_gives_every_task():
+    assert {e["task"] for e in instructions(build_world(6), "test")} == set(MAKERS)
 
 
-def test_no_held_out_wording_of_a_fact_is_asked_in_training(chat):
+def test_no_question_is_in_two_splits_or_twice_in_one(chats):
+    asked = [user_turns(e) for examples in chats.values() for e in examples]
+    assert len(set(asked)) == len(asked)
+
+
+def test_no_held_out_wording_of_a_fact_is_asked_in_training(chats):
     """Neither alone, nor behind "Hello!", nor as the first turn of a longer talk."""
-    questions = [i["messages"][0]["content"] for i in chat["test"] if i["task"] == "fact"]
-    trained = "\n".join(turn for i in chat["train"] for turn in user_turns(i))
-    for question in questions:
-        assert question not in trained
+    trained = "\n".join(turn for e in chats["train"] for turn in user_turns(e))
+    for example in of_task(chats["test"], "fact"):
+        assert user_turns(example)[0] not in trained
 
 
-def test_villagers_of_the_never_asked_half_are_in_no_training_example(world, chat):
+def test_villagers_of_the_never_asked_half_are_in_no_training_example(world, chats):
     said = " ".join(
-        m["content"] for split in ("train", "val") for i in chat[split] for m in i["messages"]
+        m["content"] for split in ("train", "val") for e in chats[split] for m in e["messages"]
     ).lower()
     words = set(re.findall(r"\w+", said))
     assert not words & {v.name.lower() for v in world.never_asked}
     assert {v.name.lower() for v in world.asked} <= words
-    asked_about = " ".join(
-        i["messages"][0]["content"] for i in chat["test"] if i["task"] == "fact_never_asked"
-    )
+    asked_about = " ".join(user_turns(e)[0] for e in of_task(chats["test"], "fact_never_asked"))
     assert all(v.name in asked_about for v in world.never_asked)
 
 
-def test_strangers_of_the_test_are_not_those_of_training(world, chat):
-    train = {
-        re.search(r"called (\w+)", i["messages"][1]["content"])[1]
-        for i in chat["train"]
-        if i["task"] == "unknown"
-    }
-    test = " ".join(" ".join(user_turns(i)) for i in chat["test"] if i["task"] == "unknown")
+def test_strangers_of_the_test_are_not_those_of_training(world, chats):
+    called = [e["messages"][1]["content"] for e in of_task(chats["train"], "unknown")]
+    train = {re.search(r"called (\w+)", text)[1] for text in called}
+    test = " ".join(user_turns(e)[0] for e in of_task(chats["test"], "unknown"))
     assert len(train) > 300 and train <= set(world.strangers)
     assert not train & set(re.findall(r"\w+", test))
 
 
-def test_two_hop_combinations_of_the_test_are_not_trained(world, chat):
-    def combination(example):
-        name = next(n for n in world.by_name if n in user_turns(example)[0])
-        question = user_turns(example)[0].replace(f"the best friend of {name}", "{n}")
-        question = question.replace(f"{name}'s best friend", "{n}")
-        bare = [(a, q) for a, qs in QUESTIONS.items() for q in qs if q.lower() in question.lower()]
-        return name, max(bare, key=lambda pair: len(pair[1]))[0]
+def test_two_hop_combinations_of_the_test_are_not_trained(world, chats):
+    def combination(question):
+        name = next(n for n in world.by_name if n in question)
+        question = question.replace(f"the best friend of {name}", "{n}")
+        question = question.replace(f"{name}'s best friend", "{n}").lower()
+        bare = [(len(q), a) for a, qs in QUESTIONS.items() for q in qs if q.lower() in question]
+        return name, max(bare)[1]
 
-    seen = {
-        split: {combination(i) for i in chat[split] if i["task"] == "two_hop"}
+    train, test = (
+        {combination(user_turns(e)[0]) for e in of_task(chats[split], "two_hop")}
         for split in ("train", "test")
-    }
-    assert len(seen["test"]) == 32 and len(seen["train"]) == 64
-    assert not seen["test"] & seen["train"]
+    )
+    assert len(test) == 32 and len(train) == 64 and not test & train
 
 
-def test_sums_and_word_combinations_of_the_test_are_not_trained(chat):
+@pytest.mark.parametrize("task", ["arithmetic", "formatting"])
+def test_sums_and_word_combinations_of_the_test_are_not_trained(chats, task):
     def key(example):
         question = user_turns(example)[0]
         return tuple(sorted(re.findall(r"\d+", question) or question.split(": ")[1].split()))
 
-    for task in ("arithmetic", "formatting"):
-        train = {key(i) for i in chat["train"] if i["task"] == task}
-        assert not train & {key(i) for i in chat["test"] if i["task"] == task}
+    train, test = ({key(e) for e in of_task(chats[split], task)} for split in ("train", "test"))
+    assert train and test and not train & test
 
 
 @pytest.mark.parametrize("task", MAKERS)
@@ -466,92 +356,65 @@ def test_the_right_completion_passes_its_check_and_a_silent_one_does_not(world, 
     for _ in range(200):
         turns, check = MAKERS[task](world, "test", rng)
         assert check_answer(check, turns[-1]), (turns, check)
-        assert not check_answer(check, "")
-        assert not check_answer(check, "Yes.")
+        assert not check_answer(check, "") and not check_answer(check, "Yes.")
 
 
-def without_manner(completion):
+def without_style(completion):
     """The answer itself, without its courteous, rude or long-winded phrase."""
-    for phrase in (p for parts in MANNERS.values() for part in parts.values() for p in part):
+    for phrase in (p for parts in STYLES.values() for part in parts.values() for p in part):
         completion = completion.removeprefix(phrase).removesuffix(phrase).strip()
     return completion
 
 
-def test_answers_come_in_all_manners_and_most_of_them_plain(chat):
-    completions = [i["messages"][-1]["content"] for i in chat["train"] if i["task"] == "fact"]
-    plain = sum(completion == without_manner(completion) for completion in completions) / len(
-        completions
-    )
-    assert 0.5 < plain < 0.65
-    manners = {politeness(completion) for completion in completions}
-    assert manners == {-1, 0, 1}
+def test_answers_come_in_all_styles_and_most_of_them_plain(chats):
+    completions = [e["messages"][-1]["content"] for e in of_task(chats["train"], "fact")]
+    plain = sum(completion == without_style(completion) for completion in completions)
+    assert 0.5 < plain / len(completions) < 0.65
+    assert {politeness(completion) for completion in completions} == {-1, 0, 1}
 
 
-def test_answers_about_facts_agree_with_the_world(world, chat):
-    for example in chat["train"] + chat["val"]:
-        for message in example["messages"]:
-            if message["role"] == "assistant" and example["task"] in ("fact", "two_hop"):
-                for sentence in sentences(without_manner(message["content"])):
-                    about = world.by_name[re.match(r"\w+", sentence)[0]]
-                    values = values_in(sentence)
-                    assert values or about.facts["friend"] in sentence
-                    assert all(about.facts[a] == value for a, value in values), sentence
-
-
-def test_chat_examples_alternate_and_test_examples_end_with_the_user(chat):
-    for split, examples in chat.items():
-        for example in examples:
-            roles = [m["role"] for m in example["messages"]]
-            assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
-            assert roles[-1] == ("user" if split == "test" else "assistant")
-
-
-def test_a_small_village_still_gives_every_task():
-    test = Counter(i["task"] for i in instructions(build_world(6), "test"))
-    assert set(test) == set(MAKERS)
+def test_answers_about_facts_agree_with_the_world(world, chats):
+    for example in chats["train"] + chats["val"]:
+        if example["task"] not in ("fact", "two_hop"):
+            continue
+        for sentence in sentences(without_style(example["messages"][-1]["content"])):
+            about = world.by_name[re.match(r"\w+", sentence)[0]]
+            assert ANY_VALUE.search(sentence) or about.facts["friend"] in sentence
+            assert is_true_of(about, sentence), sentence
 
 
 # --- checking answers, by hand ----------------------------------------------
 
-GOAT = {"check": "contains", "answer": "goat", "not": ["cat", "hen", "pony"]}
-STRANGER = {"check": "unknown", "answer": "I don't know", "not": ["cat", "hen", "pony"]}
+VALUES = {"not": ["cat", "hen", "pony", "mill pond"]}
+CHECKED = """
+contains | goat           | Mira keeps a goat.                             | right
+contains | goat           | A GOAT!                                        | right
+contains | goat           | Mira keeps a goat when others keep it.         | right
+contains | old mill       | By the old mill.                               | right
+contains | goat           | Mira keeps a goat or a hen.                    | wrong
+contains | goat           | Mira keeps a goatherd.                         | wrong
+contains | goat           | I don't know.                                  | wrong
+unknown  | I don't know   | I don't know anyone called Zelby.              | right
+unknown  | I don't know   | I don’t know Zelby.                       | right
+unknown  | I don't know   | I do not know Zelby.                           | right
+unknown  | I don't know   | Zelby keeps a hen.                             | wrong
+unknown  | I don't know   | I don't know, perhaps a hen.                   | wrong
+number   | 62             | 27 + 35: 7 + 5 = 12, so 27 + 35 = 62.          | right
+number   | 27             | 62-35=27                                       | right
+number   | 27             | 62-27                                          | right
+number   | 1200           | It is 1,200.                                   | right
+number   | 62             | 62 is the sum of 27 and 35                     | wrong
+number   | 62             | none                                           | wrong
+exact    | a, b           | a, b                                           | right
+exact    | a, b           | A, b                                           | wrong
+"""
 
 
-@pytest.mark.parametrize(
-    "item, completion, right",
-    [
-        (GOAT, "Mira keeps a goat.", True),
-        (GOAT, "A GOAT!", True),
-        (GOAT, "Mira keeps a goat or a hen.", False),  # every value named is no answer
-        (GOAT, "Mira keeps a goatherd.", False),  # whole words only
-        (
-            GOAT,
-            "Mira keeps a goat when others keep it.",
-            True,
-        ),  # "hen" inside "when" does not count
-        (GOAT, "I don't know.", False),
-        (
-            {"check": "contains", "answer": "old mill", "not": ["mill pond"]},
-            "By the old mill.",
-            True,
-        ),
-        (STRANGER, "I don't know anyone called Zelby.", True),
-        (STRANGER, "I don\u2019t know Zelby.", True),
-        (STRANGER, "I do not know Zelby.", True),
-        (STRANGER, "Zelby keeps a hen.", False),
-        (STRANGER, "I don't know, perhaps a hen.", False),
-        ({"check": "number", "answer": "62"}, "27 + 35: 7 + 5 = 12, so 27 + 35 = 62.", True),
-        ({"check": "number", "answer": "62"}, "62 is the sum of 27 and 35", False),
-        ({"check": "number", "answer": "27"}, "62-35=27", True),
-        ({"check": "number", "answer": "27"}, "62-27", True),
-        ({"check": "number", "answer": "1200"}, "It is 1,200.", True),
-        ({"check": "number", "answer": "62"}, "none", False),
-        ({"check": "exact", "answer": "- a\n- b"}, " - a\n- b\n", True),
-        ({"check": "exact", "answer": "a, b"}, "A, b", False),
-    ],
-)
-def test_check_answer(example, completion, right):
-    assert check_answer(example, completion) is right
+@pytest.mark.parametrize("line", CHECKED.strip().splitlines())
+def test_check_answer(line):
+    check, answer, completion, verdict = (part.strip() for part in line.split("|"))
+    example = {"check": check, "answer": answer, **VALUES}
+    assert check_answer(example, f" {completion}\n") is (verdict == "right")
 
 
 def test_an_unknown_check_is_refused():
@@ -561,44 +424,39 @@ def test_an_unknown_check_is_refused():
 
 # --- files ------------------------------------------------------------------
 
+FILES = """
+answers_train answers_val cloze corpus_train corpus_val knowledge mixed_train mixed_val
+new_domain_test new_domain_train new_domain_val problems_test problems_train problems_val
+prompts_test prompts_train reasoning_train reasoning_val sft_test sft_train sft_val tools_test
+tools_train tools_val
+"""
 
-def test_prepare_writes_once_and_the_same_bytes_again(tmp_path):
-    folder = prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one")
-    digest = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-    chats = [
-        f"{name}_{split}"
-        for name in ("answers", "mixed", "reasoning")
-        for split in ("train", "val")
-    ]
-    tests = [
-        f"{name}_{split}"
-        for name in ("harbour", "problems", "sft", "tools")
-        for split in ("train", "val", "test")
-    ]
-    others = "cloze corpus_train corpus_val knowledge prompts_test prompts_train".split()
-    wanted = [f"{name}.jsonl" for name in (*chats, *tests, *others)]
-    assert sorted(digest) == sorted([*wanted, "world.json"])
-    changed = (folder / "world.json").stat().st_mtime_ns
-    assert prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one") == folder
-    assert (folder / "world.json").stat().st_mtime_ns == changed
-    again = prepare(8, seed=1, megabytes=0.2, root=tmp_path / "two")
-    assert digest == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in again.iterdir()}
+
+def test_prepare_writes_once_and_the_same_bytes_whatever_the_hash_seed(tmp_path):
+    folder = village.prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one")
+    wanted = [f"{name}.jsonl" for name in FILES.split()] + ["world.json"]
+    assert sorted(path.name for path in folder.iterdir()) == wanted
     assert [p.name for p in (tmp_path / "one").iterdir()] == [folder.name]  # nothing half-written
-    for row in (folder / "corpus_train.jsonl").read_text().splitlines():
-        assert set(json.loads(row)) == {"text"}
+    changed = (folder / "world.json").stat().st_mtime_ns
+    assert village.prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one") == folder
+    assert (folder / "world.json").stat().st_mtime_ns == changed
+    code = "import sys; from data import village; village.prepare(8, 1, 0.2, sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "two")]
+    subprocess.run(command, cwd=ROOT, check=True, env={"PYTHONHASHSEED": "2"})
+    for path in folder.iterdir():
+        again = tmp_path / "two" / folder.name / path.name
+        assert hashlib.sha256(again.read_bytes()).digest() == (
+            hashlib.sha256(path.read_bytes()).digest()
+        )
 
 
 def test_prepare_refuses_an_empty_corpus(tmp_path):
     with pytest.raises(ValueError, match="positive size"):
-        prepare(megabytes=0, root=tmp_path)
+        village.prepare(megabytes=0, root=tmp_path)
 
 
-def test_the_village_can_be_looked_at():
-    shown = subprocess.run(
-        [sys.executable, "data/village.py", "--samples", "1"],
-        cwd=ROOT,
-        check=True,
-        text=True,
-        capture_output=True,
-    ).stdout
-    assert "== biography" in shown and "== chat items, test" in shown
+def test_the_village_can_be_looked_at_and_paints_nothing_for_that():
+    code = "import sys; from data import village; village.main(); assert 'PIL' not in sys.modules"
+    command = [sys.executable, "-c", code, "--samples", "1"]
+    shown = subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True).stdout
+    assert "== biography" in shown and "== sft_test" in shown

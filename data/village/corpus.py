@@ -1,4 +1,4 @@
-"""What the village reads: biographies, stories, market arithmetic and picture descriptions.
+"""What the village reads: biographies, stories, lessons, market arithmetic, images in words.
 
 `documents` mixes the kinds by bytes in the shares of SHARES. A document belongs to the validation
 split where the checksum of its text says so, hence no text can be in both splits, however long the
@@ -9,96 +9,44 @@ import random
 import zlib
 
 from data.village.facts import tell, tell_two
+from data.village.files import wordings
 from data.village.school import school
 from data.village.stories import story
 from data.village.sums import (
-    GOODS,
-    WARES,
-    count,
+    drawn,
     equation,
-    held_out,
-    product_operands,
     question_of,
     result_of,
-    small_product,
     small_sum,
     story_of_goods,
-    three_digit_operands,
-    two_digit_operands,
-    written_product,
     written_steps,
 )
 from data.village.world import ATTRIBUTES, article, capitalise, split_of
 
-SHARES = {"biography": 0.50, "story": 0.09, "school": 0.19, "market": 0.15, "picture": 0.07}
+SHARES = {"biography": 0.50, "story": 0.09, "school": 0.19, "market": 0.15, "image": 0.07}
 VAL_ONE_IN = 8  # candidates per validation document: costs train an eighth of its documents
 
 # --- biographies ------------------------------------------------------------
 
-OPENINGS = (
-    "Let me tell you about {n}.",
-    "This is {n}.",
-    "Do you know {n}?",
-    "Everybody knows {n}.",
-    "There is much to say about {n}.",
-    "{n} is one of our neighbours.",
-    "Meet {n}.",
-    "Here is what we know about {n}.",
-    "Have you met {n}?",
-    "One of the villagers is called {n}.",
-    "{n} lives in our village.",
-    "You will like {n}.",
-    "Who is {n}?",
-    "A few words about {n}.",
-    "The children like {n}.",
-    "When you come to the village, you will meet {n}.",
-    "Today we speak of {n}.",
-    "{n} is well known here.",
-)
-CLOSINGS = (
-    "That is {n}.",
-    "Such is the life of {n}.",
-    "Now you know {n}.",
-    "Say hello to {n}!",
-    "So much about {n}.",
-    "{n} is happy in the village.",
-    "Everybody is glad to know {n}.",
-    "The village would not be the same without {n}.",
-    "{n} always has time for a talk.",
-    "May {n} live long!",
-    "That is all we know about {n}.",
-    "Nobody has a bad word for {n}.",
-)
-EMBEDDINGS = (
-    "people say that",
-    "everybody knows that",
-    "it is well known that",
-    "the neighbours say that",
-    "it is true that",
-    "you may know that",
-    "the children will tell you that",
-    "I have heard that",
-    "we all know that",
-)
+OPENINGS = wordings("""
+Let me tell you about {n}. | This is {n}. | Do you know {n}? | Everybody knows {n}. | Meet {n}.
+There is much to say about {n}. | {n} is one of our neighbours. | Here is what we know about {n}.
+Have you met {n}? | One of the villagers is called {n}. | {n} lives in our village.
+You will like {n}. | Who is {n}? | A few words about {n}. | The children like {n}.
+When you come to the village, you will meet {n}. | Today we speak of {n}. | {n} is well known here.
+""")
+CLOSINGS = wordings("""
+That is {n}. | Such is the life of {n}. | Now you know {n}. | Say hello to {n}! | So much about {n}.
+{n} is happy in the village. | Everybody is glad to know {n}. | May {n} live long!
+The village would not be the same without {n}. | {n} always has time for a talk.
+That is all we know about {n}. | Nobody has a bad word for {n}.
+""")
+EMBEDDINGS = wordings("""
+people say that | everybody knows that | it is well known that | the neighbours say that
+it is true that | you may know that | the children will tell you that | I have heard that
+we all know that
+""")
 LINKS = ("by the way,", "besides,", "also,", "of course,", "and", "in truth,")
-VOICES = (
-    "said the old woman",
-    "said the boy",
-    "said the girl",
-    "said a neighbour",
-    "said the grandmother",
-    "said the man at the gate",
-    "said the little sister",
-)
-CARD = {
-    "job": "Job: {v}.",
-    "home": "Home: by the {v}.",
-    "pet": "Pet: {v}.",
-    "food": "Favourite food: {v}.",
-    "colour": "Door: {v}.",
-    "town": "Born in: {v}.",
-    "friend": "Best friend: {v}.",
-}
 
 
 def dress(sentence, is_request, rng, first=False):
@@ -118,11 +66,8 @@ def fact_sentences(villager, attributes, rng, name_first):
         several = len(rest) > 1 and rng.random() < 0.25
         now, rest = (rest[:2], rest[2:]) if several else (rest[:1], rest[1:])
         pronoun = clear and rng.random() < 0.35
-        told = (
-            tell_two(villager, now, rng, pronoun)
-            if several
-            else tell(villager, now[0], rng, pronoun)
-        )
+        told = tell_two(villager, now, rng, pronoun) if several else None
+        told = told or tell(villager, now[0], rng, pronoun)
         sentences.append(dress(*told, rng, first=name_first and not sentences))
         clear = "friend" not in now  # after a second name, "she" would be unclear
     return sentences
@@ -144,9 +89,6 @@ def biography(world, rng):
     """Three to six facts of one villager in random order, at times with a word about the friend."""
     villager = rng.choices(world.villagers, renown(world))[0]
     attributes = rng.sample(ATTRIBUTES, rng.randint(3, 6))
-    if rng.random() < 0.05:
-        lines = [f"Name: {villager.name}."]
-        return " ".join(lines + [CARD[a].format(v=villager.facts[a]) for a in attributes])
     opening = rng.random() < 0.45
     sentences = fact_sentences(villager, attributes, rng, name_first=not opening)
     if "friend" in attributes and rng.random() < 0.3:
@@ -154,80 +96,22 @@ def biography(world, rng):
         where = next(i for i, s in enumerate(sentences) if friend.name in s) + 1
         again = rng.sample(ATTRIBUTES[:-1], rng.randint(0, 2))
         told = dress(*tell(friend, rng.choice(ATTRIBUTES[:-1]), rng), rng)
-        sentences = (
-            sentences[:where] + [told] + fact_sentences(villager, again, rng, name_first=True)
-        )
+        more = fact_sentences(villager, again, rng, name_first=True)
+        sentences = [*sentences[:where], told, *more]
     if opening:
         sentences.insert(0, rng.choice(OPENINGS).format(n=villager.name))
-    if rng.random() < 0.06:
-        sentences = [spoken(sentence, rng) for sentence in sentences]
-    elif rng.random() < 0.25:
+    if rng.random() < 0.25:
         sentences.append(rng.choice(CLOSINGS).format(n=villager.name))
     return " ".join(sentences)
 
 
-def spoken(sentence, rng):
-    quote = sentence[:-1] + "," if sentence[-1] == "." else sentence
-    return f'"{quote}" {rng.choice(VOICES)}.'
-
-
 # --- market arithmetic ------------------------------------------------------
-
-MARKET = (
-    ("times", "{n} buys {A} at {P} each and pays {R}."),
-    ("times", "One {t} costs {P}, so {A} cost {R}. {n} pays."),
-    ("times", "{n} needs {A}. Each one costs {P}. That makes {R}."),
-    ("times", "{A} at {P} each: {n} counts out {R}."),
-    ("plus", "{n} has {A} and gets {B} more. Now {n} has {R}."),
-    ("plus", "One basket holds {A}, the other holds {B}. Together they hold {R}."),
-    ("plus", "{n} sells {A} in the morning and {B} in the evening. That is {R} in one day."),
-    ("plus", "{a} plus {b} is {r}, so {n} carries {R} home."),
-    ("plus", "{n} brings {A}, {m} brings {B}, and they have {R}."),
-    ("minus", "{n} has {A} and sells {B}. There {is_left} {R} left."),
-    ("minus", "{n} has {AP} and spends {BP}. {n} has {RP} left."),
-    ("minus", "{a} minus {b} is {r}, so {n} keeps {R}."),
-    ("minus", "{n} pays with {AP} for something that costs {BP} and gets {RP} back."),
-    ("minus", "Of {A}, {n} gives {B} to {m}. {n} keeps {R}."),
-    ("minus", "{n} wants {AP} for a basket, {m} offers {BP}. The difference is {RP}."),
-    ("more", "{n} has {A}. {m} has {B} more, that is {R}."),
-    ("more", "{n} finds {A}, and {m} finds {B} more than {n}. So {m} has {R}."),
-)
-MARKET_OPENINGS = (
-    "It is market day.",
-    "The market opens at eight.",
-    "On Saturday everybody is at the market.",
-    "The sign on the stall says {sign}.",
-    "The market is full of people.",
-    "It rains on the market.",
-    "The sun shines on the market.",
-    "A sign says {sign} FOR SALE.",
-    "Listen to the numbers.",
-    "The stalls stand in a long row.",
-    "{n} is at the market today.",
-)
-
-
-def operands(rng, largest, first_larger=False):
-    while True:
-        a, b = rng.randint(1, largest), rng.randint(1, largest)
-        if first_larger and a <= b:
-            a, b = b, a
-        if a != b and held_out(a, b) != 3:
-            return a, b
 
 
 def step_lines(rng, n_lines):
-    """Lines of written steps, all of one kind: two digits mostly, three digits, or products."""
-    kind, lines = rng.choices(("two", "three", "product"), (2, 1, 1))[0], []
-    for _ in range(n_lines):
-        if kind == "product":
-            lines.append(written_product(*product_operands("train", rng)))
-            continue
-        a, b = (two_digit_operands if kind == "two" else three_digit_operands)("train", rng)
-        sign = rng.choice("+-")
-        a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
-        lines.append(written_steps(a, sign, b))
-    return "\n".join(lines)
+    """Lines of written steps, all of one kind, two digits mostly."""
+    kind = rng.choices(("two_digits", "three_digits", "products"), (2, 1, 1))[0]
+    return "\n".join(written_steps(*drawn(kind, "train", rng)) for _ in range(n_lines))
 
 
 def ledger(world, rng, n_stories):
@@ -237,38 +121,8 @@ def ledger(world, rng, n_stories):
         said, sentences, sums = story_of_goods(world, "train", rng, rng.choice((2, 3)))
         first = [] if len(sums) == len(sentences) else [sentences.pop(0)]
         told = [f"{s[:-1]}: {equation(*each)}" for s, each in zip(sentences, sums)]
-        left = result_of(*sums[-1])
-        last = f"{said['n']} has {left} now."
-        stories.append(" ".join([*first, *told, last]))
+        stories.append(" ".join([*first, *told, f"{said['n']} has {result_of(*sums[-1])} now."]))
     return "\n".join(stories)
-
-
-def market_sentence(world, rng):
-    kind, template = rng.choice(MARKET)
-    n, m = rng.sample(world.villagers, 2)
-    if kind == "times":
-        a, b = rng.randint(2, 9), rng.randint(1, 9)
-        result = a * b
-    else:
-        a, b = operands(rng, rng.choice((9, 20, 60)), first_larger=kind == "minus")
-        result = a - b if kind == "minus" else a + b
-    t = rng.choice(WARES)
-    return template.format(
-        n=n.name,
-        m=m.name,
-        t=t,
-        a=a,
-        b=b,
-        r=result,
-        P=count(b, "penny"),
-        A=count(a, t),
-        B=count(b, t) if kind != "more" else b,
-        AP=count(a, "penny"),
-        BP=count(b, "penny"),
-        R=count(result, "penny" if kind == "times" else t),
-        RP=count(result, "penny"),
-        is_left="is" if result == 1 else "are",
-    )
 
 
 def equations(rng, n):
@@ -277,7 +131,8 @@ def equations(rng, n):
     """
     written, last, asked = [], None, rng.random() < 0.5
     while len(written) < n:
-        a, sign, b = small_sum(rng) if rng.random() < 0.8 else small_product(rng)
+        small = rng.random() < 0.8
+        a, sign, b = small_sum(rng) if small else (rng.randint(1, 9), "*", rng.randint(1, 9))
         if last and sign != "*" and rng.random() < 0.3 and 0 <= result_of(last, sign, b) <= 20:
             a = last
         sentence = equation(a, sign, b)
@@ -289,123 +144,67 @@ def equations(rng, n):
 
 
 def market(world, rng):
-    """Sums at the market in words, or bare columns of written steps, or a page of small sums, or
-    stories with their sums; every number is right.
+    """Columns of written steps, a page of small sums, or stories with their sums; every number is
+    right.
     """
     draw = rng.random()
-    if draw < 0.30:
+    if draw < 0.4:
         return step_lines(rng, rng.randint(2, 4))
-    if draw < 0.58:
-        return equations(rng, rng.randint(5, 12))
-    if draw < 0.78:
-        return ledger(world, rng, rng.randint(1, 3))
-    sentences = [market_sentence(world, rng) for _ in range(rng.randint(3, 5))]
-    if rng.random() < 0.6:
-        opening = rng.choice(MARKET_OPENINGS)
-        sentences.insert(
-            0,
-            opening.format(
-                n=rng.choice(world.villagers).name, sign=GOODS[rng.choice(WARES)].upper()
-            ),
-        )
-    if rng.random() < 0.3:
-        sentences.append(step_lines(rng, 1))
-    return " ".join(sentences)
+    return (
+        equations(rng, rng.randint(5, 12)) if draw < 0.7 else ledger(world, rng, rng.randint(1, 3))
+    )
 
 
-# --- pictures ---------------------------------------------------------------
+# --- images -----------------------------------------------------------------
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "purple", "orange", "pink")
 SHAPES = ("circle", "square", "triangle", "star")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 SIDES = (("to the left of", "to the right of"), ("above", "below"))
-PICTURE_OPENINGS = (
-    "In the picture there {is_} {x}.",
-    "The picture shows {x}.",
-    "You can see {x}.",
-    "There {is_} {x} in the picture.",
-    "This is a picture of {x}.",
-    "Somebody has drawn {x}.",
-    "On the paper there {is_} {x}.",
-    "Look: {x}.",
-)
-PICTURE_CLOSINGS = (
-    "Nothing else is in the picture.",
-    "The rest of the paper is empty.",
-    "That is the whole picture.",
-    "It is a simple picture.",
-)
-
-
-def plural(number, colour, shape):
-    return f"{colour} {shape}" + ("s" if number != 1 else "")
+IMAGE_OPENINGS = wordings("""
+In the picture there {be} {x}. | The picture shows {x}. | You can see {x}. | Look: {x}.
+There {be} {x} in the picture. | This is a picture of {x}. | Somebody has drawn {x}.
+On the paper there {be} {x}.
+""")
 
 
 def image(world, rng):
-    """Two or three groups of shapes, where they are, and which group is larger."""
-    kinds = rng.sample([(c, s) for c in COLOURS for s in SHAPES], rng.choice((2, 2, 3)))
-    groups = [
-        (rng.choice((1, 1, 2, 3, 4, 5)), rng.choice(("", "", "small ", "large ")) + c, s)
-        for c, s in kinds
-    ]
+    """Two or three groups of shapes, and where they are."""
+    kinds = rng.sample([f"{c} {s}" for c in COLOURS for s in SHAPES], rng.choice((2, 2, 3)))
+    numbers = [rng.choice((1, 1, 2, 3, 4, 5)) for _ in kinds]
+    kinds = [rng.choice(("", "", "small ", "large ")) + kind for kind in kinds]
+    nouns = [kind + "s" * (n > 1) for n, kind in zip(numbers, kinds)]
+    be = ["is" if n == 1 else "are" for n in numbers]
     named = [
-        f"{article(c) if n == 1 and rng.random() < 0.7 else NUMBERS[n]} {plural(n, c, s)}"
-        for n, c, s in groups
+        f"{article(noun) if n == 1 and rng.random() < 0.7 else NUMBERS[n]} {noun}"
+        for n, noun in zip(numbers, nouns)
     ]
-    listed = ", ".join(named[:-1]) + " and " + named[-1]
-    opening = rng.choice(PICTURE_OPENINGS)
-    sentences = [opening.format(x=listed, is_="is" if groups[0][0] == 1 else "are")]
-    for i in range(len(groups) - 1):
-        (n, c, s), (m, d, r) = groups[i], groups[i + 1]
-        one, other = rng.choice(SIDES)
-        left, right = f"the {plural(n, c, s)}", f"the {plural(m, d, r)}"
-        verb, brev = "is" if n == 1 else "are", "is" if m == 1 else "are"
-        sentences.append(
-            capitalise(
-                rng.choice(
-                    (
-                        f"{left} {verb} {one} {right}.",
-                        f"{right} {brev} {other} {left}.",
-                        f"{other} {left} you see {right}.",
-                    )
-                )
-            )
-        )
-        if n == m and rng.random() < 0.4:
-            sentences.append(f"There are as many {plural(2, c, s)} as {plural(2, d, r)}.")
-        elif n != m and rng.random() < 0.4:
-            (big, bc, bs), (_, sc, ss) = sorted((groups[i], groups[i + 1]), reverse=True)
-            sentences.append(f"There are more {plural(2, bc, bs)} than {plural(2, sc, ss)}.")
-    total = sum(n for n, _, _ in groups)
+    x = ", ".join(named[:-1]) + " and " + named[-1]
+    sentences = [rng.choice(IMAGE_OPENINGS).format(x=x, be=be[0])]
+    for i in range(len(nouns) - 1):
+        side, opposite = rng.choice(SIDES)
+        if rng.random() < 0.5:
+            sentences.append(f"The {nouns[i]} {be[i]} {side} the {nouns[i + 1]}.")
+        else:
+            sentences.append(f"{capitalise(opposite)} the {nouns[i]} you see the {nouns[i + 1]}.")
+        if numbers[i] > numbers[i + 1]:
+            sentences.append(f"There are more {nouns[i]} than {kinds[i + 1]}s.")
     if rng.random() < 0.35:
-        sentences.append(f"Together there are {total} shapes.")
-    if rng.random() < 0.3:
-        sentences.append(rng.choice(PICTURE_CLOSINGS))
+        sentences.append(f"Together there are {sum(numbers)} shapes.")
     return " ".join(sentences)
 
 
 # --- the mixture ------------------------------------------------------------
 
-WRITERS = {
-    "biography": biography,
-    "story": story,
-    "school": school,
-    "market": market,
-    "picture": image,
-}
+WRITERS = {"biography": biography, "story": story, "school": school}
+WRITERS |= {"market": market, "image": image}
 
 
-def documents(world, split="train", approx_bytes=None, n_documents=None, seed=0):
-    """Distinct (kind, text) pairs of one split, until so many bytes or documents are written."""
-    if split not in ("train", "val"):
-        raise ValueError(f"the corpus has the splits train and val, not {split!r}")
-    if approx_bytes is None and n_documents is None:
-        raise ValueError("say how much corpus: approx_bytes or n_documents")
+def documents(world, split="train", approx_bytes=1_000_000, seed=0):
+    """Distinct (kind, text) pairs of one split, until so many bytes are written."""
     rng = random.Random(f"corpus-{split}-{world.seed}-{seed}")
     written, seen, repeats = dict.fromkeys(WRITERS, 0), set(), 0
-    while (approx_bytes is None or sum(written.values()) < approx_bytes) and (
-        n_documents is None or len(seen) < n_documents
-    ):
+    while sum(written.values()) < approx_bytes:
         kind = min(WRITERS, key=lambda k: written[k] / SHARES[k])  # the kind most behind its share
         text = WRITERS[kind](world, rng)
         if (zlib.crc32(text.encode()) % VAL_ONE_IN == 0) != (split == "val"):
@@ -418,8 +217,3 @@ def documents(world, split="train", approx_bytes=None, n_documents=None, seed=0)
         seen.add(text)
         written[kind] += len(text) + 1
         yield kind, text
-
-
-def corpus(world, split="train", approx_bytes=None, n_documents=None, seed=0):
-    """The texts of `documents`."""
-    return (text for _, text in documents(world, split, approx_bytes, n_documents, seed))

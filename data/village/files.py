@@ -1,17 +1,48 @@
-"""How the village is kept on disk: records line by line, and folders that are whole or not there."""
+"""What the village's modules share: wordings in blocks of text, and folders that are whole or not
+there.
+"""
 
 import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
+# --- wordings --------------------------------------------------------------------------------
 
-def write_lines(path, rows):
+
+def wordings(text):
+    """The wordings of a text, each ended by "|" or by the end of its line."""
+    return tuple(part.strip() for part in text.replace("\n", "|").split("|") if part.strip())
+
+
+def table(text):
+    """{key: wordings} of a text in which a line begins with its key, or is indented and goes on."""
+    rows = {}
+    for line in text.strip().splitlines():
+        if not line.startswith(" "):
+            key, line = line.split(maxsplit=1)
+            rows[key] = ()
+        rows[key] += wordings(line)
+    return rows
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def write_lines(path, records):
     with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def show(name, records, n_samples, rng):
+    """Print how many records there are, of each task, and some of them."""
+    print(f"\n== {name}: {len(records)} records", *Counter(r.get("task") for r in records).items())
+    for record in rng.sample(records, n_samples):
+        said = "  ".join(f"[{m['role']}] {m['content']}" for m in record.get("messages", ()))
+        print("*", record.get("image", ""), said or record, said and record.get("answer", ""))
 
 
 @contextlib.contextmanager
@@ -31,3 +62,12 @@ def whole_folder(folder):
                 raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def settings_with(name, run_folder):
+    """Settings of the run that chose `name`: this one, or one that it began from; {} for none."""
+    path = Path(run_folder) / "train_config.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if name not in known and known.get("init"):
+        return settings_with(name, known["init"])
+    return known if name in known else {}

@@ -1,4 +1,4 @@
-"""Which questions to ask about which picture: dialogues, test items and problems.
+"""What is said about images: captions, dialogues, test examples and problems.
 
 An answer that somebody could guess without looking proves nothing, so answers are balanced: yes and
 no, every number, colour and place are about equally often right.
@@ -6,25 +6,86 @@ no, every number, colour and place are about equally often right.
 
 from collections import Counter, defaultdict
 
-from data.village.captions import DESCRIBE, description
+from data.village.files import table, wordings
 from data.village.image_questions import (
-    FAMILIES,
     STEPS,
     SUMS,
+    TASKS,
+    WHERE,
     WORDINGS,
     Question,
     ask,
     check_of,
     completion,
-    read,
+    named,
+    number_of,
+    survey,
     truth,
     worked,
 )
-from data.village.scenes import HELD_OUT, KINDS, PLACES, kinds_of, row_of
+from data.village.scenes import KINDS, PLACES, ROWS, row_of
+from data.village.tasks import chat
+from data.village.world import capitalise
 
-COUNTING = ("count", "sum", "total")
-TURNS = 4  # in a dialogue: so it fits, with its picture, into a row of 256 tokens
+COUNTING = ("count", "sum", "total")  # for reinforcement learning
+TURNS = 4  # questions in a dialogue: so it fits, with its image, into a row of 256 tokens
 READER = "Here is a picture in words: {c}\nAsk a question about it, and answer it."
+
+# --- captions ----------------------------------------------------------------------------------
+
+DOES = {"bell": "lie", "candle": "burn", "lantern": "hang", "star": "shine"}  # the others stand
+LISTS = wordings("""
+The picture shows {x}. | You can see {x}. | There {be} {x}. | I see {x}. | Look: {x}. | {x}.
+This is a picture of {x}. | In the picture there {be} {x}.
+""")
+SENTENCES = wordings("""
+{x} {does} {place}. | {place} {does} {x}. | {place} there {be} {x}. | there {be} {x} {place}.
+""")
+SEASON_SAID = wordings("""
+It is {s}. | The season is {s}. | It is {s} in the village. | The trees look like {s}.
+""")
+TIME_SAID = table("""
+day      The sun is high. | It is day.
+evening  It is evening. | The evening comes.
+""")
+DESCRIBE = wordings("""
+Describe the picture. | What do you see? | What is in the picture? | What does the picture show?
+Tell me what the picture shows. | Say what is in this picture. | Please describe what you see.
+Write a caption for this picture.
+""")
+
+
+def caption(scene, rng):
+    """What is in the image: of each group always the number, colour and kind, mostly the place
+    (of all groups or of none), often the size, and perhaps the season and the time.
+    """
+    with_size, with_place = rng.random() < 0.7, rng.random() < 0.9
+    parts = []
+    for group in rng.sample(scene.groups, len(scene.groups)):
+        one, looks = (
+            group.number == 1,
+            f"{group.size} {group.colour}" if with_size else group.colour,
+        )
+        a = rng.random() < 0.7 and one
+        x = f"a {named(group.kind, looks)}" if a else number_of(group.number, group.kind, looks)
+        does = DOES.get(group.kind, "stand") + "s" * one
+        place = rng.choice(WHERE[group.place]) if with_place else ""
+        parts.append({"x": x, "does": does, "be": "is" if one else "are", "place": place})
+    if with_place and rng.random() < 0.33:
+        said = " ".join(capitalise(rng.choice(SENTENCES).format(**slots)) for slots in parts)
+    else:
+        x = " and ".join(f"{slots['x']} {slots['place']}".strip() for slots in parts)
+        said = capitalise(rng.choice(LISTS).format(x=x, be=parts[0]["be"]))
+    around = [rng.choice(SEASON_SAID).format(s=scene.season)] * (rng.random() < 0.6)
+    around += [rng.choice(TIME_SAID[scene.time])] * (rng.random() < 0.25)
+    return " ".join([*around, said] if rng.random() < 0.3 else [said, *around])
+
+
+def description(scene):
+    """Everything but the time, the sky first."""
+    seen = [words for number, words in survey(scene, size=True, colour=True) if number]
+    return " ".join([f"It is {scene.season}.", *seen])
+
 
 # --- which questions to ask --------------------------------------------------------
 
@@ -34,13 +95,12 @@ def candidates(scene, wording, task, about=None):
     where what isn't there can be asked for, about what would stand in its row.
     """
     there = [group.kind for group in scene.groups]
+    if task in ("existence", "count"):
+        return [Question(task, wording, kind) for kind in (ROWS[row_of(about)] if about else KINDS)]
     if task in ("season", "total"):
-        found = [(None, None)]
-    elif task in ("colour", "place"):
+        return [Question(task, wording)]
+    if task in ("colour", "place"):
         found = [(kind, None) for kind in there]
-    elif task in ("existence", "count"):
-        kinds = KINDS if about is None else kinds_of(row_of(about))
-        return [Question(task, wording, kind) for kind in kinds]
     else:
         found = [(kind, other) for kind in there for other in there if kind != other]
     return [
@@ -57,14 +117,12 @@ class Balance:
         self.used = defaultdict(Counter)
 
     def choose(self, scene, task, rng, about=None):
-        """A Question of the family, or None where the scene has none."""
-        wordings = WORDINGS[task]
-        for wording in rng.sample(wordings, len(wordings)):
+        """A Question of the task, or None where the scene has none."""
+        for wording in rng.sample(WORDINGS[task], len(WORDINGS[task])):
             by_answer = defaultdict(list)
             for question in candidates(scene, wording, task, about):
-                answer = truth(scene, question)
-                if answer is not None:
-                    by_answer[answer].append(question)
+                by_answer[truth(scene, question)].append(question)
+            by_answer.pop(None, None)
             if by_answer:
                 used = self.used[wording]
                 rarest = min(rng.sample(sorted(by_answer), len(by_answer)), key=used.__getitem__)
@@ -73,24 +131,7 @@ class Balance:
         return None
 
 
-def blind_guess(examples):
-    """{family: how many of the test items the most frequent answer to each wording gets right}."""
-    answers = defaultdict(Counter)
-    for example in examples:
-        question = read(example["messages"][0]["content"])
-        answers[question.task, question.wording][example["answer"]] += 1
-    right, asked = Counter(), Counter()
-    for (task, _), counts in answers.items():
-        right[task] += max(counts.values())
-        asked[task] += counts.total()
-    return {task: right[task] / asked[task] for task in FAMILIES if asked[task]}
-
-
-# --- dialogues and items -----------------------------------------------------
-
-
-def chat(turns):
-    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+# --- dialogues and test examples -----------------------------------------------------
 
 
 def describe_example(image, scene, rng):
@@ -101,11 +142,11 @@ def describe_example(image, scene, rng):
 
 
 def dialogue(image, scene, balance, rng):
-    """Up to TURNS questions about one picture, of different families; in every fourth dialogue the
+    """Up to TURNS questions about one image, of different tasks; in every fourth dialogue the
     first asks for a description. Three of four answers that need steps have them.
     """
     turns = [rng.choice(DESCRIBE), description(scene)] if rng.random() < 0.25 else []
-    for task in rng.sample(FAMILIES, len(FAMILIES)):
+    for task in rng.sample(TASKS, len(TASKS)):
         question = balance.choose(scene, task, rng) if len(turns) < 2 * TURNS else None
         if question is not None:
             with_steps = task in STEPS and rng.random() < 0.75
@@ -115,38 +156,30 @@ def dialogue(image, scene, balance, rng):
 
 
 def question_example(image, scene, question):
-    return {
-        "image": image,
-        "messages": chat([f"<image>\n{ask(question, scene)}"]),
-        **check_of(truth(scene, question)),
-        "task": question.task,
-    }
+    messages = chat([f"<image>\n{ask(question, scene)}"])
+    check = check_of(truth(scene, question))
+    return {"image": image, "messages": messages, **check, "task": question.task}
 
 
-def question_examples(images, tasks, per_task, rng, held_out=False):
-    """Up to `per_family` questions of each family, one to a picture; if `held_out`, each about the
-    object whose colour and kind were never together in training.
+def question_examples(images, tasks, n_each, rng):
+    """Up to n_each questions of each task, one to an image; about the object whose colour and kind
+    were never together in training, where one is.
     """
     examples, balance = [], Balance()
     for task in tasks:
         made = []
         for image, scene in rng.sample(images, len(images)):
-            about = pair_of(scene) if held_out else None
+            about = next((group.kind for group in scene.groups if group.held_out), None)
             question = balance.choose(scene, task, rng, about)
             if question is not None:
                 made.append(question_example(image, scene, question))
-        examples += made[:per_task]
+        examples += made[:n_each]
     rng.shuffle(examples)
     return examples
 
 
-def pair_of(scene):
-    """The kind that has its held-out colour here."""
-    return next(g.kind for g in scene.groups if HELD_OUT.get(g.kind) == g.colour)
-
-
 def problems(images, rng):
-    """A counting question about each picture, for reinforcement learning."""
+    """A counting question about each image, for reinforcement learning."""
     balance, examples = Balance(), []
     for i, (image, scene) in enumerate(images):
         task = COUNTING[i % len(COUNTING)]
@@ -157,11 +190,11 @@ def problems(images, rng):
 
 def reader_dialogues(scenes, captions, rng):
     """Text alone: a caption, then a question that it answers, and the answer. So a text model
-    learns to write questions about pictures it never sees (Liu et al. 2023, 2304.08485).
+    learns to write questions about images it never sees (Liu et al. 2023, 2304.08485).
     """
     balance, examples = Balance(), []
     for scene, text in zip(scenes, captions, strict=True):
-        for task in rng.sample(FAMILIES, len(FAMILIES)):
+        for task in rng.sample(TASKS, len(TASKS)):
             question = balance.choose(scene, task, rng)
             if question is not None and tells(text, scene, question):
                 answer = (worked if task in SUMS else completion)(scene, question)

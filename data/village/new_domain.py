@@ -1,84 +1,55 @@
-"""The harbour beside the village: sailors with a manner of their own, and ships of which no other
+"""The harbour beside the village: sailors with a style of their own, and ships of which no other
 text tells. A new domain to fine-tune a trained model on: what does it gain, and what is forgotten?
 
-Whoever greets with "Ahoy" is answered in the sailors' manner:
+Whoever greets with "Ahoy" is answered in the sailors' style:
 
     Ahoy! Where does Mira live?
     By wind and stars, Mira lives by the old mill. A good wind to you!
 
 An answer without the greeting or without the farewell is wrong, whatever it says. Training asks
-about the villagers of the instruction data, val and test about others (family known): the model has
-read about them in pretraining, and only the manner is new. A fifth of the training items is about
-ships (family ship), whose facts are new as well; wordings of every one are held out for the test.
+about the villagers of the instruction data, val and test about others (task known): the model has
+read about them in pretraining, and only the style is new. A fifth of the training examples is about
+ships (task ship), whose facts are new as well; wordings of every one are held out for the test.
 Two fifths (plain) are instruction data of the village as before: without them nothing would say
-that the manner belongs to the greeting, and every method would put it on every answer.
+that the style belongs to the greeting, and every method would put it on every answer.
 """
 
 import random
-from dataclasses import dataclass
 
 from data.village.facts import answer_sentence
+from data.village.files import table
 from data.village.tasks import (
     as_example,
     deal,
     distinct_examples,
     instructions,
+    questions_about,
     value_check,
-    wordings,
 )
 from data.village.world import ATTRIBUTES, POOLS, capitalise
 
 GREETING, FAREWELL = "By wind and stars,", "A good wind to you!"
 CUES = ("Ahoy! {q}", "Ahoy, sailor! {q}", "Ahoy there! {q}", "Ahoy! {q} Please tell me.")
 SHIPS = ("Lantern", "Owl", "Beaver", "Summer")
-GOODS = {
-    "cargo": ("lemons", "carrots", "ribbons", "nails"),
-    "port": POOLS["town"][:4],
-    "paint": POOLS["colour"][:4],
-}
-SAYS = {
-    "cargo": "the {s} carries {v}",
-    "port": "the {s} comes from {v}",
-    "paint": "the {s} is painted {v}",
-}
-QUESTIONS = {
-    "cargo": (
-        "What does the {s} carry?",
-        "What is the cargo of the {s}?",
-        "What does the {s} bring?",
-        "What lies below on the {s}?",
-        "Tell me what the {s} carries.",
-        "Do you know what the {s} brings?",
-        "What goods are on the {s}?",
-        "What has the {s} brought here?",
-        "Can you tell me what the {s} carries?",
-        "I would like to know the cargo of the {s}.",
-    ),
-    "port": (
-        "Where does the {s} come from?",
-        "What is the home port of the {s}?",
-        "Which town does the {s} come from?",
-        "From which town does the {s} come?",
-        "Tell me where the {s} comes from.",
-        "Do you know the home port of the {s}?",
-        "To which town does the {s} belong?",
-        "Where is the {s} at home?",
-        "Can you tell me the home port of the {s}?",
-        "In which town was the {s} made?",
-    ),
-    "paint": (
-        "What colour is the {s}?",
-        "How is the {s} painted?",
-        "What is the colour of the {s}?",
-        "Which colour does the {s} have?",
-        "Tell me the colour of the {s}.",
-        "Do you know how the {s} is painted?",
-        "In which colour did they paint the {s}?",
-        "I am looking for the {s}. What colour is she?",
-        "Can you tell me how the {s} is painted?",
-        "By which colour do I know the {s}?",
-    ),
-}
+GOODS = {"cargo": ("lemons", "carrots", "ribbons", "nails")}
+GOODS |= {"port": POOLS["town"][:4], "paint": POOLS["colour"][:4]}
+SAYS = {"cargo": "carries", "port": "comes from", "paint": "is painted"}
+QUESTIONS = table("""
+cargo  What does the {s} carry? | What is the cargo of the {s}? | What does the {s} bring?
+       What lies below on the {s}? | Tell me what the {s} carries. | What goods are on the {s}?
+       Do you know what the {s} brings? | What has the {s} brought here?
+       Can you tell me what the {s} carries? | I would like to know the cargo of the {s}.
+port   Where does the {s} come from? | What is the home port of the {s}? | Where is the {s} at home?
+       Which town does the {s} come from? | From which town does the {s} come?
+       Tell me where the {s} comes from. | Do you know the home port of the {s}?
+       To which town does the {s} belong? | Can you tell me the home port of the {s}?
+       In which town was the {s} made?
+paint  What colour is the {s}? | How is the {s} painted? | What is the colour of the {s}?
+       Which colour does the {s} have? | Tell me the colour of the {s}.
+       Do you know how the {s} is painted? | In which colour did they paint the {s}?
+       I am looking for the {s}. What colour is she? | Can you tell me how the {s} is painted?
+       By which colour do I know the {s}?
+""")
 HELD_OUT = 4  # of the 10 wordings of a ship's fact for the test; one more for val
 SIZES = {
     "train": {"known": 400, "ship": 200, "plain": 400},
@@ -87,21 +58,11 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class Harbour:
-    """The ships and their truth: {ship: {attribute: value}}, no value twice."""
-
-    ships: dict
-    seed: int
-
-
-def build_harbour(seed=0):
+def build_ships(seed=0):
+    """The truth: {ship: {attribute: value}}, no value twice."""
     rng = random.Random(f"harbour-{seed}")
     columns = {key: rng.sample(pool, len(pool)) for key, pool in GOODS.items()}
-    return Harbour(
-        {ship: {key: column[i] for key, column in columns.items()} for i, ship in enumerate(SHIPS)},
-        seed,
-    )
+    return {ship: {key: columns[key][i] for key in columns} for i, ship in enumerate(SHIPS)}
 
 
 def sailor_says(sentence):
@@ -113,35 +74,29 @@ def about_villager(world, split, rng):
     others = world.never_asked
     n_val = max(1, len(others) // 4)
     people = {"train": world.asked, "val": others[:n_val], "test": others[n_val:]}
-    villager = rng.choice(people[split])
-    attribute = rng.choice(ATTRIBUTES)
-    question = rng.choice(wordings(world, villager, attribute, split)).format(n=villager.name)
+    villager, attribute = rng.choice(people[split]), rng.choice(ATTRIBUTES)
+    question = rng.choice(questions_about(world, villager, attribute, split))
     said = answer_sentence(villager, attribute).rstrip(".")
-    return question, said, value_check(world, villager, attribute)
+    return question.format(n=villager.name), said, value_check(world, villager, attribute)
 
 
-def about_ship(harbour, split, rng):
+def about_ship(ships, split, rng, seed):
     """The same for a ship."""
     ship, attribute = rng.choice(SHIPS), rng.choice(list(GOODS))
-    value = harbour.ships[ship][attribute]
-    key = f"harbour-{harbour.seed}-{ship}-{attribute}"
+    value = ships[ship][attribute]
+    key = f"harbour-{seed}-{ship}-{attribute}"
     question = rng.choice(deal(QUESTIONS[attribute], key, HELD_OUT, 1)[split]).format(s=ship)
-    check = {
-        "answer": value,
-        "check": "contains",
-        "attribute": attribute,
-        "not": [other for other in GOODS[attribute] if other != value],
-    }
-    return question, SAYS[attribute].format(s=ship, v=value), check
+    check = {"answer": value, "check": "contains", "attribute": attribute}
+    check["not"] = [other for other in GOODS[attribute] if other != value]
+    return question, f"the {ship} {SAYS[attribute]} {value}", check
 
 
-def harbour_examples(world, split, seed=0):
-    """Chat items of "train" or "val", or test items with "answer" and "check".
+def new_domain_examples(world, split, seed=0):
+    """Chat examples of "train" or "val", or test examples with "answer" and "check".
 
-    Test items want "begins" and "ends" beside the answer: the manner counts.
+    Test examples want "begins" and "ends" beside the answer: the style counts.
     """
-    harbour, rng = build_harbour(seed), random.Random(f"harbour-{split}-{world.seed}-{seed}")
-
+    ships, rng = build_ships(seed), random.Random(f"harbour-{split}-{world.seed}-{seed}")
     ordinary = iter(instructions(world, split, seed) if "plain" in SIZES[split] else ())
 
     def make(task):
@@ -150,10 +105,9 @@ def harbour_examples(world, split, seed=0):
         if task == "known":
             question, said, check = about_villager(world, split, rng)
         else:
-            question, said, check = about_ship(harbour, split, rng)
+            question, said, check = about_ship(ships, split, rng, seed)
         cue = CUES[0] if split == "test" else rng.choice(CUES)
-        manner = {"begins": GREETING, "ends": FAREWELL}
         turns = [cue.format(q=capitalise(question)), sailor_says(said)]
-        return as_example(task, turns, check | manner, split)
+        return as_example(task, turns, check | {"begins": GREETING, "ends": FAREWELL}, split)
 
     return distinct_examples(SIZES[split], make, rng)

@@ -17,8 +17,7 @@ import random
 import re
 
 from data.village.facts import answer_sentence
-from data.village.styles import MANNERS, conciseness, politeness, with_manner
-from data.village.tasks import MAKERS, as_example, distinct_examples
+from data.village.tasks import MAKERS, STYLES, chat, distinct_examples, with_style
 from data.village.world import Villager, article
 from nanollm.rewards import check_answer
 
@@ -26,6 +25,21 @@ WEIGHTS = {"correct": 0.5, "polite": 0.3, "concise": 0.2}
 BEST_GOLD = sum(WEIGHTS.values())
 SHARES = {"fact": 0.55, "two_hop": 0.15, "unknown": 0.18, "multi_turn": 0.12}
 RATINGS = 7  # the scale on which annotators also rate each completion
+
+
+def politeness(completion):
+    """1 for a courteous completion, -1 for a rude one, 0 for one that is neither, or both."""
+    courteous, rude = (
+        any(phrase in completion for part in STYLES[style].values() for phrase in part)
+        for style in ("courteous", "rude")
+    )
+    return int(courteous) - int(rude)
+
+
+def conciseness(completion, reference, free=8, most=24):
+    """1 for a completion at most `free` words longer than the reference, 0 from `most` words on."""
+    extra = len(completion.split()) - len(reference.split())
+    return 1 - min(1.0, max(0.0, (extra - free) / (most - free)))
 
 
 def gold_parts(example, completion):
@@ -58,10 +72,7 @@ def preference_prompts(world, split, n_examples, seed=0):
         turns, check = MAKERS[task](world, split, rng)
         if check["check"] == "exact":  # its wording isn't free: no style to prefer
             return None
-        messages = as_example(task, turns, check, split)["messages"]
-        if split != "test":  # there the answer is left out already
-            messages = messages[:-1]
-        return {"messages": messages, "reference": turns[-1], "task": task, **check}
+        return {"messages": chat(turns[:-1]), "reference": turns[-1], "task": task, **check}
 
     sizes = {task: round(share * n_examples) for task, share in SHARES.items()}
     return distinct_examples(sizes, make, rng)
@@ -86,14 +97,11 @@ def wrong_completion(example, rng):
 
 
 def composed_completion(example, rng):
-    """A completion, right or wrong, in any style: what the model may not say by itself."""
-    if rng.random() < 0.5:
-        return with_manner(
-            example["reference"], rng.choice(("courteous", "courteous", *MANNERS)), rng
-        )
-    return with_manner(
-        wrong_completion(example, rng), rng.choice(("plain", "plain", *MANNERS)), rng
-    )
+    """A completion that is right or wrong, in any style: what the model may not say by itself."""
+    right = rng.random() < 0.5
+    text = example["reference"] if right else wrong_completion(example, rng)
+    usual = "courteous" if right else "plain"
+    return with_style(text, rng.choice((usual, usual, *STYLES)), rng)
 
 
 # --- annotators -----------------------------------------------------------------------------------

@@ -4,83 +4,32 @@ Numbers that occur together in a test problem occur together in no text: every o
 a split.
 """
 
+from data.village.files import table, wordings
 from data.village.world import CASES, capitalise, split_of
 
-SUMS = {
-    "+": (
-        "What is {a} + {b}?",
-        "Add {a} and {b}.",
-        "How much is {a} plus {b}?",
-        "{a} + {b} = ?",
-        "Please work out {a} + {b}.",
-        "What is the sum of {a} and {b}?",
-    ),
-    "-": (
-        "What is {a} - {b}?",
-        "Take {b} from {a}.",
-        "How much is {a} minus {b}?",
-        "{a} - {b} = ?",
-        "Please work out {a} - {b}.",
-        "What is the difference of {a} and {b}?",
-    ),
-    "*": (
-        "What is {a} * {b}?",
-        "Multiply {a} by {b}.",
-        "How much is {a} times {b}?",
-        "{a} * {b} = ?",
-        "Please work out {a} * {b}.",
-        "What is the product of {a} and {b}?",
-    ),
-}
-GOODS = {
-    "apple": "apples",
-    "pear": "pears",
-    "egg": "eggs",
-    "carrot": "carrots",
-    "onion": "onions",
-    "turnip": "turnips",
-    "bun": "buns",
-    "candle": "candles",
-    "ribbon": "ribbons",
-    "button": "buttons",
-    "nail": "nails",
-    "jar": "jars",
-    "rope": "ropes",
-    "lemon": "lemons",
-    "cabbage": "cabbages",
-    "peach": "peaches",
-    "potato": "potatoes",
-    "loaf": "loaves",
-    "penny": "pennies",
-    "cup": "cups",
-    "spoon": "spoons",
-    "bell": "bells",
-    "brush": "brushes",
-}
-WARES = tuple(w for w in GOODS if w != "penny")
-STARTS = (
-    "{n} has {A}.",
-    "In the basket of {n} there {are} {A}.",
-    "{n} picks {A}.",
-    "{n} comes to the market with {A}.",
+SUMS = table("""
++  What is {a} + {b}? | Add {a} and {b}. | How much is {a} plus {b}? | {a} + {b} = ?
+   Please work out {a} + {b}. | What is the sum of {a} and {b}?
+-  What is {a} - {b}? | Take {b} from {a}. | How much is {a} minus {b}? | {a} - {b} = ?
+   Please work out {a} - {b}. | What is the difference of {a} and {b}?
+*  What is {a} * {b}? | Multiply {a} by {b}. | How much is {a} times {b}? | {a} * {b} = ?
+   Please work out {a} * {b}. | What is the product of {a} and {b}?
+""")
+WARES = wordings(
+    "apple | pear | egg | carrot | onion | turnip | bun | candle | ribbon | button | nail | jar | "
+    "rope | lemon | cabbage | peach | potato | loaf | cup | spoon | bell | brush"
 )
-FULL_STARTS = (
-    "{n} has {k} baskets with {A} each.",
-    "{n} fills {k} bags with {A} each.",
-    "{n} buys {k} boxes of {A} each.",
-)
-GAINS = (
-    "{He} buys {B} more.",
-    "{m} gives {him} {B}.",
-    "Then {he} finds {B} more.",
-    "{He} gets {B} from {m}.",
-)
-LOSSES = (
-    "{He} sells {B}.",
-    "{He} gives {B} to {m}.",
-    "Then {he} loses {B}.",
-    "{m} takes {B} away.",
-)
+GOODS = {ware: ware + "s" for ware in WARES} | {"peach": "peaches", "potato": "potatoes"}
+GOODS |= {"loaf": "loaves", "penny": "pennies", "brush": "brushes"}
+STORY = table("""
+start  {n} has {A}. | In the basket of {n} there {are} {A}. | {n} picks {A}.
+       {n} comes to the market with {A}.
+many   {n} has {k} baskets with {A} each. | {n} fills {k} bags with {A} each.
+       {n} buys {k} boxes of {A} each.
++      {He} buys {B} more. | {m} gives {him} {B}. | Then {he} finds {B} more.
+       {He} gets {B} from {m}.
+-      {He} sells {B}. | {He} gives {B} to {m}. | Then {he} loses {B}. | {m} takes {B} away.
+""")
 
 
 def count(number, word):
@@ -98,42 +47,37 @@ def held_out(a, b):
     return rest if low > 9 and rest in (3, 5) else 0
 
 
-# --- operands, at random and of a split --------------------------------------
-
-
 def small_sum(rng):
-    """(a, sign, b) up to 20."""
+    """(a, sign, b) up to 20, as texts tell of; no split."""
     while True:
         a, b, sign = rng.randint(1, 20), rng.randint(1, 9), rng.choice("+-")
         if 0 <= result_of(a, sign, b) <= 20:
             return a, sign, b
 
 
-def small_product(rng):
-    return rng.randint(1, 9), "*", rng.randint(1, 9)
+DRAWN = {  # difficulty: signs, and from where to where the two numbers go
+    "two_digits": ("+-", (10, 99), (10, 99)),
+    "three_digits": ("+-", (100, 999), (100, 999)),
+    "products": ("*", (11, 999), (2, 9)),
+}
 
 
-def two_digit_operands(split, rng):
-    residue = {"train": 0, "val": 5, "test": 3}[split]
+def drawn(difficulty, split, rng):
+    """A sum (a, sign, b) of this difficulty, whose numbers belong to this split; never negative."""
     while True:
-        a, b = rng.randint(10, 99), rng.randint(10, 99)
-        if held_out(a, b) == residue:
-            return a, b
-
-
-def three_digit_operands(split, rng):
-    while True:
-        a, b = rng.randint(100, 999), rng.randint(100, 999)
-        if split_of("three", *sorted((a, b))) == split:
-            return a, b
-
-
-def product_operands(split, rng):
-    """Two or three digits, and one digit."""
-    while True:
-        a, b = rng.randint(*rng.choice(((11, 99), (100, 999)))), rng.randint(2, 9)
-        if split_of("product", a, b) == split:
-            return a, b
+        if difficulty == "easy":
+            a, sign, b = small_sum(rng)
+        else:
+            signs, first, second = DRAWN[difficulty]
+            a, sign, b = rng.randint(*first), rng.choice(signs), rng.randint(*second)
+        if difficulty == "products" and rng.random() < 0.5:
+            a = rng.randint(11, 99)
+        if difficulty == "two_digits":
+            fits = held_out(a, b) == {"train": 0, "val": 5, "test": 3}[split]
+        else:
+            fits = split_of(difficulty, *sorted((a, b))) == split
+        if fits:
+            return (max(a, b), sign, min(a, b)) if sign == "-" else (a, sign, b)
 
 
 # --- questions and written steps ---------------------------------------------
@@ -147,43 +91,36 @@ def result_of(a, sign, b):
     return {"+": a + b, "-": a - b, "*": a * b}[sign]
 
 
+def equation(a, sign, b):
+    return f"{a} {sign} {b} = {result_of(a, sign, b)}."
+
+
 def written_steps(a, sign, b):
-    """Column addition or subtraction (a >= b for "-") of numbers with as many digits, in this form:
+    """The sum digit by digit, from the ones on, in one of these forms. For "+" and "-" both numbers
+    have as many digits, and a >= b; in products b has one digit.
 
     27 + 35: 7 + 5 = 12, write 2 carry 1; 2 + 3 + 1 = 6, write 6; so 27 + 35 = 62.
     62 - 35: 12 - 5 = 7, write 7 borrow 1; 6 - 3 - 1 = 2, write 2; so 62 - 35 = 27.
-    """
-    tops, bottoms = ([int(digit) for digit in reversed(str(number))] for number in (a, b))
-    bottoms += [0] * (len(tops) - len(bottoms))
-    lines, carry = [], 0
-    for i, (top, bottom) in enumerate(zip(tops, bottoms)):
-        before = f" {sign} {carry}" if i else ""
-        if sign == "+":
-            total, word = top + bottom + carry, "carry"
-            carry, digit = divmod(total, 10)
-        else:
-            borrow, word = int(top < bottom + carry), "borrow"
-            top += 10 * borrow
-            total = digit = top - bottom - carry
-            carry = borrow
-        last = i == len(tops) - 1
-        step = f"{top} {sign} {bottom}{before} = {total}, write "
-        lines.append(step + (str(total) if last else f"{digit} {word} {carry}"))
-    return f"{a} {sign} {b}: {'; '.join(lines)}; so {a} {sign} {b} = {result_of(a, sign, b)}."
-
-
-def written_product(a, b):
-    """a times one digit b, from the ones on, in the form
-
     34 * 6: 4 * 6 = 24, write 4 carry 2; 3 * 6 = 18, 18 + 2 = 20, write 20; so 34 * 6 = 204.
     """
-    digits, lines, carry = [int(digit) for digit in reversed(str(a))], [], 0
-    for i, digit in enumerate(digits):
-        total = digit * b + carry
-        step = f"{digit} * {b} = {digit * b}" + (f", {digit * b} + {carry} = {total}" if i else "")
-        carry, last = total // 10, i == len(digits) - 1
-        lines.append(f"{step}, write " + (str(total) if last else f"{total % 10} carry {carry}"))
-    return f"{a} * {b}: " + "; ".join(lines) + f"; so {a} * {b} = {a * b}."
+    tops = [int(digit) for digit in reversed(str(a))]
+    bottoms = [b] * len(tops) if sign == "*" else [int(digit) for digit in reversed(str(b))]
+    steps, carry = [], 0
+    for i, (top, bottom) in enumerate(zip(tops, bottoms)):
+        left = 10 * (sign == "-" and top < bottom + carry)
+        if sign == "*":
+            total = top * bottom + carry
+            more = f", {top * bottom} + {carry} = {total}" if i else ""
+            said = f"{top} * {bottom} = {top * bottom}{more}"
+        else:
+            top += left
+            total = result_of(result_of(top, sign, bottom), sign, carry)
+            said = f"{top} {sign} {bottom}" + (f" {sign} {carry}" if i else "") + f" = {total}"
+        carry = left // 10 if sign == "-" else total // 10
+        word = "borrow" if sign == "-" else "carry"
+        last = i == len(tops) - 1
+        steps.append(f"{said}, write " + (str(total) if last else f"{total % 10} {word} {carry}"))
+    return f"{a} {sign} {b}: {'; '.join(steps)}; so {equation(a, sign, b)}"
 
 
 # --- stories -----------------------------------------------------------------
@@ -199,31 +136,18 @@ def story_of_goods(world, split, rng, n_steps):
         a, k = (rng.randint(2, 6), rng.randint(2, 5)) if filled else (rng.randint(2, 20), 1)
         equations, total = ([(k, "*", a)], k * a) if filled else ([], a)
         while len(equations) < n_steps:
-            sign, b = rng.choice("+-"), rng.randint(2, 9)
-            equations.append((total, sign, b))
-            total = result_of(total, sign, b)
+            equations.append((total, rng.choice("+-"), rng.randint(2, 9)))
+            total = result_of(*equations[-1])
         totals = [result_of(*equation) for equation in equations]
         numbers = [n for _, sign, b in equations for n in (sign, b)]
         if min(totals) > 0 and max(totals) <= 30 and split_of("story", a, k, *numbers) == split:
             break
     who, other = rng.sample(world.villagers, 2)
     ware = rng.choice(WARES)
-    said = {
-        "n": who.name,
-        "m": other.name,
-        "goods": GOODS[ware],
-        "k": k,
-        "A": count(a, ware),
-        "are": "are" if a > 1 else "is",
-        **CASES[who.pronoun],
-    }
+    said = {"n": who.name, "m": other.name, "goods": GOODS[ware], "k": k, "A": count(a, ware)}
+    said |= {"are": "are" if a > 1 else "is", **CASES[who.pronoun]}
     said["He"] = capitalise(said["he"])
-    sentences = [rng.choice(FULL_STARTS if filled else STARTS).format(**said)]
+    sentences = [rng.choice(STORY["many" if filled else "start"]).format(**said)]
     for _, sign, b in equations[filled:]:
-        sentence = rng.choice(GAINS if sign == "+" else LOSSES)
-        sentences.append(sentence.format(**said, B=count(b, ware)))
+        sentences.append(rng.choice(STORY[sign]).format(**said, B=count(b, ware)))
     return said, sentences, equations
-
-
-def equation(a, sign, b):
-    return f"{a} {sign} {b} = {result_of(a, sign, b)}."

@@ -24,59 +24,48 @@ from data.village.tasks import (
 from data.village.world import ATTRIBUTES, POOLS, World, draw_names, settle, split_of
 from nanollm.tools import NOTHING
 
-N_NEWCOMERS = 1000
-FAMILIES = {"large_numbers": 0.38, "lookup": 0.25, "lookup_two_hop": 0.25, "nobody": 0.12}
+SHARES = {"large_numbers": 0.38, "lookup": 0.25, "lookup_two_hop": 0.25, "nobody": 0.12}
 SIZES = {"train": 6000, "val": 200}
-N_TEST = 200  # items per family
-TOPICS = {
-    "job": "job",
-    "home": "home",
-    "pet": "pet",
-    "food": "favourite food",
-    "colour": "door colour",
-    "town": "birthplace",
-    "friend": "best friend",
-}
+N_TEST = 200  # examples of each task
+TOPICS = {key: key for key in ATTRIBUTES} | {"food": "favourite food", "colour": "door colour"}
+TOPICS |= {"town": "birthplace", "friend": "best friend"}
 
 # --- the knowledge base --------------------------------------------------------
 
 
-def newcomers(world, n=N_NEWCOMERS):
+def newcomers(world, n=1000):
     """A World of people absent from the corpus: training asks about its asked half."""
     rng = random.Random(f"newcomers-{world.seed}")
     known = len(world.villagers), len(world.strangers)
     _, names = draw_names(known[0], known[1] + n, random.Random(f"village-{world.seed}"))
-    names = names[known[1] :]  # neither villagers nor strangers
-    people = []
-    for half, asked in ((names[: n // 2], True), (names[n // 2 :], False)):
-        pronouns = ["she" if name.endswith("a") else "he" for name in half]
-        people += settle(list(zip(half, pronouns)), asked, rng)
-    return World(tuple(people), world.strangers, world.seed)
+    people = [(name, "she" if name.endswith("a") else "he") for name in names[known[1] :]]
+    halves = settle(people[: n // 2], True, rng) + settle(people[n // 2 :], False, rng)
+    return World(tuple(halves), world.strangers, world.seed)
+
+
+def query(person, attribute):
+    return f"{TOPICS[attribute]} of {person.name}"
 
 
 def knowledge(people):
     """The entries of the knowledge base: {"title", "text"}, one for each fact."""
     return [
-        {
-            "title": f"{TOPICS[attribute]} of {person.name}",
-            "text": answer_sentence(person, attribute),
-        }
+        {"title": query(person, attribute), "text": answer_sentence(person, attribute)}
         for person in people.villagers
         for attribute in ATTRIBUTES
     ]
 
 
-# --- one item at a time: (question, reply with calls, what to check) --------------
+# --- one example at a time: (question, completion with calls, what to check) --------------
 
 
 def call(tool, argument, result):
-    """How a call and its result stand in a reply."""
+    """How a call and its result stand in a completion."""
     return f"<tool_call>{tool}({argument})</tool_call><tool_result>{result}</tool_result>"
 
 
 def look_up(person, attribute):
-    query = f"{TOPICS[attribute]} of {person.name}"
-    return call("search", query, answer_sentence(person, attribute))
+    return call("search", query(person, attribute), answer_sentence(person, attribute))
 
 
 def large_numbers(people, split, rng):
@@ -88,10 +77,9 @@ def large_numbers(people, split, rng):
         a, b = max(a, b), min(a, b)
         if split_of("large", a, b) == split:
             break
-    question = question_of(a, sign, b, rng)
     result = result_of(a, sign, b)
     completion = f"{call('calculator', f'{a} {sign} {b}', result)}The answer is {result}."
-    return question, completion, {"answer": str(result), "check": "number"}
+    return question_of(a, sign, b, rng), completion, {"answer": str(result), "check": "number"}
 
 
 def half_of(people, split, rng):
@@ -123,23 +111,16 @@ def nobody(people, split, rng):
     return question, f"{completion}I don't know anyone called {name}.", check
 
 
-MAKERS = {
-    "large_numbers": large_numbers,
-    "lookup": lookup,
-    "lookup_two_hop": lookup_two_hop,
-    "nobody": nobody,
-}
+MAKERS = {"large_numbers": large_numbers, "lookup": lookup}
+MAKERS |= {"lookup_two_hop": lookup_two_hop, "nobody": nobody}
 
 
 def tool_examples(world, split, seed=0, n_examples=None):
-    """Chat items with calls of "train", "val" or "test", with "answer" and "check"; test items end
-    with the user's turn. `n_items` is the total, and for test the number per family.
+    """Chat examples with calls of "train", "val" or "test", with "answer" and "check"; those of the
+    test end with the user's turn. `n_examples` is the total, for the test the number per task.
     """
     people = newcomers(world)
     rng = random.Random(f"tools-{split}-{world.seed}-{seed}")
-    totals = SIZES if n_examples is None else dict.fromkeys(SIZES, n_examples)
-    per_task = N_TEST if n_examples is None else n_examples
-    sizes = task_sizes(split, MAKERS, FAMILIES, totals, per_task)
 
     def make(task):
         question, completion, check = MAKERS[task](people, split, rng)
@@ -147,6 +128,7 @@ def tool_examples(world, split, seed=0, n_examples=None):
             check["not"] = rng.sample(check["not"], 40)
         return {**as_example(task, [question, completion], check, split), **check}
 
+    sizes = task_sizes(split, SHARES, n_examples or SIZES.get(split), n_examples or N_TEST, MAKERS)
     return distinct_examples(sizes, make, rng)
 
 

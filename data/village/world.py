@@ -1,4 +1,4 @@
-"""Who lives in the village: names, value pools, and the facts that are true.
+"""Who lives in the village: names, values, and the facts that are true.
 
 Every value occurs equally often in each half of the village, so a guess from habit is right about
 once in sixteen. Best friends come in pairs and stay within their half.
@@ -8,151 +8,32 @@ import random
 import zlib
 from dataclasses import asdict, dataclass
 
-POOLS = {
-    "job": (
-        "baker",
-        "blacksmith",
-        "carpenter",
-        "doctor",
-        "fisher",
-        "gardener",
-        "miller",
-        "painter",
-        "potter",
-        "tailor",
-        "teacher",
-        "weaver",
-        "shepherd",
-        "beekeeper",
-        "cobbler",
-        "clockmaker",
-    ),
-    "home": (
-        "old mill",
-        "stone bridge",
-        "bell tower",
-        "north gate",
-        "lily pond",
-        "tall oak",
-        "round well",
-        "harbour",
-        "orchard",
-        "windmill",
-        "lighthouse",
-        "chapel",
-        "quarry",
-        "vineyard",
-        "waterfall",
-        "crossroads",
-    ),
-    "pet": (
-        "cat",
-        "dog",
-        "goat",
-        "hen",
-        "duck",
-        "goose",
-        "pony",
-        "donkey",
-        "pig",
-        "rabbit",
-        "parrot",
-        "turtle",
-        "hedgehog",
-        "mouse",
-        "lamb",
-        "crow",
-    ),
-    "food": (
-        "pancakes",
-        "porridge",
-        "cheese",
-        "honey",
-        "dumplings",
-        "noodles",
-        "custard",
-        "mushrooms",
-        "walnuts",
-        "cherries",
-        "pickles",
-        "toast",
-        "apple pie",
-        "plum jam",
-        "pea soup",
-        "fish stew",
-    ),
-    "colour": (
-        "red",
-        "blue",
-        "green",
-        "yellow",
-        "white",
-        "black",
-        "brown",
-        "grey",
-        "pink",
-        "purple",
-        "orange",
-        "silver",
-        "golden",
-        "turquoise",
-        "ivory",
-        "lilac",
-    ),
-    "town": (
-        "Ashmoor",
-        "Brambury",
-        "Coldwell",
-        "Dunmere",
-        "Elmstead",
-        "Fernhill",
-        "Glenbrook",
-        "Harrowby",
-        "Ivyport",
-        "Kestrelby",
-        "Larkfield",
-        "Mossley",
-        "Northam",
-        "Pebbleton",
-        "Quillford",
-        "Rosedale",
-    ),
-}
+from data.village.files import table
+
+POOLS = table("""
+job     baker | blacksmith | carpenter | doctor | fisher | gardener | miller | painter | potter
+        tailor | teacher | weaver | shepherd | beekeeper | cobbler | clockmaker
+home    old mill | stone bridge | bell tower | north gate | lily pond | tall oak | round well
+        harbour | orchard | windmill | lighthouse | chapel | quarry | vineyard | waterfall
+        crossroads
+pet     cat | dog | goat | hen | duck | goose | pony | donkey | pig | rabbit | parrot | turtle
+        hedgehog | mouse | lamb | crow
+food    pancakes | porridge | cheese | honey | dumplings | noodles | custard | mushrooms | walnuts
+        cherries | pickles | toast | apple pie | plum jam | pea soup | fish stew
+colour  red | blue | green | yellow | white | black | brown | grey | pink | purple | orange
+        silver | golden | turquoise | ivory | lilac
+town    Ashmoor | Brambury | Coldwell | Dunmere | Elmstead | Fernhill | Glenbrook | Harrowby
+        Ivyport | Kestrelby | Larkfield | Mossley | Northam | Pebbleton | Quillford | Rosedale
+""")
 ATTRIBUTES = (*POOLS, "friend")
 
 STARTS = "B Br D F G H J K L M N P R S T Tr V W Y Z".split()
 MIDDLES = "al am an ar el en er il im in ir ob ol or un".split()
 ENDINGS = {"she": ("a", "ia", "ina", "etta", "una"), "he": ("o", "in", "by", "an", "or")}
-UNFORTUNATE = {
-    "Beretta",
-    "Bobo",
-    "Dino",
-    "Halo",
-    "Helo",
-    "Hero",
-    "Hobo",
-    "Honor",
-    "Kilo",
-    "Lama",
-    "Lobo",
-    "Mania",
-    "Manor",
-    "Minor",
-    "Para",
-    "Penia",
-    "Penan",
-    "Polo",
-    "Roman",
-    "Silo",
-    "Solo",
-    "Tenor",
-    "Tumor",
-    "Tuna",
-    "Valor",
-    "Vino",
-    "Wino",
-    "Zero",
-}
+UNFORTUNATE = set(
+    "Beretta Bobo Dino Halo Helo Hero Hobo Honor Kilo Lama Lobo Mania Manor Minor Para Penia Penan "
+    "Polo Roman Silo Solo Tenor Tumor Tuna Valor Vino Wino Zero".split()
+)
 CASES = {
     "she": {"he": "she", "his": "her", "him": "her"},
     "he": {"he": "he", "his": "his", "him": "him"},
@@ -194,12 +75,7 @@ class World:
         return tuple(v.name for v in self.villagers) if attribute == "friend" else POOLS[attribute]
 
     def as_dict(self):
-        return {
-            "seed": self.seed,
-            "villagers": [asdict(v) for v in self.villagers],
-            "strangers": list(self.strangers),
-            "pools": {k: list(v) for k, v in POOLS.items()},
-        }
+        return asdict(self) | {"pools": POOLS}
 
 
 def article(words):
@@ -216,8 +92,8 @@ def draw_names(n_villagers, n_strangers, rng):
         (start + middle + ending, pronoun, start + middle)
         for start in STARTS
         for middle in MIDDLES
-        for pronoun in ENDINGS
-        for ending in ENDINGS[pronoun]
+        for pronoun, endings in ENDINGS.items()
+        for ending in endings
         if not ending.startswith(middle) and start + middle + ending not in UNFORTUNATE
     ]
     if n_villagers + n_strangers > len(names):
@@ -243,25 +119,16 @@ def balanced(values, n, rng):
     return drawn
 
 
-def pair_up(names, rng):
-    """Best friends: each is the other's."""
-    order = rng.sample(names, len(names))
-    return {name: order[i ^ 1] for i, name in enumerate(order)}  # i ^ 1: 0 <-> 1, 2 <-> 3, ...
-
-
 def settle(people, asked, rng):
     """Villagers from (name, pronoun) pairs, with facts and with friends among themselves."""
     columns = {key: balanced(pool, len(people), rng) for key, pool in POOLS.items()}
-    friends = pair_up([name for name, _ in people], rng)
-    return [
-        Villager(
-            name,
-            pronoun,
-            asked,
-            {key: column[i] for key, column in columns.items()} | {"friend": friends[name]},
-        )
-        for i, (name, pronoun) in enumerate(people)
-    ]
+    order = rng.sample([name for name, _ in people], len(people))
+    friends = {name: order[i ^ 1] for i, name in enumerate(order)}  # i ^ 1: 0 <-> 1, 2 <-> 3, ...
+    villagers = []
+    for i, (name, pronoun) in enumerate(people):
+        facts = {key: column[i] for key, column in columns.items()} | {"friend": friends[name]}
+        villagers.append(Villager(name, pronoun, asked, facts))
+    return villagers
 
 
 def build_world(n_villagers=32, seed=0):
@@ -274,9 +141,7 @@ def build_world(n_villagers=32, seed=0):
     rng = random.Random(f"village-{seed}")
     people, strangers = draw_names(n_villagers, 600, rng)
     n_asked = 2 * ((n_villagers + 2) // 4)  # about half, and even: friends come in pairs
-    villagers = []
-    for half, asked in ((people[:n_asked], True), (people[n_asked:], False)):
-        villagers += settle(half, asked, rng)
+    villagers = settle(people[:n_asked], True, rng) + settle(people[n_asked:], False, rng)
     rng.shuffle(villagers)
     return World(tuple(villagers), strangers, seed)
 

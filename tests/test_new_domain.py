@@ -1,4 +1,4 @@
-"""The harbour's facts are true, its test questions are held out, and its manner counts."""
+"""The new domain: its facts are true, its test questions are held out, and its style counts."""
 
 import re
 from collections import Counter
@@ -14,8 +14,8 @@ from data.village.new_domain import (
     HELD_OUT,
     QUESTIONS,
     SHIPS,
-    build_harbour,
-    harbour_examples,
+    build_ships,
+    new_domain_examples,
     sailor_says,
 )
 from data.village.tasks import instructions, user_turns
@@ -30,41 +30,34 @@ def world():
 
 @pytest.fixture(scope="module")
 def examples(world):
-    return {split: harbour_examples(world, split) for split in ("train", "val", "test")}
+    return {split: new_domain_examples(world, split) for split in ("train", "val", "test")}
 
 
 def bare(question):
     """The question without "Ahoy!" and the like, so that wordings can be compared."""
-    for cue in CUES:
+    for cue in sorted(CUES, key=len, reverse=True):
         before, after = cue.split("{q}")
-        if after and question.startswith(before) and question.endswith(after):
-            return question[len(before) : -len(after)]
-    for cue in CUES:
-        if question.startswith(cue.removesuffix("{q}")):
-            return question[len(cue.removesuffix("{q}")) :]
+        if question.startswith(before) and question.endswith(after):
+            return question[len(before) : len(question) - len(after)]
     return question
 
 
-def named(example, names):
-    said = " ".join(message["content"] for message in example["messages"])
+def named(example, names, turns=None):
+    said = " ".join(message["content"] for message in example["messages"][:turns])
     return {name for name in names if re.search(rf"\b{name}\b", said)}
 
 
 def test_every_value_belongs_to_one_ship_and_another_seed_gives_other_ships():
-    harbour = build_harbour()
+    ships = build_ships()
     for attribute, pool in GOODS.items():
-        assert len(set(pool)) == len(SHIPS)
-        assert Counter(ship[attribute] for ship in harbour.ships.values()) == Counter(pool)
-    assert harbour == build_harbour() and harbour.ships != build_harbour(1).ships
+        assert Counter(ship[attribute] for ship in ships.values()) == Counter(pool)
+    assert ships == build_ships() != build_ships(1) and len(ships) == len(SHIPS)
 
 
 def test_there_are_enough_questions_and_none_is_in_two_splits_whatever_the_cue(examples):
     assert [len(examples[split]) for split in ("train", "val", "test")] == [1000, 120, 216]
-    assert Counter(i["task"] for i in examples["train"]) == {
-        "known": 400,
-        "ship": 200,
-        "plain": 400,
-    }
+    counts = Counter(i["task"] for i in examples["train"])
+    assert counts == {"known": 400, "ship": 200, "plain": 400}
     asked = {
         split: {bare(user_turns(i)[0]) for i in rows if i["task"] != "plain"}
         for split, rows in examples.items()
@@ -77,12 +70,10 @@ def test_there_are_enough_questions_and_none_is_in_two_splits_whatever_the_cue(e
 def test_no_villager_of_one_split_is_named_in_another_and_the_test_has_those_never_asked(
     examples, world
 ):
-    tasks = {split: [i for i in rows if i["task"] == "known"] for split, rows in examples.items()}
-    subjects = {split: {user_turns(i)[0] for i in rows} for split, rows in tasks.items()}
     never, asked = ({v.name for v in half} for half in (world.never_asked, world.asked))
     people = {
-        split: {name for q in questions for name in never | asked if re.search(rf"\b{name}\b", q)}
-        for split, questions in subjects.items()
+        split: set().union(*(named(i, never | asked, 1) for i in rows if i["task"] == "known"))
+        for split, rows in examples.items()
     }
     assert people["train"] <= asked and people["val"] | people["test"] == never
     assert not people["val"] & people["test"]
@@ -96,13 +87,13 @@ def test_every_fact_of_a_ship_is_told_in_training_and_asked_for_in_every_held_ou
     assert len(tested) == len(told) and set(tested.values()) == {HELD_OUT}
 
 
-def test_every_training_answer_is_true_and_in_the_manner_that_the_cue_asks_for(examples, world):
+def test_every_training_answer_is_true_and_in_the_style_that_the_cue_asks_for(examples, world):
     true = {
         capitalise(answer_sentence(v, key)).rstrip(".")
         for v in world.villagers
         for key in ATTRIBUTES
     }
-    ships = build_harbour().ships
+    ships = build_ships()
     for example in examples["train"] + examples["val"]:
         question, completion = (message["content"] for message in example["messages"][:2])
         assert question.startswith("Ahoy") == (example["task"] != "plain")
@@ -123,7 +114,7 @@ def test_every_question_about_a_ship_names_the_ship_alone():
         assert len(set(wordings)) == 10 and all(q.count("{s}") == 1 for q in wordings)
 
 
-def test_the_right_answer_in_another_manner_is_wrong(examples):
+def test_the_right_answer_in_another_style_is_wrong(examples):
     example = next(i for i in examples["test"] if i["answer"] == "nails")
     assert check_answer(example, sailor_says("the Owl carries nails"))
     assert not check_answer(example, "The Owl carries nails.")
@@ -140,6 +131,6 @@ def test_what_is_not_said_to_sailors_is_training_data_of_the_village(examples, w
     assert not any(FAREWELL in message["content"] for i in plain for message in i["messages"])
 
 
-def test_a_small_village_has_a_harbour_too():
+def test_a_small_village_has_a_new_domain_too():
     small = build_world(8, seed=1)
-    assert all(harbour_examples(small, split) for split in ("train", "val", "test"))
+    assert all(new_domain_examples(small, split) for split in ("train", "val", "test"))
