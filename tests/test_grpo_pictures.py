@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nanollm.grpo_runs import Sampling
 from PIL import Image
 
 import train_grpo
@@ -16,7 +17,6 @@ from nanollm.batches import Completions, pad_completions
 from nanollm.config import parse
 from nanollm.generate import generate
 from nanollm.gpt import GPTConfig
-from nanollm.grpo_runs import Sampling
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import completion_logprobs
 from nanollm.peft.adapters import reference

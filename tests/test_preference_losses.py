@@ -31,12 +31,12 @@ from data.village.preferences import (
 )
 from data.village.tasks import instructions, user_turns
 from data.village.world import build_world
-from nanollm import preferences
 from nanollm.batches import Completions, pad_completions
+from nanollm.generate import sample_together
 from nanollm.gpt import GPTConfig, ScalarGPT
 from nanollm.hub import load_scalar, save_model
 from nanollm.logprobs import completion_logprobs
-from nanollm.preferences import completion_rows, pair_index, sample_together, scores, win_rate
+from nanollm.preferences import completion_rows, pair_index, scores, win_rate
 from nanollm.rewards import check_answer, reft_reward
 from nanollm.runtime import Runtime
 
@@ -482,17 +482,15 @@ def test_annotators_rank_what_a_model_says_beside_composed_completions():
 
 
 def test_processes_share_the_sampling_and_it_does_not_matter_how_many_they_are(
-    random_model, tokenizer, monkeypatch
+    random_model, tokenizer
 ):
-    monkeypatch.setattr(preferences, "BLOCK", 2)
     model, prompts = random_model(), [[5, 6, n] for n in range(7)]
     parts = []
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         rt = Runtime(torch.device("cpu"), torch.float32, rank, world)
         rt.gather = lambda own: own
-        parts.append(sample_together(model, tokenizer, prompts, 3, rt, 0, max_new_tokens=4))
-    assert parts[0] == parts[1] + parts[2] and len(parts[1]) == 4
-    assert [len(each) for each in parts[0]] == [3] * 7
+        parts.append(sample_together(rt, model, tokenizer, prompts, 4, 3))
+    assert parts[0] == parts[1] + parts[2] and len(parts[0]) == 21
 
 
 def test_win_rates_of_both_orders_add_up_to_one():
