@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanollm.grpo_runs import Sampling
+from helpers import refused, result, run, same
 from PIL import Image
 
 import train_grpo
+from data.village import images as village_images
 from nanollm import evaluate, rollouts
 from nanollm.batches import Completions, pad_completions
 from nanollm.config import parse
@@ -20,33 +21,31 @@ from nanollm.gpt import GPTConfig
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import completion_logprobs
 from nanollm.peft.adapters import reference
-from nanollm.run import read_metrics
 from nanollm.tokenizer import Tokenizer
 from nanollm.vision.images import Preprocessing
 from nanollm.vision.vit import VisionConfig, ViT
-from nanollm.vision.vlm import VLM, image_id_of, render_with_images
+from nanollm.vision.vlm import VLM, image_id_of
 from tests.conftest import SMALL
-from tests.test_train import refused, same
-from tests.test_vlm import EYES, adapted, make, some_images
+from tests.test_vlm import TOWER, adapted, make, some_images
 
 COLOURS = {"red": (230, 30, 30), "blue": (30, 30, 230), "grey": (128, 128, 128)}
 ASKED = "<image>Red or blue?"
 OWN = (
-    "--dtype fp32 --device cpu --init runs/blind --data right.jsonl --val_fraction 0.5 "
+    "--dtype fp32 --device cpu --init runs/guesses --data right.jsonl --val_fraction 0.5 "
     "--max_new_tokens 2 --batch_size 8 --samples 8 --accumulate 2 --eval_samples 1"
 ).split()
 
 
 def start_of(vlm, tokenizer):
     messages = [{"role": "user", "content": ASKED}]
-    return render_with_images(tokenizer, messages, vlm.tokens_per_image, 1, True)[0]
+    return tokenizer.render(messages, True, vlm.tokens_per_image)[0]
 
 
-def blind_model(tokenizer):
+def guessing_model(tokenizer):
     """A small VLM that has been taught to say 1 or 2 by chance, whatever the image."""
     torch.manual_seed(0)
     cfg = GPTConfig(**SMALL | {"max_position_embeddings": 96})
-    vlm = VLM(cfg, ViT(VisionConfig(**EYES)), "pixel_shuffle", image_id_of(tokenizer))
+    vlm = VLM(cfg, ViT(VisionConfig(**TOWER)), "pixel_shuffle", image_id_of(tokenizer))
     vlm.preprocessing = Preprocessing(16)
     vlm.train_parts(language=True)
     answers = [[*tokenizer.encode(text), tokenizer.end_id] for text in "12"] * 4
@@ -62,9 +61,9 @@ def blind_model(tokenizer):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The blind model; problems with a red or a blue image, and the same with grey ones."""
+    """A model that guesses; problems with a red or a blue image, and the same with grey ones."""
     folder, tokenizer = tmp_path_factory.mktemp("grpo"), Tokenizer.from_bytes()
-    save_model(blind_model(tokenizer), tokenizer, folder / "runs/blind")
+    save_model(guessing_model(tokenizer), tokenizer, folder / "runs/guesses")
     for name, colour in COLOURS.items():
         Image.new("RGB", (16, 16), colour).save(folder / f"{name}.png")
     rights = [("red", "1"), ("blue", "2")] * 20
@@ -91,9 +90,7 @@ def here(made, monkeypatch):
 
 
 def grpo(*flags, out="runs/grpo"):
-    arguments = [*OWN, "--out", out, *map(str, flags)]
-    train_grpo.main(parse(train_grpo.Config, train_grpo.PRESETS, arguments))
-    return read_metrics(out)
+    return run(train_grpo, *OWN, *flags, out=out)
 
 
 def accuracies(metrics):
@@ -108,20 +105,20 @@ LEARN = "--steps 30 --eval_every 30 --lr 0.005 --warmup 2".split()
 def test_rewards_alone_teach_to_look_at_the_image(here):
     seen = accuracies(grpo(*LEARN))
     assert seen[0] < 0.7 and sum(seen[-5:]) / 5 > 0.9
-    result = json.loads(Path("runs/grpo/result.json").read_text())
-    assert result["after"]["all"]["greedy"] == 1.0
+    assert result("runs/grpo")["after"]["all"]["accuracy"] == 1.0
 
 
 def test_nothing_is_learnt_from_grey_images(here):
     seen = accuracies(grpo(*LEARN, "--data", "grey.jsonl", out="runs/grey"))
     assert sum(seen[-5:]) / 5 < 0.65
-    result = json.loads(Path("runs/grey/result.json").read_text())
-    assert result["after"]["all"]["greedy"] == 0.5
+    assert result("runs/grey")["after"]["all"]["accuracy"] == 0.5
 
 
 def test_projector_and_language_model_learn_and_the_vision_tower_is_frozen(here):
     grpo("--steps", 2, "--warmup", 0)
-    before, after = (dict(load_model(f"runs/{n}")[0].named_parameters()) for n in ("blind", "grpo"))
+    before, after = (
+        dict(load_model(f"runs/{n}")[0].named_parameters()) for n in ("guesses", "grpo")
+    )
     still = {name for name in before if torch.equal(before[name], after[name])}
     assert still == {name for name in before if name.startswith("vision.")}
 
@@ -150,7 +147,6 @@ def vlm(tokenizer):
 def rollout_of(vlm, tokenizer, temperature=1.0):
     """Answers of a random model to problems with two images, one, and none."""
     cfg = train_grpo.Config(samples=4, max_new_tokens=6, temperature=temperature)
-    sampling = Sampling(cfg, tokenizer, vlm)
     shown = {"two": ["red.png", "blue.png"], "none": [], "one": ["red.png"]}
     examples = [
         {
@@ -162,7 +158,8 @@ def rollout_of(vlm, tokenizer, temperature=1.0):
         for n, images in shown.items()
     ]
     noise = torch.rand(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return train_grpo.sample_rollout(cfg, vlm, sampling, examples, noise)
+    prompts = train_grpo.Prompts(cfg, vlm, tokenizer, examples)
+    return train_grpo.sample_rollout(cfg, prompts, examples, noise)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -229,10 +226,12 @@ def test_the_vision_tower_looks_once_at_each_prompts_images(vlm, tokenizer, here
     assert looked == [3]  # four samples, and a pass of training, of 2 + 0 + 1 images
 
 
-def test_what_look_gives_stands_for_the_images(vlm, tokenizer):
+def test_what_encode_images_gives_stands_for_the_images(vlm, tokenizer):
     tokens, images = torch.tensor([start_of(vlm, tokenizer)]), some_images(1)
     with torch.no_grad():
-        assert torch.equal(vlm(tokens, images=vlm.look(images)), vlm(tokens, images=images))
+        assert torch.equal(
+            vlm(tokens, images=vlm.encode_images(images)), vlm(tokens, images=images)
+        )
 
 
 # --- resume, files, bad input --------------------------------------------------------------------
@@ -261,7 +260,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(here, monkeypatch):
 
 def test_the_villages_images_are_found_by_the_run_that_chose_them(here, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluate.village_images, "prepare", lambda **how: asked.append(how))
+    monkeypatch.setattr(village_images, "prepare", lambda **how: asked.append(how))
     chain = {
         "a": {"init": "runs/sft", "image_size": 32, "images": 7},
         "b": {"init": "runs/a", "data": "images"},
@@ -269,8 +268,8 @@ def test_the_villages_images_are_found_by_the_run_that_chose_them(here, monkeypa
     for name, settings in chain.items():
         Path("runs", name).mkdir(parents=True)
         Path("runs", name, "train_config.json").write_text(json.dumps(settings))
-    for run in "runs/b", "runs/blind":
-        evaluate.village_images.of_run(run)
+    for folder in "runs/b", "runs/guesses":
+        village_images.of_run(folder)
     assert asked == [{"size": 32, "n_train": 7}, {}]
 
 
@@ -281,9 +280,9 @@ def test_evaluate_asks_about_the_villages_images(here, monkeypatch, capsys):
     examples = [{"image": "a.png", "prompt": ASKED, "answer": "1"}]
     for file in "questions_test", "combos_test", "problems_test":
         write(folder / f"{file}.jsonl", [example | {"task": file} for example in examples])
-    monkeypatch.setattr(evaluate.village_images, "prepare", lambda **how: folder)
+    monkeypatch.setattr(village_images, "prepare", lambda **how: folder)
     for name in "images", "combos", "counting":
-        flags = ["runs/blind", "--data", name, "--dtype", "fp32", "--out", "found.json"]
+        flags = ["runs/guesses", "--data", name, "--dtype", "fp32", "--out", "found.json"]
         evaluate.main(parse(evaluate.Config, None, flags))
     said = capsys.readouterr().out
     assert re.findall(r"\w+_test(?= )", said) == ["questions_test", "combos_test", "problems_test"]
