@@ -3,6 +3,7 @@ as two processes, and looking at what it leaves.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from nanollm.config import cli, parse
+from nanollm.gpt import GPT, GPTConfig
 from nanollm.hub import load_model
 from nanollm.run import Run, read_metrics
 
@@ -148,3 +150,89 @@ def interrupted_and_resumed(module, *flags, out, last):
         run(module, *flags, out=out)
     torch.manual_seed(99)
     module.main(parse(module.Config, module.PRESETS, ["--out", out, "--resume"]))
+
+
+# --- texts and models by hand --------------------------------------------------------------------
+
+MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_result>", "</tool_result>")
+MEGABYTES = 10 * 2**20
+ALPHABETS = (
+    "0123456789+-*/%(). ,",
+    "12()**//%",
+    [chr(i) for i in range(128)],
+    [*"٣１²½∞−×÷πéßǅ中0+(", "\0", "\ud800", "\udfff", "\u202e", "\u2028", "\xa0", "😀", "e\u0301"],
+    ["9**", "(", ")", "lambda", "__import__", "'", '"""', "0x", "1e9", "1e999", ":=", "[", "{",
+     "if", "else", "for x in", "1j", "_", "~", "<<", "@", "f'{", "#", "\n", "not", " ", "0", "\\"],
+    [*MARKS, "4", "-", ".", ",", " ", "The answer is ", "\n", "<", "think>", "search(", ")"],
+)  # fmt: skip
+
+
+def random_strings(n, seed):
+    """Mostly short ones, some around the longest that is allowed."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        length = rng.choice((rng.randint(0, 8), rng.randint(0, 40), rng.randint(0, 250)))
+        yield "".join(rng.choices(rng.choice(ALPHABETS), k=length))
+
+
+def seconds(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def turns(*contents):
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": content} for role, content in zip(roles, contents)]
+
+
+def some_prompts(lengths=(5, 9, 1, 7)):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(250, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def slow_greedy(model, prompt, n, tools):
+    """The obvious loop, the whole sequence anew for every token: (ids, which the model chose)."""
+    ids, own, result = [], [], []
+    for _ in range(n):
+        own.append(not result)
+        best = model(torch.tensor([prompt + ids]))[0, -1].argmax().item()
+        ids.append(result.pop(0) if result else best)
+        if own[-1] and ids[-1] == tools.call_end:
+            result = tools.respond(ids)
+    return ids, own
+
+
+def only_in(row, rows):
+    """The first id that stands in this row alone, which then is the end of a call."""
+    others = set(itertools.chain(*(r for i, r in enumerate(rows) if i != row)))
+    return next(id for id in rows[row] if id not in others)
+
+
+def writer(tokenizer, *texts):
+    """A GPT that continues each id as the texts do, whatever came before: the last id picks a row
+    of the head.
+    """
+    V = tokenizer.vocab_size
+    cfg = GPTConfig(
+        vocab_size=V,
+        hidden_size=V,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=96,
+        tie_word_embeddings=False,
+    )
+    model = GPT(cfg).eval()  # whose branches are zero
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(V))
+        model.lm_head.weight.zero_()
+        for text in texts:
+            ids = tokenizer.encode(text, special=True)
+            for id, following in itertools.pairwise(ids):
+                assert model.lm_head.weight[:, id].sum() == 0, "an id twice"
+                model.lm_head.weight[following, id] = 10
+    return model
