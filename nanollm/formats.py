@@ -36,7 +36,7 @@ def read_text(path):
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} must be UTF-8 text, unlike its byte {e.start}") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start})") from None
     if not text.strip():
         raise UserError(f"{path} is empty")
     return text
