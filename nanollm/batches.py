@@ -67,7 +67,7 @@ def write_shards(documents, tokenizer, folder):
             for text, ids in zip(batch, tokenizer.encode_batch(batch)):
                 pending.append(np.array([tokenizer.eot_id, *ids], dtype=dtype))
                 tokens += len(ids) + 1
-                text_bytes += len(text.encode("utf-8", "surrogatepass"))
+                text_bytes += len(text.encode())
             count += len(batch)
             if pending and (not batch or sum(map(len, pending)) >= SHARD_TOKENS):
                 names.append(f"shard_{len(names):05d}.bin")

@@ -36,7 +36,7 @@ def read_text(path):
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} must be UTF-8 text, unlike its byte {e.start}") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start})") from None
     if not text.strip():
         raise UserError(f"{path} is empty")
     return text
@@ -243,13 +243,12 @@ def read_prompts(path, answered=False):
     Reads prompts, dialogues (their last answer is left out), preferences, and problems with an
     "answer", GSM8K's included; "check" says how that answer is compared.
     """
-    prompts = []
-    for record, where in placed(path):
-        prompt = as_prompt(record, where)
+    prompts = [(as_prompt(record, where), where) for record, where in placed(path)]
+    for prompt, where in prompts:
         need("answer" in prompt or not answered, where, 'a test example needs an "answer"')
-        shown = "image" in prompt
-        prompts.append(with_images(prompt, Path(path).parent, where) if shown else prompt)
-    return prompts
+        if "image" in prompt:
+            prompt |= with_images(prompt, Path(path).parent, where)
+    return [prompt for prompt, _ in prompts]
 
 
 def read_examples(path):
@@ -265,7 +264,7 @@ def as_prompt(record, where):
     elif "messages" not in record and "prompt" not in record:
         if "question" in record:
             record = _as_problem(record, where)
-        elif "conversations" in record or "instruction" in record:  # ShareGPT, Alpaca
+        elif record.keys() & {"conversations", "instruction"}:  # ShareGPT, Alpaca
             record = as_chat(record, where)
     if "messages" in record:
         messages = as_chat({"messages": record["messages"]}, where)["messages"]
@@ -339,10 +338,9 @@ def read_captions(path):
 
 
 def with_images(record, folder, where):
-    """The record with "images": the paths that its "image" names, relative to the folder."""
+    """A chat or prompt with "images": the paths that its "image" names, relative to the folder."""
     images = image_paths(record, folder, where)
-    messages = as_chat({"messages": record["messages"]}, where)["messages"]
-    check_markers(messages, len(images), where)
+    check_markers(record["messages"], len(images), where)
     return {**record, "images": images}
 
 

@@ -60,7 +60,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
     """Draw one token per row: logits (B, V) -> tokens (B,), logprobs (B,) at this temperature.
 
     temperature 0 takes the largest. The logprobs are those of the full distribution, before top-k
-    and top-p. `u` (B,) in [0, 1), float64, takes the place of the generator's random numbers.
+    and top-p. `u` (B,) in [0, 1) takes the place of the generator's random numbers.
     """
     if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
         raise UserError(
@@ -76,16 +76,21 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
     if top_k or top_p < 1:
         logits = keep_top_k(logits, min(top_k, logits.shape[1])) if top_k else logits
         kept = (keep_top_p(logits, top_p) if top_p < 1 else logits).softmax(-1)
-    cdf = kept.cumsum(-1, dtype=torch.float64)
+    cdf = kept.cumsum(-1, dtype=fine(kept.device))
     u = uniform(len(cdf), cdf.device, generator) if u is None else u
     # the inverse of the CDF at u
     tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
+def fine(device):
+    """The dtype of a CDF over a large vocabulary: float64, where the device knows it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def uniform(shape, device, generator=None):
-    """Random numbers in [0, 1): float64, for a vocabulary is large."""
-    return torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
+    """Random numbers in [0, 1)."""
+    return torch.rand(shape, dtype=fine(device), device=device, generator=generator)
 
 
 def check_room(model, prompts, new_tokens, examples=()):

@@ -109,7 +109,7 @@ def train_bpe(texts, vocab_size):
     pieces = Counter()
     for text in [texts] if isinstance(texts, str) else texts:
         pieces.update(cut(text))
-    words = [list(piece.encode("utf-8", "surrogatepass")) for piece in pieces]
+    words = [list(piece.encode()) for piece in pieces]
     freqs = list(pieces.values())
     counts, where = Counter(), defaultdict(set)  # pair -> occurrences, pair -> indices into words
     for i, word in enumerate(words):
@@ -184,12 +184,13 @@ class Tokenizer:
         # Some foreign vocabularies lack bytes. tiktoken needs all 256: private ids, refused later.
         absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         self._absent = {self.vocab_size + n: byte for n, byte in enumerate(absent)}
-        self._ranks = ranks | {byte: id for id, byte in self._absent.items()}
         self._bytes = {id: token for token, id in ranks.items()}
         self._bytes |= {id: text.encode() for text, id in special.items()}
-        pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
         self.encoding = tiktoken.Encoding(
-            "nanollm", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={}
+            "nanollm",
+            pat_str=rf"{pattern}|(?:(?!{pattern})[\s\S])+",
+            mergeable_ranks=ranks | {byte: id for id, byte in self._absent.items()},
+            special_tokens={},
         )
         end, self.layout = next(
             (end, layout) for mark, end, layout in LAYOUTS if mark in special and end in special
@@ -258,7 +259,7 @@ class Tokenizer:
 
     def encode(self, text, special=False):
         """Token ids of `text`. Special tokens in it stay plain text, so that no user can forge a
-        role, unless `special` is true. Lone surrogates are encoded as their three bytes.
+        role, unless `special` is true.
         """
         return self._encode(text, tuple(self.special) if special else ())
 
@@ -270,22 +271,6 @@ class Tokenizer:
                 ids.append(self.special[part])
             else:
                 part = unicodedata.normalize("NFC", part) if self.nfc else part
-                ids += self.encode_bytes(part.encode("utf-8", "surrogatepass"))
-        return ids
-
-    def encode_batch(self, texts):
-        """`encode` of each text of a list, on all cores."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self.encode, texts))
-
-    def encode_bytes(self, data):
-        """Token ids of exactly these bytes. What is not UTF-8 gets one token per byte."""
-        ids = []
-        text = data.decode("utf-8", "surrogateescape")
-        for n, part in enumerate(re.split("([\udc80-\udcff]+)", text)):
-            if n % 2:
-                ids += [self._ranks[bytes([ord(char) - 0xDC00])] for char in part]
-            else:
                 ids += self.encoding.encode_ordinary(part)
         if self._absent and (absent := [self._absent[id] for id in ids if id in self._absent]):
             raise UserError(
@@ -294,13 +279,14 @@ class Tokenizer:
             )
         return ids
 
-    def decode_bytes(self, ids):
-        """The bytes that the ids stand for; U+FFFD for an id that has no token."""
-        return b"".join(self._bytes.get(int(id), b"\xef\xbf\xbd") for id in ids)
+    def encode_batch(self, texts):
+        """`encode` of each text of a list, on all cores."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.encode, texts))
 
     def decode(self, ids):
         """The text that the ids stand for, special tokens included; U+FFFD where it isn't UTF-8."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        return b"".join(self._bytes.get(int(id), b"\xff") for id in ids).decode("utf-8", "replace")
 
     # -- chat
 

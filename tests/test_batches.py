@@ -59,11 +59,6 @@ def test_long_corpora_go_on_in_further_files(count, files, tokenizer, tmp_path, 
     assert [id for array in shards.arrays for id in array.tolist()] == wanted
 
 
-def test_lone_surrogates_count_their_three_bytes(tokenizer, tmp_path):
-    shards = written(["\ud800"], tokenizer, tmp_path / "s")
-    assert (shards.tokens, shards.text_bytes) == (4, 3)
-
-
 @pytest.mark.parametrize("vocab_size, dtype", [(2**16, "<u2"), (2**16 + 1, "<u4")])
 def test_ids_beyond_two_bytes_get_four(vocab_size, dtype, tmp_path):
     large = SimpleNamespace(
