@@ -22,7 +22,19 @@ Run     python lora.py                                # LoRA of rank 3 on all ma
             python lora.py --adapter $adapter --out runs/few/$adapter; done
         python -m nanollm.compare runs/few/*          # what each costs and gives
 Needs   runs/sft                                             (python train_sft.py)
-Expect  EXPECT
+Expect  with seed 0, from runs/sft of the tiny preset. Before, 0% of the answers are right in the
+        new domain and 93.5% elsewhere, and text needs 0.301 bits per byte
+                  trained    new domain  elsewhere  bits per byte  held
+        none      1,115,520  97.7%       93.1%      0.310          17.9 MB
+        lora         30,720  99.1%       93.3%      0.307           5.0 MB
+        dora         36,352  98.1%       92.0%      0.314           5.1 MB
+        qlora        30,720  99.5%       93.3%      0.310           2.1 MB
+        adapter       7,192  86.1%       90.2%      0.396          (with --steps 120, untuned)
+        prefix      150,656  85.6%       88.8%      0.624          (likewise)
+        ptuning      16,384  73.1%       80.8%      0.541          (likewise)
+        prompt        2,048  44.4%       69.9%      0.352          (likewise)
+        held: weights, gradients and moments. Another seed moves the new domain by up to 2 points.
+        LoRA forgets less than full training because weight decay pulls A and B back to the base.
 Watch   loss, val_loss  nats per trained token of the new domain; both fall. A large learning rate
                         lets val_loss fall, too, and forgets more: see what is printed of elsewhere
         grad_norm       below 1 after warm-up; rising: lower --lr
@@ -193,7 +205,7 @@ def main(cfg):
     known = examples, *load_elsewhere(cfg, tokenizer, T)
 
     share = rt.share(cfg.batch_size)
-    rt.prepare(model, train=False)
+    rt.prepare(model, train=False)  # measured now: virtual tokens change a model at once
     before = None if cfg.resume else measure(model, tokenizer, *known)[0]
     start_adapter(model, cfg, rt)
     run = Run(cfg, rt)
