@@ -525,13 +525,14 @@ def main(cfg):
 def finish(rt, run, known, teacher, student):
     """Print what the student has learnt, and keep it in result.json."""
     sizes = [count_parameters(model)[0] for model in (student, teacher)]
+    rt.print(f"{sizes[0]:,} parameters, the teacher has {sizes[1]:,}")
     before, after, right = (known[name] for name in ("before", "after", "teacher"))
-    rt.print(
-        f"{sizes[0]:,} parameters, the teacher has {sizes[1]:,}; answers {after['per_second']:.0f} "
-        f"questions per second, the teacher {right['per_second']:.0f}"
-    )
     if after["tasks"]:
         rt.print(accuracy_table({name: each["tasks"] for name, each in known.items()}))
+        speeds = right["per_second"], after["per_second"]
+        rt.print(
+            "questions answered per second, by teacher and student: {:.0f}, {:.0f}".format(*speeds)
+        )
         before, after, right = (mean_accuracy(each["tasks"]) for each in (before, after, right))
         effects = [effect("right answers to held-out questions", before, after, "share")]
         if right:
