@@ -382,7 +382,6 @@ REFUSED = {
     "one image alone": ([*INSTRUCT, "--test_data", "same.jsonl"], "no other example has 1 im"),
     "long examples": ([*INSTRUCT, "--test_data", "long_examples.jsonl"], "context of 64"),
     "damaged examples": ([*INSTRUCT, "--test_data", "damaged_examples.jsonl"], "damaged.png"),
-    "unknown adapter": ([*INSTRUCT, "--adapter", "lola"], "--adapter lola is no method"),
     "adapter and tower": ([*INSTRUCT, "--adapter", "lora", "--train_vision"], "no --adapter"),
     "all with captions": ([*ALL, "--data", "captions.jsonl"], 'needs "messages"'),
     "all with damaged examples": ([*ALL, "--test_data", "damaged_examples.jsonl"], "damaged.png"),
