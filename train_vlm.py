@@ -180,7 +180,7 @@ BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
 # --- data ----------------------------------------------------------------------------------------
 
 
-def images_folder(cfg):
+def painted(cfg):
     return village_images.prepare(size=cfg.image_size, n_train=cfg.images)
 
 
@@ -188,9 +188,7 @@ def load_records(cfg):
     """(training, held-out) records of the stage."""
     read, name = DATA[cfg.stage]
     if cfg.data == "village":
-        train, val = (
-            read(images_folder(cfg) / f"{name}_{part}.jsonl") for part in ("train", "val")
-        )
+        train, val = (read(painted(cfg) / f"{name}_{part}.jsonl") for part in ("train", "val"))
     elif cfg.val_data:
         train, val = read(cfg.data), read(cfg.val_data)
     else:
@@ -229,8 +227,8 @@ def load_tests(cfg, model, tokenizer, store):
     tests = {"images": [], "new_pairs": [], "texts": []}
     if cfg.stage == "instruct":
         if (cfg.test_data or cfg.data) == "village":
-            tests["images"] = read_examples(images_folder(cfg) / "questions_test.jsonl")
-            tests["new_pairs"] = read_examples(images_folder(cfg) / "combos_test.jsonl")
+            tests["images"] = read_examples(painted(cfg) / "questions_test.jsonl")
+            tests["new_pairs"] = read_examples(painted(cfg) / "combos_test.jsonl")
         elif cfg.test_data:
             tests["images"] = read_examples(cfg.test_data)
         if cfg.text_data == "village" and not cfg.no_images:
@@ -318,7 +316,7 @@ def train_clip(cfg, rt):
     check_folders(cfg.out, cfg.init)
     tokenizer, preprocessing = Tokenizer.load(cfg.init), Preprocessing(size=cfg.image_size)
     store, records = ImageStore(preprocessing), load_records(cfg)
-    test = images_folder(cfg) / "captions_test.jsonl" if cfg.data == "village" else cfg.test_data
+    test = painted(cfg) / "captions_test.jsonl" if cfg.data == "village" else cfg.test_data
     records = (*records, read_captions(test) if test else records[1])
     train, val, test = (Pairs(each, store, tokenizer) for each in records)
     rt.print(f"{len(train)} captions of {len(train.numbers.unique())} images")

@@ -77,9 +77,9 @@ def test_the_library_imports_neither_scripts_nor_data_and_nobody_imports_a_comma
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_setting_is_read(script):
-    """By the script itself, or, where it is inherited, by the library."""
-    config = import_module(script).Config
-    library = "".join(source for m, source in SOURCES.items() if m.startswith("nanollm"))
+    """By the script itself, or by the library, or by a script whose functions it shares."""
+    config, shared = import_module(script).Config, imports_of(script) & {*SCRIPTS}
+    library = "".join(SOURCES[m] for m in SOURCES if m.startswith("nanollm") or m in shared)
     for field in fields(config):
         read = re.compile(rf"\b(cfg|config|settings)\.{field.name}\b|\"{field.name}\"")
         assert field.name == "preset" or read.search(SOURCES[script] + library), field.name

@@ -8,7 +8,7 @@ from conftest import SMALL, randomise
 from PIL import Image
 
 from nanollm import chat, safetensors
-from nanollm.batches import Packed, pack, pack_chats, pad_completions
+from nanollm.batches import pack, pack_chats, pad_completions
 from nanollm.config import TrainConfig, UserError
 from nanollm.formats import read_captions, read_examples, read_image_chats
 from nanollm.generate import Engine, generate, sample_completions, stream
@@ -197,51 +197,33 @@ def grads(vlm):
     return {n for n, p in vlm.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
 
 
-def test_every_trained_part_gets_a_gradient_from_images(vlm, tokenizer):
-    vlm.train_parts(vision=True, projector=True, language=True)
+@pytest.mark.parametrize("parts", ["vision", "projector", "language", "vision projector language"])
+def test_the_parts_that_are_trained_get_a_gradient_and_the_others_none(parts, vlm, tokenizer):
+    vlm.train_parts(**{part: part in parts for part in ("vision", "projector", "language")})
     vlm(torch.tensor([ask(vlm, tokenizer, "<image>?")]), images=some_images(1)).sum().backward()
-    trained = {n for n, p in vlm.named_parameters() if p.requires_grad}
-    assert grads(vlm) == trained
+    names = tuple(f"{part}." for part in parts.replace("language", "model").split())
     behind = ("vision.encoder.layers.2.", "vision.post_layernorm.")  # features are state -2
-    assert {n for n, _ in vlm.named_parameters()} - trained == {
-        n for n, _ in vlm.named_parameters() if n.startswith(behind)
-    }
+    wanted = {n for n, _ in vlm.named_parameters() if n.startswith(names)}
+    assert grads(vlm) == {n for n in wanted if not n.startswith(behind)}
+    assert grads(vlm) == {n for n, p in vlm.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("part", ["vision", "projector", "language"])
-def test_one_part_alone_is_trained(part, vlm, tokenizer):
-    chosen = {"vision": False, "projector": False, "language": False} | {part: True}
-    vlm.train_parts(**chosen)
-    vlm(torch.tensor([ask(vlm, tokenizer, "<image>?")]), images=some_images(1)).sum().backward()
-    name = {"language": "model"}.get(part, part)
-    assert grads(vlm) and all(n.startswith(f"{name}.") for n in grads(vlm))
-
-
-def test_a_batch_of_text_gives_each_trained_parameter_a_gradient_so_that_ddp_goes_on(vlm):
-    vlm.train().train_parts(projector=True, language=True)
-    vlm(torch.tensor([[1, 2, 3]])).sum().backward()
-    for name, p in vlm.named_parameters():
-        assert (p.grad is not None) == p.requires_grad, name
-    assert vlm.projector.linear_1.weight.grad.abs().max() == 0
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    """A process group of this process alone: DDP is as strict in it as with many."""
+def test_batches_of_text_and_of_images_go_through_ddp_in_any_order(vlm, tokenizer, tmp_path):
+    """It complains of a parameter that got no gradient when the next step begins; as strictly with
+    one process as with many.
+    """
     where = f"file://{tmp_path}/meeting"
     torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_batches_of_text_and_of_images_go_through_ddp_in_any_order(vlm, tokenizer, one_process):
-    """It complains of a parameter that got no gradient when the next step begins."""
     vlm.train().train_parts(vision=True, projector=True, language=True)
     ddp_model = torch.nn.parallel.DistributedDataParallel(vlm)
-    text, images = torch.tensor([[1, 2, 3]]), some_images(1)
-    shown = torch.tensor([ask(vlm, tokenizer, "<image>?")])
-    for tokens, more in ((text, {}), (shown, {"images": images}), (text, {}), (text, {})):
-        ddp_model(tokens, **more).sum().backward()
+    text, shown = torch.tensor([[1, 2, 3]]), torch.tensor([ask(vlm, tokenizer, "<image>?")])
+    try:
+        for tokens in (text, shown, text, text):
+            vlm.zero_grad()
+            ddp_model(tokens, images=None if tokens is text else some_images(1)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert vlm.projector.linear_1.weight.grad.abs().max() == 0  # the last batch was text
 
 
 def test_muon_takes_the_matrices_of_the_vision_blocks_too(vlm):
@@ -286,25 +268,19 @@ def adapted(vlm):
     return vlm
 
 
-def test_lora_goes_around_the_language_model_and_the_projector_is_trained_beside_it(vlm):
-    adapted(vlm)
-    assert all(name.startswith("model.layers.") for name in lora.layers(vlm))
-    assert all(
-        ".lora_" in n or n.startswith("projector.")
-        for n, p in vlm.named_parameters()
-        if p.requires_grad
-    )
-    assert all(p.requires_grad for p in vlm.projector.parameters())
-
-
-def test_an_adapters_folder_gives_the_model_back_with_its_projector(vlm, tokenizer, tmp_path):
+def test_lora_goes_around_the_language_model_and_its_folder_keeps_the_projector(
+    vlm, tokenizer, tmp_path
+):
     save_model(vlm, tokenizer, tmp_path / "base")
     adapted(vlm).base_folder = tmp_path / "base"
+    trained = {n for n, p in vlm.named_parameters() if p.requires_grad}
+    assert {n for n in trained if ".lora_" in n} == {n for n in trained if n.startswith("model.")}
+    projector = {n for n, _ in vlm.named_parameters() if n.startswith("projector.")}
+    assert {n for n in trained if ".lora_" not in n} == projector
     save_model(vlm, tokenizer, tmp_path / "adapter")
-    loaded, _ = load_model(tmp_path / "adapter")
     ids, images = ask(vlm, tokenizer, "<image>?"), some_images(1)
-    expected = logits_of(vlm, ids, images)
-    assert torch.allclose(logits_of(loaded.eval(), ids, images), expected, atol=1e-4)
+    expected, loaded = logits_of(vlm, ids, images), load_model(tmp_path / "adapter")[0].eval()
+    assert torch.allclose(logits_of(loaded, ids, images), expected, atol=1e-4)
     unwrap(vlm, merged=True)
     assert torch.allclose(logits_of(vlm, ids, images), expected, atol=1e-4)
 
@@ -352,15 +328,15 @@ def slow_greedy(vlm, prompt, images, n):
 
 def test_a_padded_batch_of_images_and_text_is_continued_as_one_by_one(vlm, tokenizer):
     prompts, images = four_prompts(vlm, tokenizer)
-    out = generate(vlm, prompts, 8, temperature=0, images=images)
-    assert out.lists() == [slow_greedy(vlm, p, x, 8) for p, x in zip(prompts, images)]
-
-
-def test_each_sample_sees_its_prompts_images(vlm, tokenizer):
-    prompts, images = four_prompts(vlm, tokenizer)
-    out = generate(vlm, prompts, 6, samples=3, temperature=0, images=images)
     greedy = [slow_greedy(vlm, p, x, 6) for p, x in zip(prompts, images)]
+    out = generate(vlm, prompts, 6, samples=3, temperature=0, images=images)
     assert out.lists() == [row for row in greedy for _ in range(3)]
+    how = {"temperature": 0, "batch_size": 2, "images": images}  # sorted by length
+    completions = sample_completions(vlm, tokenizer, prompts, 6, **how)
+    for prompt, shown, slow, completion in zip(prompts, images, greedy, completions):
+        assert list(stream(vlm, prompt, 6, temperature=0, images=shown)) == slow
+        ends = [i + 1 for i, token in enumerate(slow) if token in tokenizer.stop_ids]
+        assert completion == slow[: min(ends, default=6)]
 
 
 def test_the_vision_tower_runs_once_per_prompt(vlm, tokenizer, monkeypatch):
@@ -405,34 +381,10 @@ def test_in_bf16_the_masters_stay_fp32_and_the_logprobs_near(vlm, tokenizer):
         assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
 
 
-def test_stream_yields_what_generate_returns(vlm, tokenizer):
-    prompts, images = four_prompts(vlm, tokenizer)
-    for prompt, shown in zip(prompts, images):
-        streamed = list(stream(vlm, prompt, 5, temperature=0, images=shown))
-        assert streamed == slow_greedy(vlm, prompt, shown, 5)
-
-
 def test_images_of_another_prompt_are_refused_even_where_the_total_fits(vlm, tokenizer):
     prompts, images = four_prompts(vlm, tokenizer)
     with pytest.raises(UserError, match="prompt 0 holds 4 placeholders, but its 2 images need 8"):
         generate(vlm, prompts, 2, images=[images[2], None, images[0], None])
-
-
-def test_a_text_model_refuses_images(random_model):
-    with pytest.raises(UserError, match="reads text only"):
-        generate(random_model(), [[1]], 2, images=[some_images(1)])
-
-
-def test_completions_keep_their_images_when_prompts_are_sorted(vlm, tokenizer):
-    prompts, images = four_prompts(vlm, tokenizer)
-    completions = sample_completions(
-        vlm, tokenizer, prompts, 5, temperature=0, batch_size=2, images=images
-    )
-    stops = tokenizer.stop_ids
-    for prompt, shown, completion in zip(prompts, images, completions):
-        slow = slow_greedy(vlm, prompt, shown, 5)
-        ends = [i + 1 for i, token in enumerate(slow) if token in stops] or [5]
-        assert completion == slow[: ends[0]]
 
 
 def test_completions_are_scored_with_their_images(vlm, tokenizer):
@@ -472,19 +424,18 @@ def row(image, asked, answer="yes", **more):
     return {"image": image, "messages": turns, **more} if image else {"messages": turns, **more}
 
 
-def test_rows_with_one_image_several_and_none_are_read(album):
+def test_rows_with_one_image_several_and_none_are_read_and_llavas_json_array(album):
     path = album(row("a.png", "<image>"), row(["b.png", "a.png"], "<image><image>"), row(None, "?"))
-    chats = read_image_chats(path)
-    names = [[image.rpartition("/")[2] for image in chat["images"]] for chat in chats]
+    chats, place = read_image_chats(path), path.parent
+    names = [[image.removeprefix(f"{place}/") for image in chat["images"]] for chat in chats]
     assert names == [["a.png"], ["b.png", "a.png"], []]
-
-
-def test_llavas_json_array_is_read(album):
     turns = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": "yes"}]
-    path = album({"id": "1", "image": "a.png", "conversations": turns}, name="llava.json")
-    [read] = read_image_chats(path)
+    llava = {"id": "1", "image": "a.png", "conversations": turns}
+    [read] = read_image_chats(album(llava, name="llava.json"))
     assert read["messages"][0] == {"role": "user", "content": "<image>\nred?"}
-    assert read["images"] == [str(path.parent / "a.png")]
+    assert read["images"] == [str(place / "a.png")]
+    [read] = read_examples(album(llava | {"answer": "yes"}))
+    assert [m["role"] for m in read["messages"]] == ["user"] and read["task"] == "all"
 
 
 @pytest.mark.parametrize(
@@ -522,22 +473,17 @@ def test_captions_are_read_and_a_bad_one_is_named(album):
         read_captions(album({"image": "z.png", "caption": "x"}))
 
 
-def test_packed_rows_know_their_images_in_order():
+def test_packed_rows_know_their_images_in_order_and_rows_of_text_join_them():
     examples = [([1] * n, [True] * n) for n in (12, 30, 10, 28)]
     rows = pack(examples, 40, pad_id=0, images=[[7], [8, 9], [], [4]])
     # longest first: 30 and 10 share a row, and so do 28 and 12
     assert rows.images == [[8, 9], [4, 7]]
     assert rows[torch.tensor([1, 0])].image_numbers() == [4, 7, 8, 9]
     assert rows[slice(1, 2)].image_numbers() == [4, 7]
-
-
-def test_rows_of_text_join_rows_with_images():
-    shown = pack([([1], [True])], 4, 0, images=[[3]])
-    text = pack([([1], [True]), ([2] * 4, [True] * 4)], 4, 0)
-    assert isinstance(text, Packed) and text.images is None and text.join(text).images is None
-    assert shown.join(text).images == [[3], [], []]
-    assert text.join(shown).image_numbers() == [3]
-    assert text.join(shown).to("cpu").tokens.shape == (3, 4)
+    text = pack([([2] * 40, [True] * 40)], 40, 0)
+    assert text.images is None and text.join(text).images is None
+    assert rows.join(text).images == [[8, 9], [4, 7], []]
+    assert text.join(rows).to("cpu").image_numbers() == [8, 9, 4, 7]
 
 
 def test_packed_dialogues_give_the_loss_of_each_alone(vlm, tokenizer, album, capsys):
@@ -673,17 +619,12 @@ def test_examples_are_answered_with_the_right_image_none_or_another(vlm, tokeniz
     assert {each[1] for each in completions.values()} == {plain}
 
 
-def test_llavas_form_serves_as_a_test_example(album):
-    turns = [{"from": "human", "value": "<image>\nred?"}]
-    [read] = read_examples(album({"image": "a.png", "conversations": turns, "answer": "yes"}))
-    assert read["messages"] == [{"role": "user", "content": "<image>\nred?"}]
-    assert read["task"] == "all" and len(read["images"]) == 1
-
-
 def test_a_text_model_can_not_be_asked_about_images(random_model, tokenizer, album):
     examples = read_examples(album(example("a.png")))
     with pytest.raises(UserError, match="reads text only"):
         accuracy_by_task(random_model(), tokenizer, examples, 4)
+    with pytest.raises(UserError, match="reads text only"):
+        generate(random_model(), [[1]], 2, images=[some_images(1)])
 
 
 def run_chat(monkeypatch, lines=(), **settings):
