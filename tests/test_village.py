@@ -14,7 +14,7 @@ from data import village
 from data.village.corpus import SHARES, documents
 from data.village.facts import PHRASES, cloze
 from data.village.preferences import politeness
-from data.village.sums import SUMS, held_out
+from data.village.sums import SUMS, held_out, written_steps
 from data.village.tasks import MAKERS, QUESTIONS, STYLES, instructions, user_turns
 from data.village.tasks import SHARES as TASK_SHARES
 from data.village.world import POOLS, build_world, split_of
@@ -244,6 +244,13 @@ def test_every_written_step_is_right(texts):
         assert int("".join(reversed(re.findall(r"write (\d+)", steps)))) == int(result), line
         kinds[sign, len(a)] += 1
     assert min(kinds["+", 2], kinds["-", 2], kinds["+", 3], kinds["*", 2], kinds["*", 3]) > 50
+
+
+def test_written_steps_read_as_their_documentation_shows():
+    shown = re.findall(r"((\d+) ([+*-]) (\d+): .*)", written_steps.__doc__)
+    assert len(shown) == 3
+    for text, a, sign, b in shown:
+        assert written_steps(int(a), sign, int(b)) == text
 
 
 def test_no_test_sum_occurs_in_the_corpus(texts):

@@ -62,10 +62,8 @@ def caption(scene, rng):
     with_size, with_place = rng.random() < 0.7, rng.random() < 0.9
     parts = []
     for group in rng.sample(scene.groups, len(scene.groups)):
-        one, looks = (
-            group.number == 1,
-            f"{group.size} {group.colour}" if with_size else group.colour,
-        )
+        one = group.number == 1
+        looks = f"{group.size} {group.colour}" if with_size else group.colour
         a = rng.random() < 0.7 and one
         x = f"a {named(group.kind, looks)}" if a else number_of(group.number, group.kind, looks)
         does = DOES.get(group.kind, "stand") + "s" * one
