@@ -399,7 +399,7 @@ def main(cfg):
             saved["after"], _ = measure(saved["golds"])
             run.export(save_model, policy, tokenizer)
             run.checkpoint(**saved | {"kl_coef": control.coef})
-    curves = ("reward", "val_accuracy") if cfg.reward == "rules" else ("reward", "gold", "kl")
+    curves = ("reward", "gold", "val_accuracy", "kl")
     run.close(*curves, x_label="update", y_label="per completion")
     finish(cfg, rt, run, saved["before"], saved["after"])
 

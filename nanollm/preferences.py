@@ -26,14 +26,14 @@ K = 4  # completions of each prompt that the village's annotators rank
 # --- data ----------------------------------------------------------------------------------------
 
 
-def load_preferences(cfg, model, tokenizer, rt, folder_of, rank):
-    """(training, held-out) rankings as --data says: those of a file, or with "village" those of
-    `village_rankings`. What doesn't fit the model's context is dropped, and counted.
+def load_preferences(cfg, model, tokenizer, rt, village_of, annotate):
+    """(training, held-out) rankings as --data says: those of a file, or `village_rankings`. What
+    doesn't fit the model's context is dropped, and counted.
 
     Reads cfg.init, data, val_data, val_fraction, prompts, disagreement and seed.
     """
     if cfg.data == "village":
-        parts = village_rankings(cfg, model, tokenizer, rt, folder_of(cfg.init), rank)
+        parts = village_rankings(cfg, model, tokenizer, rt, village_of(cfg.init), annotate)
     elif cfg.val_data:
         parts = read_preferences(cfg.data), read_preferences(cfg.val_data)
     else:
@@ -42,9 +42,9 @@ def load_preferences(cfg, model, tokenizer, rt, folder_of, rank):
     return [those_that_fit(records, tokenizer, most, rt) for records in parts]
 
 
-def village_rankings(cfg, model, tokenizer, rt, folder, rank):
+def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
     """(training, held-out) rankings of what the model itself says to the village's prompts, and of
-    completions beside it: rank(prompts, texts, K, rate, seed), as data/village/preferences.py does.
+    composed completions beside it: annotate is data/village/preferences.py's rank_completions.
 
     Made once for a model and kept in data/cache/, where the files can be read.
     """
@@ -59,7 +59,7 @@ def village_rankings(cfg, model, tokenizer, rt, folder, rank):
         ids = sample_together(rt, model, tokenizer, prompts, 64, K, cfg.seed)
         texts = [as_text(tokenizer, i) if i[-1] in tokenizer.stop_ids else None for i in ids]
         own = [list(filter(None, texts[i : i + K])) for i in range(0, len(texts), K)]
-        rankings = rank(examples, own, K, cfg.disagreement, f"{path.stem}-{cfg.seed}")
+        rankings = annotate(examples, own, K, cfg.disagreement, f"{path.stem}-{cfg.seed}")
         if rt.main:
             lines = (json.dumps(ranking, ensure_ascii=False) + "\n" for ranking in rankings)
             atomic_write(path, "".join(lines))
@@ -77,19 +77,18 @@ def train_and_held_out(records, cfg):
 
 def those_that_fit(records, tokenizer, most, rt):
     """The rankings whose prompt and longest completion have at most so many tokens."""
-    prompts, long = prompt_ids(records, tokenizer), []
-    for record, prompt in zip(records, prompts):
+    kept, long = [], []
+    for record, prompt in zip(records, prompt_ids(records, tokenizer)):
         room = most - len(prompt) - 1  # for the end of turn
-        if any(len(tokenizer.encode(text)) > room for text in record["completions"]):
-            long.append(record)
+        fits = all(len(tokenizer.encode(text)) <= room for text in record["completions"])
+        (kept if fits else long).append(record)
     if long:
         asked = ", ".join(repr(record["messages"][-1]["content"][:40]) for record in long[:3])
-        said = f"{len(long)} of {len(records)} rankings are longer than the {most} tokens that the "
-        said += f"model reads: {asked}"
-        if 2 * len(long) > len(records):
-            raise UserError(said)
-        rt.print(f"dropped: {said}")
-    return [record for record in records if record not in long]
+        said = f"{len(long)} of {len(records)} rankings are longer than the model's {most} tokens"
+        if len(long) > len(kept):
+            raise UserError(f"{said}: {asked}; shorten or drop them")
+        rt.print(f"dropped: {said}: {asked}")
+    return kept
 
 
 # --- rows ----------------------------------------------------------------------------------------
