@@ -373,8 +373,9 @@ def sample_together(rt, model, tokenizer, prompts, max_new_tokens, samples=1, se
     """sample_completions, the work shared by all processes; what comes out doesn't depend on how
     many they are.
     """
-    shape, generator = (len(prompts), samples, max_new_tokens), torch.Generator().manual_seed(seed)
-    mine, noise = rt.mine(len(prompts)), uniform(shape, "cpu", generator)
+    generator, mine = torch.Generator().manual_seed(seed), rt.mine(len(prompts))
+    shape, dtype = (len(prompts), samples, max_new_tokens), fine(model.device)
+    noise = torch.rand(shape, generator=generator, dtype=dtype)  # on a CPU: the same everywhere
     how |= {"samples": samples, "noise": noise[mine].to(model.device)}
     return rt.gather(sample_completions(model, tokenizer, prompts[mine], max_new_tokens, **how))
 
