@@ -69,7 +69,6 @@ from nanollm.distillation import (
     ask_teacher,
     filtered,
     pack_labelled,
-    prompt_ids,
     read_completions,
     tokenize,
     write_completions,
@@ -87,6 +86,7 @@ from nanollm.metrics import (
     sample_by_task,
 )
 from nanollm.optim import SCHEDULES, build_optimizer
+from nanollm.rollouts import chat_prompt
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import clock, start
 from train_sft import validation_loss
@@ -474,7 +474,7 @@ def main(cfg):
     asked = labelled if cfg.method == "step_by_step" else unlabelled
     completed = teacher_completions(cfg, rt, teacher, tokenizer, asked)
     train_rows, val_rows = pack_rows(cfg, rt, tokenizer, T, labelled, completed, val)
-    prompts = [prompt_ids(example, tokenizer) for example in labelled + unlabelled]
+    prompts = [chat_prompt(example, tokenizer) for example in labelled + unlabelled]
     prompts = [prompt for prompt in prompts if len(prompt) < T]
     if cfg.cache_top_k and cfg.method in CACHED:
         V = student.cfg.vocab_size

@@ -17,6 +17,7 @@ from nanollm.config import atomic_write
 from nanollm.formats import as_chat, as_prompt, read_jsonl
 from nanollm.generate import as_text, sample_together
 from nanollm.rewards import is_right
+from nanollm.rollouts import chat_prompt
 from nanollm.runtime import clock
 
 # --- files ---------------------------------------------------------------------------------------
@@ -54,11 +55,6 @@ def write_completions(examples, path):
 # --- the teacher's completions -------------------------------------------------------------------
 
 
-def prompt_ids(example, tokenizer):
-    """Ids of an example's prompt, up to where the assistant begins."""
-    return tokenizer.render(example["messages"], generation_prompt=True)[0]
-
-
 def ask_teacher(
     rt, teacher, tokenizer, examples, max_new_tokens, samples=1, temperature=1.0, seed=0
 ):
@@ -67,8 +63,8 @@ def ask_teacher(
     """
     begin, asked = clock(teacher.device), len(examples) * samples
     room = teacher.cfg.max_position_embeddings
-    examples = [e for e in examples if len(prompt_ids(e, tokenizer)) < room]
-    prompts = [prompt_ids(example, tokenizer) for example in examples]
+    examples = [e for e in examples if len(chat_prompt(e, tokenizer)) < room]
+    prompts = [chat_prompt(example, tokenizer) for example in examples]
     how = {"samples": samples, "temperature": temperature, "seed": seed}
     completions = sample_together(rt, teacher, tokenizer, prompts, max_new_tokens, **how)
     completed = []
@@ -150,7 +146,7 @@ def tokenize(examples, labelled, tokenizer, T):
     """(prompt ids, completion ids, labelled) of the examples that have at most T tokens."""
     tokenized = []
     for example in examples:
-        prompt = prompt_ids(example, tokenizer)
+        prompt = chat_prompt(example, tokenizer)
         turn = {"role": "assistant", "content": example["completion"]}
         ids, mask = tokenizer.render([*example["messages"], turn])
         last = len(mask) - mask[::-1].index(True)  # some layouts write a line end after the turn
