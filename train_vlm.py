@@ -537,8 +537,12 @@ def complete_settings(cfg):
     """The settings of a stage, its own defaults filled in; UserError for what can't go together."""
     own = {k: v for k, v in BY_STAGE[cfg.stage].items() if getattr(cfg, k) is None}
     cfg = replace(cfg, **own)
-    if cfg.stage == "align" and not cfg.vision:
-        raise UserError("--stage align needs --vision, the folder of a vision tower")
+    if (cfg.stage == "align") != bool(cfg.vision):
+        raise UserError(
+            "--vision, the folder of a tower, is what --stage align needs, and it alone"
+        )
+    if cfg.no_images and cfg.stage != "instruct":
+        raise UserError("--no_images goes with --stage instruct alone")
     if cfg.stage == "clip" and cfg.batch_size % cfg.hard_negatives:
         raise UserError(
             f"--hard_negatives {cfg.hard_negatives} must divide --batch_size {cfg.batch_size}"

@@ -356,7 +356,9 @@ FILES = {
 }
 SHUFFLED = "--projector pixel_shuffle --image_size".split()
 REFUSED = {
-    "align without a tower": ([*ALIGN, "--vision", "none"], "--stage align needs --vision"),
+    "align without a tower": ([*ALIGN, "--vision", "none"], "is what --stage align needs"),
+    "all with a tower": ([*ALL, "--vision", "runs/clip"], "is what --stage align needs"),
+    "all without images": ([*ALL, "--no_images"], "goes with --stage instruct alone"),
     "a tower that is none": ([*ALIGN, "--vision", "runs/pretrain"], "'qwen3' is not one of"),
     "no such tower": ([*ALIGN, "--vision", "runs/none"], "runs/none"),
     "instruct from text": ([*INSTRUCT, "--init", "runs/pretrain"], "without a vision tower"),
