@@ -185,6 +185,7 @@ BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
 
 
 def painted(cfg):
+    """The folder of the village's images and what is said about them."""
     return village_images.prepare(size=cfg.image_size, n_train=cfg.images)
 
 
