@@ -23,16 +23,20 @@ Run     python train_vlm.py                           # all three, and the basel
         python train_vlm.py --stage align --vision path/to/clip-vit-base-patch32 --out runs/align
         python -m nanollm.chat runs/vlm --image scene.png
 Needs   runs/sft                                             (python train_sft.py)
-Expect  EXPECT
-Watch   loss           of clip: log(batch) at first, below 1 after 100 steps; flat: lower the rates
-                       of align and instruct: nats per trained token
-        text_to_image  share of held-out captions whose nearest image among 64 is the right one;
-        image_to_text  the same of images; 1.6% by chance
+Expect  seed 0, CPU with bf16: the right one of 64 captions for 99% of the images; questions about
+        images 34% right without them -> 98%, 84% on pairs of colour and kind that no training image
+        shows; questions without images as before, 93%
+Watch   loss           clip: log(batch_size) = 4.8 at first, below 1 after 100 steps; align: from 7
+                       to 2.6 nats per trained token, high because the language model is frozen;
+                       instruct: below 0.5 after 50 steps, then slowly to 0.2, most of it plain text
+        text_to_image  of held-out captions, the share whose nearest image of 64 is the right one
+        image_to_text  the same of images; 1.6% by chance, above 90% after 250 steps
         cosine         of a held-out pair; rises towards 1
-        val_loss       nats per token of held-out completions; rising while loss falls: too many
-                       epochs; that of align ends high, as only the projector learns
-        grad_norm      below 1 after warm-up, of clip below 5; rising: lower the learning rates
-        lr             of the first group of parameters
+        val_loss       nats per token of held-out completions: 0.01 with images, 0.09 without; no
+                       lower than without: the model doesn't look, so train clip or align longer
+        grad_norm      clip: up to 12 in the first 100 steps, then 3; align: 10 to 3; instruct:
+                       below 1; rising: lower the learning rates
+        lr             learning rate of the first group of parameters
 """
 
 import json
@@ -181,6 +185,7 @@ BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
 
 
 def painted(cfg):
+    """The folder of the village's images and what is said about them."""
     return village_images.prepare(size=cfg.image_size, n_train=cfg.images)
 
 
@@ -533,8 +538,12 @@ def complete_settings(cfg):
     """The settings of a stage, its own defaults filled in; UserError for what can't go together."""
     own = {k: v for k, v in BY_STAGE[cfg.stage].items() if getattr(cfg, k) is None}
     cfg = replace(cfg, **own)
-    if cfg.stage == "align" and not cfg.vision:
-        raise UserError("--stage align needs --vision, the folder of a vision tower")
+    if (cfg.stage == "align") != bool(cfg.vision):
+        raise UserError(
+            "--vision, the folder of a tower, is what --stage align needs, and it alone"
+        )
+    if cfg.no_images and cfg.stage != "instruct":
+        raise UserError("--no_images goes with --stage instruct alone")
     if cfg.stage == "clip" and cfg.batch_size % cfg.hard_negatives:
         raise UserError(
             f"--hard_negatives {cfg.hard_negatives} must divide --batch_size {cfg.batch_size}"

@@ -270,7 +270,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here, 
 
 
 def test_a_process_that_was_killed_is_resumed_to_the_same_weights(here):
-    flags = [*CLIP, *"--steps 60 --eval_every 4".split()]
+    flags = [*CLIP, *"--steps 24 --eval_every 4".split()]
     vlm(flags, out="runs/whole_process")
     kill_and_resume("train_vlm.py", flags, "runs/killed_process", (4, 8, 12))
     names = ("whole_process", "killed_process")
@@ -356,7 +356,9 @@ FILES = {
 }
 SHUFFLED = "--projector pixel_shuffle --image_size".split()
 REFUSED = {
-    "align without a tower": ([*ALIGN, "--vision", "none"], "--stage align needs --vision"),
+    "align without a tower": ([*ALIGN, "--vision", "none"], "is what --stage align needs"),
+    "all with a tower": ([*ALL, "--vision", "runs/clip"], "is what --stage align needs"),
+    "all without images": ([*ALL, "--no_images"], "goes with --stage instruct alone"),
     "a tower that is none": ([*ALIGN, "--vision", "runs/pretrain"], "'qwen3' is not one of"),
     "no such tower": ([*ALIGN, "--vision", "runs/none"], "runs/none"),
     "instruct from text": ([*INSTRUCT, "--init", "runs/pretrain"], "without a vision tower"),

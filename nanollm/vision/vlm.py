@@ -26,7 +26,8 @@ from nanollm.tokenizer import Tokenizer
 from nanollm.vision.images import ImageStore
 from nanollm.vision.vit import CLIP_KIND, ViT, load_preprocessing, load_tensors, vision_config_of
 
-PROJECTORS = ("linear", "mlp", "pixel_shuffle")
+# projector -> LLaVA's name of what stands between its two layers
+ACTIVATIONS = {"linear": "linear", "mlp": "gelu", "pixel_shuffle": "gelu"}
 
 
 class Projector(nn.Module):
@@ -43,8 +44,8 @@ class Projector(nn.Module):
 
     def __init__(self, vision_size, text_size, kind="mlp", r=2):
         super().__init__()
-        if kind not in PROJECTORS:
-            raise UserError(f"unknown projector {kind!r}; there are {', '.join(PROJECTORS)}")
+        if kind not in ACTIVATIONS:
+            raise UserError(f"unknown projector {kind!r}; there are {', '.join(ACTIVATIONS)}")
         self.kind, self.r = kind, r if kind == "pixel_shuffle" else 1
         self.linear_1 = Linear(self.r**2 * vision_size, text_size)
         self.linear_2 = None if kind == "linear" else Linear(text_size, text_size)
@@ -226,7 +227,6 @@ PREFIXES = {
     "vision.": "vision_tower.",
     "projector.": "multi_modal_projector.",
 }
-ACTIVATIONS = {"linear": "linear", "mlp": "gelu", "pixel_shuffle": "gelu"}  # of each projector
 # what a config.json of LLaVA's means where it is silent
 LLAVA_DEFAULTS = {
     "projector": "mlp",
