@@ -17,7 +17,7 @@ Run     python train_sft.py
                                                      # prints accuracy with and without steps
         python train_sft.py --preset tools           # from runs/grpo: call a calculator, or search
         python train_sft.py --preset reader          # from runs/sft: write questions from captions
-        python train_sft.py --init path/to/SmolLM2-135M --data chats.jsonl --replay 0 --out runs/mine
+        python train_sft.py --init path/to/SmolLM2-135M --data chats.jsonl --replay 0
 Needs   runs/pretrain                                     (python train_pretrain.py)
 Expect  answers about villagers that it was never asked about, and "I don't know" (README.md)
 Watch   loss, val_loss  nats per trained token; val_loss rising while loss falls: too many epochs

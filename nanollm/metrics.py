@@ -1,5 +1,5 @@
-"""What is measured: bits per byte of text, accuracy by task, votes and pass@k, and the one table that
-prints them.
+"""What is measured: bits per byte of text, accuracy by task, votes and pass@k, and the one table
+that prints them.
 """
 
 import math
@@ -150,7 +150,9 @@ def majority(example, completions):
 
 
 def vote_of(example, completion):
-    """What a completion votes for: its number, or its text; for a cloze item the rest of the sentence."""
+    """What a completion votes for: its number, or its text; for a cloze example the rest of the
+    sentence.
+    """
     if "check" not in example:
         return completion.partition(".")[0].strip().lower()
     answer = final_answer(completion)

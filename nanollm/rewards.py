@@ -76,8 +76,8 @@ def accuracy(example, completion):
 
 
 def is_right(example, completion):
-    """Is it the right answer to a test example? That of a cloze item, which has no "check", has to go
-    on with the answer.
+    """Is it the right answer to a test example? That of a cloze example, which has no "check", has
+    to go on with the answer.
     """
     if "check" in example:
         return bool(accuracy(example, completion))

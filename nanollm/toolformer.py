@@ -55,7 +55,7 @@ def answer_losses(model, tokenizer, prompts, prefixes, answers):
 
 
 def sampled_calls(model, tokenizer, tools, prompts, samples, generator=None):
-    """(number of the prompt, call, result) of each call that was closed; call and result are ids."""
+    """(number of the prompt, call, result) of each call that was closed, the last two as ids."""
     begun = [prompt + [tools.call] for prompt in prompts]
     sampled = sample_completions(
         model, tokenizer, begun, LONGEST_RESULT, samples, generator=generator

@@ -38,7 +38,7 @@ def tokenizer():
 
 @pytest.fixture
 def random_model():
-    """A small GPT in which every parameter is random: gains, biases and zero-initialised ones too."""
+    """A small GPT in which every parameter is random, also gains, biases and zeros."""
 
     def make(seed=0, **changes):
         model = GPT(GPTConfig(**SMALL | changes)).eval()
@@ -54,7 +54,7 @@ def randomised():
 
 
 def randomise(model, seed=0):
-    """Vectors around 1, so that gains stay gains; logits spread by about 2, so that tokens differ."""
+    """Vectors around 1, so that gains stay gains; logits spread by about 2: tokens differ."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):

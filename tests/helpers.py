@@ -1,5 +1,5 @@
-"""What tests of the scripts share: running one in this process, as a command, killed and resumed, or
-as two processes, and looking at what it leaves.
+"""What tests of the scripts share: running one in this process, as a command, killed and resumed,
+or as two processes, and looking at what it leaves.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ def free_port():
 
 
 def first_moments(folder):
-    """The optimizers' first moments in a checkpoint: after one step the gradients, up to a factor."""
+    """First moments in a checkpoint: after one step the gradients, up to a factor."""
     state = torch.load(Path(folder, "state.pt"), weights_only=True)["optimizer"]
     return [
         s[name]

@@ -1,4 +1,4 @@
-"""Toolformer's filter: which calls are kept, and that dialogues with them hold the ids that were scored."""
+"""Toolformer's filter: which calls are kept, and that dialogues hold the ids that were scored."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ def filtered(tokenizer, products, monkeypatch):
             made = []
             for prompt, prefix in zip(asked, prefixes):
                 n, text = prompts.index(prompt), tokenizer.decode(prefix)
-                for (number, argument), (nothing, alone, both) in losses.items():
+                for (number, argument), (_, alone, both) in losses.items():
                     if number == n and f"c({argument})" in text:
                         made.append(alone if "<tool_result></tool_result>" in text else both)
                 if not prefix:

@@ -1,5 +1,5 @@
-"""Pretraining and fine-tuning, run for real on small data: what they learn, resume, refuse, and share
-between processes.
+"""Pretraining and fine-tuning, run for real on small data: what they learn, resume, refuse, and
+share between processes.
 """
 
 import errno

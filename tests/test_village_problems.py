@@ -1,4 +1,4 @@
-"""The village's problems and its questions for tools: true, well formed, and never in two splits."""
+"""The village's problems and its questions for tools: true, well formed, in one split only."""
 
 import functools
 import itertools
@@ -38,7 +38,7 @@ def people(world):
 
 @pytest.fixture(scope="module")
 def asked_of_tools(world):
-    """All items by split, each with its "completion", also where the file leaves it out, and "check"."""
+    """All examples by split, each with its "completion", also where the file leaves it out."""
     as_example = village_tools.as_example
 
     def with_completion(task, turns, check, split):
