@@ -199,7 +199,7 @@ class Toolbox:
         return self.tools[name](argument[:-1])
 
     def respond(self, ids):
-        """The ids of the result that follows `ids`, a completion so far that ends with </tool_call>."""
+        """Ids of the result that follows `ids`, a completion so far that ends with </tool_call>."""
         text, begun = "", None
         for i, id in enumerate(ids[:-1]):  # a call ends with the first end after it
             begun = i + 1 if id == self.call else None if id == self.call_end else begun
