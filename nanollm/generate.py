@@ -85,7 +85,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
 
 def fine(device):
     """The dtype of a CDF over a large vocabulary: float64, where the device knows it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def uniform(shape, device, generator=None):
