@@ -41,13 +41,12 @@ Run     python distill.py                          # soft; the village's questio
         done; done; python -m nanollm.compare runs/kinds/*
 Needs   runs/sft                                         (python train_sft.py)
 Expect  see README.md: a third of the parameters, 95% of the accuracy or more
-Watch   loss          falls steeply at first; with on_policy it rises where the student's own
-                      completions begin, for these it knows least
-        val_loss      nats per token of held-out labels, which the teacher's own are not: a soft
-                      student stays above the teacher's; rising: too many epochs of few labels
-        val_accuracy  of held-out questions, greedy; far below the teacher's: more --steps, or
-                      too few prompts (see what was dropped, at the beginning)
-        grad_norm     below 1 after warm-up; rising: lower the learning rates
+Watch   loss          falls steeply at first; higher in the steps on the student's own completions
+        val_loss      nats per token of held-out labels; labels alone are soon learnt by heart, and
+                      it rises while loss falls to nothing; the teacher's probabilities prevent that
+        val_accuracy  of held-out questions, greedy; far below the teacher's: more --steps, or too
+                      few prompts (see what was dropped, at the beginning)
+        grad_norm     below 1 after 30 steps; rising: lower the learning rates
 """
 
 import dataclasses
