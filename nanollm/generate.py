@@ -374,8 +374,9 @@ def sample_together(rt, model, tokenizer, prompts, max_new_tokens, samples=1, se
     many they are.
     """
     shape, generator = (len(prompts), samples, max_new_tokens), torch.Generator().manual_seed(seed)
-    mine, noise = rt.mine(len(prompts)), uniform(shape, "cpu", generator)
-    how |= {"samples": samples, "noise": noise[mine].to(model.device)}
+    mine, noise = rt.mine(len(prompts)), uniform(shape, torch.device("cpu"), generator)
+    noise = noise[mine].to(model.device, fine(model.device))
+    how |= {"samples": samples, "noise": noise}
     return rt.gather(sample_completions(model, tokenizer, prompts[mine], max_new_tokens, **how))
 
 
