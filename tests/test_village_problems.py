@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The village's problems and its questions for tools: true, well formed, in one split only."""
-=======
 """The village's problems and its questions for tools: true, well formed, never in two splits."""
->>>>>>> village
 
 import functools
 import itertools
@@ -42,11 +38,7 @@ def people(world):
 
 @pytest.fixture(scope="module")
 def asked_of_tools(world):
-<<<<<<< HEAD
-    """All examples by split, each with its "completion", also where the file leaves it out."""
-=======
     """Examples by split, each with "completion" and "check", also where the file leaves it out."""
->>>>>>> village
     as_example = village_tools.as_example
 
     def with_completion(task, turns, check, split):
