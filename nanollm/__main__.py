@@ -22,7 +22,7 @@ from nanollm.config import UserError, atomic_write, cli
 from nanollm.formats import read_examples
 from nanollm.generate import complete
 from nanollm.hub import load_model
-from nanollm.metrics import first_of_each_task, question_of
+from nanollm.metrics import first_of_each_task
 from nanollm.report import effects_of, write_report
 from nanollm.rollouts import prompt_of
 from nanollm.run import effect_line, move_aside
@@ -187,7 +187,8 @@ def ask(stage, root, rt, answers):
         tools = Toolbox.of_village(folder, tokenizer) if kind == "tools" else None
         prompts = [prompt_of(example, model, tokenizer) for example in examples]
         texts = complete(model, tokenizer, prompts, 112, tools=tools)
-        columns = answers.setdefault(kind, {"prompt": list(map(question_of, examples))})
+        asked = [" / ".join(turn["content"] for turn in e["messages"]) for e in examples]
+        columns = answers.setdefault(kind, {"prompt": asked})
         columns["right"] = [example["answer"] for example in examples]
         columns[stage.title] = [text.strip() for text in texts]
 
