@@ -444,6 +444,7 @@ def atomic_folder(folder):
     """
     folder = Path(folder)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process with the same number
     unfinished.mkdir(parents=True)
     try:
         yield unfinished

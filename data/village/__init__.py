@@ -26,13 +26,14 @@ from pathlib import Path
 
 from data.village.corpus import documents
 from data.village.facts import cloze
-from data.village.files import settings_with, show, whole_folder, write_lines
+from data.village.files import settings_with, show, write_lines
 from data.village.new_domain import new_domain_examples
 from data.village.preferences import preference_prompts
 from data.village.problems import DIFFICULTIES, SHARES_WORKED, lessons, problems, worked
 from data.village.tasks import fact_never_asked, instructions
 from data.village.tools import knowledge, newcomers, tool_examples, tool_lessons
 from data.village.world import build_world
+from nanollm.config import atomic_folder
 from nanollm.formats import read_prompts
 
 VERSION = 21  # raise it when the generated text changes, so that no old cache is read
@@ -72,7 +73,7 @@ def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
     if megabytes <= 0:
         raise ValueError(f"the corpus needs a positive size in megabytes, got {megabytes}")
     world, size = build_world(n_villagers, seed), int(megabytes * 1e6)
-    with whole_folder(folder) as new:
+    with atomic_folder(folder) as new:
         for split, n_bytes in ("train", size), ("val", max(int(size * VAL_SHARE), 50_000)):
             texts = ({"text": text} for _, text in documents(world, split, n_bytes, seed))
             write_lines(new / f"corpus_{split}.jsonl", texts)

@@ -1,12 +1,6 @@
-"""What the village's modules share: wordings in blocks of text, and folders that are whole or not
-there.
-"""
+"""What the village's modules share: wordings in blocks of text, records in files."""
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -43,25 +37,6 @@ def show(name, records, n_samples, rng):
     for record in rng.sample(records, n_samples):
         said = "  ".join(f"[{m['role']}] {m['content']}" for m in record.get("messages", ()))
         print("*", record.get("image", ""), said or record, said and record.get("answer", ""))
-
-
-@contextlib.contextmanager
-def whole_folder(folder):
-    """A new folder to fill, which takes the place of `folder` when that has gone well. Another
-    process may have been faster, with the same bytes.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    try:
-        yield new
-        new.chmod(0o755)
-        try:
-            os.replace(new, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def settings_with(name, run_folder):

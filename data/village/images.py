@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.village.files import settings_with, show, whole_folder, write_lines
+from data.village.files import settings_with, show, write_lines
 from data.village.image_examples import (
     Balance,
     caption,
@@ -29,6 +29,7 @@ from data.village.image_examples import (
 )
 from data.village.image_questions import TASKS
 from data.village.scenes import SMALLEST, draw, random_scene, vary
+from nanollm.config import atomic_folder
 
 __all__ = ["SMALLEST", "draw", "of_run", "prepare"]
 
@@ -93,7 +94,7 @@ def prepare(seed=0, root="data/cache", size=96, n_train=6000):
     folder = Path(root) / f"images-{seed}-{size}px-{n_train}-v{VERSION}"
     if folder.is_dir():
         return folder
-    with whole_folder(folder) as new:
+    with atomic_folder(folder) as new:
         for split, scenes in split_scenes(seed, n_train).items():
             (new / split).mkdir()
             truths = []
