@@ -33,16 +33,7 @@ import torch
 
 from data import village
 from nanollm.batches import Packed, Sampler, Windows, load_shards, pack_chats, row_length
-from nanollm.config import (
-    AdapterConfig,
-    NotNegative,
-    OpenShare,
-    Share,
-    TrainConfig,
-    UserError,
-    Whole,
-    cli,
-)
+from nanollm.config import AdapterConfig, OpenShare, Share, TrainConfig, UserError, Whole, cli
 from nanollm.formats import identity, read_chats, read_documents, read_examples, read_parts
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
@@ -89,7 +80,7 @@ class Config(AdapterConfig, TrainConfig):
     # that text, .txt or .jsonl; default: the village's. With --replay 0: only to measure forgetting
     replay_data: str | None = None
     # learning rate factor per layer below the head; 1: the same everywhere
-    layer_decay: NotNegative = 1.0
+    layer_decay: Share = 1.0
     # -- Training
     out: str = "runs/sft"
     steps: int = 500

@@ -405,15 +405,8 @@ def test_the_teachers_completions_are_dialogues_that_other_runs_read(here, capsy
     flags = [*SMALL, *"--init runs/pretrain --data runs/distill/teacher.jsonl".split()]
     flags += "--val_data chats.jsonl --replay 0 --steps 1 --context 48".split()
     run(train_sft, *flags, out="runs/again")
-    distil(
-        "--method",
-        "both",
-        "--steps",
-        1,
-        "--completions",
-        "runs/distill/teacher.jsonl",
-        out="runs/b",
-    )
+    flags = "--method both --steps 1 --completions runs/distill/teacher.jsonl".split()
+    distil(*flags, out="runs/b")
     assert f", {len(kept)} kept" in capsys.readouterr().out
     assert read_chats("runs/b/teacher.jsonl") == kept
 

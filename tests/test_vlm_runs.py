@@ -380,6 +380,7 @@ REFUSED = {
     "pixel shuffle of nine": ([*ALL, *SHUFFLED, 24, "--no_class_token"], "not 9 patches"),
     "pixel shuffle of a class token": ([*ALL, *SHUFFLED, 32], "add --no_class_token"),
     "a layer too deep": ([*ALIGN, "--feature_layer", 5], "can't be those of layer 5"),
+    "replay of no row": ([*INSTRUCT, "--replay", 0.01], "no row for replay in a batch of 12"),
     "replay of all rows": ([*INSTRUCT, "--replay", 0.99], "no row for images in a batch of 12"),
     "one image alone": ([*INSTRUCT, "--test_data", "same.jsonl"], "no other example has 1 im"),
     "long examples": ([*INSTRUCT, "--test_data", "long_examples.jsonl"], "context of 64"),

@@ -3,7 +3,7 @@
     lora        y = W x + s B A x                             lora.py
     dora        the same, magnitude and direction apart       lora.py
     qlora       lora on base weights of four bits             lora.py, nf4.py
-    bottleneck  y = h + U gelu(D h), h a branch's output  bottleneck.py
+    bottleneck  y = h + U gelu(D h), h a branch's output      bottleneck.py
     prefix      keys and values in front of every layer       soft_prompts.py
     ptuning     the same, without an MLP behind them          soft_prompts.py
     prompt      embeddings in front of the text               soft_prompts.py
