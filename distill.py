@@ -97,6 +97,7 @@ class Config(TrainConfig):
     preset: str = "tiny"
     # -- Teacher and student
     teacher: str = "runs/sft"  # run folder or model folder of the teacher
+    # what the student learns from; the formulas stand above
     method: Literal["labels", "soft", "hard", "both", "on_policy", "step_by_step", "compress"] = (
         "soft"
     )
@@ -132,9 +133,8 @@ class Config(TrainConfig):
     # the divergence: 0 is the forward KL, 1 the reverse, between them lies GKD's generalised JSD;
     # default: 0, and 0.5 with on_policy
     jsd_beta: Share | None = None
-    on_policy_share: Share = (
-        0.5  # lambda of GKD: share of the steps on the student's own completions
-    )
+    # lambda of GKD: share of the steps on the student's own completions
+    on_policy_share: Share = 0.5
     on_policy_start: Share = 0.5  # share of the steps before the first of those
     rationale_weight: NotNegative = 1.0  # lambda of step_by_step
     cosine_weight: NotNegative = 0.2  # compress: of the cosine loss

@@ -362,7 +362,9 @@ def test_a_prompt_beyond_the_context_is_refused(here, capsys):
     pretrain("--steps", 1)
     capsys.readouterr()
     chat = importlib.import_module("nanollm.chat")
-    assert "shorten" in refused(capsys, chat, "runs/pretrain", "--prompt", "a" * 90)
+    assert "shorten" in refused(
+        capsys, chat, "runs/pretrain", "--max_new_tokens", 8, "--prompt", "a" * 90
+    )
 
 
 def test_numbers_that_are_none_end_the_run_and_never_replace_a_checkpoint(here, capsys):

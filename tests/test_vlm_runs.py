@@ -42,7 +42,7 @@ PRETRAIN = (
 ).split()
 COMMON = (
     "--dtype fp32 --device cpu --batch_size 12 --warmup 2 --eval_every 1000 --image_size 16 "
-    "--patch_size 8 --vision_layers 2 --vision_channels 32 --hard_negatives 1 --replay 0 "
+    "--patch_size 8 --vision_layers 2 --vision_channels 32 --replay 0 "
     "--text_data chats.jsonl --replay_data text.txt"
 ).split()
 CLIP = [*COMMON, *"--stage clip --init runs/pretrain --data captions.jsonl".split()]
@@ -375,7 +375,7 @@ REFUSED = {
     ),
     "row beyond the model": ([*ALIGN, "--context", 65], "beyond the model's context of 64"),
     "row within an image": ([*ALIGN, "--context", 4], "has an answer within 4 tokens"),
-    "patches leave an edge": ([*CLIP, "--image_size", 20], "or an edge is never looked at"),
+    "patches leave an edge": ([*CLIP, "--image_size", 20], "or the border is never seen"),
     "heads don't divide": ([*CLIP, "--vision_channels", 100], "the channels of a head"),
     "pixel shuffle of nine": ([*ALL, *SHUFFLED, 24, "--no_class_token"], "not 9 patches"),
     "pixel shuffle of a class token": ([*ALL, *SHUFFLED, 32], "add --no_class_token"),
