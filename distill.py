@@ -1,10 +1,10 @@
-r"""Distillation: a small student learns from what a large teacher thinks, writes or reasons.
+r"""Distillation: a small student learns from a teacher's probabilities, completions or reasoning.
 
 With p_T, p_S = softmax(logits / tau) of teacher and student at every token of a completion:
 
     labels        CE(label), to compare with
     soft          alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(label)    Hinton et al., 1503.02531
-    hard          CE of the teacher's completions that a checker lets through
+    hard          CE of labels and of the teacher's completions that pass the checker
                                                                         Kim & Rush, 1606.07947
     both          soft, with the completions that passed as labels
     on_policy     JSD_beta(p_T, p_S) on the student's own completions in a share lambda of the
@@ -14,20 +14,20 @@ With p_T, p_S = softmax(logits / tau) of teacher and student at every token of a
     compress      both, and 1 - cos(h_S, h_T) of the last hidden states, starting from every other
                   layer of the teacher (DistilBERT; Sanh et al., 1910.01108)
 
-Labels are scarce and prompts are plenty: beside --labels labelled examples there are --unlabelled
-prompts, which the teacher completes. soft and on_policy learn from all of its completions; hard,
-both and compress from those that the checker lets through; step_by_step asks the teacher for
-rationales of the labelled examples instead, and keeps those that end in the label. The completions
-are kept in teacher.jsonl, which another run reads with --answers.
+Labels are scarce and prompts are plentiful: beside --labels labelled examples there are
+--unlabelled prompts, which the teacher completes. soft and on_policy learn from all of its
+completions; hard, both and compress from those that pass the checker; step_by_step asks the teacher
+for rationales of the labelled examples instead, and keeps those that end in the label. The
+completions are kept in teacher.jsonl, which another run reads with --completions.
 
 With --cache_top_k K the teacher reads every row once, before training: the K most likely successors
 of each token keep their probabilities, and all others become one event. KL between such coarse
-distributions is a lower bound of KL between the whole ones, and reaches it with K (data-processing
-inequality).
+distributions is a lower bound of KL between the whole ones, and approaches it as K grows
+(data-processing inequality).
 
 Differs from the papers: rationale and answer of step_by_step are one sequence, not two tasks, and
-the rationales are sampled and checked by the label; on_policy begins once --on_policy_start of the
-steps has taught the student to end a completion; tau^2 scales every divergence.
+the rationales are sampled and checked by the label; on_policy first trains on given completions for
+--on_policy_start of the steps, so that the student learns to stop; tau^2 scales every divergence.
 
 Run     python distill.py                          # soft; the village's questions about people
         python distill.py --method hard --samples 4 --out runs/hard
@@ -36,8 +36,8 @@ Run     python distill.py                          # soft; the village's questio
         # every method with the same completions of the teacher, three seeds each, and a table:
         python distill.py --steps 1 --out runs/asked
         for seed in 0 1 2; do for method in labels soft hard both on_policy compress; do
-            python distill.py --method $method --answers runs/asked/teacher.jsonl --seed $seed \
-                --out runs/kinds/${method}_$seed
+            python distill.py --method $method --completions runs/asked/teacher.jsonl \
+                --seed $seed --out runs/kinds/${method}_$seed
         done; done; python -m nanollm.compare runs/kinds/*
 Needs   runs/sft                                         (python train_sft.py)
 Expect  see README.md: a third of the parameters, 95% of the accuracy or more
@@ -97,6 +97,7 @@ class Config(TrainConfig):
     preset: str = "tiny"
     # -- Teacher and student
     teacher: str = "runs/sft"  # run folder or model folder of the teacher
+    # what the student learns from; the formulas stand above
     method: Literal["labels", "soft", "hard", "both", "on_policy", "step_by_step", "compress"] = (
         "soft"
     )
@@ -114,31 +115,32 @@ class Config(TrainConfig):
     # label of a problem: its worked solution, or the answer alone
     label: Literal["worked", "answer"] = "worked"
     unlabelled: Whole[0] = 4000  # so many of the others are prompts for the teacher
-    # dialogues with the teacher's completions, such as another run's teacher.jsonl; default: it is
-    # asked
-    answers: str | None = None
+    # file of the teacher's completions: another run's teacher.jsonl; default: it is asked
+    completions: str | None = None
     val_fraction: OpenShare = 0.05  # share of --data that is held out; the village has its own
     test_data: str | None = None  # test examples to measure accuracy on; the village has its own
-    test_examples: Whole[0] = 200  # examples per task for that; 0: all
+    test_examples: Whole[0] = 200  # test examples per task; 0: all
     context: Whole[1] = 128  # row length T, as far as both models can read
     # -- Completions of the teacher, and with on_policy of the student
     samples: Whole[1] = 1  # completions per prompt; step_by_step: rationales per label
     sample_temperature: NotNegative = 1.0  # temperature of sampling
     max_new_tokens: Whole[1] = 112  # longest completion
     # -- Loss
-    temperature: Annotated[float, Range(0.01)] = 2.0  # tau, which softens both distributions
-    alpha: Share = 0.9  # weight of the divergence; 1 - alpha is that of the labels
+    # soft, both, on_policy, compress: tau, which softens both distributions
+    temperature: Annotated[float, Range(0.01)] = 2.0
+    # soft, both, compress: weight of the divergence; 1 - alpha is that of the labels
+    alpha: Share = 0.9
     # the divergence: 0 is the forward KL, 1 the reverse, between them lies GKD's generalised JSD;
     # default: 0, and 0.5 with on_policy
     jsd_beta: Share | None = None
-    on_policy_share: Share = (
-        0.5  # lambda of GKD: share of the steps on the student's own completions
-    )
+    # lambda of GKD: share of the steps on the student's own completions
+    on_policy_share: Share = 0.5
     on_policy_start: Share = 0.5  # share of the steps before the first of those
     rationale_weight: NotNegative = 1.0  # lambda of step_by_step
     cosine_weight: NotNegative = 0.2  # compress: of the cosine loss
-    # probabilities of the teacher that are kept per token; 0: none, it computes them on the fly, as
-    # it always does for compress, which needs hidden states, and for the student's own completions
+    # soft, both, on_policy: probabilities of the teacher that are kept per token; 0: none, it
+    # computes them on the fly, as it always does for compress, which needs hidden states, and for
+    # the student's own completions
     cache_top_k: Whole[0, 255] = 16
     # -- Training
     out: str = "runs/distill"
@@ -193,9 +195,11 @@ def load_examples(cfg):
     tests = first_of_each_task(tests, cfg.test_examples)
     train, val = ([with_label(example, cfg.label) for example in part] for part in parts)
     labelled, val = ([e for e in part if "completion" in e] for part in (train, val))
-    rest = labelled[cfg.labels :] + [e for e in train if "completion" not in e]
-    rest = village.prompts_about_people(folder) if cfg.data == "village" else rest
-    return labelled[: cfg.labels], rest[: cfg.unlabelled], val, tests
+    if cfg.data == "village":
+        unlabelled = village.prompts_about_people(folder)
+    else:
+        unlabelled = labelled[cfg.labels :] + [e for e in train if "completion" not in e]
+    return labelled[: cfg.labels], unlabelled[: cfg.unlabelled], val, tests
 
 
 def with_label(example, label):
@@ -218,8 +222,8 @@ def teacher_completions(cfg, rt, teacher, tokenizer, prompts):
         return read_completions(file) if file.stat().st_size else []
     if cfg.method == "labels" or not prompts:
         return []
-    if cfg.answers:
-        completed = [e for e in read_completions(cfg.answers) if "completion" in e]
+    if cfg.completions:
+        completed = [e for e in read_completions(cfg.completions) if "completion" in e]
     else:
         how = cfg.max_new_tokens, cfg.samples, cfg.sample_temperature, cfg.seed
         completed = ask_teacher(rt, teacher, tokenizer, prompts, *how)
@@ -307,7 +311,7 @@ def outputs(model, rows):
 
 
 class Student(nn.Module):
-    """`outputs` as a forward pass: what data-parallel training and torch.compile wrap."""
+    """`outputs` as a forward pass: data-parallel training and torch.compile wrap modules alone."""
 
     def __init__(self, model):
         super().__init__()
@@ -325,16 +329,19 @@ def tempered(logits, temperature=1.0):
     return (logits.float() / temperature).log_softmax(-1)
 
 
+def kl(p, q):
+    """KL(p || q) = sum_v p_v (log p_v - log q_v)."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
 def forward_kl(student, teacher):
-    """KL(T || S) = sum_v p_T (log p_T - log p_S): the student has to cover all that the teacher
-    may say.
-    """
-    return (teacher.exp() * (teacher - student)).sum(-1)
+    """KL(T || S): the student has to cover all that the teacher may say."""
+    return kl(teacher, student)
 
 
 def reverse_kl(student, teacher):
     """KL(S || T): the student may leave out, but must not say what the teacher would not."""
-    return forward_kl(teacher, student)
+    return kl(student, teacher)
 
 
 def generalised_jsd(student, teacher, beta=0.5):
@@ -345,7 +352,7 @@ def generalised_jsd(student, teacher, beta=0.5):
     if beta in (0, 1):
         return reverse_kl(student, teacher) if beta else forward_kl(student, teacher)
     mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
-    return beta * forward_kl(mixture, teacher) + (1 - beta) * forward_kl(mixture, student)
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
 def hidden_cosine_loss(student, teacher):
@@ -380,23 +387,23 @@ def with_top_k(rows, teacher, K, V, temperature, batch=16):
 # tokens of the whole batch, over all parts and processes, so that the parts add up.
 
 
-def label_loss(ce, labelled, num_labelled):
-    """Mean cross-entropy of the labels."""
-    return (ce * labelled).sum() / max(1, num_labelled)
+def masked_mean(ce, mask, num_tokens):
+    """Mean cross-entropy of the tokens in the mask, num_tokens in the whole batch."""
+    return (ce * mask).sum() / max(1, num_tokens)
 
 
 def soft_loss(divergence, ce, labelled, num_tokens, num_labelled, alpha, temperature):
-    """alpha tau^2 D + (1 - alpha) CE, means over their tokens. A gradient of D falls with 1/tau^2,
-    hence the factor (Hinton et al., section 2.1).
+    """alpha tau^2 D + (1 - alpha) CE, means over their tokens. The gradient of D scales as 1/tau^2
+    (Hinton et al., section 2), hence the factor.
     """
     soft = temperature**2 * divergence.sum() / max(1, num_tokens)
-    return alpha * soft + (1 - alpha) * label_loss(ce, labelled, num_labelled)
+    return alpha * soft + (1 - alpha) * masked_mean(ce, labelled, num_labelled)
 
 
 def step_by_step_loss(ce, rationale, num_answer, num_rationale, weight):
     """CE(answer) + lambda CE(rationale), each a mean over its tokens (Hsieh et al., eq. 2)."""
-    answer = label_loss(ce, ~rationale, num_answer)
-    return answer + weight * label_loss(ce, rationale, num_rationale)
+    answer = masked_mean(ce, ~rationale, num_answer)
+    return answer + weight * masked_mean(ce, rationale, num_rationale)
 
 
 def distillation_loss(cfg, student, teacher, rows, num_tokens, num_labelled, num_rationale):
@@ -406,7 +413,7 @@ def distillation_loss(cfg, student, teacher, rows, num_tokens, num_labelled, num
     labelled = rows.trained(rows.labelled)
     ce = -token_logprobs(logits, rows.trained(rows.tokens))  # (n,)
     if cfg.method in ("labels", "hard"):
-        return label_loss(ce, labelled, num_labelled)
+        return masked_mean(ce, labelled, num_labelled)
     if cfg.method == "step_by_step":
         counts = num_tokens - num_rationale, num_rationale
         return step_by_step_loss(ce, rows.trained(rows.rationale), *counts, cfg.rationale_weight)
@@ -424,7 +431,7 @@ def distillation_loss(cfg, student, teacher, rows, num_tokens, num_labelled, num
     loss = soft_loss(divergence, ce, labelled, num_tokens, num_labelled, alpha, cfg.temperature)
     if cfg.method == "compress":
         cosine = hidden_cosine_loss(hidden, teacher_hidden)
-        loss = loss + cfg.cosine_weight * cosine.sum() / num_tokens
+        loss = loss + cfg.cosine_weight * cosine.sum() / max(1, num_tokens)
     return loss
 
 
@@ -525,17 +532,17 @@ def finish(rt, run, known, teacher, student):
     """Print what the student has learnt, and keep it in result.json."""
     sizes = [count_parameters(model)[0] for model in (student, teacher)]
     rt.print(f"{sizes[0]:,} parameters, the teacher has {sizes[1]:,}")
-    before, after, right = (known[name] for name in ("before", "after", "teacher"))
+    before, after, of_teacher = (known[name] for name in ("before", "after", "teacher"))
     if after["tasks"]:
         rt.print(accuracy_table({name: each["tasks"] for name, each in known.items()}))
-        speeds = right["per_second"], after["per_second"]
+        speeds = of_teacher["per_second"], after["per_second"]
         rt.print(
             "questions answered per second, by teacher and student: {:.0f}, {:.0f}".format(*speeds)
         )
-        before, after, right = (mean_accuracy(each["tasks"]) for each in (before, after, right))
-        effects = [effect("right answers to held-out questions", before, after, "share")]
-        if right:
-            shares = before / right, after / right
+        first, last, best = (mean_accuracy(m["tasks"]) for m in (before, after, of_teacher))
+        effects = [effect("right answers to held-out questions", first, last, "share")]
+        if best:
+            shares = first / best, last / best
             effects.append(effect("share of the teacher's accuracy", *shares, "share"))
     else:
         losses = before["val_loss"], after["val_loss"]

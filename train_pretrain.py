@@ -4,8 +4,9 @@
     bits per byte = total nats / (ln 2 * bytes of text)        comparable across tokenizers
 
 The text is the village by default (data/village/), or any .txt or .jsonl file, or a folder of token
-shards. Rows of T tokens tile the text; each token is predicted once per epoch. A model of ours
-starts from init_weights (nanollm/gpt.py); --init continues from a run folder or a downloaded one.
+shards. Rows of T tokens tile the text; each token is predicted once per epoch. A new model is
+initialised by init_weights (nanollm/gpt.py); --init continues from a run folder or a downloaded
+one.
 
 Run     python train_pretrain.py
         python train_pretrain.py --data book.txt --vocab_size 1024 --steps 300 --out runs/book
@@ -13,7 +14,7 @@ Run     python train_pretrain.py
 Needs   nothing
 Expect  0.30 bits per byte of held-out text, where `xz -9` that has seen the training text needs
         0.88; all 672 facts about the villagers can be completed (README.md)
-Watch   loss, val_loss  nats per token, 7.6 at first (ln of the vocabulary), 0.7 in the end;
+Watch   loss, val_loss  nats per token, 7.6 at first (ln of the vocabulary), 0.7 at the end;
                         val_loss rising while loss falls: too many epochs, see --patience
         bits_per_byte   the same, comparable across tokenizers
         grad_norm       below 1 after warm-up; rising: lower the learning rates
@@ -150,18 +151,16 @@ def load_corpus(cfg):
     ]
 
 
-def get_tokenizer(cfg, texts):
+def get_tokenizer(cfg):
     """The tokenizer that --tokenizer names, or one trained on about four million characters of the
     text.
     """
     if cfg.tokenizer != "train":
         return Tokenizer.load(cfg.tokenizer)
+    texts, _ = load_corpus(cfg)[0]
     documents, budget = texts(), 4_000_000
     stride = max(1, sum(map(len, documents)) // budget)
-    part = (
-        [d[:budget] for d in documents[::stride]] if len(documents) > 1 else [documents[0][:budget]]
-    )
-    return Tokenizer.train(part, cfg.vocab_size)
+    return Tokenizer.train([d[:budget] for d in documents[::stride]], cfg.vocab_size)
 
 
 def load_shards_of(cfg, tokenizer):
@@ -180,8 +179,8 @@ def xz_bits_per_byte(train_texts, val_texts):
     """Bits per byte that `xz -9` needs for the val texts when it has seen the training texts just
     before.
 
-    A compressor is a language model that needs no training (Shannon 1948): the floor that ours must
-    beat.
+    A compressor is a language model that needs no training (Shannon 1948): the baseline that ours
+    must beat.
     """
     texts = (
         "\n".join(texts).encode("utf-8", "surrogatepass") for texts in (train_texts, val_texts)
@@ -202,7 +201,7 @@ def next_token_loss(logits, targets):
 # --- training ------------------------------------------------------------------------------------
 
 
-def build_model(cfg, rt):
+def build_model(cfg):
     """(GPT, Tokenizer): fresh with a tokenizer of its own, or from --init."""
     if cfg.init:
         return load_gpt(cfg.init)
@@ -211,7 +210,7 @@ def build_model(cfg, rt):
     elif Path(cfg.data).is_dir() and cfg.tokenizer == "train":
         raise UserError("token shards need the --tokenizer that they were made with")
     else:
-        tokenizer = get_tokenizer(cfg, None if cfg.tokenizer != "train" else load_corpus(cfg)[0][0])
+        tokenizer = get_tokenizer(cfg)
     if cfg.channels % cfg.heads:
         raise UserError(f"--channels {cfg.channels} must be a multiple of --heads {cfg.heads}")
     if cfg.heads % (cfg.kv_heads or cfg.heads):
@@ -235,7 +234,7 @@ def build_model(cfg, rt):
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.out, cfg.init)
-    model, tokenizer = build_model(cfg, rt)
+    model, tokenizer = build_model(cfg)
     T = row_length(cfg.context, model)
     train, val = load_shards_of(cfg, tokenizer)
     windows, val_windows = Windows(train, T), Windows(val, T)
@@ -250,7 +249,7 @@ def main(cfg):
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(windows), cfg.seed)
     best = {"bits_per_byte": math.inf, "misses": 0} | run.restore(model, optimizer, sampler)
     rt.print(
-        f"{count_parameters(model)[0]:,} parameters on {rt.device} in {str(rt.dtype)[6:]}; "
+        f"{count_parameters(model)[0]:,} parameters on {rt.device} in {rt.dtype_name}; "
         f"{train.tokens:,} training tokens of {train.text_bytes / train.tokens:.2f} bytes; "
         f"{tokens_per_step:,} tokens per step"
     )
@@ -292,7 +291,7 @@ def main(cfg):
 
 
 def sample_text(model, tokenizer, cfg, step):
-    """A document that the model starts from nothing."""
+    """A document sampled from scratch."""
     generator = torch.Generator(model.device).manual_seed(cfg.seed + step)
     stop = {tokenizer.eot_id}
     prompt, how = [tokenizer.eot_id], {"temperature": 0.8, "generator": generator}
@@ -303,17 +302,17 @@ def sample_text(model, tokenizer, cfg, step):
 def finish(cfg, rt, run, model, nats, bpb):
     """Print what the run has reached on all of the held-out text."""
     rt.print(f"held-out: {nats:.4f} nats per token, {bpb * math.log(2):.4f} nats per byte")
-    result, floor = {"nats_per_token": nats, "bits_per_byte": bpb}, None
+    result = {"nats_per_token": nats, "bits_per_byte": bpb}
+    name, baseline = "held-out text", None
     if cfg.compare_xz and rt.main:
         (train_texts, _), (val_texts, _) = load_corpus(cfg)
-        floor = result["xz_bits_per_byte"] = xz_bits_per_byte(train_texts(), val_texts())
-        rt.print(f"xz -9 after the training text: {floor:.4f} bits per byte")
+        baseline = result["xz_bits_per_byte"] = xz_bits_per_byte(train_texts(), val_texts())
+        name += ", before: xz -9"
     flop = flop_per_token(model.cfg, count_parameters(model)[1], cfg.context)
     mfu = model_flops_utilisation(run.speed()["tokens_per_second"], flop, rt.device, rt.world)
     if mfu is not None:
         rt.print(f"{mfu:.1%} of the GPU's bf16 rate")
-    effects = [effect("held-out text, before: xz -9", floor, bpb, "bits per byte", False)]
-    run.write_result(effects, **result)
+    run.write_result([effect(name, baseline, bpb, "bits per byte", False)], **result)
     rt.close()
 
 

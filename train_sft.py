@@ -2,15 +2,16 @@
 
     loss = - sum_t m_t log p(x_t | x_<t) / sum_t m_t
 
-with m_t = 1 on the assistant's tokens and its end of turn, 0 elsewhere
-(Ouyang et al. 2022, InstructGPT, arXiv:2203.02155).
+with m_t = 1 on the assistant's tokens and its end of turn, and on every token of a replay row; 0
+elsewhere, on the results of tools and on messages with "loss": false, too. It is the first stage of
+InstructGPT (Ouyang et al. 2022, arXiv:2203.02155); the mask is common practice.
 
-Dialogues are packed into rows of T tokens; attention stays inside a dialogue and positions start
-anew in each (Krell et al. 2021, arXiv:2107.02027). A dialogue longer than T loses its last turns
-until it fits, and is dropped when not even its first answer does; both are counted and printed. Two
-options work against forgetting: rows of pretraining text in every batch (--replay; Ouyang et al.
-mix it in likewise) and smaller learning rates for lower layers (--layer_decay; Howard & Ruder 2018,
-arXiv:1801.06146).
+Dialogues are packed into rows of T tokens; attention stays inside a dialogue, and positions restart
+in each document (Krell et al. 2021, arXiv:2107.02027). A dialogue longer than T loses its last
+turns until it fits, and is dropped when not even its first answer does; both are counted and
+printed. Two options work against forgetting: rows of pretraining text in every batch (--replay;
+Ouyang et al. mix it in likewise) and smaller learning rates for lower layers (--layer_decay; Howard
+& Ruder 2018, arXiv:1801.06146).
 
 Run     python train_sft.py
         python train_sft.py --preset cot             # from runs/sft: think first, then answer;
@@ -19,21 +20,21 @@ Run     python train_sft.py
         python train_sft.py --preset reader          # from runs/sft: write questions from captions
         python train_sft.py --init path/to/SmolLM2-135M --data chats.jsonl --replay 0
 Needs   runs/pretrain                                     (python train_pretrain.py)
-Expect  answers about villagers that it was never asked about, and "I don't know" (README.md)
+Expect  right answers about villagers absent from the training questions, and "I don't know"
+        (README.md)
 Watch   loss, val_loss  nats per trained token; val_loss rising while loss falls: too many epochs
         bits_per_byte   of held-out text: what fine-tuning forgets; rising: more --replay
         grad_norm       below 1 after warm-up; rising: lower the learning rates
 """
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 
 from data import village
 from nanollm.batches import Packed, Sampler, Windows, load_shards, pack_chats, row_length
-from nanollm.config import AdapterConfig, NotNegative, OpenShare, Range, TrainConfig, Whole, cli
-from nanollm.formats import identity, read_chats, read_documents, read_examples, split_documents
+from nanollm.config import AdapterConfig, OpenShare, Share, TrainConfig, UserError, Whole, cli
+from nanollm.formats import identity, read_chats, read_documents, read_examples, read_parts
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import token_logprobs
@@ -69,16 +70,17 @@ class Config(AdapterConfig, TrainConfig):
     val_fraction: OpenShare = 0.05
     # test examples to measure accuracy on, before and after; the village has its own
     test_data: str | None = None
-    test_examples: Whole[0] = 64  # examples per task for that; 0: all
+    test_examples: Whole[0] = 64  # test examples per task; 0: all
     # row length T; default: 256, or the model's context where that is shorter
     context: Whole[1] | None = None
     # -- Against forgetting
-    # share of the rows that are pretraining text, trained on at every token
-    replay: Annotated[float, Range(0, 0.99)] = 0.33
+    # share of the rows that are pretraining text; its share of the trained tokens is larger, as it
+    # is trained on at every token
+    replay: Share = 0.33
     # that text, .txt or .jsonl; default: the village's. With --replay 0: only to measure forgetting
     replay_data: str | None = None
     # learning rate factor per layer below the head; 1: the same everywhere
-    layer_decay: NotNegative = 1.0
+    layer_decay: Share = 1.0
     # -- Training
     out: str = "runs/sft"
     steps: int = 500
@@ -130,6 +132,8 @@ VILLAGE = {
     "tools": ("tools", "tools_test"),
     "reader": ("reader", None),
 }
+# how an answer has to begin, to measure what steps are worth
+BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -143,18 +147,14 @@ def load_chats(cfg):
         train, val = (read_chats(folder / f"{chats}_{split}.jsonl") for split in ("train", "val"))
         test = cfg.test_data or (test and folder / f"{test}.jsonl")
     else:
-        train, test = read_chats(cfg.data), cfg.test_data
-        if cfg.val_data:
-            val = read_chats(cfg.val_data)
-        else:
-            parts = (split_documents(train, p, cfg.val_fraction) for p in ("train", "val"))
-            train, val = parts
+        train, val = read_parts(read_chats, cfg.data, cfg.val_data, cfg.val_fraction)
+        test = cfg.test_data
     examples = read_examples(test) if test else []
     return train, val, first_of_each_task(examples, cfg.test_examples)
 
 
 def images_folder():
-    from data.village import images  # which paints: text alone needs none of it
+    from data.village import images  # imported only here: drawing needs Pillow
 
     return images.prepare()
 
@@ -166,9 +166,9 @@ def load_text(cfg, tokenizer, model, T):
     if not cfg.replay and not cfg.replay_data:
         return None
     if cfg.replay_data:
-        documents, source = read_documents(cfg.replay_data), identity(cfg.replay_data)
-        parts = [(split_documents(documents, p), [*source, p]) for p in ("train", "val")]
-        shards = [load_shards(lambda d=d: d, source, tokenizer) for d, source in parts]
+        parts = zip(read_parts(read_documents, cfg.replay_data), ("train", "val"))
+        source = identity(cfg.replay_data)
+        shards = [load_shards(lambda d=d: d, [*source, p], tokenizer) for d, p in parts]
     else:
         folder = village.of_run(cfg.init)
         paths = [folder / f"corpus_{split}.jsonl" for split in ("train", "val")]
@@ -177,10 +177,23 @@ def load_text(cfg, tokenizer, model, T):
     return Windows(shards[0], T - 1), Windows(shards[1], T), token_bytes, tokenizer.eot_id
 
 
+def replay_count(cfg, others="dialogues"):
+    """How many rows of a batch are replay; UserError for a share that leaves none to either."""
+    n = round(cfg.replay * cfg.batch_size)
+    if n == cfg.batch_size or cfg.replay and not n:
+        none = others if n else "replay"
+        raise UserError(
+            f"--replay {cfg.replay} leaves no row for {none} in a batch of {cfg.batch_size}; "
+            "change it, or --batch_size"
+        )
+    return n
+
+
 def replay_rows(windows, numbers, eot_id):
     """Rows of plain text in the form of packed dialogues: documents begin with <|endoftext|>, all
     is trained on.
     """
+    # positions run on through the row, as in pretraining; attention stays inside a document
     tokens = windows[numbers]  # (R, T)
     documents = (tokens == eot_id).cumsum(1)
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -193,14 +206,14 @@ def replay_rows(windows, numbers, eot_id):
 def sft_loss(logits, tokens, mask):
     """Sum of -log p over the trained tokens: logits (B, T, V), tokens and mask (B, T) -> scalar.
 
-    The caller divides by the number of trained tokens of the whole batch, so that each weighs the
-    same however the batch is split over parts and processes.
+    The caller divides by the number of trained tokens of the whole batch, so that every token
+    has the same weight, however the batch is split.
     """
     return -(token_logprobs(logits[:, :-1], tokens[:, 1:]) * mask[:, 1:]).sum()
 
 
 def packed_logits(model, rows):
-    """Logits (B, T, V) of packed rows: attention inside documents, positions as they say."""
+    """Logits (B, T, V) of packed rows: attention inside documents, positions as given."""
     return model(rows.tokens, rows.positions, document_mask(rows.documents))
 
 
@@ -222,6 +235,7 @@ def validation_loss(model, rows, batch=32, logits_of=packed_logits):
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.out, cfg.init)
+    share, n_replay = rt.share(cfg.batch_size), replay_count(cfg)
     model, tokenizer = load_model(cfg.init)
     start_adapter(model, cfg, rt)
     T = row_length(cfg.context, model)
@@ -233,7 +247,6 @@ def main(cfg):
     if cfg.data == "tools":
         tools = Toolbox.of_village(village.of_run(cfg.init), tokenizer)
 
-    share, n_replay = rt.share(cfg.batch_size), round(cfg.replay * cfg.batch_size)
     run = Run(cfg, rt)
     ddp_model = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
@@ -294,10 +307,9 @@ def measure(model, tokenizer, tools, examples, text):
 
 def with_and_without_steps(model, tokenizer, examples):
     """Accuracy by task where every answer has to begin with a thought, or with the result."""
-    begins = {"with_steps": "<think>", "without_steps": "The answer is"}
     return {
         name: accuracy_by_task(model, tokenizer, examples, begin=begin)[0]
-        for name, begin in begins.items()
+        for name, begin in BEGINS.items()
     }
 
 

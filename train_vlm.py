@@ -4,16 +4,20 @@
               loss = (CE(s, diagonal) + CE(s^T, diagonal)) / 2,  s_ij = t x_i . y_j
               Radford et al. 2021, CLIP, arXiv:2103.00020, figure 3
               or --loss siglip: -1/B sum_ij log sigmoid(z_ij (s_ij + b)),  z_ii = 1, else -1
-              Zhai et al. 2023, 2303.15343, equation 1
+              Zhai et al. 2023, 2303.15343, algorithm 1
     align     the projector alone: it makes tokens of the language model out of the tower's features
     instruct  projector and language model (--train_vision: the tower, too), by questions
-              loss = - sum_t m_t log p(x_t | images, x_<t) / sum_t m_t, as in train_sft.py
+              both: loss = - sum_t m_t log p(x_t | images, x_<t) / sum_t m_t, as in train_sft.py
               Liu et al. 2023, LLaVA, 2304.08485, section 4.2; Liu et al. 2023, 2310.03744
 
 The model is nanollm/vision/vlm.py, its towers are in vit.py and clip.py there. Against forgetting,
-rows of text alone (--replay) stand in the batches of the last stage; LLaVA has none. A model proves
-that it looks by one that can't: the no-image baseline (--no_images) is trained in the same way on
-grey images, and what that one gets right can be guessed.
+rows of text alone (--replay) stand in the batches of the last stage; LLaVA has none. To show that
+the model uses the image, compare it with one that cannot see: the no-image baseline (--no_images)
+is trained in the same way on grey images; what it gets right can be guessed.
+
+Differs from the papers: a new projector is calibrated and learns at a tenth of the rate
+(optim.PROJECTOR), a batch of clip has hard negatives, and the projector reads the features of the
+last layer, class token included (LLaVA: of the last but one, without).
 
 Run     python train_vlm.py                           # all three, and the baseline: runs/vlm
         python train_vlm.py --stage all --resume      # after a kill: finished stages are kept
@@ -43,7 +47,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -57,7 +61,7 @@ from nanollm.checkpoint import read_json
 from nanollm.config import (
     AdapterConfig,
     OpenShare,
-    Range,
+    Share,
     TrainConfig,
     UserError,
     Whole,
@@ -71,7 +75,7 @@ from nanollm.formats import (
     read_chats,
     read_examples,
     read_image_chats,
-    split_documents,
+    read_parts,
 )
 from nanollm.generate import check_room
 from nanollm.gpt import document_mask
@@ -94,7 +98,7 @@ from nanollm.vision.clip import CLIP, TextConfig, caption_tokens, save_clip
 from nanollm.vision.images import GREY, ImageStore, Preprocessing
 from nanollm.vision.vit import VisionConfig, ViT, load_vision
 from nanollm.vision.vlm import build_vlm
-from train_sft import load_text, replay_rows, sft_loss, validation_loss
+from train_sft import BEGINS, load_text, replay_count, replay_rows, sft_loss, validation_loss
 
 
 @dataclass
@@ -119,8 +123,9 @@ class Config(AdapterConfig, TrainConfig):
     test_data: str | None = None
     test_examples: Whole[0] = 48  # examples per task, of text and of images; 0: all
     # for instruct, against forgetting: share of the rows without images, a quarter of them plain
-    # text, the others dialogues
-    replay: Annotated[float, Range(0, 0.99)] = 0.4
+    # text, the others dialogues; plain text is trained on at every token, so its share of the
+    # trained tokens is larger
+    replay: Share = 0.4
     text_data: str = "village"  # those dialogues: the village's, or a JSONL file
     replay_data: str | None = None  # that plain text, .txt or .jsonl; default: the village's
     no_images: bool = False  # for instruct: grey in place of each image, in training and tests
@@ -132,10 +137,10 @@ class Config(AdapterConfig, TrainConfig):
     vision_layers: Whole[1] = 4  # of the vision tower
     vision_channels: Whole[1] = 128  # of the vision tower; 32 per head
     loss: Literal["clip", "siglip"] = "clip"  # of the first stage
-    # for clip: so many captions that stand one below the other in the file come into a batch
-    # together; the village's are of images that differ in one thing each, so that the tower has
-    # to look at everything
-    hard_negatives: Whole[1] = 4
+    # for clip: captions on this many consecutive lines always share a batch; the village's are of
+    # images that differ in one thing each, so that the tower has to look at everything. Default: 4
+    # for the village, 1 for other data
+    hard_negatives: Whole[1] | None = None
     # from the tower's features to the language model's tokens; pixel_shuffle joins four patches
     projector: Literal["linear", "mlp", "pixel_shuffle"] = "mlp"
     feature_layer: int = -1  # whose states the projector reads; -1: the last layer's; LLaVA: -2
@@ -178,7 +183,6 @@ DATA = {
     "instruct": (read_image_chats, "questions"),
 }
 CAPTION = 128  # tokens of the longest caption
-BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -194,11 +198,8 @@ def load_records(cfg):
     read, name = DATA[cfg.stage]
     if cfg.data == "village":
         train, val = (read(painted(cfg) / f"{name}_{part}.jsonl") for part in ("train", "val"))
-    elif cfg.val_data:
-        train, val = read(cfg.data), read(cfg.val_data)
     else:
-        known = read(cfg.data)
-        train, val = (split_documents(known, part, cfg.val_fraction) for part in ("train", "val"))
+        train, val = read_parts(read, cfg.data, cfg.val_data, cfg.val_fraction)
     if not train or not val:
         raise UserError(f"{cfg.data} has too few records to hold some out; name --val_data")
     if cfg.no_images:
@@ -265,7 +266,7 @@ def siglip_loss(image_embeddings, text_embeddings, log_scale, bias):
     """-1/B sum_ij log sigmoid(z_ij (exp(log_scale) x_i . y_j + bias)), z_ij = 1 for a pair and -1
     otherwise: every cell is a question of its own, yes or no. x, y (B, E) of length 1.
 
-    Zhai et al. 2023 (arXiv:2303.15343), equation 1.
+    Zhai et al. 2023 (arXiv:2303.15343), algorithm 1.
     """
     logits = log_scale.exp() * image_embeddings @ text_embeddings.T + bias  # (B, B)
     signs = 2 * torch.eye(len(logits), device=logits.device) - 1
@@ -273,7 +274,7 @@ def siglip_loss(image_embeddings, text_embeddings, log_scale, bias):
 
 
 def of_all_processes(embeddings):
-    """The embeddings (B, E) of every process below each other, (B processes, E): the losses compare
+    """The embeddings (B, E) of every process, stacked, (B processes, E): the losses compare
     each pair with all others, wherever they were computed. Gradients flow back to the process they
     came from.
     """
@@ -311,8 +312,8 @@ def vision_config(cfg):
     heads = max(1, C // 32)
     if cfg.image_size % cfg.patch_size or C % heads:
         raise UserError(
-            f"--patch_size {cfg.patch_size} must divide --image_size {cfg.image_size}, or an edge "
-            f"is never looked at; and 32, the channels of a head, --vision_channels {C}"
+            f"--patch_size {cfg.patch_size} must divide --image_size {cfg.image_size}, or the "
+            f"border is never seen; and 32, the channels of a head, --vision_channels {C}"
         )
     return VisionConfig(cfg.image_size, cfg.patch_size, C, 4 * C, cfg.vision_layers, heads)
 
@@ -349,7 +350,8 @@ def train_clip(cfg, rt):
             loss = clip_loss(x, y, model.logit_scale)
         else:
             loss = siglip_loss(x, y, model.logit_scale, model.logit_bias)
-        loss = rt.backward(loss / rt.world)  # each process has computed that of the whole batch
+        # each process has the whole loss; all_gather's backward sums the copies, and DDP averages
+        loss = rt.backward(loss / rt.world)
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
         model.limit_scale()
         run.advance(loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
@@ -372,7 +374,7 @@ def train_clip(cfg, rt):
 
 
 def start_model(cfg, rt):
-    """(model, tokenizer), of which only what the stage trains isn't frozen."""
+    """(model, tokenizer), with everything frozen but what this stage trains."""
     model, tokenizer = load_model(cfg.init)
     if cfg.stage == "align":
         how = (cfg.projector, cfg.feature_layer, cfg.class_token)
@@ -402,7 +404,7 @@ def train_language(cfg, rt):
     check_folders(cfg.out, cfg.init, cfg.vision)
     model, tokenizer = start_model(cfg, rt)
     T, store = row_length(cfg.context, model), ImageStore(model.preprocessing)
-    n_texts = round(cfg.replay * cfg.batch_size) if cfg.stage == "instruct" else 0
+    n_texts = replay_count(cfg, "images") if cfg.stage == "instruct" else 0
     n_plain = round(n_texts / 4)
     chats, val_chats = load_records(cfg)
     how = dict(rt=rt, image_tokens=model.tokens_per_image, store=store)
@@ -419,6 +421,7 @@ def train_language(cfg, rt):
 
     share = rt.share(cfg.batch_size)
     if cfg.stage == "align":
+        # scale the new projector so that its tokens are as large as word embeddings
         model.calibrate(store.images(train_rows.image_numbers()[:256]))
     run = Run(cfg, rt)
     ddp_model = rt.prepare(model, cfg.compile)
@@ -503,7 +506,7 @@ def finish(cfg, run, model, tokenizer, store, tests, texts_before, val_rows):
         for name, rows in (("another", with_others_images(val_rows)), ("right", val_rows)):
             loss[name] = validation_loss(model, rows, logits_of=partial(image_logits, store=store))
         name = "held-out completions, with another's image and with the right one"
-        effects.append(effect(name, *loss.values(), "nats per token", False))
+        effects.append(effect(name, loss["another"], loss["right"], "nats per token", False))
     if tests["images"] and run.rt.main:
         keep_samples(run.folder / "images.json", tests["images"], completions, guesses)
     run.write_result(effects, val_loss=loss, images=columns, texts=texts)
@@ -538,6 +541,8 @@ def complete_settings(cfg):
     """The settings of a stage, its own defaults filled in; UserError for what can't go together."""
     own = {k: v for k, v in BY_STAGE[cfg.stage].items() if getattr(cfg, k) is None}
     cfg = replace(cfg, **own)
+    if cfg.hard_negatives is None:
+        cfg = replace(cfg, hard_negatives=4 if cfg.data == "village" else 1)
     if (cfg.stage == "align") != bool(cfg.vision):
         raise UserError(
             "--vision, the folder of a tower, is what --stage align needs, and it alone"
@@ -548,10 +553,8 @@ def complete_settings(cfg):
         raise UserError(
             f"--hard_negatives {cfg.hard_negatives} must divide --batch_size {cfg.batch_size}"
         )
-    if cfg.stage == "instruct" and round(cfg.replay * cfg.batch_size) >= cfg.batch_size:
-        raise UserError(
-            f"--replay {cfg.replay} leaves none of the {cfg.batch_size} rows of a batch to images"
-        )
+    if cfg.stage == "instruct":
+        replay_count(cfg, "images")
     if cfg.adapter and cfg.train_vision:
         raise UserError("--train_vision goes with no --adapter, whose folder holds no tower")
     return cfg

@@ -106,6 +106,8 @@ class Sampler:
 
     def take(self, k):
         """The next k numbers, as an int64 tensor (k,)."""
+        if k > 0 and not self.n:
+            raise UserError("there are no rows to take from; give more data")
         taken = [self._order[:0]]
         while k > 0:
             if self.index == self.n:

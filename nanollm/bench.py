@@ -324,7 +324,7 @@ def main(cfg):
     where = f"{torch.get_num_threads()} CPU threads"
     if rt.device.type == "cuda":
         where = torch.cuda.get_device_name(rt.device)
-    print(f"{total:,} parameters in {str(rt.dtype)[6:]} on {where}", flush=True)
+    print(f"{total:,} parameters in {rt.dtype_name} on {where}", flush=True)
     asked = f"{cfg.prompts} prompts of {cfg.prompt_tokens} tokens, {cfg.new_tokens} new ones"
     if cfg.what == "grpo":
         times, remark = bench_grpo(cfg, rt, model, ddp_model)

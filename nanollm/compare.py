@@ -17,7 +17,7 @@ from math import prod
 from nanollm.checkpoint import bases_of, existing_folder, is_adapter, read_json
 from nanollm.config import UserError, atomic_write, cli
 from nanollm.metrics import table
-from nanollm.run import shown
+from nanollm.run import format_value
 from nanollm.safetensors import read_header
 
 OWN = ("seed", "out", "resume", "dtype")  # settings in which runs of one row may differ
@@ -56,7 +56,8 @@ def mean(values, unit=""):
     values = [value for value in values if value is not None]
     if not values:
         return "-"
-    first, *ends = (shown(x, unit) for x in (sum(values) / len(values), min(values), max(values)))
+    three = sum(values) / len(values), min(values), max(values)
+    first, *ends = (format_value(x, unit) for x in three)
     return first if ends[0] == ends[1] else f"{first} ({ends[0]} to {ends[1]})"
 
 

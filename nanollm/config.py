@@ -79,7 +79,7 @@ NotNegative = Annotated[float, Range(0)]
 
 @dataclass
 class TrainConfig:
-    """What every training script can be told; each adds its own flags, and its own defaults."""
+    """Options common to all training scripts; each adds its own flags, and its own defaults."""
 
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: one GPU
     preset: str = "tiny"
@@ -112,8 +112,8 @@ class AdapterConfig:
     """Train an adapter instead of all weights."""
 
     # -- Adapter
-    # freeze the model and train an adapter only: lora, dora, qlora, adapter, prefix, ptuning or
-    # prompt (nanollm/peft/); none: all weights are trained
+    # freeze the model and train an adapter only: lora, dora, qlora, bottleneck, prefix, ptuning
+    # or prompt (nanollm/peft/); none: all weights are trained
     adapter: str | None = None
     rank: Whole[1] = 16  # r of lora, dora and qlora; width of a bottleneck adapter
     alpha: Positive = 32.0  # lora, dora, qlora: what they learn counts alpha / r

@@ -90,6 +90,14 @@ def split_documents(documents, part, fraction=DEFAULT_VAL_FRACTION):
     return [kept] if alone else kept
 
 
+def read_parts(read, path, val_path=None, val_fraction=DEFAULT_VAL_FRACTION):
+    """[training, held-out] records of a file; the latter are in another file, or its last part."""
+    records = read(path)
+    if val_path:
+        return [records, read(val_path)]
+    return [split_documents(records, part, val_fraction) for part in ("train", "val")]
+
+
 # --- corpora and dialogues -----------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ cache. The prefill runs once per prompt and is shared by its G samples. On a CPU
 leave the batch; on a GPU a decoding step is recorded once as a CUDA graph and replayed.
 
 Of a model it knows `merged` (a copy to sample with), `hidden`, `head`, `gather_images` and
-`select_rows`. Images are read in the prefill; in the cache they are tokens like any.
+`select_rows`. Images are read in the prefill; in the cache they are tokens like any other.
 
 N prompts, G samples each, B = N * G rows; P longest prompt, L new tokens, S slots of the cache.
 """
@@ -76,21 +76,21 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
     if top_k or top_p < 1:
         logits = keep_top_k(logits, min(top_k, logits.shape[1])) if top_k else logits
         kept = (keep_top_p(logits, top_p) if top_p < 1 else logits).softmax(-1)
-    cdf = kept.cumsum(-1, dtype=fine(kept.device))
+    cdf = kept.cumsum(-1, dtype=cdf_dtype(kept.device))
     u = uniform(len(cdf), cdf.device, generator) if u is None else u
     # the inverse of the CDF at u
     tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
-def fine(device):
+def cdf_dtype(device):
     """The dtype of a CDF over a large vocabulary: float64, where the device knows it."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def uniform(shape, device, generator=None):
     """Random numbers in [0, 1)."""
-    return torch.rand(shape, dtype=fine(device), device=device, generator=generator)
+    return torch.rand(shape, dtype=cdf_dtype(device), device=device, generator=generator)
 
 
 def check_room(model, prompts, new_tokens, examples=()):
@@ -156,9 +156,9 @@ class Engine:
             mask = ((slots[:, None] >= slots) & real[:, None] | itself)[:, None]
         shown = {} if images is None else {"images": images}
         hidden = self.model.hidden(self.prompts, positions, mask, self.cache, **shown)
-        return self._speakable(self.model.head(hidden[:, -1]))
+        return self._without_placeholder(self.model.head(hidden[:, -1]))
 
-    def _speakable(self, logits):
+    def _without_placeholder(self, logits):
         if self.never is not None:
             logits[:, self.never] = float("-inf")
         return logits
@@ -195,7 +195,7 @@ class Engine:
             mask = None if self.allowed is None else self.allowed[..., : self.length + 1]
             logits = self._forward(tokens[:, None], positions[:, None], mask)
         self.length += 1
-        return self._speakable(logits)
+        return self._without_placeholder(logits)
 
     def _forward(self, tokens, positions, mask):
         return self.model(tokens, positions, mask, self.cache)[:, -1]
@@ -374,7 +374,7 @@ def sample_together(rt, model, tokenizer, prompts, max_new_tokens, samples=1, se
     many they are.
     """
     generator, mine = torch.Generator().manual_seed(seed), rt.mine(len(prompts))
-    shape, dtype = (len(prompts), samples, max_new_tokens), fine(model.device)
+    shape, dtype = (len(prompts), samples, max_new_tokens), cdf_dtype(model.device)
     noise = torch.rand(shape, generator=generator, dtype=dtype)  # on a CPU: the same everywhere
     how |= {"samples": samples, "noise": noise[mine].to(model.device)}
     return rt.gather(sample_completions(model, tokenizer, prompts[mine], max_new_tokens, **how))

@@ -88,7 +88,7 @@ class Optimizer:
         """One step at `factor` times the learning rates, the gradient's norm kept below `grad_clip`
         (0: as it is); then the gradients are cleared. Returns the norm, over all parameters.
 
-        A gradient that is no number ends the run, save in fp16, where the scaler skips such steps.
+        A gradient that is not finite ends the run, save in fp16, where the scaler skips such steps.
         """
         for o in self.optimizers:
             self.scaler.unscale_(o)

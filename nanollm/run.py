@@ -164,7 +164,7 @@ class Run:
         """Append a line to metrics.jsonl. The names in `show` go on the progress bar, or on a line
         of their own where stderr is no terminal, or where the line is one to `keep`.
 
-        A value that is no number ends the run; the last checkpoint stays as it is.
+        A value that is not finite ends the run; the last checkpoint stays as it is.
         """
         record = {"step": self.step, "seconds": round(self.elapsed, 3)}
         record |= {name: float(value) for name, value in metrics.items() if value is not None}
@@ -263,7 +263,7 @@ def effect(name, before, after, unit="", higher_is_better=True):
     }
 
 
-def shown(value, unit=""):
+def format_value(value, unit=""):
     """A value of an effect as text, without its unit."""
     if value is None:
         return "-"
@@ -273,7 +273,7 @@ def shown(value, unit=""):
 def effect_line(effect):
     """An effect as text: gold score: 0.68 -> 0.94."""
     unit = effect["unit"]
-    values = [shown(effect[side], unit) for side in ("before", "after")]
+    values = [format_value(effect[side], unit) for side in ("before", "after")]
     text = " -> ".join(values[effect["before"] is None :])
     return f"{effect['name']}: {text} {'' if unit == 'share' else unit}".rstrip()
 

@@ -39,6 +39,10 @@ class Runtime:
         """True in the one process that prints and writes."""
         return self.rank == 0
 
+    @property
+    def dtype_name(self):
+        return str(self.dtype).removeprefix("torch.")
+
     def print(self, *args):
         if self.main:
             print(*args, flush=True)
@@ -90,7 +94,7 @@ class Runtime:
         return [value for each in gathered for value in each]
 
     def mine(self, n):
-        """This process's part of n rows, as even as it gets: a slice."""
+        """This process's part of n rows, shared as evenly as possible: a slice."""
         return slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
     def share(self, n):

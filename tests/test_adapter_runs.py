@@ -199,7 +199,7 @@ def test_an_adapters_folder_is_a_start_for_every_script(here):
     load_scalar("runs/third")
 
 
-@pytest.mark.parametrize("method", ["adapter", "prefix"])
+@pytest.mark.parametrize("method", ["bottleneck", "prefix"])
 def test_what_cannot_be_merged_opens_attached_and_nothing_is_trained_on_it(method, here, capsys):
     out, flags = f"runs/{method}", ["--adapter", method, "--rank", 4, "--steps", 2]
     run("train_dpo", *flags, out=out)

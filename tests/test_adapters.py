@@ -67,7 +67,7 @@ def test_what_was_added_is_trained_and_nothing_else(method, random_model):
     assert all(torch.equal(p, before[name]) for name, p in base.items())
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "adapter"])
+@pytest.mark.parametrize("method", ["lora", "dora", "bottleneck"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_starts_at_zero_changes_nothing_at_first(method, dtype, random_model):
     model = random_model(attention_bias=True)
@@ -123,7 +123,7 @@ def test_a_reward_models_head_is_trained_beside_the_adapter_and_saved_with_it(
     close(again(TOKENS), model(TOKENS))
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter", "prefix"])
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "prefix"])
 def test_an_adapter_goes_on_the_weights_that_it_was_trained_on_alone(
     method, tmp_path, random_model, tokenizer
 ):
@@ -162,7 +162,7 @@ MISFITS = {
 @pytest.mark.parametrize("case", MISFITS)
 def test_a_config_that_cannot_be_meant_is_refused(case, random_model, tmp_path):
     change, sentence = MISFITS[case]
-    adapters.save_adapter(attach(random_model(), "adapter"), tmp_path, "base")
+    adapters.save_adapter(attach(random_model(), "bottleneck"), tmp_path, "base")
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=sentence):
@@ -274,5 +274,5 @@ def test_a_bottleneck_adds_its_own_output_to_the_layers(random_model):
 
 def test_two_bottlenecks_in_every_block_with_two_matrices_and_two_biases_each(random_model):
     C, r = 32, 4
-    trained, _ = adapters.trainable(attach(random_model(), "adapter"))
+    trained, _ = adapters.trainable(attach(random_model(), "bottleneck"))
     assert trained == 2 * 2 * (2 * C * r + r + C)

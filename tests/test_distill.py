@@ -121,8 +121,8 @@ def test_losses_by_hand():
     soft = distill.soft_loss(divergence, ce, labelled, 2, 1, alpha=0.75, temperature=2.0)
     assert soft.item() == pytest.approx(0.75 * 4 * 0.2 + 0.25 * 1.0)
     ce, labelled = torch.tensor([1.0, 5.0, 3.0]), torch.tensor([True, False, True])
-    assert distill.label_loss(ce, labelled, 2).item() == 2.0
-    assert distill.label_loss(ce, labelled & False, 0).item() == 0.0
+    assert distill.masked_mean(ce, labelled, 2).item() == 2.0
+    assert distill.masked_mean(ce, labelled & False, 0).item() == 0.0
 
 
 def test_a_rationale_weighs_as_much_as_its_weight_says_however_long_it_is():
@@ -405,9 +405,8 @@ def test_the_teachers_completions_are_dialogues_that_other_runs_read(here, capsy
     flags = [*SMALL, *"--init runs/pretrain --data runs/distill/teacher.jsonl".split()]
     flags += "--val_data chats.jsonl --replay 0 --steps 1 --context 48".split()
     run(train_sft, *flags, out="runs/again")
-    distil(
-        "--method", "both", "--steps", 1, "--answers", "runs/distill/teacher.jsonl", out="runs/b"
-    )
+    flags = "--method both --steps 1 --completions runs/distill/teacher.jsonl".split()
+    distil(*flags, out="runs/b")
     assert f", {len(kept)} kept" in capsys.readouterr().out
     assert read_chats("runs/b/teacher.jsonl") == kept
 
@@ -461,7 +460,7 @@ REFUSED = {
         "or --max_new_tokens",
     ),
     "dialogues without rationales": (
-        ["--method", "step_by_step", "--answers", "plain.jsonl"],
+        ["--method", "step_by_step", "--completions", "plain.jsonl"],
         "gives no rationale, <think>...</think>",
     ),
     "itself": (["--out", "runs/sft"], "would replace"),

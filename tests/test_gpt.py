@@ -335,7 +335,7 @@ def test_a_model_on_a_cpu_waits_for_no_compiler():
 # --- to sample with ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [None, "lora", "dora", "qlora", "adapter", "prefix", "prompt"])
+@pytest.mark.parametrize("adapter", [None, *"lora dora qlora bottleneck prefix prompt".split()])
 def test_a_merged_model_computes_the_same_and_is_its_own_merged_model(adapter, random_model):
     model, tokens = random_model(), some_tokens()
     if adapter:

@@ -27,7 +27,7 @@ from helpers import (
 import train_pretrain
 import train_sft
 from nanollm.batches import Sampler
-from nanollm.config import comments_of, parse
+from nanollm.config import UserError, comments_of, parse
 from nanollm.hub import load_model
 from nanollm.run import Run, effect, effect_line, read_metrics
 from nanollm.runtime import Runtime, peak_memory, start
@@ -362,7 +362,9 @@ def test_a_prompt_beyond_the_context_is_refused(here, capsys):
     pretrain("--steps", 1)
     capsys.readouterr()
     chat = importlib.import_module("nanollm.chat")
-    assert "shorten" in refused(capsys, chat, "runs/pretrain", "--prompt", "a" * 90)
+    assert "shorten" in refused(
+        capsys, chat, "runs/pretrain", "--max_new_tokens", 8, "--prompt", "a" * 90
+    )
 
 
 def test_numbers_that_are_none_end_the_run_and_never_replace_a_checkpoint(here, capsys):
@@ -394,6 +396,12 @@ def test_the_folder_to_start_from_is_never_replaced(init, here, capsys):
 def test_data_that_has_changed_since_the_checkpoint_is_refused():
     with pytest.raises(Exception, match="12 rows then, 13 now"):
         Sampler(13).load_state_dict(Sampler(12).state_dict())
+
+
+def test_nothing_is_taken_from_nothing():
+    assert len(Sampler(0).take(0)) == 0
+    with pytest.raises(UserError, match="no rows"):
+        Sampler(0).take(1)
 
 
 def test_xz_needs_nothing_for_what_it_has_seen_and_four_bits_for_one_of_sixteen_letters():

@@ -42,7 +42,7 @@ PRETRAIN = (
 ).split()
 COMMON = (
     "--dtype fp32 --device cpu --batch_size 12 --warmup 2 --eval_every 1000 --image_size 16 "
-    "--patch_size 8 --vision_layers 2 --vision_channels 32 --hard_negatives 1 --replay 0 "
+    "--patch_size 8 --vision_layers 2 --vision_channels 32 --replay 0 "
     "--text_data chats.jsonl --replay_data text.txt"
 ).split()
 CLIP = [*COMMON, *"--stage clip --init runs/pretrain --data captions.jsonl".split()]
@@ -375,12 +375,13 @@ REFUSED = {
     ),
     "row beyond the model": ([*ALIGN, "--context", 65], "beyond the model's context of 64"),
     "row within an image": ([*ALIGN, "--context", 4], "has an answer within 4 tokens"),
-    "patches leave an edge": ([*CLIP, "--image_size", 20], "or an edge is never looked at"),
+    "patches leave an edge": ([*CLIP, "--image_size", 20], "or the border is never seen"),
     "heads don't divide": ([*CLIP, "--vision_channels", 100], "the channels of a head"),
     "pixel shuffle of nine": ([*ALL, *SHUFFLED, 24, "--no_class_token"], "not 9 patches"),
     "pixel shuffle of a class token": ([*ALL, *SHUFFLED, 32], "add --no_class_token"),
     "a layer too deep": ([*ALIGN, "--feature_layer", 5], "can't be those of layer 5"),
-    "replay of all rows": ([*INSTRUCT, "--replay", 0.99], "leaves none of the 12 rows"),
+    "replay of no row": ([*INSTRUCT, "--replay", 0.01], "no row for replay in a batch of 12"),
+    "replay of all rows": ([*INSTRUCT, "--replay", 0.99], "no row for images in a batch of 12"),
     "one image alone": ([*INSTRUCT, "--test_data", "same.jsonl"], "no other example has 1 im"),
     "long examples": ([*INSTRUCT, "--test_data", "long_examples.jsonl"], "context of 64"),
     "damaged examples": ([*INSTRUCT, "--test_data", "damaged_examples.jsonl"], "damaged.png"),

@@ -1,12 +1,12 @@
 """Parameter-efficient fine-tuning: one way to attach, count, save and load every method.
 
-    lora     y = W x + s B A x                                lora.py
-    dora     the same, magnitude and direction apart          lora.py
-    qlora    lora on base weights of four bits                lora.py, nf4.py
-    adapter  y = h + U gelu(D h), h the output of a branch    bottleneck.py
-    prefix   keys and values in front of every layer          soft_prompts.py
-    ptuning  the same, without an MLP behind them             soft_prompts.py
-    prompt   embeddings in front of the text                  soft_prompts.py
+    lora        y = W x + s B A x                             lora.py
+    dora        the same, magnitude and direction apart       lora.py
+    qlora       lora on base weights of four bits             lora.py, nf4.py
+    bottleneck  y = h + U gelu(D h), h a branch's output      bottleneck.py
+    prefix      keys and values in front of every layer       soft_prompts.py
+    ptuning     the same, without an MLP behind them          soft_prompts.py
+    prompt      embeddings in front of the text               soft_prompts.py
 
 A method is a class derived from Method (method.py), and a line in METHODS. The base stays as it is:
 `attach` freezes it, and only what it adds is trained and saved.
@@ -22,14 +22,14 @@ from nanollm.config import UserError, atomic_write
 from nanollm.gpt import ScalarGPT, unwrap
 from nanollm.peft.bottleneck import Bottlenecks
 from nanollm.peft.lora import DoRA, LoRA, QLoRA
-from nanollm.peft.method import WHOLE, Settings
+from nanollm.peft.method import MODULES_TO_SAVE, Settings
 from nanollm.peft.soft_prompts import Prefix, Prompt, PTuning
 
 METHODS = {
     "lora": LoRA(),
     "dora": DoRA(),
     "qlora": QLoRA(),
-    "adapter": Bottlenecks(),
+    "bottleneck": Bottlenecks(),
     "ptuning": PTuning(),  # before prefix: the files of both are the same
     "prefix": Prefix(),
     "prompt": Prompt(),
@@ -90,7 +90,7 @@ def save_adapter(model, folder, base):
         "base_model_name_or_path": str(base),
     }
     config |= model.adapter_config
-    if whole := [theirs for ours, theirs in WHOLE.items() if hasattr(model, ours)]:
+    if whole := [theirs for ours, theirs in MODULES_TO_SAVE.items() if hasattr(model, ours)]:
         config["modules_to_save"] = whole
     if scalar:
         config["reward_shift"] = model.shift  # not peft's
@@ -113,7 +113,7 @@ def load_adapter(model, folder, base=None, **more):
     for name, kind in TYPES.items():
         if config.get(name) is not None and not isinstance(config[name], kind):
             raise UserError(f"{where}: {name} can't be {config[name]!r}")
-    method = next((name for name, each in METHODS.items() if each.wrote(config)), None)
+    method = next((name for name, each in METHODS.items() if each.matches(config)), None)
     if method is None:
         raise UserError(f"{where}: peft_type {config.get('peft_type')!r} is not implemented")
     known = safetensors.read_header(folder / WEIGHTS)[1].get(BASE_HASH)

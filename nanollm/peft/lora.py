@@ -218,9 +218,9 @@ class LoRA(Method):
         config |= {"use_rslora": settings.rslora, "use_dora": self.dora}
         return config | ({"base_quantization": "nf4"} if self.quantised else {})  # not peft's
 
-    def wrote(self, config):
+    def matches(self, config):
         kind = bool(config.get("use_dora")), config.get("base_quantization") == "nf4"
-        return super().wrote(config) and kind == (self.dora, self.quantised)
+        return super().matches(config) and kind == (self.dora, self.quantised)
 
     def settings(self, model, config, tensors, where):
         """Raises UserError where the adapter needs what isn't implemented."""

@@ -17,7 +17,7 @@ BASE = "base_model.model."  # in front of every name in peft's files
 PARTS = {"model.": "model.language_model.", "projector.": "model.multi_modal_projector."}
 # Trained as a whole beside an adapter, and what peft calls it: a reward model's head, a VLM's
 # projector.
-WHOLE = {"score": "score", "projector": "multi_modal_projector"}
+MODULES_TO_SAVE = {"score": "score", "projector": "multi_modal_projector"}
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Method:
         """The Settings with which `add` makes an adapter like the one in these files."""
         return Settings(rank=whole_number(config, "r", where))
 
-    def wrote(self, config):
+    def matches(self, config):
         """Does an adapter_config.json belong to this method?"""
         return config.get("peft_type") == self.peft_type
 
@@ -93,7 +93,7 @@ class Method:
         model.requires_grad_(False)
         config = self.add(model, settings, **more)
         for name, p in model.named_parameters():
-            if name.split(".")[0] in WHOLE:
+            if name.split(".")[0] in MODULES_TO_SAVE:
                 p.requires_grad_(True)
         model.to(device)
         return config
