@@ -231,7 +231,8 @@ def main(cfg):
     text = load_text(cfg, tokenizer, model, T)
     tools = None
     if cfg.data == "tools":
-        tools = Toolbox.of_village(village.of_run(cfg.init), tokenizer)
+        folder = village.of_run(cfg.init)
+        tools = Toolbox.with_knowledge(folder / "knowledge.jsonl", tokenizer)
 
     share, n_replay = rt.share(cfg.batch_size), round(cfg.replay * cfg.batch_size)
     run = Run(cfg, rt)

@@ -147,8 +147,8 @@ def evaluate_answers(cfg, rt, model, tokenizer):
     if template != "chat":
         print(f"questions are put by the template {template}")
     if cfg.tools:
-        folder = None if cfg.knowledge else village.of_run(cfg.model)
-        tools = Toolbox.of_village(folder, tokenizer, cfg.knowledge)
+        knowledge = cfg.knowledge or village.of_run(cfg.model) / "knowledge.jsonl"
+        tools = Toolbox.with_knowledge(knowledge, tokenizer)
     result = {"data": cfg.data, "template": template, "images": cfg.images}
     how = {"generator": torch.Generator(rt.device).manual_seed(cfg.seed), "tools": tools}
     how |= {"begin": cfg.begin, "shown": cfg.images, "template": template}
