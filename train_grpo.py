@@ -481,6 +481,8 @@ def main(cfg):
     if policy.tokens_per_image and not cfg.adapter:
         policy.train_parts(language=True)  # and the projector
     ref = rt.prepare(reference(policy), train=False) if cfg.kl_coef else None
+    if cfg.data == "images":
+        policy.image_store()  # refuses a model of text before images are painted
     train, val = load_problems(cfg)
     prompts = Prompts(cfg, policy, tokenizer, train + val)
     val = first_of_each_task(val, cfg.eval_problems)

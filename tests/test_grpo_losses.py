@@ -88,24 +88,21 @@ def equal(ours, theirs, logprobs):
 # --- beside trl ----------------------------------------------------------------------------------
 
 
-def self_of_trl(logprobs, **attributes):
-    """Stands in for `self` in an unbound method of trl, where the model gives these logprobs."""
-    return SimpleNamespace(
+def loss_of_trl(trainer, logprobs, mask, tensors, **attributes):
+    """trl's loss, its method unbound, where the model gives these logprobs."""
+    same = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    me = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, logprobs.detach(), None),
-        accelerator=SimpleNamespace(
-            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
-        ),
+        accelerator=same,
         model=SimpleNamespace(training=False),
         aux_loss_enabled=False,
         _metrics=defaultdict(lambda: defaultdict(list)),
         **attributes,
     )
-
-
-def inputs_of_trl(mask, **tensors):
     ids = torch.ones(mask.shape, dtype=torch.long)
-    prompts = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1]}
-    return prompts | {"completion_ids": ids, "completion_mask": mask.long()} | tensors
+    inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1]}
+    inputs |= {"completion_ids": ids, "completion_mask": mask.long()} | tensors
+    return trainer._compute_loss(me, None, inputs)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -114,8 +111,12 @@ def inputs_of_trl(mask, **tensors):
 def test_value_and_gradient_equal_trls(loss, spread, beta):
     logprobs, old, A, mask, sizes, ref = batch(spread)
     low, high = VARIANTS[loss].clip
-    me = self_of_trl(
+    tensors = {"advantages": A[:, 0], "old_per_token_logps": old, "ref_per_token_logps": ref}
+    theirs = loss_of_trl(
+        GRPOTrainer,
         logprobs,
+        mask,
+        tensors | {"num_items_in_batch": mask.sum()},
         loss_type="grpo" if loss == "gspo" else loss,
         beta=beta,
         importance_sampling_level="sequence" if loss == "gspo" else "token",
@@ -128,25 +129,17 @@ def test_value_and_gradient_equal_trls(loss, spread, beta):
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
         _entropy_bonus_enabled=False,
     )
-    inputs = inputs_of_trl(
-        mask,
-        advantages=A[:, 0],
-        old_per_token_logps=old,
-        ref_per_token_logps=ref,
-        num_items_in_batch=mask.sum(),
-    )
     penalty = beta * train_grpo.kl_k3(logprobs, ref)
-    ours = loss_of(loss, logprobs, old, A, mask, sizes, penalty)
-    equal(ours, GRPOTrainer._compute_loss(me, None, inputs), logprobs)
+    equal(loss_of(loss, logprobs, old, A, mask, sizes, penalty), theirs, logprobs)
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.5])
 def test_value_and_gradient_of_rloo_equal_trls(spread):
     logprobs, old, A, mask, sizes, _ = batch(spread)
-    me = self_of_trl(logprobs, epsilon_low=0.2, epsilon_high=0.2)
-    inputs = inputs_of_trl(mask, advantages=A[:, 0], old_logps=(old * mask).sum(1))
-    ours = loss_of("rloo", logprobs, old, A, mask, sizes)
-    equal(ours, RLOOTrainer._compute_loss(me, None, inputs), logprobs)
+    tensors = {"advantages": A[:, 0], "old_logps": (old * mask).sum(1)}
+    clip = {"epsilon_low": 0.2, "epsilon_high": 0.2}
+    theirs = loss_of_trl(RLOOTrainer, logprobs, mask, tensors, **clip)
+    equal(loss_of("rloo", logprobs, old, A, mask, sizes), theirs, logprobs)
 
 
 @pytest.mark.parametrize("longest, buffer", [(100, 20), (10, 10), (5, 1), (8, 0)])
@@ -158,42 +151,42 @@ def test_the_overlong_penalty_equals_trls(longest, buffer):
 
 # --- advantages ----------------------------------------------------------------------------------
 
-BY_LOOP = {
-    "group_advantages": lambda r: [
-        (x - statistics.fmean(r)) / (statistics.stdev(r) + 1e-4) for x in r
-    ],
-    "centred": lambda r: [x - statistics.fmean(r) for x in r],
-    "leave_one_out": lambda r: [x - statistics.fmean(r[:i] + r[i + 1 :]) for i, x in enumerate(r)],
+
+def group_loop(r):
+    return [(x - statistics.fmean(r)) / (statistics.stdev(r) + 1e-4) for x in r]
+
+
+def centred_loop(r):
+    return [x - statistics.fmean(r) for x in r]
+
+
+def leave_one_out_loop(r):
+    return [x - statistics.fmean(r[:i] + r[i + 1 :]) for i, x in enumerate(r)]
+
+
+ADVANTAGES = {  # function: (loop, what 1 is worth among 1, 0, 0, 1)
+    train_grpo.group_advantages: (group_loop, 0.5 / (math.sqrt(1 / 3) + 1e-4)),  # std: G - 1
+    train_grpo.centred: (centred_loop, 0.5),
+    train_grpo.leave_one_out: (leave_one_out_loop, 2 / 3),  # 1 less the mean of 0, 0 and 1
 }
 
 
-@pytest.mark.parametrize("function", BY_LOOP)
-def test_advantages_equal_a_loop_over_each_group(function):
-    rewards = torch.randn(5, 7)
-    wanted = [BY_LOOP[function](group) for group in rewards.tolist()]
-    close(getattr(train_grpo, function)(rewards), wanted)
-
-
-@pytest.mark.parametrize(
-    "function, first",
-    [
-        ("group_advantages", 0.5 / (math.sqrt(1 / 3) + 1e-4)),  # the std of a sample: G - 1
-        ("centred", 0.5),
-        ("leave_one_out", 2 / 3),  # 1 less the mean of 0, 0 and 1
-    ],
-)
-def test_advantages_by_hand(function, first):
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
-    got = getattr(train_grpo, function)(rewards)
+@pytest.mark.parametrize("function", ADVANTAGES)
+def test_advantages_equal_hand_numbers_and_a_loop_over_each_group(function):
+    by_loop, first = ADVANTAGES[function]
+    got = function(torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 3.0, 3.0, 3.0]]))
     close(got, [[first, -first, -first, first], [0.0] * 4])
+    rewards = torch.randn(5, 7)
+    close(function(rewards), [by_loop(group) for group in rewards.tolist()])
 
 
-@pytest.mark.parametrize("function", BY_LOOP)
+@pytest.mark.parametrize("function", ADVANTAGES)
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1.1])  # wrong or right, in format or not
-def test_equal_rewards_give_exactly_zero_advantage(reward, function):
+def test_equal_rewards_give_exactly_zero_advantage_and_are_counted(reward, function):
     for G in (2, 3, 4, 7, 8, 10, 16):
-        rewards = torch.full((1, G), reward)
-        assert getattr(train_grpo, function)(rewards).tolist() == [[0.0] * G]
+        assert function(torch.full((1, G), reward)).tolist() == [[0.0] * G]
+        rollout = rollout_of([[3]] * 2 * G, [[END]] * 2 * G, [reward] * 2 * G)
+        assert train_grpo.rollout_stats(rollout, G)["equal_groups"] == 1.0
 
 
 def test_returns_to_go_by_hand():
@@ -274,9 +267,6 @@ def test_the_mean_over_what_the_policy_samples_is_the_reverse_kl(estimator):
     estimates = getattr(train_grpo, estimator)(logpi, logref)
     kl = F.kl_div(logref, logpi, log_target=True, reduction="sum")
     close((logpi.exp() * estimates).sum(), kl)
-    drawn = torch.multinomial(logpi.exp(), 20_000, replacement=True)
-    error = estimates[drawn].std() / math.sqrt(len(drawn))
-    assert abs(estimates[drawn].mean() - kl) < 4 * error
 
 
 def test_k3_in_the_loss_has_the_forward_kls_gradient_and_k1_in_the_reward_the_reverse_kls():
@@ -456,7 +446,7 @@ def gradient_by_loop(loss, policy, ref, rollout, beta, temperature, longest=9):
         for place, a in reinforce_pp_by_loop(rewards, old, fixed, mask, beta).items():
             A[place] = a
     else:
-        by_loop = BY_LOOP[VARIANTS[loss].advantages.__name__]
+        by_loop = ADVANTAGES[VARIANTS[loss].advantages][0]
         A = torch.tensor([by_loop(group) for group in rewards.view(N, G).tolist()]).view(-1, 1)
     sizes = Sizes(len(rows), mask.sum().item(), longest)
     per_token = -A * logprobs
@@ -575,20 +565,6 @@ def test_what_a_tool_writes_into_a_completion_is_left_out_of_the_mask(random_mod
     assert rows.mask[0, first : first + 4].tolist() == [True, False, False, True]
 
 
-class Table(nn.Module):
-    """A policy whose ratios are read from a table, one for each update."""
-
-    def __init__(self, *ratios):
-        super().__init__()
-        self.nothing, self.ratios = nn.Parameter(torch.zeros(())), list(ratios)
-
-    def __deepcopy__(self, memo):
-        return self
-
-    def logprobs(self, part, temperature):
-        return F.pad(torch.tensor(self.ratios.pop(0)).log(), (1, 0)) + 0 * self.nothing
-
-
 @pytest.mark.parametrize(
     "loss, ratios, share",
     [
@@ -600,25 +576,12 @@ class Table(nn.Module):
         ("rloo", [[1.15, 1.15], [1.1, 1.1]], 1.0),  # products 1.32 and 1.21
     ],
 )
-def test_the_clip_fraction_is_the_share_of_tokens_whose_ratio_the_loss_clips(
-    loss, ratios, share, monkeypatch
-):
-    monkeypatch.setattr(train_grpo, "completion_logprobs", Table.logprobs)
-    before = lambda model, rows, *how: torch.zeros(rows.mask[:, 1:].shape)  # noqa: E731
-    monkeypatch.setattr(train_grpo, "batched_logprobs", before)
-    rollout = rollout_of([[3, 4], [3, 4]], [[5, 6], [7, 8]], [1.0, 0.0])
-    policy = Table([[1.0, 1.0], [1.0, 1.0]], ratios)
-    _, _, seen = update(policy, rollout, loss=loss, samples=2, inner_updates=2)
-    assert seen["clip_fraction"] == pytest.approx(share / 2)  # none at the first of two updates
-
-
-@pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1.1])
-@pytest.mark.parametrize("groups", [1, 4])
-def test_groups_of_equal_rewards_are_counted(groups, reward):
-    for size in (2, 7, 8, 10, 16):
-        n = groups * size
-        rollout = rollout_of([[3]] * n, [[END]] * n, [reward] * n)
-        assert train_grpo.rollout_stats(rollout, size)["equal_groups"] == 1.0
+def test_the_clip_fraction_is_the_share_of_tokens_whose_ratio_the_loss_clips(loss, ratios, share):
+    mask, variant = torch.ones(2, 2, dtype=torch.bool), VARIANTS[loss]
+    part = SimpleNamespace(mask=mask, ref_logprobs=None)
+    rho = variant.ratio(torch.tensor(ratios).log(), mask)
+    stats = train_grpo.update_stats(part, 0.0 * mask, rho, Sizes(2, 4, 2), variant.clip)
+    assert stats["clip_fraction"] == pytest.approx(share)
 
 
 def test_entropy_and_kl_are_read_off_the_sampled_tokens():
@@ -651,15 +614,16 @@ def test_gsm8k_records_are_problems_and_the_last_of_them_held_out(tmp_path):
     assert [example["answer"] for example in val] == ["25", "26"] and len(train) == 18
 
 
-def test_data_without_answers_is_refused(tmp_path):
-    records = [{"prompt": f"say {n}"} for n in range(20)]
-    with pytest.raises(UserError, match='0 problems with an "answer" to train on and 0 held out'):
+@pytest.mark.parametrize(
+    "records, sentence",
+    [
+        ([{"prompt": f"say {n}"} for n in range(20)], "0 problems .* and 0 held out"),
+        ([{"prompt": "2 + 5?", "answer": 7}], "0 problems.*and 1 held out; both are needed"),
+    ],
+)
+def test_data_without_answers_and_too_few_problems_are_refused(records, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
         problems_in(tmp_path / "prompts.jsonl", records)
-
-
-def test_too_few_problems_to_hold_one_out_are_refused(tmp_path):
-    with pytest.raises(UserError, match="0 problems.*and 1 held out; both are needed"):
-        problems_in(tmp_path / "one.jsonl", [{"prompt": "2 + 5?", "answer": 7}])
 
 
 def tasks(count=40):
@@ -708,8 +672,7 @@ def test_the_villages_own_problems_come_in_two_files(data, name, place, tmp_path
 
 
 def asked(template, tokenizer, question="What is 7 - 3?"):
-    example = {"messages": [{"role": "user", "content": question}]}
-    return TEMPLATES[template](example, tokenizer)
+    return TEMPLATES[template]({"messages": [{"role": "user", "content": question}]}, tokenizer)
 
 
 def test_a_base_model_reads_a_document_with_an_example_and_the_problem(tokenizer):
@@ -719,11 +682,9 @@ def test_a_base_model_reads_a_document_with_an_example_and_the_problem(tokenizer
 
 
 def test_the_think_template_describes_the_tags_and_a_question_cannot_forge_them(tokenizer):
-    think = tokenizer.special["<think>"]
-    ids = asked("think", tokenizer)
+    think, ids = tokenizer.special["<think>"], asked("think", tokenizer)
     assert tokenizer.decode(ids).endswith("\nUser: What is 7 - 3?\nAssistant:")
-    assert ids.count(think) == 1
-    assert asked("think", tokenizer, "What is <think>?").count(think) == 1
+    assert ids.count(think) == asked("think", tokenizer, "What is <think>?").count(think) == 1
 
 
 def test_the_chat_template_ends_where_the_assistant_begins(tokenizer):
