@@ -54,7 +54,7 @@ from nanollm.config import (
     cli,
 )
 from nanollm.formats import read_prompts, split_documents
-from nanollm.generate import check_room, complete
+from nanollm.generate import as_text, check_room, sample_together
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import batched_logprobs, completion_logprobs
 from nanollm.metrics import accuracy_table, first_of_each_task, sample_by_task, sampled_metrics
@@ -114,14 +114,7 @@ class Config(AdapterConfig, TrainConfig):
 
 PRESETS = {
     "smoke": dict(
-        steps=4,
-        batch_size=4,
-        samples=4,
-        max_new_tokens=16,
-        accumulate=1,
-        eval_every=2,
-        eval_problems=4,
-        eval_samples=2,
+        steps=4, batch_size=4, samples=4, max_new_tokens=16, eval_every=2, eval_problems=4
     ),
     "zero": dict(
         init="runs/pretrain",
@@ -220,11 +213,12 @@ class Prompts:
         how = self.tokenizer, problems, ids, noise, self.tools, images
         return sample_rows(self.cfg, self.policy, *how)
 
-    def complete(self, problems, **how):
-        """Texts of completions, greedy where nothing else is said."""
-        how |= {"tools": self.tools, "images": self.images(problems)}
-        ids = list(map(self.ids, problems))
-        return complete(self.policy, self.tokenizer, ids, self.cfg.max_new_tokens, **how)
+    def complete(self, rt, problems, **how):
+        """Texts of completions, which the processes share."""
+        how |= {"tools": self.tools, "images": self.images(problems[rt.mine(len(problems))])}
+        ids, longest = list(map(self.ids, problems)), self.cfg.max_new_tokens
+        completions = sample_together(rt, self.policy, self.tokenizer, ids, longest, **how)
+        return [as_text(self.tokenizer, each) for each in completions]
 
 
 # --- algorithm: N problems, G completions each, B = N G; entry t of (B, T - 1) is tokens[:, t + 1]
@@ -493,7 +487,7 @@ def main(cfg):
     optimizer = build_optimizer(policy, cfg, rt.scaler)
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train), cfg.seed)
     saved = run.restore(policy, optimizer, sampler)
-    measure = partial(evaluate, cfg, run, prompts, val)
+    measure = partial(evaluate, cfg, rt, run, prompts, val)
     if not saved:
         before = measure(cfg.eval_samples)
         saved = {"before": before, "after": before}
@@ -558,16 +552,14 @@ def update_stats(part, old, rho, sizes, clip):
     return stats
 
 
-def evaluate(cfg, run, prompts, problems, samples=1):
+def evaluate(cfg, rt, run, prompts, problems, samples=1):
     """Greedy accuracy on held-out problems; with `samples` also pass@k and maj@k."""
-    policy, sampled = prompts.policy, None
-    policy.eval()
-    greedy = prompts.complete(problems)
+    sampled = None
+    prompts.policy.eval()
+    greedy = prompts.complete(rt, problems, temperature=0.0)
     if samples > 1:
-        generator = torch.Generator(policy.device).manual_seed(cfg.seed)
-        how = {"samples": samples, "temperature": 1.0, "generator": generator}
-        sampled = prompts.complete(problems, **how)
-    policy.train()
+        sampled = prompts.complete(rt, problems, samples=samples, seed=cfg.seed)
+    prompts.policy.train()
     metrics = sampled_metrics(problems, greedy, sampled)
     run.evaluated(val_accuracy=metrics["all"]["accuracy"])
     run.write_sample(sample_by_task(problems, greedy))
