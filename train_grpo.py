@@ -353,7 +353,7 @@ VARIANTS = {
     "dapo": Variant(dapo, token_ratio, group_advantages, (0.2, 0.28)),
     "rloo": Variant(rloo, sequence_ratio, leave_one_out, (0.2, 0.2), kl_in_reward=True),
     "reinforce_pp": Variant(dapo, token_ratio, None, (0.2, 0.2), kl_in_reward=True),
-    "cispo": Variant(cispo, token_ratio, group_advantages, (math.inf, 4.0)),  # at most 5
+    "cispo": Variant(cispo, token_ratio, group_advantages, (math.inf, 4.0)),  # weights up to 5
     "gspo": Variant(grpo, mean_ratio, group_advantages, (3e-4, 4e-4)),
 }
 

@@ -546,14 +546,6 @@ def test_a_result_begins_and_ends_inside_of_one_answer(messages, trained, tokeni
     assert trained_text(tokenizer, turns(*messages)) == trained
 
 
-def test_the_marks_of_a_result_are_not_trained_on_either(tokenizer):
-    content = "ab<tool_result>cd</tool_result>ef"
-    ids = tokenizer.render(turns("x", content))[0]
-    content_ids = ids[4:-1]
-    assert tokenizer.decode(content_ids) == content
-    assert tokenizer.written(content_ids) == [True] * 2 + [False] * 4 + [True] * 2
-
-
 def test_padded_completions_are_trained_on_where_the_model_chose(tokenizer):
     rows = pad_completions(
         [[1, 2], [3]], [[4, 5, 6], [7, 8]], pad_id=0, own=[[True, False, True], [False, True]]
@@ -563,15 +555,8 @@ def test_padded_completions_are_trained_on_where_the_model_chose(tokenizer):
     assert rows.real.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
 
 
-def test_with_all_chosen_padded_completions_are_as_without_saying(tokenizer):
-    prompts, completions = some_prompts((3, 1, 5)), some_prompts((2, 7, 4))
-    own = [[True] * len(completion) for completion in completions]
-    plain, said = (pad_completions(prompts, completions, 257, own=each) for each in (None, own))
-    assert all(torch.equal(a, b) for a, b in zip(plain.tensors(), said.tensors()))
-
-
-def test_rollouts_and_lessons_leave_out_the_same(tokenizer, products):
-    """`own` of what was generated, and the mask of the same completion when it is a lesson."""
+def test_rollouts_and_fine_tuning_leave_out_the_same(tokenizer, products):
+    """`own` of what was generated, and the mask of the same completion in fine-tuning."""
     model = writer(tokenizer, CHAIN, "</tool_result>E<|end|>", "</think>S")
     prompts = [tokenizer.encode(text, special=True) for text in ("S", "</think>", "E")]
     out = generate(model, prompts, 40, stop_ids=tokenizer.stop_ids, tools=products)
