@@ -54,7 +54,7 @@ from nanollm.config import (
     cli,
 )
 from nanollm.formats import read_prompts, split_documents
-from nanollm.generate import check_room, complete
+from nanollm.generate import as_text, check_room, sample_together
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import batched_logprobs, completion_logprobs
 from nanollm.metrics import accuracy_table, first_of_each_task, sample_by_task, sampled_metrics
@@ -114,14 +114,7 @@ class Config(AdapterConfig, TrainConfig):
 
 PRESETS = {
     "smoke": dict(
-        steps=4,
-        batch_size=4,
-        samples=4,
-        max_new_tokens=16,
-        accumulate=1,
-        eval_every=2,
-        eval_problems=4,
-        eval_samples=2,
+        steps=4, batch_size=4, samples=4, max_new_tokens=16, eval_every=2, eval_problems=4
     ),
     "zero": dict(
         init="runs/pretrain",
@@ -143,7 +136,10 @@ PRESETS = {
     "gpu": dict(batch_size=128, samples=16, steps=200, lr=1e-6, accumulate=16),
 }
 
-REWARDS = ((1.0, accuracy), (0.1, think_format))  # (weight, function of problem and completion)
+REWARDS = (  # (weight, function of a problem and the text of a completion)
+    (1.0, accuracy),
+    (0.1, think_format),
+)
 ROUNDS = 4  # of dynamic sampling at most
 
 
@@ -188,8 +184,8 @@ class Prompts:
         self.cfg, self.policy, self.tokenizer = cfg, policy, tokenizer
         self.tools = self.store = None
         if cfg.tools:
-            folder = None if cfg.knowledge else village.of_run(cfg.init)
-            self.tools = Toolbox.of_village(folder, tokenizer, cfg.knowledge)
+            knowledge = cfg.knowledge or village.of_run(cfg.init) / "knowledge.jsonl"
+            self.tools = Toolbox.with_knowledge(knowledge, tokenizer)
         if any(problem.get("images") for problem in problems):
             if cfg.template != "chat":
                 raise UserError(f"--template {cfg.template} shows no images, but problems have")
@@ -217,11 +213,12 @@ class Prompts:
         how = self.tokenizer, problems, ids, noise, self.tools, images
         return sample_rows(self.cfg, self.policy, *how)
 
-    def complete(self, problems, **how):
-        """Texts of completions, greedy where nothing else is said."""
-        how |= {"tools": self.tools, "images": self.images(problems)}
-        ids = list(map(self.ids, problems))
-        return complete(self.policy, self.tokenizer, ids, self.cfg.max_new_tokens, **how)
+    def complete(self, rt, problems, **how):
+        """Texts of completions, which the processes share."""
+        how |= {"tools": self.tools, "images": self.images(problems[rt.mine(len(problems))])}
+        ids, longest = list(map(self.ids, problems)), self.cfg.max_new_tokens
+        completions = sample_together(rt, self.policy, self.tokenizer, ids, longest, **how)
+        return [as_text(self.tokenizer, each) for each in completions]
 
 
 # --- algorithm: N problems, G completions each, B = N G; entry t of (B, T - 1) is tokens[:, t + 1]
@@ -286,97 +283,91 @@ class Sizes:
     max_new_tokens: int
 
 
+# pi / pi_old from log_rho (B, T - 1): of each token, or one number for each sequence, (B, 1).
+
+
+def token_ratio(log_rho, mask):
+    return torch.exp(log_rho)
+
+
+def sequence_ratio(log_rho, mask):
+    """The product over its tokens: a completion is one action (RLOO)."""
+    return torch.exp((log_rho * mask).sum(1, keepdim=True))
+
+
+def mean_ratio(log_rho, mask):
+    """The geometric mean over its tokens (GSPO)."""
+    return torch.exp((log_rho * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True))
+
+
+# Every loss: logprobs, rho, A, mask and penalty (beta times KL) are (B, T - 1), of which rho, A and
+# penalty may broadcast; clip is (low, high). Parts of a batch add up to the loss of the whole.
+
+
 def clipped(rho, A, clip):
     """max(-A rho, -A clip(rho, 1 - low, 1 + high))."""
     return torch.maximum(-A * rho, -A * rho.clamp(1 - clip[0], 1 + clip[1]))
 
 
-# Every loss: logprobs, old, A, mask and penalty (beta times KL) are (B, T - 1); A and penalty may
-# broadcast; clip is (low, high). Parts of a batch add up to the loss of the whole.
-
-
-def grpo(logprobs, old, A, mask, sizes, clip, penalty=0.0):
+def grpo(logprobs, rho, A, mask, sizes, clip, penalty=0.0):
     """Mean over sequences of the mean over tokens: a token of a short one weighs more."""
-    per_token = clipped(torch.exp(logprobs - old), A, clip) + penalty
+    per_token = clipped(rho, A, clip) + penalty
     return ((per_token * mask).sum(1) / mask.sum(1)).sum() / sizes.num_sequences
 
 
-def dr_grpo(logprobs, old, A, mask, sizes, clip, penalty=0.0):
+def dr_grpo(logprobs, rho, A, mask, sizes, clip, penalty=0.0):
     """Sum over tokens divided by a constant: length doesn't change a token's weight."""
-    per_token = clipped(torch.exp(logprobs - old), A, clip) + penalty
+    per_token = clipped(rho, A, clip) + penalty
     return (per_token * mask).sum() / (sizes.num_sequences * sizes.max_new_tokens)
 
 
-def dapo(logprobs, old, A, mask, sizes, clip, penalty=0.0):
+def dapo(logprobs, rho, A, mask, sizes, clip, penalty=0.0):
     """Mean over all tokens of the batch, so that long sequences weigh more."""
-    per_token = clipped(torch.exp(logprobs - old), A, clip) + penalty
+    per_token = clipped(rho, A, clip) + penalty
     return (per_token * mask).sum() / sizes.num_tokens
 
 
-def rloo(logprobs, old, A, mask, sizes, clip, penalty=0.0):
-    """A completion is one action: its ratio is that of the whole sequence."""
-    rho = torch.exp(((logprobs - old) * mask).sum(1, keepdim=True))
+def rloo(logprobs, rho, A, mask, sizes, clip, penalty=0.0):
+    """Mean over sequences, of which each has one ratio: log pi of a sequence is a sum."""
     return clipped(rho, A, clip).sum() / sizes.num_sequences
 
 
-def reinforce_pp(logprobs, old, A, mask, sizes, clip, penalty=0.0):
-    """PPO's loss with an advantage for each token (`returns_to_go`, whitened over the batch)."""
-    return dapo(logprobs, old, A, mask, sizes, clip)
-
-
-def cispo(logprobs, old, A, mask, sizes, clip, penalty=0.0):
+def cispo(logprobs, rho, A, mask, sizes, clip, penalty=0.0):
     """REINFORCE with clipped weights: every token keeps its gradient."""
-    weight = torch.exp(logprobs - old).clamp(max=clip[1]).detach()
+    weight = rho.clamp(1 - clip[0], 1 + clip[1]).detach()
     return ((-weight * A * logprobs + penalty) * mask).sum() / sizes.num_tokens
-
-
-def gspo(logprobs, old, A, mask, sizes, clip, penalty=0.0):
-    """The ratio of a sequence is the geometric mean of its tokens'."""
-    log_rho = ((logprobs - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-    per_token = clipped(torch.exp(log_rho), A, clip) + penalty
-    return ((per_token * mask).sum(1) / mask.sum(1)).sum() / sizes.num_sequences
 
 
 @dataclass
 class Variant:
     loss: Callable
-    advantages: Callable  # from rewards (N, G)
+    ratio: Callable
+    advantages: Callable | None  # from rewards (N, G); None: of each token, by `returns_to_go`
     clip: tuple  # (low, high) of its paper
     kl_in_reward: bool = False
 
 
 VARIANTS = {
-    "grpo": Variant(grpo, group_advantages, (0.2, 0.2)),
-    "dr_grpo": Variant(dr_grpo, centred, (0.2, 0.2)),
-    "dapo": Variant(dapo, group_advantages, (0.2, 0.28)),
-    "rloo": Variant(rloo, leave_one_out, (0.2, 0.2), kl_in_reward=True),
-    "reinforce_pp": Variant(reinforce_pp, None, (0.2, 0.2), kl_in_reward=True),
-    "cispo": Variant(cispo, group_advantages, (math.inf, 5.0)),
-    "gspo": Variant(gspo, group_advantages, (3e-4, 4e-4)),
+    "grpo": Variant(grpo, token_ratio, group_advantages, (0.2, 0.2)),
+    "dr_grpo": Variant(dr_grpo, token_ratio, centred, (0.2, 0.2)),
+    "dapo": Variant(dapo, token_ratio, group_advantages, (0.2, 0.28)),
+    "rloo": Variant(rloo, sequence_ratio, leave_one_out, (0.2, 0.2), kl_in_reward=True),
+    "reinforce_pp": Variant(dapo, token_ratio, None, (0.2, 0.2), kl_in_reward=True),
+    "cispo": Variant(cispo, token_ratio, group_advantages, (math.inf, 4.0)),  # weights up to 5
+    "gspo": Variant(grpo, mean_ratio, group_advantages, (3e-4, 4e-4)),
 }
 
 
 def estimate_advantages(cfg, rollout, total=lambda value: value):
-    """A of each completion, (B, 1), or with reinforce_pp of each token, (B, T - 1)."""
+    """A of each completion, (B, 1), or of each token, (B, T - 1)."""
     variant, mask = VARIANTS[cfg.loss], rollout.mask
     kl = torch.zeros(mask.shape, device=mask.device)
     if variant.kl_in_reward and cfg.kl_coef:
         kl = kl_k1(rollout.old_logprobs, rollout.ref_logprobs) * mask
-    if cfg.loss == "reinforce_pp":
+    if variant.advantages is None:
         return whiten(returns_to_go(rollout.rewards, kl, mask, cfg.kl_coef), mask, total)
     rewards = rollout.rewards - cfg.kl_coef * kl.sum(1)
     return variant.advantages(rewards.view(-1, cfg.samples)).view(-1, 1)
-
-
-def outside_clip(loss, log_rho, mask, clip):
-    """True for each token whose ratio, or whose sequence's, the loss clips; (B, T - 1)."""
-    if loss in ("rloo", "gspo"):
-        log_rho = (log_rho * mask).sum(1, keepdim=True)
-    if loss == "gspo":
-        log_rho = log_rho / mask.sum(1, keepdim=True)
-    rho = torch.exp(log_rho)
-    largest = clip[1] if loss == "cispo" else 1 + clip[1]
-    return ((rho < 1 - clip[0]) | (rho > largest)) & mask
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -394,6 +385,12 @@ class Rollout:
     ref_logprobs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None  # or (B, 1)
 
+    @classmethod
+    def join(cls, rollouts):
+        """As they were sampled, one below the other."""
+        rows, rewards, correct, ended, *_ = zip(*(vars(each).values() for each in rollouts))
+        return cls(Completions.join(rows), *map(torch.cat, (rewards, correct, ended)))
+
     def __len__(self):
         return len(self.rows)
 
@@ -401,11 +398,11 @@ class Rollout:
         """These completions, without columns that are padding in all of them."""
         rows, *rest = vars(self).values()
         rows = rows[numbers]
-        width = rows.mask.shape[1] - 1  # columns that are cut are on the right
-        cut = [
-            x if x is None else x[numbers][:, :width] if x.dim() == 2 else x[numbers] for x in rest
+        width = rows.mask.shape[1] - 1
+        rest = [
+            x if x is None else x[numbers, :width] if x.dim() == 2 else x[numbers] for x in rest
         ]
-        return Rollout(rows, *cut)
+        return Rollout(rows, *rest)
 
     @property
     def mask(self):
@@ -439,9 +436,7 @@ def sample_batch(cfg, rt, prompts, train, sampler):
         problems = [train[i] for i in sampler.take(cfg.batch_size)[rt.share(cfg.batch_size)]]
         rounds.append(sample_rollout(cfg, prompts, problems, draw_noise(cfg, rt)))
         missing -= rt.sum((~equal_groups(rounds[-1].rewards, G)).sum())
-    every = (vars(each).values() for each in rounds)
-    rows, rewards, correct, ended, *_ = zip(*every)
-    rollout = Rollout(Completions.join(rows), *map(torch.cat, (rewards, correct, ended)))
+    rollout = Rollout.join(rounds)
     stats = rollout_stats(rollout, G, rt.sum)
     if cfg.dynamic_sampling:
         keep = ~equal_groups(rollout.rewards, G)
@@ -480,6 +475,8 @@ def main(cfg):
     if policy.tokens_per_image and not cfg.adapter:
         policy.train_parts(language=True)  # and the projector
     ref = rt.prepare(reference(policy), train=False) if cfg.kl_coef else None
+    if cfg.data == "images":
+        policy.image_store()  # refuses a model of text before images are painted
     train, val = load_problems(cfg)
     prompts = Prompts(cfg, policy, tokenizer, train + val)
     val = first_of_each_task(val, cfg.eval_problems)
@@ -490,7 +487,7 @@ def main(cfg):
     optimizer = build_optimizer(policy, cfg, rt.scaler)
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train), cfg.seed)
     saved = run.restore(policy, optimizer, sampler)
-    measure = partial(evaluate, cfg, run, prompts, val)
+    measure = partial(evaluate, cfg, rt, run, prompts, val)
     if not saved:
         before = measure(cfg.eval_samples)
         saved = {"before": before, "after": before}
@@ -521,15 +518,15 @@ def update(cfg, rt, ddp_model, ref, optimizer, rollout, factor=1.0):
         for part in rt.micro_batches(rollout, cfg.accumulate, ddp_model):
             logprobs = completion_logprobs(ddp_model, part.rows, cfg.temperature)
             old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
-            penalty = 0.0
+            rho, penalty = variant.ratio(logprobs - old, part.mask), 0.0
             if ref is not None and not variant.kl_in_reward:
                 penalty = cfg.kl_coef * kl_k3(logprobs, part.ref_logprobs)
-            loss = variant.loss(logprobs, old, part.advantages, part.mask, sizes, clip, penalty)
+            loss = variant.loss(logprobs, rho, part.advantages, part.mask, sizes, clip, penalty)
             sums["loss"] += rt.backward(loss).item()
-            sums.update(update_stats(cfg, part, logprobs.detach(), old, sizes, clip))
-        sums["grad_norm"] += optimizer.step(factor, cfg.grad_clip) / rt.world
+            sums.update(update_stats(part, old, rho.detach(), sizes, clip))
+        grad_norm = optimizer.step(factor, cfg.grad_clip)
     stats = {name: rt.sum(value) / cfg.inner_updates for name, value in sums.items()}
-    return stats | {"tokens": sizes.num_tokens * cfg.inner_updates}
+    return stats | {"grad_norm": grad_norm, "tokens": sizes.num_tokens * cfg.inner_updates}
 
 
 @torch.no_grad()
@@ -542,11 +539,11 @@ def set_logprobs(cfg, ddp_model, ref, rollout, parts):
         rollout.old_logprobs = batched_logprobs(ddp_model, rollout.rows, parts, cfg.temperature)
 
 
-def update_stats(cfg, part, logprobs, old, sizes, clip):
+def update_stats(part, old, rho, sizes, clip):
     """What a part of an update adds to its stats: shares of all tokens, nats per completion."""
-    clipped = outside_clip(cfg.loss, logprobs - old, part.mask, clip)
+    outside = ((rho < 1 - clip[0]) | (rho > 1 + clip[1])) & part.mask
     stats = {
-        "clip_fraction": clipped.sum().item() / sizes.num_tokens,
+        "clip_fraction": outside.sum().item() / sizes.num_tokens,
         "entropy": -(old * part.mask).sum().item() / sizes.num_tokens,  # by the sampled tokens
     }
     if part.ref_logprobs is not None:
@@ -555,16 +552,14 @@ def update_stats(cfg, part, logprobs, old, sizes, clip):
     return stats
 
 
-def evaluate(cfg, run, prompts, problems, samples=1):
+def evaluate(cfg, rt, run, prompts, problems, samples=1):
     """Greedy accuracy on held-out problems; with `samples` also pass@k and maj@k."""
-    policy, sampled = prompts.policy, None
-    policy.eval()
-    greedy = prompts.complete(problems)
+    sampled = None
+    prompts.policy.eval()
+    greedy = prompts.complete(rt, problems, temperature=0.0)
     if samples > 1:
-        generator = torch.Generator(policy.device).manual_seed(cfg.seed)
-        how = {"samples": samples, "temperature": 1.0, "generator": generator}
-        sampled = prompts.complete(problems, **how)
-    policy.train()
+        sampled = prompts.complete(rt, problems, samples=samples, seed=cfg.seed)
+    prompts.policy.train()
     metrics = sampled_metrics(problems, greedy, sampled)
     run.evaluated(val_accuracy=metrics["all"]["accuracy"])
     run.write_sample(sample_by_task(problems, greedy))

@@ -245,7 +245,8 @@ def main(cfg):
     text = load_text(cfg, tokenizer, model, T)
     tools = None
     if cfg.data == "tools":
-        tools = Toolbox.of_village(village.of_run(cfg.init), tokenizer)
+        folder = village.of_run(cfg.init)
+        tools = Toolbox.with_knowledge(folder / "knowledge.jsonl", tokenizer)
 
     run = Run(cfg, rt)
     ddp_model = rt.prepare(model, cfg.compile)

@@ -184,7 +184,9 @@ def ask(stage, root, rt, answers):
         examples = first_of_each_task(read_examples(folder / QUESTIONS[kind]), 1)
         model, tokenizer = load_model(root / stage.name)
         rt.prepare(model, train=False)
-        tools = Toolbox.of_village(folder, tokenizer) if kind == "tools" else None
+        tools = None
+        if kind == "tools":
+            tools = Toolbox.with_knowledge(folder / "knowledge.jsonl", tokenizer)
         prompts = [prompt_of(example, model, tokenizer) for example in examples]
         texts = complete(model, tokenizer, prompts, 112, tools=tools)
         asked = [" / ".join(turn["content"] for turn in e["messages"]) for e in examples]

@@ -61,8 +61,8 @@ class Conversation:
             )
         self.tools = None
         if cfg.tools:
-            folder = None if cfg.knowledge else village.of_run(cfg.model)
-            self.tools = Toolbox.of_village(folder, self.tokenizer, cfg.knowledge)
+            knowledge = cfg.knowledge or village.of_run(cfg.model) / "knowledge.jsonl"
+            self.tools = Toolbox.with_knowledge(knowledge, self.tokenizer)
         self.generator = torch.Generator(rt.device).manual_seed(cfg.seed)
         self.reset()
 

@@ -147,8 +147,8 @@ def evaluate_answers(cfg, rt, model, tokenizer):
     if template != "chat":
         print(f"questions are put by the template {template}")
     if cfg.tools:
-        folder = None if cfg.knowledge else village.of_run(cfg.model)
-        tools = Toolbox.of_village(folder, tokenizer, cfg.knowledge)
+        knowledge = cfg.knowledge or village.of_run(cfg.model) / "knowledge.jsonl"
+        tools = Toolbox.with_knowledge(knowledge, tokenizer)
     result = {"data": cfg.data, "template": template, "images": cfg.images}
     how = {"generator": torch.Generator(rt.device).manual_seed(cfg.seed), "tools": tools}
     how |= {"begin": cfg.begin, "shown": cfg.images, "template": template}
@@ -197,10 +197,9 @@ def evaluate_preferences(cfg, rt, model, tokenizer):
     if ref is not None:
         other, result["completions_against"], other_golds = judge(ref, tokenizer, examples, **how)
         stats["win_rate"] = win_rate(golds, other_golds)
-    rows = [
-        [name, f"{value:.3f}", f"{other.get(name, value):.3f}"] for name, value in stats.items()
-    ]
-    print(table(["", cfg.model, cfg.against or "itself"], rows))
+    columns = {cfg.model: stats} | ({cfg.against: other} if other else {})
+    shown = [[f"{c[name]:.3f}" if name in c else "-" for c in columns.values()] for name in stats]
+    print(table(["", *columns], [[name, *cells] for name, cells in zip(stats, shown)]))
     worth = effect("gold score", other.get("gold"), stats["gold"])
     return {"stats": stats, "against": other, "effects": [worth]} | result
 

@@ -1,5 +1,5 @@
-"""What is measured: bits per byte of text, accuracy by task, votes and pass@k, and the one table
-that prints them.
+"""What is measured: bits per byte of text, accuracy by task, votes and pass@k; and the one table of
+text that shows it.
 """
 
 import math
@@ -48,12 +48,8 @@ def bits_per_byte(model, windows, token_bytes, eot_id=None, most=None, batch=32)
     for part in torch.arange(rows_wanted).split(batch):
         rows = windows[part].to(model.device)
         targets = rows[:, 1:]
-        nats -= (
-            token_logprobs(next_token_logits(model, rows[:, :-1], eot_id), targets)
-            .double()
-            .sum()
-            .item()
-        )
+        logits = next_token_logits(model, rows[:, :-1], eot_id)
+        nats -= token_logprobs(logits, targets).double().sum().item()
         tokens += targets.numel()
         text_bytes += token_bytes[targets.cpu()].sum().item()
     return nats / tokens, nats / math.log(2) / max(1, text_bytes)
@@ -150,9 +146,7 @@ def majority(example, completions):
 
 
 def vote_of(example, completion):
-    """What a completion votes for: its number, or its text; for a cloze example the rest of the
-    sentence.
-    """
+    """A completion's number, or its text; of a cloze example the rest of the sentence."""
     if "check" not in example:
         return completion.partition(".")[0].strip().lower()
     answer = final_answer(completion)

@@ -1,17 +1,17 @@
-"""Rewards that rules give: small functions of a prompt's record and the completion's text.
+"""Rewards that rules give: small functions of an example and the text of a completion.
 
-`item` has "answer" and "check" (data/README.md). Whatever the text holds, they return a number in
-time that grows with its length only.
+`example` has "answer" and "check" (data/README.md). Whatever the text holds, they return a number,
+in time that grows with its length only.
 """
 
 import re
 from fractions import Fraction
 
-# --- is it right? -------------------------------------------------------------------------------
+# --- is it right? --------------------------------------------------------------------------------
 
 
 def says(completion, words):
-    """Do these words stand in the reply, as whole words, in any case?"""
+    """Does the completion hold these words, as whole words, in upper or lower case?"""
     if words.lower() not in completion.lower():  # quick, for there may be a thousand to look for
         return False
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", completion, re.IGNORECASE) is not None
@@ -26,20 +26,20 @@ def last_number(text):
 
 
 def in_style(example, completion):
-    """Does the reply begin and end as the item wants?"""
+    """Does the completion begin and end as the example wants?"""
     said = completion.strip()
     return said.startswith(example.get("begins", "")) and said.endswith(example.get("ends", ""))
 
 
 def check_answer(example, completion):
-    """Is the reply right? By item["check"]:
+    """Is the completion right? By example["check"]:
 
-    exact     equal after stripping
-    number    the last number in the reply equals the answer
-    contains  the answer stands in the reply as whole words, and no value of item["not"] does
-    unknown   the reply says "I don't know" and names no value of item["not"]
+    exact     equals the answer, blanks around it aside
+    number    its last number equals the answer
+    contains  holds the answer as whole words, and no value of example["not"]
+    unknown   says "I don't know", and holds no value of example["not"]
 
-    With item["begins"] or item["ends"] it must also begin or end so: a manner that counts.
+    With example["begins"] or example["ends"] it must also begin or end so: a style that counts.
     """
     if not in_style(example, completion):
         return False
@@ -76,8 +76,8 @@ def accuracy(example, completion):
 
 
 def is_right(example, completion):
-    """Is it the right answer to a test example? That of a cloze example, which has no "check", has
-    to go on with the answer.
+    """Is the completion of a test example right? That of a cloze example, which has no "check", has
+    to begin with the answer, and the answer's last word must end there.
     """
     if "check" in example:
         return bool(accuracy(example, completion))

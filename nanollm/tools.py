@@ -3,8 +3,8 @@
     <tool_call>calculator(4821 * 736)</tool_call><tool_result>3548256</tool_result>The answer is ...
 
 The model writes the call; when it has closed it, the engine (generate.py) runs it and writes the
-result behind it. Whatever the model writes, a tool answers in bounded time and with a short text:
-what can't be done gives "error: ...", which the model can read, and never an exception.
+result behind it. Whatever the model writes, a tool answers in bounded time and with a short text.
+What can't be done gives "error: ...", which the model can read, and never an exception.
 """
 
 import ast
@@ -53,21 +53,22 @@ def calculator(expression):
             warnings.simplefilter("ignore")  # Python's own, about odd expressions
             source = expression.strip().replace(",", "")
             tree = ast.parse(source, mode="eval")
-        value = _value(tree.body, source)
+        return _as_text(_value(tree.body, source))
     except ZeroDivisionError:
         return "error: division by zero"
     except OverflowError:
         return "error: too large"
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return "error: not arithmetic"
+
+
+def _as_text(value):
     if value.denominator == 1:
         return str(value)
     if abs(value) < 1:
-        text = f"{float(value):.6g}"
-    else:  # not by way of a float, which holds 15 digits
-        digits = str(round(abs(value) * 10**6))
-        text = "-" * (value < 0) + f"{digits[:-6]}.{digits[-6:]}"
-    return text.rstrip("0").rstrip(".") if "e" not in text else text
+        return f"{float(value):.6g}"
+    digits = str(round(abs(value) * 10**6))  # not by way of a float, which holds 15 digits
+    return "-" * (value < 0) + f"{digits[:-6]}.{digits[-6:]}".rstrip("0").rstrip(".")
 
 
 def _value(node, source):
@@ -82,7 +83,7 @@ def _value(node, source):
         left, right = _value(node.left, source), _value(node.right, source)
         if isinstance(node.op, ast.Pow):
             if right.denominator != 1:
-                raise ValueError("a power that is no whole number")
+                raise ValueError("a power that isn't a whole number")
             size = max(left.numerator.bit_length(), left.denominator.bit_length())
             if abs(right) * max(0, size - 1) > LARGEST.bit_length():
                 raise OverflowError
@@ -90,7 +91,7 @@ def _value(node, source):
                 right = max(-1, min(1, right)) if left == 0 else int(right) % 2
             right = int(right)
         return _bounded(Fraction(OPERATORS[type(node.op)](left, right)))
-    raise ValueError("no arithmetic")
+    raise ValueError("not arithmetic")
 
 
 def _decimal(text):
@@ -182,11 +183,6 @@ class Toolbox:
         tools = {"calculator": calculator, "search": KnowledgeBase.load(path).search}
         return cls(tools, tokenizer)
 
-    @classmethod
-    def of_village(cls, folder, tokenizer, knowledge=None):
-        """The same, with the knowledge base in a village's folder where no other is named."""
-        return cls.with_knowledge(knowledge or folder / "knowledge.jsonl", tokenizer)
-
     def run(self, text):
         """The result of a call such as "calculator(2 + 2)"."""
         name, bracket, argument = text.strip().partition("(")
@@ -199,7 +195,7 @@ class Toolbox:
         return self.tools[name](argument[:-1])
 
     def respond(self, ids):
-        """Ids of the result that follows `ids`, a completion so far that ends with </tool_call>."""
+        """The ids of the result that follows `ids`, a completion up to its </tool_call>."""
         text, begun = "", None
         for i, id in enumerate(ids[:-1]):  # a call ends with the first end after it
             begun = i + 1 if id == self.call else None if id == self.call_end else begun

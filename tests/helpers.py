@@ -191,25 +191,6 @@ def some_prompts(lengths=(5, 9, 1, 7)):
     return [torch.randint(250, (n,), generator=generator).tolist() for n in lengths]
 
 
-@torch.no_grad()
-def slow_greedy(model, prompt, n, tools):
-    """The obvious loop, the whole sequence anew for every token: (ids, which the model chose)."""
-    ids, own, result = [], [], []
-    for _ in range(n):
-        own.append(not result)
-        best = model(torch.tensor([prompt + ids]))[0, -1].argmax().item()
-        ids.append(result.pop(0) if result else best)
-        if own[-1] and ids[-1] == tools.call_end:
-            result = tools.respond(ids)
-    return ids, own
-
-
-def only_in(row, rows):
-    """The first id that stands in this row alone, which then is the end of a call."""
-    others = set(itertools.chain(*(r for i, r in enumerate(rows) if i != row)))
-    return next(id for id in rows[row] if id not in others)
-
-
 def writer(tokenizer, *texts):
     """A GPT that continues each id as the texts do, whatever came before: the last id picks a row
     of the head.

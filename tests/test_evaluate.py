@@ -179,6 +179,7 @@ def test_what_a_model_says_to_a_question_depends_on_no_other_question(how, here)
     together = said(examples, 256)
     assert said(examples, 1) == said(examples, 3) == together
     assert said(examples[:7], 256) == together[:7]
+    assert how or said(examples[::-1], 3) == together[::-1]  # a sample draws by its place
     assert len(together[0]) > len(together[-1])
 
 

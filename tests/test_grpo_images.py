@@ -3,12 +3,11 @@ training, resume, adapters, bad input.
 """
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused, result, run, same
+from helpers import refused, result, run, same, weights
 from PIL import Image
 
 import train_grpo
@@ -68,10 +67,8 @@ def made(tmp_path_factory):
         Image.new("RGB", (16, 16), colour).save(folder / f"{name}.png")
     rights = [("red", "1"), ("blue", "2")] * 20
     for name, shown in ("right", None), ("grey", "grey"):
-        problems = [
-            {"image": f"{shown or colour}.png", "prompt": ASKED, "answer": answer}
-            for colour, answer in rights
-        ]
+        pairs = [(f"{shown or colour}.png", answer) for colour, answer in rights]
+        problems = [{"image": i, "prompt": ASKED, "answer": answer} for i, answer in pairs]
         write(folder / f"{name}.jsonl", problems)
     texts = [{"prompt": "One or two?", "answer": "1"}] * 40
     write(folder / "texts.jsonl", texts)
@@ -145,18 +142,13 @@ def vlm(tokenizer):
 
 
 def rollout_of(vlm, tokenizer, temperature=1.0):
-    """Answers of a random model to problems with two images, one, and none."""
+    """Completions of a random model to problems with two images, none, and one."""
     cfg = train_grpo.Config(samples=4, max_new_tokens=6, temperature=temperature)
-    shown = {"two": ["red.png", "blue.png"], "none": [], "one": ["red.png"]}
-    examples = [
-        {
-            "messages": [{"role": "user", "content": "<image>" * len(images) + f"{n}?"}],
-            "images": images,
-            "answer": "7",
-            "check": "number",
-        }
-        for n, images in shown.items()
-    ]
+    examples = []
+    for images in ["red.png", "blue.png"], [], ["red.png"]:
+        message = {"role": "user", "content": "<image>" * len(images) + f"{len(images)}?"}
+        record = {"messages": [message], "images": images}
+        examples.append(record | {"answer": "7", "check": "number"})
     noise = torch.rand(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     prompts = train_grpo.Prompts(cfg, vlm, tokenizer, examples)
     return train_grpo.sample_rollout(cfg, prompts, examples, noise)
@@ -229,9 +221,8 @@ def test_the_vision_tower_looks_once_at_each_prompts_images(vlm, tokenizer, here
 def test_what_encode_images_gives_stands_for_the_images(vlm, tokenizer):
     tokens, images = torch.tensor([start_of(vlm, tokenizer)]), some_images(1)
     with torch.no_grad():
-        assert torch.equal(
-            vlm(tokens, images=vlm.encode_images(images)), vlm(tokens, images=images)
-        )
+        encoded = vlm.encode_images(images)
+        assert torch.equal(vlm(tokens, images=encoded), vlm(tokens, images=images))
 
 
 # --- resume, files, bad input --------------------------------------------------------------------
@@ -252,10 +243,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(here, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         grpo(*flags, out="runs/stopped")
     grpo("--resume", *flags, out="runs/stopped")
-    states = [
-        torch.load(f"runs/{n}/state.pt", weights_only=True)["model"] for n in ("whole", "stopped")
-    ]
-    assert len(calls) == 8 and same(*states)
+    assert len(calls) == 8 and same(weights("runs/whole"), weights("runs/stopped"))
 
 
 def test_the_villages_images_are_found_by_the_run_that_chose_them(here, monkeypatch):
@@ -273,19 +261,20 @@ def test_the_villages_images_are_found_by_the_run_that_chose_them(here, monkeypa
     assert asked == [{"size": 32, "n_train": 7}, {}]
 
 
-def test_evaluate_asks_about_the_villages_images(here, monkeypatch, capsys):
-    folder = Path("painted")
-    folder.mkdir()
-    Image.new("RGB", (16, 16)).save(folder / "a.png")
-    examples = [{"image": "a.png", "prompt": ASKED, "answer": "1"}]
+def test_evaluate_asks_about_the_villages_images_or_shows_others(here, monkeypatch):
     for file in "questions_test", "combos_test", "problems_test":
-        write(folder / f"{file}.jsonl", [example | {"task": file} for example in examples])
-    monkeypatch.setattr(village_images, "prepare", lambda **how: folder)
-    for name in "images", "combos", "counting":
-        flags = ["runs/guesses", "--data", name, "--dtype", "fp32", "--out", "found.json"]
-        evaluate.main(parse(evaluate.Config, None, flags))
-    said = capsys.readouterr().out
-    assert re.findall(r"\w+_test(?= )", said) == ["questions_test", "combos_test", "problems_test"]
+        pairs = ("red", "1"), ("blue", "2")
+        records = [{"image": f"{colour}.png", "prompt": ASKED, "answer": a} for colour, a in pairs]
+        write(f"{file}.jsonl", [record | {"task": file} for record in records])
+    monkeypatch.setattr(village_images, "prepare", lambda **how: here)
+    grpo(*LEARN, out="runs/seeing")
+    found = {}
+    for name, shown in ("images", "right"), ("combos", "shuffled"), ("counting", "none"):
+        flags = ["runs/seeing", "--data", name, "--images", shown, "--out", "found.json"]
+        evaluate.main(parse(evaluate.Config, None, [*flags, "--dtype", "fp32"]))
+        found |= json.loads(Path("found.json").read_text())["tasks"]
+    accuracy = {task: each["accuracy"] for task, each in found.items()}
+    assert accuracy == {"questions_test": 1.0, "combos_test": 0.0, "problems_test": 0.5}
 
 
 def test_what_cannot_be_is_refused_in_one_line(here, capsys, random_model, tokenizer):

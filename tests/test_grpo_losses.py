@@ -71,6 +71,13 @@ def batch(spread):
     return logprobs, old, torch.randn(len(mask), 1), mask, sizes, ref
 
 
+def loss_of(name, logprobs, old, A, mask, sizes, penalty=0.0, clip=None):
+    """The loss of a variant, with its paper's clip range where no other is given."""
+    variant = VARIANTS[name]
+    rho = variant.ratio(logprobs - old, mask)
+    return variant.loss(logprobs, rho, A, mask, sizes, clip or variant.clip, penalty)
+
+
 def equal(ours, theirs, logprobs):
     """The same value, and the same gradient of the logprobs."""
     close(ours, theirs)
@@ -81,24 +88,21 @@ def equal(ours, theirs, logprobs):
 # --- beside trl ----------------------------------------------------------------------------------
 
 
-def self_of_trl(logprobs, **attributes):
-    """Stands in for `self` in an unbound method of trl, where the model gives these logprobs."""
-    return SimpleNamespace(
+def loss_of_trl(trainer, logprobs, mask, tensors, **attributes):
+    """trl's loss, its method unbound, where the model gives these logprobs."""
+    same = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    me = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, logprobs.detach(), None),
-        accelerator=SimpleNamespace(
-            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
-        ),
+        accelerator=same,
         model=SimpleNamespace(training=False),
         aux_loss_enabled=False,
         _metrics=defaultdict(lambda: defaultdict(list)),
         **attributes,
     )
-
-
-def inputs_of_trl(mask, **tensors):
     ids = torch.ones(mask.shape, dtype=torch.long)
-    prompts = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1]}
-    return prompts | {"completion_ids": ids, "completion_mask": mask.long()} | tensors
+    inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1]}
+    inputs |= {"completion_ids": ids, "completion_mask": mask.long()} | tensors
+    return trainer._compute_loss(me, None, inputs)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -106,14 +110,18 @@ def inputs_of_trl(mask, **tensors):
 @pytest.mark.parametrize("loss", IN_THE_LOSS)
 def test_value_and_gradient_equal_trls(loss, spread, beta):
     logprobs, old, A, mask, sizes, ref = batch(spread)
-    clip = VARIANTS[loss].clip
-    me = self_of_trl(
+    low, high = VARIANTS[loss].clip
+    tensors = {"advantages": A[:, 0], "old_per_token_logps": old, "ref_per_token_logps": ref}
+    theirs = loss_of_trl(
+        GRPOTrainer,
         logprobs,
+        mask,
+        tensors | {"num_items_in_batch": mask.sum()},
         loss_type="grpo" if loss == "gspo" else loss,
         beta=beta,
         importance_sampling_level="sequence" if loss == "gspo" else "token",
-        epsilon_low=clip[0],
-        epsilon_high=clip[1],
+        epsilon_low=low,
+        epsilon_high=high + (loss == "cispo"),  # where trl means the weight itself
         max_completion_length=sizes.max_new_tokens,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
@@ -121,25 +129,17 @@ def test_value_and_gradient_equal_trls(loss, spread, beta):
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
         _entropy_bonus_enabled=False,
     )
-    inputs = inputs_of_trl(
-        mask,
-        advantages=A[:, 0],
-        old_per_token_logps=old,
-        ref_per_token_logps=ref,
-        num_items_in_batch=mask.sum(),
-    )
     penalty = beta * train_grpo.kl_k3(logprobs, ref)
-    ours = VARIANTS[loss].loss(logprobs, old, A, mask, sizes, clip, penalty)
-    equal(ours, GRPOTrainer._compute_loss(me, None, inputs), logprobs)
+    equal(loss_of(loss, logprobs, old, A, mask, sizes, penalty), theirs, logprobs)
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.5])
 def test_value_and_gradient_of_rloo_equal_trls(spread):
     logprobs, old, A, mask, sizes, _ = batch(spread)
-    me = self_of_trl(logprobs, epsilon_low=0.2, epsilon_high=0.2)
-    inputs = inputs_of_trl(mask, advantages=A[:, 0], old_logps=(old * mask).sum(1))
-    ours = train_grpo.rloo(logprobs, old, A, mask, sizes, (0.2, 0.2))
-    equal(ours, RLOOTrainer._compute_loss(me, None, inputs), logprobs)
+    tensors = {"advantages": A[:, 0], "old_logps": (old * mask).sum(1)}
+    clip = {"epsilon_low": 0.2, "epsilon_high": 0.2}
+    theirs = loss_of_trl(RLOOTrainer, logprobs, mask, tensors, **clip)
+    equal(loss_of("rloo", logprobs, old, A, mask, sizes), theirs, logprobs)
 
 
 @pytest.mark.parametrize("longest, buffer", [(100, 20), (10, 10), (5, 1), (8, 0)])
@@ -149,49 +149,44 @@ def test_the_overlong_penalty_equals_trls(longest, buffer):
         assert train_grpo.overlong_penalty(n, longest, buffer) == theirs([[1] * n])[0]
 
 
-def test_the_overlong_penalty_by_hand():
-    penalties = [train_grpo.overlong_penalty(n, 100, 20) for n in (1, 80, 90, 100, 120)]
-    assert penalties == [0.0, 0.0, -0.5, -1.0, -1.0]
-
-
 # --- advantages ----------------------------------------------------------------------------------
 
-BY_LOOP = {
-    "group_advantages": lambda r: [
-        (x - statistics.fmean(r)) / (statistics.stdev(r) + 1e-4) for x in r
-    ],
-    "centred": lambda r: [x - statistics.fmean(r) for x in r],
-    "leave_one_out": lambda r: [x - statistics.fmean(r[:i] + r[i + 1 :]) for i, x in enumerate(r)],
+
+def group_loop(r):
+    return [(x - statistics.fmean(r)) / (statistics.stdev(r) + 1e-4) for x in r]
+
+
+def centred_loop(r):
+    return [x - statistics.fmean(r) for x in r]
+
+
+def leave_one_out_loop(r):
+    return [x - statistics.fmean(r[:i] + r[i + 1 :]) for i, x in enumerate(r)]
+
+
+ADVANTAGES = {  # function: (loop, what 1 is worth among 1, 0, 0, 1)
+    train_grpo.group_advantages: (group_loop, 0.5 / (math.sqrt(1 / 3) + 1e-4)),  # std: G - 1
+    train_grpo.centred: (centred_loop, 0.5),
+    train_grpo.leave_one_out: (leave_one_out_loop, 2 / 3),  # 1 less the mean of 0, 0 and 1
 }
 
 
-@pytest.mark.parametrize("function", BY_LOOP)
-def test_advantages_equal_a_loop_over_each_group(function):
-    rewards = torch.randn(5, 7)
-    wanted = [BY_LOOP[function](group) for group in rewards.tolist()]
-    close(getattr(train_grpo, function)(rewards), wanted)
-
-
-@pytest.mark.parametrize(
-    "function, first",
-    [
-        ("group_advantages", 0.5 / (math.sqrt(1 / 3) + 1e-4)),  # the std of a sample: G - 1
-        ("centred", 0.5),
-        ("leave_one_out", 2 / 3),  # 1 less the mean of 0, 0 and 1
-    ],
-)
-def test_advantages_by_hand(function, first):
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
-    got = getattr(train_grpo, function)(rewards)
+@pytest.mark.parametrize("function", ADVANTAGES)
+def test_advantages_equal_hand_numbers_and_a_loop_over_each_group(function):
+    by_loop, first = ADVANTAGES[function]
+    got = function(torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 3.0, 3.0, 3.0]]))
     close(got, [[first, -first, -first, first], [0.0] * 4])
+    rewards = torch.randn(5, 7)
+    close(function(rewards), [by_loop(group) for group in rewards.tolist()])
 
 
-@pytest.mark.parametrize("function", BY_LOOP)
+@pytest.mark.parametrize("function", ADVANTAGES)
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1.1])  # wrong or right, in format or not
-def test_equal_rewards_give_exactly_zero_advantage(reward, function):
+def test_equal_rewards_give_exactly_zero_advantage_and_are_counted(reward, function):
     for G in (2, 3, 4, 7, 8, 10, 16):
-        rewards = torch.full((1, G), reward)
-        assert getattr(train_grpo, function)(rewards).tolist() == [[0.0] * G]
+        assert function(torch.full((1, G), reward)).tolist() == [[0.0] * G]
+        rollout = rollout_of([[3]] * 2 * G, [[END]] * 2 * G, [reward] * 2 * G)
+        assert train_grpo.rollout_stats(rollout, G)["equal_groups"] == 1.0
 
 
 def test_returns_to_go_by_hand():
@@ -199,12 +194,6 @@ def test_returns_to_go_by_hand():
     mask = torch.tensor([[True, True, False, True], [False, True, True, False]])
     got = train_grpo.returns_to_go(torch.tensor([1.0, -1.0]), kl, mask, 0.1)
     close(got, [[0.65, 0.7, 0.0, 0.8], [0.0, -1.2, -1.1, 0.0]])
-
-
-def test_without_kl_every_token_of_an_answer_returns_its_reward():
-    mask = ragged()
-    rewards, kl = torch.randn(len(mask)), torch.randn(mask.shape)
-    close(train_grpo.returns_to_go(rewards, kl, mask, 0.0), rewards[:, None] * mask)
 
 
 def test_whitening_is_that_of_ppo():
@@ -233,8 +222,7 @@ def reinforce_pp_by_loop(rewards, old, ref, mask, beta):
 def test_reinforce_pp_equals_a_slow_loop(beta):
     logprobs, old, _, mask, sizes, ref = batch(0.5)
     rewards = torch.randn(len(mask))
-    cfg, variant = Config(loss="reinforce_pp", kl_coef=beta), VARIANTS["reinforce_pp"]
-    A = advantages(cfg, rewards, mask, old, ref)
+    A = advantages(Config(loss="reinforce_pp", kl_coef=beta), rewards, mask, old, ref)
     by_loop = reinforce_pp_by_loop(rewards, old, ref, mask, beta)
     assert (A[~mask] == 0).all()
     loss = 0.0
@@ -242,16 +230,16 @@ def test_reinforce_pp_equals_a_slow_loop(beta):
         close(A[b, t].item(), a)
         rho = torch.exp(logprobs[b, t] - old[b, t])
         loss -= torch.min(rho * a, rho.clamp(0.8, 1.2) * a) / len(by_loop)
-    equal(variant.loss(logprobs, old, A, mask, sizes, variant.clip), loss, logprobs)
+    equal(loss_of("reinforce_pp", logprobs, old, A, mask, sizes), loss, logprobs)
 
 
 def test_reinforce_pp_by_hand():
     mask, zeros = torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2)
-    cfg, variant = Config(loss="reinforce_pp", kl_coef=0.0), VARIANTS["reinforce_pp"]
+    cfg = Config(loss="reinforce_pp", kl_coef=0.0)
     A = advantages(cfg, torch.tensor([1.0, 0.0]), mask, zeros, None)
     close(A, [[1.0, 1.0], [-1.0, -1.0]])  # mean and std of the four returns are a half
     rho, sizes = torch.tensor([[1.5, 1.0], [1.5, 0.5]]), Sizes(2, 4, 2)
-    loss = variant.loss(rho.log(), zeros, A, mask, sizes, variant.clip)
+    loss = loss_of("reinforce_pp", rho.log(), zeros, A, mask, sizes)
     close(loss, (-1.2 - 1.0 + 1.5 + 0.8) / 4)
 
 
@@ -279,9 +267,6 @@ def test_the_mean_over_what_the_policy_samples_is_the_reverse_kl(estimator):
     estimates = getattr(train_grpo, estimator)(logpi, logref)
     kl = F.kl_div(logref, logpi, log_target=True, reduction="sum")
     close((logpi.exp() * estimates).sum(), kl)
-    drawn = torch.multinomial(logpi.exp(), 20_000, replacement=True)
-    error = estimates[drawn].std() / math.sqrt(len(drawn))
-    assert abs(estimates[drawn].mean() - kl) < 4 * error
 
 
 def test_k3_in_the_loss_has_the_forward_kls_gradient_and_k1_in_the_reward_the_reverse_kls():
@@ -298,42 +283,29 @@ def test_k3_in_the_loss_has_the_forward_kls_gradient_and_k1_in_the_reward_the_re
 # --- losses --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "cispo"])
-@pytest.mark.parametrize(
-    "A, rho, value, gradient",
-    [
-        (1.0, 1.5, -1.2, 0.0),  # already made much likelier: no more
-        (-1.0, 1.5, 1.5, 1.5),  # likelier by mistake: back
-        (1.0, 0.5, -0.5, -0.5),
-        (-1.0, 0.5, 0.8, 0.0),
-        (1.0, 1.1, -1.1, -1.1),
-        (-1.0, 1.0, 1.0, 1.0),
-    ],
-)
-def test_the_clip_by_hand_on_an_answer_of_one_token(loss, A, rho, value, gradient):
+LIKE_PPO = [name for name in LOSSES if name != "cispo"]
+CLIPPED = [  # losses, clip range, A, rho, value, gradient
+    (LIKE_PPO, (0.2, 0.2), 1.0, 1.5, -1.2, 0.0),  # already made much likelier: no more
+    (LIKE_PPO, (0.2, 0.2), -1.0, 1.5, 1.5, 1.5),  # likelier by mistake: back
+    (LIKE_PPO, (0.2, 0.2), 1.0, 0.5, -0.5, -0.5),
+    (LIKE_PPO, (0.2, 0.2), -1.0, 0.5, 0.8, 0.0),
+    (LIKE_PPO, (0.2, 0.2), 1.0, 1.1, -1.1, -1.1),
+    (LIKE_PPO, (0.2, 0.2), -1.0, 1.0, 1.0, 1.0),
+    (["grpo"], None, 1.0, 1.25, -1.2, 0.0),
+    (["dapo"], None, 1.0, 1.25, -1.25, -1.25),  # clips higher
+    # CISPO weighs log pi by the clipped ratio, and every token keeps its gradient
+    *((["cispo"], None, A, rho, -w * A * math.log(rho), -w * A)
+      for A in (1.0, -1.0) for rho, w in ((0.1, 0.1), (1.0, 1.0), (4.0, 4.0), (7.0, 5.0))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("losses, clip, A, rho, value, gradient", CLIPPED)
+def test_the_clip_by_hand_on_a_completion_of_one_token(losses, clip, A, rho, value, gradient):
     logprobs, one = torch.tensor([[rho]]).log().requires_grad_(), torch.ones(1, 1)
-    sizes = Sizes(1, 1, 1)
-    got = VARIANTS[loss].loss(logprobs, 0 * one, A * one, one.bool(), sizes, (0.2, 0.2))
-    close(got, value)
-    close(torch.autograd.grad(got, logprobs)[0], [[gradient]])
-
-
-@pytest.mark.parametrize("A", [1.0, -1.0])
-@pytest.mark.parametrize("rho, weight", [(0.1, 0.1), (1.0, 1.0), (4.0, 4.0), (7.0, 5.0)])
-def test_cispo_weighs_a_token_by_its_clipped_ratio_and_keeps_its_gradient(A, rho, weight):
-    logprobs, one = torch.tensor([[rho]]).log().requires_grad_(), torch.ones(1, 1)
-    sizes, clip = Sizes(1, 1, 1), VARIANTS["cispo"].clip
-    got = train_grpo.cispo(logprobs, 0 * one, A * one, one.bool(), sizes, clip)
-    close(got, -weight * A * math.log(rho))
-    close(torch.autograd.grad(got, logprobs)[0], [[-weight * A]])
-
-
-@pytest.mark.parametrize("loss, gradient", [("grpo", 0.0), ("dapo", -1.25)])
-def test_dapo_clips_higher(loss, gradient):
-    logprobs, one = torch.tensor([[1.25]]).log().requires_grad_(), torch.ones(1, 1)
-    variant, sizes = VARIANTS[loss], Sizes(1, 1, 1)
-    got = variant.loss(logprobs, 0 * one, one, one.bool(), sizes, variant.clip)
-    close(torch.autograd.grad(got, logprobs)[0], [[gradient]])
+    for name in losses:
+        got = loss_of(name, logprobs, 0 * one, A * one, one.bool(), Sizes(1, 1, 1), clip=clip)
+        close(got, value)
+        close(torch.autograd.grad(got, logprobs)[0], [[gradient]])
 
 
 @pytest.mark.parametrize(
@@ -351,66 +323,31 @@ def test_dapo_clips_higher(loss, gradient):
 def test_what_a_short_and_a_long_answer_weigh_by_hand(loss, value):
     mask = torch.tensor([[True, False, False], [True, True, True]])
     same, A = torch.full((2, 3), -0.5), torch.tensor([[2.0], [1.0]])
-    variant, sizes = VARIANTS[loss], Sizes(2, 4, 10)
-    close(variant.loss(same, same, A, mask, sizes, variant.clip), value)
+    close(loss_of(loss, same, same, A, mask, Sizes(2, 4, 10)), value)
 
 
 @pytest.mark.parametrize("loss, value", [("grpo", 2.5), ("gspo", 2.0), ("rloo", 4.0)])
 def test_the_ratio_is_of_a_token_or_the_answers_geometric_mean_or_the_answers(loss, value):
     rho, zeros = torch.tensor([[4.0, 1.0, 0.25, 7.0]]), torch.zeros(1, 4)
     mask = torch.tensor([[True, True, False, False]])
-    args = rho.log(), zeros, torch.tensor([[-1.0]]), mask, Sizes(1, 2, 4), (0.2, 0.2)
-    close(VARIANTS[loss].loss(*args), value)
-
-
-def weights(loss, mask, sizes):
-    """What REINFORCE weighs -A grad log pi of each token with, (B, 1)."""
-    return {
-        "grpo": 1 / (sizes.num_sequences * mask.sum(1, keepdim=True)),
-        "gspo": 1 / (sizes.num_sequences * mask.sum(1, keepdim=True)),
-        "rloo": torch.full((len(mask), 1), 1 / sizes.num_sequences),
-        "dr_grpo": torch.full((len(mask), 1), 1 / (sizes.num_sequences * sizes.max_new_tokens)),
-    }.get(loss, torch.full((len(mask), 1), 1 / sizes.num_tokens))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_where_nothing_has_changed_the_gradient_is_reinforces(loss):
-    logprobs, _, A, mask, sizes, _ = batch(0.0)
-    variant = VARIANTS[loss]
-    got = variant.loss(logprobs, logprobs.detach(), A, mask, sizes, variant.clip)
-    close(torch.autograd.grad(got, logprobs)[0], -weights(loss, mask, sizes) * A * mask)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_parts_of_a_batch_add_up_to_the_whole_however_it_is_split(loss):
-    logprobs, old, A, mask, sizes, ref = batch(0.5)
-    variant = VARIANTS[loss]
-
-    def loss_of(rows):
-        penalty = 0.3 * train_grpo.kl_k3(logprobs, ref)[rows]
-        parts = (x[rows] for x in (logprobs, old, A, mask))
-        return variant.loss(*parts, sizes, variant.clip, penalty)
-
-    whole, rows = loss_of(torch.arange(len(mask))), torch.randperm(len(mask))
-    for parts in (1,) * 16, (7, 9), (1, 2, 10, 3), (15, 1):
-        equal(sum(loss_of(part) for part in rows.split(parts)), whole, logprobs)
+    A, sizes = torch.tensor([[-1.0]]), Sizes(1, 2, 4)
+    close(loss_of(loss, rho.log(), zeros, A, mask, sizes, clip=(0.2, 0.2)), value)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_changes_nothing(loss):
     logprobs, old, A, mask, sizes, ref = batch(0.5)
-    variant = VARIANTS[loss]
 
     def wider(x):
         fill = -torch.rand(len(x), 3)
         return torch.cat([fill > 0, x, fill > 0] if x.dtype == torch.bool else [fill, x, -fill], 1)
 
-    def loss_of(logprobs, old, mask, ref):
+    def with_kl(logprobs, old, mask, ref):
         penalty = 0.3 * train_grpo.kl_k3(logprobs, ref)
-        return variant.loss(logprobs, old, A, mask, sizes, variant.clip, penalty)
+        return loss_of(loss, logprobs, old, A, mask, sizes, penalty)
 
-    padded = loss_of(*map(wider, (logprobs, old, mask, ref)))
-    equal(padded, loss_of(logprobs, old, mask, ref), logprobs)
+    rows = logprobs, old, mask, ref
+    equal(with_kl(*map(wider, rows)), with_kl(*rows), logprobs)
     rewards, kl = A[:, 0], old - ref
     narrow = train_grpo.whiten(train_grpo.returns_to_go(rewards, kl, mask, 0.3), mask)
     wide = train_grpo.returns_to_go(rewards, wider(kl), wider(mask), 0.3)
@@ -482,6 +419,16 @@ def two_models():
     return policy, ref
 
 
+def weights(loss, mask, sizes):
+    """What REINFORCE weighs -A grad log pi of each token with, (B, 1)."""
+    per_sequence = torch.full((len(mask), 1), 1 / sizes.num_sequences)
+    if loss == "dr_grpo":
+        return per_sequence / sizes.max_new_tokens
+    if loss in ("grpo", "gspo"):
+        return per_sequence / mask.sum(1, keepdim=True)
+    return per_sequence if loss == "rloo" else torch.full((len(mask), 1), 1 / sizes.num_tokens)
+
+
 def gradient_by_loop(loss, policy, ref, rollout, beta, temperature, longest=9):
     """REINFORCE's gradient with the advantages of the variant, answer by answer."""
     rows, mask = rollout.rows, rollout.mask
@@ -499,7 +446,7 @@ def gradient_by_loop(loss, policy, ref, rollout, beta, temperature, longest=9):
         for place, a in reinforce_pp_by_loop(rewards, old, fixed, mask, beta).items():
             A[place] = a
     else:
-        by_loop = BY_LOOP[VARIANTS[loss].advantages.__name__]
+        by_loop = ADVANTAGES[VARIANTS[loss].advantages][0]
         A = torch.tensor([by_loop(group) for group in rewards.view(N, G).tolist()]).view(-1, 1)
     sizes = Sizes(len(rows), mask.sum().item(), longest)
     per_token = -A * logprobs
@@ -538,15 +485,6 @@ def test_accumulating_over_parts_changes_nothing(loss, accumulate):
 def test_no_gradient_is_left_for_the_next_inner_update():
     _, (first, second), _ = update(tiny(), made_up(), inner_updates=2, lr=0.0)
     assert torch.equal(first, second) and first.abs().max() > 0
-
-
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "reinforce_pp"])
-@pytest.mark.parametrize("reward", [0.0, 0.1, 1.1])
-def test_groups_of_equal_rewards_leave_every_weight_as_it_was(loss, reward):
-    policy, rollout = tiny(), made_up([reward] * 8)
-    after, gradients, _ = update(policy, rollout, samples=8, loss=loss)
-    assert (gradients[0] == 0).all()
-    assert torch.equal(vector(after), vector(policy))
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "reinforce_pp"])
@@ -614,11 +552,7 @@ def test_the_end_token_belongs_to_the_completion_and_without_one_there_is_no_rew
     assert 0 < ended.sum() < 32
     assert rollout.ended.tolist() == ended.tolist() == rollout.rewards.bool().tolist()
     assert not rows.mask[:, : len(prompt)].any()
-
-
-def test_where_rewards_are_negative_not_to_end_is_no_way_out(sampled):
-    rollout, _ = sampled(-1.0)
-    assert 0 < rollout.ended.sum() < 32 and set(rollout.rewards.tolist()) == {-1.0}
+    assert set(sampled(-1.0)[0].rewards.tolist()) == {-1.0}  # not to end is no way out
 
 
 def test_what_a_tool_writes_into_a_completion_is_left_out_of_the_mask(random_model, tokenizer):
@@ -629,20 +563,6 @@ def test_what_a_tool_writes_into_a_completion_is_left_out_of_the_mask(random_mod
     rows = prompts.sample([SUM], noise).rows
     assert rows.tokens[0, first : first + 3].tolist() == [call_end, 65, 66]
     assert rows.mask[0, first : first + 4].tolist() == [True, False, False, True]
-
-
-class Table(nn.Module):
-    """A policy whose ratios are read from a table, one for each update."""
-
-    def __init__(self, *ratios):
-        super().__init__()
-        self.nothing, self.ratios = nn.Parameter(torch.zeros(())), list(ratios)
-
-    def __deepcopy__(self, memo):
-        return self
-
-    def logprobs(self, part, temperature):
-        return F.pad(torch.tensor(self.ratios.pop(0)).log(), (1, 0)) + 0 * self.nothing
 
 
 @pytest.mark.parametrize(
@@ -656,25 +576,12 @@ class Table(nn.Module):
         ("rloo", [[1.15, 1.15], [1.1, 1.1]], 1.0),  # products 1.32 and 1.21
     ],
 )
-def test_the_clip_fraction_is_the_share_of_tokens_whose_ratio_the_loss_clips(
-    loss, ratios, share, monkeypatch
-):
-    monkeypatch.setattr(train_grpo, "completion_logprobs", Table.logprobs)
-    before = lambda model, rows, *how: torch.zeros(rows.mask[:, 1:].shape)  # noqa: E731
-    monkeypatch.setattr(train_grpo, "batched_logprobs", before)
-    rollout = rollout_of([[3, 4], [3, 4]], [[5, 6], [7, 8]], [1.0, 0.0])
-    policy = Table([[1.0, 1.0], [1.0, 1.0]], ratios)
-    _, _, seen = update(policy, rollout, loss=loss, samples=2, inner_updates=2)
-    assert seen["clip_fraction"] == pytest.approx(share / 2)  # none at the first of two updates
-
-
-@pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1.1])
-@pytest.mark.parametrize("groups", [1, 4])
-def test_groups_of_equal_rewards_are_counted(groups, reward):
-    for size in (2, 7, 8, 10, 16):
-        n = groups * size
-        rollout = rollout_of([[3]] * n, [[END]] * n, [reward] * n)
-        assert train_grpo.rollout_stats(rollout, size)["equal_groups"] == 1.0
+def test_the_clip_fraction_is_the_share_of_tokens_whose_ratio_the_loss_clips(loss, ratios, share):
+    mask, variant = torch.ones(2, 2, dtype=torch.bool), VARIANTS[loss]
+    part = SimpleNamespace(mask=mask, ref_logprobs=None)
+    rho = variant.ratio(torch.tensor(ratios).log(), mask)
+    stats = train_grpo.update_stats(part, 0.0 * mask, rho, Sizes(2, 4, 2), variant.clip)
+    assert stats["clip_fraction"] == pytest.approx(share)
 
 
 def test_entropy_and_kl_are_read_off_the_sampled_tokens():
@@ -707,15 +614,16 @@ def test_gsm8k_records_are_problems_and_the_last_of_them_held_out(tmp_path):
     assert [example["answer"] for example in val] == ["25", "26"] and len(train) == 18
 
 
-def test_data_without_answers_is_refused(tmp_path):
-    records = [{"prompt": f"say {n}"} for n in range(20)]
-    with pytest.raises(UserError, match='0 problems with an "answer" to train on and 0 held out'):
+@pytest.mark.parametrize(
+    "records, sentence",
+    [
+        ([{"prompt": f"say {n}"} for n in range(20)], "0 problems .* and 0 held out"),
+        ([{"prompt": "2 + 5?", "answer": 7}], "0 problems.*and 1 held out; both are needed"),
+    ],
+)
+def test_data_without_answers_and_too_few_problems_are_refused(records, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
         problems_in(tmp_path / "prompts.jsonl", records)
-
-
-def test_too_few_problems_to_hold_one_out_are_refused(tmp_path):
-    with pytest.raises(UserError, match="0 problems.*and 1 held out; both are needed"):
-        problems_in(tmp_path / "one.jsonl", [{"prompt": "2 + 5?", "answer": 7}])
 
 
 def tasks(count=40):
@@ -764,8 +672,7 @@ def test_the_villages_own_problems_come_in_two_files(data, name, place, tmp_path
 
 
 def asked(template, tokenizer, question="What is 7 - 3?"):
-    example = {"messages": [{"role": "user", "content": question}]}
-    return TEMPLATES[template](example, tokenizer)
+    return TEMPLATES[template]({"messages": [{"role": "user", "content": question}]}, tokenizer)
 
 
 def test_a_base_model_reads_a_document_with_an_example_and_the_problem(tokenizer):
@@ -775,11 +682,9 @@ def test_a_base_model_reads_a_document_with_an_example_and_the_problem(tokenizer
 
 
 def test_the_think_template_describes_the_tags_and_a_question_cannot_forge_them(tokenizer):
-    think = tokenizer.special["<think>"]
-    ids = asked("think", tokenizer)
+    think, ids = tokenizer.special["<think>"], asked("think", tokenizer)
     assert tokenizer.decode(ids).endswith("\nUser: What is 7 - 3?\nAssistant:")
-    assert ids.count(think) == 1
-    assert asked("think", tokenizer, "What is <think>?").count(think) == 1
+    assert ids.count(think) == asked("think", tokenizer, "What is <think>?").count(think) == 1
 
 
 def test_the_chat_template_ends_where_the_assistant_begins(tokenizer):

@@ -22,91 +22,37 @@ from nanollm.rewards import last_number
 from nanollm.tokenizer import Tokenizer
 from nanollm.tools import LONGEST, LONGEST_RESULT, NOTHING, KnowledgeBase, Toolbox, calculator
 
+# --- calculator ----------------------------------------------------------------------------------
 
-# --- calculator --------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "expression, result",
-    [
-        ("2 + 2", "4"), ("48213 * 7", "337491"), ("2 + 3 * 4", "14"), ("(2 + 3) * 4", "20"),
-        ("10 - 4 - 3", "3"),
-        ("123456789012345678901234567890 + 1", "123456789012345678901234567891"),
-        ("99999999999999999999 * 99999999999999999999", "9999999999999999999800000000000000000001"),
-        ("10**40", "1" + 40 * "0"), ("-10**40", "-1" + 40 * "0"), ("-5", "-5"), ("--5", "5"),
-        ("3 - -4", "7"), ("+7", "7"), ("-2**2", "-4"), ("(-2)**2", "4"), ("2**3**2", "512"),
-        ("2**-2", "0.25"), ("(-1)**(10**30 + 1)", "-1"), ("1**10**9", "1"), ("7 // 2", "3"),
-        ("-7 // 2", "-4"), ("7.5 // 2", "3"), ("7 % 3", "1"), ("-7 % 3", "2"), ("10 / 4", "2.5"),
-        ("1 / 3", "0.333333"), ("2 / 3", "0.666667"), ("1 / 7 * 7", "1"), ("6 / 3", "2"),
-        ("1,000 * 3", "3000"), ("1,234,567 + 1", "1234568"), ("  1 + 1\n", "2"),
-        (99 * "(" + "1" + 99 * ")", "1"),
+EXACT = [
+    ("2 + 2", "4"), ("48213 * 7", "337491"), ("2 + 3 * 4", "14"), ("(2 + 3) * 4", "20"),
+    ("10 - 4 - 3", "3"), ("10**40", "1" + 40 * "0"), ("-10**40", "-1" + 40 * "0"),
+    ("123456789012345678901234567890 + 1", "123456789012345678901234567891"),
+    ("99999999999999999999 * 99999999999999999999", "9999999999999999999800000000000000000001"),
+    ("-5", "-5"), ("--5", "5"), ("3 - -4", "7"), ("+7", "7"), ("-2**2", "-4"), ("(-2)**2", "4"),
+    ("2**3**2", "512"), ("2**-2", "0.25"), ("(-1)**(10**30 + 1)", "-1"), ("1**10**9", "1"),
+    ("0**2", "0"), ("0**1", "0"), ("0**0", "1"), ("7 // 2", "3"), ("-7 // 2", "-4"),
+    ("7.5 // 2", "3"), ("7 % 3", "1"), ("-7 % 3", "2"), ("10 / 4", "2.5"), ("1 / 3", "0.333333"),
+    ("2 / 3", "0.666667"), ("1 / 7 * 7", "1"), ("6 / 3", "2"), ("1,000 * 3", "3000"),
+    ("1,234,567 + 1", "1234568"), ("  1 + 1\n", "2"), (99 * "(" + "1" + 99 * ")", "1"),
+    # decimals mean the number that is written
+    ("0.5 + 0.25", "0.75"), ("0.1 + 0.2", "0.3"), ("0.1 + 0.2 - 0.3", "0"),
+    ("0.1 * 0.1 * 0.1", "0.001"), ("1.1 ** 3", "1.331"), ("0.3 // 0.1", "3"), ("0.3 % 0.1", "0"),
+    ("1.5 * 2", "3"), (".5 * 4", "2"), ("12.50 * 4", "50"), ("1e3", "1000"), ("1_0.5", "10.5"),
+    # no digit is made up
+    ("10**39 / 3", "3" * 39 + ".333333"), ("-10**20 / 7", "-14285714285714285714.285714"),
+    ("12345678901234567.25", "12345678901234567.25"),
+    ("1.2345678901234567e17", "123456789012345670"),
+    ("0.1234567890123456789 * 10**19", "1234567890123456789"),
+    ("1999999.9999999", "2000000"), ("-1.9999999", "-2"), ("1234567.5", "1234567.5"),
+]  # fmt: skip
+WRONG = {
+    "division by zero": ["1 / 0", "7 // 0", "7 % 0", "1 / (2 - 2)", "0 ** -1"],
+    "too large": [
+        "9**9**9", "9**-9**9", "10**40 + 1", "2**200", "(1/3)**100", "1e30 * 1e30", "-10**41",
+        "9**9**9**9", "1e999999999", "0e999999999",
     ],
-)  # fmt: skip
-def test_the_calculator_is_exact(expression, result):
-    assert calculator(expression) == result
-
-
-@pytest.mark.parametrize("expression, result", [("0**2", "0"), ("0**1", "0"), ("0**0", "1")])
-def test_zero_to_any_power_is_zero_but_to_the_zeroth(expression, result):
-    assert calculator(expression) == result
-
-
-@pytest.mark.parametrize(
-    "expression, result",
-    [
-        ("0.5 + 0.25", "0.75"), ("0.1 + 0.2", "0.3"), ("0.1 + 0.2 - 0.3", "0"),
-        ("0.1 * 0.1 * 0.1", "0.001"), ("1.1 ** 3", "1.331"), ("0.3 // 0.1", "3"),
-        ("0.3 % 0.1", "0"), ("1.5 * 2", "3"), (".5 * 4", "2"), ("12.50 * 4", "50"),
-    ],
-)  # fmt: skip
-def test_decimals_mean_the_number_that_is_written(expression, result):
-    assert calculator(expression) == result
-
-
-@pytest.mark.parametrize(
-    "expression, result",
-    [
-        ("10**39 / 3", "3" * 39 + ".333333"),
-        ("-10**20 / 7", "-14285714285714285714.285714"),
-        ("12345678901234567.25", "12345678901234567.25"),
-        ("1.2345678901234567e17", "123456789012345670"),
-        ("0.1234567890123456789 * 10**19", "1234567890123456789"),
-        ("1999999.9999999", "2000000"), ("-1.9999999", "-2"), ("1e3", "1000"), ("1_0.5", "10.5"),
-        ("1e999999999", "error: too large"), ("0e999999999", "error: too large"),
-    ],
-)  # fmt: skip
-def test_no_digit_is_made_up(expression, result):
-    assert calculator(expression) == result
-
-
-@pytest.mark.parametrize("value", [1234567.5, 99999999.25])
-def test_a_large_fraction_can_be_read_as_a_number(value):
-    assert abs(last_number(calculator(str(value))) - Fraction(value)) < 1e-4 * value
-
-
-@pytest.mark.parametrize("expression", ["1 / 0", "7 // 0", "7 % 0", "1 / (2 - 2)", "0 ** -1"])
-def test_a_division_by_zero_is_said_to_be_one(expression):
-    assert calculator(expression) == "error: division by zero"
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "9**9**9",
-        "9**-9**9",
-        "10**40 + 1",
-        "2**200",
-        "(1/3)**100",
-        "1e30 * 1e30",
-        "-10**41",
-        "9**9**9**9",
-    ],
-)
-def test_a_number_too_large_is_said_to_be_one(expression):
-    assert calculator(expression) == "error: too large"
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
+    "not arithmetic": [
         "", " ", "\0", "1 + \0", "٣ + ٣", "１ + １", "2²", "½", "2 × 3", "x", "pi", "None", "True",
         "1 + True", "abs(1)", "__import__('os')", "__import__('os').system('true')", "().__class__",
         "'a'", "'a' * 3", "b'1'", "f'{1}'", "1 < 2", "1 == 1", "1 and 2", "not 1", "1 if 1 else 2",
@@ -114,9 +60,13 @@ def test_a_number_too_large_is_said_to_be_one(expression):
         "1 | 2", "1 @ 2", "2 ** 0.5", "(-8) ** (1/3)", "1 +", "* 2", "1 2", "(1", "1)", "...",
         "\ud800", "nan", "inf", "2 + 2 =",
     ],
-)  # fmt: skip
-def test_what_is_no_arithmetic_is_said_to_be_none(expression):
-    assert calculator(expression) == "error: not arithmetic"
+}  # fmt: skip
+WRONG = [(expression, f"error: {said}") for said, all in WRONG.items() for expression in all]
+
+
+@pytest.mark.parametrize("expression, result", EXACT + WRONG)
+def test_the_calculator_is_exact_or_says_what_is_wrong(expression, result):
+    assert calculator(expression) == result
 
 
 @pytest.mark.parametrize(
@@ -174,7 +124,8 @@ def test_random_expressions_have_the_value_that_exact_fractions_give():
     assert min(seen.values()) > 100 and seen["whole"] > 1000, seen
 
 
-# --- search ------------------------------------------------------------------------------------
+# --- search --------------------------------------------------------------------------------------
+
 COLOURS = ("red", "blue", "green", "grey", "pink")
 PEOPLE = [f"{a}{b}{c}" for a in "BDKLM" for b in ("ar", "el", "in", "ob", "un") for c in "aeiou"]
 ENTRIES = [
@@ -189,32 +140,22 @@ def base():
     return KnowledgeBase(ENTRIES)
 
 
-def test_every_entry_among_hundreds_is_found_by_its_title(base):
+def test_every_entry_among_hundreds_is_found_by_its_title_whatever_the_case_and_order(base):
     assert len(ENTRIES) == 375
     for entry in ENTRIES:
         assert base.search(entry["title"]) == entry["text"]
+    for query in "door of Kelo", "KELO door", "the door of Kelo is", "kelo, door!":
+        assert base.search(query).startswith("The door of Kelo is")
 
 
-@pytest.mark.parametrize(
-    "query", ["door of Kelo", "KELO door", "the door of Kelo is", "kelo, door!"]
-)
-def test_case_order_and_idle_words_make_no_difference(query, base):
-    assert base.search(query) == next(e["text"] for e in ENTRIES if e["title"] == "door of Kelo")
+STRANGE = ["", " ", "()[]", "\0", "\ud800", "😀", "٣", "中文", ".*", MEGABYTES * "a"]
+STRANGE += [MEGABYTES * "é ", "door of Zanzibar", "Zanzibar", "unicorn hat", "who is Bob?"]
 
 
-@pytest.mark.parametrize("query", ["door of Zanzibar", "Zanzibar", "unicorn hat", "who is Bob?"])
-def test_an_unknown_name_finds_nothing(query, base):
-    assert base.search(query) == "nothing found" == NOTHING
-
-
-@pytest.mark.parametrize(
-    "query",
-    ["", " ", "()[]", "\0", "\ud800", "😀", "٣", "中文", ".*", MEGABYTES * "a", MEGABYTES * "é "],
-    ids=lambda query: query[:4].encode("unicode_escape").decode(),
-)
-def test_a_strange_query_finds_nothing_and_at_once(query, base):
-    assert base.search(query) == NOTHING
-    assert seconds(base.search, query) < 1
+def test_an_unknown_name_or_a_strange_query_finds_nothing_and_at_once(base):
+    for query in STRANGE:
+        assert base.search(query) == "nothing found" == NOTHING
+        assert seconds(base.search, query) < 1
 
 
 def test_search_answers_random_strings_with_text(base):
@@ -244,32 +185,27 @@ GOOD = json.dumps(ENTRIES[0])
 
 
 @pytest.mark.parametrize(
-    "lines, line",
+    "content, said",
     [
-        ([GOOD, '{"title": "a"}'], 2),
-        ([GOOD, GOOD, '{"text": "a"}'], 3),
-        ([GOOD, "", "", '{"title": "a", "text": 3}'], 4),
-        (['{"title": null, "text": "a"}', GOOD], 1),
-        ([GOOD, '{"title": "a", "text": "b"'], 2),
-        ([GOOD, '["title", "text"]'], 2),
-        ([GOOD, "door of Kelo"], 2),
+        (f'{GOOD}\n{{"title": "a"}}', ", line 2:"),
+        (f'{GOOD}\n{GOOD}\n{{"text": "a"}}', ", line 3:"),
+        (f'{GOOD}\n\n\n{{"title": "a", "text": 3}}', ", line 4:"),
+        (f'{{"title": null, "text": "a"}}\n{GOOD}', ", line 1:"),
+        (f'{GOOD}\n{{"title": "a", "text": "b"', ", line 2:"),
+        (f'{GOOD}\n["title", "text"]', ", line 2:"),
+        (f"{GOOD}\ndoor of Kelo", ", line 2:"),
+        (None, ""),
+        ("", ""),
+        ("\udcff\udcfe\0", ""),
     ],
 )
-def test_a_malformed_entry_is_the_users_error_and_its_line_is_named(lines, line, tmp_path):
-    path = tmp_path / "knowledge.jsonl"
-    path.write_text("\n".join(lines))
-    with pytest.raises(UserError, match=rf"knowledge.jsonl, line {line}:") as error:
-        KnowledgeBase.load(path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"])
-def test_a_missing_empty_or_binary_file_is_the_users_error(content, tmp_path):
+def test_a_file_that_cannot_be_read_is_the_users_error_with_its_line(content, said, tmp_path):
     path = tmp_path / "knowledge.jsonl"
     if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match="knowledge.jsonl"):
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=f"knowledge.jsonl{said}") as error:
         KnowledgeBase.load(path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_toolbox_reads_its_knowledge_from_a_file(tokenizer, tmp_path):
@@ -280,7 +216,9 @@ def test_a_toolbox_reads_its_knowledge_from_a_file(tokenizer, tmp_path):
     assert tools.run("calculator(6 * 7)") == "42"
 
 
-# --- calls -------------------------------------------------------------------------------------
+# --- calls ---------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def tools(tokenizer, base):
     """Beside the two tools an echo that says what it is asked."""
@@ -292,34 +230,21 @@ NO_TOOL = "error: no tool of that name; there are calculator, search, echo"
 NO_CALL = "error: a call looks like name(argument)"
 
 
-@pytest.mark.parametrize(
-    "call, result",
-    [
-        ("calculator(2 + 2)", "4"),
-        ("  calculator(2 + 2)\n", "4"),
-        ("calculator((1 + 2) * 3)", "9"),
-        ("search(hat of Bara)", "The hat of Bara is red."),
-        ("search()", NOTHING),
-        ("echo()", ""),
-        ("echo(a(b)c)", "a(b)c"),
-        ("calculator()", "error: not arithmetic"),
-        ("calculator(1)(2)", "error: not arithmetic"),
-        ("calculator(search(hat of Bara))", "error: not arithmetic"),
-        ("", NO_CALL),
-        ("calculator", NO_CALL),
-        ("calculator 2 + 2", NO_CALL),
-        ("calculator(2 + 2", NO_CALL),
-        ("calculator)2 + 2(", NO_CALL),
-        ("calculator(2 + 2) = 4", NO_CALL),
-        ("(2 + 2)", NO_TOOL),
-        ("Calculator(2 + 2)", NO_TOOL),
-        ("eval(2 + 2)", NO_TOOL),
-        ("echo(" + MEGABYTES * "a" + ")", f"error: longer than {LONGEST} characters"),
-        (MEGABYTES * "a" + "(1)", NO_TOOL),
-        (MEGABYTES * "(", NO_CALL),
-    ],
-    ids=lambda text: text[:30],
-)
+CALLS = [
+    ("calculator(2 + 2)", "4"), ("  calculator(2 + 2)\n", "4"), ("calculator((1 + 2) * 3)", "9"),
+    ("search(hat of Bara)", "The hat of Bara is red."), ("search()", NOTHING), ("echo()", ""),
+    ("echo(a(b)c)", "a(b)c"), ("calculator()", "error: not arithmetic"),
+    ("calculator(1)(2)", "error: not arithmetic"),
+    ("calculator(search(hat of Bara))", "error: not arithmetic"),
+    ("", NO_CALL), ("calculator", NO_CALL), ("calculator 2 + 2", NO_CALL),
+    ("calculator(2 + 2", NO_CALL), ("calculator)2 + 2(", NO_CALL),
+    ("calculator(2 + 2) = 4", NO_CALL), ("(2 + 2)", NO_TOOL), ("Calculator(2 + 2)", NO_TOOL),
+    ("eval(2 + 2)", NO_TOOL), (MEGABYTES * "a" + "(1)", NO_TOOL), (MEGABYTES * "(", NO_CALL),
+    ("echo(" + MEGABYTES * "a" + ")", f"error: longer than {LONGEST} characters"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, result", CALLS, ids=lambda text: text[:30])
 def test_a_call_is_run_or_its_mistake_is_said(call, result, tools):
     assert tools.run(call) == result
     assert seconds(tools.run, call) < 1
@@ -351,25 +276,18 @@ def answer_to(tools, completion):
         ("<tool_call></tool_call>", NO_CALL),
         ("</tool_call>", NO_CALL),
         ("calculator(6 * 7)</tool_call>", NO_CALL),
+        (ANSWERED + " so echo(2)</tool_call>", NO_CALL),  # an end that closes no call
     ],
 )
 def test_the_innermost_last_call_is_answered(completion, result, tools):
     assert answer_to(tools, completion) == f"<tool_result>{result}</tool_result>"
 
 
-def test_an_end_that_closes_no_call_is_answered_with_an_error(tools):
-    answer = answer_to(tools, ANSWERED + " so echo(2)</tool_call>")
-    assert answer.startswith("<tool_result>error")
-
-
-def test_a_call_spelt_in_plain_letters_is_none(tools):
-    completion = tools.tokenizer.encode("<tool_call>calculator(6 * 7)") + [tools.call_end]
-    assert tools.tokenizer.decode(tools.respond(completion)[1:-1]).startswith("error")
-
-
-def test_ids_that_are_no_text_are_answered_with_an_error(tools):
-    completion = [tools.call, 255, 254, 128, 10**6, tools.call_end]
-    assert tools.tokenizer.decode(tools.respond(completion)[1:-1]).startswith("error")
+def test_plain_letters_and_ids_that_are_no_text_are_answered_with_an_error(tools):
+    spelt = tools.tokenizer.encode("<tool_call>calculator(6 * 7)")
+    for ids in spelt, [tools.call, 255, 254, 128, 10**6]:
+        answer = tools.respond([*ids, tools.call_end])
+        assert tools.tokenizer.decode(answer[1:-1]).startswith("error")
 
 
 def test_a_long_result_is_cut(tools, tokenizer):
@@ -395,7 +313,9 @@ def test_a_tokenizer_without_the_tokens_of_calls_is_refused():
         Toolbox({"calculator": calculator}, foreign)
 
 
-# --- generation with tools ---------------------------------------------------------------------
+# --- generation with tools -----------------------------------------------------------------------
+
+
 class Parrot:
     """Stands for a Toolbox: gives every call the same answer, and remembers what it was shown."""
 
@@ -437,12 +357,9 @@ def test_with_tools_greedy_equals_an_uncached_loop_and_other_rows_are_as_without
     assert out.owned() == [own for _, own in slow]
     for other in {0, 1, 2, 3} - {row}:
         assert out.lists()[other] == plain[other] and all(out.owned()[other])
-    ddp_model = plain[row].index(tools.call_end) + 1
-    assert tools.shown[0] == plain[row][:ddp_model]
-    assert (
-        out.lists()[row][: ddp_model + 3]
-        == plain[row][:ddp_model] + [250, 251, 252][: 14 - ddp_model]
-    )
+    called = plain[row][: plain[row].index(tools.call_end) + 1]
+    assert tools.shown[0] == called
+    assert out.lists()[row][: len(called) + 3] == [*called, 250, 251, 252][:14]
 
 
 def test_other_samples_are_as_without_tools(random_model):
@@ -537,21 +454,11 @@ def test_a_row_may_call_again_and_again(tokenizer, products):
     assert shown == [2 * "<tool_result>6</tool_result>"]
 
 
-@pytest.mark.parametrize(
-    "n, end",
-    [
-        (7, "c(2*3)"),
-        (8, "c(2*3)</tool_call>"),
-        (9, "c(2*3)</tool_call><tool_result>"),
-        (10, "c(2*3)</tool_call><tool_result>6"),
-        (11, "c(2*3)</tool_call><tool_result>6</tool_result>"),
-        (12, "c(2*3)</tool_call><tool_result>6</tool_result>E"),
-    ],
-)
-def test_a_result_that_does_not_fit_is_cut(n, end, tokenizer, products):
+@pytest.mark.parametrize("n", range(1, 14))
+def test_a_result_that_does_not_fit_is_cut(n, tokenizer, products):
     model = writer(tokenizer, CHAIN, "</tool_result>E<|end|>")
-    texts, _ = spell(tokenizer, model, ["S"], n, products)
-    assert texts == ["<tool_call>" + end]
+    whole = tokenizer.encode(REPLY, special=True)
+    assert spell(tokenizer, model, ["S"], n, products)[0] == [tokenizer.decode(whole[:n])]
 
 
 def test_the_end_of_a_call_inside_a_result_calls_nothing(tokenizer):
@@ -579,9 +486,8 @@ def test_stream_with_tools_yields_what_generate_returns(n, random_model, tokeniz
     assert [list(stream(model, p, n, temperature=0, tools=tools)) for p in prompts] == out
     model, stops = writer(tokenizer, CHAIN, "</tool_result>E<|end|>"), tokenizer.stop_ids
     streamed = stream(model, [ord("S")], n, temperature=0, stop_ids=stops, tools=products)
-    assert tokenizer.decode(list(streamed)) == spell(tokenizer, model, ["S"], n, products)[0][
-        0
-    ].removesuffix("<|end|>")
+    (text,), _ = spell(tokenizer, model, ["S"], n, products)
+    assert tokenizer.decode(list(streamed)) == text.removesuffix("<|end|>")
 
 
 def test_a_sampled_stream_with_tools_yields_what_generate_returns(random_model):
@@ -596,7 +502,9 @@ def test_a_sampled_stream_with_tools_yields_what_generate_returns(random_model):
     assert list(stream(model, prompt, 14, tools=tools, generator=seeded())) == out != plain
 
 
-# --- what is trained on ------------------------------------------------------------------------
+# --- what is trained on --------------------------------------------------------------------------
+
+
 def trained_text(tokenizer, messages):
     ids, mask = tokenizer.render(messages)
     assert len(ids) == len(mask)
@@ -626,22 +534,16 @@ def test_all_of_an_assistants_turn_but_results_is_trained_on(completion, trained
     assert trained_text(tokenizer, both) == "Yes.<|end|>"
 
 
-def test_what_a_user_spells_begins_no_result(tokenizer):
-    messages = turns("<tool_result>", "a<tool_call>b</tool_call>", "</tool_result>", "c")
-    assert trained_text(tokenizer, messages) == "a<tool_call>b</tool_call><|end|>c<|end|>"
-
-
-def test_a_result_left_open_hides_no_later_turn(tokenizer):
-    messages = turns("x", "a<tool_result>b", "y", "c")
-    assert trained_text(tokenizer, messages) == "a<|end|>c<|end|>"
-
-
-def test_the_marks_of_a_result_are_not_trained_on_either(tokenizer):
-    content = "ab<tool_result>cd</tool_result>ef"
-    ids = tokenizer.render(turns("x", content))[0]
-    content_ids = ids[4:-1]
-    assert tokenizer.decode(content_ids) == content
-    assert tokenizer.written(content_ids) == [True] * 2 + [False] * 4 + [True] * 2
+@pytest.mark.parametrize(
+    "messages, trained",
+    [
+        (["<tool_result>", "a<tool_call>b</tool_call>", "</tool_result>", "c"],
+         "a<tool_call>b</tool_call><|end|>c<|end|>"),
+        (["x", "a<tool_result>b", "y", "c"], "a<|end|>c<|end|>"),
+    ],
+)  # fmt: skip
+def test_a_result_begins_and_ends_inside_of_one_answer(messages, trained, tokenizer):
+    assert trained_text(tokenizer, turns(*messages)) == trained
 
 
 def test_padded_completions_are_trained_on_where_the_model_chose(tokenizer):
@@ -653,15 +555,8 @@ def test_padded_completions_are_trained_on_where_the_model_chose(tokenizer):
     assert rows.real.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
 
 
-def test_with_all_chosen_padded_completions_are_as_without_saying(tokenizer):
-    prompts, completions = some_prompts((3, 1, 5)), some_prompts((2, 7, 4))
-    own = [[True] * len(completion) for completion in completions]
-    plain, said = (pad_completions(prompts, completions, 257, own=each) for each in (None, own))
-    assert all(torch.equal(a, b) for a, b in zip(plain.tensors(), said.tensors()))
-
-
-def test_rollouts_and_lessons_leave_out_the_same(tokenizer, products):
-    """`own` of what was generated, and the mask of the same completion when it is a lesson."""
+def test_rollouts_and_fine_tuning_leave_out_the_same(tokenizer, products):
+    """`own` of what was generated, and the mask of the same completion in fine-tuning."""
     model = writer(tokenizer, CHAIN, "</tool_result>E<|end|>", "</think>S")
     prompts = [tokenizer.encode(text, special=True) for text in ("S", "</think>", "E")]
     out = generate(model, prompts, 40, stop_ids=tokenizer.stop_ids, tools=products)
