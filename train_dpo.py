@@ -12,24 +12,29 @@ h = r_w - r_l, p = log pi(y|x), and n the lengths in tokens:
     orpo      -p_w/n_w - lambda log sigmoid(log odds_w - log odds_l)      2403.07691, eq. 6
     kto       1 - sigmoid(beta (r_w - z)) + 1 - sigmoid(beta (z - r_l))   2402.01306, eq. 8
 
-The reference is the model before training. What it says of the training completions is computed
-once; simpo and orpo have none. Differs from the papers: ipo averages over tokens, as is usual by
-now; kto's desirable and undesirable examples are the two sides of a pair; of a ranking the best and
-the worst completion are a pair (--pairs extremes), or all its pairs are.
+where e is --label_smoothing, gamma --gamma, lambda --orpo_lambda, log odds = p/n - log(1 - exp p/n)
+and z the KL to the reference, estimated on the batch. nll_coef * NLL, NLL = -p_w/n_w, adds to each.
 
-All losses lower the likelihood of rejected completions and, of what these share with the chosen
-ones, that of the chosen, too: in the village right answers suffer. --nll_coef adds the chosen
-completion's own negative log-likelihood against that (Pang et al. 2024, arXiv:2404.19733).
+The reference is the model before training. The reference log-probabilities are computed once,
+before training; simpo and orpo use no reference. From a ranking, the best and the worst completion
+form one pair (--pairs extremes), or every two do (--pairs all). Differs from the papers: ipo
+averages over tokens, as most implementations now do; kto's desirable and undesirable examples are
+the two sides of a pair.
+
+These losses push down the rejected completions and, with them, whatever the chosen ones share with
+them; on the village this costs right answers. --nll_coef counters it by adding the chosen
+completion's own negative log-likelihood (Pang et al. 2024, arXiv:2404.19733).
 
 Run     python train_dpo.py --nll_coef 0.3
         python train_dpo.py --loss simpo --beta 2 --data pairs.jsonl --out runs/mine
 Needs   runs/sft                                          (python train_sft.py)
 Expect  gold score 0.66 -> 0.87 on held-out prompts, better than the SFT model in 77% of them
-Watch   loss, val_loss   per pair; sigmoid: from log 2 = 0.69 (and nll_coef times the likelihood)
-        reward_chosen, reward_rejected   beta r, DPO's implicit rewards; margin is their difference
-                         and rises; all falling far below 0: lower the learning rate, raise beta
+Watch   loss, val_loss   per pair; sigmoid: starts at log 2 = 0.69 (plus nll_coef x NLL)
+        reward_chosen, reward_rejected   beta r, DPO's implicit rewards; all falling far below 0:
+                         lower the learning rate, raise beta
+        margin           beta h, their difference: rises
         accuracy         share of pairs with the larger reward for the chosen completion, to 0.9;
-                         1 in training and less in val_accuracy: learnt by heart
+                         1 in training and less in val_accuracy: memorised
         logp_chosen, logp_rejected   log pi of whole completions. The rejected one's falls; where
                          the chosen one's falls as fast, set --nll_coef
         kl               nats per completion to the reference: a few; tens: it has gone too far
@@ -39,7 +44,7 @@ Watch   loss, val_loss   per pair; sigmoid: from log 2 = 0.69 (and nll_coef time
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -130,7 +135,7 @@ class Pairs:
     rows: Completions  # every completion
     index: torch.Tensor  # (P, 2): the rows of the chosen and the rejected one
     ref_logps: torch.Tensor  # of each row; zeros where the loss has no reference
-    # kto: the same prompts with completions of others
+    # kto: each prompt with the completions of another prompt (for z)
     mismatched: Completions | None = None
     mismatched_ref_logps: torch.Tensor | None = None
 
@@ -138,7 +143,7 @@ class Pairs:
         return len(self.index)
 
     def __getitem__(self, numbers):
-        return Pairs(self.rows, self.index[numbers], *list(vars(self).values())[2:])
+        return replace(self, index=self.index[numbers])
 
     @property
     def flat(self):
@@ -194,7 +199,7 @@ class Logps:
     ref_rejected_logps: torch.Tensor
     chosen_lengths: torch.Tensor  # in tokens
     rejected_lengths: torch.Tensor
-    kl: torch.Tensor | float = 0.0  # kto's z, of the whole batch
+    z: float = 0.0  # kto's KL to the reference, of the whole batch
 
     @property
     def chosen_logratios(self):
@@ -205,8 +210,8 @@ class Logps:
         return self.policy_rejected_logps - self.ref_rejected_logps
 
     @property
-    def delta(self):
-        """h: by how much more than the reference the policy prefers the chosen completion."""
+    def h(self):
+        """r_w - r_l: how much more the policy prefers the chosen one than the reference does."""
         return self.chosen_logratios - self.rejected_logratios
 
 
@@ -220,30 +225,28 @@ def summed_logps(model, rows):
 
 
 def sigmoid_loss(logps, cfg):
-    return -F.logsigmoid(cfg.beta * logps.delta)
+    return -F.logsigmoid(cfg.beta * logps.h)
 
 
 def cdpo_loss(logps, cfg):
-    e, h = cfg.label_smoothing, cfg.beta * logps.delta
-    return -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h)
+    e, beta_h = cfg.label_smoothing, cfg.beta * logps.h
+    return -(1 - e) * F.logsigmoid(beta_h) - e * F.logsigmoid(-beta_h)
 
 
 def robust_loss(logps, cfg):
     """Unbiased when a share e of the labels is flipped; may be negative."""
-    e, h = cfg.label_smoothing, cfg.beta * logps.delta
-    return (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e)
+    e, beta_h = cfg.label_smoothing, cfg.beta * logps.h
+    return (-(1 - e) * F.logsigmoid(beta_h) + e * F.logsigmoid(-beta_h)) / (1 - 2 * e)
 
 
 def hinge_loss(logps, cfg):
-    return F.relu(1 - cfg.beta * logps.delta)
+    return F.relu(1 - cfg.beta * logps.h)
 
 
 def ipo_loss(logps, cfg):
-    per_token = (
-        logps.chosen_logratios / logps.chosen_lengths
-        - logps.rejected_logratios / logps.rejected_lengths
-    )
-    return (per_token - 1 / (2 * cfg.beta)) ** 2
+    chosen = logps.chosen_logratios / logps.chosen_lengths
+    rejected = logps.rejected_logratios / logps.rejected_lengths
+    return (chosen - rejected - 1 / (2 * cfg.beta)) ** 2
 
 
 def simpo_loss(logps, cfg):
@@ -263,8 +266,8 @@ def orpo_loss(logps, cfg):
 
 def kto_loss(logps, cfg):
     """Chosen completions count as desirable, rejected ones as undesirable."""
-    desirable = 1 - torch.sigmoid(cfg.beta * (logps.chosen_logratios - logps.kl))
-    undesirable = 1 - torch.sigmoid(cfg.beta * (logps.kl - logps.rejected_logratios))
+    desirable = 1 - torch.sigmoid(cfg.beta * (logps.chosen_logratios - logps.z))
+    undesirable = 1 - torch.sigmoid(cfg.beta * (logps.z - logps.rejected_logratios))
     return cfg.desirable_weight * desirable + cfg.undesirable_weight * undesirable
 
 
@@ -286,11 +289,11 @@ def nll(logps):
     return -logps.policy_chosen_logps / logps.chosen_lengths
 
 
-def logps_of(model, pairs, device, kl=0.0):
+def logps_of(model, pairs, device, z=0.0):
     """The Logps of these pairs; chosen and rejected completions in one forward pass."""
     rows = pairs.rows[pairs.flat].to(device)
     policy, ref = summed_logps(model, rows), pairs.ref_logps[pairs.flat].to(device)
-    return Logps(*policy.chunk(2), *ref.chunk(2), *rows.mask.sum(1).chunk(2), kl)
+    return Logps(*policy.chunk(2), *ref.chunk(2), *rows.mask.sum(1).chunk(2), z)
 
 
 def mean_kl(model, pairs, device, total=float):
@@ -366,9 +369,9 @@ def main(cfg):
     while run.step < cfg.steps:
         batch, sums = train[sampler.take(cfg.batch_size)[share]], Counter()
         num_tokens = rt.sum(batch.rows.mask[batch.flat].sum())
-        kl = mean_kl(model, batch, rt.device, rt.sum) if cfg.loss == "kto" else 0.0
+        z = mean_kl(model, batch, rt.device, rt.sum) if cfg.loss == "kto" else 0.0
         for part in rt.micro_batches(batch, cfg.accumulate, ddp_model):
-            logps = logps_of(ddp_model, part, rt.device, kl)
+            logps = logps_of(ddp_model, part, rt.device, z)
             losses = LOSSES[cfg.loss](logps, cfg) + cfg.nll_coef * nll(logps)
             rt.backward(losses.sum() / cfg.batch_size)
             sums.update(pair_stats(logps, losses, cfg))
@@ -396,9 +399,9 @@ def evaluate(cfg, model, tokenizer, ref, val, examples, ref_golds=None):
     if golds is not None:
         metrics["win_rate"] = win_rate(golds, ref_golds or golds)
     sums = Counter()
-    kl = mean_kl(model, val, model.device) if cfg.loss == "kto" else 0.0
+    z = mean_kl(model, val, model.device) if cfg.loss == "kto" else 0.0
     for numbers in torch.arange(len(val)).split(128):
-        logps = logps_of(model, val[numbers], model.device, kl)
+        logps = logps_of(model, val[numbers], model.device, z)
         losses = LOSSES[cfg.loss](logps, cfg) + cfg.nll_coef * nll(logps)
         sums.update(pair_stats(logps, losses, cfg))
     means = {f"val_{name}": total / len(val) for name, total in sums.items()}
@@ -408,10 +411,11 @@ def evaluate(cfg, model, tokenizer, ref, val, examples, ref_golds=None):
 def finish(rt, run, before, after):
     """Print what the preferences have changed, and keep it in result.json."""
     rt.print(change_table(before, after))
-    name = "held-out pairs whose chosen completion gained more"
-    effects = [effect(name, None, after["val_accuracy"], "share")]
     if "gold" in after:
         effects = gold_effects(before, after)
+    else:
+        name = "held-out pairs whose chosen completion gained more"
+        effects = [effect(name, None, after["val_accuracy"], "share")]
     run.write_result(effects, before=before, after=after)
     rt.close()
 

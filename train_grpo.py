@@ -1,16 +1,15 @@
 """GRPO: sample G completions of each problem and reinforce those better than their group.
 
-    A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)                       DeepSeekMath, 2402.03300
+    A_i = (r_i - mean(r_1..r_G)) / (std(r_1..r_G) + 1e-4)              DeepSeekMath, 2402.03300
     loss = - 1/G sum_i 1/|o_i| sum_t [min(rho A, clip(rho, 1 - low, 1 + high) A) - beta k3]
     rho = pi(o_t) / pi_old(o_t),   k3 = ref/pi - log(ref/pi) - 1
 
 No critic and no reward model: small functions check the answer (REWARDS below; replace them in one
-line). Its relatives differ by --loss: dr_grpo (2503.20783), dapo (2503.14476), rloo (2402.14740),
-reinforce_pp (2501.03262), cispo (2506.13585), gspo (2507.18071). std is that of a sample (G - 1),
-as in public implementations. pi_old are the logprobs of the first pass over a batch, so that rho
-starts at exactly 1. k3's gradient is the forward KL's; rloo and reinforce_pp put k1 into the
-reward, which gives the reverse KL's. A completion that doesn't end within --max_new_tokens gets no
-reward, or where it would be negative just that.
+line). --loss selects a relative: dr_grpo (2503.20783), dapo (2503.14476), rloo (2402.14740),
+reinforce_pp (2501.03262), cispo (2506.13585), gspo (2507.18071). std divides by G - 1, as in public
+implementations. pi_old are the logprobs of the first pass over a batch, so that rho starts at
+exactly 1. k3's gradient is the forward KL's; rloo and reinforce_pp put k1 into the reward, which
+gives the reverse KL's. An unfinished completion gets 0, or its own reward if that is negative.
 
 Run     python train_grpo.py
         python train_grpo.py --preset zero           # R1-Zero: from runs/pretrain, without SFT
@@ -21,14 +20,15 @@ Expect  held-out problems, greedy: 49% -> 89% (seeds 0, 1, 2: 88.8, 88.8, 90.0) 
         one sample 43% -> 82%, maj@8 79% -> 88%, pass@8 92% -> 95%. R1-Zero: the easiest problems
         0.5% -> 62% in 20 s (62.0, 65.5, 68.0)
 Watch   reward, accuracy   of the sampled completions, rise from 0.4 to 0.9; flat: see equal_groups
-        equal_groups       share of groups whose rewards are all alike, which teach nothing: 0.2 to
-                           0.7; near 1: the problems are too hard or too easy
+        equal_groups       share of groups of equal rewards, which have zero group advantage: 0.2
+                           to 0.7; near 1: the problems are too hard or too easy
         length, truncated  tokens of a completion, share that didn't end: near 0; rising: the model
                            rambles, raise --max_new_tokens or set --overlong_buffer
-        entropy            nats per token by the sampled tokens; near 0: nothing is explored
+        entropy            estimate from the sampled tokens, nats each; near 0: nothing is explored
         kl                 nats per completion to the reference, with --kl_coef
         clip_fraction      share of tokens beyond the clip range: 0 with one inner update
-        loss, grad_norm    the loss says nothing (it is 0 at rho = 1); the norm stays below 2
+        loss               says little (for grpo, rloo and gspo without KL it is 0 at rho = 1)
+        grad_norm          stays below 2
         val_accuracy       greedy, on held-out problems
 """
 
@@ -89,20 +89,24 @@ class Config(AdapterConfig, TrainConfig):
     # -- Loss
     loss: LOSSES = "grpo"
     clip_low: NotNegative | None = None  # default: as in the loss's paper
-    clip_high: NotNegative | None = None  # default: as in the loss's paper
+    # default: as in the loss's paper; cispo: the largest weight, less 1
+    clip_high: NotNegative | None = None
     kl_coef: NotNegative = 0.0  # beta, the price of a nat of KL to the reference; 0: no reference
     # -- Sampling
     samples: Whole[2] = 8  # G, completions per problem
     max_new_tokens: Whole[1] = 112  # longest completion
     temperature: Positive = 1.0  # of sampling and of training
     inner_updates: Whole[1] = 1  # optimizer steps per batch of completions
-    dynamic_sampling: bool = False  # sample on until enough groups have unequal rewards (DAPO)
-    overlong_buffer: Whole[0] = 0  # the last so many tokens cost up to 1 of reward (DAPO)
+    # sample on until enough groups have unequal rewards (DAPO); all that are found are kept, so a
+    # batch may be larger than --batch_size
+    dynamic_sampling: bool = False
+    # length of the zone before --max_new_tokens where the reward falls by up to 1 (DAPO); 0: none
+    overlong_buffer: Whole[0] = 0
     # -- Training
     out: str = "runs/grpo"
     steps: int = 30  # updates, each with a batch of new completions
     batch_size: int = 32  # problems per update, over all processes
-    accumulate: int = 4  # parts of a batch, short completions beside short ones
+    accumulate: int = 4  # micro-batches, sorted by length
     optimizer: str = "adamw"
     lr: float = 3e-4
     muon_lr: float = 0.002
@@ -127,7 +131,9 @@ PRESETS = {
     "images": dict(
         init="runs/vlm",
         data="images",
-        loss="dr_grpo",  # or the small reward of the format counts in full where all are wrong
+        # with std normalisation, the 0.1 for the format would count fully in groups where every
+        # answer is wrong
+        loss="dr_grpo",
         max_new_tokens=64,
         steps=24,
         eval_every=12,
@@ -210,14 +216,15 @@ class Prompts:
     def sample(self, problems, noise):
         """G completions of each problem, as rows to train on: rollouts.SampledRows."""
         ids, images = list(map(self.ids, problems)), self.images(problems)
-        how = self.tokenizer, problems, ids, noise, self.tools, images
-        return sample_rows(self.cfg, self.policy, *how)
+        return sample_rows(
+            self.cfg, self.policy, self.tokenizer, problems, ids, noise, self.tools, images
+        )
 
-    def complete(self, rt, problems, **how):
+    def complete(self, rt, problems, **sampling):
         """Texts of completions, which the processes share."""
-        how |= {"tools": self.tools, "images": self.images(problems[rt.mine(len(problems))])}
+        sampling |= {"tools": self.tools, "images": self.images(problems[rt.mine(len(problems))])}
         ids, longest = list(map(self.ids, problems)), self.cfg.max_new_tokens
-        completions = sample_together(rt, self.policy, self.tokenizer, ids, longest, **how)
+        completions = sample_together(rt, self.policy, self.tokenizer, ids, longest, **sampling)
         return [as_text(self.tokenizer, each) for each in completions]
 
 
@@ -230,8 +237,8 @@ def group_advantages(rewards):
 
 
 def centred(rewards):
-    """r - mean of the group, without the division that favours problems nearly solved or failed
-    (Dr. GRPO). Equal rewards give exactly 0: the mean is taken of what exceeds the first.
+    """r - mean; a division would favour problems nearly solved or failed (Dr. GRPO). The first
+    reward is subtracted before the mean, so that equal rewards give exactly 0 in floating point.
     """
     rewards = rewards - rewards[:, :1]
     return rewards - rewards.mean(1, keepdim=True)
@@ -243,11 +250,11 @@ def leave_one_out(rewards):
     return centred(rewards) * G / (G - 1)
 
 
-def whiten(x, mask, total=lambda value: value):
+def whiten(x, mask, total=float):
     """(x - mean) / std over the real tokens; `total` sums a number over processes."""
-    n = total(mask.sum().item())
-    mean = total((x * mask).sum().item()) / n
-    variance = total((((x - mean) * mask) ** 2).sum().item()) / n
+    n = total(mask.sum())
+    mean = total((x * mask).sum()) / n
+    variance = total((((x - mean) * mask) ** 2).sum()) / n
     return (x - mean) / math.sqrt(variance + 1e-8) * mask
 
 
@@ -276,7 +283,7 @@ def overlong_penalty(length, longest, buffer):
 
 @dataclass
 class Sizes:
-    """What a loss divides by: of the whole batch, over all of its parts and processes."""
+    """Denominators of the losses, counted over the whole batch: all micro-batches and processes."""
 
     num_sequences: float
     num_tokens: float
@@ -343,7 +350,7 @@ class Variant:
     loss: Callable
     ratio: Callable
     advantages: Callable | None  # from rewards (N, G); None: of each token, by `returns_to_go`
-    clip: tuple  # (low, high) of its paper
+    clip: tuple  # (low, high) of its paper; rloo's is this project's choice
     kl_in_reward: bool = False
 
 
@@ -358,7 +365,7 @@ VARIANTS = {
 }
 
 
-def estimate_advantages(cfg, rollout, total=lambda value: value):
+def estimate_advantages(cfg, rollout, total=float):
     """A of each completion, (B, 1), or of each token, (B, T - 1)."""
     variant, mask = VARIANTS[cfg.loss], rollout.mask
     kl = torch.zeros(mask.shape, device=mask.device)
@@ -388,21 +395,18 @@ class Rollout:
     @classmethod
     def join(cls, rollouts):
         """As they were sampled, one below the other."""
-        rows, rewards, correct, ended, *_ = zip(*(vars(each).values() for each in rollouts))
-        return cls(Completions.join(rows), *map(torch.cat, (rewards, correct, ended)))
+        rows = Completions.join([each.rows for each in rollouts])
+        parts = ((each.rewards, each.correct, each.ended) for each in rollouts)
+        return cls(rows, *map(torch.cat, zip(*parts)))
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, numbers):
         """These completions, without columns that are padding in all of them."""
-        rows, *rest = vars(self).values()
-        rows = rows[numbers]
-        width = rows.mask.shape[1] - 1
-        rest = [
-            x if x is None else x[numbers, :width] if x.dim() == 2 else x[numbers] for x in rest
-        ]
-        return Rollout(rows, *rest)
+        rows, *rest = (x if x is None else x[numbers] for x in vars(self).values())
+        width = rows.mask.shape[1] - 1  # columns that are cut are on the right
+        return Rollout(rows, *(x if x is None or x.dim() < 2 else x[:, :width] for x in rest))
 
     @property
     def mask(self):
@@ -429,7 +433,7 @@ def sample_rollout(cfg, prompts, problems, noise):
 
 def sample_batch(cfg, rt, prompts, train, sampler):
     """(rollout of this process, stats of all completions of all processes). With dynamic sampling
-    groups whose rewards are equal, which teach nothing, make room for others, in up to ROUNDS.
+    groups of equal rewards, which have zero group advantage, make room for others, in up to ROUNDS.
     """
     G, missing, rounds = cfg.samples, cfg.batch_size, []
     while missing > 0 and len(rounds) < (ROUNDS if cfg.dynamic_sampling else 1):
@@ -440,7 +444,7 @@ def sample_batch(cfg, rt, prompts, train, sampler):
     stats = rollout_stats(rollout, G, rt.sum)
     if cfg.dynamic_sampling:
         keep = ~equal_groups(rollout.rewards, G)
-        keep[0] |= not keep.any()  # no process may be left without a row; this one teaches nothing
+        keep[0] |= not keep.any()  # no process may be left without a row
         rollout = rollout[keep.repeat_interleave(G).nonzero()[:, 0]]
     return rollout, stats
 
@@ -451,15 +455,15 @@ def equal_groups(rewards, G):
     return (groups == groups[:, :1]).all(1)
 
 
-def rollout_stats(rollout, G, total=lambda value: value):
+def rollout_stats(rollout, G, total=float):
     """Means over completions; `total` sums a number over processes."""
     n = total(len(rollout))
     return {
-        "reward": total(rollout.rewards.sum().item()) / n,
-        "accuracy": total(rollout.correct.sum().item()) / n,
-        "equal_groups": total(equal_groups(rollout.rewards, G).sum().item()) / (n / G),
-        "length": total(rollout.mask.sum().item()) / n,
-        "truncated": 1 - total(rollout.ended.sum().item()) / n,
+        "reward": total(rollout.rewards.sum()) / n,
+        "accuracy": total(rollout.correct.sum()) / n,
+        "equal_groups": total(equal_groups(rollout.rewards, G).sum()) / (n / G),
+        "length": total(rollout.mask.sum()) / n,
+        "truncated": 1 - total(rollout.ended.sum()) / n,
     }
 
 
@@ -495,8 +499,8 @@ def main(cfg):
     while run.step < cfg.steps:
         rollout, stats = sample_batch(cfg, rt, prompts, train, sampler)
         factor = schedule(run.step, cfg.steps, cfg.warmup)
-        stats |= update(cfg, rt, ddp_model, ref, optimizer, rollout, factor)
-        run.advance(stats.pop("tokens"), every=1, show=("reward", "accuracy"), **stats)
+        updated, num_tokens = update(cfg, rt, ddp_model, ref, optimizer, rollout, factor)
+        run.advance(num_tokens, every=1, show=("reward", "accuracy"), **stats, **updated)
 
         if run.due(cfg.eval_every):
             saved["after"] = measure(cfg.eval_samples if run.step == cfg.steps else 1)
@@ -507,12 +511,13 @@ def main(cfg):
 
 
 def update(cfg, rt, ddp_model, ref, optimizer, rollout, factor=1.0):
-    """The inner updates on one batch of completions; returns stats, means over all processes."""
+    """The inner updates on one batch: (stats, means over all processes; tokens trained on)."""
     variant, order = VARIANTS[cfg.loss], rollout.rows.real.sum(1).argsort()
     clip = [own if x is None else x for x, own in zip((cfg.clip_low, cfg.clip_high), variant.clip)]
     set_logprobs(cfg, ddp_model, ref, rollout, order.chunk(cfg.accumulate))
+    # before sorting: the completions of a group stand in consecutive rows
     rollout.advantages = estimate_advantages(cfg, rollout, rt.sum)
-    rollout, sums = rollout[order], Counter()  # short completions beside short ones
+    rollout, sums = rollout[order], Counter()
     sizes = Sizes(rt.sum(len(rollout)), rt.sum(rollout.mask.sum()), cfg.max_new_tokens)
     for _ in range(cfg.inner_updates):
         for part in rt.micro_batches(rollout, cfg.accumulate, ddp_model):
@@ -526,7 +531,7 @@ def update(cfg, rt, ddp_model, ref, optimizer, rollout, factor=1.0):
             sums.update(update_stats(part, old, rho.detach(), sizes, clip))
         grad_norm = optimizer.step(factor, cfg.grad_clip)
     stats = {name: rt.sum(value) / cfg.inner_updates for name, value in sums.items()}
-    return stats | {"grad_norm": grad_norm, "tokens": sizes.num_tokens * cfg.inner_updates}
+    return stats | {"grad_norm": grad_norm}, sizes.num_tokens * cfg.inner_updates
 
 
 @torch.no_grad()
@@ -544,7 +549,7 @@ def update_stats(part, old, rho, sizes, clip):
     outside = ((rho < 1 - clip[0]) | (rho > 1 + clip[1])) & part.mask
     stats = {
         "clip_fraction": outside.sum().item() / sizes.num_tokens,
-        "entropy": -(old * part.mask).sum().item() / sizes.num_tokens,  # by the sampled tokens
+        "entropy": -(old * part.mask).sum().item() / sizes.num_tokens,  # an estimate
     }
     if part.ref_logprobs is not None:
         kl = kl_k1(old, part.ref_logprobs) * part.mask

@@ -4,14 +4,15 @@
     delta_t = R_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1}   GAE, 1506.02438
     policy loss = mean max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = pi / pi_old  1707.06347
     value loss = 0.5 mean max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2),  G = A + V_old
+    loss = policy loss + value_coef * value loss
     beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)              1909.08593
 
-Advantages are whitened over the batch. A completion without its end token gets a fixed reward
-(--truncation_reward) instead of its score. The score comes from a reward model, or from rules on
-the text (ReFT, 2401.08967). The critic is a copy of the reward model, a value head on the policy
-(shared), or none: then the baseline is the mean over the prompt's other samples, or over the batch
-where a prompt has one. The KL term is k1 inside the reward, where the policy gradient makes it the
-reverse KL's.
+A is whitened over the batch, in the policy loss only. A completion without its end token gets a
+fixed reward (--truncation_reward) instead of its score, which comes from a reward model, or from
+rules on the text (ReFT, 2401.08967). The critic is a copy of the reward model (with rules: of
+--init, with a new head), a value head on the policy (shared), or none: then gamma and lambda are
+unused, and the baseline is the mean over the prompt's other samples, or over the batch where a
+prompt has one. The KL term (k1) is part of the reward, so its gradient is that of the reverse KL.
 
 Run     python train_ppo.py
         python train_ppo.py --kl_coef 0 --kl_target 0 --lr 1e-3 --steps 60 --out runs/too_far
@@ -30,7 +31,7 @@ Watch   reward      mean score, rises; the gold, where there is one, must rise w
         policy_loss near 0, since advantages have mean 0; value_loss falls
         clip_fraction, approximate_kl   share of tokens beyond the clip range, and how far the
                     update has gone (k3): below 0.2 and 0.05; above: lower --lr, fewer --epochs
-        grad_norm   below 10; spikes: lower --lr
+        grad_norm   mean over the minibatches: below 10; spikes: lower --lr
         val_...     the same of sampled completions to held-out prompts; win_rate over the reference
 """
 
@@ -99,7 +100,8 @@ class Config(AdapterConfig, TrainConfig):
     reward: Literal["model", "rules"] = "model"  # model: --reward_model; rules: the answer's check
     reward_model: str = "runs/rm"  # run folder of train_rm.py
     truncation_reward: float = -6.0  # of a completion that doesn't end within --max_new_tokens
-    # separate: a copy of the reward model; shared: a value head on the policy; none: no critic
+    # separate: a copy of the reward model, or with --reward rules of --init with a new head;
+    # shared: a value head on the policy; none: no critic
     critic: Literal["separate", "shared", "none"] = "separate"
     # -- KL to the reference
     kl_coef: NotNegative = 0.1  # beta at the start
@@ -114,8 +116,8 @@ class Config(AdapterConfig, TrainConfig):
     clip_range: Positive = 0.2  # eps of the policy
     value_clip: Positive = 0.2  # eps of the value
     value_coef: NotNegative = 0.1  # weight of the value loss
-    gamma: Share = 1.0  # discount
-    lam: Share = 0.95  # lambda of GAE
+    gamma: Share = 1.0  # discount; unused without a critic
+    lam: Share = 0.95  # lambda of GAE; unused without a critic
     # -- Training
     out: str = "runs/ppo"
     steps: int = 30  # updates, each with a batch of new completions
@@ -171,10 +173,10 @@ def load_prompts(cfg):
 # --- algorithm: B completions, T tokens; entry t of (B, T - 1) belongs to tokens[:, t + 1] --------
 
 
-def token_rewards(logprobs, ref_logprobs, scores, mask, beta):
+def token_rewards(logprobs, ref_logprobs, score, mask, beta):
     """R_t: minus beta times the KL of each token, plus the score (B,) at the last; (B, T - 1)."""
     rewards = -beta * (logprobs - ref_logprobs) * mask
-    return rewards.scatter_add(1, last_true(mask)[:, None], scores[:, None])
+    return rewards.scatter_add(1, last_true(mask)[:, None], score[:, None])
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -193,7 +195,7 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, (advantages + values) * mask
 
 
-def baseline_advantages(rewards, mask, samples, total=lambda value: value):
+def baseline_advantages(rewards, mask, samples, total=float):
     """Without a critic: the return from each token on, less the mean return of the others.
 
     The others are the prompt's `samples` - 1 further completions, or all of the batch where samples
@@ -204,16 +206,16 @@ def baseline_advantages(rewards, mask, samples, total=lambda value: value):
     if samples > 1:
         sums, n = own.view(-1, samples).sum(1).repeat_interleave(samples), samples
     else:
-        sums, n = total(own.sum().item()), total(len(own))
+        sums, n = total(own.sum()), total(len(own))
     others = (sums - own) / max(1, n - 1)
     return (to_go - others[:, None]) * mask
 
 
-def whiten(x, mask, total=lambda value: value):
+def whiten(x, mask, total=float):
     """(x - mean) / std over the real tokens; `total` sums a number over processes."""
-    n = total(mask.sum().item())
-    mean = total((x * mask).sum().item()) / n
-    variance = total((((x - mean) * mask) ** 2).sum().item()) / n
+    n = total(mask.sum())
+    mean = total((x * mask).sum()) / n
+    variance = total((((x - mean) * mask) ** 2).sum()) / n
     return (x - mean) / math.sqrt(variance + 1e-8) * mask
 
 
@@ -255,22 +257,13 @@ class ActorCritic(nn.Module):
     def forward(self, rows, temperature, with_entropy=False):
         """(what completion_logprobs gives, values, 0 without a critic): (B, T - 1) each."""
         policy, values = self.policy, torch.zeros(rows.mask[:, 1:].shape, device=rows.mask.device)
-        if self.value_head is not None:
+        if self.value_head is not None:  # both heads read the same hidden states
             hidden = policy.hidden(*rows.inputs())
-            policy, values = _HeadOnly(policy, hidden), self.value_head(hidden.float())[:, :-1, 0]
+            values = self.value_head(hidden.float())[:, :-1, 0]
+            policy = lambda *_, where: self.policy.head(hidden[where])  # noqa: E731
         elif self.critic is not None:
             values = self.critic(*rows.inputs())[:, :-1]
         return completion_logprobs(policy, rows, temperature, with_entropy), values
-
-
-class _HeadOnly:
-    """The policy's head on hidden states that are there already."""
-
-    def __init__(self, policy, hidden):
-        self.policy, self.hidden = policy, hidden
-
-    def __call__(self, tokens, positions, mask, where):
-        return self.policy.head(self.hidden[where])
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -278,15 +271,15 @@ class _HeadOnly:
 
 @dataclass
 class Rollout:
-    """Sampled completions and what an update needs to know; (B, T - 1) where nothing is said."""
+    """Sampled completions and what an update needs to know; (B, T - 1) unless noted."""
 
     rows: Completions
     ended: torch.Tensor  # (B,) bool
     scores: torch.Tensor  # (B,) as trained on
-    golds: torch.Tensor | None  # (B,) to look at; nothing is trained on them
+    golds: torch.Tensor | None  # (B,) logged only
     logprobs: torch.Tensor  # of the policy that sampled
     entropy: torch.Tensor
-    values: torch.Tensor  # of the critic then
+    values: torch.Tensor  # the critic's, at sampling time
     ref_logprobs: torch.Tensor
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
@@ -296,13 +289,9 @@ class Rollout:
 
     def __getitem__(self, numbers):
         """These completions, without columns that are padding in all of them."""
-        rows, *rest = vars(self).values()
-        rows = rows[numbers]
-        width = rows.mask.shape[1] - 1
-        rest = [
-            x if x is None else x[numbers, :width] if x.dim() == 2 else x[numbers] for x in rest
-        ]
-        return Rollout(rows, *rest)
+        rows, *rest = (x if x is None else x[numbers] for x in vars(self).values())
+        width = rows.mask.shape[1] - 1  # columns that are cut are on the right
+        return Rollout(rows, *(x if x is None or x.dim() < 2 else x[:, :width] for x in rest))
 
     @property
     def mask(self):
@@ -316,16 +305,16 @@ def sample_rollout(cfg, actor, ref, reward_model, tokenizer, gold, examples, noi
     sampled = sample_rows(cfg, actor.policy, tokenizer, examples, prompts, noise)
     rows, said, golds = sampled.rows, [*zip(sampled.examples, sampled.texts)], None
     if cfg.reward == "rules":
-        rewards = torch.tensor([reft_reward(*each) for each in said], device=noise.device)
+        raw_scores = torch.tensor([reft_reward(*each) for each in said], device=noise.device)
     else:
-        rewards = scores(reward_model, rows)
+        raw_scores = scores(reward_model, rows)
     if gold is not None:
         golds = torch.tensor([gold(*each)["gold"] for each in said], device=noise.device)
     (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)
     return Rollout(
         rows,
         sampled.ended,
-        torch.where(sampled.ended, rewards, cfg.truncation_reward),
+        torch.where(sampled.ended, raw_scores, cfg.truncation_reward),
         golds,
         logprobs,
         entropy,
@@ -341,6 +330,8 @@ def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.out, cfg.init, cfg.reward_model if cfg.reward == "model" else None)
     policy, tokenizer = load_model(cfg.init)
+    if policy.tokens_per_image:
+        raise UserError(f"{cfg.init} looks at images, which PPO doesn't read; use train_grpo.py")
     start_adapter(policy, cfg, rt)
     ref = rt.prepare(reference(policy), train=False)
     reward_model = critic = None
@@ -356,10 +347,10 @@ def main(cfg):
     run = Run(cfg, rt)
     model = ActorCritic(policy, critic, cfg.critic == "shared")
     ddp_model = rt.prepare(model, cfg.compile)
-    for each in filter(None, (policy, critic)):
+    for each in filter(None, (policy, critic)):  # prepare has set its precision on `model` alone
         each.compute_dtype = rt.dtype
         each.model.checkpoint_activations = cfg.checkpoint_activations
-    optimizer = build_optimizer(model, cfg, rt.scaler, eps=1e-5)
+    optimizer = build_optimizer(model, cfg, rt.scaler, eps=1e-5)  # as public PPO implementations
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train), cfg.seed)
     control = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     gold, examples = gold_of(train + val), val[: cfg.eval_prompts]
@@ -375,7 +366,7 @@ def main(cfg):
         noise = draw_noise(cfg, rt)
         rollout = sample_rollout(cfg, model, ref, reward_model, tokenizer, gold, prompts, noise)
         estimate_advantages(cfg, rollout, control.coef, rt.sum)
-        stats, sums = rollout_stats(cfg, rollout, rt.sum), Counter()
+        stats, sums, grad_norms = rollout_stats(cfg, rollout, rt.sum), Counter(), []
         factor = schedule(run.step, cfg.steps, cfg.warmup)
         for _ in range(cfg.epochs):
             for numbers in torch.randperm(len(rollout)).chunk(cfg.minibatches):
@@ -383,17 +374,17 @@ def main(cfg):
                 num_tokens = rt.sum(minibatch.mask.sum())
                 for part in rt.micro_batches(minibatch, cfg.accumulate, ddp_model):
                     logprobs, values = ddp_model(part.rows, cfg.temperature)
-                    loss = policy_loss(logprobs, part.logprobs, part.advantages, cfg.clip_range)
-                    error = value_loss(values, part.values, part.returns, cfg.value_clip)
-                    total = loss + cfg.value_coef * error
-                    rt.backward((total * part.mask).sum() / num_tokens)
-                    sums.update(update_stats(cfg, part, logprobs, loss, error))
-                grad_norm = optimizer.step(factor, cfg.grad_clip)
+                    losses = policy_loss(logprobs, part.logprobs, part.advantages, cfg.clip_range)
+                    value_losses = value_loss(values, part.values, part.returns, cfg.value_clip)
+                    per_token = losses + cfg.value_coef * value_losses
+                    rt.backward((per_token * part.mask).sum() / num_tokens)
+                    sums.update(update_stats(cfg, part, logprobs, losses, value_losses))
+                grad_norms.append(optimizer.step(factor, cfg.grad_clip))
         num_tokens = stats["length"] * cfg.batch_size * cfg.samples
         stats |= {name: rt.sum(x) / num_tokens / cfg.epochs for name, x in sums.items()}
         control.update(stats["kl"], cfg.batch_size * cfg.samples)
-        stats |= {"grad_norm": grad_norm, "kl_coef": control.coef}
-        run.advance(num_tokens, every=1, show=("reward", "kl"), **stats)
+        stats |= {"grad_norm": sum(grad_norms) / len(grad_norms), "kl_coef": control.coef}
+        run.advance(num_tokens * cfg.epochs, every=1, show=("reward", "kl"), **stats)
 
         if run.due(cfg.eval_every):
             saved["after"], _ = measure(saved["golds"])
@@ -429,9 +420,9 @@ def rollout_stats(cfg, rollout, total):
     }
     if rollout.golds is not None:
         per_completion["gold"] = rollout.golds
-    n, num_tokens = total(len(rollout)), total(mask.sum().item())
-    stats = {name: total(values.sum().item()) / n for name, values in per_completion.items()}
-    stats["entropy"] = total((rollout.entropy * mask).sum().item()) / num_tokens
+    n, num_tokens = total(len(rollout)), total(mask.sum())
+    stats = {name: total(values.sum()) / n for name, values in per_completion.items()}
+    stats["entropy"] = total((rollout.entropy * mask).sum()) / num_tokens
     if cfg.critic != "none":
         stats["explained_variance"] = explained_variance(
             rollout.values, rollout.returns, mask, total
@@ -439,24 +430,24 @@ def rollout_stats(cfg, rollout, total):
     return stats
 
 
-def explained_variance(values, returns, mask, total=lambda value: value):
+def explained_variance(values, returns, mask, total=float):
     """1 - var(G - V) / var(G) over real tokens: 1 for a perfect critic, 0 for a constant."""
 
     def variance(x):
-        n = total(mask.sum().item())
-        mean = total((x * mask).sum().item()) / n
-        return total((((x - mean) * mask) ** 2).sum().item()) / n
+        n = total(mask.sum())
+        mean = total((x * mask).sum()) / n
+        return total((((x - mean) * mask) ** 2).sum()) / n
 
     return 1 - variance(returns - values) / max(variance(returns), 1e-8)
 
 
 @torch.no_grad()
-def update_stats(cfg, part, logprobs, loss, error):
+def update_stats(cfg, part, logprobs, losses, value_losses):
     """Sums over the tokens of a part of a minibatch."""
     log_rho = logprobs - part.logprobs
     per_token = {
-        "policy_loss": loss,
-        "value_loss": error,
+        "policy_loss": losses,
+        "value_loss": value_losses,
         "clip_fraction": (log_rho.exp() - 1).abs() > cfg.clip_range,
         "approximate_kl": log_rho.exp() - 1 - log_rho,  # k3 (Schulman 2020)
     }

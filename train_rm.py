@@ -7,27 +7,27 @@
 
 r is read from a linear head at the last real token of prompt and completion. All K completions of a
 prompt are in one batch: as separate pairs each completion would be seen K - 1 times per epoch, and
-the model overfits (InstructGPT, section 3.5). After training the scores are shifted to mean 0 on
-the reference model's own samples.
+the model overfits (InstructGPT, section 3.5). The scores of every exported reward model are shifted
+to mean 0 on the reference model's own samples.
 Differs from InstructGPT: the head starts at N(0, 1/(C + 1)) (Stiennon et al. 2020, 2009.01325).
 
 Run     python train_rm.py
         python train_rm.py --data pairs.jsonl --loss margin --out runs/mine
 Needs   runs/sft                                          (python train_sft.py)
-Expect  92% of held-out pairs in the order of their gold score, from 50% (a head of random numbers)
-        and although 15% of the labels say the contrary (README.md)
+Expect  92% of held-out pairs in the order of their gold score, from 50% (a randomly initialised
+        head), even though 15% of the labels are flipped (README.md)
 Watch   loss, log_loss      per pair, from log 2 = 0.69 to about 0.4, on held-out pairs likewise;
-                            log_loss rising while loss falls: the rankings are learnt by heart
+                            log_loss rising while loss falls: the rankings are memorised
         accuracy            share of held-out pairs ordered as the annotators did: 1 - disagreement
                             is the best that can be reached
-        gold_accuracy       the same by the gold score, on the village alone; above accuracy, where
-                            the model has understood what the annotators mean
-        calibration_error   how far sigmoid(r_w - r_l) is from the share of pairs: below 0.1
+        gold_accuracy       accuracy against the gold score (village only); exceeds accuracy once
+                            the model sees through the label noise
+        calibration_error   expected calibration error of sigmoid(r_i - r_j): below 0.1
         grad_norm           rises early, then below 10
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -107,14 +107,14 @@ class Rankings:
     """N rankings of up to K completions, the best first, or pairs of them (K = 2)."""
 
     rows: Completions  # every completion
-    index: torch.Tensor  # (N, K): which rows a ranking is of; -1 where it is of fewer
+    index: torch.Tensor  # (N, K): rows of each ranking's completions, padded with -1
     margins: torch.Tensor  # (N,) how much better a pair's first is; 0 where nobody says
 
     def __len__(self):
         return len(self.index)
 
     def __getitem__(self, numbers):
-        return Rankings(self.rows, self.index[numbers], self.margins[numbers])
+        return replace(self, index=self.index[numbers], margins=self.margins[numbers])
 
     @property
     def completions(self):
@@ -150,7 +150,7 @@ def margins_of(records):
 
 
 class HeldOut:
-    """Rankings that are not trained on: every completion, every pair, and golds where there are."""
+    """Rankings that are not trained on: every completion, every pair, gold scores if present."""
 
     def __init__(self, records, tokenizer):
         self.rows, index = completion_rows(records, tokenizer)
@@ -197,16 +197,14 @@ def rewards_of(model, rankings, device):
     return torch.zeros(real.shape, device=device).masked_scatter(real, flat), real
 
 
-def calibration_error(p, happened, bins=10):
+def calibration_error(confidence, hit, bins=10):
     """Expected calibration error: in bins of the confidence, how far it is from the share of hits.
 
-    p (n,): predicted probability; happened (n,) bool. Guo et al. 2017, arXiv:1706.04599, eq. 3.
+    confidence (n,): from 0.5 to 1; hit (n,) bool. Guo et al. 2017, arXiv:1706.04599, eq. 3.
     """
-    confidence = torch.maximum(p, 1 - p)
-    hit = (happened == (p > 0.5)).float()
     number = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins).index_add(0, number, confidence - hit)
-    return (gap.abs().sum() / len(p)).item()
+    gap = torch.zeros(bins).index_add(0, number, confidence - hit.float())
+    return (gap.abs().sum() / len(hit)).item()
 
 
 def pair_metrics(rewards, pairs, golds=None):
@@ -216,13 +214,10 @@ def pair_metrics(rewards, pairs, golds=None):
     pairs of unequal gold, and the annotators' own.
     """
     delta = rewards[pairs[:, 0]] - rewards[pairs[:, 1]]
-    # each pair in both orders would say the same twice: look at it from a side drawn by its number
-    side = torch.arange(len(pairs)) % 2 == 0
-    p = torch.sigmoid(torch.where(side, delta, -delta))
     metrics = {
         "accuracy": (delta > 0).float().mean().item(),
         "log_loss": bradley_terry_loss(delta, 0.0).mean().item(),
-        "calibration_error": calibration_error(p, side),
+        "calibration_error": calibration_error(torch.sigmoid(delta.abs()), delta > 0),
     }
     if golds is not None:
         gold = golds[pairs[:, 0]] - golds[pairs[:, 1]]
@@ -248,7 +243,7 @@ def main(cfg):
     train, val = open_rankings(records, cfg, tokenizer), HeldOut(val_records, tokenizer)
     rt.print(f"{len(train)} rankings of {len(train.rows)} completions; held out: {len(val.rows)}")
     own = own_samples(ref, tokenizer, records[:256], cfg.seed, rt)
-    del ref  # all that it has to say is said
+    del ref  # frees its memory
 
     share = rt.share(cfg.batch_size)
     run = Run(cfg, rt)

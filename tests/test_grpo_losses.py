@@ -392,13 +392,14 @@ class Watched(Optimizer):
 
 
 def update(policy, rollout, ref=None, lr=0.05, **flags):
-    """(the updated copy of the policy, gradients of its steps, what was seen)."""
+    """(the updated copy of the policy, gradients of its steps, what was seen, with its tokens)."""
     policy = copy.deepcopy(policy)
     flags = {"samples": G, "max_new_tokens": 9, "grad_clip": 0.0, "accumulate": 1} | flags
     watched = Watched(policy, lr)
     with torch.random.fork_rng():
-        seen = train_grpo.update(Config(**flags), CPU, policy, ref, watched, fresh(rollout))
-    return policy, watched.gradients, seen
+        args = Config(**flags), CPU, policy, ref, watched, fresh(rollout)
+        seen, num_tokens = train_grpo.update(*args)
+    return policy, watched.gradients, seen | {"tokens": num_tokens}
 
 
 def fresh(rollout):

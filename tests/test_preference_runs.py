@@ -25,6 +25,7 @@ import train_pretrain
 import train_rm
 import train_sft
 from nanollm.config import UserError
+from nanollm.gpt import GPT
 from nanollm.hub import load_model, load_scalar
 from nanollm.peft.adapters import reference
 from nanollm.run import read_metrics
@@ -287,6 +288,12 @@ def test_what_cannot_be_done_is_refused(name, here, capsys):
     module, own = SCRIPTS[script]
     said = refused(capsys, module, *own, "--out", "runs/refused", *flags)
     assert sentence in said and not Path("runs/refused").exists()
+
+
+def test_ppo_refuses_a_model_that_looks_at_images(here, capsys, monkeypatch):
+    monkeypatch.setattr(GPT, "tokens_per_image", 4)
+    said = refused(capsys, train_ppo, *PPO, "--out", "runs/refused")
+    assert "PPO doesn't read" in said and not Path("runs/refused").exists()
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(here, capsys):
