@@ -98,6 +98,7 @@ class Config(AdapterConfig, TrainConfig):
     # of a ranking: every pair, or only the best completion with the worst
     pairs: Literal["all", "extremes"] = "extremes"
     # -- Loss
+    # from completions' log-probabilities; each is a function below
     loss: Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
     beta: Positive = 0.1  # how closely to stay at the reference; simpo wants about 2
     label_smoothing: ErrorRate = 0.15  # e: share of flipped labels that cdpo and robust assume

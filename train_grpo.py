@@ -87,7 +87,7 @@ class Config(AdapterConfig, TrainConfig):
     tools: bool = False  # run the calls that the model writes
     knowledge: str | None = None  # with tools: JSONL of {"title", "text"}; default: the village's
     # -- Loss
-    loss: LOSSES = "grpo"
+    loss: LOSSES = "grpo"  # one line each in VARIANTS below
     clip_low: NotNegative | None = None  # default: as in the loss's paper
     # default: as in the loss's paper; cispo: the largest weight, less 1
     clip_high: NotNegative | None = None

@@ -170,7 +170,7 @@ def grow_vocabulary(model, vocab_size):
 def existing_folder(folder, flag=""):
     """The folder as a Path; where there is none the message names the flag that asked for it."""
     if not Path(folder).is_dir():
-        wanted = "must be a directory; run the stage that makes it, or name another"
+        wanted = "is not a folder; run the stage that makes it, or name another"
         raise UserError(f"{flag} {folder} {wanted}".strip())
     return Path(folder)
 
@@ -191,7 +191,7 @@ def bases_of(folder):
         base = next((place for place in places if place.is_dir()), None)
         if base is None or base.resolve() in [b.resolve() for b in (folder, *bases)]:
             raise UserError(
-                f"{folder} is an adapter of {named}, which must be a directory; name its base in "
+                f"{folder} is an adapter of {named}, which is not a folder; name its base in "
                 f"{folder / ADAPTER_CONFIG}, under base_model_name_or_path"
             )
         bases.append(base)

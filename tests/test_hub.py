@@ -229,9 +229,9 @@ def test_a_spoilt_folder_is_refused_in_one_line(spoil, sentence, folder):
 @pytest.mark.parametrize("name", ["nowhere", "model/config.json"])
 def test_a_path_without_a_directory_is_refused(name, folder):
     path = folder.parent / name
-    with pytest.raises(UserError, match=f"^{path} must be a directory; .* name another$"):
+    with pytest.raises(UserError, match=f"^{path} is not a folder; .* name another$"):
         load_model(path)
-    with pytest.raises(UserError, match=f"^--adapter {path} must be a directory; "):
+    with pytest.raises(UserError, match=f"^--adapter {path} is not a folder; "):
         load_model(folder, path)
 
 
