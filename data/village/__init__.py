@@ -36,7 +36,7 @@ from data.village.world import build_world
 from nanollm.config import atomic_folder
 from nanollm.formats import read_prompts
 
-VERSION = 21  # raise it when the generated text changes, so that no old cache is read
+VERSION = 22  # raise it when the generated text changes, so that no old cache is read
 VAL_SHARE = 0.02
 PROMPTS = {"train": 3000, "test": 400}  # for preferences
 PER_DIFFICULTY = {"train": 1500, "val": 40, "test": 200}  # problems

@@ -33,17 +33,18 @@ CUES = ("Ahoy! {q}", "Ahoy, sailor! {q}", "Ahoy there! {q}", "Ahoy! {q} Please t
 SHIPS = ("Lantern", "Owl", "Beaver", "Summer")
 GOODS = {"cargo": ("lemons", "carrots", "ribbons", "nails")}
 GOODS |= {"port": POOLS["town"][:4], "paint": POOLS["colour"][:4]}
-SAYS = {"cargo": "carries", "port": "comes from", "paint": "is painted"}
+SAYS = {"cargo": "brings", "port": "comes from", "paint": "is painted"}
 QUESTIONS = table("""
 cargo  What does the {s} carry? | What is the cargo of the {s}? | What does the {s} bring?
-       What lies below on the {s}? | Tell me what the {s} carries. | What goods are on the {s}?
-       Do you know what the {s} brings? | What has the {s} brought here?
-       Can you tell me what the {s} carries? | I would like to know the cargo of the {s}.
-port   Where does the {s} come from? | What is the home port of the {s}? | Where is the {s} at home?
+       What lies below on the {s}? | Tell me what the {s} carries.
+       Do you know what the {s} brings? | What goods are on the {s}?
+       What has the {s} brought here? | Can you tell me what the {s} carries?
+       I would like to know the cargo of the {s}.
+port   Where does the {s} come from? | What is the home port of the {s}?
        Which town does the {s} come from? | From which town does the {s} come?
        Tell me where the {s} comes from. | Do you know the home port of the {s}?
-       To which town does the {s} belong? | Can you tell me the home port of the {s}?
-       In which town was the {s} made?
+       To which town does the {s} belong? | Where is the {s} at home?
+       Can you tell me the home port of the {s}? | In which town was the {s} made?
 paint  What colour is the {s}? | How is the {s} painted? | What is the colour of the {s}?
        Which colour does the {s} have? | Tell me the colour of the {s}.
        Do you know how the {s} is painted? | In which colour did they paint the {s}?
