@@ -101,7 +101,7 @@ STAGES = [
     Stage("tools", "Tools", "train_sft.py --init ROOT/grpo --data tools --out ROOT/tools",
           "The model learns to call a calculator for large numbers, and a search for people whom "
           "no text has told it of. It writes the call, the engine writes the result behind it.",
-          asked="tools", preset="tools", evaluate="ROOT/tools --data tools --limit 64"),
+          asked="tools", preset="tools", evaluate="ROOT/tools --data tools --tools --limit 64"),
     Stage("distill", "Distillation", "distill.py --teacher ROOT/sft --out ROOT/distill",
           "A new model with a third of the parameters learns from the fine-tuned one: from a "
           "thousand dialogues, and four thousand other prompts that the teacher completes, with "

@@ -23,7 +23,7 @@ border-bottom: 1px solid #e5e7eb; padding-bottom: 6px } .lead { color: #555; mar
 .table { overflow-x: auto; margin: 14px 0 } table { border-collapse: collapse; width: 100%;
 font-size: 14.5px } th { text-align: left; color: #555; font-weight: 600 } td, th { padding:
 5px 10px; border-bottom: 1px solid #eceff3; vertical-align: top; overflow-wrap: anywhere; min-width:
-6em } .number { text-align: right; font-variant-numeric: tabular-nums; min-width: 3em } pre {
+7em } .number { text-align: right; font-variant-numeric: tabular-nums; min-width: 5em } pre {
 background: #f6f8fa; padding: 10px 14px; border-radius: 6px; white-space: pre-wrap; overflow: auto;
 overflow-wrap: anywhere; max-height: 340px; font-size: 13.5px } figure { margin: 14px 0; max-width:
 720px } svg { width: 100%; height: auto } img { width: 96px; image-rendering: pixelated;
