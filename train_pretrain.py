@@ -13,7 +13,7 @@ Run     python train_pretrain.py
         torchrun --nproc_per_node 8 train_pretrain.py --preset gpu --data text.jsonl
 Needs   nothing
 Expect  0.30 bits per byte of held-out text, where `xz -9` that has seen the training text needs
-        0.88; all 672 facts about the villagers can be completed (README.md)
+        0.86; all 672 facts about the villagers can be completed (README.md)
 Watch   loss, val_loss  nats per token, 7.6 at first (ln of the vocabulary), 0.7 at the end;
                         val_loss rising while loss falls: too many epochs, see --patience
         bits_per_byte   the same, comparable across tokenizers
