@@ -73,7 +73,7 @@ from nanollm.distillation import (
     write_completions,
 )
 from nanollm.formats import read_examples, split_documents
-from nanollm.generate import generate
+from nanollm.generate import generate, shared_noise
 from nanollm.gpt import GPT, count_parameters, document_mask
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import token_logprobs
@@ -439,10 +439,7 @@ def distillation_loss(cfg, student, teacher, rows, num_tokens, num_labelled, num
 
 
 def own_completions(cfg, rt, student, tokenizer, prompts):
-    """This process's LabelledRows of what the student itself completes (GKD, algorithm 1). Noise is
-    drawn for all processes, so that it doesn't depend on how many there are.
-    """
-    noise = torch.rand(len(prompts), cfg.max_new_tokens, dtype=torch.float64)
+    """This process's LabelledRows of what the student itself completes (GKD, algorithm 1)."""
     share = rt.share(len(prompts))
     completions = generate(
         student,
@@ -451,7 +448,7 @@ def own_completions(cfg, rt, student, tokenizer, prompts):
         temperature=cfg.sample_temperature,
         stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
-        noise=noise[share].to(rt.device),
+        noise=shared_noise(rt, (len(prompts), cfg.max_new_tokens), share),
     ).lists()
     tokenized = [(prompt, ids, False) for prompt, ids in zip(prompts[share], completions)]
     longest = max(len(prompt) + len(ids) for prompt, ids, _ in tokenized)

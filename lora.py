@@ -48,9 +48,9 @@ from typing import Literal
 import torch
 
 from data import village
-from nanollm.batches import Sampler, Windows, load_shards, pack_chats, row_length
+from nanollm.batches import Sampler, Windows, pack_chats, row_length, text_shards
 from nanollm.config import NotNegative, OpenShare, TrainConfig, UserError, Whole, cli
-from nanollm.formats import identity, read_chats, read_documents, read_examples, read_parts
+from nanollm.formats import read_chats, read_examples, read_parts
 from nanollm.hub import load_model, save_model
 from nanollm.metrics import (
     accuracy_by_task,
@@ -142,8 +142,8 @@ def load_elsewhere(cfg, tokenizer, T):
         examples = village.of_run(cfg.init) / "sft_test.jsonl"
     if cfg.other_text == "village":
         text = village.of_run(cfg.init) / "corpus_val.jsonl"
-    shards = load_shards(lambda: read_documents(text), identity(text), tokenizer)
-    return first_of_each_task(read_examples(examples), cfg.test_examples), Windows(shards, T)
+    windows = Windows(text_shards(text, tokenizer), T)
+    return first_of_each_task(read_examples(examples), cfg.test_examples), windows
 
 
 # --- measuring -----------------------------------------------------------------------------------

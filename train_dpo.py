@@ -46,7 +46,7 @@ Watch   loss, val_loss   per pair; sigmoid: starts at log 2 = 0.69 (plus nll_coe
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +56,10 @@ from data.village.preferences import gold_of, rank_completions
 from nanollm.batches import Completions, Sampler
 from nanollm.config import (
     AdapterConfig,
+    ErrorRate,
     NotNegative,
     OpenShare,
     Positive,
-    Range,
     TrainConfig,
     Whole,
     cli,
@@ -81,8 +81,6 @@ from nanollm.preferences import (
 )
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
-
-ErrorRate = Annotated[float, Range(0, 0.5, open=True)]
 
 
 @dataclass

@@ -61,7 +61,7 @@ from nanollm.metrics import accuracy_table, first_of_each_task, sample_by_task, 
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import reference, start_adapter
 from nanollm.rewards import accuracy, think_format
-from nanollm.rollouts import draw_noise, prompt_of, sample_rows
+from nanollm.rollouts import RolloutRows, draw_noise, prompt_of, sample_rows
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
 from nanollm.tools import Toolbox, check_knowledge
@@ -190,7 +190,7 @@ class Prompts:
         self.cfg, self.policy, self.tokenizer = cfg, policy, tokenizer
         self.tools = self.store = None
         if cfg.tools:
-            knowledge = cfg.knowledge or village.of_run(cfg.init) / "knowledge.jsonl"
+            knowledge = village.knowledge_of(cfg.init, cfg.knowledge)
             self.tools = Toolbox.with_knowledge(knowledge, tokenizer)
         if any(problem.get("images") for problem in problems):
             if cfg.template != "chat":
@@ -381,10 +381,9 @@ def estimate_advantages(cfg, rollout, total=float):
 
 
 @dataclass
-class Rollout:
+class Rollout(RolloutRows):
     """Completions and their rewards; row n G + g is completion g of problem n."""
 
-    rows: Completions  # their mask leaves out what tools have written
     rewards: torch.Tensor  # (B,)
     correct: torch.Tensor  # (B,) accuracy
     ended: torch.Tensor  # (B,) bool
@@ -398,20 +397,6 @@ class Rollout:
         rows = Completions.join([each.rows for each in rollouts])
         parts = ((each.rewards, each.correct, each.ended) for each in rollouts)
         return cls(rows, *map(torch.cat, zip(*parts)))
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, numbers):
-        """These completions, without columns that are padding in all of them."""
-        rows, *rest = (x if x is None else x[numbers] for x in vars(self).values())
-        width = rows.mask.shape[1] - 1  # columns that are cut are on the right
-        return Rollout(rows, *(x if x is None or x.dim() < 2 else x[:, :width] for x in rest))
-
-    @property
-    def mask(self):
-        """True on the tokens to train on, (B, T - 1)."""
-        return self.rows.mask[:, 1:]
 
 
 def reward_of(cfg, problem, text, length, ended):

@@ -46,7 +46,7 @@ import torch.nn as nn
 
 from data import village
 from data.village.preferences import gold_of
-from nanollm.batches import Completions, Sampler, last_true
+from nanollm.batches import Sampler, last_true
 from nanollm.checkpoint import read_json
 from nanollm.config import (
     AdapterConfig,
@@ -80,7 +80,7 @@ from nanollm.preferences import (
     win_rate,
 )
 from nanollm.rewards import accuracy, reft_reward
-from nanollm.rollouts import draw_noise, sample_rows
+from nanollm.rollouts import RolloutRows, draw_noise, sample_rows
 from nanollm.run import Run, check_folders, effect, read_metrics
 from nanollm.runtime import start
 
@@ -270,10 +270,9 @@ class ActorCritic(nn.Module):
 
 
 @dataclass
-class Rollout:
+class Rollout(RolloutRows):
     """Sampled completions and what an update needs to know; (B, T - 1) unless noted."""
 
-    rows: Completions
     ended: torch.Tensor  # (B,) bool
     scores: torch.Tensor  # (B,) as trained on
     golds: torch.Tensor | None  # (B,) logged only
@@ -283,19 +282,6 @@ class Rollout:
     ref_logprobs: torch.Tensor
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, numbers):
-        """These completions, without columns that are padding in all of them."""
-        rows, *rest = (x if x is None else x[numbers] for x in vars(self).values())
-        width = rows.mask.shape[1] - 1  # columns that are cut are on the right
-        return Rollout(rows, *(x if x is None or x.dim() < 2 else x[:, :width] for x in rest))
-
-    @property
-    def mask(self):
-        return self.rows.mask[:, 1:]
 
 
 @torch.no_grad()

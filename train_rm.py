@@ -28,7 +28,7 @@ Watch   loss, log_loss      per pair, from log 2 = 0.69 to about 0.4, on held-ou
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,9 @@ from data.village.preferences import rank_completions
 from nanollm.batches import Completions, Sampler, pad_completions
 from nanollm.config import (
     AdapterConfig,
+    ErrorRate,
     NotNegative,
     OpenShare,
-    Range,
     TrainConfig,
     UserError,
     Whole,
@@ -75,7 +75,7 @@ class Config(AdapterConfig, TrainConfig):
     val_fraction: OpenShare = 0.05  # share of --data that is held out
     prompts: Whole[1] = 3000  # prompts of the village that are ranked
     # share of the village's pairs that annotators rank against the gold
-    disagreement: Annotated[float, Range(0, 0.5, open=True)] = 0.15
+    disagreement: ErrorRate = 0.15
     # -- Loss
     # ranking: all pairs of a prompt in one batch element; bradley_terry: shuffled pairs; margin:
     # the same, less the margin that the data states

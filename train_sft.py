@@ -32,7 +32,15 @@ from dataclasses import dataclass
 import torch
 
 from data import village
-from nanollm.batches import Packed, Sampler, Windows, load_shards, pack_chats, row_length
+from nanollm.batches import (
+    Packed,
+    Sampler,
+    Windows,
+    load_shards,
+    pack_chats,
+    row_length,
+    text_shards,
+)
 from nanollm.config import AdapterConfig, OpenShare, Share, TrainConfig, UserError, Whole, cli
 from nanollm.formats import identity, read_chats, read_documents, read_examples, read_parts
 from nanollm.gpt import document_mask
@@ -171,8 +179,8 @@ def load_text(cfg, tokenizer, model, T):
         shards = [load_shards(lambda d=d: d, [*source, p], tokenizer) for d, p in parts]
     else:
         folder = village.of_run(cfg.init)
-        paths = [folder / f"corpus_{split}.jsonl" for split in ("train", "val")]
-        shards = [load_shards(lambda p=p: read_documents(p), identity(p), tokenizer) for p in paths]
+        parts = ("train", "val")
+        shards = [text_shards(folder / f"corpus_{part}.jsonl", tokenizer) for part in parts]
     token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
     return Windows(shards[0], T - 1), Windows(shards[1], T), token_bytes, tokenizer.eot_id
 
@@ -245,8 +253,7 @@ def main(cfg):
     text = load_text(cfg, tokenizer, model, T)
     tools = None
     if cfg.data == "tools":
-        folder = village.of_run(cfg.init)
-        tools = Toolbox.with_knowledge(folder / "knowledge.jsonl", tokenizer)
+        tools = Toolbox.with_knowledge(village.knowledge_of(cfg.init), tokenizer)
 
     run = Run(cfg, rt)
     ddp_model = rt.prepare(model, cfg.compile)

@@ -186,7 +186,7 @@ def ask(stage, root, rt, answers):
         rt.prepare(model, train=False)
         tools = None
         if kind == "tools":
-            tools = Toolbox.with_knowledge(folder / "knowledge.jsonl", tokenizer)
+            tools = Toolbox.with_knowledge(village.knowledge_of(root / "pretrain"), tokenizer)
         prompts = [prompt_of(example, model, tokenizer) for example in examples]
         texts = complete(model, tokenizer, prompts, 112, tools=tools)
         asked = [" / ".join(turn["content"] for turn in e["messages"]) for e in examples]

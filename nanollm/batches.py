@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nanollm.config import UserError, atomic_folder, atomic_write
-from nanollm.formats import images_in
+from nanollm.formats import identity, images_in, read_documents
 from nanollm.gpt import document_mask
 
 CACHE = Path("data/cache/tokens")
@@ -88,6 +88,11 @@ def load_shards(documents, source, tokenizer):
     if not folder.is_dir():
         write_shards(documents(), tokenizer, folder)
     return TokenShards.open(folder, tokenizer)
+
+
+def text_shards(path, tokenizer):
+    """TokenShards of a .txt or .jsonl file of text."""
+    return load_shards(lambda: read_documents(path), identity(path), tokenizer)
 
 
 # --- batches -------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class Conversation:
             )
         self.tools = None
         if cfg.tools:
-            knowledge = cfg.knowledge or village.of_run(cfg.model) / "knowledge.jsonl"
+            knowledge = village.knowledge_of(cfg.model, cfg.knowledge)
             self.tools = Toolbox.with_knowledge(knowledge, self.tokenizer)
         self.generator = torch.Generator(rt.device).manual_seed(cfg.seed)
         self.reset()

@@ -73,6 +73,7 @@ class Whole:
 
 Share = Annotated[float, Range(0, 1)]
 OpenShare = Annotated[float, Range(0, 1, open=True)]
+ErrorRate = Annotated[float, Range(0, 0.5, open=True)]
 Positive = Annotated[float, Range(0, open=True)]
 NotNegative = Annotated[float, Range(0)]
 
@@ -151,7 +152,7 @@ class Flag:
                 value = int(float(text)) if float(text).is_integer() else None  # 1e6 is whole too
             else:
                 value = self.kind(text)
-            if value is not None and value == value:  # NaN is no setting
+            if value is not None and value == value:  # NaN equals not even itself
                 self.check(value)
                 return value
         raise UserError(f"--{self.name} must be {self.takes}, got {text!r}")

@@ -26,9 +26,9 @@ import torch
 
 from data import village
 from data.village.preferences import gold_of
-from nanollm.batches import Windows, load_shards
+from nanollm.batches import Windows, text_shards
 from nanollm.config import NotNegative, UserError, Whole, atomic_write, cli
-from nanollm.formats import identity, read_documents, read_examples, read_jsonl, read_prompts
+from nanollm.formats import read_examples, read_jsonl, read_prompts
 from nanollm.hub import load_model
 from nanollm.metrics import (
     LONGEST_COMPLETION,
@@ -132,7 +132,7 @@ def load_examples(cfg, model):
 def held_out_text(cfg, model, tokenizer):
     """Loss on the village's held-out text."""
     path = village.of_run(cfg.model) / "corpus_val.jsonl"
-    shards = load_shards(lambda: read_documents(path), identity(path), tokenizer)
+    shards = text_shards(path, tokenizer)
     windows = Windows(shards, min(256, model.cfg.max_position_embeddings))
     lengths = token_lengths(tokenizer, model.cfg.vocab_size)
     nats, bpb = bits_per_byte(model, windows, lengths, tokenizer.eot_id)
@@ -147,8 +147,7 @@ def evaluate_answers(cfg, rt, model, tokenizer):
     if template != "chat":
         print(f"questions are put by the template {template}")
     if cfg.tools:
-        knowledge = cfg.knowledge or village.of_run(cfg.model) / "knowledge.jsonl"
-        tools = Toolbox.with_knowledge(knowledge, tokenizer)
+        tools = Toolbox.with_knowledge(village.knowledge_of(cfg.model, cfg.knowledge), tokenizer)
     result = {"data": cfg.data, "template": template, "images": cfg.images}
     how = {"generator": torch.Generator(rt.device).manual_seed(cfg.seed), "tools": tools}
     how |= {"begin": cfg.begin, "shown": cfg.images, "template": template}

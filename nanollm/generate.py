@@ -369,14 +369,21 @@ def sample_completions(
     return completions
 
 
+def shared_noise(rt, shape, part, generator=None):
+    """This process's `part`, a slice, of uniform random numbers. Every process draws for all of
+    them, and on a CPU, so that they depend neither on how many processes there are nor on the
+    device.
+    """
+    return torch.rand(shape, dtype=cdf_dtype(rt.device), generator=generator)[part].to(rt.device)
+
+
 def sample_together(rt, model, tokenizer, prompts, max_new_tokens, samples=1, seed=0, **how):
     """sample_completions, the work shared by all processes; what comes out doesn't depend on how
     many they are.
     """
     generator, mine = torch.Generator().manual_seed(seed), rt.mine(len(prompts))
-    shape, dtype = (len(prompts), samples, max_new_tokens), cdf_dtype(model.device)
-    noise = torch.rand(shape, generator=generator, dtype=dtype)  # on a CPU: the same everywhere
-    how |= {"samples": samples, "noise": noise[mine].to(model.device)}
+    noise = shared_noise(rt, (len(prompts), samples, max_new_tokens), mine, generator)
+    how |= {"samples": samples, "noise": noise}
     return rt.gather(sample_completions(model, tokenizer, prompts[mine], max_new_tokens, **how))
 
 

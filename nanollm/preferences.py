@@ -18,6 +18,7 @@ from nanollm.generate import as_text, sample_completions, sample_together
 from nanollm.hub import load_scalar
 from nanollm.logprobs import completion_logprobs
 from nanollm.metrics import table
+from nanollm.rollouts import chat_prompt
 from nanollm.run import effect
 
 CACHE = Path("data/cache")
@@ -96,9 +97,7 @@ def those_that_fit(records, tokenizer, most, rt):
 
 def prompt_ids(examples, tokenizer):
     """Each example's messages as ids, up to where the assistant begins."""
-    return [
-        tokenizer.render(example["messages"], generation_prompt=True)[0] for example in examples
-    ]
+    return [chat_prompt(example, tokenizer) for example in examples]
 
 
 def completion_rows(records, tokenizer):

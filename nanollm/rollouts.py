@@ -3,6 +3,7 @@
     TEMPLATES, prompt_of    a problem as the ids that a completion follows
     draw_noise              what a batch is sampled with, the same for any number of processes
     sample_rows             SampledRows: G completions of each prompt
+    RolloutRows             those rows, and beside them what an update needs to know
 
 N prompts, G = cfg.samples completions each, B = N G rows.
 """
@@ -14,7 +15,7 @@ import torch
 
 from nanollm.batches import Completions, pad_completions
 from nanollm.checkpoint import read_json
-from nanollm.generate import as_text, generate
+from nanollm.generate import as_text, generate, shared_noise
 
 
 @dataclass
@@ -32,12 +33,33 @@ class SampledRows:
         return zip(self.examples, self.texts, self.lengths, self.ended.tolist())
 
 
-def draw_noise(cfg, rt):
-    """What this process samples the next batch with, (B, max_new_tokens). Every process draws for
-    all of them, so that completions don't depend on how many there are.
+@dataclass
+class RolloutRows:
+    """Completions to train on; PPO and GRPO each add what they need of them: tensors with a row for
+    each, (B,) or (B, T - 1), or None.
     """
-    noise = torch.rand(cfg.batch_size, cfg.samples, cfg.max_new_tokens, dtype=torch.float64)
-    return noise[rt.share(cfg.batch_size)].flatten(0, 1).to(rt.device)
+
+    rows: Completions
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, numbers):
+        """These completions, without columns that are padding in all of them."""
+        rows, *rest = (x if x is None else x[numbers] for x in vars(self).values())
+        width = rows.mask.shape[1] - 1  # columns that are cut are on the right
+        return type(self)(rows, *(x if x is None or x.dim() < 2 else x[:, :width] for x in rest))
+
+    @property
+    def mask(self):
+        """True on the tokens to train on, (B, T - 1): not on what tools have written."""
+        return self.rows.mask[:, 1:]
+
+
+def draw_noise(cfg, rt):
+    """What this process samples the next batch with, (B, max_new_tokens)."""
+    shape = cfg.batch_size, cfg.samples, cfg.max_new_tokens
+    return shared_noise(rt, shape, rt.share(cfg.batch_size)).flatten(0, 1)
 
 
 def sample_rows(cfg, policy, tokenizer, examples, prompts, noise, tools=None, images=None):

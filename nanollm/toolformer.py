@@ -110,7 +110,7 @@ def main(cfg):
     model, tokenizer = load_model(cfg.model)
     rt.prepare(model, train=False)
     chats = [c for c in read_chats(cfg.data) if c["messages"][-1]["role"] == "assistant"]
-    knowledge = cfg.knowledge or village.of_run(cfg.model) / "knowledge.jsonl"
+    knowledge = village.knowledge_of(cfg.model, cfg.knowledge)
     tools = Toolbox.with_knowledge(knowledge, tokenizer)
     generator = torch.Generator(rt.device).manual_seed(cfg.seed)
     sampling = cfg.samples, cfg.threshold, generator

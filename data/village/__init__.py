@@ -91,6 +91,11 @@ def of_run(run_folder):
     return prepare(known.get("villagers", 32), known.get("seed", 0), known.get("megabytes", 8.0))
 
 
+def knowledge_of(run_folder, named=None):
+    """The file that a search looks in: the one named, or that of the run's village."""
+    return named or of_run(run_folder) / "knowledge.jsonl"
+
+
 def prompts_about_people(folder, n_never_asked=1500):
     """The prompts of a village, and questions about the villagers that no dialogue is about, worded
     as no test example is; shuffled. Their answers are for a checker.
