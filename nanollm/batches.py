@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +180,9 @@ def picked(images, numbers):
 
 
 class Rows:
-    """What Packed and Completions have in common: tensors of B rows each, and images of some."""
+    """What Packed and Completions have in common: tensors of B rows each, and images of some. What
+    derives from it is a dataclass; a tensor that isn't there is None.
+    """
 
     def __len__(self):
         return len(self.tokens)
@@ -188,8 +190,14 @@ class Rows:
     def tensors(self):
         return [getattr(self, field.name) for field in fields(self) if field.name != "images"]
 
+    def each(self, change):
+        """The same with `change` applied to each tensor."""
+        names = (field.name for field in fields(self) if field.name != "images")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{n: change(x) for n, x in tensors.items() if x is not None})
+
     def to(self, device):
-        return type(self)(*(x.to(device, non_blocking=True) for x in self.tensors()), self.images)
+        return self.each(lambda x: x.to(device, non_blocking=True))
 
 
 @dataclass

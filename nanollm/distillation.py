@@ -6,15 +6,15 @@ where it is known, "completion" (a label, or what a teacher has written); other 
 "answer" and "check" for the checker, stay. R rows of T tokens, n of which are trained on.
 """
 
+import itertools
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from nanollm.batches import pack
-from nanollm.config import atomic_write
-from nanollm.formats import as_chat, as_prompt, read_jsonl
+from nanollm.batches import Rows, pack
+from nanollm.formats import as_chat, as_prompt, read_jsonl, write_jsonl
 from nanollm.generate import as_text, sample_together
 from nanollm.rewards import is_right
 from nanollm.rollouts import chat_prompt
@@ -43,13 +43,12 @@ def read_completions(path):
 
 def write_completions(examples, path):
     """Keep examples in the chat format, as read_completions and train_sft.py --data read them."""
-    lines = []
+    dialogues = []
     for example in examples:
         last = {"role": "assistant", "content": example["completion"]}
         rest = {k: v for k, v in example.items() if k not in ("messages", "completion")}
-        dialogue = {"messages": [*example["messages"], last], **rest}
-        lines.append(json.dumps(dialogue, ensure_ascii=False) + "\n")
-    atomic_write(path, "".join(lines))
+        dialogues.append({"messages": [*example["messages"], last], **rest})
+    write_jsonl(path, dialogues)
 
 
 # --- the teacher's completions -------------------------------------------------------------------
@@ -63,8 +62,9 @@ def ask_teacher(
     """
     begin, asked = clock(teacher.device), len(examples) * samples
     room = teacher.cfg.max_position_embeddings
-    examples = [e for e in examples if len(chat_prompt(e, tokenizer)) < room]
     prompts = [chat_prompt(example, tokenizer) for example in examples]
+    fits = [len(prompt) < room for prompt in prompts]
+    examples, prompts = (list(itertools.compress(each, fits)) for each in (examples, prompts))
     how = {"samples": samples, "temperature": temperature, "seed": seed}
     completions = sample_together(rt, teacher, tokenizer, prompts, max_new_tokens, **how)
     completed = []
@@ -105,7 +105,7 @@ def filtered(examples, checked):
 
 
 @dataclass
-class LabelledRows:
+class LabelledRows(Rows):
     """Packed rows (as batches.Packed) with two more masks; all (R, T)."""
 
     tokens: torch.Tensor
@@ -119,19 +119,8 @@ class LabelledRows:
     top_ids: torch.Tensor | None = None
     top_logprobs: torch.Tensor | None = None
 
-    def __len__(self):
-        return len(self.tokens)
-
-    def each(self, change):
-        """LabelledRows of `change` applied to each tensor."""
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return LabelledRows(*(x if x is None else change(x) for x in tensors))
-
     def __getitem__(self, numbers):
         return self.each(lambda x: x[numbers])
-
-    def to(self, device):
-        return self.each(lambda x: x.to(device, non_blocking=True))
 
     def where(self):
         """Positions whose next token is trained on, (R, T); n of them are True."""

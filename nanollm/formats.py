@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from nanollm.config import UserError
+from nanollm.config import UserError, atomic_write
 
 DEFAULT_VAL_FRACTION = 0.1
 IMAGE = "<image>"
@@ -57,6 +57,12 @@ def read_jsonl(path):
         lone = halves and re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False))
         need(not lone, where, "half of a surrogate pair is no character")
     return numbered
+
+
+def write_jsonl(path, records):
+    """Write one record per line; the file takes its place once it is complete."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    atomic_write(path, "".join(lines))
 
 
 def _parse(text, path, line=None):

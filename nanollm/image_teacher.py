@@ -29,8 +29,8 @@ from data.village import images as village_images
 from data.village.image_examples import READER, TURNS, chat
 from data.village.image_questions import is_true, names_held_out, read, truth
 from data.village.scenes import Scene
-from nanollm.config import UserError, Whole, atomic_write, cli
-from nanollm.formats import IMAGE, read_captions
+from nanollm.config import UserError, Whole, cli
+from nanollm.formats import IMAGE, read_captions, write_jsonl
 from nanollm.generate import as_text, sample_completions
 from nanollm.hub import load_model
 from nanollm.metrics import table
@@ -157,7 +157,7 @@ def main(cfg):
             "is made by: python train_sft.py --preset reader"
         )
     made = dialogues(pairs, Path(cfg.out).parent)
-    atomic_write(cfg.out, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in made))
+    write_jsonl(cfg.out, made)
     print(f"{cfg.out}: {len(pairs):,} questions in {len(made):,} dialogues; train_vlm.py --data")
 
 

@@ -12,8 +12,8 @@ import torch
 
 from nanollm.batches import pad_completions
 from nanollm.checkpoint import existing_folder, is_scalar, weights_hash
-from nanollm.config import UserError, atomic_write
-from nanollm.formats import read_preferences, read_prompts, split_documents
+from nanollm.config import UserError
+from nanollm.formats import read_preferences, read_prompts, split_documents, write_jsonl
 from nanollm.generate import as_text, sample_completions, sample_together
 from nanollm.hub import load_scalar
 from nanollm.logprobs import completion_logprobs
@@ -62,8 +62,7 @@ def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
         own = [list(filter(None, texts[i : i + K])) for i in range(0, len(texts), K)]
         rankings = annotate(examples, own, K, cfg.disagreement, f"{path.stem}-{cfg.seed}")
         if rt.main:
-            lines = (json.dumps(ranking, ensure_ascii=False) + "\n" for ranking in rankings)
-            atomic_write(path, "".join(lines))
+            write_jsonl(path, rankings)
         rt.barrier()
     return [read_preferences(path) for path in paths]
 

@@ -12,17 +12,15 @@ Run     python -m nanollm.toolformer runs/tools --data chats.jsonl --out calls.j
         python train_sft.py --data calls.jsonl
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from data import village
 from nanollm.batches import pad_completions
-from nanollm.config import UserError, Whole, atomic_write, cli
-from nanollm.formats import read_chats
+from nanollm.config import UserError, Whole, cli
+from nanollm.formats import read_chats, write_jsonl
 from nanollm.generate import sample_completions
 from nanollm.hub import load_model
 from nanollm.logprobs import completion_logprobs
@@ -120,7 +118,7 @@ def main(cfg):
             f"a call helps in none of {len(chats)} dialogues that end with an answer; {cfg.out} is "
             "not written; raise --samples or lower --threshold"
         )
-    atomic_write(Path(cfg.out), "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in kept))
+    write_jsonl(cfg.out, kept)
     print(f"{cfg.out}: a call helps in {len(kept)} of {len(chats)} dialogues")
     rt.close()
 
