@@ -70,3 +70,10 @@ def transformers():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+@pytest.fixture
+def here(trained, monkeypatch):
+    """In the folder that the module's fixture `trained` has made."""
+    monkeypatch.chdir(trained)
+    return trained

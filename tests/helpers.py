@@ -25,6 +25,15 @@ from nanollm.run import Run, read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@contextlib.contextmanager
+def in_new_folder(tmp_path_factory):
+    """Inside, a new folder with a text in it is the current one; for fixtures of a module."""
+    folder = tmp_path_factory.mktemp("trained")
+    with contextlib.chdir(folder):
+        Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
+        yield folder
+
+
 def run(module, *flags, out):
     """Train in this process; returns the metrics."""
     flags = [*map(str, flags), "--out", str(out)]

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import interrupted_and_resumed, moments_of_two_processes, refused, result, same
+from helpers import (
+    in_new_folder,
+    interrupted_and_resumed,
+    moments_of_two_processes,
+    refused,
+    result,
+    same,
+)
 from helpers import run as run_script
 
 from nanollm import chat, evaluate, safetensors
 from nanollm.config import parse
-from nanollm.formats import read_examples
+from nanollm.formats import read_examples, write_jsonl
 from nanollm.hub import load_model, load_scalar
 from nanollm.metrics import accuracy_by_task
 from nanollm.peft.adapters import METHODS
@@ -54,10 +61,7 @@ def turned_down(capsys, script, *flags):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a model fine-tuned to repeat a word, an adapter on it, and a reward model."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
+    with in_new_folder(tmp_path_factory) as folder:
 
         def dialogue(word, completion):
             turns = [("user", f"say {word}"), ("assistant", completion)]
@@ -76,7 +80,7 @@ def trained(tmp_path_factory):
             how = {"answer": answer, "check": "exact", "task": "say"}
             files[name] = [{"prompt": f"say {w}", **how} for w in WORDS]
         for name, records in files.items():
-            Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+            write_jsonl(f"{name}.jsonl", records)
         tiny = "--layers 1 --channels 32 --heads 2 --context 64 --tokenizer bytes".split()
         tiny += "--data text.txt --sample_tokens 8 --steps 40 --eval_every 40".split()
         run_script(import_module("train_pretrain"), *COMMON, *tiny, out="runs/pretrain")
@@ -84,11 +88,6 @@ def trained(tmp_path_factory):
         run("train_rm", "--steps", 10, "--eval_every", 10, out="runs/rm")
         run("train_sft", *LORA, "--steps", 4, "--eval_every", 4, out="runs/lora")
     return folder
-
-
-@pytest.fixture
-def here(trained, monkeypatch):
-    monkeypatch.chdir(trained)
 
 
 # --- what is trained and saved -------------------------------------------------------------------

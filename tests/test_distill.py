@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import kill_and_resume, moments_of_two_processes, refused, result, run, same, weights
+from helpers import (
+    in_new_folder,
+    kill_and_resume,
+    moments_of_two_processes,
+    refused,
+    result,
+    run,
+    same,
+    weights,
+)
 from trl.experimental.gkd import GKDTrainer
 
 import distill
@@ -25,7 +34,7 @@ from nanollm.distillation import (
     tokenize,
     write_completions,
 )
-from nanollm.formats import read_chats, read_examples
+from nanollm.formats import read_chats, read_examples, write_jsonl
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model
 from nanollm.run import read_metrics
@@ -317,10 +326,7 @@ def spelt(word):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a teacher that spells sixteen words and then says them in capitals."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
+    with in_new_folder(tmp_path_factory) as folder:
         prompts = [asked(f"say {w}")["messages"] for w in WORDS]
         turns = [
             [*prompt, {"role": "assistant", "content": spelt(w)}]
@@ -336,19 +342,13 @@ def trained(tmp_path_factory):
             "plain": [{"messages": [*prompts[0], {"role": "assistant", "content": "OWL"}]}],
         }
         for name, records in files.items():
-            Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+            write_jsonl(f"{name}.jsonl", records)
         base = [*BASE, "--steps", 40, "--eval_every", 40, "--layers", 2, "--tokenizer", "bytes"]
         run(train_pretrain, *base, out="runs/pretrain")
         flags = [*SMALL, *FAST, *"--data chats.jsonl --replay 0 --context 48 --steps 300".split()]
         flags += ["--init", "runs/pretrain", "--eval_every", 300]
         run(train_sft, *flags, out="runs/sft")
     return folder
-
-
-@pytest.fixture
-def here(trained, monkeypatch):
-    monkeypatch.chdir(trained)
-    return trained
 
 
 def distil(*flags, out="runs/distill"):

@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import command, kill_and_resume, moments_of_two_processes, refused, result, run, same
+from helpers import (
+    command,
+    in_new_folder,
+    kill_and_resume,
+    moments_of_two_processes,
+    refused,
+    result,
+    run,
+    same,
+)
 
 import train_grpo
 import train_pretrain
 import train_sft
+from nanollm.formats import write_jsonl
 from nanollm.hub import load_model
 from nanollm.run import read_metrics
 from nanollm.runtime import Runtime
@@ -24,10 +34,7 @@ TINY = [*SMALL, *"--layers 1 --channels 32 --heads 2 --tokenizer bytes --context
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A directory with a model fine-tuned to say one of four letters, and problems that want b."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
+    with in_new_folder(tmp_path_factory) as folder:
         turns = [
             [{"role": "user", "content": f"say {n % 20}"}, {"role": "assistant", "content": c}]
             for n, c in enumerate("abcd" * 15)
@@ -35,18 +42,12 @@ def trained(tmp_path_factory):
         problems = [{"prompt": f"say {n}", "answer": "b", "check": "exact"} for n in range(40)]
         files = {"chats": [{"messages": t} for t in turns], "problems": problems}
         for name, records in files.items():
-            Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+            write_jsonl(f"{name}.jsonl", records)
         steps = "--steps 40 --eval_every 40 --data text.txt".split()
         run(train_pretrain, *TINY, *steps, out="runs/pretrain")
         steps = "--steps 200 --eval_every 200 --data chats.jsonl --replay 0 --context 48".split()
         run(train_sft, *SMALL, *steps, "--init", "runs/pretrain", out="runs/sft")
     return folder
-
-
-@pytest.fixture
-def here(trained, monkeypatch):
-    monkeypatch.chdir(trained)
-    return trained
 
 
 def grpo(*flags, out="runs/grpo"):

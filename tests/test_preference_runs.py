@@ -11,6 +11,7 @@ from helpers import (
     as_two_processes,
     command,
     first_moments,
+    in_new_folder,
     kill_and_resume,
     refused,
     result,
@@ -25,6 +26,7 @@ import train_pretrain
 import train_rm
 import train_sft
 from nanollm.config import UserError
+from nanollm.formats import write_jsonl
 from nanollm.gpt import GPT
 from nanollm.hub import load_model, load_scalar
 from nanollm.peft.adapters import reference
@@ -51,10 +53,7 @@ SCRIPTS = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A directory with a model fine-tuned to repeat a word, and a reward model."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
+    with in_new_folder(tmp_path_factory) as folder:
         chats = [
             {
                 "messages": [
@@ -68,17 +67,11 @@ def trained(tmp_path_factory):
         files = {"chats": chats, "pairs": PAIRS, "rankings": RANKINGS, "problems": problems}
         files["margins"] = [pair | {"margin": 0.5} for pair in PAIRS]
         for name, records in files.items():
-            Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+            write_jsonl(f"{name}.jsonl", records)
         pretrain("--steps", 40, "--eval_every", 40, out="runs/pretrain")
         sft("--init", "runs/pretrain", "--steps", 120, "--eval_every", 120, out="runs/sft")
         run("train_rm.py", "--steps", 30, "--eval_every", 30, "--muon_lr", 0.01, out="runs/rm")
     return folder
-
-
-@pytest.fixture
-def here(trained, monkeypatch):
-    monkeypatch.chdir(trained)
-    return trained
 
 
 def pretrain(*flags, out):

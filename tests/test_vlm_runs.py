@@ -9,6 +9,7 @@ import torch
 from helpers import (
     as_two_processes,
     first_moments,
+    in_new_folder,
     kill_and_resume,
     refused,
     result,
@@ -21,7 +22,7 @@ from PIL import Image, ImageDraw
 import train_pretrain
 import train_vlm
 from nanollm.config import parse
-from nanollm.formats import read_captions
+from nanollm.formats import read_captions, write_jsonl
 from nanollm.hub import load_model
 from nanollm.run import Run, read_metrics
 from nanollm.vision.clip import caption_tokens, load_clip
@@ -60,7 +61,7 @@ def said(*turns):
 
 
 def write(name, records):
-    Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_jsonl(f"{name}.jsonl", records)
 
 
 def vlm(own, *flags, out):
@@ -70,10 +71,7 @@ def vlm(own, *flags, out):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with twelve images, what is said of them, and a run of each stage."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 150)
+    with in_new_folder(tmp_path_factory) as folder:
         names = [(colour, place) for colour in COLOURS for place in PLACES]
         for colour, place in names:
             image, (x, y) = Image.new("RGB", (16, 16), "white"), PLACES[place]
@@ -93,12 +91,6 @@ def trained(tmp_path_factory):
         vlm(INSTRUCT, *asked, "--no_images", out="runs/vlm-no_images")
         vlm(INSTRUCT, *asked, out="runs/vlm")
     return folder
-
-
-@pytest.fixture
-def here(trained, monkeypatch):
-    monkeypatch.chdir(trained)
-    return trained
 
 
 def resume(out, *flags):
