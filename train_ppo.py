@@ -26,12 +26,13 @@ Watch   reward      mean score, rises; the gold, where there is one, must rise w
                     running away: lower the learning rate, raise --kl_coef
         entropy     nats per token; near 0: nothing is explored any more
         length, ended    tokens of a completion, and the share that ends its turn: near 1
-        explained_variance   of the returns by the critic: rises towards 1; below 0 for long: the
-                    critic doesn't learn, raise --value_coef or --lr
+        explained_variance   of the returns by the critic: rises above 0.5; below 0 for long: the
+                    critic doesn't learn, raise --value_coef or --lr. So it is with --preset
+                    reft (down to -0.7), whose policy learns nevertheless
         policy_loss near 0, since advantages have mean 0; value_loss falls
         clip_fraction, approximate_kl   share of tokens beyond the clip range, and how far the
                     update has gone (k3): below 0.2 and 0.05; above: lower --lr, fewer --epochs
-        grad_norm   mean over the minibatches: below 10; spikes: lower --lr
+        grad_norm   mean over the minibatches: about 1; spikes: lower --lr
         val_...     the same of sampled completions to held-out prompts; win_rate over the reference
 """
 

@@ -16,14 +16,14 @@ Run     python train_rm.py
 Needs   runs/sft                                          (python train_sft.py)
 Expect  89% of held-out pairs in the order of their gold score, from 54% (a randomly initialised
         head), even though 15% of the labels are flipped (README.md)
-Watch   loss, log_loss      per pair, from log 2 = 0.69 to about 0.4, on held-out pairs likewise;
+Watch   loss, log_loss      per pair, from about log 2 = 0.69 to 0.5, on held-out pairs likewise;
                             log_loss rising while loss falls: the rankings are memorised
         accuracy            share of held-out pairs ordered as the annotators did: 1 - disagreement
                             is the best that can be reached
         gold_accuracy       accuracy against the gold score (village only); exceeds accuracy once
                             the model sees through the label noise
         calibration_error   expected calibration error of sigmoid(r_i - r_j): below 0.1
-        grad_norm           rises early, then below 10
+        grad_norm           about 2 at first, then below 0.5
 """
 
 import itertools

@@ -30,15 +30,15 @@ Needs   runs/sft                                             (python train_sft.p
 Expect  seed 0, CPU with bf16: the right one of 64 captions for 99% of the images; questions about
         images 33% right without them -> 96%, 81% on pairs of colour and kind that no training image
         shows; questions without images as before, 95%
-Watch   loss           clip: log(batch_size) = 4.8 at first, below 1 after 100 steps; align: from 7
-                       to 2.6 nats per trained token, high because the language model is frozen;
+Watch   loss           clip: log(batch_size) = 4.8 at first, below 1 after 100 steps; align: from 8
+                       to 3.0 nats per trained token, high because the language model is frozen;
                        instruct: below 0.5 after 50 steps, then slowly to 0.2, most of it plain text
         text_to_image  of held-out captions, the share whose nearest image of 64 is the right one
         image_to_text  the same of images; 1.6% by chance, above 90% after 250 steps
         cosine         of a held-out pair; rises towards 1
-        val_loss       nats per token of held-out completions: 0.01 with images, 0.09 without; no
+        val_loss       nats per token of held-out completions: 0.02 with images, 0.09 without; no
                        lower than without: the model doesn't look, so train clip or align longer
-        grad_norm      clip: up to 12 in the first 100 steps, then 3; align: 10 to 3; instruct:
+        grad_norm      clip: up to 16 in the first 100 steps, then 3 to 6; align: 9 to 2; instruct:
                        below 1; rising: lower the learning rates
         lr             learning rate of the first group of parameters
 """
