@@ -71,6 +71,7 @@ from nanollm.peft.adapters import reference, start_adapter
 from nanollm.plot import line_chart
 from nanollm.preferences import (
     change_table,
+    closed,
     gold_effects,
     judge,
     load_scorer,
@@ -294,7 +295,7 @@ def sample_rollout(cfg, actor, ref, reward_model, tokenizer, gold, examples, noi
     if cfg.reward == "rules":
         raw_scores = torch.tensor([reft_reward(*each) for each in said], device=noise.device)
     else:
-        raw_scores = scores(reward_model, rows)
+        raw_scores = scores(reward_model, closed(rows, tokenizer))
     if gold is not None:
         golds = torch.tensor([gold(*each)["gold"] for each in said], device=noise.device)
     (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)

@@ -6,9 +6,11 @@ The library knows no village: whoever calls passes its folder, its annotators an
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from nanollm.batches import pad_completions
 from nanollm.checkpoint import existing_folder, is_scalar, weights_hash
@@ -101,18 +103,35 @@ def prompt_ids(examples, tokenizer):
 
 def completion_rows(records, tokenizer):
     """(Completions with a row for each completion of each record, in order; index (N, K): the row
-    of each record's completions, -1 where it has fewer than K).
+    of each record's completions, -1 where it has fewer than K). A row ends as a dialogue does: in
+    some templates behind the end of turn, the last that a policy is trained on.
     """
     prompts, completions = [], []
     counts = torch.tensor([len(record["completions"]) for record in records])
-    for record, prompt in zip(records, prompt_ids(records, tokenizer)):
+    for record in records:
         for text in record["completions"]:
+            prompt, completion = tokenizer.completion(record["messages"], text)
             prompts.append(prompt)
-            completions.append([*tokenizer.encode(text), tokenizer.end_id])
+            completions.append(completion)
     columns = torch.arange(counts.max())
     index = (counts.cumsum(0) - counts)[:, None] + columns
     index = torch.where(columns < counts[:, None], index, -1)
-    return pad_completions(prompts, completions, tokenizer.pad_id), index
+    return closed(pad_completions(prompts, completions, tokenizer.pad_id), tokenizer), index
+
+
+def closed(rows, tokenizer):
+    """Rows whose completions end as the template ends a dialogue, which is where a reward model is
+    read: those that have ended with the end of turn and what follows it, which isn't trained on.
+    """
+    tail = torch.tensor([tokenizer.end_id, *tokenizer.turn_end], device=rows.tokens.device)
+    room, last = len(tail) - 1, rows.last()
+    tokens = F.pad(rows.tokens, (0, room), value=tokenizer.pad_id)
+    mask, real = (F.pad(x, (0, room)) for x in (rows.mask, rows.real))
+    stops = torch.tensor(sorted(tokenizer.stop_ids), device=tokens.device)
+    ended = torch.isin(tokens.gather(1, last[:, None])[:, 0], stops).nonzero()  # (E, 1)
+    columns = last[ended] + torch.arange(len(tail), device=tokens.device)  # (E, len(tail))
+    tokens[ended, columns], real[ended, columns] = tail, True
+    return replace(rows, tokens=tokens, mask=mask, real=real)
 
 
 def pair_index(index):
@@ -123,7 +142,9 @@ def pair_index(index):
 
 
 def scores(reward_model, rows):
-    """The reward of each row, (B,): what the model says at the last real token."""
+    """The reward of each row, (B,): what the model says at the last real token, which of `closed`
+    rows is the one that the template ends with.
+    """
     return reward_model(*rows.inputs()).gather(1, rows.last()[:, None])[:, 0]
 
 
@@ -182,7 +203,8 @@ def judge(
     rows = pad_completions(repeated, ids, tokenizer.pad_id)
     best, stats = torch.arange(len(examples)) * best_of, {}
     if reward_model is not None:
-        rewards = in_batches(lambda part: scores(reward_model, part), rows, model.device)
+        dialogues = closed(rows, tokenizer)
+        rewards = in_batches(lambda part: scores(reward_model, part), dialogues, model.device)
         best = best + rewards.view(-1, best_of).argmax(1)
         stats["reward"] = rewards[best].mean().item()
     ids, rows = [ids[i] for i in best], rows[best]
