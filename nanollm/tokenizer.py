@@ -240,15 +240,13 @@ class Tokenizer:
     def _find_added(self):
         """How each added token is found in a text, and which of them are markers."""
         known = {token["content"]: token for token in self.source.get("added_tokens") or ()}
+        flags = {text: known.get(text, {}) for text in self.special}
         named, marks = {*self.names.values(), *SPECIAL_TOKENS}, set()
         for text in self.special:
             spelt = text in self.template and not text[0].isalnum()
-            if spelt or text in named or known.get(text, {}).get("special", True):
+            if spelt or text in named or flags[text].get("special", True):
                 marks.add(text)
-        flags, keys = (
-            {t: known.get(t, {}) for t in self.special},
-            ("lstrip", "rstrip", "normalized"),
-        )
+        keys = "lstrip", "rstrip", "normalized"
         self._added = tuple((t, *(bool(flags[t].get(key)) for key in keys)) for t in self.special)
         self._markers, self._found = frozenset(marks), splitter(self._added)
         self._splitters = [  # of words, and of all: before NFC and after it
@@ -372,7 +370,7 @@ class Tokenizer:
         an answer to train on that it writes otherwise in the whole chat.
         """
         if image_tokens and "<image>" not in self.special:
-            raise UserError("this tokenizer has no token <image>, which a vision model's has")
+            raise UserError("this tokenizer has no token <image>, as a vision-language model's has")
         messages = [self._read(m, f"message {n}", image_tokens) for n, m in enumerate(messages)]
         text = self._text(messages, generation_prompt)
         ids, mask, at = [], [], 0
@@ -384,19 +382,16 @@ class Tokenizer:
                 start, said = self._turn(messages[: n + 1], f"message {n}")
                 own = self._ids(said, image_tokens)
             else:
-                start, said, own = (
-                    self._text(messages[:n], True),
-                    message["content"],
-                    message["ids"],
-                )
-            if trained and not text.startswith(start + said):
+                start, said = self._text(messages[:n], True), message["content"]
+                own = message["ids"]
+            if not text.startswith(start + said):
+                if not trained:
+                    continue
                 raise UserError(
                     f"message {n}: the model's chat template writes this answer otherwise when "
                     "more follows (without its thoughts, perhaps), so it can't be trained on "
                     'here: end the dialogue with it, or give it "loss": false'
                 )
-            if not text.startswith(start + said):
-                continue
             before = self._ids(text[at : len(start)], image_tokens)
             ids += before + own
             mask += [False] * len(before)

@@ -461,3 +461,5 @@ def test_a_reward_is_read_where_transformers_reads_it_after_its_chat_template(
         reward = scores(model, closed(rows, tokenizer))
         torch.testing.assert_close(reward, wanted, atol=1e-5, rtol=1e-5)
         assert rows.tokens[0, -1] == stop  # as it was sampled
+        full = rows.tokens.shape[1]  # a context that holds nothing behind the turn
+        assert closed(rows, tokenizer, full).last().tolist() == [full - 1]
