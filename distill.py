@@ -60,7 +60,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import village
+from data.village import examples as village
 from data.village.problems import answer_of, worked
 from nanollm.batches import Sampler
 from nanollm.config import NotNegative, OpenShare, Range, Share, TrainConfig, UserError, Whole, cli

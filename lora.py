@@ -47,19 +47,18 @@ from typing import Literal
 
 import torch
 
-from data import village
+from data.village import examples as village
 from nanollm.batches import Sampler, Windows, pack_chats, row_length, text_shards
 from nanollm.config import NotNegative, OpenShare, TrainConfig, UserError, Whole, cli
 from nanollm.formats import read_chats, read_examples, read_parts
 from nanollm.hub import load_model, save_model
+from nanollm.logprobs import bits_per_byte, token_lengths
 from nanollm.metrics import (
     accuracy_by_task,
     accuracy_table,
-    bits_per_byte,
     first_of_each_task,
     mean_accuracy,
     sample_by_task,
-    token_lengths,
 )
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import WEIGHTS, check_method, start_adapter, trainable

@@ -51,7 +51,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import village
+from data.village import examples as village
 from data.village.preferences import gold_of, rank_completions
 from nanollm.batches import Completions, Sampler
 from nanollm.config import (

@@ -41,7 +41,7 @@ from typing import Literal
 
 import torch
 
-from data import village
+from data.village import examples as village
 from nanollm.batches import Completions, Sampler
 from nanollm.config import (
     AdapterConfig,

@@ -45,7 +45,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from data import village
+from data.village import examples as village
 from data.village.preferences import gold_of
 from nanollm.batches import Sampler, last_true
 from nanollm.checkpoint import read_json

@@ -33,7 +33,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import village
+from data.village import examples as village
 from data.village.preferences import rank_completions
 from nanollm.batches import Completions, Sampler, pad_completions
 from nanollm.config import (

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import village
+from data.village import examples as village
 from nanollm.batches import (
     Packed,
     Sampler,
@@ -45,15 +45,13 @@ from nanollm.config import AdapterConfig, OpenShare, Share, TrainConfig, UserErr
 from nanollm.formats import identity, read_chats, read_documents, read_examples, read_parts
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
-from nanollm.logprobs import token_logprobs
+from nanollm.logprobs import bits_per_byte, token_lengths, token_logprobs
 from nanollm.metrics import (
     accuracy_by_task,
     accuracy_table,
-    bits_per_byte,
     first_of_each_task,
     mean_accuracy,
     sample_by_task,
-    token_lengths,
 )
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import start_adapter

@@ -54,7 +54,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
 
-from data import village
+from data.village import examples as village
 from data.village import images as village_images
 from nanollm.batches import Sampler, pack_chats, row_length
 from nanollm.checkpoint import read_json

@@ -24,22 +24,21 @@ from typing import Literal
 
 import torch
 
-from data import village
+from data.village import examples as village
 from data.village.preferences import gold_of
 from nanollm.batches import Windows, text_shards
 from nanollm.config import NotNegative, UserError, Whole, atomic_write, cli
 from nanollm.formats import read_examples, read_jsonl, read_prompts
 from nanollm.hub import load_model
+from nanollm.logprobs import bits_per_byte, token_lengths
 from nanollm.metrics import (
     LONGEST_COMPLETION,
     accuracy_by_task,
     accuracy_table,
-    bits_per_byte,
     first_of_each_task,
     question_of,
     sampled_metrics,
     table,
-    token_lengths,
 )
 from nanollm.preferences import judge, load_scorer, win_rate
 from nanollm.rewards import is_right

@@ -23,7 +23,7 @@ from trl.experimental.gkd import GKDTrainer
 import distill
 import train_pretrain
 import train_sft
-from data import village
+from data.village import examples as village
 from distill import coarse, forward_kl, generalised_jsd, reverse_kl, tempered
 from nanollm.distillation import (
     ask_teacher,

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import refused
 
 from nanollm import chat, evaluate
@@ -172,7 +173,7 @@ def test_what_a_model_says_to_a_question_depends_on_no_other_question(how, here)
     examples = [e | {"messages": [{"role": "user", "content": e["prompt"]}]} for e in examples]
 
     def said(examples, batch_size):
-        generator = metrics_module.torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         more = how | ({"generator": generator} if how else {})
         return accuracy_by_task(model, tokenizer, examples, 24, batch_size=batch_size, **more)[1]
 

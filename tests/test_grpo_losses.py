@@ -655,8 +655,8 @@ def test_a_task_that_nobody_knows_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     "data, name, place",
     [
-        ("village", "problems", "data.village.of_run"),
-        ("tools", "tools", "data.village.of_run"),
+        ("village", "problems", "data.village.examples.of_run"),
+        ("tools", "tools", "data.village.examples.of_run"),
         ("images", "problems", "data.village.images.of_run"),
     ],
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data import village
 from data.village import tools as village_tools
+from data.village.examples import PER_DIFFICULTY
 from data.village.problems import DIFFICULTIES, answered, lessons, problems, worked
 from data.village.sums import written_steps
 from data.village.tasks import instructions, user_turns
@@ -51,7 +51,7 @@ def asked_of_tools(world):
 
 @pytest.fixture(scope="module")
 def asked(world):
-    return {split: problems(world, split, n) for split, n in village.PER_DIFFICULTY.items()}
+    return {split: problems(world, split, n) for split, n in PER_DIFFICULTY.items()}
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def value_of(expression):
 def test_every_difficulty_has_its_number_of_problems_or_all_that_exist(asked):
     for split, examples in asked.items():
         counts = Counter((example["difficulty"], example["task"]) for example in examples)
-        n = village.PER_DIFFICULTY[split]
+        n = PER_DIFFICULTY[split]
         wanted = {(i, name): n for i, name in enumerate(DIFFICULTIES, 1)}
         if split == "train":  # of the easy ones there are not so many
             assert 1000 < counts[1, "easy"] <= wanted.pop((1, "easy"))
@@ -243,7 +243,7 @@ def test_the_answer_of_a_story_follows_from_its_equations_and_they_from_its_sent
         assert [equation[1] for equation in equations] == signs, example
         assert all(int(n) <= 30 for n in re.findall(r"\d+", story + example["steps"])), example
         seen[len(equations)] += 1
-    assert seen[2] == seen[3] == sum(village.PER_DIFFICULTY.values())
+    assert seen[2] == seen[3] == sum(PER_DIFFICULTY.values())
 
 
 def test_no_question_is_in_two_splits_or_twice_in_one(asked, everything):

@@ -5,10 +5,12 @@ split where the checksum of its text says so, hence no text can be in both split
 streams are. Outside biographies no pool value is said of anybody whom it does not fit.
 """
 
+import json
 import random
 import zlib
+from pathlib import Path
 
-from data.village.facts import tell, tell_two
+from data.village.facts import cloze, tell, tell_two
 from data.village.files import wordings
 from data.village.school import school
 from data.village.stories import story
@@ -21,9 +23,13 @@ from data.village.sums import (
     story_of_goods,
     written_steps,
 )
-from data.village.world import ATTRIBUTES, article, capitalise, split_of
+from data.village.world import ATTRIBUTES, article, build_world, capitalise, split_of
+from nanollm.config import atomic_folder
+from nanollm.formats import write_jsonl
 
+VERSION = 22  # raise it when the generated text changes, so that no old cache is read
 SHARES = {"biography": 0.50, "story": 0.09, "school": 0.19, "market": 0.15, "image": 0.07}
+VAL_SHARE = 0.02  # of the bytes
 VAL_ONE_IN = 8  # candidates per validation document: costs train an eighth of its documents
 
 # --- biographies ------------------------------------------------------------
@@ -217,3 +223,24 @@ def documents(world, split="train", approx_bytes=1_000_000, seed=0):
         seen.add(text)
         written[kind] += len(text) + 1
         yield kind, text
+
+
+def prepare_corpus(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
+    """Write what pretraining reads once and return the folder; later calls find it there.
+
+    It holds corpus_train.jsonl and corpus_val.jsonl ({"text"}), cloze.jsonl, which tests what was
+    learnt of them, and world.json, the truth.
+    """
+    folder = Path(root) / f"village-{n_villagers}-{seed}-{megabytes:g}mb-v{VERSION}"
+    if folder.is_dir():
+        return folder
+    if megabytes <= 0:
+        raise ValueError(f"the corpus needs a positive size in megabytes, got {megabytes}")
+    world, size = build_world(n_villagers, seed), int(megabytes * 1e6)
+    with atomic_folder(folder) as new:
+        for split, n_bytes in ("train", size), ("val", max(int(size * VAL_SHARE), 50_000)):
+            texts = ({"text": text} for _, text in documents(world, split, n_bytes, seed))
+            write_jsonl(new / f"corpus_{split}.jsonl", texts)
+        write_jsonl(new / "cloze.jsonl", cloze(world))
+        (new / "world.json").write_text(json.dumps(world.as_dict(), indent=1), encoding="utf-8")
+    return folder

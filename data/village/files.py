@@ -26,11 +26,6 @@ def table(text):
 # --- files -----------------------------------------------------------------------------------
 
 
-def write_lines(path, records):
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
 def show(name, records, n_samples, rng):
     """Print how many records there are, of each task, and some of them."""
     print(f"\n== {name}: {len(records)} records", *Counter(r.get("task") for r in records).items())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.village.files import settings_with, show, write_lines
+from data.village.files import settings_with, show
 from data.village.image_examples import (
     Balance,
     caption,
@@ -30,6 +30,7 @@ from data.village.image_examples import (
 from data.village.image_questions import TASKS
 from data.village.scenes import SMALLEST, draw, random_scene, vary
 from nanollm.config import atomic_folder
+from nanollm.formats import write_jsonl
 
 __all__ = ["SMALLEST", "draw", "of_run", "prepare"]
 
@@ -102,7 +103,7 @@ def prepare(seed=0, root="data/cache", size=96, n_train=6000):
                 draw(scene, size).save(new / split / f"{i:05}.png", compress_level=1)
                 truths.append({"image": f"{split}/{i:05}.png", **asdict(scene)})
             for name, rows in records(split, scenes, seed).items():
-                write_lines(new / f"{name}.jsonl", rows)
+                write_jsonl(new / f"{name}.jsonl", rows)
             (new / f"scenes_{split}.json").write_text(json.dumps(truths), encoding="utf-8")
     return folder
 
