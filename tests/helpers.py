@@ -50,6 +50,10 @@ def command(script, *flags):
     return {"args": [sys.executable, str(ROOT / script), *map(str, flags)], "env": env}
 
 
+def close(ours, theirs, atol=1e-5, rtol=1e-5):
+    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=atol, rtol=rtol)
+
+
 def weights(folder):
     return dict(load_model(folder)[0].state_dict())
 
