@@ -25,6 +25,12 @@ from nanollm.run import Run, read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 
 
+ON_CPU = "--batch_size 4 --dtype fp32 --device cpu".split()
+TINY = [*ON_CPU, *"--layers 1 --channels 32 --heads 2 --context 64 --tokenizer bytes".split()]
+TINY += "--data text.txt --sample_tokens 8".split()  # of train_pretrain.py
+WORDS = "owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split()
+
+
 @contextlib.contextmanager
 def in_new_folder(tmp_path_factory):
     """Inside, a new folder with a text in it is the current one; for fixtures of a module."""
@@ -197,6 +203,11 @@ def seconds(function, *arguments):
 def turns(*contents):
     roles = itertools.cycle(("user", "assistant"))
     return [{"role": role, "content": content} for role, content in zip(roles, contents)]
+
+
+def say(word, completion, **more):
+    """A dialogue about a word."""
+    return {"messages": turns(f"say {word}", completion), **more}
 
 
 def some_prompts(lengths=(5, 9, 1, 7)):
