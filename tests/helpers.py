@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from nanollm.config import cli, parse
+from nanollm.generate import Engine
 from nanollm.gpt import GPT, GPTConfig
 from nanollm.hub import load_model
 from nanollm.run import Run, read_metrics
@@ -210,9 +211,18 @@ def say(word, completion, **more):
     return {"messages": turns(f"say {word}", completion), **more}
 
 
-def some_prompts(lengths=(5, 9, 1, 7)):
-    generator = torch.Generator().manual_seed(0)
+def some_prompts(lengths=(5, 9, 1, 7), seed=0):
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randint(250, (n,), generator=generator).tolist() for n in lengths]
+
+
+def watch_batches(monkeypatch):
+    """Sizes of the batches of rows that are left when others have ended, from now on."""
+    sizes, keep = [], Engine.keep
+    monkeypatch.setattr(
+        Engine, "keep", lambda self, rows: sizes.append(len(rows)) or keep(self, rows)
+    )
+    return sizes
 
 
 def writer(tokenizer, *texts):
