@@ -57,7 +57,7 @@ from torch.distributed.nn.functional import all_gather
 from data.village import examples as village
 from data.village import images as village_images
 from nanollm.batches import Sampler, pack_chats, row_length
-from nanollm.checkpoint import read_json
+from nanollm.checkpoint import existing_folder, read_json
 from nanollm.config import (
     AdapterConfig,
     OpenShare,
@@ -67,6 +67,7 @@ from nanollm.config import (
     Whole,
     atomic_write,
     cli,
+    lock,
     save_config,
 )
 from nanollm.formats import (
@@ -320,7 +321,8 @@ def vision_config(cfg):
 
 def train_clip(cfg, rt):
     check_folders(cfg.out, cfg.init)
-    tokenizer, preprocessing = Tokenizer.load(cfg.init), Preprocessing(size=cfg.image_size)
+    tokenizer = Tokenizer.load(existing_folder(cfg.init))
+    preprocessing = Preprocessing(size=cfg.image_size)
     store, records = ImageStore(preprocessing), load_records(cfg)
     test = painted(cfg) / "captions_test.jsonl" if cfg.data == "village" else cfg.test_data
     records = (*records, read_captions(test) if test else records[1])
@@ -576,6 +578,8 @@ def prepare_folders(cfg, stages, rt):
     load_tests(stages[-1], model, tokenizer, model.image_store())
     rt.barrier()  # before folders are moved, every process has looked at them
     if rt.main:
+        for each in stages:
+            lock(each.out)
         for each in stages:
             move_aside(Path(each.out))
         save_config(cfg, Path(cfg.out) / "train_config.json")

@@ -16,6 +16,7 @@ import torch
 
 from nanollm import safetensors
 from nanollm.config import UserError, atomic_write, say
+from nanollm.download import hub_folder, is_hub_name
 from nanollm.formats import need
 from nanollm.gpt import GPT, MLP, GPTConfig, ScalarGPT, rope_frequencies, yarn_scale
 from nanollm.tokenizer import Tokenizer
@@ -242,7 +243,11 @@ def grow_vocabulary(model, vocab_size):
 
 
 def existing_folder(folder, flag=""):
-    """The folder as a Path; where there is none the message names the flag that asked for it."""
+    """The folder as a Path, that of a model of the Hub for owner/name (download.py); where there is
+    none the message names the flag that asked for it.
+    """
+    if is_hub_name(folder):
+        return hub_folder(folder)
     if not Path(folder).is_dir():
         wanted = "is not a folder; run the stage that makes it, or name another"
         raise UserError(f"{flag} {folder} {wanted}".strip())
@@ -266,6 +271,8 @@ def bases_of(folder):
             ends = (named, Path(*Path(named).parts[-2:]), Path(named).name)
             places = [Path(named), *(place / end for end in ends for place in above)]
         base = next((place for place in places if place.is_dir()), None)
+        if base is None and isinstance(named, str) and is_hub_name(named):
+            base = hub_folder(named)
         if base is None or base.resolve() in [b.resolve() for b in (folder, *bases)]:
             raise UserError(
                 f"{folder} is an adapter of {named}, which is not a folder; name its base in "
@@ -281,7 +288,8 @@ def weights_hash(folder):
     middle of every tensor. Training changes nearly all weights, and to read them all takes long.
     """
     digest = hashlib.sha256()
-    for place in (Path(folder), *bases_of(folder)):
+    folder = existing_folder(folder)
+    for place in (folder, *bases_of(folder)):
         name = "adapter_model.safetensors" if is_adapter(place) else "model*.safetensors"
         for path in sorted(place.glob(name)):
             with open(path, "rb") as file:

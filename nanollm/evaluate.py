@@ -9,7 +9,8 @@ Run     python -m nanollm.evaluate runs/sft                      # the village's
         python -m nanollm.evaluate runs/vlm --data images --images none     # or shuffled: misled
         python -m nanollm.evaluate runs/ppo --data preferences --against runs/sft
         python -m nanollm.evaluate runs/sft --data preferences --reward_model runs/rm --best_of 4
-Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json. Examples are
+Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json; into a
+downloaded folder it writes nothing. Examples are
 JSONL, one per line: {"messages": [..., a user's turn], "answer": "...", "check": "contains" |
 "exact" | "number" | "unknown", "task": "..."}, or {"prompt", "answer"}, or GSM8K's, with an
 "image" where the question is about one; see data/README.md.
@@ -66,7 +67,8 @@ class Config:
     # with a reward model: keep the best of so many completions (rejection sampling)
     best_of: Whole[1] = 1
     against: str | None = None  # with preferences: the model to compare with
-    # JSON file to write; default: evaluation.json in the folder of the adapter or the model
+    # JSON file to write; default: evaluation.json in the folder of the adapter or the model, where a
+    # run has made it; none for a downloaded one
     out: str | None = None
     limit: Whole[0] = 0  # examples per task; 0: all
     max_new_tokens: Whole[1] = LONGEST_COMPLETION  # longest completion
@@ -210,10 +212,18 @@ def main(cfg):
     preferences = cfg.data == "preferences"
     measure = evaluate_preferences if preferences else evaluate_answers
     result = {"model": cfg.model, "adapter": cfg.adapter} | measure(cfg, rt, model, tokenizer)
-    name = "preferences.json" if preferences else "evaluation.json"
-    out = Path(cfg.out or Path(cfg.adapter or cfg.model) / name)
-    atomic_write(out, json.dumps(result, indent=2) + "\n")
-    print(f"written to {out}")
+    name, folder = (
+        "preferences.json" if preferences else "evaluation.json",
+        cfg.adapter or cfg.model,
+    )
+    if cfg.out or (Path(folder) / "train_config.json").exists():
+        out = Path(cfg.out or Path(folder) / name)
+        atomic_write(out, json.dumps(result, indent=2) + "\n")
+        print(f"written to {out}")
+    else:
+        print(
+            f"{folder} is no run folder, so nothing is written to it; --out FILE keeps the result"
+        )
     rt.close()
 
 

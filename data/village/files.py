@@ -4,6 +4,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from nanollm.config import BEGAN_FROM, UserError
+
 # --- wordings --------------------------------------------------------------------------------
 
 
@@ -35,9 +37,21 @@ def show(name, records, n_samples, rng):
 
 
 def settings_with(name, run_folder):
-    """Settings of the run that chose `name`: this one, or one that it began from; {} for none."""
+    """Settings of the run that chose `name`: this one, or one that it began from, as it was then;
+    {} for none. Raises UserError where that one isn't known.
+    """
     path = Path(run_folder) / "train_config.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if name not in known and known.get("init"):
-        return settings_with(name, known["init"])
-    return known if name in known else {}
+    while name not in known and known.get(BEGAN_FROM):
+        known = known[BEGAN_FROM]
+    if name in known:
+        return known
+    init = known.get("init")
+    if BEGAN_FROM in known or not init:  # it began from nothing, or from a downloaded model
+        return {}
+    if not Path(init).is_dir():
+        raise UserError(
+            f"{run_folder} began from {init}, which isn't there, so nobody knows which village it "
+            f'was trained on; correct "init" in {path}'
+        )
+    return settings_with(name, init)
