@@ -48,6 +48,7 @@ COMMON = (
 ).split()
 CLIP = [*COMMON, *"--stage clip --init runs/pretrain --data captions.jsonl".split()]
 CLIP += "--val_data captions.jsonl --muon_lr 0.01 --lr 0.002".split()
+TWICE = [*CLIP, *"--data twice.jsonl --hard_negatives 2".split()]  # two captions of an image
 LANGUAGE = [*COMMON, *"--data colours.jsonl --val_data colours.jsonl --context 48".split()]
 ALIGN = [*LANGUAGE, *"--stage align --init runs/pretrain --vision runs/clip".split()]
 ALIGN += "--muon_lr 0.01 --feature_layer -2 --no_class_token".split()
@@ -79,6 +80,8 @@ def trained(tmp_path_factory):
             image.save(f"{colour}_{place}.png")
         files = [{"image": f"{colour}_{place}.png"} for colour, place in names]
         write("captions", [f | {"caption": " ".join(n)} for f, n in zip(files, names)])
+        other = [f | {"caption": " ".join(n[::-1])} for f, n in zip(files, names)]
+        write("twice", [r for pair in zip(read_captions("captions.jsonl"), other) for r in pair])
         asked = [f | {"messages": said("<image>colour?", n[0])} for f, n in zip(files, names)]
         write("colours", asked)
         question = {"prompt": "<image>colour?", "task": "colour", "check": "exact"}
@@ -314,11 +317,11 @@ def test_all_stages_move_the_earlier_ones_out_of_the_way(here):
 
 
 @pytest.mark.parametrize(
-    "own", [CLIP, [*CLIP, "--loss", "siglip"], [*INSTRUCT, *MIXED, "--train_vision"]]
+    "own", [TWICE, [*TWICE, "--loss", "siglip"], [*INSTRUCT, *MIXED, "--train_vision"]]
 )
 def test_two_processes_give_the_gradients_of_one(own, here):
-    """After one step the optimizers' first moments are the gradients, up to a constant factor. The
-    second process has rows of text alone.
+    """After one step the optimizers' first moments are the gradients, up to a constant factor. In a
+    batch of CLIP's every image has two captions; of the others the second process has texts alone.
     """
     flags = ["--steps", 1, "--grad_clip", 0]
     vlm(own, *flags, out="runs/one")
