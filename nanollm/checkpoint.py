@@ -137,7 +137,8 @@ def rope_of(values, path):
         same = value is None or rope.setdefault(name, value) == value
         need(same, path, f"{name} is said twice, {value!r} and {rope.get(name)!r}; drop one")
     odd = [name for name, value in rope.items() if isinstance(value, (dict, list))]
-    why = f"RoPE of type {', '.join(odd) or repr(kind)} is not implemented"
+    what = ", ".join(odd) if kind in ROPE else f"type {kind!r}"
+    why = f"RoPE of {what} is not implemented"
     need(kind in ROPE and not odd, path, why)
     check_computed(rope, path, {*ROPE_KEYS, *ROPE[kind]})
     del rope["type"]

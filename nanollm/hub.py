@@ -114,7 +114,7 @@ TEXT = "The quick brown fox jumps over 12 lazy dogs;\n\tisn't it (x == 3.5)?"
 
 @dataclass
 class Config:
-    out: str  # folder to write
+    out: str = ""  # folder to write, a new one
     merge: bool = False  # of an adapter: write the model that base and adapter make together
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # precision of the weights in the file
 
@@ -151,7 +151,7 @@ def export(folder, cfg):
 
 
 def main(words, cfg):
-    if len(words) != 2 or words[0] != "export":
+    if len(words) != 2 or words[0] != "export" or not cfg.out:
         raise UserError("write python -m nanollm.hub export RUN --out DIR [--merge] [--dtype bf16]")
     export(words[1], cfg)
 

@@ -87,7 +87,7 @@ def close(ours, theirs, tolerance=1e-5):
 @pytest.mark.parametrize("convention", ["5", "5, bf16, sharded", "4", "4, type"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_equal_transformers_there_and_back(
-    name, convention, download, transformers, tmp_path
+    name, convention, download, transformers, tmp_path, capsys
 ):
     dtype = torch.bfloat16 if "bf16" in convention else torch.float32
     folder = download(name, dtype, "30KB" if "sharded" in convention else "5GB")
@@ -99,6 +99,7 @@ def test_logits_equal_transformers_there_and_back(
     assert close(model(TOKENS), wanted)
     save_model(model, tokenizer, tmp_path / "saved")
     assert close(their_logits(transformers, tmp_path / "saved"), wanted)
+    assert "note" not in capsys.readouterr().out  # their own keys are all known
     assert load_model(tmp_path / "saved")[0].cfg == model.cfg
 
 
@@ -151,7 +152,7 @@ REFUSED = {  # keys of a config.json: what is said
     "sections": ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "differ; move"),
     "RoPE of each kind of layer": (
         {"rope_parameters": {"full_attention": ADVICE}},
-        f"RoPE of type full_attention is {MISSING}",
+        f"RoPE of full_attention is {MISSING}",
     ),
     "half of RoPE": ({"partial_rotary_factor": 0.5}, f"partial_rotary_factor 0.5 is {MISSING}"),
     "half of RoPE, inside": (

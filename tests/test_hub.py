@@ -4,9 +4,12 @@ import dataclasses
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from helpers import ROOT
 
 from nanollm import hub, safetensors
 from nanollm.checkpoint import grow_vocabulary, read_config, weights_hash
@@ -373,6 +376,14 @@ def test_what_is_written_wrongly_is_not_kept(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="what was written is not what was read"):
         export(folder, "--out", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_the_command_exports(folder, tmp_path):
+    words = ["-m", "nanollm.hub", "export", folder, "--out", tmp_path / "out", "--dtype", "bf16"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert safetensors.load_folder(tmp_path / "out")["model.norm.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("words", [[], ["export"], ["import", "a"], ["export", "a", "b"]])
