@@ -1,10 +1,7 @@
-"""What the village's modules share: wordings in blocks of text, records in files."""
+"""What the village's modules share: wordings in blocks of text, and the settings of a run."""
 
 import json
-from collections import Counter
 from pathlib import Path
-
-# --- wordings --------------------------------------------------------------------------------
 
 
 def wordings(text):
@@ -23,21 +20,12 @@ def table(text):
     return rows
 
 
-# --- files -----------------------------------------------------------------------------------
-
-
-def show(name, records, n_samples, rng):
-    """Print how many records there are, of each task, and some of them."""
-    print(f"\n== {name}: {len(records)} records", *Counter(r.get("task") for r in records).items())
-    for record in rng.sample(records, n_samples):
-        said = "  ".join(f"[{m['role']}] {m['content']}" for m in record.get("messages", ()))
-        print("*", record.get("image", ""), said or record, said and record.get("answer", ""))
-
-
-def settings_with(name, run_folder):
-    """Settings of the run that chose `name`: this one, or one that it began from; {} for none."""
+def settings_of(run_folder, **names):
+    """{argument: setting} for the names {argument: name of the setting}, as the run says that chose
+    the first of them: this one, or one that it began from; {} where none did.
+    """
     path = Path(run_folder) / "train_config.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if name not in known and known.get("init"):
-        return settings_with(name, known["init"])
-    return known if name in known else {}
+    if next(iter(names.values())) in known:
+        return {argument: known[name] for argument, name in names.items() if name in known}
+    return settings_of(known["init"], **names) if known.get("init") else {}

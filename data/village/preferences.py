@@ -24,32 +24,27 @@ from nanollm.rewards import check_answer
 WEIGHTS = {"correct": 0.5, "polite": 0.3, "concise": 0.2}
 BEST_GOLD = sum(WEIGHTS.values())
 SHARES = {"fact": 0.55, "two_hop": 0.15, "unknown": 0.18, "multi_turn": 0.12}
+FREE, MOST = 8, 24  # words beyond the reference up to which, and from which on, concise is 1 and 0
 RATINGS = 7  # the scale on which annotators also rate each completion
 
 
 def politeness(completion):
     """1 for a courteous completion, -1 for a rude one, 0 for one that is neither, or both."""
     courteous, rude = (
-        any(phrase in completion for part in STYLES[style].values() for phrase in part)
-        for style in ("courteous", "rude")
+        any(phrase in completion for phrase in STYLES[style]) for style in ("courteous", "rude")
     )
     return int(courteous) - int(rude)
-
-
-def conciseness(completion, reference, free=8, most=24):
-    """1 for a completion at most `free` words longer than the reference, 0 from `most` words on."""
-    extra = len(completion.split()) - len(reference.split())
-    return 1 - min(1.0, max(0.0, (extra - free) / (most - free)))
 
 
 def gold_parts(example, completion):
     """{"gold": what a completion is worth, at most 1, "correct", "polite", "concise"}; `example` as
     preference_prompts makes it.
     """
+    extra = len(completion.split()) - len(example["reference"].split())  # words
     parts = {
         "correct": float(check_answer(example, completion)),
         "polite": politeness(completion),
-        "concise": conciseness(completion, example["reference"]),
+        "concise": 1 - min(1.0, max(0.0, (extra - FREE) / (MOST - FREE))),
     }
     return {"gold": sum(WEIGHTS[name] * part for name, part in parts.items()), **parts}
 
@@ -60,22 +55,21 @@ def gold_of(examples):
     return gold_parts if known else None
 
 
+def prompt(task, world, split, rng):
+    turns, check = MAKERS[task](world, split, rng)
+    if check["check"] == "exact":  # its wording isn't free: no style to prefer
+        return None
+    return {"messages": chat(turns[:-1]), "reference": turns[-1], "task": task, **check}
+
+
 def preference_prompts(world, split, n_examples, seed=0):
     """Prompts {"messages", "reference", "task", "answer", "check", ...}, no question twice.
 
     `reference` is the plain answer. The splits are those of the instructions: wordings, operands
     and combinations of "test" are in no training example.
     """
-    rng = random.Random(f"preferences-{split}-{world.seed}-{seed}")
-
-    def make(task):
-        turns, check = MAKERS[task](world, split, rng)
-        if check["check"] == "exact":  # its wording isn't free: no style to prefer
-            return None
-        return {"messages": chat(turns[:-1]), "reference": turns[-1], "task": task, **check}
-
     sizes = {task: round(share * n_examples) for task, share in SHARES.items()}
-    return distinct_examples(sizes, make, rng)
+    return distinct_examples("preferences", world, split, seed, sizes, prompt)
 
 
 # --- composed completions -------------------------------------------------------------------------
