@@ -55,7 +55,7 @@ def gold_of(examples):
     return gold_parts if known else None
 
 
-def prompt(task, world, split, rng):
+def preference_prompt(task, world, split, rng):
     turns, check = MAKERS[task](world, split, rng)
     if check["check"] == "exact":  # its wording isn't free: no style to prefer
         return None
@@ -69,10 +69,7 @@ def preference_prompts(world, split, n_examples, seed=0):
     and combinations of "test" are in no training example.
     """
     sizes = {task: round(share * n_examples) for task, share in SHARES.items()}
-    return distinct_examples("preferences", world, split, seed, sizes, prompt)
-
-
-# --- composed completions -------------------------------------------------------------------------
+    return distinct_examples("preferences", world, split, seed, sizes, preference_prompt)
 
 
 def wrong_completion(example, rng):
@@ -96,9 +93,6 @@ def composed_completion(example, rng):
     text = example["reference"] if right else wrong_completion(example, rng)
     usual = "courteous" if right else "plain"
     return with_style(text, rng.choice((usual, usual, *STYLES)), rng)
-
-
-# --- annotators -----------------------------------------------------------------------------------
 
 
 def disagreement(golds, temperature):
@@ -135,7 +129,7 @@ def rank_completions(prompts, completions, K, rate, seed):
     K - 1 are the model's own (a list of texts per prompt), the others composed. The annotators
     disagree with the gold at `rate`.
     """
-    rng, candidates = random.Random(f"rankings-{seed}"), []
+    rng, candidates, golds = random.Random(f"rankings-{seed}"), [], []
     for prompt, own in zip(prompts, completions):
         texts = list(dict.fromkeys(text.strip() for text in own if text.strip()))[: K - 1]
         while len(texts) < K:
@@ -143,10 +137,7 @@ def rank_completions(prompts, completions, K, rate, seed):
             if composed not in texts:
                 texts.append(composed)
         candidates.append(texts)
-    golds = [
-        [gold_parts(prompt, text)["gold"] for text in texts]
-        for prompt, texts in zip(prompts, candidates)
-    ]
+        golds.append([gold_parts(prompt, text)["gold"] for text in texts])
     temperature, rankings = temperature_for(golds, rate), []
     for prompt, texts, gold in zip(prompts, candidates, golds):
         order, ratings = annotate(gold, temperature, rng)

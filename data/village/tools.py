@@ -20,8 +20,6 @@ SIZES = {"train": 6000, "val": 200, "test": 200}  # test: of each task
 TOPICS = {key: key for key in ATTRIBUTES} | {"food": "favourite food", "colour": "door colour"}
 TOPICS |= {"town": "birthplace", "friend": "best friend"}
 
-# --- the knowledge base --------------------------------------------------------
-
 
 def newcomers(world, n=1000):
     """A World of people absent from the corpus: training asks about its asked half."""
@@ -44,9 +42,6 @@ def knowledge(people):
         for person in people.villagers
         for attribute in ATTRIBUTES
     ]
-
-
-# --- one example at a time: (question, completion with calls, what to check) --------------
 
 
 def call(tool, argument, result):
