@@ -17,7 +17,9 @@ tuning, and the other half measures what pretraining alone stored. The parts are
     tools.py        large numbers, newcomers and what a search finds about them
     examples.py     `prepare` writes all of these beside the corpus
 
-    images.py       the village painted: scenes.py, image_questions.py, image_examples.py
+    scenes.py           what is in an image, and the drawing
+    image_questions.py  questions about it, their answers, and a checker
+    images.py           what is said about images, and their files: `prepare` paints and writes
 
-Run     python -m data.village    # prints samples of everything, and the counts
+Run     python -m data.village    # writes it, prints samples of every file, and the counts
 """

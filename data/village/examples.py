@@ -4,7 +4,7 @@ import json
 import random
 
 from data.village.corpus import prepare_corpus
-from data.village.files import settings_with
+from data.village.files import settings_of
 from data.village.new_domain import new_domain_examples
 from data.village.preferences import preference_prompts
 from data.village.problems import DIFFICULTIES, SHARES_WORKED, lessons, problems, worked
@@ -49,11 +49,9 @@ def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
 
 
 def of_run(run_folder):
-    """Folder of the village that a run was trained on; the default one where its settings don't
-    say.
-    """
-    known = settings_with("villagers", run_folder)
-    return prepare(known.get("villagers", 32), known.get("seed", 0), known.get("megabytes", 8.0))
+    """The village that a run was trained on; the default one where its settings don't say."""
+    names = {"n_villagers": "villagers", "seed": "seed", "megabytes": "megabytes"}
+    return prepare(**settings_of(run_folder, **names))
 
 
 def knowledge_of(run_folder, named=None):

@@ -1,12 +1,9 @@
-"""What the village's modules share: wordings in blocks of text, records in files."""
+"""What the village's modules share: wordings in blocks of text, and the settings of a run."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 from nanollm.config import BEGAN_FROM, UserError
-
-# --- wordings --------------------------------------------------------------------------------
 
 
 def wordings(text):
@@ -25,27 +22,17 @@ def table(text):
     return rows
 
 
-# --- files -----------------------------------------------------------------------------------
-
-
-def show(name, records, n_samples, rng):
-    """Print how many records there are, of each task, and some of them."""
-    print(f"\n== {name}: {len(records)} records", *Counter(r.get("task") for r in records).items())
-    for record in rng.sample(records, n_samples):
-        said = "  ".join(f"[{m['role']}] {m['content']}" for m in record.get("messages", ()))
-        print("*", record.get("image", ""), said or record, said and record.get("answer", ""))
-
-
-def settings_with(name, run_folder):
-    """Settings of the run that chose `name`: this one, or one that it began from, as it was then;
-    {} for none. Raises UserError where that one isn't known.
+def settings_of(run_folder, **names):
+    """{argument: setting} for the names {argument: name of the setting}, as the run says that chose
+    the first of them: this one, or one that it began from, as it was then; {} where none did.
+    Raises UserError where that one isn't known.
     """
-    path = Path(run_folder) / "train_config.json"
+    path, first = Path(run_folder) / "train_config.json", next(iter(names.values()))
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    while name not in known and known.get(BEGAN_FROM):
+    while first not in known and known.get(BEGAN_FROM):
         known = known[BEGAN_FROM]
-    if name in known:
-        return known
+    if first in known:
+        return {argument: known[name] for argument, name in names.items() if name in known}
     init = known.get("init")
     if BEGAN_FROM in known or not init:  # it began from nothing, or from a downloaded model
         return {}
@@ -54,4 +41,4 @@ def settings_with(name, run_folder):
             f"{run_folder} began from {init}, which isn't there, so nobody knows which village it "
             f'was trained on; correct "init" in {path}'
         )
-    return settings_with(name, init)
+    return settings_of(init, **names)
