@@ -145,6 +145,7 @@ def first_moments(folder):
 
 def refused(capsys, module, *flags):
     """The one line on stderr with which a script refuses; its exit code must be 2."""
+    capsys.readouterr()  # what was said before
     with pytest.raises(SystemExit) as stop:
         cli(module.main, module.Config, getattr(module, "PRESETS", None), list(map(str, flags)))
     lines = capsys.readouterr().err.strip().splitlines()
