@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import command, free_port, in_new_folder, refused, run
 
 import data.village
@@ -20,15 +21,18 @@ import distill
 import lora
 import train_dpo
 import train_grpo
+import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
+import train_vlm
 from nanollm import config, evaluate, safetensors
 from nanollm.batches import write_shards
 from nanollm.compare import settings_of
 from nanollm.config import UserError, lock, lock_of, parse, save_config, unlock
 from nanollm.formats import write_jsonl
 from nanollm.hub import load_model, save_model
+from nanollm.optim import build_optimizer
 from nanollm.tokenizer import Tokenizer
 
 WORDS = "owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split()
@@ -49,6 +53,12 @@ SCRIPTS = {  # run -> (script, its flags, the settings that name what it reads)
         "init data replay_data",
     ),
     "rm": (train_rm, [*INIT, "--data", "pairs.jsonl"], "init data"),
+    "ppo": (
+        train_ppo,
+        [*INIT, *"--reward_model runs/rm --data asked.jsonl --max_new_tokens 8".split()]
+        + ["--eval_prompts", "2"],
+        "init data reward_model",
+    ),
     "dpo": (
         train_dpo,
         [*INIT, *"--data pairs.jsonl --eval_prompts 2 --adapter lora".split()],
@@ -334,3 +344,39 @@ def test_a_downloaded_folder_is_not_written_to(here, capsys, adapter):
     evaluate.main(parse(evaluate.Config, None, ["runs/sft", *flags[1:5]]))
     assert snapshot().keys() - before.keys() == {Path("runs/sft/evaluation.json")}
     Path("runs/sft/evaluation.json").unlink()
+
+
+# --- rates for models that others have trained ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_downloaded_models_are_trained_by_a_preset_and_a_note_says_so(
+    here, capsys, monkeypatch, name
+):
+    module, flags, _ = SCRIPTS[name]
+    flags = [*flags, "--accumulate", "2", "--out", f"runs/preset-{name}"]
+    if name != "distill":
+        flags += ["--init", "runs/base"]
+    monkeypatch.setattr("nanollm.run.DOWNLOADED", 1000)
+    capsys.readouterr()
+    for more, noted in (
+        (["--preset", "downloaded"], False),
+        (["--preset", "tiny"], name != "distill"),  # whose student is new
+        (["--optimizer", "adamw", "--lr", "1e-5"], False),
+    ):
+        cfg = parse(module.Config, module.PRESETS, [*flags, *more])
+        module.main(cfg)
+        assert ("note: " in capsys.readouterr().out) == noted, more
+        if more[1] == "downloaded":
+            assert cfg.optimizer == "adamw" and cfg.lr <= 2e-4 and cfg.checkpoint_activations
+
+
+def test_the_projector_of_a_downloaded_model_learns_at_the_papers_rate():
+    flags = "--preset downloaded --stage align --vision tower".split()
+    cfg = train_vlm.complete_settings(parse(train_vlm.Config, train_vlm.PRESETS, flags))
+    model = torch.nn.ModuleDict({"projector": torch.nn.Linear(2, 2)})
+    rates = [group["lr"] for group in build_optimizer(model, cfg).groups()]
+    assert rates == pytest.approx([1e-3, 1e-3]) and cfg.optimizer == "adamw"
+    flags = "--preset downloaded --stage instruct --lr 1e-5".split()
+    cfg = train_vlm.complete_settings(parse(train_vlm.Config, train_vlm.PRESETS, flags))
+    assert cfg.lr == 1e-5 and cfg.batch_size == 128  # what is typed wins
