@@ -44,7 +44,8 @@ from nanollm.tokenizer import Tokenizer
 
 @dataclass
 class Config(TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 124M parameters, context 1024
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 124M parameters, context 1024;
+    # downloaded: to go on with a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
     # village, a .txt file, a .jsonl file of {"text"}, or a folder of token shards
@@ -118,6 +119,18 @@ PRESETS = {
         eval_every=250,
         eval_tokens=2**20,
         compile=True,
+    ),
+    # To go on with a downloaded model: a tenth of the rate to which Ibrahim et al. (2024,
+    # arXiv:2403.08763) re-warm 405M parameters, as nothing of the old text is replayed here
+    "downloaded": dict(
+        context=1024,
+        batch_size=32,
+        accumulate=32,
+        steps=500,
+        optimizer="adamw",
+        lr=3e-5,
+        schedule="cosine",
+        checkpoint_activations=True,
     ),
 }
 

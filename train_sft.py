@@ -63,7 +63,8 @@ from nanollm.tools import Toolbox
 @dataclass
 class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; cot: chain of thought; tools: calls
-    # of tools; reader: a teacher about images; gpu: the gpu preset of pretraining
+    # of tools; reader: a teacher about images; gpu: the gpu preset of pretraining; downloaded: for
+    # a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
     init: str = "runs/pretrain"  # run folder or model folder to start from
@@ -127,6 +128,19 @@ PRESETS = {
         out="runs/reader",
     ),
     "gpu": dict(context=1024, batch_size=128, accumulate=4, lr=3e-4, muon_lr=5e-3, compile=True),
+    # rate and schedule of Alpaca (Taori et al. 2023) and Zephyr (Tunstall et al. 2023,
+    # arXiv:2310.16944); 32 packed rows hold about the 128 dialogues of a batch of Alpaca's. An
+    # adapter wants ten times the rate, --lr 2e-4 (Dettmers et al. 2023, 2305.14314)
+    "downloaded": dict(
+        context=1024,
+        batch_size=32,
+        accumulate=32,
+        optimizer="adamw",
+        lr=2e-5,
+        schedule="cosine",
+        replay=0.0,
+        checkpoint_activations=True,
+    ),
 }
 
 # --data: (training and held-out dialogues, test examples) among the village's files

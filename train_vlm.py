@@ -83,7 +83,7 @@ from nanollm.metrics import (
     mean_accuracy,
     question_of,
 )
-from nanollm.optim import SCHEDULES, build_optimizer
+from nanollm.optim import PROJECTOR, SCHEDULES, build_optimizer
 from nanollm.peft.adapters import start_adapter
 from nanollm.rewards import is_right
 from nanollm.rollouts import prompt_of
@@ -99,7 +99,8 @@ from train_sft import BEGINS, load_text, replay_count, replay_rows, sft_loss, va
 
 @dataclass
 class Config(AdapterConfig, TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 224 pixels, one GPU
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 224 pixels, one GPU; downloaded:
+    # for a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # clip, align, instruct; or all: the three and the no-image baseline, in folders beside --out
     stage: Literal["all", "clip", "align", "instruct"] = "all"
@@ -166,11 +167,30 @@ PRESETS = {
         context=1024,
         compile=True,
     ),
+    # a downloaded language model, and for align a downloaded tower (--vision): as LLaVA-1.5 (Liu et
+    # al. 2023, arXiv:2310.03744); rates and batches are in DOWNLOADED
+    "downloaded": dict(
+        context=1024,
+        accumulate=64,
+        optimizer="adamw",
+        schedule="cosine",
+        feature_layer=-2,
+        class_token=False,
+        replay=0.0,
+        checkpoint_activations=True,
+    ),
 }
 BY_STAGE = {
     "clip": dict(steps=250, batch_size=128, muon_lr=0.01, lr=2e-3, weight_decay=1.0),
     "align": dict(steps=150, batch_size=8, muon_lr=0.05, lr=5e-3, weight_decay=0.0),
     "instruct": dict(steps=850, batch_size=10, muon_lr=0.01, lr=3e-3, weight_decay=0.0),
+}
+# The same with --preset downloaded: of align the rate makes 1e-3 for the projector, which learns at
+# optim.PROJECTOR times it; of clip, where it is trained, they are Radford et al.'s (2021)
+DOWNLOADED = {
+    "clip": dict(lr=5e-4, weight_decay=0.2),
+    "align": dict(steps=500, batch_size=256, lr=1e-3 / PROJECTOR),
+    "instruct": dict(steps=500, batch_size=128, lr=2e-5),
 }
 # what each stage learns from: how it is read, and the village's files
 DATA = {
@@ -574,7 +594,8 @@ def keep_samples(path, examples, completions, guesses, shown=3):
 
 def complete_settings(cfg):
     """The settings of a stage, its own defaults filled in; UserError for what can't go together."""
-    own = {k: v for k, v in BY_STAGE[cfg.stage].items() if getattr(cfg, k) is None}
+    own = BY_STAGE[cfg.stage] | (DOWNLOADED[cfg.stage] if cfg.preset == "downloaded" else {})
+    own = {k: v for k, v in own.items() if getattr(cfg, k) is None}
     cfg = replace(cfg, **own)
     if cfg.hard_negatives is None:
         cfg = replace(cfg, hard_negatives=4 if cfg.data == "village" else 1)

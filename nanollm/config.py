@@ -85,7 +85,8 @@ NotNegative = Annotated[float, Range(0)]
 class TrainConfig:
     """Options common to all training scripts; each adds its own flags, and its own defaults."""
 
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: one GPU
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: one GPU; downloaded: for a model
+    # of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Training
     out: str = "runs/out"  # run folder to write

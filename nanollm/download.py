@@ -101,7 +101,7 @@ class Download(io.RawIOBase):
 
 def is_hub_name(name):
     """Can this be a model of the Hub: owner/name, and nothing here? runs/ is always ours."""
-    owner, _, model = Path(name).as_posix().partition("/")
+    owner, _, model = str(name).replace(os.sep, "/").partition("/")  # ./a/b is a folder
     word = r"[A-Za-z0-9][\w.-]*"
     looks = owner != "runs" and re.fullmatch(word, owner) and re.fullmatch(word, model)
     return bool(looks) and not Path(owner).exists()
@@ -216,7 +216,9 @@ def fetch_file(name, revision, file, path, size=None):
         if download is None:
             return False
         size = size or int(download.response.headers.get("X-Linked-Size", 0)) or None
-        with download, open(unfinished, "ab" if download.done else "wb") as opened:
+        if not download.done:
+            unfinished.write_bytes(b"")
+        with download, open(unfinished, "ab") as opened:
             shutil.copyfileobj(download, opened, CHUNK)
     if size is not None and (came := unfinished.stat().st_size) != size:
         unfinished.unlink()

@@ -67,8 +67,8 @@ class Config:
     # with a reward model: keep the best of so many completions (rejection sampling)
     best_of: Whole[1] = 1
     against: str | None = None  # with preferences: the model to compare with
-    # JSON file to write; default: evaluation.json in the folder of the adapter or the model, where a
-    # run has made it; none for a downloaded one
+    # JSON file to write; default: evaluation.json in the run folder of the adapter or the model; a
+    # downloaded folder stays as it is
     out: str | None = None
     limit: Whole[0] = 0  # examples per task; 0: all
     max_new_tokens: Whole[1] = LONGEST_COMPLETION  # longest completion
