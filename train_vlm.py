@@ -26,7 +26,8 @@ Run     python train_vlm.py                           # all three, and the basel
         python train_vlm.py --stage clip --out runs/clip
         python train_vlm.py --stage align --vision runs/clip --out runs/align
         python train_vlm.py --stage instruct --init runs/align --out runs/instruct
-        python train_vlm.py --stage align --vision path/to/clip-vit-base-patch32 --out runs/align
+        python train_vlm.py --stage align --init path/to/SmolLM2-360M-Instruct \\
+            --vision path/to/clip-vit-base-patch32 --data llava.jsonl --out runs/align
         python -m nanollm.chat runs/vlm --image scene.png
 Needs   runs/sft                                             (python train_sft.py)
 Expect  seed 0, CPU with bf16: the right one of 64 captions for 99% of the images; questions about
@@ -433,7 +434,7 @@ def start_model(cfg, rt):
     model, tokenizer = load_model(cfg.init)
     if cfg.stage == "align":
         how = (cfg.projector, cfg.feature_layer, cfg.class_token)
-        model = build_vlm(model, tokenizer, *load_vision(cfg.vision), *how)
+        model, tokenizer = build_vlm(model, tokenizer, *load_vision(cfg.vision), *how)
         model.train_parts(projector=True)
         return model, tokenizer
     if not hasattr(model, "vision"):
@@ -626,8 +627,7 @@ def prepare_folders(cfg, stages, rt):
         load_records(each)
     tower = ViT(vision_config(cfg)), Preprocessing(cfg.image_size)
     how = (cfg.projector, cfg.feature_layer, cfg.class_token)
-    model, tokenizer = load_model(cfg.init)
-    model = build_vlm(model, tokenizer, *tower, *how)
+    model, tokenizer = build_vlm(*load_model(cfg.init), *tower, *how)
     row_length(cfg.context, model)
     load_tests(stages[-1], model, tokenizer, model.image_store())
     rt.barrier()  # before folders are moved, every process has looked at them

@@ -363,6 +363,12 @@ class Tokenizer:
             "{% if add_generation_prompt %}{{ affixes['assistant'][0] }}{% endif %}"
         )
 
+    def with_tokens(self, names):
+        """This tokenizer, with those of the tokens `names` that it lacks after its last id."""
+        new = [name for name in names if name not in self.special]
+        special = self.special | {name: self.vocab_size + n for n, name in enumerate(new)}
+        return Tokenizer(self.ranks, special, self.pattern, self.nfc, self.source)
+
     # -- identity and files
 
     def fingerprint(self):

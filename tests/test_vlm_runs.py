@@ -212,14 +212,64 @@ def test_a_clip_folder_opens_in_transformers_with_our_similarities(here, transfo
 
 
 def test_what_was_instructed_opens_in_transformers_with_our_logits(here, transformers):
-    ours, tokenizer = load_model("runs/vlm")
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained("runs/vlm").eval()
+    equal_in_transformers(transformers, "runs/vlm")
+
+
+def equal_in_transformers(transformers, folder):
+    ours, tokenizer = load_model(folder)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval()
     ids = tokenizer.render(said("<image>colour?"), True, ours.tokens_per_image)[0]
     images, tokens = ImageStore(ours.preprocessing).of(["red_left.png"]), torch.tensor([ids])
     with torch.no_grad():
         got = ours.eval()(tokens, images=images)
         expected = theirs(input_ids=tokens, pixel_values=images).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def smollm2(here, transformers):
+    """A folder as SmolLM2's: a small Llama, a byte-level tokenizer, ChatML, and no <image>."""
+    t, ends = pytest.importorskip("tokenizers"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    peer = t.Tokenizer(t.models.BPE())
+    level = t.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    peer.pre_tokenizer = t.pre_tokenizers.Sequence([t.pre_tokenizers.Digits(True), level])
+    peer.decoder = t.decoders.ByteLevel()
+    alphabet = {"initial_alphabet": level.alphabet(), "show_progress": False}
+    trainer = t.trainers.BpeTrainer(vocab_size=264, special_tokens=ends, **alphabet)
+    peer.train_from_iterator([Path("text.txt").read_text()], trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=peer, eos_token=ends[2])
+    fast.chat_template = CHATML
+    fast.save_pretrained("smollm2")
+    shape = dict(vocab_size=264, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=96)
+    cfg = transformers.LlamaConfig(**shape, tie_word_embeddings=True, eos_token_id=2)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(cfg).save_pretrained("smollm2")
+    return "smollm2"
+
+
+def test_a_downloaded_model_without_an_image_token_learns_to_see(smollm2, transformers):
+    vlm([*ALIGN, "--init", smollm2, "--context", 64], "--steps", 4, out="runs/sees")
+    vlm([*INSTRUCT, "--init", "runs/sees", "--context", 64], "--steps", 2, out="runs/saw")
+    text, text_tokenizer = load_model(smollm2)
+    aligned, tokenizer = load_model("runs/sees")
+    assert text_tokenizer.vocab_size == aligned.image_id == 264 and aligned.cfg.vocab_size == 265
+    own, rows = text.model.embed_tokens.weight, aligned.model.embed_tokens.weight
+    assert torch.equal(rows[:264], own) and torch.allclose(rows[264], own.mean(0))
+    asked = said("<image>colour?")
+    assert tokenizer.decode(tokenizer.render(asked, True, 2)[0]) == (
+        "<|im_start|>user\n<image><image>colour?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    plain = said("colour?", "red")
+    assert tokenizer.render(plain) == text_tokenizer.render(plain)
+    for folder in ("runs/sees", "runs/saw"):
+        equal_in_transformers(transformers, folder)
 
 
 def test_completions_are_kept_with_their_images_and_the_baselines(here):
