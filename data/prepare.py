@@ -25,6 +25,7 @@ if not __package__:  # run as a file: the repository root holds the package
 from nanollm.config import UserError, Whole, atomic_file, cli, say
 from nanollm.download import CHUNK, Download
 from nanollm.formats import as_ranking
+from nanollm.rewards import as_number
 
 CACHE = Path("data/cache")
 GITHUB = "https://raw.githubusercontent.com"
@@ -97,10 +98,10 @@ def read_array(text):
 def as_problem(record):
     """GSM8K: the number behind #### is the answer, without the commas in 1,000."""
     solution, mark, answer = record["answer"].rpartition("####")
-    answer = answer.strip().replace(",", "")
-    if not (mark and answer):
-        raise ValueError("no #### before the answer")
-    return {"prompt": record["question"], "answer": answer, "solution": solution.strip()}
+    value = as_number(answer)
+    if not mark or value is None:
+        raise ValueError("no #### with a number")
+    return {"prompt": record["question"], "answer": str(value), "solution": solution.strip()}
 
 
 def as_pair(record):

@@ -12,8 +12,8 @@ Run     python -m nanollm.evaluate runs/sft                      # the village's
 Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json; into a
 downloaded folder it writes nothing. Examples are
 JSONL, one per line: {"messages": [..., a user's turn], "answer": "...", "check": "contains" |
-"exact" | "number" | "unknown", "task": "..."}, or {"prompt", "answer"}, or GSM8K's, with an
-"image" where the question is about one; see data/README.md.
+"exact" | "number" | "choice" | "unknown", "task": "..."}, or {"prompt", "answer"}, or GSM8K's,
+MMLU's or ARC's, with an "image" where the question is about one; see data/README.md.
 Completions are greedy unless --temperature says else; with --samples it speaks of the sampled ones.
 """
 

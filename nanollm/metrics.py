@@ -5,7 +5,7 @@ that shows it.
 from collections import defaultdict
 
 from nanollm.generate import check_room, complete
-from nanollm.rewards import final_answer, is_right, last_number
+from nanollm.rewards import extracted, final_answer, is_right
 from nanollm.rollouts import prompt_of
 
 LONGEST_COMPLETION = 128  # tokens; the village's longest worked solution has 108
@@ -101,11 +101,11 @@ def majority(example, completions):
 
 
 def vote_of(example, completion):
-    """A completion's number, or its text; of a cloze example the rest of the sentence."""
+    """What a completion answers, or None; of a cloze example the rest of the sentence."""
     if "check" not in example:
         return completion.partition(".")[0].strip().lower()
-    answer = final_answer(completion)
-    return last_number(answer) if example["check"] == "number" else answer.strip().lower()
+    answer = extracted(example, final_answer(completion))
+    return answer.lower() if isinstance(answer, str) else answer
 
 
 # --- examples and tables -------------------------------------------------------------------------
