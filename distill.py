@@ -72,7 +72,7 @@ from nanollm.distillation import (
     tokenize,
     write_completions,
 )
-from nanollm.formats import read_examples, split_documents
+from nanollm.formats import read_examples, read_parts
 from nanollm.generate import generate, shared_noise
 from nanollm.gpt import GPT, count_parameters, document_mask
 from nanollm.hub import load_model, save_model
@@ -204,8 +204,7 @@ def load_examples(cfg):
             parts = [[e for e in part if e["task"] in PEOPLE] for part in parts]
             tests = [e for e in tests if e["task"] in PEOPLE]
     else:
-        every, tests = read_completions(cfg.data), []
-        parts = [split_documents(every, part, cfg.val_fraction) for part in ("train", "val")]
+        parts, tests = read_parts(read_completions, cfg.data, None, cfg.val_fraction), []
     tests = read_examples(cfg.test_data) if cfg.test_data else tests
     tests = first_of_each_task(tests, cfg.test_examples)
     train, val = ([with_label(example, cfg.label) for example in part] for part in parts)
@@ -249,16 +248,18 @@ def teacher_completions(cfg, rt, teacher, tokenizer, prompts):
 
 def pack_rows(cfg, rt, tokenizer, T, labelled, completed, val):
     """(rows to train on, held-out rows) of T tokens; says what was left out."""
-    labels = tokenize(labelled if cfg.method != "step_by_step" else [], True, tokenizer, T)
-    taught = tokenize(completed, cfg.method not in UNCHECKED, tokenizer, T)
+    labels = labelled if cfg.method != "step_by_step" else []
+    labels = tokenize(labels, True, tokenizer, T, "labelled examples")
+    checked = cfg.method not in UNCHECKED
+    taught = tokenize(completed, checked, tokenizer, T, "the teacher's completions")
     train_rows = pack_labelled(labels + taught, T, tokenizer)
-    val_rows = pack_labelled(tokenize(val, True, tokenizer, T), T, tokenizer)
+    val = tokenize(val, True, tokenizer, T, "held-out examples")
+    val_rows = pack_labelled(val, T, tokenizer)
     rt.print(
         f"{len(labels)} labelled examples and {len(taught)} completions of the teacher in "
-        f"{len(train_rows)} rows of {T} tokens; {len(completed) - len(taught)} completions left "
-        "out because they were longer"
+        f"{len(train_rows)} rows of {T} tokens"
     )
-    if not len(train_rows) or not len(val_rows):
+    if not len(train_rows) or not len(val_rows) or cfg.method == "hard" and not taught:
         raise UserError(
             f"nothing to learn from: {len(labels)} labels, {len(taught)} of the teacher's "
             f"completions and {len(val_rows)} rows of held-out labels have at most {T} tokens; "

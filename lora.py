@@ -97,7 +97,8 @@ class Config(Settings, TrainConfig):
     other_data: str = "village"  # test examples that show what is forgotten
     other_text: str = "village"  # text for the same purpose: bits per byte; .txt or .jsonl
     test_examples: Whole[0] = 64  # examples per task of --other_data; 0: all
-    # row length T; default: 256, or the model's context where that is shorter
+    # row length T; default: what 99% of the dialogues need, from 256 to 2048 and as far as the
+    # model can read
     context: Whole[1] | None = None
     # -- Training
     out: str = "runs/lora"
@@ -218,8 +219,8 @@ def main(cfg):
     rates = RATES.get(cfg.adapter, RATES["lora"]).items()
     cfg = replace(cfg, **{name: rate for name, rate in rates if getattr(cfg, name) is None})
     model, tokenizer = load_model(cfg.init)
-    T = row_length(cfg.context, model)
     chats, val_chats, examples = load_domain(cfg)
+    T = row_length(cfg.context, model, chats, tokenizer)
     train_rows = pack_chats(chats, tokenizer, T, "training", rt)
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)
     known = examples, *load_elsewhere(cfg, tokenizer, T)

@@ -61,8 +61,7 @@ from nanollm.config import (
     atomic_write,
     cli,
 )
-from nanollm.formats import read_prompts
-from nanollm.generate import check_room
+from nanollm.formats import read_parts, read_prompts
 from nanollm.gpt import Linear
 from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.logprobs import completion_logprobs
@@ -71,17 +70,17 @@ from nanollm.peft.adapters import reference, start_adapter
 from nanollm.plot import line_chart
 from nanollm.preferences import (
     change_table,
+    closed,
     gold_effects,
     judge,
     load_scorer,
     prompt_ids,
     sample_text,
     scores,
-    train_and_held_out,
     win_rate,
 )
 from nanollm.rewards import accuracy, reft_reward
-from nanollm.rollouts import RolloutRows, draw_noise, sample_rows
+from nanollm.rollouts import RolloutRows, chat_prompt, draw_noise, sample_rows, with_room
 from nanollm.run import Run, check_folders, effect, read_metrics
 from nanollm.runtime import start
 
@@ -164,16 +163,17 @@ PRESETS = {
 
 
 def load_prompts(cfg):
-    """(training prompts, held-out prompts). UserError where rules have no answer to check."""
+    """(training prompts, held-out prompts); with rules those that have an answer to check."""
+    read = partial(read_prompts, answered=cfg.reward == "rules")
     if cfg.data in ("village", "problems"):
         name = "prompts" if cfg.data == "village" else "problems"
         folder = village.of_run(cfg.init)
-        train, val = (read_prompts(folder / f"{name}_{s}.jsonl") for s in ("train", "test"))
+        train, val = (read(folder / f"{name}_{s}.jsonl") for s in ("train", "test"))
         train = train[: cfg.prompts]
     else:
-        train, val = train_and_held_out(read_prompts(cfg.data)[: cfg.prompts], cfg)
-    if cfg.reward == "rules" and not all("answer" in example for example in train + val):
-        raise UserError(f'--reward rules needs an "answer" in every record of {cfg.data}')
+        train, val = read_parts(read, cfg.data, None, cfg.val_fraction, cfg.prompts)
+    if any(example.get("images") for example in train + val):
+        raise UserError(f"{cfg.data} has images, which PPO doesn't read; use train_grpo.py")
     return train, val
 
 
@@ -300,7 +300,7 @@ def sample_rollout(cfg, actor, ref, reward_model, tokenizer, gold, examples, noi
     if cfg.reward == "rules":
         raw_scores = torch.tensor([reft_reward(*each) for each in said], device=noise.device)
     else:
-        raw_scores = scores(reward_model, rows)
+        raw_scores = scores(reward_model, closed(rows, tokenizer))
     if gold is not None:
         golds = torch.tensor([gold(*each)["gold"] for each in said], device=noise.device)
     (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)
@@ -331,7 +331,8 @@ def main(cfg):
     if cfg.reward == "model":
         reward_model = load_scorer(cfg.reward_model, tokenizer, cfg.init, rt)
     train, val = load_prompts(cfg)
-    check_room(policy, prompt_ids(train + val, tokenizer), cfg.max_new_tokens, train + val)
+    room = policy, cfg.max_new_tokens, "prompts"
+    train, val = (with_room(x, lambda e: chat_prompt(e, tokenizer), *room) for x in (train, val))
     if cfg.critic == "separate":
         critic = load_scalar(cfg.reward_model if cfg.reward == "model" else cfg.init)[0]
         start_adapter(critic, cfg, rt)

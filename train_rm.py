@@ -54,6 +54,7 @@ from nanollm.peft.adapters import start_adapter
 from nanollm.plot import line_chart
 from nanollm.preferences import (
     change_table,
+    closed,
     completion_rows,
     in_batches,
     load_preferences,
@@ -294,7 +295,7 @@ def own_samples(ref, tokenizer, records, seed, rt):
     """Rows of the reference's own completions, on which a finished reward model's mean is 0."""
     prompts = prompt_ids(records, tokenizer)
     completions = sample_together(rt, ref, tokenizer, prompts, 64, seed=seed)
-    return pad_completions(prompts, completions, tokenizer.pad_id)
+    return closed(pad_completions(prompts, completions, tokenizer.pad_id), tokenizer)
 
 
 def row_rewards(model, rows):

@@ -459,10 +459,11 @@ def image_logits(model, rows, store):
 def train_language(cfg, rt):
     check_folders(cfg.out, cfg.init, cfg.vision)
     model, tokenizer = start_model(cfg, rt)
-    T, store = row_length(cfg.context, model), ImageStore(model.preprocessing)
+    store = ImageStore(model.preprocessing)
     n_texts = replay_count(cfg, "images") if cfg.stage == "instruct" else 0
     n_plain = round(n_texts / 4)
     chats, val_chats = load_records(cfg)
+    T = row_length(cfg.context, model, chats, tokenizer)
     how = dict(rt=rt, image_tokens=model.tokens_per_image, store=store)
     train_rows = pack_chats(chats, tokenizer, T, "training", **how)
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", **how)

@@ -29,7 +29,7 @@ from data.village import examples as village
 from data.village.preferences import gold_of
 from nanollm.batches import Windows, text_shards
 from nanollm.config import NotNegative, UserError, Whole, atomic_write, cli
-from nanollm.formats import read_examples, read_jsonl, read_prompts
+from nanollm.formats import read_examples, read_prompts, read_records
 from nanollm.hub import load_model
 from nanollm.logprobs import bits_per_byte, token_lengths
 from nanollm.metrics import (
@@ -117,7 +117,7 @@ def load_examples(cfg, model):
     """Test examples as --data and --limit say."""
     if cfg.data == "village":
         folder = village.of_run(cfg.model)
-        examples = [example for _, example in read_jsonl(folder / "cloze.jsonl")]
+        examples = read_records(folder / "cloze.jsonl")
         examples += read_examples(folder / "sft_test.jsonl")
     elif cfg.data in ("images", "combos", "counting"):
         from data.village import images

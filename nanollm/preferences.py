@@ -6,14 +6,24 @@ The library knows no village: whoever calls passes its folder, its annotators an
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from nanollm.batches import pad_completions
 from nanollm.checkpoint import existing_folder, is_scalar, weights_hash
 from nanollm.config import UserError
-from nanollm.formats import read_preferences, read_prompts, split_documents, write_jsonl
+from nanollm.formats import (
+    need,
+    need_usable,
+    read_parts,
+    read_preferences,
+    read_prompts,
+    usable,
+    write_jsonl,
+)
 from nanollm.generate import as_text, sample_completions, sample_together
 from nanollm.hub import load_scalar
 from nanollm.logprobs import completion_logprobs
@@ -31,16 +41,24 @@ def load_preferences(cfg, model, tokenizer, rt, village_of, annotate):
     """(training, held-out) rankings as --data says: those of a file, or `village_rankings`. What
     doesn't fit the model's context is dropped, and counted.
 
-    Reads cfg.init, data, val_data, val_fraction, prompts, disagreement and seed.
+    Reads cfg.init, data, val_data, val_fraction, prompts, disagreement, loss and seed.
     """
     if cfg.data == "village":
         parts = village_rankings(cfg, model, tokenizer, rt, village_of(cfg.init), annotate)
-    elif cfg.val_data:
-        parts = read_preferences(cfg.data), read_preferences(cfg.val_data)
     else:
-        parts = train_and_held_out(read_preferences(cfg.data), cfg)
+        parts = read_parts(read_preferences, cfg.data, cfg.val_data, cfg.val_fraction)
     most = model.cfg.max_position_embeddings
-    return [those_that_fit(records, tokenizer, most, rt) for records in parts]
+
+    def fitting(record, where):
+        for text in record["completions"]:
+            prompt, completion = tokenizer.completion(record["messages"], text)
+            long = len(prompt) + len(completion) > most
+            need_usable(not long, where, f"longer than the model's {most} tokens")
+        pair = len(record["completions"]) > 1
+        need(pair or cfg.loss == "kto", where, "one completion and its label are for --loss kto")
+        return record
+
+    return [usable(records, fitting, "rankings") for records in parts]
 
 
 def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
@@ -67,30 +85,6 @@ def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
     return [read_preferences(path) for path in paths]
 
 
-def train_and_held_out(records, cfg):
-    """The records of cfg.data in two parts, of which the last cfg.val_fraction is held out."""
-    parts = [split_documents(records, part, cfg.val_fraction) for part in ("train", "val")]
-    if not all(parts):
-        raise UserError(f"{cfg.data}: {len(records)} records leave none to train on or to hold out")
-    return parts
-
-
-def those_that_fit(records, tokenizer, most, rt):
-    """The rankings whose prompt and longest completion have at most so many tokens."""
-    kept, long = [], []
-    for record, prompt in zip(records, prompt_ids(records, tokenizer)):
-        room = most - len(prompt) - 1  # for the end of turn
-        fits = all(len(tokenizer.encode(text)) <= room for text in record["completions"])
-        (kept if fits else long).append(record)
-    if long:
-        asked = ", ".join(repr(record["messages"][-1]["content"][:40]) for record in long[:3])
-        said = f"{len(long)} of {len(records)} rankings are longer than the model's {most} tokens"
-        if len(long) > len(kept):
-            raise UserError(f"{said}: {asked}; shorten or drop them")
-        rt.print(f"dropped: {said}: {asked}")
-    return kept
-
-
 # --- rows ----------------------------------------------------------------------------------------
 
 
@@ -101,18 +95,35 @@ def prompt_ids(examples, tokenizer):
 
 def completion_rows(records, tokenizer):
     """(Completions with a row for each completion of each record, in order; index (N, K): the row
-    of each record's completions, -1 where it has fewer than K).
+    of each record's completions, -1 where it has fewer than K). A row ends as a dialogue does: in
+    some templates behind the end of turn, the last that a policy is trained on.
     """
     prompts, completions = [], []
     counts = torch.tensor([len(record["completions"]) for record in records])
-    for record, prompt in zip(records, prompt_ids(records, tokenizer)):
+    for record in records:
         for text in record["completions"]:
+            prompt, completion = tokenizer.completion(record["messages"], text)
             prompts.append(prompt)
-            completions.append([*tokenizer.encode(text), tokenizer.end_id])
+            completions.append(completion)
     columns = torch.arange(counts.max())
     index = (counts.cumsum(0) - counts)[:, None] + columns
     index = torch.where(columns < counts[:, None], index, -1)
-    return pad_completions(prompts, completions, tokenizer.pad_id), index
+    return closed(pad_completions(prompts, completions, tokenizer.pad_id), tokenizer), index
+
+
+def closed(rows, tokenizer):
+    """Rows whose completions end as the template ends a dialogue, which is where a reward model is
+    read: those that have ended with the end of turn and what follows it, which isn't trained on.
+    """
+    tail = torch.tensor([tokenizer.end_id, *tokenizer.turn_end], device=rows.tokens.device)
+    room, last = len(tail) - 1, rows.last()
+    tokens = F.pad(rows.tokens, (0, room), value=tokenizer.pad_id)
+    mask, real = (F.pad(x, (0, room)) for x in (rows.mask, rows.real))
+    stops = torch.tensor(sorted(tokenizer.stop_ids), device=tokens.device)
+    ended = torch.isin(tokens.gather(1, last[:, None])[:, 0], stops).nonzero()  # (E, 1)
+    columns = last[ended] + torch.arange(len(tail), device=tokens.device)  # (E, len(tail))
+    tokens[ended, columns], real[ended, columns] = tail, True
+    return replace(rows, tokens=tokens, mask=mask, real=real)
 
 
 def pair_index(index):
@@ -123,7 +134,9 @@ def pair_index(index):
 
 
 def scores(reward_model, rows):
-    """The reward of each row, (B,): what the model says at the last real token."""
+    """The reward of each row, (B,): what the model says at the last real token, which of `closed`
+    rows is the one that the template ends with.
+    """
     return reward_model(*rows.inputs()).gather(1, rows.last()[:, None])[:, 0]
 
 
@@ -182,7 +195,8 @@ def judge(
     rows = pad_completions(repeated, ids, tokenizer.pad_id)
     best, stats = torch.arange(len(examples)) * best_of, {}
     if reward_model is not None:
-        rewards = in_batches(lambda part: scores(reward_model, part), rows, model.device)
+        dialogues = closed(rows, tokenizer)
+        rewards = in_batches(lambda part: scores(reward_model, part), dialogues, model.device)
         best = best + rewards.view(-1, best_of).argmax(1)
         stats["reward"] = rewards[best].mean().item()
     ids, rows = [ids[i] for i in best], rows[best]

@@ -157,6 +157,33 @@ def with_markers(special, ranks):
     return special | {token: first + n for n, token in enumerate(new)}
 
 
+def text_of(message, where):
+    """The content of a message, with its thoughts before and its calls behind it, as the layouts
+    write them. Raises UserError, beginning with `where`, on a malformed message.
+    """
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else message
+        raise UserError(f"{where}: role {role!r:.40} must be one of {', '.join(ROLES)}")
+    content, calls = message.get("content"), message.get("tool_calls") or []
+    content = "" if content is None and calls else content
+    if not isinstance(content, str):
+        raise UserError(f'{where}: needs a "content" that is text, in a JSON object')
+    thoughts = message.get("reasoning_content")
+    calls = "".join(f"<tool_call>{call_text(call, where)}</tool_call>" for call in calls)
+    return (f"<think>{thoughts}</think>" if thoughts else "") + content + calls
+
+
+def call_text(call, where):
+    """OpenAI's {"function": {"name", "arguments"}} as nanollm/tools.py reads it."""
+    try:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        (argument,) = arguments.values()
+        return f"{name}({argument})"
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{where}: a tool call needs a name and one argument") from None
+
+
 @functools.cache
 def splitter(tokens):
     """A compiled pattern whose split() puts the special `tokens` at the odd places."""
@@ -316,13 +343,10 @@ class Tokenizer:
         ids = self.encode(self.start, special=True)
         mask = [False] * len(ids)
         for n, message in enumerate(messages):
-            if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-                raise UserError(f'message {n}: needs a "content" that is text, in a JSON object')
-            role = message.get("role")
-            if role not in ROLES:
-                raise UserError(f"message {n}: role {role!r} must be one of {', '.join(ROLES)}")
+            said = text_of(message, f"message {n}")
+            role = message["role"]
             allowed = self.content_tokens if role in ("assistant", "tool") else ()
-            content = self._encode(message["content"], allowed + ("<image>",) * bool(image_tokens))
+            content = self._encode(said, allowed + ("<image>",) * bool(image_tokens))
             if image_tokens:
                 image = self.special["<image>"]
                 repeated = ([id] * (image_tokens if id == image else 1) for id in content)
@@ -337,6 +361,30 @@ class Tokenizer:
             before = self._affixes["assistant"][0]
             ids, mask = ids + before, mask + [False] * len(before)
         return ids, mask
+
+    def completion(self, messages, text):
+        """(prompt ids, completion ids): the messages up to where the assistant begins, and what it
+        writes then, `text` and the end of its turn. Together they begin the ids of `render`.
+        """
+        prompt, _ = self.render(messages, generation_prompt=True)
+        ids, _ = self.render([*messages, {"role": "assistant", "content": text}])
+        return prompt, ids[len(prompt) : len(ids) - len(self.turn_end)]
+
+    @functools.cached_property
+    def turn_end(self):
+        """Ids that the template writes behind the end of the assistant's turn, often none: with the
+        last of them a dialogue ends.
+        """
+        after = self._affixes["assistant"][1]
+        return after[after.index(self.end_id) + 1 :]
+
+    def with_tokens(self, names):
+        """This tokenizer, with those of the special tokens `names` that it lacks after its last
+        id.
+        """
+        new = [name for name in names if name not in self.special]
+        special = self.special | {name: self.vocab_size + n for n, name in enumerate(new)}
+        return Tokenizer(self.ranks, special, self.pattern, self.nfc, self.source)
 
     def written(self, ids):
         """True for each id that an assistant writes itself, False from <tool_result> to
@@ -362,12 +410,6 @@ class Tokenizer:
             "{{ affixes[m['role']][0] + m['content'] + affixes[m['role']][1] }}{% endfor %}"
             "{% if add_generation_prompt %}{{ affixes['assistant'][0] }}{% endif %}"
         )
-
-    def with_tokens(self, names):
-        """This tokenizer, with those of the tokens `names` that it lacks after its last id."""
-        new = [name for name in names if name not in self.special]
-        special = self.special | {name: self.vocab_size + n for n, name in enumerate(new)}
-        return Tokenizer(self.ranks, special, self.pattern, self.nfc, self.source)
 
     # -- identity and files
 

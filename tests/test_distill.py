@@ -256,7 +256,7 @@ def test_a_teacher_writes_the_same_however_many_processes_ask(
             completed = ask_teacher(rt, teacher, tokenizer, prompts, 12, samples=2, seed=1)
     assert found[0] == found[1] == found[2] and len(found[0]) == 6  # one is beyond the context
     assert [(e["completion"], e["right"]) for e in completed] == [("a", True), ("b", False)] * 2
-    assert "4 of 8 completions don't end within 12 tokens" in capsys.readouterr().out
+    assert "2 of 6 completions don't end within 12 tokens" in capsys.readouterr().out
 
 
 def test_questions_about_people_are_worded_as_no_test_example_is(tmp_path):

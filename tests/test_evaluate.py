@@ -75,8 +75,7 @@ def test_a_test_example_is_what_training_reads(tmp_path):
 @pytest.mark.parametrize(
     "record, sentence",
     [
-        ({"prompt": "a", "answer": ""}, '"answer" must be text or a number'),
-        ({"prompt": "a"}, 'needs an "answer"'),
+        ({"prompt": "a", "answer": ["7"]}, '"answer" must be text or a number'),
         ({"messages": ["hi"], "answer": "b"}, 'message 0 has no "role"'),
         ({"prompt": "a", "answer": "b", "check": "regex"}, "unknown check 'regex'"),
     ],

@@ -18,7 +18,7 @@ from helpers import turns
 from data import prepare as module
 from data.prepare import DATASETS, Config, main, prepare, read_array
 from nanollm.config import UserError, cli
-from nanollm.formats import read_chats, read_documents, read_jsonl, read_preferences
+from nanollm.formats import read_chats, read_documents, read_preferences, read_records
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared" / "data"
@@ -126,7 +126,7 @@ def refuses(get, tmp_path):
 
 
 def records(path):
-    return [record for _, record in read_jsonl(path)]
+    return read_records(path)
 
 
 # --- each dataset, in the format that its stage reads -----------------------------------------

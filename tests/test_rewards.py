@@ -9,7 +9,7 @@ import pytest
 from helpers import MEGABYTES, random_strings, seconds
 
 from nanollm.config import UserError
-from nanollm.formats import as_prompt, choice_columns
+from nanollm.formats import as_prompt, choice_columns, read_prompts
 from nanollm.metrics import majority, pass_at_k
 from nanollm.rewards import (
     accuracy,
@@ -364,3 +364,9 @@ def test_ten_thousand_random_completions_are_judged_without_exception():
             assert reft_reward(example, text) in (0, 0.1, 1)
             assert accuracy(example, text) == (reft_reward(example, text) == 1)
             assert majority(example, [text]) in ("", text)
+
+
+def test_a_table_of_choices_needs_no_line_that_names_its_columns(tmp_path):
+    path = tmp_path / "mmlu.csv"
+    path.write_text('"Two, or three?",1,2,3,4,B\nFour?,4,5,6,7,A\n', encoding="utf-8")
+    assert [p["answer"] for p in read_prompts(path)] == ["B", "A"]
