@@ -63,7 +63,17 @@ from torch import nn
 from data.village import examples as village
 from data.village.problems import answer_of, worked
 from nanollm.batches import Sampler
-from nanollm.config import NotNegative, OpenShare, Range, Share, TrainConfig, UserError, Whole, cli
+from nanollm.config import (
+    LARGE,
+    NotNegative,
+    OpenShare,
+    Range,
+    Share,
+    TrainConfig,
+    UserError,
+    Whole,
+    cli,
+)
 from nanollm.distillation import (
     ask_teacher,
     filtered,
@@ -171,6 +181,7 @@ PRESETS = {
     ),
     # with --init, the student: rate and schedule of fine-tuning, as in train_sft.py
     "downloaded": dict(
+        LARGE,
         labels=10000,
         unlabelled=10000,
         context=1024,
@@ -178,10 +189,7 @@ PRESETS = {
         batch_size=32,
         accumulate=32,
         steps=500,
-        optimizer="adamw",
         lr=2e-5,
-        schedule="cosine",
-        checkpoint_activations=True,
     ),
 }
 

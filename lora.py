@@ -61,7 +61,7 @@ import torch
 
 from data.village import examples as village
 from nanollm.batches import Sampler, Windows, pack_chats, row_length, text_shards
-from nanollm.config import NotNegative, OpenShare, TrainConfig, UserError, Whole, cli
+from nanollm.config import LARGE, NotNegative, OpenShare, TrainConfig, UserError, Whole, cli
 from nanollm.formats import read_chats, read_examples, read_parts
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import bits_per_byte, token_lengths
@@ -118,14 +118,14 @@ PRESETS = {
     # rate and batch of QLoRA (Dettmers et al. 2023, arXiv:2305.14314); --adapter none
     # wants a tenth of the rate
     "downloaded": dict(
+        LARGE,
         rank=16,
-        alpha=32.0,
         context=1024,
         batch_size=16,
         accumulate=16,
         lr=2e-4,
+        alpha=32.0,
         weight_decay=0.0,
-        checkpoint_activations=True,
     ),
 }
 

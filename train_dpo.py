@@ -56,6 +56,7 @@ from data.village import examples as village
 from data.village.preferences import gold_of, rank_completions
 from nanollm.batches import Completions, Sampler
 from nanollm.config import (
+    LARGE,
     AdapterConfig,
     ErrorRate,
     NotNegative,
@@ -125,9 +126,7 @@ PRESETS = {
     "gpu": dict(batch_size=128, steps=200, lr=2e-5, compile=True),
     # rate, batch and warm-up of Zephyr (Tunstall et al. 2023, arXiv:2310.16944); an
     # adapter wants about ten times the rate, --lr 5e-6
-    "downloaded": dict(
-        batch_size=32, accumulate=32, steps=500, lr=5e-7, warmup=50, checkpoint_activations=True
-    ),
+    "downloaded": dict(LARGE, batch_size=32, accumulate=32, steps=500, lr=5e-7, warmup=50),
 }
 
 

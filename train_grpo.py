@@ -44,6 +44,7 @@ import torch
 from data.village import examples as village
 from nanollm.batches import Completions, Sampler
 from nanollm.config import (
+    LARGE,
     AdapterConfig,
     NotNegative,
     OpenShare,
@@ -144,15 +145,15 @@ PRESETS = {
     # rate of DeepSeekMath (Shao et al. 2024, arXiv:2402.03300, section 4.2); schedule of DAPO
     # (Yu et al. 2025, 2503.14476), which drops the KL, and with it the reference, as here
     "downloaded": dict(
+        LARGE,
+        schedule="constant",
         batch_size=16,
         accumulate=32,
         max_new_tokens=512,
         steps=200,
         lr=1e-6,
-        schedule="constant",
         warmup=10,
         eval_every=20,
-        checkpoint_activations=True,
     ),
 }
 

@@ -50,6 +50,7 @@ from data.village.preferences import gold_of
 from nanollm.batches import Sampler, last_true
 from nanollm.checkpoint import read_json
 from nanollm.config import (
+    LARGE,
     AdapterConfig,
     NotNegative,
     OpenShare,
@@ -154,7 +155,7 @@ PRESETS = {
     # and critic take 16 bytes per parameter each, reference and reward model 4: --adapter lora, or
     # --critic shared, takes less
     "downloaded": dict(
-        max_new_tokens=256, steps=100, accumulate=16, epochs=1, lr=1e-6, checkpoint_activations=True
+        LARGE, schedule="constant", max_new_tokens=256, steps=100, accumulate=16, epochs=1, lr=1e-6
     ),
 }
 

@@ -30,7 +30,7 @@ import torch
 from data.village.corpus import prepare_corpus
 from nanollm.batches import Sampler, TokenShards, Windows, load_shards, row_length
 from nanollm.checkpoint import load_gpt, load_weights, save_gpt
-from nanollm.config import OpenShare, Positive, TrainConfig, UserError, Whole, cli
+from nanollm.config import LARGE, OpenShare, Positive, TrainConfig, UserError, Whole, cli
 from nanollm.formats import identity, read_documents, split_documents
 from nanollm.generate import generate
 from nanollm.gpt import GPT, GPTConfig, count_parameters
@@ -122,16 +122,7 @@ PRESETS = {
     ),
     # To go on with a downloaded model: a tenth of the rate to which Ibrahim et al. (2024,
     # arXiv:2403.08763) re-warm 405M parameters, as nothing of the old text is replayed here
-    "downloaded": dict(
-        context=1024,
-        batch_size=32,
-        accumulate=32,
-        steps=500,
-        optimizer="adamw",
-        lr=3e-5,
-        schedule="cosine",
-        checkpoint_activations=True,
-    ),
+    "downloaded": dict(LARGE, context=1024, batch_size=32, accumulate=32, steps=500, lr=3e-5),
 }
 
 

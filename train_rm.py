@@ -37,6 +37,7 @@ from data.village import examples as village
 from data.village.preferences import rank_completions
 from nanollm.batches import Completions, Sampler, pad_completions
 from nanollm.config import (
+    LARGE,
     AdapterConfig,
     ErrorRate,
     NotNegative,
@@ -97,14 +98,7 @@ PRESETS = {
     "gpu": dict(batch_size=64, steps=300, lr=1e-4, muon_lr=2e-3, compile=True),
     # rate and schedule of Llama 2's (Touvron et al. 2023, arXiv:2307.09288, section 3.2.2), whose
     # batch was of 512 pairs; batch of InstructGPT's (Ouyang et al. 2022, 2203.02155)
-    "downloaded": dict(
-        batch_size=64,
-        accumulate=64,
-        optimizer="adamw",
-        lr=1e-5,
-        schedule="cosine",
-        checkpoint_activations=True,
-    ),
+    "downloaded": dict(LARGE, batch_size=64, accumulate=64, lr=1e-5),
 }
 
 SCALE = 6  # from the lowest to the highest rating of an annotator

@@ -41,7 +41,16 @@ from nanollm.batches import (
     row_length,
     text_shards,
 )
-from nanollm.config import AdapterConfig, OpenShare, Share, TrainConfig, UserError, Whole, cli
+from nanollm.config import (
+    LARGE,
+    AdapterConfig,
+    OpenShare,
+    Share,
+    TrainConfig,
+    UserError,
+    Whole,
+    cli,
+)
 from nanollm.formats import identity, read_chats, read_documents, read_examples, read_parts
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
@@ -132,16 +141,7 @@ PRESETS = {
     # rate and schedule of Alpaca (Taori et al. 2023) and Zephyr (Tunstall et al. 2023,
     # arXiv:2310.16944); 32 packed rows hold about the 128 dialogues of a batch of Alpaca's. An
     # adapter wants ten times the rate, --lr 2e-4 (Dettmers et al. 2023, 2305.14314)
-    "downloaded": dict(
-        context=1024,
-        batch_size=32,
-        accumulate=32,
-        optimizer="adamw",
-        lr=2e-5,
-        schedule="cosine",
-        replay=0.0,
-        checkpoint_activations=True,
-    ),
+    "downloaded": dict(LARGE, context=1024, batch_size=32, accumulate=32, lr=2e-5, replay=0.0),
 }
 
 # --data: (training and held-out dialogues, test examples) among the village's files

@@ -62,6 +62,7 @@ from data.village import images as village_images
 from nanollm.batches import Sampler, pack_chats, row_length
 from nanollm.checkpoint import existing_folder, read_json
 from nanollm.config import (
+    LARGE,
     AdapterConfig,
     OpenShare,
     Share,
@@ -171,14 +172,7 @@ PRESETS = {
     # a downloaded language model, and for align a downloaded tower (--vision): as LLaVA-1.5 (Liu et
     # al. 2023, arXiv:2310.03744); rates and batches are in DOWNLOADED
     "downloaded": dict(
-        context=1024,
-        accumulate=64,
-        optimizer="adamw",
-        schedule="cosine",
-        feature_layer=-2,
-        class_token=False,
-        replay=0.0,
-        checkpoint_activations=True,
+        LARGE, context=1024, accumulate=64, feature_layer=-2, class_token=False, replay=0.0
     ),
 }
 BY_STAGE = {

@@ -38,6 +38,8 @@ from typing import Annotated, Literal
 
 TO_FIX = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EROFS, errno.EISDIR}
 TO_FIX |= {getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has none
+# what the presets for downloaded models have in common; each script adds the rates of its papers
+LARGE = dict(optimizer="adamw", schedule="cosine", checkpoint_activations=True)
 BEGAN_FROM = "began_from"  # in train_config.json, beside the settings: those of an earlier run
 
 

@@ -302,13 +302,8 @@ def effect_line(effect):
 def note_on_rates(cfg, model):
     """Say so where a downloaded model is about to learn at the rates of a tiny one."""
     size = sum(p.numel() for p in model.parameters())
-    fast = cfg.optimizer == "muon" or cfg.lr > MOST_LR
-    if (
-        size > DOWNLOADED
-        and getattr(cfg, "init", None)
-        and fast
-        and cfg.preset in ("tiny", "smoke")
-    ):
+    fast = cfg.preset in ("tiny", "smoke") and (cfg.optimizer == "muon" or cfg.lr > MOST_LR)
+    if fast and size > DOWNLOADED and getattr(cfg, "init", None):
         say(
             f"note: {size / 1e6:.0f} million parameters learn at rates for a model of one million; "
             "--preset downloaded has those of the papers"
@@ -343,7 +338,7 @@ def save_run_config(cfg):
 
 def inputs_of(cfg):
     """{setting: a hash of what it names} of the settings that name a file or a directory."""
-    found, elsewhere = {}, ("preset", "out", "device", "adapter")
+    found, elsewhere = {}, ("preset", "out", "device", "adapter", "tokenizer")
     for name, flag in flags_of(type(cfg), {}).items():
         named = getattr(cfg, name)
         if flag.kind is str and named and name not in elsewhere and Path(named).exists():

@@ -269,12 +269,21 @@ def write_run(folder, **settings):
     Path(folder, "train_config.json").write_text(json.dumps(settings))
 
 
+def of_run_without_a_village(monkeypatch):
+    """village.of_run, which gives (villagers, seed, megabytes) of what it would make."""
+
+    def prepare(n_villagers=32, seed=0, megabytes=8.0):
+        return n_villagers, seed, megabytes
+
+    monkeypatch.setattr(sys.modules[data.village.of_run.__module__], "prepare", prepare)
+    return data.village.of_run
+
+
 @pytest.fixture
 def villages(tmp_path, monkeypatch):
     """Which village of_run asks for."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data.village, "prepare", lambda *numbers: numbers)
-    return data.village.of_run
+    return of_run_without_a_village(monkeypatch)
 
 
 OF_64 = {"villagers": 64, "seed": 3, "megabytes": 1.0, "init": None}
@@ -302,12 +311,12 @@ def test_a_run_is_asked_about_its_own_village(villages, settings, village):
 
 @pytest.mark.parametrize("name, origin", [("sft", "init"), ("dpo", "init"), ("distill", "teacher")])
 def test_a_run_keeps_the_settings_of_the_one_it_began_from(here, monkeypatch, name, origin):
-    monkeypatch.setattr(data.village, "prepare", lambda *numbers: numbers)
+    of_run = of_run_without_a_village(monkeypatch)
     then = json.loads(Path("runs/base/train_config.json").read_text())
     now = json.loads(Path(f"runs/{name}/train_config.json").read_text())
     assert now[origin] == "runs/base" and now["began_from"] == then
     os.rename("runs/base", "runs/elsewhere")
-    asked = data.village.of_run(f"runs/{name}")
+    asked = of_run(f"runs/{name}")
     os.rename("runs/elsewhere", "runs/base")
     assert asked == (then["villagers"], then["seed"], then["megabytes"])
 
