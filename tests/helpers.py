@@ -83,6 +83,20 @@ def kill_and_resume(script, flags, out, steps):
     assert done.returncode == 0, done.stderr
 
 
+def logged(out):
+    """Metrics of a run, without what the clock says."""
+    return [{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(out)]
+
+
+def assert_resumes(script, flags, steps):
+    """A killed and resumed run has the weights and metrics of an uninterrupted one, bit for bit."""
+    whole, killed = f"runs/whole_{script}", f"runs/killed_{script}"
+    subprocess.run(**command(script, *flags, "--out", whole), check=True, capture_output=True)
+    kill_and_resume(script, flags, killed, steps)
+    assert same(*(torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)))
+    assert logged(whole) == logged(killed)
+
+
 def moments_of_two_processes(script, flags, one, two):
     """First moments of the optimizers after a run with one process and a run with two."""
     subprocess.run(**command(script, *flags, "--out", one), check=True, capture_output=True)

@@ -73,21 +73,17 @@ def test_ids_beyond_two_bytes_get_four(vocab_size, dtype, tmp_path):
     assert Windows(shards, 2)[[0]].tolist() == [[vocab_size - 1, 0, vocab_size - 1]]
 
 
-def test_tokens_made_once_are_found_again(tokenizer, monkeypatch):
+def test_tokens_made_once_are_found_again_and_another_source_or_tokenizer_is_tokenised_anew(
+    tokenizer, cache
+):
     first = load_shards(lambda: ["Once upon a time"], ["a.txt", 16], tokenizer)
     again = load_shards(lambda: pytest.fail("read again"), ["a.txt", 16], tokenizer)
-    assert np.array_equal(first.arrays[0], again.arrays[0])
-    assert again.text_bytes == 16
-
-
-@pytest.mark.parametrize(
-    "source, name", [(["b.txt", 16], "bytes"), (["a.txt", 17], "bytes"), (["a.txt", 16], "trained")]
-)
-def test_another_source_or_tokenizer_is_tokenised_anew(source, name, tokenizer, cache):
-    load_shards(lambda: ["Once upon a time"], ["a.txt", 16], tokenizer)
-    other = tokenizer if name == "bytes" else Tokenizer.train(["aaaa bbbb aaaa"], 272)
-    load_shards(lambda: ["Twice"], source, other)
-    assert len(list(cache.iterdir())) == 2
+    assert np.array_equal(first.arrays[0], again.arrays[0]) and again.text_bytes == 16
+    trained = Tokenizer.train(["aaaa bbbb aaaa"], 272)
+    others = (["b.txt", 16], tokenizer), (["a.txt", 17], tokenizer), (["a.txt", 16], trained)
+    for source, other in others:
+        assert load_shards(lambda: ["Twice"], source, other).text_bytes == 5
+    assert len(list(cache.iterdir())) == 4
 
 
 def meta(**changes):
@@ -267,17 +263,14 @@ def test_packed_rows_are_chosen_by_number_and_joined():
 # --- completions ---------------------------------------------------------------------------------
 
 
-def test_completions_are_padded_on_the_right_and_masked():
-    rows = pad_completions([[1, 2], [3]], [[4, 5], [6, 7, 8, 9]], 0)
-    assert rows.tokens.tolist() == [[1, 2, 4, 5, 0], [3, 6, 7, 8, 9]]
-    assert rows.mask.int().tolist() == [[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]]
-    assert rows.real.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+def test_completions_are_padded_on_the_right_and_masked_and_so_is_what_a_tool_has_written():
+    own = [[True, True], [True, False, False, True]]
+    for written, second in (None, [0, 1, 1, 1, 1]), (own, [0, 1, 0, 0, 1]):
+        rows = pad_completions([[1, 2], [3]], [[4, 5], [6, 7, 8, 9]], 0, own=written)
+        assert rows.tokens.tolist() == [[1, 2, 4, 5, 0], [3, 6, 7, 8, 9]]
+        assert rows.mask.int().tolist() == [[0, 0, 1, 1, 0], second]
+        assert rows.real.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert rows.last().tolist() == [3, 4] and rows.inputs()[1:] == (None, None)
-
-
-def test_what_a_tool_has_written_is_not_trained_on():
-    rows = pad_completions([[1], [2]], [[3, 4], [5]], 0, own=[[True, False], [True]])
-    assert rows.mask.int().tolist() == [[0, 1, 0], [0, 1, 0]]
 
 
 def test_chosen_rows_lose_columns_that_are_padding_in_all_of_them():

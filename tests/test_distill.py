@@ -11,17 +11,15 @@ from helpers import (
     ON_CPU,
     TINY,
     WORDS,
+    assert_resumes,
     close,
     in_new_folder,
-    kill_and_resume,
     moments_of_two_processes,
     refused,
     result,
     run,
-    same,
     say,
     turns,
-    weights,
 )
 from trl.experimental.gkd import GKDTrainer
 
@@ -133,16 +131,6 @@ def test_a_rationale_weighs_as_much_as_its_weight_says_however_long_it_is():
     ce, rationale = torch.tensor([1.0, 2.0, 3.0, 7.0]), torch.tensor([True, True, True, False])
     for weight, total in ((0.0, 7.0), (1.0, 9.0), (0.5, 8.0)):
         assert distill.step_by_step_loss(ce, rationale, 1, 3, weight).item() == pytest.approx(total)
-
-
-def test_parts_of_a_batch_add_up_to_the_whole():
-    divergence, ce = torch.rand(6), torch.rand(6)
-    labelled = torch.tensor([True, True, False, False, True, False])
-    whole, *parts = (
-        distill.soft_loss(divergence[p], ce[p], labelled[p], 6, 3, 0.5, 2.0)
-        for p in (slice(0, 6), slice(0, 2), slice(2, 6))
-    )
-    torch.testing.assert_close(sum(parts), whole)
 
 
 def test_cosine_loss_sees_the_direction_alone_and_equals_torchs():
@@ -407,11 +395,7 @@ def test_a_student_that_exists_goes_on_from_where_it_is(here):
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
     """With on_policy, which has most to remember: noise, whose turn it is to write."""
     flags = "--method on_policy --on_policy_start 0.2 --steps 24 --eval_every 4".split()
-    distil(*flags, out="runs/whole")
-    kill_and_resume("distill.py", [*OWN, *flags], "runs/killed", (4, 8, 12, 16, 20))
-    assert same(weights("runs/whole"), weights("runs/killed"))
-    losses = [[m.get("loss") for m in read_metrics(f"runs/{n}")] for n in ("whole", "killed")]
-    assert losses[0] == losses[1]
+    assert_resumes("distill.py", [*OWN, *flags], (4, 8, 12, 16, 20))
 
 
 @pytest.mark.parametrize("method", ["on_policy", "compress"])

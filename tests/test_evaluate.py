@@ -10,7 +10,7 @@ import torch
 from helpers import refused, turns
 
 from nanollm import chat, evaluate, metrics
-from nanollm.config import UserError, parse
+from nanollm.config import parse
 from nanollm.formats import read_examples, read_prompts, write_jsonl
 from nanollm.gpt import GPT
 from nanollm.hub import load_model, save_model
@@ -70,20 +70,6 @@ def test_a_test_example_is_what_training_reads(tmp_path):
     for example in (first, last):
         assert is_right(example, "<think>61.</think>There are 62.")
         assert not is_right(example, "Of 62 only 61.")
-
-
-@pytest.mark.parametrize(
-    "record, sentence",
-    [
-        ({"prompt": "a", "answer": ["7"]}, '"answer" must be text or a number'),
-        ({"messages": ["hi"], "answer": "b"}, 'message 0 has no "role"'),
-        ({"prompt": "a", "answer": "b", "check": "regex"}, "unknown check 'regex'"),
-    ],
-)
-def test_a_bad_example_is_refused_with_its_line(record, sentence, tmp_path):
-    path = write(tmp_path / "examples.jsonl", {"prompt": "a", "answer": "b"}, record)
-    with pytest.raises(UserError, match=f"examples.jsonl, line 2: .*{sentence}"):
-        read_examples(path)
 
 
 def test_a_task_may_be_called_cloze(here, tokenizer):

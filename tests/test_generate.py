@@ -154,12 +154,6 @@ def test_one_long_prompt_shortens_no_other_completion(random_model, tokenizer):
     assert [list(stream(model, long, 20, temperature=0))] == [row]
 
 
-def test_each_order_of_greedy_prompts_gives_the_same(random_model, tokenizer):
-    model, prompts = random_model(), some_prompts((9, 2, 30, 5))
-    texts = complete(model, tokenizer, prompts, 10)
-    assert complete(model, tokenizer, prompts[::-1], 10) == texts[::-1]
-
-
 # --- logprobs ------------------------------------------------------------------------------------
 
 

@@ -459,43 +459,6 @@ def test_no_gradient_is_left_for_the_next_inner_update():
     assert torch.equal(first, second) and first.abs().max() > 0
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "reinforce_pp"])
-def test_what_a_group_of_equal_rewards_says_does_not_matter(loss):
-    policy, rollout = tiny(), made_up([1.0, 0.0, 0.0, 1.0] + [1.0] * 4)
-    _, (wanted,), _ = update(policy, rollout, loss=loss)
-    tokens = rollout.rows.tokens
-    tokens[4:, 1:] = torch.where(rollout.mask[4:], 17, tokens[4:, 1:])
-    _, (other,), _ = update(policy, rollout, loss=loss)
-    close(other, wanted, 1e-6 * max(1, wanted.abs().max().item()))
-    assert wanted.abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("by_a_tool", [True, False])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_ids_that_a_tool_has_written_are_not_learned(loss, by_a_tool):
-    policy, completions = tiny(), answers([4, 9, 1, 6, 7, 3, 8, 2])
-    own = [[True] * len(completion) for completion in completions]
-    own[1][-2:] = [not by_a_tool] * 2  # cut off while a result was being written
-
-    def gradient():
-        rollout = rollout_of([[3, 4]] * 8, completions, [1.0, 0.0, 0.0, 1.0] * 2, own)
-        return update(policy, rollout, loss=loss)[1][0]
-
-    wanted = gradient()
-    completions[1][-2:] = [50, 60]
-    same = torch.allclose(gradient(), wanted, rtol=1e-5, atol=1e-6)
-    assert same == by_a_tool
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_rewarded_end_of_turn_becomes_likelier_and_its_rival_less_likely(loss):
-    policy = tiny()
-    rollout = rollout_of([[3, 4], [3, 4]], [[END], [5]], [1.0, 0.0])
-    after, _, _ = update(policy, rollout, samples=2, loss=loss)
-    before, after = (m(torch.tensor([[3, 4]]))[0, -1].log_softmax(-1) for m in (policy, after))
-    assert after[END] > before[END] and after[5] < before[5]
-
-
 SUM = {"messages": [{"role": "user", "content": "2 + 5?"}], "answer": "7", "check": "number"}
 
 
@@ -603,19 +566,14 @@ def test_only_the_wanted_tasks_are_kept_and_no_problem_is_in_both_parts(wanted, 
     assert not train & val and max(train) < min(val)
 
 
-@pytest.mark.parametrize(
-    "records, flags, sentence",
-    [
+def test_too_few_problems_and_unknown_tasks_are_refused(tmp_path):
+    for records, flags, sentence in (
         ([{"prompt": f"say {n}"} for n in range(20)], {}, "0 problems .* and 0 held out"),
         ([{"prompt": "2 + 5?", "answer": 7}], {}, "0 problems.*and 1 held out; both are needed"),
         (tasks(), {"tasks": "divide"}, "--tasks divide: .* has only add"),
-    ],
-)
-def test_data_without_answers_too_few_problems_and_unknown_tasks_are_refused(
-    records, flags, sentence, tmp_path
-):
-    with pytest.raises(UserError, match=sentence):
-        problems_in(tmp_path / "p.jsonl", records, **flags)
+    ):
+        with pytest.raises(UserError, match=sentence):
+            problems_in(tmp_path / "p.jsonl", records, **flags)
 
 
 @pytest.mark.parametrize(

@@ -202,19 +202,6 @@ def test_files_of_peft_open_in_ours_with_its_logits(method, base, tmp_path):
         load_model(tmp_path / "adapter", tmp_path / "adapter")
 
 
-def test_keys_and_shapes_are_those_that_peft_writes(base, tmp_path):
-    names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-    peft_adapter(base, *names, use_dora=True).save_pretrained(tmp_path / "peft")
-    adapters.save_adapter(adapted(load_model(base)[0], "dora"), tmp_path / "ours", base)
-    ours, peers = (
-        safetensors.load_file(tmp_path / folder / "adapter_model.safetensors")
-        for folder in ("ours", "peft")
-    )
-    assert {name: t.shape for name, t in ours.items()} == {
-        name: t.shape for name, t in peers.items()
-    }
-
-
 def test_a_reward_models_adapter_opens_in_peft(base, tmp_path):
     model, tokenizer = load_scalar(base)
     adapted(model.eval(), base=base)

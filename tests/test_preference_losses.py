@@ -38,7 +38,7 @@ from nanollm.gpt import GPTConfig, ScalarGPT
 from nanollm.hub import load_scalar, save_model
 from nanollm.logprobs import completion_logprobs
 from nanollm.preferences import completion_rows, pair_index, scores, win_rate
-from nanollm.rewards import check_answer, reft_reward
+from nanollm.rewards import check_answer
 from nanollm.runtime import Runtime
 
 LOG2 = math.log(2)
@@ -325,12 +325,6 @@ def test_explained_variance_of_a_perfect_and_of_a_constant_critic():
     G, mask = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
     close(train_ppo.explained_variance(G, G, mask), 1.0)
     close(train_ppo.explained_variance(torch.zeros(3, 4), G, mask), 0.0)
-
-
-def test_rules_reward_right_extractable_and_no_answers():
-    example = {"answer": "62", "check": "number"}
-    completions = ("so 27 + 35 = 62.", "it is 61", "who knows")
-    assert [reft_reward(example, completion) for completion in completions] == [1.0, 0.1, 0.0]
 
 
 # --- padding and composition of the batch --------------------------------------------------------

@@ -1,6 +1,5 @@
 """Reward model, PPO and DPO, run for real on small data: what they learn, resume, share, refuse."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,13 @@ from helpers import (
     TINY,
     WORDS,
     as_two_processes,
+    assert_resumes,
     close,
-    command,
     first_moments,
     in_new_folder,
-    kill_and_resume,
+    logged,
     refused,
     result,
-    same,
     say,
     turns,
     weights,
@@ -35,7 +33,6 @@ from nanollm.formats import write_jsonl
 from nanollm.gpt import GPT
 from nanollm.hub import load_model, load_scalar
 from nanollm.peft.adapters import reference
-from nanollm.run import read_metrics
 
 PAIRS = [{"prompt": f"say {w}", "chosen": f"{w} please", "rejected": w} for w in WORDS * 3]
 RANKINGS = [  # of three or two completions, so that parts of a batch hold unequal numbers of pairs
@@ -183,19 +180,10 @@ def test_the_separate_critic_recomputes_its_activations_too(here, monkeypatch):
 # --- kill and resume, several parts and processes ------------------------------------------------
 
 
-def logged(out):
-    return [{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(out)]
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script, here):
     flags = [*SCRIPTS[script][1], "--steps", 12, "--eval_every", 2]
-    whole, killed = f"runs/whole_{script[6:-3]}", f"runs/killed_{script[6:-3]}"
-    subprocess.run(**command(script, *flags, "--out", whole), check=True, capture_output=True)
-    kill_and_resume(script, flags, killed, (2, 4, 5, 6, 8))
-    states = [torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)]
-    assert same(*states)
-    assert logged(whole) == logged(killed)
+    assert_resumes(script, flags, (2, 4, 5, 6, 8))
 
 
 WHOLE_BATCH = {  # losses in which more than a sum over rows is of the whole batch

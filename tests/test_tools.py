@@ -369,16 +369,6 @@ def test_other_samples_are_as_without_tools(random_model):
     assert [r for r in range(6) if not all(out.owned()[r])] == [4]
 
 
-def test_the_model_reads_what_a_tool_has_answered(four):
-    model, prompts, plain = four
-    call_end, texts = only_in(1, plain), []
-    for answer in ((250, 251, 252), (7, 8, 9)):
-        tools = Parrot(call_end, answer)
-        texts.append(generate(model, prompts, 14, temperature=0, tools=tools).lists()[1])
-    after = plain[1].index(call_end) + 4
-    assert texts[0][after:] != texts[1][after:]
-
-
 def test_logprobs_are_the_models_own_and_zero_on_results(four):
     model, prompts, plain = four
     out = generate(model, prompts, 14, temperature=0, tools=Parrot(only_in(2, plain)))

@@ -19,9 +19,9 @@ from helpers import (
     TINY,
     WORDS,
     as_two_processes,
+    assert_resumes,
     close,
     in_new_folder,
-    kill_and_resume,
     moments_of_two_processes,
     refused,
     result,
@@ -39,7 +39,7 @@ from nanollm.batches import Sampler
 from nanollm.config import UserError, comments_of, parse
 from nanollm.formats import write_jsonl
 from nanollm.hub import load_model
-from nanollm.run import Run, effect, effect_line, read_metrics
+from nanollm.run import Run, effect, effect_line
 from nanollm.runtime import Runtime, peak_memory, start
 
 SFT = [*ON_CPU, *"--context 48 --replay_data text.txt --data chats.jsonl".split()]
@@ -136,16 +136,9 @@ def test_an_effect_is_a_line_of_text():
 
 @pytest.mark.parametrize("script", ["train_pretrain.py", "train_sft.py"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script, here):
-    steps = ["--steps", 24, "--eval_every", 4]
-    pretrain(*steps)
-    flags, whole = [*TINY, *steps], "runs/pretrain"
-    if script == "train_sft.py":
-        sft(*steps)
-        flags, whole = [*SFT, *steps], "runs/sft"
-    kill_and_resume(script, flags, "runs/killed", (4, 8, 10, 12, 16, 20))
-    assert same(weights(whole), weights("runs/killed"))
-    steps = [[m["step"] for m in read_metrics(folder)] for folder in ("runs/killed", whole)]
-    assert steps[0] == steps[1]
+    pretrain("--steps", 24, "--eval_every", 24)
+    flags = [*(SFT if script == "train_sft.py" else TINY), "--steps", 24, "--eval_every", 4]
+    assert_resumes(script, flags, (4, 8, 10, 12, 16, 20))
 
 
 def test_a_finished_run_resumes_to_itself(here):
@@ -259,9 +252,6 @@ GOOD = json.dumps(say("a", "b")) + "\n"
 BAD_CHATS = [
     (GOOD + '{"messages": [', "line 2: broken JSON"),
     (GOOD + GOOD + '{"text": "a"}', 'line 3: a chat record needs "messages"'),
-    ('{"messages": [{"content": "a"}]}', 'line 1: message 0 has no "role"'),
-    ('{"messages": [{"role": "judge", "content": "a"}]}', "unknown role 'judge'"),
-    ('{"messages": [{"role": "user", "content": 3}]}', "message 0 has no text"),
     ('{"messages": [{"role": "user", "content": "a"}]}\n' * 40, "has an answer within"),
     ("", "is empty"),
 ]
@@ -277,9 +267,6 @@ def test_wrong_dialogues_are_refused_with_their_line(here, capsys):
 
 
 BAD_PRETRAINING = [
-    (["--setps", 3], "did you mean --steps?"),
-    (["--steps", "many"], "--steps must be a whole number, got 'many'"),
-    (["--preset", "huge"], "huge"),
     (["--seed", 20000000000000], "--seed must be between 0 and"),
     (["--batch_size", 0], "--batch_size must be at least 1"),
     (["--val_fraction", 1], "--val_fraction must be between 0 and 1, both excluded"),
