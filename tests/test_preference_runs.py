@@ -247,12 +247,13 @@ def test_preferences_that_do_not_fit_are_dropped_and_most_of_them_are_refused(sc
     good = json.dumps(PAIRS[0]) + "\n"
     Path("long.jsonl").write_text(good * 20 + long + good * 20)
     run(script, "--data", "long.jsonl", "--steps", 1, out="runs/long")
-    assert (
-        "dropped: 1 of 38 rankings are longer than the model's 64 tokens" in capsys.readouterr().out
+    said = (
+        "1 of 38 records can't be used: longer than the model's 64 tokens (1: long.jsonl, line 21)"
     )
+    assert said in capsys.readouterr().out
     Path("long.jsonl").write_text(long * 20 + good)
     said = refused(capsys, module, *own, "--data", "long.jsonl", "--out", "runs/refused")
-    assert "19 of 19 rankings are longer" in said and not Path("runs/refused").exists()
+    assert "19 of 19 records can't be used: longer" in said and not Path("runs/refused").exists()
 
 
 REFUSED = {
