@@ -60,7 +60,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import village
+from data.village import examples as village
 from data.village.problems import answer_of, worked
 from nanollm.batches import Sampler
 from nanollm.config import NotNegative, OpenShare, Range, Share, TrainConfig, UserError, Whole, cli
@@ -93,7 +93,8 @@ from train_sft import validation_loss
 
 @dataclass
 class Config(TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining;
+    # downloaded: for a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Teacher and student
     teacher: str = "runs/sft"  # run folder or model folder of the teacher
@@ -167,6 +168,20 @@ PRESETS = {
         muon_lr=0.01,
         lr=1e-3,
         compile=True,
+    ),
+    # with --init, the student: rate and schedule of fine-tuning, as in train_sft.py
+    "downloaded": dict(
+        labels=10000,
+        unlabelled=10000,
+        context=1024,
+        max_new_tokens=256,
+        batch_size=32,
+        accumulate=32,
+        steps=500,
+        optimizer="adamw",
+        lr=2e-5,
+        schedule="cosine",
+        checkpoint_activations=True,
     ),
 }
 

@@ -52,7 +52,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import village
+from data.village import examples as village
 from data.village.preferences import gold_of, rank_completions
 from nanollm.batches import Completions, Sampler
 from nanollm.config import (
@@ -123,6 +123,11 @@ class Config(AdapterConfig, TrainConfig):
 PRESETS = {
     "smoke": dict(steps=10, prompts=60, batch_size=8, eval_every=5, warmup=2, eval_prompts=20),
     "gpu": dict(batch_size=128, steps=200, lr=2e-5, compile=True),
+    # rate, batch and warm-up of Zephyr (Tunstall et al. 2023, arXiv:2310.16944); an
+    # adapter wants about ten times the rate, --lr 5e-6
+    "downloaded": dict(
+        batch_size=32, accumulate=32, steps=500, lr=5e-7, warmup=50, checkpoint_activations=True
+    ),
 }
 
 

@@ -41,7 +41,7 @@ from typing import Literal
 
 import torch
 
-from data import village
+from data.village import examples as village
 from nanollm.batches import Completions, Sampler
 from nanollm.config import (
     AdapterConfig,
@@ -72,7 +72,8 @@ LOSSES = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "cispo", "gs
 @dataclass
 class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; zero: R1-Zero, from the base model;
-    # images: a vision-language model counts; gpu: the gpu preset of pretraining
+    # images: a vision-language model counts; gpu: the gpu preset of pretraining; downloaded: for a
+    # model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
     init: str = "runs/cot"  # run folder or model folder to start from; also the reference
@@ -140,6 +141,19 @@ PRESETS = {
         out="runs/vlm-grpo",
     ),
     "gpu": dict(batch_size=128, samples=16, steps=200, lr=1e-6, accumulate=16),
+    # rate of DeepSeekMath (Shao et al. 2024, arXiv:2402.03300, section 4.2); schedule of DAPO
+    # (Yu et al. 2025, 2503.14476), which drops the KL, and with it the reference, as here
+    "downloaded": dict(
+        batch_size=16,
+        accumulate=32,
+        max_new_tokens=512,
+        steps=200,
+        lr=1e-6,
+        schedule="constant",
+        warmup=10,
+        eval_every=20,
+        checkpoint_activations=True,
+    ),
 }
 
 REWARDS = (  # (weight, function of a problem and the text of a completion)

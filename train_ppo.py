@@ -45,7 +45,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from data import village
+from data.village import examples as village
 from data.village.preferences import gold_of
 from nanollm.batches import Sampler, last_true
 from nanollm.checkpoint import read_json
@@ -88,7 +88,7 @@ from nanollm.runtime import start
 @dataclass
 class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; reft: problems, rewarded by rules;
-    # gpu: the gpu preset of pretraining
+    # gpu: the gpu preset of pretraining; downloaded: for a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
     init: str = "runs/sft"  # run folder or model folder to start from; also the reference
@@ -150,6 +150,12 @@ PRESETS = {
         out="runs/reft",
     ),
     "gpu": dict(batch_size=512, steps=200, minibatches=8, lr=1e-5),
+    # rate and schedule of Llama 2's (Touvron et al. 2023, arXiv:2307.09288, section 3.2.3). Policy
+    # and critic take 16 bytes per parameter each, reference and reward model 4: --adapter lora, or
+    # --critic shared, takes less
+    "downloaded": dict(
+        max_new_tokens=256, steps=100, accumulate=16, epochs=1, lr=1e-6, checkpoint_activations=True
+    ),
 }
 
 

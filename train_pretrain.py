@@ -27,15 +27,14 @@ from pathlib import Path
 
 import torch
 
-from data import village
+from data.village.corpus import prepare_corpus
 from nanollm.batches import Sampler, TokenShards, Windows, load_shards, row_length
 from nanollm.checkpoint import load_gpt, load_weights, save_gpt
 from nanollm.config import OpenShare, Positive, TrainConfig, UserError, Whole, cli
 from nanollm.formats import identity, read_documents, split_documents
 from nanollm.generate import generate
 from nanollm.gpt import GPT, GPTConfig, count_parameters
-from nanollm.logprobs import token_logprobs
-from nanollm.metrics import bits_per_byte, next_token_logits, token_lengths
+from nanollm.logprobs import bits_per_byte, next_token_logits, token_lengths, token_logprobs
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.run import Run, check_folders, checkpoint_of, effect
 from nanollm.runtime import flop_per_token, model_flops_utilisation, start
@@ -45,7 +44,8 @@ from nanollm.tokenizer import Tokenizer
 
 @dataclass
 class Config(TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 124M parameters, context 1024
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 124M parameters, context 1024;
+    # downloaded: to go on with a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
     # village, a .txt file or a folder of them, records of {"text"}, or a folder of token shards
@@ -120,6 +120,18 @@ PRESETS = {
         eval_tokens=2**20,
         compile=True,
     ),
+    # To go on with a downloaded model: a tenth of the rate to which Ibrahim et al. (2024,
+    # arXiv:2403.08763) re-warm 405M parameters, as nothing of the old text is replayed here
+    "downloaded": dict(
+        context=1024,
+        batch_size=32,
+        accumulate=32,
+        steps=500,
+        optimizer="adamw",
+        lr=3e-5,
+        schedule="cosine",
+        checkpoint_activations=True,
+    ),
 }
 
 
@@ -131,7 +143,7 @@ def load_corpus(cfg):
     when needed.
     """
     if cfg.data == "village":
-        folder = village.prepare(cfg.villagers, cfg.seed, cfg.megabytes)
+        folder = prepare_corpus(cfg.villagers, cfg.seed, cfg.megabytes)
         paths = [folder / "corpus_train.jsonl", folder / "corpus_val.jsonl"]
         return [(lambda p=p: read_documents(p), identity(p)) for p in paths]
     if not Path(cfg.data).exists():

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import village
+from data.village import examples as village
 from nanollm.batches import (
     Packed,
     Sampler,
@@ -45,15 +45,13 @@ from nanollm.config import AdapterConfig, OpenShare, Share, TrainConfig, UserErr
 from nanollm.formats import identity, read_chats, read_documents, read_examples, read_parts
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
-from nanollm.logprobs import token_logprobs
+from nanollm.logprobs import bits_per_byte, token_lengths, token_logprobs
 from nanollm.metrics import (
     accuracy_by_task,
     accuracy_table,
-    bits_per_byte,
     first_of_each_task,
     mean_accuracy,
     sample_by_task,
-    token_lengths,
 )
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import start_adapter
@@ -65,7 +63,8 @@ from nanollm.tools import Toolbox
 @dataclass
 class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; cot: chain of thought; tools: calls
-    # of tools; reader: a teacher about images; gpu: the gpu preset of pretraining
+    # of tools; reader: a teacher about images; gpu: the gpu preset of pretraining; downloaded: for
+    # a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
     init: str = "runs/pretrain"  # run folder or model folder to start from
@@ -130,6 +129,19 @@ PRESETS = {
         out="runs/reader",
     ),
     "gpu": dict(context=1024, batch_size=128, accumulate=4, lr=3e-4, muon_lr=5e-3, compile=True),
+    # rate and schedule of Alpaca (Taori et al. 2023) and Zephyr (Tunstall et al. 2023,
+    # arXiv:2310.16944); 32 packed rows hold about the 128 dialogues of a batch of Alpaca's. An
+    # adapter wants ten times the rate, --lr 2e-4 (Dettmers et al. 2023, 2305.14314)
+    "downloaded": dict(
+        context=1024,
+        batch_size=32,
+        accumulate=32,
+        optimizer="adamw",
+        lr=2e-5,
+        schedule="cosine",
+        replay=0.0,
+        checkpoint_activations=True,
+    ),
 }
 
 # --data: (training and held-out dialogues, test examples) among the village's files

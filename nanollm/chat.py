@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from data import village
+from data.village import examples as village
 from nanollm.config import NotNegative, Share, UserError, Whole, cli, say
 from nanollm.formats import IMAGE, check_markers
 from nanollm.generate import stream

@@ -16,10 +16,11 @@ import zlib
 from pathlib import Path
 
 from nanollm.config import UserError, atomic_write, say
+from nanollm.rewards import LETTERS, as_number
 
 DEFAULT_VAL_FRACTION = 0.1
 IMAGE = "<image>"
-CHECKS = ("contains", "exact", "number", "unknown")  # how an answer is compared: rewards.py
+CHECKS = ("contains", "exact", "number", "choice", "unknown")  # how: rewards.py
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}  # elsewhere
 ROLE_NAMES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
@@ -196,10 +197,14 @@ def _rows_of_table(text, path):
         for cells in lines:
             where, begin = f"line {begin}", lines.line_num + 1
             if cells and columns is None:
-                columns = [cell.strip() for cell in cells]
-                named = all(columns) and len({*columns}) == len(columns)
-                need(named, f"{path}, {where}", "the first line must name the columns, each once")
-            elif cells:
+                columns = choice_columns(cells)
+                if columns is None:
+                    columns = [cell.strip() for cell in cells]
+                    named = all(columns) and len({*columns}) == len(columns)
+                    why = "the first line must name the columns, each once"
+                    need(named, f"{path}, {where}", why)
+                    continue
+            if cells:
                 said = f"{len(cells)} cells, but {len(columns)} columns"
                 need(len(cells) == len(columns), f"{path}, {where}", said)
                 yield where, dict(zip(columns, cells))
@@ -605,6 +610,7 @@ def read_examples(path):
 
 def as_prompt(record, where):
     """One record in the form of read_prompts, or an error that begins with `where`."""
+    record = as_choice(record, where)
     if "ranking" in record or "chosen" in record:
         record = as_ranking(record, where)
         record = {k: v for k, v in record.items() if k not in ("completions", "margin")}
@@ -632,24 +638,87 @@ def _as_problem(record, where):
 
 
 def _with_check(prompt, where):
-    """The prompt, its answer as text, a number without the commas of 1,000, and its "check"; all
-    that rewards.check_answer reads is checked.
+    """The prompt, its answer as text, a whole number as its digits, and its "check"; all that
+    rewards.check_answer reads is checked.
     """
     answer = str(prompt["answer"]) if _is_number(prompt["answer"]) else prompt["answer"]
     textual = isinstance(answer, str) and answer.strip()
     need(textual, where, 'an "answer" must be text or a number')
     answer = answer.strip()
-    number = re.fullmatch(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", answer, re.ASCII)
-    check = prompt.get("check", "number" if number else "contains")
+    value = as_number(answer)
+    default = "contains" if value is None else "number"
+    check = prompt.get("check", "choice" if "choices" in prompt else default)
     known = ", ".join(CHECKS)
     need(check in CHECKS, where, f"unknown check {check!r:.40}; checks are {known}")
     if check == "number":
-        need(number, where, f'the "answer" must be a number, not {answer!r:.40}')
-        answer = answer.replace(",", "")
+        need(value is not None, where, f'the "answer" must be a number, not {answer!r:.40}')
+        answer = str(value) if value.denominator == 1 else answer
+    if check == "choice":
+        choices = prompt.get("choices")
+        listed = isinstance(choices, list) and all(isinstance(each, str) for each in choices)
+        fine = listed and answer in [*LETTERS[: len(choices)]]
+        need(fine, where, 'the "answer" must be the letter of one of "choices", a list of texts')
     wrong = prompt.get("not", [])
     texts = isinstance(wrong, list) and all(isinstance(w, str) and w.strip() for w in wrong)
     need(texts, where, f'"not" must be a list of texts, not {wrong!r:.40}')
     return {**prompt, "answer": answer, "check": check}
+
+
+# --- multiple choice -----------------------------------------------------------------------------
+
+
+def as_choice(record, where):
+    """A question with choices as a prompt that lists them by letters, its "answer" the right one's
+    letter, its "check" "choice"; any other record as it is.
+
+    Reads {"question", "choices": [...], "answer": place from 0, letter or text} (MMLU; ScienceQA,
+    with a "hint"), MMLU's columns question, A, B, C, D, answer, and ARC's {"question": {"stem",
+    "choices": [{"text", "label"}]}, "answerKey"}, also flat, with {"text": [...], "label": [...]}.
+    """
+    asked = "question" if "question" in record or "check" in record else "prompt"
+    question, choices = record.get(asked), record.get("choices")
+    columns = [letter for letter in LETTERS if letter in record]
+    if isinstance(question, dict):
+        question, choices = question.get("stem"), question.get("choices")
+    elif columns and choices is None:
+        choices = [record[letter] for letter in columns]
+    if question is None or choices is None:
+        return record
+    labels, hint = [*LETTERS], record.get("hint") or ""
+    if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+        choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
+    if isinstance(choices, dict):
+        choices, labels = choices.get("text"), choices.get("label")
+    listed = isinstance(choices, list) and isinstance(labels, list)
+    listed = listed and 2 <= len(choices) <= min(len(LETTERS), len(labels))
+    fine = listed and all(isinstance(each, str) for each in (hint, question, *choices, *labels))
+    wanted = f'a "question" (text) and 2 to {len(LETTERS)} "choices", texts'
+    need(fine, where, f'{wanted} or {{"text", "label"}}, are wanted; a "hint" must be text')
+    shows = bool(record.get("image")) and IMAGE not in hint + question
+    lines = [IMAGE * shows, hint, question, *map("{}. {}".format, LETTERS, choices)]
+    prompt = "\n".join(filter(None, [*lines, "Answer with the letter of the right choice."]))
+    used = {asked, "choices", "hint", "answer", "answerKey", *columns}
+    problem = {key: value for key, value in record.items() if key not in used}
+    if isinstance(record.get("subject"), str):
+        problem = {"task": record["subject"]} | problem  # accuracy is shown by subject
+    problem |= {"prompt": prompt, "choices": choices, "check": "choice"}
+    answer = record.get("answerKey", record.get("answer"))
+    if answer in (None, ""):
+        return problem
+    answer, n = answer.strip() if isinstance(answer, str) else answer, len(choices)
+    names = [range(n)] if type(answer) is int else [labels[:n], choices]
+    places = [each.index(answer) for each in names if answer in each]
+    need(places, where, f"the answer {answer!r:.40} is none of the {n} choices")
+    return problem | {"answer": LETTERS[places[0]]}
+
+
+def choice_columns(cells):
+    """The columns of a table without a line that names them, as MMLU is published: a question, its
+    choices, the right one's letter. None of any other.
+    """
+    letters = [*LETTERS[: max(0, len(cells) - 2)]]
+    published = letters[1:] and cells[-1].strip() in letters
+    return ["question", *letters, "answer"] if published else None
 
 
 # --- images --------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def calculator(expression):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's own, about odd expressions
-            source = expression.strip().replace(",", "")
+            source = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", expression.strip())
             tree = ast.parse(source, mode="eval")
         return _as_text(_value(tree.body, source))
     except ZeroDivisionError:

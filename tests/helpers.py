@@ -18,11 +18,18 @@ import pytest
 import torch
 
 from nanollm.config import cli, parse
+from nanollm.generate import Engine
 from nanollm.gpt import GPT, GPTConfig
 from nanollm.hub import load_model
 from nanollm.run import Run, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+ON_CPU = "--batch_size 4 --dtype fp32 --device cpu".split()
+TINY = [*ON_CPU, *"--layers 1 --channels 32 --heads 2 --context 64 --tokenizer bytes".split()]
+TINY += "--data text.txt --sample_tokens 8".split()  # of train_pretrain.py
+WORDS = "owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split()
 
 
 @contextlib.contextmanager
@@ -48,6 +55,10 @@ def result(out):
 def command(script, *flags):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return {"args": [sys.executable, str(ROOT / script), *map(str, flags)], "env": env}
+
+
+def close(ours, theirs, atol=1e-5, rtol=1e-5):
+    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=atol, rtol=rtol)
 
 
 def weights(folder):
@@ -134,6 +145,7 @@ def first_moments(folder):
 
 def refused(capsys, module, *flags):
     """The one line on stderr with which a script refuses; its exit code must be 2."""
+    capsys.readouterr()  # what was said before
     with pytest.raises(SystemExit) as stop:
         cli(module.main, module.Config, getattr(module, "PRESETS", None), list(map(str, flags)))
     lines = capsys.readouterr().err.strip().splitlines()
@@ -195,9 +207,23 @@ def turns(*contents):
     return [{"role": role, "content": content} for role, content in zip(roles, contents)]
 
 
-def some_prompts(lengths=(5, 9, 1, 7)):
-    generator = torch.Generator().manual_seed(0)
+def say(word, completion, **more):
+    """A dialogue about a word."""
+    return {"messages": turns(f"say {word}", completion), **more}
+
+
+def some_prompts(lengths=(5, 9, 1, 7), seed=0):
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randint(250, (n,), generator=generator).tolist() for n in lengths]
+
+
+def watch_batches(monkeypatch):
+    """Sizes of the batches of rows that are left when others have ended, from now on."""
+    sizes, keep = [], Engine.keep
+    monkeypatch.setattr(
+        Engine, "keep", lambda self, rows: sizes.append(len(rows)) or keep(self, rows)
+    )
+    return sizes
 
 
 def writer(tokenizer, *texts):
