@@ -351,12 +351,13 @@ def fit_chat(T, tokenizer, image_tokens, chat, where):
     learn.
     """
     messages, reason = chat["messages"], "no answer that is trained on"
+    takes = f", of which an image takes {image_tokens}" * bool(image_tokens)
     ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
     for end in reversed(ends):
         ids, mask = tokenizer.render(messages[:end], image_tokens=image_tokens)
         if any(mask) and len(ids) <= T:
             return {**chat, "messages": messages[:end]}, (ids, mask), end < ends[-1]
-        reason = f"its first answer ends beyond {T} tokens" if any(mask) else reason
+        reason = f"its first answer ends beyond {T} tokens{takes}" if any(mask) else reason
     raise Unusable(where, reason)
 
 

@@ -26,10 +26,9 @@ ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}  # els
 ROLE_NAMES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
 DOCUMENT_END = "<|endoftext|>"  # between the texts of a .txt, alone on its line
 # what is no text begins with: what unpacks or converts it
-TO_JSONL = "to_json('data.jsonl', orient='records', lines=True, force_ascii=False)"
 PACKED = {
-    b"PAR1": f"""python -c "import pandas; pandas.read_parquet('{{0}}').{TO_JSONL}\"""",
-    b"ARROW1": f"""python -c "import pandas; pandas.read_feather('{{0}}').{TO_JSONL}\"""",
+    b"PAR1": "python -c \"import pandas; pandas.read_parquet('{0}').to_json('data.jsonl', "
+    "orient='records', lines=True, force_ascii=False)\"",
     b"\x28\xb5\x2f\xfd": "zstd -d {0}",
     b"PK\x03\x04": "unzip {0}",
     b"\xfd7zXZ": "xz -dk {0}",
@@ -298,24 +297,27 @@ def read_chats(path):
 
 def as_text_chat(record, where):
     """One record in the form of read_chats; images are refused, as nobody would look at them."""
-    shown = record.get("image") or record.get("images")
-    need(not shown, where, "its image would be ignored; train_vlm.py looks at images")
+    need(not shown(record), where, "its image would be ignored; train_vlm.py looks at images")
     return as_chat(record, where)
+
+
+def shown(record):
+    """The images that a record names, by either key."""
+    return record.get("image") or record.get("images") or []
 
 
 def as_chat(record, where):
     """One record as {"messages", other keys}, with answers to learn; errors begin with `where`."""
+    need(shape_of(record) != "prompt" or "completion" in record, where, CHAT_WANTED)
     chat = as_dialogue(record, where)
     answers = [m for m in chat["messages"] if m["role"] == "assistant"]
-    pair = shape_of(record) != "prompt" or "completion" in record
-    need(pair, where, CHAT_WANTED)
     need_usable(answers, where, "no answer")
     trained = [m for m in answers if "loss" not in m] if trained_on(record, where) else []
     need_usable(trained, where, "no answer that is trained on")
     said = (m["content"].strip() or m.keys() & {"tool_calls", "reasoning_content"} for m in trained)
     need_usable(all(said), where, "an answer is empty")
-    if "completion" in record and "label" in record:  # KTO's
-        need_usable(label_of(record, where), where, "its label says that it isn't wanted")
+    wanted = label_of(record, where) if {"completion", "label"} <= record.keys() else True
+    need_usable(wanted, where, "its label says that it isn't wanted")
     return chat
 
 
@@ -328,11 +330,13 @@ def shape_of(record):
 
 # The keys of dialogues: their shapes (Alpaca's, Dolly's), and what may stand beside each shape.
 CONTEXT = ("system", "system_prompt", "history")
+ANSWERS = ("output", "response", "completion")
 SIDES = {
     "instruction": ("instruction", "input", "context", "output", "response"),
     "prompt": ("prompt", "completion"),
 }
 CHAT_WANTED = 'a chat record needs "messages", a list of {"role", "content"}'
+PROMPT_WANTED = 'a "prompt" (text) or "messages" are wanted'
 
 
 def as_dialogue(record, where, wanted=CHAT_WANTED):
@@ -346,13 +350,10 @@ def as_dialogue(record, where, wanted=CHAT_WANTED):
         turns = as_turns("\n\n".join(str(text) for text in asked if text), "user")
     elif key == "prompt":
         turns = as_turns(turns, "user")
-    for answer in ("output", "response", "completion"):
-        if answer in record and answer in SIDES.get(key, ()):
-            turns = turns + as_turns(record[answer], "assistant")
-            break
+    if answer := [k for k in ANSWERS if k in record and k in SIDES.get(key, ())]:
+        turns = turns + as_turns(record[answer[0]], "assistant")
     need(isinstance(turns, list) and turns, where, wanted)
-    shows = bool(record.get("image") or record.get("images"))
-    messages = [as_message(turn, i, where, shows) for i, turn in enumerate(turns)]
+    messages = [as_message(turn, i, where, shown(record)) for i, turn in enumerate(turns)]
     used = (*SIDES.get(key, (key,)), *CONTEXT)
     kept = {k: v for k, v in record.items() if k not in used}
     return {**kept, "messages": in_context(messages, record, where)}
@@ -464,15 +465,14 @@ def read_preferences(path):
 
 def as_ranking(record, where):
     """One record in the form of read_preferences, or an error that begins with `where`."""
-    shown = record.get("image") or record.get("images")
-    need(not shown, where, "its image would be ignored; preferences are of text alone")
+    need(not shown(record), where, "its image would be ignored; preferences are of text alone")
     need_usable(trained_on(record, where), where, "it is marked as not trained on")
-    completions = record.get("ranking", [record.get(key) for key in ("chosen", "rejected")])
-    there = "ranking" in record or "chosen" in record and "rejected" in record
-    if not there and {"prompt", "completion", "label"} <= record.keys():
-        return _as_labelled(record, where)
+    keys = ("completion",) if {"completion", "label"} <= record.keys() else ("chosen", "rejected")
+    completions = record.get("ranking", [record.get(key) for key in keys])
+    there = "ranking" in record or record.keys() >= {*keys}
     wanted = 'a preference record needs "chosen" and "rejected", or a "ranking", a list'
     need(there and isinstance(completions, list), where, wanted)
+    label = {"label": label_of(record, where)} if keys == ("completion",) else {}
     whole = all(isinstance(c, list) and c[1:] for c in completions)
     if "ranking" in record or shape_of(record) and not whole:
         messages = _prompt_of(record, where)
@@ -483,7 +483,7 @@ def as_ranking(record, where):
     need(len(texts) == len(completions), where, "every completion must be text")
     need_usable(all(texts), where, "a completion is empty")
     few = f"a ranking needs two completions or more, not {len(texts)}"
-    need_usable(len(texts) > 1, where, few)
+    need_usable(len(texts) > 1 or label, where, few)
     need_usable(len(set(texts)) == len(texts), where, "two completions are equal")
     for key in ("ratings", "gold"):
         values = record.get(key)
@@ -500,7 +500,7 @@ def as_ranking(record, where):
     used += SIDES["instruction"] + SIDES["prompt"]
     kept = {k: v for k, v in record.items() if k not in used}
     margin = None if margin is None else float(margin)
-    return {**kept, "messages": messages, "completions": completions, "margin": margin}
+    return {**kept, **label, "messages": messages, "completions": completions, "margin": margin}
 
 
 def _is_number(value):
@@ -515,20 +515,10 @@ def label_of(record, where):
     return flag
 
 
-def _as_labelled(record, where):
-    """KTO's record: a prompt, one completion, and whether it is wanted (arXiv:2402.01306)."""
-    dialogue = as_dialogue(record, where)
-    *messages, last = dialogue["messages"]
-    text, label = _completion_of([last], where), label_of(record, where)
-    need_usable(text.strip(), where, "a completion is empty")
-    _check_prompt(messages, where)
-    return {**dialogue, "messages": messages, "completions": [text], "label": label}
-
-
 def _prompt_of(record, where):
     """The messages before the completion, checked."""
-    wanted = 'a "prompt" (text) or "messages" are wanted'
-    messages = as_dialogue(record, where, wanted)["messages"]
+    record = {k: v for k, v in record.items() if k not in ANSWERS}
+    messages = as_dialogue(record, where, PROMPT_WANTED)["messages"]
     _check_prompt(messages, where)
     return messages
 
@@ -607,9 +597,8 @@ def read_prompts(path, answered=False):
 
     def prompt_of(record, where):
         prompt = as_prompt(record, where)
-        need_usable("answer" in prompt or not answered, where, 'a test example needs an "answer"')
-        shown = "image" in prompt or "images" in prompt
-        return prompt | (with_images(prompt, Path(path).parent, where) if shown else {})
+        need_usable("answer" in prompt or not answered, where, 'it needs an "answer"')
+        return with_images(prompt, Path(path).parent, where) if shown(prompt) else prompt
 
     return read_usable(path, prompt_of)
 
@@ -627,7 +616,7 @@ def as_prompt(record, where):
         record = {k: v for k, v in record.items() if k not in ("completions", "margin")}
     elif shape_of(record) is None and "question" in record:  # here problems become prompts
         record = _as_problem(record, where)
-    prompt = as_dialogue(record, where, 'a "prompt" (text) or "messages" are wanted')
+    prompt = as_dialogue(record, where, PROMPT_WANTED)
     while prompt["messages"] and prompt["messages"][-1]["role"] == "assistant":
         prompt["messages"].pop()
     _check_prompt(prompt["messages"], where)
@@ -771,7 +760,7 @@ def with_images(record, folder, where):
 
 def image_paths(record, folder, where):
     """The paths that a record's "image" names, relative to the folder; each is a file."""
-    named = record.get("image") or record.get("images") or []
+    named = shown(record)
     named = [named] if isinstance(named, str) else named
     listed = isinstance(named, list) and all(isinstance(name, str) for name in named)
     need(listed, where, f'"image" must be a file name or a list of them, not {named!r:.80}')

@@ -228,11 +228,11 @@ def test_preferences_that_do_not_fit_are_dropped_and_most_of_them_are_refused(sc
     long, good = {"prompt": "a" * 200, "chosen": "b", "rejected": "c"}, PAIRS[0]
     write_jsonl("long.jsonl", [good] * 20 + [long] + [good] * 20)
     run(script, "--data", "long.jsonl", "--steps", 1, out="runs/long")
-    dropped = "dropped: 1 of 38 rankings are longer than the model's 64 tokens"
-    assert dropped in capsys.readouterr().out
+    dropped = "1 of 38 records can't be used: longer than the model's 64 tokens (1: long.jsonl, "
+    assert dropped + "line 21)" in capsys.readouterr().out
     write_jsonl("long.jsonl", [long] * 20 + [good])
     said = turned_down(capsys, script, "--data", "long.jsonl")
-    assert "19 of 19 rankings are longer" in said
+    assert "19 of 19 records can't be used: longer" in said
 
 
 REFUSED = [

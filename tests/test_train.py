@@ -252,7 +252,13 @@ GOOD = json.dumps(say("a", "b")) + "\n"
 BAD_CHATS = [
     (GOOD + '{"messages": [', "line 2: broken JSON"),
     (GOOD + GOOD + '{"text": "a"}', 'line 3: a chat record needs "messages"'),
-    ('{"messages": [{"role": "user", "content": "a"}]}\n' * 40, "has an answer within"),
+    ('{"messages": [{"content": "a"}]}', 'line 1: message 0 has no "role"'),
+    ('{"messages": [{"role": "judge", "content": "a"}]}', "unknown role 'judge'"),
+    ('{"messages": [{"role": "user", "content": 3}]}', "message 0 has no text"),
+    (
+        '{"messages": [{"role": "user", "content": "a"}]}\n' * 40,
+        "40 of 40 records can't be used: no answer",
+    ),
     ("", "is empty"),
 ]
 

@@ -388,7 +388,7 @@ def test_two_processes_give_the_gradients_of_one(own, here):
 
 ONE = json.dumps({"image": "red_left.png", "caption": "red"}) + "\n"
 FILES = {
-    "silent.jsonl": ONE * 3 + '{"image": "red_left.png", "caption": " "}',
+    "silent.jsonl": ONE * 3 + '{"image": "red_left.png", "caption": 5}',
     "gone.jsonl": json.dumps({"image": "nowhere.png", "messages": said("<image>?", "red")}),
     "damaged.jsonl": ONE * 11 + '{"image": "damaged.png", "caption": "a"}',
     "single.jsonl": ONE,
@@ -409,17 +409,17 @@ REFUSED = {
     "instruct from text": ([*INSTRUCT, "--init", "runs/pretrain"], "without a vision tower"),
     "align from a VLM": ([*ALIGN, "--init", "runs/align"], "not on one that has a tower"),
     "missing image": ([*ALIGN, "--data", "gone.jsonl"], "line 1: the image nowhere.png"),
-    "empty caption": ([*CLIP, "--data", "silent.jsonl"], 'line 4: a "caption" is wanted'),
+    "caption without text": ([*CLIP, "--data", "silent.jsonl"], 'line 4: a "caption" is'),
     "long caption": ([*CLIP, "--data", "long.jsonl"], "has 201 tokens, more than 128"),
     "captions for align": ([*ALIGN, "--data", "captions.jsonl"], 'needs "messages"'),
     "damaged image": ([*CLIP, "--data", "damaged.jsonl"], "damaged.png can't be opened"),
-    "one record": ([*CLIP, "--data", "single.jsonl", "--val_data", "none"], "too few records"),
+    "one record": ([*CLIP, "--data", "single.jsonl", "--val_data", "none"], "leave none to train"),
     "negatives don't divide": ([*CLIP, "--hard_negatives", 5], "must divide --batch_size 12"),
     "negatives of more": (
         [*CLIP, "--hard_negatives", 24, "--batch_size", 24], "needs as many captions; there are 12"
     ),
     "row beyond the model": ([*ALIGN, "--context", 65], "beyond the model's context of 64"),
-    "row within an image": ([*ALIGN, "--context", 4], "has an answer within 4 tokens"),
+    "row within an image": ([*ALIGN, "--context", 4], "beyond 4 tokens, of which an image"),
     "patches leave an edge": ([*CLIP, "--image_size", 20], "or the border is never seen"),
     "heads don't divide": ([*CLIP, "--vision_channels", 100], "the channels of a head"),
     "pixel shuffle of nine": ([*ALL, *SHUFFLED, 24, "--no_class_token"], "not 9 patches"),
