@@ -60,10 +60,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import village
+from data.village import examples as village
 from data.village.problems import answer_of, worked
 from nanollm.batches import Sampler
-from nanollm.config import NotNegative, OpenShare, Range, Share, TrainConfig, UserError, Whole, cli
+from nanollm.config import (
+    LARGE,
+    NotNegative,
+    OpenShare,
+    Range,
+    Share,
+    TrainConfig,
+    UserError,
+    Whole,
+    cli,
+)
 from nanollm.distillation import (
     ask_teacher,
     filtered,
@@ -72,7 +82,7 @@ from nanollm.distillation import (
     tokenize,
     write_completions,
 )
-from nanollm.formats import read_examples, split_documents
+from nanollm.formats import read_examples, read_parts
 from nanollm.generate import generate, shared_noise
 from nanollm.gpt import GPT, count_parameters, document_mask
 from nanollm.hub import load_model, save_model
@@ -93,7 +103,8 @@ from train_sft import validation_loss
 
 @dataclass
 class Config(TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining;
+    # downloaded: for a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Teacher and student
     teacher: str = "runs/sft"  # run folder or model folder of the teacher
@@ -168,6 +179,18 @@ PRESETS = {
         lr=1e-3,
         compile=True,
     ),
+    # with --init, the student: rate and schedule of fine-tuning, as in train_sft.py
+    "downloaded": dict(
+        LARGE,
+        labels=10000,
+        unlabelled=10000,
+        context=1024,
+        max_new_tokens=256,
+        batch_size=32,
+        accumulate=32,
+        steps=500,
+        lr=2e-5,
+    ),
 }
 
 CACHED = ("soft", "both", "on_policy")  # need no more of the teacher than its probabilities
@@ -189,8 +212,7 @@ def load_examples(cfg):
             parts = [[e for e in part if e["task"] in PEOPLE] for part in parts]
             tests = [e for e in tests if e["task"] in PEOPLE]
     else:
-        every, tests = read_completions(cfg.data), []
-        parts = [split_documents(every, part, cfg.val_fraction) for part in ("train", "val")]
+        parts, tests = read_parts(read_completions, cfg.data, None, cfg.val_fraction), []
     tests = read_examples(cfg.test_data) if cfg.test_data else tests
     tests = first_of_each_task(tests, cfg.test_examples)
     train, val = ([with_label(example, cfg.label) for example in part] for part in parts)
@@ -234,16 +256,18 @@ def teacher_completions(cfg, rt, teacher, tokenizer, prompts):
 
 def pack_rows(cfg, rt, tokenizer, T, labelled, completed, val):
     """(rows to train on, held-out rows) of T tokens; says what was left out."""
-    labels = tokenize(labelled if cfg.method != "step_by_step" else [], True, tokenizer, T)
-    taught = tokenize(completed, cfg.method not in UNCHECKED, tokenizer, T)
+    labels = labelled if cfg.method != "step_by_step" else []
+    labels = tokenize(labels, True, tokenizer, T, "labelled examples")
+    checked = cfg.method not in UNCHECKED
+    taught = tokenize(completed, checked, tokenizer, T, "the teacher's completions")
     train_rows = pack_labelled(labels + taught, T, tokenizer)
-    val_rows = pack_labelled(tokenize(val, True, tokenizer, T), T, tokenizer)
+    val = tokenize(val, True, tokenizer, T, "held-out examples")
+    val_rows = pack_labelled(val, T, tokenizer)
     rt.print(
         f"{len(labels)} labelled examples and {len(taught)} completions of the teacher in "
-        f"{len(train_rows)} rows of {T} tokens; {len(completed) - len(taught)} completions left "
-        "out because they were longer"
+        f"{len(train_rows)} rows of {T} tokens"
     )
-    if not len(train_rows) or not len(val_rows):
+    if not len(train_rows) or not len(val_rows) or cfg.method == "hard" and not taught:
         raise UserError(
             f"nothing to learn from: {len(labels)} labels, {len(taught)} of the teacher's "
             f"completions and {len(val_rows)} rows of held-out labels have at most {T} tokens; "

@@ -36,6 +36,18 @@ Expect  with seed 0, from runs/sft of the tiny preset. Before, 0% of the answers
         prompt        2,048  52.8%       71.7%      0.350          (likewise)
         held: weights, gradients and moments. Another seed moves the new domain by up to 2 points.
         LoRA forgets less than full training because weight decay pulls A and B back to the base.
+Memory  of LoRA on a GPU in bf16, with --preset downloaded (blocks recomputed, one row of T tokens
+        at a time), in bytes, computed from the tensors of a step:
+            4 N + 16 n + 2 V C + 12 T V     to train
+            6 N + 16 n + 4 L G D S          to sample, with a copy of the weights in bf16
+        N parameters; n of the adapter: weight, gradient and two moments; V C of the head, T V
+        logits; L layers, G D channels of keys in each, S tokens: of 256 completions at a time. In
+        GB (1e9 bytes), rank 16, T = 1024, S = 256 * 200, to train and to sample:
+            SmolLM2-360M  2.3  4.4      Qwen3-0.6B    4.7  9.6      Qwen2.5-1.5B   8.8  11.0
+            Qwen2.5-0.5B  4.3  3.7      Llama-3.2-1B  7.2  9.3      Qwen2.5-3B    15.3  20.9
+        so 8 GB hold 0.5B, 16 GB hold 1.5B and 24 GB hold 3B; train_sft.py --adapter lora samples
+        nothing without --test_data, so 8 GB hold 1.2B. All weights (--adapter none) take
+        16 N + 2 V C + 12 T V to train: 6.5 for 0.36B, 11.7 for Qwen3's 0.6B, 21.9 for 1.2B.
 Watch   loss, val_loss  nats per trained token of the new domain; both fall. A large learning rate
                         also lowers val_loss but forgets more: compare 'elsewhere' in the table
         grad_norm       below 1 after warm-up; rising: lower --lr
@@ -47,19 +59,18 @@ from typing import Literal
 
 import torch
 
-from data import village
+from data.village import examples as village
 from nanollm.batches import Sampler, Windows, pack_chats, row_length, text_shards
-from nanollm.config import NotNegative, OpenShare, TrainConfig, UserError, Whole, cli
+from nanollm.config import LARGE, NotNegative, OpenShare, TrainConfig, UserError, Whole, cli
 from nanollm.formats import read_chats, read_examples, read_parts
 from nanollm.hub import load_model, save_model
+from nanollm.logprobs import bits_per_byte, token_lengths
 from nanollm.metrics import (
     accuracy_by_task,
     accuracy_table,
-    bits_per_byte,
     first_of_each_task,
     mean_accuracy,
     sample_by_task,
-    token_lengths,
 )
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import WEIGHTS, check_method, start_adapter, trainable
@@ -86,7 +97,8 @@ class Config(Settings, TrainConfig):
     other_data: str = "village"  # test examples that show what is forgotten
     other_text: str = "village"  # text for the same purpose: bits per byte; .txt or .jsonl
     test_examples: Whole[0] = 64  # examples per task of --other_data; 0: all
-    # row length T; default: 256, or the model's context where that is shorter
+    # row length T; default: what 99% of the dialogues need, from 256 to 2048 and as far as the
+    # model can read
     context: Whole[1] | None = None
     # -- Training
     out: str = "runs/lora"
@@ -103,6 +115,18 @@ class Config(Settings, TrainConfig):
 PRESETS = {
     "smoke": dict(steps=10, context=128, eval_every=5, warmup=2, test_examples=4),
     "gpu": dict(context=1024, batch_size=64, accumulate=2, compile=True),
+    # rate and batch of QLoRA (Dettmers et al. 2023, arXiv:2305.14314); --adapter none
+    # wants a tenth of the rate
+    "downloaded": dict(
+        LARGE,
+        rank=16,
+        context=1024,
+        batch_size=16,
+        accumulate=16,
+        lr=2e-4,
+        alpha=32.0,
+        weight_decay=0.0,
+    ),
 }
 
 # By method. A few parameters tolerate, and need, a larger learning rate than all of them. Decay
@@ -195,8 +219,8 @@ def main(cfg):
     rates = RATES.get(cfg.adapter, RATES["lora"]).items()
     cfg = replace(cfg, **{name: rate for name, rate in rates if getattr(cfg, name) is None})
     model, tokenizer = load_model(cfg.init)
-    T = row_length(cfg.context, model)
     chats, val_chats, examples = load_domain(cfg)
+    T = row_length(cfg.context, model, chats, tokenizer)
     train_rows = pack_chats(chats, tokenizer, T, "training", rt)
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)
     known = examples, *load_elsewhere(cfg, tokenizer, T)

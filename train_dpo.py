@@ -19,7 +19,8 @@ The reference is the model before training. The reference log-probabilities are 
 before training; simpo and orpo use no reference. From a ranking, the best and the worst completion
 form one pair (--pairs extremes), or every two do (--pairs all). Differs from the papers: ipo
 averages over tokens, as most implementations now do; kto's desirable and undesirable examples are
-the two sides of a pair.
+the two sides of a pair, of one prompt, or with records of {"prompt", "completion", "label"} of two:
+there the rarer side is taken again until there are as many (section 4.2 weighs it more likewise).
 
 These losses push down the rejected completions and, with them, whatever the chosen ones share with
 them; on the village this costs right answers. --nll_coef counters it by adding the chosen
@@ -51,16 +52,18 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import village
+from data.village import examples as village
 from data.village.preferences import gold_of, rank_completions
 from nanollm.batches import Completions, Sampler
 from nanollm.config import (
+    LARGE,
     AdapterConfig,
     ErrorRate,
     NotNegative,
     OpenShare,
     Positive,
     TrainConfig,
+    UserError,
     Whole,
     cli,
 )
@@ -121,6 +124,9 @@ class Config(AdapterConfig, TrainConfig):
 PRESETS = {
     "smoke": dict(steps=10, prompts=60, batch_size=8, eval_every=5, warmup=2, eval_prompts=20),
     "gpu": dict(batch_size=128, steps=200, lr=2e-5, compile=True),
+    # rate, batch and warm-up of Zephyr (Tunstall et al. 2023, arXiv:2310.16944); an
+    # adapter wants about ten times the rate, --lr 5e-6
+    "downloaded": dict(LARGE, batch_size=32, accumulate=32, steps=500, lr=5e-7, warmup=50),
 }
 
 
@@ -153,7 +159,9 @@ class Pairs:
 def open_pairs(records, cfg, tokenizer, ref):
     """The pairs of these rankings, with what the reference says of them."""
     rows, index = completion_rows(records, tokenizer)
-    pairs = Pairs(rows, pairs_of(index, cfg.pairs), torch.zeros(len(rows)))
+    alone = any(len(record["completions"]) == 1 for record in records)
+    index = pairs_by_label(records) if alone else pairs_of(index, cfg.pairs)
+    pairs = Pairs(rows, index, torch.zeros(len(rows)))
     if ref is None:
         return pairs
     pairs.ref_logps = in_batches(partial(summed_logps, ref), rows, ref.device)
@@ -175,6 +183,16 @@ def pairs_of(index, kind):
         return pair_index(index)
     worst = (index >= 0).sum(1, keepdim=True) - 1
     return torch.cat([index[:, :1], index.gather(1, worst)], 1)
+
+
+def pairs_by_label(records):
+    """Rows (P, 2) of pairs of a wanted and an unwanted completion, of whichever prompts, from
+    records of one completion each. UserError where all are of one kind.
+    """
+    kinds = [[n for n, r in enumerate(records) if r.get("label") is flag] for flag in (True, False)]
+    if not all(kinds) or any(len(record["completions"]) > 1 for record in records):
+        raise UserError("--loss kto wants pairs, or completions with a label, both true and false")
+    return torch.tensor([[k[n % len(k)] for k in kinds] for n in range(max(map(len, kinds)))])
 
 
 def with_completions_of(record, other):

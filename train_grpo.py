@@ -41,9 +41,10 @@ from typing import Literal
 
 import torch
 
-from data import village
+from data.village import examples as village
 from nanollm.batches import Completions, Sampler
 from nanollm.config import (
+    LARGE,
     AdapterConfig,
     NotNegative,
     OpenShare,
@@ -53,15 +54,15 @@ from nanollm.config import (
     Whole,
     cli,
 )
-from nanollm.formats import read_prompts, split_documents
-from nanollm.generate import as_text, check_room, sample_together
+from nanollm.formats import read_parts, read_prompts
+from nanollm.generate import as_text, sample_together
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import batched_logprobs, completion_logprobs
 from nanollm.metrics import accuracy_table, first_of_each_task, sample_by_task, sampled_metrics
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import reference, start_adapter
 from nanollm.rewards import accuracy, think_format
-from nanollm.rollouts import RolloutRows, draw_noise, prompt_of, sample_rows
+from nanollm.rollouts import RolloutRows, draw_noise, prompt_of, sample_rows, with_room
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
 from nanollm.tools import Toolbox, check_knowledge
@@ -72,7 +73,8 @@ LOSSES = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "cispo", "gs
 @dataclass
 class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; zero: R1-Zero, from the base model;
-    # images: a vision-language model counts; gpu: the gpu preset of pretraining
+    # images: a vision-language model counts; gpu: the gpu preset of pretraining; downloaded: for a
+    # model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
     init: str = "runs/cot"  # run folder or model folder to start from; also the reference
@@ -140,6 +142,19 @@ PRESETS = {
         out="runs/vlm-grpo",
     ),
     "gpu": dict(batch_size=128, samples=16, steps=200, lr=1e-6, accumulate=16),
+    # rate of DeepSeekMath (Shao et al. 2024, arXiv:2402.03300, section 4.2); schedule of DAPO
+    # (Yu et al. 2025, 2503.14476), which drops the KL, and with it the reference, as here
+    "downloaded": dict(
+        LARGE,
+        schedule="constant",
+        batch_size=16,
+        accumulate=32,
+        max_new_tokens=512,
+        steps=200,
+        lr=1e-6,
+        warmup=10,
+        eval_every=20,
+    ),
 }
 
 REWARDS = (  # (weight, function of a problem and the text of a completion)
@@ -159,9 +174,9 @@ def load_problems(cfg):
         folder = images_folder(cfg) if cfg.data == "images" else village.of_run(cfg.init)
         parts = [read_prompts(folder / f"{name}_{split}.jsonl") for split in ("train", "test")]
     else:
-        records = read_prompts(cfg.data)
-        parts = [split_documents(records, part, cfg.val_fraction) for part in ("train", "val")]
-    parts = [[{"task": "all", **each} for each in part if "answer" in each] for part in parts]
+        read = partial(read_prompts, answered=True)
+        parts = read_parts(read, cfg.data, None, cfg.val_fraction)
+    parts = [[e | {"task": e.get("task", "all")} for e in part if "answer" in e] for part in parts]
     wanted = {name.strip() for name in cfg.tasks.split(",")} - {""}
     known = dict.fromkeys(problem["task"] for part in parts for problem in part)
     if unknown := wanted - known.keys():
@@ -196,8 +211,10 @@ class Prompts:
             if cfg.template != "chat":
                 raise UserError(f"--template {cfg.template} shows no images, but problems have")
             self.store = policy.image_store()
-        prompts = [self.ids(problem) for problem in problems]
-        check_room(policy, prompts, cfg.max_new_tokens, problems)
+
+    def with_room(self, problems):
+        """The problems that leave room for a completion."""
+        return with_room(problems, self.ids, self.policy, self.cfg.max_new_tokens, "problems")
 
     def ids(self, problem):
         return prompt_of(problem, self.policy, self.tokenizer, self.cfg.template)
@@ -468,6 +485,7 @@ def main(cfg):
         policy.image_store()  # refuses a model of text before images are painted
     train, val = load_problems(cfg)
     prompts = Prompts(cfg, policy, tokenizer, train + val)
+    train, val = map(prompts.with_room, (train, val))
     val = first_of_each_task(val, cfg.eval_problems)
 
     run = Run(cfg, rt)

@@ -45,11 +45,12 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from data import village
+from data.village import examples as village
 from data.village.preferences import gold_of
 from nanollm.batches import Sampler, last_true
 from nanollm.checkpoint import read_json
 from nanollm.config import (
+    LARGE,
     AdapterConfig,
     NotNegative,
     OpenShare,
@@ -61,8 +62,7 @@ from nanollm.config import (
     atomic_write,
     cli,
 )
-from nanollm.formats import read_prompts
-from nanollm.generate import check_room
+from nanollm.formats import read_parts, read_prompts
 from nanollm.gpt import Linear
 from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.logprobs import completion_logprobs
@@ -78,11 +78,10 @@ from nanollm.preferences import (
     prompt_ids,
     sample_text,
     scores,
-    train_and_held_out,
     win_rate,
 )
 from nanollm.rewards import accuracy, reft_reward
-from nanollm.rollouts import RolloutRows, draw_noise, sample_rows
+from nanollm.rollouts import RolloutRows, chat_prompt, draw_noise, sample_rows, with_room
 from nanollm.run import Run, check_folders, effect, read_metrics
 from nanollm.runtime import start
 
@@ -90,7 +89,7 @@ from nanollm.runtime import start
 @dataclass
 class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; reft: problems, rewarded by rules;
-    # gpu: the gpu preset of pretraining
+    # gpu: the gpu preset of pretraining; downloaded: for a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
     init: str = "runs/sft"  # run folder or model folder to start from; also the reference
@@ -152,6 +151,12 @@ PRESETS = {
         out="runs/reft",
     ),
     "gpu": dict(batch_size=512, steps=200, minibatches=8, lr=1e-5),
+    # rate and schedule of Llama 2's (Touvron et al. 2023, arXiv:2307.09288, section 3.2.3). Policy
+    # and critic take 16 bytes per parameter each, reference and reward model 4: --adapter lora, or
+    # --critic shared, takes less
+    "downloaded": dict(
+        LARGE, schedule="constant", max_new_tokens=256, steps=100, accumulate=16, epochs=1, lr=1e-6
+    ),
 }
 
 
@@ -159,16 +164,17 @@ PRESETS = {
 
 
 def load_prompts(cfg):
-    """(training prompts, held-out prompts). UserError where rules have no answer to check."""
+    """(training prompts, held-out prompts); with rules those that have an answer to check."""
+    read = partial(read_prompts, answered=cfg.reward == "rules")
     if cfg.data in ("village", "problems"):
         name = "prompts" if cfg.data == "village" else "problems"
         folder = village.of_run(cfg.init)
-        train, val = (read_prompts(folder / f"{name}_{s}.jsonl") for s in ("train", "test"))
+        train, val = (read(folder / f"{name}_{s}.jsonl") for s in ("train", "test"))
         train = train[: cfg.prompts]
     else:
-        train, val = train_and_held_out(read_prompts(cfg.data)[: cfg.prompts], cfg)
-    if cfg.reward == "rules" and not all("answer" in example for example in train + val):
-        raise UserError(f'--reward rules needs an "answer" in every record of {cfg.data}')
+        train, val = read_parts(read, cfg.data, None, cfg.val_fraction, cfg.prompts)
+    if any(example.get("images") for example in train + val):
+        raise UserError(f"{cfg.data} has images, which PPO doesn't read; use train_grpo.py")
     return train, val
 
 
@@ -327,7 +333,8 @@ def main(cfg):
     if cfg.reward == "model":
         reward_model = load_scorer(cfg.reward_model, tokenizer, cfg.init, rt)
     train, val = load_prompts(cfg)
-    check_room(policy, prompt_ids(train + val, tokenizer), cfg.max_new_tokens, train + val)
+    room = policy, cfg.max_new_tokens, "prompts"
+    train, val = (with_room(x, lambda e: chat_prompt(e, tokenizer), *room) for x in (train, val))
     if cfg.critic == "separate":
         critic = load_scalar(cfg.reward_model if cfg.reward == "model" else cfg.init)[0]
         start_adapter(critic, cfg, rt)

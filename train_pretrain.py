@@ -3,10 +3,10 @@
     loss = - mean_t log p(x_t | x_<t)           Bengio et al. 2003; Radford et al. 2018 (GPT)
     bits per byte = total nats / (ln 2 * bytes of text)        comparable across tokenizers
 
-The text is the village by default (data/village/), or any .txt or .jsonl file, or a folder of token
-shards. Rows of T tokens tile the text; each token is predicted once per epoch. A new model is
-initialised by init_weights (nanollm/gpt.py); --init continues from a run folder or a downloaded
-one.
+The text is the village by default (data/village/), or any .txt or .jsonl file, or a folder of .txt
+files or of token shards. Rows of T tokens tile the text; each token is predicted once per epoch. A
+new model is initialised by init_weights (nanollm/gpt.py); --init continues from a run folder or a
+downloaded one.
 
 Run     python train_pretrain.py
         python train_pretrain.py --data book.txt --vocab_size 1024 --steps 300 --out runs/book
@@ -27,15 +27,14 @@ from pathlib import Path
 
 import torch
 
-from data import village
+from data.village.corpus import prepare_corpus
 from nanollm.batches import Sampler, TokenShards, Windows, load_shards, row_length
 from nanollm.checkpoint import load_gpt, load_weights, save_gpt
-from nanollm.config import OpenShare, Positive, TrainConfig, UserError, Whole, cli
+from nanollm.config import LARGE, OpenShare, Positive, TrainConfig, UserError, Whole, cli
 from nanollm.formats import identity, read_documents, split_documents
 from nanollm.generate import generate
 from nanollm.gpt import GPT, GPTConfig, count_parameters
-from nanollm.logprobs import token_logprobs
-from nanollm.metrics import bits_per_byte, next_token_logits, token_lengths
+from nanollm.logprobs import bits_per_byte, next_token_logits, token_lengths, token_logprobs
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.run import Run, check_folders, checkpoint_of, effect
 from nanollm.runtime import flop_per_token, model_flops_utilisation, start
@@ -45,10 +44,11 @@ from nanollm.tokenizer import Tokenizer
 
 @dataclass
 class Config(TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 124M parameters, context 1024
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 124M parameters, context 1024;
+    # downloaded: to go on with a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
-    # village, a .txt file, a .jsonl file of {"text"}, or a folder of token shards
+    # village, a .txt file or a folder of them, records of {"text"}, or a folder of token shards
     data: str = "village"
     # held-out text in the same formats; default: the last --val_fraction of --data
     val_data: str | None = None
@@ -120,6 +120,9 @@ PRESETS = {
         eval_tokens=2**20,
         compile=True,
     ),
+    # To go on with a downloaded model: a tenth of the rate to which Ibrahim et al. (2024,
+    # arXiv:2403.08763) re-warm 405M parameters, as nothing of the old text is replayed here
+    "downloaded": dict(LARGE, context=1024, batch_size=32, accumulate=32, steps=500, lr=3e-5),
 }
 
 
@@ -131,13 +134,13 @@ def load_corpus(cfg):
     when needed.
     """
     if cfg.data == "village":
-        folder = village.prepare(cfg.villagers, cfg.seed, cfg.megabytes)
+        folder = prepare_corpus(cfg.villagers, cfg.seed, cfg.megabytes)
         paths = [folder / "corpus_train.jsonl", folder / "corpus_val.jsonl"]
         return [(lambda p=p: read_documents(p), identity(p)) for p in paths]
     if not Path(cfg.data).exists():
         raise UserError(
-            f"--data {cfg.data} does not exist; give a .txt or .jsonl file, a directory of token "
-            "shards, or village"
+            f"--data {cfg.data} does not exist; give a .txt or .jsonl file, a directory of .txt "
+            "files or of token shards, or village"
         )
     if cfg.val_data:
         paths = [cfg.data, cfg.val_data]
@@ -163,9 +166,13 @@ def get_tokenizer(cfg):
     return Tokenizer.train([d[:budget] for d in documents[::stride]], cfg.vocab_size)
 
 
+def holds_shards(folder):
+    return (Path(folder) / "meta.json").exists()
+
+
 def load_shards_of(cfg, tokenizer):
     """Training and held-out TokenShards of --data."""
-    if Path(cfg.data).is_dir():
+    if holds_shards(cfg.data):
         if not cfg.val_data:
             raise UserError(
                 "--data names a directory of token shards, so --val_data must name another for the "
@@ -207,7 +214,7 @@ def build_model(cfg):
         return load_gpt(cfg.init)
     if cfg.resume:  # the tokenizer of the run itself: the data may have moved since
         tokenizer = Tokenizer.load(checkpoint_of(cfg.out).parent)
-    elif Path(cfg.data).is_dir() and cfg.tokenizer == "train":
+    elif holds_shards(cfg.data) and cfg.tokenizer == "train":
         raise UserError("token shards need the --tokenizer that they were made with")
     else:
         tokenizer = get_tokenizer(cfg)

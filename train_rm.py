@@ -33,10 +33,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import village
+from data.village import examples as village
 from data.village.preferences import rank_completions
 from nanollm.batches import Completions, Sampler, pad_completions
 from nanollm.config import (
+    LARGE,
     AdapterConfig,
     ErrorRate,
     NotNegative,
@@ -95,6 +96,9 @@ class Config(AdapterConfig, TrainConfig):
 PRESETS = {
     "smoke": dict(steps=10, prompts=60, batch_size=8, eval_every=5, warmup=2),
     "gpu": dict(batch_size=64, steps=300, lr=1e-4, muon_lr=2e-3, compile=True),
+    # rate and schedule of Llama 2's (Touvron et al. 2023, arXiv:2307.09288, section 3.2.2), whose
+    # batch was of 512 pairs; batch of InstructGPT's (Ouyang et al. 2022, 2203.02155)
+    "downloaded": dict(LARGE, batch_size=64, accumulate=64, lr=1e-5),
 }
 
 SCALE = 6  # from the lowest to the highest rating of an annotator

@@ -5,6 +5,8 @@
               Radford et al. 2021, CLIP, arXiv:2103.00020, figure 3
               or --loss siglip: -1/B sum_ij log sigmoid(z_ij (s_ij + b)),  z_ii = 1, else -1
               Zhai et al. 2023, 2303.15343, algorithm 1
+              an image may have several captions (Flickr30k and COCO: five): another of its own is
+              no negative, clip_loss leaves it out, and to siglip_loss it is a pair (z_ij = 1)
     align     the projector alone: it makes tokens of the language model out of the tower's features
     instruct  projector and language model (--train_vision: the tower, too), by questions
               both: loss = - sum_t m_t log p(x_t | images, x_<t) / sum_t m_t, as in train_sft.py
@@ -24,7 +26,8 @@ Run     python train_vlm.py                           # all three, and the basel
         python train_vlm.py --stage clip --out runs/clip
         python train_vlm.py --stage align --vision runs/clip --out runs/align
         python train_vlm.py --stage instruct --init runs/align --out runs/instruct
-        python train_vlm.py --stage align --vision path/to/clip-vit-base-patch32 --out runs/align
+        python train_vlm.py --stage align --init path/to/SmolLM2-360M-Instruct \\
+            --vision path/to/clip-vit-base-patch32 --data llava.jsonl --out runs/align
         python -m nanollm.chat runs/vlm --image scene.png
 Needs   runs/sft                                             (python train_sft.py)
 Expect  seed 0, CPU with bf16: the right one of 64 captions for 99% of the images; questions about
@@ -54,11 +57,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
 
-from data import village
+from data.village import examples as village
 from data.village import images as village_images
 from nanollm.batches import Sampler, pack_chats, row_length
-from nanollm.checkpoint import read_json
+from nanollm.checkpoint import existing_folder, read_json
 from nanollm.config import (
+    LARGE,
     AdapterConfig,
     OpenShare,
     Share,
@@ -67,16 +71,10 @@ from nanollm.config import (
     Whole,
     atomic_write,
     cli,
+    lock,
     save_config,
 )
-from nanollm.formats import (
-    IMAGE,
-    read_captions,
-    read_chats,
-    read_examples,
-    read_image_chats,
-    read_parts,
-)
+from nanollm.formats import IMAGE, read_captions, read_chats, read_examples, read_image_chats
 from nanollm.generate import check_room
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
@@ -87,7 +85,7 @@ from nanollm.metrics import (
     mean_accuracy,
     question_of,
 )
-from nanollm.optim import SCHEDULES, build_optimizer
+from nanollm.optim import PROJECTOR, SCHEDULES, build_optimizer
 from nanollm.peft.adapters import start_adapter
 from nanollm.rewards import is_right
 from nanollm.rollouts import prompt_of
@@ -103,7 +101,8 @@ from train_sft import BEGINS, load_text, replay_count, replay_rows, sft_loss, va
 
 @dataclass
 class Config(AdapterConfig, TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 224 pixels, one GPU
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 224 pixels, one GPU; downloaded:
+    # for a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # clip, align, instruct; or all: the three and the no-image baseline, in folders beside --out
     stage: Literal["all", "clip", "align", "instruct"] = "all"
@@ -170,11 +169,23 @@ PRESETS = {
         context=1024,
         compile=True,
     ),
+    # a downloaded language model, and for align a downloaded tower (--vision): as LLaVA-1.5 (Liu et
+    # al. 2023, arXiv:2310.03744); rates and batches are in DOWNLOADED
+    "downloaded": dict(
+        LARGE, context=1024, accumulate=64, feature_layer=-2, class_token=False, replay=0.0
+    ),
 }
 BY_STAGE = {
     "clip": dict(steps=250, batch_size=128, muon_lr=0.01, lr=2e-3, weight_decay=1.0),
     "align": dict(steps=150, batch_size=8, muon_lr=0.05, lr=5e-3, weight_decay=0.0),
     "instruct": dict(steps=850, batch_size=10, muon_lr=0.01, lr=3e-3, weight_decay=0.0),
+}
+# The same with --preset downloaded: of align the rate makes 1e-3 for the projector, which learns at
+# optim.PROJECTOR times it; of clip, where it is trained, they are Radford et al.'s (2021)
+DOWNLOADED = {
+    "clip": dict(lr=5e-4, weight_decay=0.2),
+    "align": dict(steps=500, batch_size=256, lr=1e-3 / PROJECTOR),
+    "instruct": dict(steps=500, batch_size=128, lr=2e-5),
 }
 # what each stage learns from: how it is read, and the village's files
 DATA = {
@@ -198,8 +209,10 @@ def load_records(cfg):
     read, name = DATA[cfg.stage]
     if cfg.data == "village":
         train, val = (read(painted(cfg) / f"{name}_{part}.jsonl") for part in ("train", "val"))
+    elif cfg.val_data:
+        train, val = read(cfg.data), read(cfg.val_data)
     else:
-        train, val = read_parts(read, cfg.data, cfg.val_data, cfg.val_fraction)
+        train, val = split_by_image(read(cfg.data), cfg.val_fraction)
     if not train or not val:
         raise UserError(f"{cfg.data} has too few records to hold some out; name --val_data")
     if cfg.no_images:
@@ -207,23 +220,47 @@ def load_records(cfg):
     return train, val
 
 
+def split_by_image(records, fraction):
+    """[training, held-out] records: the last `fraction` of the images is held out, each with all
+    that is said of it, so that none is trained on.
+    """
+    of_each = [record["images"] if "images" in record else [record["image"]] for record in records]
+    images = [*dict.fromkeys(image for own in of_each for image in own)]
+    held_out = {*images[int(len(images) * (1 - fraction)) :]}
+    parts = [[], []]
+    for record, own in zip(records, of_each):
+        parts[not held_out.isdisjoint(own)].append(record)
+    return parts
+
+
 class Pairs:
-    """Images and their captions. Every image is opened now, so that a damaged one is found now."""
+    """Images and their captions. Every image is opened now, so that a damaged one is found now.
+
+    An image may have several captions, and a caption several images: `positives` knows them.
+    """
 
     def __init__(self, records, store, tokenizer):
         captions = [record["caption"] for record in records]
         self.tokens = caption_tokens(tokenizer, captions, CAPTION)  # (N, T)
         self.used = self.tokens != tokenizer.pad_id
         self.store = store
-        self.numbers = torch.tensor(store.numbers([record["image"] for record in records]))
+        self.images = torch.tensor(store.numbers([record["image"] for record in records]))
+        self.captions = self.tokens.unique(dim=0, return_inverse=True)[1]  # equal: the same number
+        self.known = (self.images * len(self) + self.captions).sort().values
 
     def __len__(self):
         return len(self.tokens)
 
     def batch(self, chosen, device):
         """Images (B, 3, H, W) and captions (B, T), T that of the longest of these."""
-        images = self.store.images(self.numbers[chosen].tolist())
+        images = self.store.images(self.images[chosen].tolist())
         return images.to(device), self.tokens[chosen][:, self.used[chosen].any(0)].to(device)
+
+    def positives(self, chosen, device):
+        """(B, B) bool: do the data hold the image of row i with the caption of column j?"""
+        wanted = self.images[chosen, None] * len(self) + self.captions[chosen]
+        place = torch.searchsorted(self.known, wanted).clamp(max=len(self) - 1)
+        return (self.known[place] == wanted).to(device)
 
 
 def load_tests(cfg, model, tokenizer, store):
@@ -251,25 +288,30 @@ def load_tests(cfg, model, tokenizer, store):
 # --- clip: both towers, from images and captions --------------------------------------------------
 
 
-def clip_loss(image_embeddings, text_embeddings, log_scale):
+def clip_loss(image_embeddings, text_embeddings, log_scale, positives):
     """(CE(s, diagonal) + CE(s^T, diagonal)) / 2 with s = exp(log_scale) x y^T: each image finds
     its caption among B, each caption its image. x, y (B, E) of length 1; returns a number.
+
+    positives (B, B) bool: is caption j one of image i? Beside the diagonal such cells are left out.
 
     Radford et al. 2021 (arXiv:2103.00020), figure 3.
     """
     logits = log_scale.exp() * image_embeddings @ text_embeddings.T  # (B, B)
+    others = positives & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    logits = logits.masked_fill(others, -torch.inf)  # right as well: no negatives
     pairs = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
 
-def siglip_loss(image_embeddings, text_embeddings, log_scale, bias):
-    """-1/B sum_ij log sigmoid(z_ij (exp(log_scale) x_i . y_j + bias)), z_ij = 1 for a pair and -1
-    otherwise: every cell is a question of its own, yes or no. x, y (B, E) of length 1.
+def siglip_loss(image_embeddings, text_embeddings, log_scale, bias, positives):
+    """-1/B sum_ij log sigmoid(z_ij (exp(log_scale) x_i . y_j + bias)), z_ij = 1 where caption j is
+    one of image i, by `positives` (B, B) bool, and -1 otherwise: every cell is a question of its
+    own, yes or no. x, y (B, E) of length 1.
 
     Zhai et al. 2023 (arXiv:2303.15343), algorithm 1.
     """
     logits = log_scale.exp() * image_embeddings @ text_embeddings.T + bias  # (B, B)
-    signs = 2 * torch.eye(len(logits), device=logits.device) - 1
+    signs = 2 * positives.float() - 1
     return -F.logsigmoid(signs * logits).sum() / len(logits)
 
 
@@ -284,25 +326,31 @@ def of_all_processes(embeddings):
 
 
 @torch.no_grad()
-def retrieval(image_embeddings, text_embeddings):
-    """Of N aligned pairs (N, E), the share whose nearest partner is the right one, both ways, and
-    the cosine of a pair. Where several lie equally near, the first of them counts as the nearest.
+def retrieval(image_embeddings, text_embeddings, positives):
+    """Of N aligned pairs (N, E), the share whose nearest partner is a right one by `positives`
+    (N, N), both ways, and the cosine of a pair. Where several lie equally near, the first of them
+    counts as the nearest.
     """
     similarity = image_embeddings @ text_embeddings.T  # (N, N)
     pairs = torch.arange(len(similarity), device=similarity.device)
     return {
-        "text_to_image": (similarity.argmax(0) == pairs).float().mean().item(),
-        "image_to_text": (similarity.argmax(1) == pairs).float().mean().item(),
+        "text_to_image": positives[similarity.argmax(0), pairs].float().mean().item(),
+        "image_to_text": positives[pairs, similarity.argmax(1)].float().mean().item(),
         "cosine": similarity.diagonal().mean().item(),
     }
 
 
 @torch.no_grad()
 def held_out_retrieval(clip, pairs, among=64):
-    """`retrieval` among `among` Pairs: the mean over as many such groups as there are."""
-    n = min(among, len(pairs))
-    starts = range(0, len(pairs) - n + 1, n)
-    groups = [retrieval(*clip(*pairs.batch(slice(i, i + n), clip.device))) for i in starts]
+    """`retrieval` among `among` images and all their captions: the mean over as many such groups as
+    there are.
+    """
+    images, groups = pairs.images.unique(), []
+    n = min(among, len(images))
+    for i in range(0, len(images) - n + 1, n):
+        chosen = torch.isin(pairs.images, images[i : i + n]).nonzero()[:, 0]
+        embeddings = clip(*pairs.batch(chosen, clip.device))
+        groups.append(retrieval(*embeddings, pairs.positives(chosen, clip.device)))
     return {key: sum(group[key] for group in groups) / len(groups) for key in groups[0]}
 
 
@@ -320,12 +368,13 @@ def vision_config(cfg):
 
 def train_clip(cfg, rt):
     check_folders(cfg.out, cfg.init)
-    tokenizer, preprocessing = Tokenizer.load(cfg.init), Preprocessing(size=cfg.image_size)
+    tokenizer = Tokenizer.load(existing_folder(cfg.init))
+    preprocessing = Preprocessing(size=cfg.image_size)
     store, records = ImageStore(preprocessing), load_records(cfg)
     test = painted(cfg) / "captions_test.jsonl" if cfg.data == "village" else cfg.test_data
     records = (*records, read_captions(test) if test else records[1])
     train, val, test = (Pairs(each, store, tokenizer) for each in records)
-    rt.print(f"{len(train)} captions of {len(train.numbers.unique())} images")
+    rt.print(f"{len(train)} captions of {len(train.images.unique())} images")
     text = dict(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_id)
     text = TextConfig(**text, max_position_embeddings=CAPTION)
     model = CLIP(vision_config(cfg), text, sigmoid=cfg.loss == "siglip")
@@ -345,11 +394,12 @@ def train_clip(cfg, rt):
         groups = sampler.take(cfg.batch_size // K)[:, None] * K
         chosen = (groups + torch.arange(K)).flatten()  # K captions in a row from each place
         embeddings = ddp_model(*train.batch(chosen[share], rt.device))
-        x, y = map(of_all_processes, embeddings)  # (B, E) each
+        x, y = map(of_all_processes, embeddings)  # (B, E) each, in the order of `chosen`
+        positives = train.positives(chosen, rt.device)
         if model.logit_bias is None:
-            loss = clip_loss(x, y, model.logit_scale)
+            loss = clip_loss(x, y, model.logit_scale, positives)
         else:
-            loss = siglip_loss(x, y, model.logit_scale, model.logit_bias)
+            loss = siglip_loss(x, y, model.logit_scale, model.logit_bias, positives)
         # each process has the whole loss; all_gather's backward sums the copies, and DDP averages
         loss = rt.backward(loss / rt.world)
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
@@ -361,7 +411,7 @@ def train_clip(cfg, rt):
             run.export(partial(save_clip, preprocessing=preprocessing), model, tokenizer)
             run.checkpoint(**before)
     run.close("loss", y_label="contrastive loss")
-    after, among = held_out_retrieval(model, test), min(64, len(test))
+    after, among = held_out_retrieval(model, test), min(64, len(test.images.unique()))
     effects = [
         effect(f"the right {found} among {among}", before[key], after[key], "share")
         for key, found in (("image_to_text", "caption"), ("text_to_image", "image"))
@@ -378,7 +428,7 @@ def start_model(cfg, rt):
     model, tokenizer = load_model(cfg.init)
     if cfg.stage == "align":
         how = (cfg.projector, cfg.feature_layer, cfg.class_token)
-        model = build_vlm(model, tokenizer, *load_vision(cfg.vision), *how)
+        model, tokenizer = build_vlm(model, tokenizer, *load_vision(cfg.vision), *how)
         model.train_parts(projector=True)
         return model, tokenizer
     if not hasattr(model, "vision"):
@@ -403,10 +453,11 @@ def image_logits(model, rows, store):
 def train_language(cfg, rt):
     check_folders(cfg.out, cfg.init, cfg.vision)
     model, tokenizer = start_model(cfg, rt)
-    T, store = row_length(cfg.context, model), ImageStore(model.preprocessing)
+    store = ImageStore(model.preprocessing)
     n_texts = replay_count(cfg, "images") if cfg.stage == "instruct" else 0
     n_plain = round(n_texts / 4)
     chats, val_chats = load_records(cfg)
+    T = row_length(cfg.context, model, chats, tokenizer)
     how = dict(rt=rt, image_tokens=model.tokens_per_image, store=store)
     train_rows = pack_chats(chats, tokenizer, T, "training", **how)
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", **how)
@@ -539,7 +590,8 @@ def keep_samples(path, examples, completions, guesses, shown=3):
 
 def complete_settings(cfg):
     """The settings of a stage, its own defaults filled in; UserError for what can't go together."""
-    own = {k: v for k, v in BY_STAGE[cfg.stage].items() if getattr(cfg, k) is None}
+    own = BY_STAGE[cfg.stage] | (DOWNLOADED[cfg.stage] if cfg.preset == "downloaded" else {})
+    own = {k: v for k, v in own.items() if getattr(cfg, k) is None}
     cfg = replace(cfg, **own)
     if cfg.hard_negatives is None:
         cfg = replace(cfg, hard_negatives=4 if cfg.data == "village" else 1)
@@ -570,12 +622,13 @@ def prepare_folders(cfg, stages, rt):
         load_records(each)
     tower = ViT(vision_config(cfg)), Preprocessing(cfg.image_size)
     how = (cfg.projector, cfg.feature_layer, cfg.class_token)
-    model, tokenizer = load_model(cfg.init)
-    model = build_vlm(model, tokenizer, *tower, *how)
+    model, tokenizer = build_vlm(*load_model(cfg.init), *tower, *how)
     row_length(cfg.context, model)
     load_tests(stages[-1], model, tokenizer, model.image_store())
     rt.barrier()  # before folders are moved, every process has looked at them
     if rt.main:
+        for each in stages:
+            lock(each.out)
         for each in stages:
             move_aside(Path(each.out))
         save_config(cfg, Path(cfg.out) / "train_config.json")

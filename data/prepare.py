@@ -8,31 +8,28 @@ Run     python data/prepare.py                              # lists the datasets
 """
 
 import gzip
-import http.client
 import io
 import itertools
 import json
 import re
 import sys
-import urllib.request
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 if not __package__:  # run as a file: the repository root holds the package
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanollm.config import UserError, Whole, atomic_file, cli, say
+from nanollm.download import CHUNK, Download
 from nanollm.formats import as_ranking
+from nanollm.rewards import as_number
 
 CACHE = Path("data/cache")
 GITHUB = "https://raw.githubusercontent.com"
 HUB, MAIN = "https://huggingface.co/datasets", "resolve/main"
-CHUNK = 2**20  # bytes, or characters, read at once
 NO_DATA = (b"<!doctype", b"<html", b"version https://git-lfs")  # pages and pointers, not data
 
 
@@ -42,44 +39,6 @@ class Config:
     out: str | None = None  # directory to write; none: data/cache/NAME
     limit: Whole[1] | None = None  # keep only the first so many records of each file
     base_url: str | None = None  # mirror that takes the place of the https://host of every URL
-
-
-class Download(io.RawIOBase):
-    """What a URL holds, as a file to read: all that Content-Length promises, or UserError."""
-
-    def __init__(self, url):
-        self.url, self.done = url, 0
-        try:
-            request = urllib.request.Request(url, headers={"User-Agent": "nanollm"})
-            self.response = urllib.request.urlopen(request, timeout=30)  # seconds of silence
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            advice = "check the connection, or name a mirror with --base_url"
-            raise UserError(f"cannot open {url} ({error}): {advice}") from None
-        self.size = int(self.response.headers.get("Content-Length", 0)) or None
-        looks = {"desc": Path(url).name, "unit": "B", "unit_scale": True, "leave": False}
-        self.bar = tqdm(total=self.size, disable=None, **looks)
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        try:
-            count, why = self.response.readinto(buffer), None
-        except (OSError, http.client.HTTPException) as error:
-            count, why = 0, repr(error)
-        self.done += count
-        self.bar.update(count)
-        if count == 0 and (why or self.size not in (None, self.done)):
-            after = f"{self.done:,} of {self.size} bytes ({why or 'it ended'})"
-            advice = "run the same command again"
-            raise UserError(f"{self.url}: the connection broke after {after}; {advice}")
-        return count
-
-    def close(self):
-        if not self.closed:
-            self.response.close()
-            self.bar.close()
-        super().close()
 
 
 def open_text(download):
@@ -139,10 +98,10 @@ def read_array(text):
 def as_problem(record):
     """GSM8K: the number behind #### is the answer, without the commas in 1,000."""
     solution, mark, answer = record["answer"].rpartition("####")
-    answer = answer.strip().replace(",", "")
-    if not (mark and answer):
-        raise ValueError("no #### before the answer")
-    return {"prompt": record["question"], "answer": answer, "solution": solution.strip()}
+    value = as_number(answer)
+    if not mark or value is None:
+        raise ValueError("no #### with a number")
+    return {"prompt": record["question"], "answer": str(value), "solution": solution.strip()}
 
 
 def as_pair(record):
@@ -262,7 +221,7 @@ def fetch(url, path, dataset, limit=None):
     """Download `url` and convert it into `path`. Returns a sentence on what came."""
     count, misfits = 0, []
     try:
-        with Download(url) as download, atomic_file(path) as file:
+        with Download(url, "--base_url") as download, atomic_file(path) as file:
             lines = convert_lines(dataset.read(open_text(download)), dataset.convert, misfits)
             for line in itertools.islice(lines, limit):
                 file.write(line)

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import village
+from data.village import examples as village
 from nanollm.checkpoint import read_json
 from nanollm.config import UserError, atomic_write, cli
 from nanollm.formats import read_examples

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from nanollm.config import UserError, atomic_folder, atomic_write
-from nanollm.formats import identity, images_in, read_documents
+from nanollm.formats import Unusable, identity, images_in, read_documents, usable
 from nanollm.gpt import document_mask
 
 CACHE = Path("data/cache/tokens")
 SHARD_TOKENS = 2**27  # tokens per shard file
+LONGEST_ROW = 2048  # tokens of a row, unless --context says more
 
 
 # --- token shards --------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def load_shards(documents, source, tokenizer):
 
 
 def text_shards(path, tokenizer):
-    """TokenShards of a .txt or .jsonl file of text."""
+    """TokenShards of a corpus, as read_documents reads it."""
     return load_shards(lambda: read_documents(path), identity(path), tokenizer)
 
 
@@ -135,15 +136,21 @@ class Sampler:
         self._order = self._permutation()
 
 
-def row_length(context, model):
-    """T, the tokens of a row: --context, or 256, or as many as the model can read where that is
-    less. Raises UserError where --context is more.
+def row_length(context, model, chats=(), tokenizer=None):
+    """T, the tokens of a row: --context, or what 99% of the dialogues need, rounded up to 64. That
+    is at least 256 and at most LONGEST_ROW, or what the model can read where that is less. Raises
+    UserError where --context is more than that.
     """
     limit = model.cfg.max_position_embeddings
     T = context or min(256, limit)
     if T > limit:
         raise UserError(f"--context {T} is beyond the model's context of {limit}")
-    return T
+    if context or T == limit or not chats:
+        return T
+    render = functools.partial(tokenizer.render, image_tokens=model.tokens_per_image)
+    lengths = usable(chats, lambda chat, _: len(render(chat["messages"])[0]), "dialogues")
+    most = sorted(lengths)[-1 - len(lengths) // 100]
+    return min(max(T, -(-most // 64) * 64), limit, LONGEST_ROW)
 
 
 class Windows:
@@ -338,38 +345,32 @@ def pad_completions(prompts, completions, pad_id, own=None, images=None):
 # --- dialogues -----------------------------------------------------------------------------------
 
 
-def fit_chats(chats, T, render):
-    """(dialogues as far as they fit, the (ids, mask) of each, how many were shortened).
-
-    A dialogue is cut after the last assistant turn with which it has at most T tokens; without any
-    it is dropped. `render` gives the (ids, mask) of messages.
+def fit_chat(T, tokenizer, image_tokens, chat, where):
+    """(the dialogue as far as it fits, its (ids, mask), was it shortened?): cut after the last of
+    the assistant's turns with which it has at most T tokens. Unusable where that leaves nothing to
+    learn.
     """
-    kept, examples, shortened = [], [], 0
-    for chat in chats:
-        messages = chat["messages"]
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-        for end in reversed(ends):
-            ids, mask = render(messages[:end])
-            if len(ids) <= T and any(mask):
-                kept.append({**chat, "messages": messages[:end]})
-                examples.append((ids, mask))
-                shortened += end < ends[-1]
-                break
-    return kept, examples, shortened
+    messages, reason = chat["messages"], "no answer that is trained on"
+    takes = f", of which an image takes {image_tokens}" * bool(image_tokens)
+    ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for end in reversed(ends):
+        ids, mask = tokenizer.render(messages[:end], image_tokens=image_tokens)
+        if any(mask) and len(ids) <= T:
+            return {**chat, "messages": messages[:end]}, (ids, mask), end < ends[-1]
+        reason = f"its first answer ends beyond {T} tokens{takes}" if any(mask) else reason
+    raise Unusable(where, reason)
 
 
 def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
-    """Packed rows of T tokens; says what was cut. UserError when nothing is left to train on.
+    """Packed rows of T tokens; says what was cut and what was dropped. UserError when that is more
+    than what is left to train on.
 
     With a `store` (vision/images.py) of images, each takes `image_tokens` in a row; those that were
     shown after the cut are left out, and none is ever cut.
     """
-    render = functools.partial(tokenizer.render, image_tokens=image_tokens)
-    kept, examples, shortened = fit_chats(chats, T, render)
-    if not kept:
-        fit = f"{T} tokens" + f", of which an image takes {image_tokens}" * bool(image_tokens)
-        none = f"none of the {len(chats)} {name} dialogues has an answer within {fit}"
-        raise UserError(f"{none}; raise --context")
+    fit = functools.partial(fit_chat, T, tokenizer, image_tokens)
+    fitted = usable(chats, fit, f"{name} dialogues", "raise --context")
+    kept, examples, shortened = zip(*fitted)
     images, note = None, ""
     if store is not None:
         paths = [chat.get("images", [])[: images_in(chat["messages"])] for chat in kept]
@@ -378,7 +379,7 @@ def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
     rows = pack(examples, T, tokenizer.pad_id, images)
     rt.print(
         f"{name}: {len(kept)} dialogues{note} in {len(rows)} rows of {T} tokens, "
-        f"{rows.mask.sum():,} trained on; {shortened} shortened, {len(chats) - len(kept)} dropped "
-        "because they were longer"
+        f"{rows.mask.sum():,} trained on; {sum(shortened)} shortened, {len(chats) - len(kept)} "
+        "dropped"
     )
     return rows

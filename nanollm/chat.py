@@ -1,8 +1,10 @@
 """Talk with a model: python -m nanollm.chat runs/sft
 
 The answer appears while it is written, and earlier turns stay in the conversation; when it outgrows
-the context, the oldest turns are left out. /reset begins anew, an empty line or Ctrl-D ends. With
---prompt it answers once and exits; input from a pipe is read line by line.
+the context, the oldest turns are left out. Ctrl-C stops an answer, of which the conversation keeps
+what has been written. /reset begins anew, /help lists the commands; /quit, an empty line, Ctrl-D or
+Ctrl-C instead of a message end. With --prompt it answers once and exits; input from a pipe is read
+line by line.
 
     python -m nanollm.chat runs/vlm --image a.png --prompt "What is in the image?"
 
@@ -10,13 +12,14 @@ A vision-language model is shown --image with the first message, and what a line
 with the next one. Images stand before the message, or where it says <image>.
 """
 
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from data import village
+from data.village import examples as village
 from nanollm.config import NotNegative, Share, UserError, Whole, cli, say
 from nanollm.formats import IMAGE, check_markers
 from nanollm.generate import stream
@@ -25,6 +28,11 @@ from nanollm.metrics import LONGEST_COMPLETION
 from nanollm.rollouts import template_of
 from nanollm.runtime import start
 from nanollm.tools import Toolbox, check_knowledge
+
+HELP = """/image FILE  show an image with the next message
+/reset       begin anew
+/help        list the commands
+/quit        end, as do an empty line, Ctrl-D and Ctrl-C; while the model writes, Ctrl-C stops it"""
 
 
 @dataclass
@@ -51,6 +59,7 @@ class Conversation:
 
     def __init__(self, cfg, rt):
         self.cfg = cfg
+        self.typed = cfg.prompt is None and sys.stdin.isatty()  # is somebody there?
         model, self.tokenizer = load_model(cfg.model, cfg.adapter)
         self.model = rt.prepare(model, train=False).merged()  # once for all messages
         self.room = model.cfg.max_position_embeddings - cfg.max_new_tokens
@@ -111,17 +120,23 @@ class Conversation:
             del messages[oldest : oldest + 2]  # with its answer: some templates want both
 
     def write(self, prompt, images):
-        """Stream a completion to stdout; returns its ids."""
+        """Stream a completion to stdout; returns its ids. Ctrl-C ends one that has begun, where
+        somebody is there to go on.
+        """
         cfg, ids, written = self.cfg, [], ""
         how = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
         how |= {"stop_ids": self.tokenizer.stop_ids, "generator": self.generator}
         how |= {"tools": self.tools, "images": torch.cat(images) if images else None}
-        for token in stream(self.model, prompt, cfg.max_new_tokens, **how):
-            ids.append(token)
-            text = self.tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # a character whose bytes aren't all there yet waits
-                print(text[len(written) :], end="", flush=True)
-                written = text
+        try:
+            for token in stream(self.model, prompt, cfg.max_new_tokens, **how):
+                ids.append(token)
+                text = self.tokenizer.decode(ids)
+                if not text.endswith("\ufffd"):  # a character whose bytes aren't all there waits
+                    print(text[len(written) :], end="", flush=True)
+                    written = text
+        except KeyboardInterrupt:
+            if not (self.typed and ids):
+                raise
         print(self.tokenizer.decode(ids)[len(written) :], flush=True)
         return ids
 
@@ -142,29 +157,49 @@ def main(cfg):
     if cfg.prompt is not None:
         talk.say(cfg.prompt)
         return rt.close()
-    typed = sys.stdin.isatty()
-    if typed:
+    if talk.typed:
         size = sum(p.numel() for p in talk.model.parameters())
-        images = "/image FILE shows an image, " * bool(talk.model.tokens_per_image)
-        print(f"{cfg.model}: {size:,} parameters. {images}/reset begins anew, Ctrl-D ends.")
-    while True:
-        if typed:
-            print("> ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line or (typed and not line.strip()):
-            break
+        print(f"{cfg.model}: {size:,} parameters. /help lists the commands, /quit ends.")
+    while (line := next_line(talk.typed)) and line.strip() != "/quit":
         try:
-            if line.strip() == "/reset":
-                talk.reset()
-            elif line.startswith("/image "):
-                talk.show(line.removeprefix("/image "))
-            elif line.strip():
-                talk.say(line.strip())
+            follow(talk, line.strip())
         except UserError as error:
-            if not typed:
+            if not talk.typed:
                 raise
             print(error)
+        except KeyboardInterrupt:  # before the answer has begun: the message is left out
+            if not talk.typed:
+                raise
+            print()
     rt.close()
+
+
+def next_line(typed):
+    """The next line of input; "" at its end, which is also an empty line or Ctrl-C of who types."""
+    print("> " * typed, end="", flush=True)
+    try:
+        line = sys.stdin.readline()
+    except KeyboardInterrupt:
+        if not typed:
+            raise
+        line = ""
+        print()
+    return "" if typed and not line.strip() else line
+
+
+def follow(talk, line):
+    """A command, or a message to answer; one word behind a slash is never sent to the model."""
+    command, _, rest = line.partition(" ")
+    if command == "/reset":
+        talk.reset()
+    elif command == "/image" and rest.strip():
+        talk.show(rest)
+    elif command == "/help":
+        print(HELP)
+    elif re.fullmatch(r"/\w*", command):
+        raise UserError(f"{command}: no such command, or without its FILE; /help lists them")
+    elif line:
+        talk.say(line)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Model folders: those of any Llama, Qwen2, Qwen3 or SmolLM2 are read, and ours are written alike.
+"""Model folders: any Llama, Mistral, Qwen2, Qwen3 or SmolLM2 is read, and ours are written alike.
 
 A folder holds config.json, model.safetensors (or shards and their index), tokenizer.json,
 tokenizer_config.json and generation_config.json, and transformers' from_pretrained opens it.
+What config.json says is computed with, or refused; keys that nothing reads are named once.
 hub.py opens adapters and vision-language models, too.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -13,24 +15,50 @@ from pathlib import Path
 import torch
 
 from nanollm import safetensors
-from nanollm.config import UserError, atomic_write
+from nanollm.config import UserError, atomic_write, say
+from nanollm.download import hub_folder, is_hub_name
 from nanollm.formats import need
-from nanollm.gpt import GPT, MLP, GPTConfig, ScalarGPT, rope_frequencies
+from nanollm.gpt import GPT, MLP, GPTConfig, ScalarGPT, rope_frequencies, yarn_scale
 from nanollm.tokenizer import Tokenizer
 
 OWN_NAMES = {"rope_scaling", "qk_norm"}  # the other fields of GPTConfig are named as in config.json
 SAME_NAME = [f.name for f in dataclasses.fields(GPTConfig) if f.name not in OWN_NAMES]
-ARCHITECTURES = {kind.lower(): f"{kind}ForCausalLM" for kind in ("Llama", "Qwen3", "Qwen2")}
-ADAPTER_CONFIG = "adapter_config.json"
+# model_type -> what it is saved as: a Mistral whose window never ends is a Llama
+KINDS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Llama"}
+# What changes the logits: the value with which GPT computes them. All may be missing, or null.
+COMPUTED = {
+    "mlp_bias": False, "use_sliding_window": False,
+    "layer_types": "full_attention", "attention_chunk_size": None, "per_layer_config": None,
+    "no_rope_layers": 1, "partial_rotary_factor": 1, "rope_interleaved": False,
+    "embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1,  # Granite's
+    "attention_multiplier": None, "scale_emb": 1, "scale_depth": None, "dim_model_base": None,
+    "query_pre_attn_scalar": None, "logit_scale": 1, "clip_qkv": None,  # Gemma's, Cohere's, OLMo's
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "use_qk_norm": False,
+    "num_experts": 0, "num_local_experts": 0, "is_encoder_decoder": False,
+    "add_cross_attention": False, "quantization_config": None, "compression_config": None,
+}  # fmt: skip
+ROPE = {  # rope_type -> its numbers
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+}
+CONTEXT = "original_max_position_embeddings"  # that of pretraining
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "truncate", CONTEXT}
+IRRELEVANT = """architectures model_type dtype torch_dtype transformers_version rope_parameters
+rope_scaling original_max_position_embeddings sliding_window max_window_layers pretraining_tp
+use_cache initializer_range bos_token_id eos_token_id pad_token_id id2label label2id problem_type
+_name_or_path _attn_implementation is_llama_config transformers.js_config reward_shift""".split()
+ADAPTER_CONFIG, EMBEDDING = "adapter_config.json", "model.embed_tokens.weight"
 
 
 def read_json(path, kind=dict):
     """The JSON object, or array, in a file; raises UserError."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_bytes(), object_pairs_hook=safetensors.unique)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except ValueError as e:
         raise UserError(f"{path} is not valid JSON ({e})") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'array'}")
@@ -45,17 +73,11 @@ def read_config(folder):
 
 def config_of(values, path):
     """The GPTConfig that these values of a config.json mean; `path` is where they stand."""
-    kind, act = values.get("model_type"), values.get("hidden_act", "silu")
-    known = ", ".join(ARCHITECTURES)
-    need(kind in ARCHITECTURES, path, f"model_type must be one of {known}, not {kind!r}")
-    mlp = f"the MLP must have hidden_act {MLP.hidden_act!r} and no biases"
-    need(act == MLP.hidden_act and not values.get("mlp_bias"), path, mlp)
-    need(not values.get("use_sliding_window"), path, "sliding-window attention is not implemented")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    rope = rope if isinstance(rope, dict) else {"type": rope}
-    rope_kind = rope.get("rope_type", rope.get("type", "default"))
-    there = rope_kind in ("default", "llama3")
-    need(there, path, f"RoPE of type {rope_kind!r} is not implemented")
+    kind = values.get("model_type")
+    need(kind in KINDS, path, f"model_type must be one of {', '.join(KINDS)}, not {kind!r}")
+    act = values.get("hidden_act") or "silu"
+    need(act == MLP.hidden_act, path, f"hidden_act must be {MLP.hidden_act!r}, not {act!r}")
+    check_computed(values, path, {"hidden_act", *SAME_NAME, *IRRELEVANT})
     known = {name: values[name] for name in SAME_NAME if values.get(name) is not None}
     for name, value in known.items():
         whole = type(getattr(GPTConfig, name)) is int
@@ -65,14 +87,62 @@ def config_of(values, path):
         known.setdefault("num_key_value_heads", known["num_attention_heads"])
         known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
         known.setdefault("tie_word_embeddings", False)
-        known["rope_theta"] = float(values.get("rope_theta") or rope.get("rope_theta") or 10_000.0)
+        known["rope_theta"], scaling = rope_of(values, path)
         known["attention_bias"] = kind == "qwen2" or bool(values.get("attention_bias"))
-        scaling = rope if rope_kind == "llama3" else None
         cfg = GPTConfig(**known, qk_norm=kind == "qwen3", rope_scaling=scaling)
-        rope_frequencies(cfg)  # a llama3 scaling may lack a number
+        context = cfg.max_position_embeddings
+        if scaling and scaling["rope_type"] != "linear":
+            scaling.setdefault(CONTEXT, context)
+        angles = rope_frequencies(cfg) * yarn_scale(scaling)  # a scaling may lack a number
+        need(bool(angles.isfinite().all()), path, f"RoPE can't be computed from {scaling}")
+        # Qwen's has a switch, in COMPUTED; where a Mistral is silent, transformers takes 4096
+        window = values.get("sliding_window", 4096 if kind == "mistral" else None)
+        if window and window < context and not kind.startswith("qwen"):
+            longer = f"sliding_window {window} is shorter than the context, and not implemented"
+            raise UserError(f"{path}: {longer}; set max_position_embeddings to {window}")
         return cfg
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise UserError(f"{path}: incomplete or inconsistent, {e!r}") from None
+
+
+def check_computed(values, path, read=()):
+    """Raise UserError where a config.json, or its part on RoPE, asks for what GPT doesn't compute;
+    tell once of keys that nobody reads.
+    """
+    for name, value in COMPUTED.items():
+        asked = values.get(name)
+        each = asked if isinstance(asked, list) and asked else [asked]
+        fine = all(one is None or one == value for one in each)
+        only = "" if value is None else f"; only {value!r} is"
+        need(fine, path, f"{name} {asked!r:.80} is not implemented{only}")
+    unread = values.keys() - COMPUTED.keys() - set(read)
+    if unread := sorted(key for key in unread if values[key] not in (None, False, 0, [], {})):
+        tell(f"note: {path} sets {', '.join(unread)}, which nothing here reads")
+
+
+tell = functools.cache(say)  # a run opens a folder several times
+
+
+def rope_of(values, path):
+    """(rope_theta, rope_scaling) by the convention of transformers 4, which names them so, or 5,
+    where rope_parameters holds both. What is said twice must be said alike.
+    """
+    new, old = (values.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    why = "rope_parameters and rope_scaling differ; move all into rope_parameters"
+    need(not (new and old) or new == old, path, why)
+    rope = {name: value for name, value in dict(new or old).items() if value is not None}
+    kind = rope.setdefault("rope_type", rope.get("type", "default"))
+    outside = {"type": kind, "rope_theta": values.get("rope_theta"), CONTEXT: values.get(CONTEXT)}
+    for name, value in outside.items():
+        same = value is None or rope.setdefault(name, value) == value
+        need(same, path, f"{name} is said twice, {value!r} and {rope.get(name)!r}; drop one")
+    odd = [name for name, value in rope.items() if isinstance(value, (dict, list))]
+    what = ", ".join(odd) if kind in ROPE else f"type {kind!r}"
+    why = f"RoPE of {what} is not implemented"
+    need(kind in ROPE and not odd, path, why)
+    check_computed(rope, path, {*ROPE_KEYS, *ROPE[kind]})
+    del rope["type"]
+    return float(rope.pop("rope_theta", 10_000.0)), None if kind == "default" else rope
 
 
 def config_json(cfg, tokenizer, dtype):
@@ -80,10 +150,10 @@ def config_json(cfg, tokenizer, dtype):
     Qwen2, if it came as one).
     """
     kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.attention_bias else "llama"
-    values = {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
+    values = {"architectures": [f"{KINDS[kind]}ForCausalLM"], "model_type": kind}
     values |= {"hidden_act": MLP.hidden_act} | {name: getattr(cfg, name) for name in SAME_NAME}
     if cfg.rope_scaling:
-        values["rope_scaling"] = {k: v for k, v in cfg.rope_scaling.items() if k != "rope_theta"}
+        values["rope_scaling"] = cfg.rope_scaling
     values |= {"bos_token_id": None, "eos_token_id": sorted(tokenizer.stop_ids)}
     return values | {"pad_token_id": tokenizer.pad_id, "torch_dtype": str(dtype)[6:]}
 
@@ -135,13 +205,17 @@ def load_gpt(folder):
 
 
 def load_weights(model, tensors, where):
-    """Copy tensors into the model by name; wrong names or shapes raise UserError naming the first
-    of each kind.
+    """Copy tensors into the model by name; wrong names, shapes or dtypes raise UserError naming the
+    first of each kind.
     """
     own = model.state_dict()
-    # a tied head that was written repeats the embedding; old exports hold the angles of RoPE
-    extra = {"lm_head.weight"} - own.keys()
-    extra |= {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    # old exports hold the angles of RoPE
+    extra = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    if "lm_head.weight" in tensors.keys() - own.keys():  # a tied head repeats the embedding
+        same = torch.equal(tensors["lm_head.weight"], tensors.get(EMBEDDING, torch.empty(0)))
+        two = f"lm_head.weight differs from {EMBEDDING}, to which config.json ties it; "
+        need(same, where, two + "say tie_word_embeddings false there")
+        extra.add("lm_head.weight")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in extra}
     if missing := sorted(own.keys() - tensors.keys()):
         raise UserError(f"{where} lacks {len(missing)} tensors, such as {missing[0]}")
@@ -151,13 +225,15 @@ def load_weights(model, tensors, where):
     for name, tensor in tensors.items():
         shapes = f"{list(tensor.shape)}, but config.json says {list(own[name].shape)}"
         need(tensor.shape == own[name].shape, where, f"{name} has shape {shapes}")
+        whole = tensor.is_floating_point() and tensor.element_size() > 1
+        need(whole, where, f"{name} is {tensor.dtype}; quantised weights are not implemented")
     model.load_state_dict(tensors)
 
 
 def grow_vocabulary(model, vocab_size):
     """The same model with more rows in embedding and head: new rows are the mean of the others."""
     grown, tensors = GPT(dataclasses.replace(model.cfg, vocab_size=vocab_size)), model.state_dict()
-    for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
+    for name in {EMBEDDING, "lm_head.weight"} & tensors.keys():
         new = tensors[name].mean(0, keepdim=True).expand(vocab_size - len(tensors[name]), -1)
         tensors[name] = torch.cat([tensors[name], new])
     load_weights(grown, tensors, "the grown model")
@@ -168,7 +244,11 @@ def grow_vocabulary(model, vocab_size):
 
 
 def existing_folder(folder, flag=""):
-    """The folder as a Path; where there is none the message names the flag that asked for it."""
+    """The folder as a Path, that of a model of the Hub for owner/name (download.py); where there is
+    none the message names the flag that asked for it.
+    """
+    if is_hub_name(folder):
+        return hub_folder(folder)
     if not Path(folder).is_dir():
         wanted = "is not a folder; run the stage that makes it, or name another"
         raise UserError(f"{flag} {folder} {wanted}".strip())
@@ -185,10 +265,15 @@ def bases_of(folder):
     """
     bases, folder = [], Path(folder)
     while is_adapter(folder):
-        named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        # as written, or beside the adapter where the runs have moved
-        places = [Path(named), folder.parent / Path(named).name] if isinstance(named, str) else []
+        named, places = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"), []
+        if isinstance(named, str):
+            # as written, here or from any folder above the adapter; or there after a move
+            above = [folder.resolve(), *folder.resolve().parents]
+            ends = (named, Path(*Path(named).parts[-2:]), Path(named).name)
+            places = [Path(named), *(place / end for end in ends for place in above)]
         base = next((place for place in places if place.is_dir()), None)
+        if base is None and isinstance(named, str) and is_hub_name(named):
+            base = hub_folder(named)
         if base is None or base.resolve() in [b.resolve() for b in (folder, *bases)]:
             raise UserError(
                 f"{folder} is an adapter of {named}, which is not a folder; name its base in "
@@ -204,7 +289,8 @@ def weights_hash(folder):
     middle of every tensor. Training changes nearly all weights, and to read them all takes long.
     """
     digest = hashlib.sha256()
-    for place in (Path(folder), *bases_of(folder)):
+    folder = existing_folder(folder)
+    for place in (folder, *bases_of(folder)):
         name = "adapter_model.safetensors" if is_adapter(place) else "model*.safetensors"
         for path in sorted(place.glob(name)):
             with open(path, "rb") as file:

@@ -15,12 +15,12 @@ from itertools import takewhile
 from math import prod
 
 from nanollm.checkpoint import bases_of, existing_folder, is_adapter, read_json
-from nanollm.config import UserError, atomic_write, cli
+from nanollm.config import BEGAN_FROM, UserError, atomic_write, cli
 from nanollm.metrics import table
 from nanollm.run import format_value
 from nanollm.safetensors import read_header
 
-OWN = ("seed", "out", "resume", "dtype")  # settings in which runs of one row may differ
+OWN = ("seed", "out", "resume", "dtype", BEGAN_FROM)  # settings in which runs of one row may differ
 
 
 @dataclass

@@ -14,6 +14,7 @@ Who wins, weakest first: the default, the preset, the resumed run's own value, t
 
 import argparse
 import ast
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 import textwrap
 import tokenize
@@ -36,6 +38,9 @@ from typing import Annotated, Literal
 
 TO_FIX = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EROFS, errno.EISDIR}
 TO_FIX |= {getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has none
+# what the presets for downloaded models have in common; each script adds the rates of its papers
+LARGE = dict(optimizer="adamw", schedule="cosine", checkpoint_activations=True)
+BEGAN_FROM = "began_from"  # in train_config.json, beside the settings: those of an earlier run
 
 
 class UserError(Exception):
@@ -82,7 +87,8 @@ NotNegative = Annotated[float, Range(0)]
 class TrainConfig:
     """Options common to all training scripts; each adds its own flags, and its own defaults."""
 
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: one GPU
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: one GPU; downloaded: for a model
+    # of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Training
     out: str = "runs/out"  # run folder to write
@@ -330,7 +336,7 @@ def saved_values(path, flags, typed):
         saved = None
     if not isinstance(saved, dict):
         raise UserError(f"{path} must be a JSON object; fix it or start without --resume")
-    if gone := sorted(saved.keys() - flags.keys()):
+    if gone := sorted(saved.keys() - flags.keys() - {BEGAN_FROM}):
         raise UserError(
             f"{path} was written by another version: it sets {', '.join(gone)}, which this "
             "script doesn't know; start anew, without --resume"
@@ -388,6 +394,7 @@ def leave(code):
     frees a gloo group while it holds Python's lock and its threads still run, and then may abort,
     or wait for ever (pytorch/pytorch, pull request 154976), so that torchrun never learns of it.
     """
+    unlock()
     if alone():
         raise SystemExit(code)
     sys.stdout.flush()
@@ -463,6 +470,65 @@ def atomic_write(path, data):
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
-def save_config(config, path):
+def save_config(config, path, **more):
     """Writes the settings as JSON: <out>/train_config.json is what --resume reads."""
-    atomic_write(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    atomic_write(path, json.dumps(dataclasses.asdict(config) | more, indent=2) + "\n")
+
+
+LOCKS = {}  # lock files of this process, held open: Windows then lets nobody delete them
+
+
+def lock_of(folder):
+    folder = Path(folder).resolve()
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def lock(folder):
+    """Keep other processes from writing to a directory until `unlock`, or until this one ends; a
+    lock whose process is gone counts for nothing. Raises UserError where another one writes.
+    """
+    path = lock_of(folder)
+    if path in LOCKS:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        owner = path.read_text(encoding="utf-8") if path.exists() else ""
+        if owner and is_gone(owner):
+            path.unlink(missing_ok=True)
+        LOCKS[path] = open(path, "x", encoding="utf-8")
+    except (FileExistsError, PermissionError):
+        if not path.exists():  # the directory can't be written to
+            raise
+        raise UserError(
+            f"{folder} is being written by {owner or 'another process'}; wait for it, or name "
+            f"another directory (if that process does something else, delete {path})"
+        ) from None
+    LOCKS[path].write(f"process {os.getpid()} on {socket.gethostname()}")
+    LOCKS[path].flush()
+
+
+def is_gone(owner):
+    """Has the process ended that a lock names? On another machine nobody knows."""
+    pid, _, host = owner.removeprefix("process ").partition(" on ")
+    if host != socket.gethostname() or not pid.isdecimal():
+        return False
+    if os.name == "nt" or int(pid) == os.getpid():  # there a lock that is held can't be deleted
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # somebody else's
+        pass
+    return False
+
+
+def unlock(*folders):
+    """Give back these locks, or all."""
+    for path in list(map(lock_of, folders)) or list(LOCKS):
+        if file := LOCKS.pop(path, None):
+            file.close()
+            path.unlink(missing_ok=True)
+
+
+atexit.register(unlock)

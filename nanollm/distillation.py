@@ -6,7 +6,6 @@ where it is known, "completion" (a label, or what a teacher has written); other 
 "answer" and "check" for the checker, stay. R rows of T tokens, n of which are trained on.
 """
 
-import itertools
 import json
 from dataclasses import dataclass
 
@@ -14,31 +13,40 @@ import torch
 import torch.nn.functional as F
 
 from nanollm.batches import Rows, pack
-from nanollm.formats import as_chat, as_prompt, read_jsonl, write_jsonl
+from nanollm.formats import (
+    as_chat,
+    as_dialogue,
+    as_prompt,
+    need_usable,
+    plain_text,
+    read_usable,
+    shape_of,
+    usable,
+    write_jsonl,
+)
 from nanollm.generate import as_text, sample_together
 from nanollm.rewards import is_right
-from nanollm.rollouts import chat_prompt
+from nanollm.rollouts import chat_prompt, with_room
 from nanollm.runtime import clock
 
 # --- files ---------------------------------------------------------------------------------------
 
-OTHER_LAYOUTS = ("conversations", "instruction", "input", "output")  # ShareGPT's and Alpaca's keys
-
 
 def read_completions(path):
-    """Examples from dialogues, prompts or problems: where a dialogue ends with the assistant, its
-    last turn is the "completion". Raises UserError with file and line.
+    """Examples from dialogues, prompts or problems: where a dialogue ends with an answer that is
+    to be learnt, that is the "completion". Raises UserError with file and line.
     """
-    examples = []
-    for line, record in read_jsonl(path):
-        where = f"{path}, line {line}"
+
+    def as_example(record, where):
         example = as_prompt(record, where)
-        if {"messages", "conversations", "instruction"} & record.keys():
-            last = as_chat(record, where)["messages"][-1]
-            if last["role"] == "assistant":
-                example["completion"] = last["content"]
-        examples.append({k: v for k, v in example.items() if k not in OTHER_LAYOUTS})
-    return examples
+        if shape_of(record) and "chosen" not in record:
+            *_, last = as_dialogue(record, where)["messages"]
+            if last["role"] == "assistant" and "loss" not in last:
+                as_chat(record, where)  # is its answer one to learn?
+                example["completion"] = plain_text(last, where)
+        return example
+
+    return read_usable(path, as_example)
 
 
 def write_completions(examples, path):
@@ -60,11 +68,9 @@ def ask_teacher(
     """The examples with what the teacher writes, `samples` completions of each, without those that
     don't end, which are counted. Where an answer is known, "right" is what the checker says.
     """
-    begin, asked = clock(teacher.device), len(examples) * samples
-    room = teacher.cfg.max_position_embeddings
+    begin = clock(teacher.device)
+    examples = with_room(examples, lambda e: chat_prompt(e, tokenizer), teacher, 1, "prompts")
     prompts = [chat_prompt(example, tokenizer) for example in examples]
-    fits = [len(prompt) < room for prompt in prompts]
-    examples, prompts = (list(itertools.compress(each, fits)) for each in (examples, prompts))
     how = {"samples": samples, "temperature": temperature, "seed": seed}
     completions = sample_together(rt, teacher, tokenizer, prompts, max_new_tokens, **how)
     completed = []
@@ -72,7 +78,8 @@ def ask_teacher(
         example, text = examples[n // samples], as_text(tokenizer, ids)
         if ids[-1] in tokenizer.stop_ids:
             right = is_right(example, text) if "answer" in example else None
-            completed.append({**example, "completion": text, "right": right})
+            completed.append(example | {"completion": text, "right": right})
+    asked = len(examples) * samples
     rt.print(
         f"the teacher was asked {len(examples)} prompts in {clock(teacher.device) - begin:.0f} s; "
         f"{asked - len(completed)} of {asked} completions don't end within {max_new_tokens} tokens"
@@ -81,14 +88,16 @@ def ask_teacher(
 
 
 def filtered(examples, checked):
-    """(examples to learn from, a sentence that counts the others): no two of them are equal, and
-    with `checked` none is wrong.
+    """(examples to learn from, a sentence that counts the others): none is empty, no two of them
+    are equal, and with `checked` none is wrong.
     """
-    seen, kept, twice, wrong = set(), [], 0, 0
+    seen, kept, twice, wrong, empty = set(), [], 0, 0, 0
     for example in examples:
         key = json.dumps([example["messages"], example["completion"]])
         if checked and example.get("right") is False:
             wrong += 1
+        elif not example["completion"].strip():
+            empty += 1
         elif key in seen:
             twice += 1
         else:
@@ -97,7 +106,9 @@ def filtered(examples, checked):
     unchecked = sum(example.get("right") is None for example in kept)
     note = f", {unchecked} of them unchecked: no answer is known" if unchecked else ""
     return kept, (
-        f"{wrong} found wrong by the checker, {twice} equal to another, {len(kept)} kept{note}"
+        f"{wrong} found wrong by the checker, {twice} equal to another, "
+        + f"{empty} empty, " * bool(empty)
+        + f"{len(kept)} kept{note}"
     )
 
 
@@ -131,17 +142,15 @@ class LabelledRows(Rows):
         return values[:, 1:][self.mask[:, 1:]]
 
 
-def tokenize(examples, labelled, tokenizer, T):
+def tokenize(examples, labelled, tokenizer, T, name="examples"):
     """(prompt ids, completion ids, labelled) of the examples that have at most T tokens."""
-    tokenized = []
-    for example in examples:
-        prompt = chat_prompt(example, tokenizer)
-        turn = {"role": "assistant", "content": example["completion"]}
-        ids, mask = tokenizer.render([*example["messages"], turn])
-        last = len(mask) - mask[::-1].index(True)  # some layouts write a line end after the turn
-        if last <= T:
-            tokenized.append((prompt, ids[len(prompt) : last], labelled))
-    return tokenized
+
+    def ids_of(example, where):
+        prompt, ids = tokenizer.completion(example["messages"], example["completion"])
+        need_usable(len(prompt) + len(ids) <= T, where, f"longer than {T} tokens")
+        return prompt, ids, labelled
+
+    return usable(examples, ids_of, name, "raise --context, or lower --max_new_tokens")
 
 
 def rationale_mask(ids, tokenizer):

@@ -9,10 +9,11 @@ Run     python -m nanollm.evaluate runs/sft                      # the village's
         python -m nanollm.evaluate runs/vlm --data images --images none     # or shuffled: misled
         python -m nanollm.evaluate runs/ppo --data preferences --against runs/sft
         python -m nanollm.evaluate runs/sft --data preferences --reward_model runs/rm --best_of 4
-Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json. Examples are
+Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json; into a
+downloaded folder it writes nothing. Examples are
 JSONL, one per line: {"messages": [..., a user's turn], "answer": "...", "check": "contains" |
-"exact" | "number" | "unknown", "task": "..."}, or {"prompt", "answer"}, or GSM8K's, with an
-"image" where the question is about one; see data/README.md.
+"exact" | "number" | "choice" | "unknown", "task": "..."}, or {"prompt", "answer"}, or GSM8K's,
+MMLU's or ARC's, with an "image" where the question is about one; see data/README.md.
 Completions are greedy unless --temperature says else; with --samples it speaks of the sampled ones.
 """
 
@@ -24,22 +25,21 @@ from typing import Literal
 
 import torch
 
-from data import village
+from data.village import examples as village
 from data.village.preferences import gold_of
 from nanollm.batches import Windows, text_shards
 from nanollm.config import NotNegative, UserError, Whole, atomic_write, cli
-from nanollm.formats import read_examples, read_jsonl, read_prompts
+from nanollm.formats import read_examples, read_prompts, read_records
 from nanollm.hub import load_model
+from nanollm.logprobs import bits_per_byte, token_lengths
 from nanollm.metrics import (
     LONGEST_COMPLETION,
     accuracy_by_task,
     accuracy_table,
-    bits_per_byte,
     first_of_each_task,
     question_of,
     sampled_metrics,
     table,
-    token_lengths,
 )
 from nanollm.preferences import judge, load_scorer, win_rate
 from nanollm.rewards import is_right
@@ -67,7 +67,8 @@ class Config:
     # with a reward model: keep the best of so many completions (rejection sampling)
     best_of: Whole[1] = 1
     against: str | None = None  # with preferences: the model to compare with
-    # JSON file to write; default: evaluation.json in the folder of the adapter or the model
+    # JSON file to write; default: evaluation.json in the run folder of the adapter or the model; a
+    # downloaded folder stays as it is
     out: str | None = None
     limit: Whole[0] = 0  # examples per task; 0: all
     max_new_tokens: Whole[1] = LONGEST_COMPLETION  # longest completion
@@ -116,7 +117,7 @@ def load_examples(cfg, model):
     """Test examples as --data and --limit say."""
     if cfg.data == "village":
         folder = village.of_run(cfg.model)
-        examples = [example for _, example in read_jsonl(folder / "cloze.jsonl")]
+        examples = read_records(folder / "cloze.jsonl")
         examples += read_examples(folder / "sft_test.jsonl")
     elif cfg.data in ("images", "combos", "counting"):
         from data.village import images
@@ -211,10 +212,18 @@ def main(cfg):
     preferences = cfg.data == "preferences"
     measure = evaluate_preferences if preferences else evaluate_answers
     result = {"model": cfg.model, "adapter": cfg.adapter} | measure(cfg, rt, model, tokenizer)
-    name = "preferences.json" if preferences else "evaluation.json"
-    out = Path(cfg.out or Path(cfg.adapter or cfg.model) / name)
-    atomic_write(out, json.dumps(result, indent=2) + "\n")
-    print(f"written to {out}")
+    name, folder = (
+        "preferences.json" if preferences else "evaluation.json",
+        cfg.adapter or cfg.model,
+    )
+    if cfg.out or (Path(folder) / "train_config.json").exists():
+        out = Path(cfg.out or Path(folder) / name)
+        atomic_write(out, json.dumps(result, indent=2) + "\n")
+        print(f"written to {out}")
+    else:
+        print(
+            f"{folder} is no run folder, so nothing is written to it; --out FILE keeps the result"
+        )
     rt.close()
 
 

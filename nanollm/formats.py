@@ -1,20 +1,39 @@
 """Reading files: text, JSONL, corpora, dialogues, preferences, prompts and images, strictly.
 
-data/README.md documents the formats. What isn't of its format raises UserError with file and line.
+data/README.md documents the formats. Two things may be wrong with a record, in every reader alike:
+
+    UserError   it isn't of the format: reading stops, with file and line
+    Unusable    it is, but nothing can be learnt from it: it is dropped, counted, and named
 """
 
+import csv
+import gzip
+import io
 import json
 import re
 import sys
+import zlib
 from pathlib import Path
 
-from nanollm.config import UserError, atomic_write
+from nanollm.config import UserError, atomic_write, say
+from nanollm.rewards import LETTERS, as_number
 
 DEFAULT_VAL_FRACTION = 0.1
 IMAGE = "<image>"
-CHECKS = ("contains", "exact", "number", "unknown")  # how an answer is compared: rewards.py
+CHECKS = ("contains", "exact", "number", "choice", "unknown")  # how: rewards.py
 ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}  # elsewhere
+ROLE_NAMES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
+DOCUMENT_END = "<|endoftext|>"  # between the texts of a .txt, alone on its line
+# what is no text begins with: what unpacks or converts it
+PACKED = {
+    b"PAR1": "python -c \"import pandas; pandas.read_parquet('{0}').to_json('data.jsonl', "
+    "orient='records', lines=True, force_ascii=False)\"",
+    b"\x28\xb5\x2f\xfd": "zstd -d {0}",
+    b"PK\x03\x04": "unzip {0}",
+    b"\xfd7zXZ": "xz -dk {0}",
+    b"BZh": "bzip2 -dk {0}",
+}
 
 
 def need(fine, where, message):
@@ -23,40 +42,174 @@ def need(fine, where, message):
         raise UserError(f"{where}: {message}")
 
 
-# --- text and JSON -------------------------------------------------------------------------------
+# --- the policy for records ----------------------------------------------------------------------
+
+
+class Unusable(UserError):
+    """A well-formed record that nothing can be learnt from; `reason` says why."""
+
+    def __init__(self, where, reason):
+        super().__init__(f"{where}: {reason}")
+        self.reason = reason
+
+
+def need_usable(fine, where, reason):
+    """As `need`, of what a good file may hold: it is dropped, not refused."""
+    if not fine:
+        raise Unusable(where, reason)
+
+
+class Record(dict):
+    """A record that knows where it stands, its file and line; as a dict it is like any other."""
+
+    def __init__(self, values, where):
+        super().__init__(values)
+        self.where = where
+
+    def __or__(self, other):
+        return Record({**self, **other}, self.where)
+
+
+def place_of(record):
+    """Where a record stands; of one that no file holds, how its last message begins."""
+    messages = record.get("messages") or [{}]
+    return getattr(record, "where", None) or f"{messages[-1].get('content')!r:.40}"
+
+
+def usable(records, use, name, advice="mend or drop them"):
+    """[use(record, its place) for each record], without those for which that raises Unusable. They
+    are counted by reason, the first three of each named; UserError where they are most.
+    """
+    used, dropped = [], {}
+    for record in records:
+        where = place_of(record)
+        try:
+            used.append(use(record, where))
+        except Unusable as e:
+            dropped.setdefault(e.reason, []).append(where.removeprefix(f"{name}, "))
+        except UserError as e:  # the tokenizer's knows no place
+            raise UserError(str(e) if where in str(e) else f"{where}: {e}") from None
+    if dropped:
+        reasons = (
+            f"{reason} ({len(places):,}: {', '.join(places[:3])}{', ...' * (len(places) > 3)})"
+            for reason, places in dropped.items()
+        )
+        count, said = sum(map(len, dropped.values())), "; ".join(reasons)
+        said = f"{name}: {count:,} of {len(records):,} records can't be used: {said}"
+        need(count <= len(used), said, advice)
+        say(f"{said}; dropped")
+    return used
+
+
+# --- text and records ----------------------------------------------------------------------------
 
 
 def read_text(path):
-    """A UTF-8 text file as str; missing, empty or other encodings raise UserError."""
+    """A UTF-8 text file as str, unpacked where it is gzip; missing, empty or other files raise
+    UserError.
+    """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a directory; name a file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist") from None
+    except (EOFError, OSError, zlib.error) as e:
+        raise UserError(f"{path} is a damaged gzip file ({e}); fetch it anew") from None
+    for magic, command in PACKED.items():
+        if data.startswith(magic):
+            raise UserError(f"{path} is no text file; convert it first: {command.format(path)}")
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start})") from None
+    if "\0" in text:
+        raise UserError(f"{path} is not text: it holds the byte 0")
     if not text.strip():
         raise UserError(f"{path} is empty")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_jsonl(path):
-    """[(number, record), ...] of a JSONL file's lines, or of one JSON array."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        numbered = list(enumerate(_parse(text, path), 1))
-    else:
-        lines = enumerate(text.split("\n"), 1)
-        numbered = [(number, _parse(line, path, number)) for number, line in lines if line.strip()]
+def ending(path):
+    """The ending of a file's name in small letters, that of .gz aside."""
+    return Path(Path(path).name.lower().removesuffix(".gz")).suffix
+
+
+def read_records(path, text=None):
+    """The records of a file, or of its `text`: objects of JSON (one per line, one array, or printed
+    over several lines), or the lines of a .csv or .tsv, whose first one names their keys.
+    """
+    text, records = read_text(path) if text is None else text, []
+    table = ending(path) in (".csv", ".tsv") and text.lstrip()[0] not in "[{"
     halves = re.search(r"\\u[dD][89a-fA-F]", text)  # of characters that JSON writes as two
-    for number, record in numbered:
-        where, kind = f"{path}, line {number}", type(record).__name__
-        need(isinstance(record, dict), where, f"a record must be a JSON object, not {kind}")
-        lone = halves and re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False))
+    for place, value in (_rows_of_table if table else _json_values)(text, path):
+        where, kind = f"{path}, {place}", type(value).__name__
+        need(isinstance(value, dict), where, f"a record must be a JSON object, not {kind}")
+        lone = halves and re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False))
         need(not lone, where, "half of a surrogate pair is no character")
-    return numbered
+        records.append(Record(value, where))
+    need(records, path, "there is no record in it")
+    return records
+
+
+def _json_values(text, path):
+    """(place, value) of each of the values that a text of JSON holds."""
+    if text.lstrip().startswith("["):
+        return [(f"record {n}", value) for n, value in enumerate(_parse(text, path), 1)]
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if len(lines) == 1 or any(line[0] == "{" and _is_json(line) for _, line in lines):
+        return [(f"line {n}", _parse(line, path, n)) for n, line in lines]
+    values, decode, line, end = [], json.JSONDecoder().raw_decode, 1, 0  # over several lines
+    while begin := re.compile(r"\S").search(text, end):
+        line, at = line + text.count("\n", end, begin.start()), begin.start()
+        value, end = _parse(text, path, decode=lambda text, at=at: decode(text, at))
+        values.append((f"line {line}", value))
+        line += text.count("\n", at, end)
+    return values
+
+
+def _parse(text, path, line=None, decode=json.loads):
+    """The value of a JSON text. Without `line`, a mistake is at the line that the parser names."""
+    try:
+        return decode(text)
+    except (ValueError, RecursionError) as e:
+        line = line or getattr(e, "lineno", "?")
+        raise UserError(f"{path}, line {line}: broken JSON ({getattr(e, 'msg', e)})") from None
+
+
+def _is_json(text):
+    try:
+        return bool(json.loads(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _rows_of_table(text, path):
+    """(place, {column: cell}) of the lines of a .csv or .tsv file behind the first; a cell that is
+    quoted may go over several lines.
+    """
+    csv.field_size_limit(2**31 - 1)
+    delimiter, begin, columns = "\t" if ending(path) == ".tsv" else ",", 1, None
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for cells in lines:
+            where, begin = f"line {begin}", lines.line_num + 1
+            if cells and columns is None:
+                columns = choice_columns(cells)
+                if columns is None:
+                    columns = [cell.strip() for cell in cells]
+                    named = all(columns) and len({*columns}) == len(columns)
+                    why = "the first line must name the columns, each once"
+                    need(named, f"{path}, {where}", why)
+                    continue
+            if cells:
+                said = f"{len(cells)} cells, but {len(columns)} columns"
+                need(len(cells) == len(columns), f"{path}, {where}", said)
+                yield where, dict(zip(columns, cells))
+    except csv.Error as e:
+        raise UserError(f"{path}, line {begin}: a broken table ({e})") from None
 
 
 def write_jsonl(path, records):
@@ -65,26 +218,21 @@ def write_jsonl(path, records):
     atomic_write(path, "".join(lines))
 
 
-def _parse(text, path, line=None):
-    """The value of a JSON text. Without `line`, a mistake is at the line that the parser names."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        line = line or getattr(e, "lineno", "?")
-        raise UserError(f"{path}, line {line}: broken JSON ({getattr(e, 'msg', e)})") from None
-
-
-def placed(path):
-    """(record, where it stands) of each record of a file."""
-    return [(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+def read_usable(path, convert):
+    """Records: what convert(record, its place) makes of each of a file, where it is usable."""
+    return usable(read_records(path), lambda r, where: Record(convert(r, where), where), path)
 
 
 def identity(path):
-    """What tells one version of a file from another: its place, size and time of change."""
-    if not Path(path).exists():
+    """What tells one version of a file from another, or of a folder: the place, size and time of
+    change of each file.
+    """
+    path = Path(path)
+    if not path.exists():
         raise UserError(f"{path} does not exist")
-    stat = Path(path).stat()
-    return [Path(path).resolve(), stat.st_size, stat.st_mtime_ns]
+    files = texts_in(path) if path.is_dir() else [path]
+    stats = [(file.resolve(), file.stat()) for file in files]
+    return [x for file, stat in stats for x in (file, stat.st_size, stat.st_mtime_ns)]
 
 
 def split_documents(documents, part, fraction=DEFAULT_VAL_FRACTION):
@@ -96,60 +244,212 @@ def split_documents(documents, part, fraction=DEFAULT_VAL_FRACTION):
     return [kept] if alone else kept
 
 
-def read_parts(read, path, val_path=None, val_fraction=DEFAULT_VAL_FRACTION):
-    """[training, held-out] records of a file; the latter are in another file, or its last part."""
-    records = read(path)
+def read_parts(read, path, val_path=None, val_fraction=DEFAULT_VAL_FRACTION, most=None):
+    """[training, held-out] records of a file, of its first `most`; the latter are in another file,
+    or its last part. UserError where one of them would be empty.
+    """
+    records = read(path)[:most]
     if val_path:
         return [records, read(val_path)]
-    return [split_documents(records, part, val_fraction) for part in ("train", "val")]
+    parts = [split_documents(records, part, val_fraction) for part in ("train", "val")]
+    few = f"{len(records)} records leave none to train on, or none to hold out; more are needed"
+    need(all(parts), path, few)
+    return parts
 
 
 # --- corpora and dialogues -----------------------------------------------------------------------
 
 
+def texts_in(folder):
+    """The .txt files in a folder and below it, in the order of their names."""
+    return sorted(file for file in Path(folder).rglob("*") if ending(file) == ".txt")
+
+
 def read_documents(path):
-    """Documents of a corpus: all of a .txt file, or the "text" of each record of a .jsonl file."""
-    if Path(path).suffix not in (".jsonl", ".json"):
-        return [read_text(path)]
-    records = placed(path)
-    for record, where in records:
-        wanted = 'a corpus record needs a "text", as in {"text": "Once upon..."}'
-        need(isinstance(record.get("text"), str), where, wanted)
-    return [record["text"] for record, _ in records]
+    """Documents of a corpus: the "text" of each record, or a whole text file; where lines say
+    <|endoftext|> and nothing else, what stands between these. Of a folder: its .txt files.
+    """
+    if Path(path).is_dir():
+        files = texts_in(path)
+        need(files, path, "this directory has neither .txt files nor token shards (meta.json)")
+        return [text for file in files for text in read_documents(file)]
+    text = read_text(path)
+    tabular = ending(path) in (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".jsonlines")
+    if tabular or re.match(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:', text):
+        return usable(read_records(path, text), _document, path)
+    parts = re.split(rf"\n[ \t]*{re.escape(DOCUMENT_END)}[ \t]*(?=\n|$)", "\n" + text)
+    return [part.strip() for part in parts if part.strip()] if len(parts) > 1 else [text]
+
+
+def _document(record, where):
+    wanted = 'a corpus record needs a "text", as in {"text": "Once upon..."}'
+    need(isinstance(record.get("text"), str), where, wanted)
+    need_usable(record["text"].strip(), where, "the text is empty")
+    return record["text"]
 
 
 def read_chats(path):
-    """Dialogues as dicts with "messages", those of ShareGPT and Alpaca too; other keys are kept."""
-    return [as_chat(record, where) for record, where in placed(path)]
+    """Dialogues as dicts with "messages", those of ShareGPT, Alpaca and pairs of prompt and
+    completion, too; other keys are kept. What has no answer to learn is dropped.
+    """
+    return read_usable(path, as_text_chat)
+
+
+def as_text_chat(record, where):
+    """One record in the form of read_chats; images are refused, as nobody would look at them."""
+    need(not shown(record), where, "its image would be ignored; train_vlm.py looks at images")
+    return as_chat(record, where)
+
+
+def shown(record):
+    """The images that a record names, by either key."""
+    return record.get("image") or record.get("images") or []
 
 
 def as_chat(record, where):
-    """One record in the form of read_chats, or a UserError that begins with `where`."""
-    messages = record.get("messages")
-    if "conversations" in record:  # ShareGPT
-        turns = record["conversations"]
-        listed = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-        need(listed, where, '"conversations" must be a list of {"from", "value"}')
-        messages = []
-        for turn in turns:  # a turn keeps its other keys: "loss" says what is trained on
-            kept = {key: value for key, value in turn.items() if key not in ("from", "value")}
-            role = SHAREGPT_ROLES.get(str(turn.get("from")), turn.get("from"))
-            messages.append({"role": role, "content": turn.get("value"), **kept})
-    elif "instruction" in record:  # Alpaca
-        asked = [str(record[key]) for key in ("instruction", "input") if record.get(key)]
-        messages = [
-            {"role": "user", "content": "\n\n".join(asked)},
-            {"role": "assistant", "content": record.get("output")},
-        ]
-    wanted = 'a chat record needs "messages", a list of {"role", "content"}'
-    need(isinstance(messages, list) and messages, where, wanted)
-    for i, message in enumerate(messages):
-        need(isinstance(message, dict) and "role" in message, where, f'message {i} has no "role"')
-        role, known, content = message["role"], ", ".join(ROLES), message.get("content")
-        unknown = f"message {i} has the unknown role {role!r:.40}; roles are {known}"
-        need(role in ROLES, where, unknown)
-        need(isinstance(content, str), where, f'message {i} has no text in "content"')
-    return {**record, "messages": messages}
+    """One record as {"messages", other keys}, with answers to learn; errors begin with `where`."""
+    need(shape_of(record) != "prompt" or "completion" in record, where, CHAT_WANTED)
+    chat = as_dialogue(record, where)
+    answers = [m for m in chat["messages"] if m["role"] == "assistant"]
+    need_usable(answers, where, "no answer")
+    trained = [m for m in answers if "loss" not in m] if trained_on(record, where) else []
+    need_usable(trained, where, "no answer that is trained on")
+    said = (m["content"].strip() or m.keys() & {"tool_calls", "reasoning_content"} for m in trained)
+    need_usable(all(said), where, "an answer is empty")
+    wanted = label_of(record, where) if {"completion", "label"} <= record.keys() else True
+    need_usable(wanted, where, "its label says that it isn't wanted")
+    return chat
+
+
+def shape_of(record):
+    """The key that holds a record's dialogue, or its question; None where it has neither."""
+    alpaca = bool(record.keys() & {"output", "response"})  # some have a "prompt" made of it, too
+    last = ("instruction", "prompt") if alpaca else ("prompt", "instruction")
+    return next((key for key in ("messages", "conversations", *last) if key in record), None)
+
+
+# The keys of dialogues: their shapes (Alpaca's, Dolly's), and what may stand beside each shape.
+CONTEXT = ("system", "system_prompt", "history")
+ANSWERS = ("output", "response", "completion")
+SIDES = {
+    "instruction": ("instruction", "input", "context", "output", "response"),
+    "prompt": ("prompt", "completion"),
+}
+CHAT_WANTED = 'a chat record needs "messages", a list of {"role", "content"}'
+PROMPT_WANTED = 'a "prompt" (text) or "messages" are wanted'
+
+
+def as_dialogue(record, where, wanted=CHAT_WANTED):
+    """One record as {"messages", other keys}, whichever its shape; the messages may end with an
+    answer, or a question.
+    """
+    key = shape_of(record)
+    turns = record.get(key)
+    if key == "instruction":
+        asked = [turns, record.get("input", record.get("context"))]
+        turns = as_turns("\n\n".join(str(text) for text in asked if text), "user")
+    elif key == "prompt":
+        turns = as_turns(turns, "user")
+    if answer := [k for k in ANSWERS if k in record and k in SIDES.get(key, ())]:
+        turns = turns + as_turns(record[answer[0]], "assistant")
+    need(isinstance(turns, list) and turns, where, wanted)
+    messages = [as_message(turn, i, where, shown(record)) for i, turn in enumerate(turns)]
+    used = (*SIDES.get(key, (key,)), *CONTEXT)
+    kept = {k: v for k, v in record.items() if k not in used}
+    return {**kept, "messages": in_context(messages, record, where)}
+
+
+def as_turns(said, role):
+    """A list of turns as it is, and any other value as one turn of this role."""
+    return said if isinstance(said, list) else [{"role": role, "content": said}]
+
+
+def in_context(messages, record, where):
+    """The messages behind the system prompt and the earlier turns that stand beside them."""
+    tools = record.get("tools") or record.get("functions")
+    need(not tools, where, 'the model would not see the "tools"; describe them in a system message')
+    system = record.get("system") or record.get("system_prompt") or ""
+    need(isinstance(system, str), where, '"system" must be text')
+    own = messages[:1] if messages[0]["role"] == "system" else []
+    same = not system or not own or own[0]["content"] == system
+    need(same, where, '"system" and the first message are different system prompts')
+    first = own or [{"role": "system", "content": system}] * bool(system)
+    turns, history = [], record.get("history") or []
+    pairs = isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history)
+    need(pairs, where, '"history" must be a list of [question, answer]')
+    for asked, answer in history:
+        turns += as_turns(asked, "user") + as_turns(answer, "assistant")
+    turns = [as_message(turn, f"{i} of the history", where) for i, turn in enumerate(turns)]
+    return [*first, *turns, *messages[len(own) :]]
+
+
+# Keys of a message that as_message reads, and keys that would be lost.
+LOSS_KEYS = ("loss", "train", "training", "weight")  # of axolotl, OpenAI and others
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+READ = ("from", "value", "role", "content", "tool_calls", "function_call", *LOSS_KEYS, *THOUGHTS)
+LOST = ("image", "images", "audio", "video", "refusal")
+
+
+def as_message(turn, i, where, shows=False):
+    """A turn as {"role", "content"} and, where it has them, "loss": False, "reasoning_content" and
+    "tool_calls"; other keys are kept. `shows`: may it hold images?
+    """
+    named = isinstance(turn, dict) and ("role" in turn or "from" in turn)
+    need(named, where, f'message {i} has no "role"')
+    role, known = turn.get("role", turn.get("from")), ", ".join(ROLES)
+    role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
+    need(role in ROLES, where, f"message {i} has the unknown role {role!r:.40}; roles are {known}")
+    message = {"role": role, "content": turn.get("content", turn.get("value"))}
+    message |= {key: value for key, value in turn.items() if key not in READ}
+    if lost := [key for key in LOST if turn.get(key)]:
+        raise UserError(f'{where}: message {i} has "{lost[0]}", which would be ignored')
+    if not trained_on(turn, where, role == "assistant"):
+        message["loss"] = False
+    thoughts = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
+    calls = turn.get("tool_calls") or []
+    if turn.get("function_call"):  # OpenAI's older form
+        calls = [{"type": "function", "function": turn["function_call"]}]
+    own = role == "assistant" or not (thoughts or calls)
+    need(own, where, f"message {i}: only the assistant thinks, and calls tools")
+    if thoughts:
+        need(isinstance(thoughts, str), where, f"message {i}: its thoughts must be text")
+        message["reasoning_content"] = thoughts
+    if calls:  # of which the tokenizer knows more
+        need(isinstance(calls, list), where, f'message {i}: "tool_calls" must be a list')
+        message |= {"tool_calls": calls, "content": message["content"] or ""}
+    if isinstance(message["content"], list):
+        parts = [_text_of_part(part, i, where, shows) for part in message["content"]]
+        message["content"] = "".join(parts)
+    need(isinstance(message["content"], str), where, f'message {i} has no text in "content"')
+    return message
+
+
+def _text_of_part(part, i, where, shows):
+    """The text of one of a content's parts, of OpenAI's kinds; an image is its marker."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return part["text"]
+    image = kind in ("image", "image_url", "input_image")
+    need(not image or shows, where, f'message {i} shows an image, but the record names no "image"')
+    need(image, where, f"message {i} has a part that is neither text nor an image: {part!r:.40}")
+    return IMAGE
+
+
+def _flag(value):
+    """True or False of what says yes or no; None of anything else."""
+    said = value.strip().lower() if isinstance(value, str) else value
+    known = {True: (1, "true", "1", "yes"), False: (0, "false", "0", "no")}
+    return next((flag for flag, words in known.items() if said in words), None)
+
+
+def trained_on(turn, where, answers=True):
+    """What "loss", "train" or "weight" say of a turn: is it learnt? Only answers ever are."""
+    flags = {key: _flag(turn[key]) for key in LOSS_KEYS if turn.get(key) is not None}
+    for key, flag in flags.items():
+        need(flag is not None, where, f'"{key}" must be true or false, not {turn[key]!r:.40}')
+        alone = f"\"{key}\" is true of a message that the assistant doesn't write: it isn't learnt"
+        need(answers or not flag, where, alone)
+    return all(flags.values())
 
 
 # --- preferences ---------------------------------------------------------------------------------
@@ -157,39 +457,50 @@ def as_chat(record, where):
 
 def read_preferences(path):
     """Rankings as dicts with "messages" (the prompt), "completions" (two or more texts, the best
-    first) and "margin" (a float, or None); other keys are kept. Reads pairs, rankings and HH-RLHF.
+    first) and "margin" (a float, or None); other keys are kept. Reads pairs, rankings, HH-RLHF and
+    UltraFeedback; of KTO's records, with one completion, "label" says whether it is wanted.
     """
-    return [as_ranking(record, where) for record, where in placed(path)]
+    return read_usable(path, as_ranking)
 
 
 def as_ranking(record, where):
-    """One record in the form of read_preferences, or a UserError that begins with `where`."""
-    completions = record.get("ranking", [record.get(key) for key in ("chosen", "rejected")])
-    there = "ranking" in record or "chosen" in record and "rejected" in record
+    """One record in the form of read_preferences, or an error that begins with `where`."""
+    need(not shown(record), where, "its image would be ignored; preferences are of text alone")
+    need_usable(trained_on(record, where), where, "it is marked as not trained on")
+    keys = ("completion",) if {"completion", "label"} <= record.keys() else ("chosen", "rejected")
+    completions = record.get("ranking", [record.get(key) for key in keys])
+    there = "ranking" in record or record.keys() >= {*keys}
     wanted = 'a preference record needs "chosen" and "rejected", or a "ranking", a list'
     need(there and isinstance(completions, list), where, wanted)
-    if record.keys() & {"ranking", "prompt", "messages"}:
+    label = {"label": label_of(record, where)} if keys == ("completion",) else {}
+    whole = all(isinstance(c, list) and c[1:] for c in completions)
+    if "ranking" in record or shape_of(record) and not whole:
         messages = _prompt_of(record, where)
         completions = [_completion_of(completion, where) for completion in completions]
     else:
-        messages, completions = _shared_prompt(completions, where)
+        messages, completions = _shared_prompt(completions, record, where)
     texts = [each.strip() for each in completions if isinstance(each, str)]
     need(len(texts) == len(completions), where, "every completion must be text")
-    need(len(texts) > 1, where, f"a ranking needs two completions or more, not {len(texts)}")
-    need(all(texts), where, "a completion is empty")
-    equal = len(set(texts)) < len(texts)
-    need(not equal, where, "two completions are equal, so that none is preferred; drop the record")
+    need_usable(all(texts), where, "a completion is empty")
+    few = f"a ranking needs two completions or more, not {len(texts)}"
+    need_usable(len(texts) > 1 or label, where, few)
+    need_usable(len(set(texts)) == len(texts), where, "two completions are equal")
     for key in ("ratings", "gold"):
         values = record.get(key)
         listed = isinstance(values, list) and len(values) == len(completions)
         fine = values is None or listed and all(map(_is_number, values))
         need(fine, where, f'"{key}" must hold a number for each completion')
     margin = record.get("margin")
+    scores = [record.get(key) for key in ("score_chosen", "score_rejected")]  # UltraFeedback's
+    if margin is None and all(map(_is_number, scores)):
+        margin = max(0, scores[0] - scores[1])
     fine = margin is None or _is_number(margin) and margin >= 0
     need(fine, where, f'"margin" must be a number of at least 0, not {margin!r:.40}')
-    kept = {k: v for k, v in record.items() if k not in ("prompt", "chosen", "rejected", "ranking")}
+    used = ("chosen", "rejected", "ranking", "conversations", *CONTEXT)
+    used += SIDES["instruction"] + SIDES["prompt"]
+    kept = {k: v for k, v in record.items() if k not in used}
     margin = None if margin is None else float(margin)
-    return {**kept, "messages": messages, "completions": completions, "margin": margin}
+    return {**kept, **label, "messages": messages, "completions": completions, "margin": margin}
 
 
 def _is_number(value):
@@ -197,44 +508,70 @@ def _is_number(value):
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
+def label_of(record, where):
+    """KTO's label: is this completion wanted?"""
+    flag = _flag(record["label"])
+    need(flag is not None, where, f'"label" must be true or false, not {record["label"]!r:.40}')
+    return flag
+
+
 def _prompt_of(record, where):
     """The messages before the completion, checked."""
-    turns = record.get("messages", record.get("prompt"))
-    if isinstance(turns, str) and "messages" not in record:
-        turns = [{"role": "user", "content": turns}]
-    there = "messages" in record or isinstance(turns, list)
-    need(there, where, 'a "prompt" (text) or "messages" are wanted')
-    messages = turns and as_chat({"messages": turns}, where)["messages"]
-    need(messages and messages[-1]["content"].strip(), where, "the prompt is empty")
-    open_end = messages[-1]["role"] != "assistant"
-    need(open_end, where, "the prompt ends with an answer; the completions are to follow it")
+    record = {k: v for k, v in record.items() if k not in ANSWERS}
+    messages = as_dialogue(record, where, PROMPT_WANTED)["messages"]
+    _check_prompt(messages, where)
     return messages
 
 
+def _check_prompt(messages, where):
+    need_usable(messages and messages[-1]["content"].strip(), where, "the prompt is empty")
+    open_end = messages[-1]["role"] != "assistant"
+    need(open_end, where, "the prompt ends with an answer; the completions are to follow it")
+
+
 def _completion_of(completion, where):
-    """The text of a completion, which may also be a list with one message (TRL's datasets)."""
-    if not isinstance(completion, list):
+    """The text of a completion, which may also be a message or a list of one (TRL's datasets)."""
+    turns = [completion] if isinstance(completion, dict) else completion
+    if not isinstance(turns, list):
         return completion
-    turn = completion[0] if len(completion) == 1 and isinstance(completion[0], dict) else {}
     wanted = "beside a prompt a completion must be text, or one message of the assistant"
-    need(turn.get("role") == "assistant", where, wanted)
-    return turn.get("content")
+    need(len(turns) == 1, where, wanted)
+    turn = as_message(turns[0], 0, where)
+    need(turn["role"] == "assistant", where, wanted)
+    return plain_text(turn, where)
 
 
-def _shared_prompt(pair, where):
-    """(prompt, two completions) of two whole dialogues that differ in their last answer."""
+def plain_text(message, where):
+    """The content of an answer that is to be text alone."""
+    more = message.keys() & {"tool_calls", "reasoning_content", "loss"}
+    need(not more, where, f"a completion must be text alone, without {', '.join(sorted(more))}")
+    return message["content"]
+
+
+def _shared_prompt(pair, record, where):
+    """(prompt, two completions) of two whole dialogues that differ in their last answer. A prompt
+    that stands beside them, too, is said by them.
+    """
     if all(isinstance(text, str) for text in pair):
         dialogues = [_hh_turns(text, where) for text in pair]
     else:
-        both = all(isinstance(turns, list) for turns in pair)
+        both = all(isinstance(turns, list) and turns for turns in pair)
         need(both, where, '"chosen" and "rejected" must both be text, or both messages')
-        dialogues = [as_chat({"messages": turns}, where)["messages"] for turns in pair]
+        dialogues = pair
+    dialogues = [[as_message(turn, i, where) for i, turn in enumerate(d)] for d in dialogues]
     answered = all(turns[-1]["role"] == "assistant" for turns in dialogues)
-    need(answered, where, "a dialogue must end with the assistant's answer")
+    need_usable(answered, where, "a dialogue must end with the assistant's answer")
     shared = dialogues[0][:-1] == dialogues[1][:-1]
-    need(shared, where, "chosen and rejected answer different prompts")
-    messages = _prompt_of({"messages": dialogues[0][:-1]}, where)
-    return messages, [turns[-1]["content"] for turns in dialogues]
+    need_usable(shared, where, "chosen and rejected answer different prompts")
+    if shape_of(record):
+        said = as_dialogue({k: record[k] for k in record if k not in CONTEXT}, where)["messages"]
+        known = [turn["content"] for turn in dialogues[0]]
+        fine = all(turn["content"] in known for turn in said)
+        need(fine, where, "chosen and rejected don't answer the prompt that stands beside them")
+    messages = dialogues[0][:-1]
+    _check_prompt(messages, where)
+    completions = [plain_text(turns[-1], where) for turns in dialogues]
+    return in_context(messages, record, where), completions
 
 
 def _hh_turns(text, where):
@@ -252,45 +589,44 @@ def _hh_turns(text, where):
 
 def read_prompts(path, answered=False):
     """Prompts as dicts with "messages" that end before the assistant's turn; other keys are kept.
-    Those with an "image" have "images", too. With `answered` every one needs an "answer".
+    Those with an "image" have "images", too. With `answered` those without "answer" are dropped.
 
     Reads prompts, dialogues (their last answer is left out), preferences, and problems with an
     "answer", GSM8K's included; "check" says how that answer is compared.
     """
-    prompts = [(as_prompt(record, where), where) for record, where in placed(path)]
-    for prompt, where in prompts:
-        need("answer" in prompt or not answered, where, 'a test example needs an "answer"')
-        if "image" in prompt:
-            prompt |= with_images(prompt, Path(path).parent, where)
-    return [prompt for prompt, _ in prompts]
+
+    def prompt_of(record, where):
+        prompt = as_prompt(record, where)
+        need_usable("answer" in prompt or not answered, where, 'it needs an "answer"')
+        return with_images(prompt, Path(path).parent, where) if shown(prompt) else prompt
+
+    return read_usable(path, prompt_of)
 
 
 def read_examples(path):
     """Test examples: prompts with an "answer" and a "task", "all" where the file names none."""
-    return [{"task": "all", **example} for example in read_prompts(path, answered=True)]
+    return [example | {"task": example.get("task", "all")} for example in read_prompts(path, True)]
 
 
 def as_prompt(record, where):
-    """One record in the form of read_prompts, or a UserError that begins with `where`."""
+    """One record in the form of read_prompts, or an error that begins with `where`."""
+    record = as_choice(record, where)
     if "ranking" in record or "chosen" in record:
         record = as_ranking(record, where)
         record = {k: v for k, v in record.items() if k not in ("completions", "margin")}
-    elif "messages" not in record and "prompt" not in record:
-        if "question" in record:
-            record = _as_problem(record, where)
-        elif record.keys() & {"conversations", "instruction"}:  # ShareGPT, Alpaca
-            record = as_chat(record, where)
-    if "messages" in record:
-        messages = as_chat({"messages": record["messages"]}, where)["messages"]
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        record = {**record, "messages": messages}
-    kept = {k: v for k, v in record.items() if k != "prompt"}
-    prompt = {**kept, "messages": _prompt_of(record, where)}
+    elif shape_of(record) is None and "question" in record:  # here problems become prompts
+        record = _as_problem(record, where)
+    prompt = as_dialogue(record, where, PROMPT_WANTED)
+    while prompt["messages"] and prompt["messages"][-1]["role"] == "assistant":
+        prompt["messages"].pop()
+    _check_prompt(prompt["messages"], where)
     for key in ("task", "begins", "ends"):
         value = prompt.get(key, "")
         need(isinstance(value, str), where, f'"{key}" must be text, not {value!r:.40}')
-    return _with_check(prompt, where) if "answer" in prompt else prompt
+    answer = prompt.pop("answer", None)
+    if answer is None or isinstance(answer, str) and not answer.strip():
+        return prompt  # like any other
+    return _with_check(prompt | {"answer": answer}, where)
 
 
 def _as_problem(record, where):
@@ -302,24 +638,87 @@ def _as_problem(record, where):
 
 
 def _with_check(prompt, where):
-    """The prompt, its answer as text, a number without the commas of 1,000, and its "check"; all
-    that rewards.check_answer reads is checked.
+    """The prompt, its answer as text, a whole number as its digits, and its "check"; all that
+    rewards.check_answer reads is checked.
     """
     answer = str(prompt["answer"]) if _is_number(prompt["answer"]) else prompt["answer"]
     textual = isinstance(answer, str) and answer.strip()
     need(textual, where, 'an "answer" must be text or a number')
     answer = answer.strip()
-    number = re.fullmatch(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", answer, re.ASCII)
-    check = prompt.get("check", "number" if number else "contains")
+    value = as_number(answer)
+    default = "contains" if value is None else "number"
+    check = prompt.get("check", "choice" if "choices" in prompt else default)
     known = ", ".join(CHECKS)
     need(check in CHECKS, where, f"unknown check {check!r:.40}; checks are {known}")
     if check == "number":
-        need(number, where, f'the "answer" must be a number, not {answer!r:.40}')
-        answer = answer.replace(",", "")
+        need(value is not None, where, f'the "answer" must be a number, not {answer!r:.40}')
+        answer = str(value) if value.denominator == 1 else answer
+    if check == "choice":
+        choices = prompt.get("choices")
+        listed = isinstance(choices, list) and all(isinstance(each, str) for each in choices)
+        fine = listed and answer in [*LETTERS[: len(choices)]]
+        need(fine, where, 'the "answer" must be the letter of one of "choices", a list of texts')
     wrong = prompt.get("not", [])
     texts = isinstance(wrong, list) and all(isinstance(w, str) and w.strip() for w in wrong)
     need(texts, where, f'"not" must be a list of texts, not {wrong!r:.40}')
     return {**prompt, "answer": answer, "check": check}
+
+
+# --- multiple choice -----------------------------------------------------------------------------
+
+
+def as_choice(record, where):
+    """A question with choices as a prompt that lists them by letters, its "answer" the right one's
+    letter, its "check" "choice"; any other record as it is.
+
+    Reads {"question", "choices": [...], "answer": place from 0, letter or text} (MMLU; ScienceQA,
+    with a "hint"), MMLU's columns question, A, B, C, D, answer, and ARC's {"question": {"stem",
+    "choices": [{"text", "label"}]}, "answerKey"}, also flat, with {"text": [...], "label": [...]}.
+    """
+    asked = "question" if "question" in record or "check" in record else "prompt"
+    question, choices = record.get(asked), record.get("choices")
+    columns = [letter for letter in LETTERS if letter in record]
+    if isinstance(question, dict):
+        question, choices = question.get("stem"), question.get("choices")
+    elif columns and choices is None:
+        choices = [record[letter] for letter in columns]
+    if question is None or choices is None:
+        return record
+    labels, hint = [*LETTERS], record.get("hint") or ""
+    if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+        choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
+    if isinstance(choices, dict):
+        choices, labels = choices.get("text"), choices.get("label")
+    listed = isinstance(choices, list) and isinstance(labels, list)
+    listed = listed and 2 <= len(choices) <= min(len(LETTERS), len(labels))
+    fine = listed and all(isinstance(each, str) for each in (hint, question, *choices, *labels))
+    wanted = f'a "question" (text) and 2 to {len(LETTERS)} "choices", texts'
+    need(fine, where, f'{wanted} or {{"text", "label"}}, are wanted; a "hint" must be text')
+    shows = bool(record.get("image")) and IMAGE not in hint + question
+    lines = [IMAGE * shows, hint, question, *map("{}. {}".format, LETTERS, choices)]
+    prompt = "\n".join(filter(None, [*lines, "Answer with the letter of the right choice."]))
+    used = {asked, "choices", "hint", "answer", "answerKey", *columns}
+    problem = {key: value for key, value in record.items() if key not in used}
+    if isinstance(record.get("subject"), str):
+        problem = {"task": record["subject"]} | problem  # accuracy is shown by subject
+    problem |= {"prompt": prompt, "choices": choices, "check": "choice"}
+    answer = record.get("answerKey", record.get("answer"))
+    if answer in (None, ""):
+        return problem
+    answer, n = answer.strip() if isinstance(answer, str) else answer, len(choices)
+    names = [range(n)] if type(answer) is int else [labels[:n], choices]
+    places = [each.index(answer) for each in names if answer in each]
+    need(places, where, f"the answer {answer!r:.40} is none of the {n} choices")
+    return problem | {"answer": LETTERS[places[0]]}
+
+
+def choice_columns(cells):
+    """The columns of a table without a line that names them, as MMLU is published: a question, its
+    choices, the right one's letter. None of any other.
+    """
+    letters = [*LETTERS[: max(0, len(cells) - 2)]]
+    published = letters[1:] and cells[-1].strip() in letters
+    return ["question", *letters, "answer"] if published else None
 
 
 # --- images --------------------------------------------------------------------------------------
@@ -330,25 +729,26 @@ def read_image_chats(path):
     many as the <image> markers of its messages.
     """
     folder = Path(path).parent
-    return [with_images(as_chat(record, where), folder, where) for record, where in placed(path)]
+    return read_usable(path, lambda r, where: with_images(as_chat(r, where), folder, where))
 
 
 def read_captions(path):
     """Records {"image": path, "caption"} of a JSONL file; of a dialogue with one image the first
     answer counts as caption.
     """
-    captions = []
-    for record, where in placed(path):
+
+    def caption_of(record, where):
         caption = record.get("caption")
         if caption is None:
-            messages = as_chat(record, where)["messages"]
+            messages = as_dialogue(record, where)["messages"]
             caption = next((m["content"] for m in messages if m["role"] == "assistant"), None)
-        textual = isinstance(caption, str) and caption.strip()
-        need(textual, where, 'a "caption" is wanted, as text')
+        need(isinstance(caption, str), where, 'a "caption" is wanted, as text')
+        need_usable(caption.strip(), where, "the caption is empty")
         images = image_paths(record, Path(path).parent, where)
         need(len(images) == 1, where, f"a caption belongs to one image, not to {len(images)}")
-        captions.append({"image": images[0], "caption": caption})
-    return captions
+        return {"image": images[0], "caption": caption}
+
+    return read_usable(path, caption_of)
 
 
 def with_images(record, folder, where):
@@ -360,7 +760,7 @@ def with_images(record, folder, where):
 
 def image_paths(record, folder, where):
     """The paths that a record's "image" names, relative to the folder; each is a file."""
-    named = record.get("image") or []
+    named = shown(record)
     named = [named] if isinstance(named, str) else named
     listed = isinstance(named, list) and all(isinstance(name, str) for name in named)
     need(listed, where, f'"image" must be a file name or a list of them, not {named!r:.80}')

@@ -342,14 +342,14 @@ def sample_completions(
     """Continue N prompts (lists of ids) `samples` times each; n * samples + g is the list of ids of
     sample g of prompt n, its stop token included. Short prompts run beside short ones.
 
-    `noise` (N, samples, max_new_tokens) takes the place of the generator, as in `generate`.
+    `noise` (N, samples, max_new_tokens) takes the place of the generator's, as in `generate`.
     `images`: a tensor (n, 3, H, W) or None for each prompt, in a list or what is indexed like it.
     """
     model, G = model.merged(), samples
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions = [None] * len(prompts) * G
-    if noise is None and temperature > 0:  # for each prompt its own, in whatever batch it runs
-        noise = uniform((len(prompts), G, max_new_tokens), model.device, generator)
+    if noise is None and temperature > 0:
+        noise = noise_by_prompt(prompts, (G, max_new_tokens), model.device, generator)
     size = max(1, batch_size // G)  # prompts in a batch
     for numbers in (order[i : i + size] for i in range(0, len(order), size)):
         out = generate(
@@ -367,6 +367,19 @@ def sample_completions(
         for row, ids in enumerate(out.lists()):
             completions[numbers[row // G] * G + row % G] = ids
     return completions
+
+
+def noise_by_prompt(prompts, shape, device, generator=None):
+    """For each prompt uniform random numbers of this shape, (N, *shape), that depend on its ids and
+    on the generator alone: neither on its neighbours nor on the order. Equal prompts draw on.
+    """
+    on = "cpu" if generator is None else generator.device
+    seed, drawn, noise = torch.randint(2**62, (), generator=generator, device=on).item(), {}, []
+    for prompt in map(tuple, prompts):
+        if prompt not in drawn:
+            drawn[prompt] = torch.Generator().manual_seed(hash((seed, prompt)) % 2**63)
+        noise.append(torch.rand(shape, dtype=cdf_dtype(device), generator=drawn[prompt]))
+    return torch.stack(noise).to(device)
 
 
 def shared_noise(rt, shape, part, generator=None):

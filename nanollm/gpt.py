@@ -42,7 +42,7 @@ class GPTConfig:
     max_position_embeddings: int = 512  # the context: the longest T
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: dict | None = None  # Llama 3's stretching of RoPE, see rope_frequencies
+    rope_scaling: dict | None = None  # how RoPE is stretched: see rope_frequencies
     tie_word_embeddings: bool = True
     qk_norm: bool = True  # Qwen3's: RMSNorm on every query and key head
     attention_bias: bool = False  # Qwen2's: biases on q, k, v
@@ -61,24 +61,51 @@ class GPTConfig:
 def rope_frequencies(cfg):
     """Angle per position of each pair of channels, theta^(-2i/D) for i < D/2; returns (D/2,).
 
-    Su et al. 2021, section 3.2.2. With rope_type "llama3" long wavelengths are divided by `factor`,
-    short ones kept, and those between blended (Grattafiori et al. 2024, arXiv:2407.21783).
+    Su et al. 2021, section 3.2.2. For contexts longer than the L tokens of pretraining, frequencies
+    are divided by `factor`: with rope_type "linear" all of them (Chen et al. 2023,
+    arXiv:2306.15595), with "llama3" and "yarn" those of long wavelengths, while short ones stay and
+    those between are blended, over the turns in L tokens (Grattafiori et al. 2024, 2407.21783), or
+    over i (Peng et al. 2023, 2309.00071, section 3.2; as in the authors' code).
     """
-    pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.int64).float()
-    freqs = 1.0 / cfg.rope_theta ** (pairs / cfg.head_dim)
-    scaling = cfg.rope_scaling or {}
-    if scaling.get("rope_type", scaling.get("type")) == "llama3":
+    D, theta = cfg.head_dim, cfg.rope_theta
+    freqs = 1.0 / theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
+    scaling = cfg.rope_scaling or {"rope_type": "default"}
+    kind, L = scaling["rope_type"], scaling.get("original_max_position_embeddings")
+    if kind == "default":
+        return freqs
+    keep = torch.zeros(D // 2)  # 1: short wave, 0: long wave
+    if kind == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wave, 0: long wave
-        freqs = keep * freqs + (1 - keep) * freqs / scaling["factor"]
-    return freqs
+        keep = ((L * freqs / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    elif kind == "yarn":
+        turns = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+        # i of the pairs that make so many turns
+        first, last = (D * math.log(L / (2 * math.pi * n)) / (2 * math.log(theta)) for n in turns)
+        if scaling.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, D - 1)
+        keep = 1 - ((torch.arange(D // 2) - first) / (last - first or 0.001)).clamp(0, 1)
+    return keep * freqs + (1 - keep) * freqs / scaling["factor"]
+
+
+def yarn_scale(scaling):
+    """What YaRN multiplies queries and keys by, 0.1 ln(factor) + 1 (Peng et al. 2023, section 3.4),
+    or what the model's config says; 1 without YaRN.
+    """
+    if not scaling or scaling["rope_type"] != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    grown = 0.1 * math.log(max(scaling["factor"], 1))
+    above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")  # DeepSeek's
+    return (above * grown + 1) / (below * grown + 1) if above and below else grown + 1
 
 
 def rotation_table(cfg):
     """cos and sin of every position's angles, (S, D) each, laid out for `rotate`."""
     angles = torch.outer(torch.arange(cfg.max_position_embeddings).float(), rope_frequencies(cfg))
-    cos, sin = angles.cos(), angles.sin()
+    scale = yarn_scale(cfg.rope_scaling)
+    cos, sin = scale * angles.cos(), scale * angles.sin()
     return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 

@@ -1,8 +1,24 @@
 """The one place that opens whatever lies in a folder, and writes it back: a language model, a
 reward model, an adapter on either, or a vision-language model. What isn't there isn't imported.
+
+    python -m nanollm.hub export runs/sft --out model --dtype bf16      # without the run's files
+    python -m nanollm.hub export runs/lora --out model --merge          # base and adapter in one
+
+What was written is opened again and compared before it gets its name: ids, weights and logits.
+
+For llama.cpp run `convert_hf_to_gguf.py model` on the result. It wants architectures[0] to be one
+that it knows (ours are), tokenizer.json with ids below vocab_size, and of a byte-level BPE that it
+knows the ids of a test text: a downloaded model's tokenizer passes, one trained here does not, for
+llama.cpp would cut text in other places.
 """
 
+import sys
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from nanollm import safetensors
 from nanollm.checkpoint import (
@@ -16,7 +32,7 @@ from nanollm.checkpoint import (
     read_json,
     save_gpt,
 )
-from nanollm.config import UserError
+from nanollm.config import UserError, atomic_folder, cli
 from nanollm.gpt import ScalarGPT
 from nanollm.tokenizer import Tokenizer
 
@@ -88,3 +104,58 @@ def load_scalar(folder):
     model = ScalarGPT(language_model.cfg)
     model.model.load_state_dict(language_model.model.state_dict())
     return model, tokenizer
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TEXT = "The quick brown fox jumps over 12 lazy dogs;\n\tisn't it (x == 3.5)?"
+
+
+@dataclass
+class Config:
+    out: str = ""  # folder to write, a new one
+    merge: bool = False  # of an adapter: write the model that base and adapter make together
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # precision of the weights in the file
+
+
+def export(folder, cfg):
+    """Write the plain model folder cfg.out, once it was opened again and is what it should be."""
+    out = Path(cfg.out)
+    if out.exists():
+        raise UserError(f"--out {out} is there already; name a new folder")
+    if is_adapter(existing_folder(folder)) and not cfg.merge:
+        raise UserError(f"{folder} holds an adapter, which peft opens; add --merge for one model")
+    load = load_scalar if is_scalar(folder) else load_model
+    model, tokenizer = load(folder)
+    if model.adapter:
+        raise UserError(
+            f"{folder}: an adapter of kind {model.adapter} can't be merged; peft opens it"
+        )
+    ids = tokenizer.encode(TEXT)[: model.cfg.max_position_embeddings]
+    with torch.no_grad():
+        before = model(torch.tensor([ids]))
+        model.to(DTYPES[cfg.dtype])
+    with atomic_folder(out) as new:
+        save_model(model, tokenizer, new)
+        again, tokenizer_again = load(new)
+        with torch.no_grad():
+            error = float((again(torch.tensor([ids])) - before).norm() / before.norm())
+        stored = again.state_dict()
+        same = all(torch.equal(p.float(), stored[name]) for name, p in model.state_dict().items())
+        if not (same and tokenizer_again.encode(TEXT)[: len(ids)] == ids):
+            raise UserError(f"{folder}: what was written is not what was read; nothing is kept")
+        if not error <= 16 * torch.finfo(DTYPES[cfg.dtype]).eps:
+            raise UserError(f"{folder}: in {cfg.dtype} logits change by {error:.1%}; use fp32")
+    print(f"{out}: opened again; ids are equal, and logits within {error:.1e} (relative)")
+
+
+def main(words, cfg):
+    if len(words) != 2 or words[0] != "export" or not cfg.out:
+        raise UserError("write python -m nanollm.hub export RUN --out DIR [--merge] [--dtype bf16]")
+    export(words[1], cfg)
+
+
+if __name__ == "__main__":
+    words = list(takewhile(lambda word: not word.startswith("--"), sys.argv[1:]))
+    cli(lambda cfg: main(words, cfg), Config, argv=sys.argv[1 + len(words) :])

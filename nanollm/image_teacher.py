@@ -26,9 +26,10 @@ from typing import Literal
 import torch
 
 from data.village import images as village_images
-from data.village.image_examples import READER, TURNS, chat
 from data.village.image_questions import is_true, names_held_out, read, truth
+from data.village.images import READER, TURNS
 from data.village.scenes import Scene
+from data.village.tasks import chat
 from nanollm.config import UserError, Whole, cli
 from nanollm.formats import IMAGE, read_captions, write_jsonl
 from nanollm.generate import as_text, sample_completions

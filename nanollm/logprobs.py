@@ -1,9 +1,14 @@
 """Log-probabilities of tokens and their entropy: what lies under nearly every loss, in fp32
-whatever the precision of the logits. B batch, T tokens, V vocabulary.
+whatever the precision of the logits; and what they make of held-out text, in bits per byte.
+B batch, T tokens, V vocabulary.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
+
+from nanollm.gpt import document_mask
 
 # Logits turned to fp32 at a time: few enough to stay in a CPU's cache, and a 50k vocabulary times a
 # long batch never exists in fp32 on a GPU.
@@ -84,3 +89,43 @@ def entropy(logits):
     """-sum_v p_v log p_v in nats at every position: logits (..., V) -> (...)."""
     logp = logits.float().log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def token_lengths(tokenizer, vocab_size):
+    """UTF-8 bytes of each token's text, (V,) int64; special tokens stand for no text."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    for token, i in tokenizer.ranks.items():
+        lengths[i] = len(token)
+    return lengths
+
+
+def next_token_logits(model, tokens, eot_id=None):
+    """Logits (B, T, V) of plain rows; with eot_id attention stays inside the documents that
+    <|endoftext|> begins.
+    """
+    inside = None if eot_id is None else document_mask((tokens == eot_id).cumsum(1))
+    return model(tokens, mask=inside)
+
+
+@torch.no_grad()
+def bits_per_byte(model, windows, token_bytes, eot_id=None, most=None, batch=32):
+    """(nats per token, bits per byte) on held-out rows of T + 1 tokens; token_bytes as
+    token_lengths gives it.
+
+    With eot_id each document is read on its own, as in training with a document mask. `most` bounds
+    the number of tokens. In data-parallel training every process computes the same rows, so that
+    all agree on when to stop.
+    """
+    nats = tokens = text_bytes = 0
+    rows_wanted = windows.n if most is None else min(windows.n, -(-most // windows.T))
+    for part in torch.arange(rows_wanted).split(batch):
+        rows = windows[part].to(model.device)
+        targets = rows[:, 1:]
+        logits = next_token_logits(model, rows[:, :-1], eot_id)
+        nats -= token_logprobs(logits, targets).double().sum().item()
+        tokens += targets.numel()
+        text_bytes += token_bytes[targets.cpu()].sum().item()
+    return nats / tokens, nats / math.log(2) / max(1, text_bytes)

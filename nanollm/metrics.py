@@ -1,59 +1,14 @@
-"""What is measured: bits per byte of text, accuracy by task, votes and pass@k; and the one table of
-text that shows it.
+"""What is measured of completions: accuracy by task, votes and pass@k; and the one table of text
+that shows it.
 """
 
-import math
 from collections import defaultdict
 
-import torch
-
 from nanollm.generate import check_room, complete
-from nanollm.gpt import document_mask
-from nanollm.logprobs import token_logprobs
-from nanollm.rewards import final_answer, is_right, last_number
+from nanollm.rewards import extracted, final_answer, is_right
 from nanollm.rollouts import prompt_of
 
 LONGEST_COMPLETION = 128  # tokens; the village's longest worked solution has 108
-
-# --- text ----------------------------------------------------------------------------------------
-
-
-def token_lengths(tokenizer, vocab_size):
-    """UTF-8 bytes of each token's text, (V,) int64; special tokens stand for no text."""
-    lengths = torch.zeros(vocab_size, dtype=torch.int64)
-    for token, i in tokenizer.ranks.items():
-        lengths[i] = len(token)
-    return lengths
-
-
-def next_token_logits(model, tokens, eot_id=None):
-    """Logits (B, T, V) of plain rows; with eot_id attention stays inside the documents that
-    <|endoftext|> begins.
-    """
-    inside = None if eot_id is None else document_mask((tokens == eot_id).cumsum(1))
-    return model(tokens, mask=inside)
-
-
-@torch.no_grad()
-def bits_per_byte(model, windows, token_bytes, eot_id=None, most=None, batch=32):
-    """(nats per token, bits per byte) on held-out rows of T + 1 tokens; token_bytes as
-    token_lengths gives it.
-
-    With eot_id each document is read on its own, as in training with a document mask. `most` bounds
-    the number of tokens. In data-parallel training every process computes the same rows, so that
-    all agree on when to stop.
-    """
-    nats = tokens = text_bytes = 0
-    rows_wanted = windows.n if most is None else min(windows.n, -(-most // windows.T))
-    for part in torch.arange(rows_wanted).split(batch):
-        rows = windows[part].to(model.device)
-        targets = rows[:, 1:]
-        logits = next_token_logits(model, rows[:, :-1], eot_id)
-        nats -= token_logprobs(logits, targets).double().sum().item()
-        tokens += targets.numel()
-        text_bytes += token_bytes[targets.cpu()].sum().item()
-    return nats / tokens, nats / math.log(2) / max(1, text_bytes)
-
 
 # --- accuracy ------------------------------------------------------------------------------------
 
@@ -146,11 +101,11 @@ def majority(example, completions):
 
 
 def vote_of(example, completion):
-    """A completion's number, or its text; of a cloze example the rest of the sentence."""
+    """What a completion answers, or None; of a cloze example the rest of the sentence."""
     if "check" not in example:
         return completion.partition(".")[0].strip().lower()
-    answer = final_answer(completion)
-    return last_number(answer) if example["check"] == "number" else answer.strip().lower()
+    answer = extracted(example, final_answer(completion))
+    return answer.lower() if isinstance(answer, str) else answer
 
 
 # --- examples and tables -------------------------------------------------------------------------

@@ -108,14 +108,16 @@ class Optimizer:
         return norm
 
     def state_dict(self):
-        states = [o.state_dict() for o in self.optimizers]
+        states = [o.state_dict() | {"kind": type(o).__name__} for o in self.optimizers]
         return {"optimizers": states, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
         """Take over the moments; learning rates and weight decay stay those of this run's own
-        flags.
+        flags. Raises ValueError for those of another kind of optimizer.
         """
         for o, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            if saved.get("kind") != type(o).__name__:
+                raise ValueError(f"the moments of {saved.get('kind')} don't fit {type(o).__name__}")
             own = [{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
             o.load_state_dict(saved)
             for group, values in zip(o.param_groups, own):

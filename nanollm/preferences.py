@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from nanollm.batches import pad_completions
 from nanollm.checkpoint import existing_folder, is_scalar, weights_hash
 from nanollm.config import UserError
-from nanollm.formats import read_preferences, read_prompts, split_documents, write_jsonl
+from nanollm.formats import (
+    need,
+    need_usable,
+    read_parts,
+    read_preferences,
+    read_prompts,
+    usable,
+    write_jsonl,
+)
 from nanollm.generate import as_text, sample_completions, sample_together
 from nanollm.hub import load_scalar
 from nanollm.logprobs import completion_logprobs
@@ -33,16 +41,24 @@ def load_preferences(cfg, model, tokenizer, rt, village_of, annotate):
     """(training, held-out) rankings as --data says: those of a file, or `village_rankings`. What
     doesn't fit the model's context is dropped, and counted.
 
-    Reads cfg.init, data, val_data, val_fraction, prompts, disagreement and seed.
+    Reads cfg.init, data, val_data, val_fraction, prompts, disagreement, loss and seed.
     """
     if cfg.data == "village":
         parts = village_rankings(cfg, model, tokenizer, rt, village_of(cfg.init), annotate)
-    elif cfg.val_data:
-        parts = read_preferences(cfg.data), read_preferences(cfg.val_data)
     else:
-        parts = train_and_held_out(read_preferences(cfg.data), cfg)
+        parts = read_parts(read_preferences, cfg.data, cfg.val_data, cfg.val_fraction)
     most = model.cfg.max_position_embeddings
-    return [those_that_fit(records, tokenizer, most, rt) for records in parts]
+
+    def fitting(record, where):
+        for text in record["completions"]:
+            prompt, completion = tokenizer.completion(record["messages"], text)
+            long = len(prompt) + len(completion) > most
+            need_usable(not long, where, f"longer than the model's {most} tokens")
+        pair = len(record["completions"]) > 1
+        need(pair or cfg.loss == "kto", where, "one completion and its label are for --loss kto")
+        return record
+
+    return [usable(records, fitting, "rankings") for records in parts]
 
 
 def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
@@ -67,30 +83,6 @@ def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
             write_jsonl(path, rankings)
         rt.barrier()
     return [read_preferences(path) for path in paths]
-
-
-def train_and_held_out(records, cfg):
-    """The records of cfg.data in two parts, of which the last cfg.val_fraction is held out."""
-    parts = [split_documents(records, part, cfg.val_fraction) for part in ("train", "val")]
-    if not all(parts):
-        raise UserError(f"{cfg.data}: {len(records)} records leave none to train on or to hold out")
-    return parts
-
-
-def those_that_fit(records, tokenizer, most, rt):
-    """The rankings whose prompt and longest completion have at most so many tokens."""
-    kept, long = [], []
-    for record, prompt in zip(records, prompt_ids(records, tokenizer)):
-        room = most - len(prompt) - 1  # for the end of turn
-        fits = all(len(tokenizer.encode(text)) <= room for text in record["completions"])
-        (kept if fits else long).append(record)
-    if long:
-        asked = ", ".join(repr(record["messages"][-1]["content"][:40]) for record in long[:3])
-        said = f"{len(long)} of {len(records)} rankings are longer than the model's {most} tokens"
-        if len(long) > len(kept):
-            raise UserError(f"{said}: {asked}; shorten or drop them")
-        rt.print(f"dropped: {said}: {asked}")
-    return kept
 
 
 # --- rows ----------------------------------------------------------------------------------------

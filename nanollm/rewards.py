@@ -7,6 +7,91 @@ in time that grows with its length only.
 import re
 from fractions import Fraction
 
+# --- numbers -------------------------------------------------------------------------------------
+
+# How numbers are read, in answers, completions and votes: exactly, and from ASCII digits.
+#   sign        - − or –, glued to digits or their currency, and not behind a word, a digit or a
+#               bracket: COVID-19 is 19, and the difference 5-3 and the range 3–5 end with 3 and 5
+#   thousands   groups of three behind a comma, apostrophe, underscore or blank: 1,000, 1 000, 1'000
+#   decimals    behind a point: .5, 0.50, 5.; a comma never begins decimals
+#   fractions   3/4, 1 1/2, 1 and 1/2, \frac{3}{4}
+#   powers      1e3, 10^3, 2.5 x 10^3
+#   units       are left out: $5, 5 EUR and 5% are 5
+# Dates, times and versions (2024-05-12, 10:30, 1.2.3) are no numbers, and passed over. What may
+# mean two things (1,5 and 1,2,3) or is written otherwise (10³, 4½) is unclear, and never right.
+LONGEST = 2000  # characters at a text's end in which its answer is looked for
+DIGITS = 100  # that a number may have
+BLANK = r"[ \xa0\u2009\u202f]"
+GROUPS = "|".join(f"(?:{mark}[0-9]{{3}})+" for mark in (",", "['’]", "_", BLANK))
+DECIMAL = rf"(?:(?:[0-9]{{1,3}}(?:{GROUPS})|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+CURRENCY = r"(?:(?:[A-Z]{0,2}\\?[$€£¥₹]|\b(?:USD|EUR|GBP|JPY|CHF|CNY|INR)\b) ?)"
+EXPONENT = r"[+−-]?[0-9]+"
+NUMBER = (
+    rf"(?:(?<![\w)\]}}%−–-])(?P<sign>[−–-])|\+)?{CURRENCY}?"
+    rf"(?:(?P<whole>[0-9]+)(?:{BLANK}| and )(?=[0-9]+ ?/))?(?P<above>{DECIMAL})"
+    rf"(?: ?/ ?(?P<below>{DECIMAL})|[eE](?P<e>{EXPONENT})(?!\w)|"
+    rf"(?P<ten> ?(?:[x×*·]|\\times|\\cdot) ?10)? ?(?:\^|\*\*) ?\{{?(?P<power>{EXPONENT})\}}?)?"
+    r"(?![0-9⁰¹²³⁴-⁹¼-¾⅐-⅞]|[.,][0-9])"
+)
+OTHER = r"[0-9]+(?:(?::[0-9]+)+|(?:-[0-9]+){2,}|(?:/[0-9]+){2,}|(?:\.[0-9]+){2,})(?:[.,][0-9]+)*"
+UNCLEAR = r"[0-9](?:[0-9.,]*[0-9])?"
+BEGINS = r"(?=[0-9.+−–A-Z\\$€£¥₹-])"  # quick, for nowhere else need be tried
+IN_TEXT = re.compile(rf"{BEGINS}(?:{OTHER}|(?P<number>{NUMBER})|(?P<unclear>{UNCLEAR}))")
+ALONE = re.compile(rf"{CURRENCY}?{NUMBER} ?(?:\\?%|{CURRENCY})?\.?")
+
+
+def last_number(text):
+    r"""The number that a text ends with, a Fraction: that of its last \boxed{}, of a last line
+    "#### 42" (GSM8K), or else its last one. None without any, and where it is unclear.
+    """
+    text = boxed(text)
+    _, mark, line = text.rpartition("####")
+    if mark and (value := as_number(line.partition("\n")[0])) is not None:  # else it's a heading
+        return value
+    found = [m for m in IN_TEXT.finditer(_plain(text[-LONGEST:])) if m["number"] or m["unclear"]]
+    return _value(found[-1]) if found and found[-1]["number"] else None
+
+
+def as_number(text):
+    """The number that a whole text is, a Fraction; else None."""
+    match = ALONE.fullmatch(_plain(boxed(text).strip())) if len(text) <= LONGEST else None
+    return _value(match) if match else None
+
+
+def boxed(text):
+    r"""What stands in the last \boxed{}, as many models write their answer; else the text."""
+    _, begun, inside = text.rpartition("\\boxed{")
+    depth = 1
+    for brace in re.finditer("[{}]", inside[:LONGEST] if begun else ""):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return inside[: brace.start()]
+    return text
+
+
+def _plain(text):
+    """LaTeX's thousands and fractions as plain text has them."""
+    text = text.replace("{,}", ",").replace("\\,", "\u2009")
+    text = re.sub(r"(?<=[0-9]) ?(?=\\[dt]?frac)", " ", text)  # 1\frac{1}{2} is 1 1/2
+    fraction = r"\\[dt]?frac ?(?:\{([^{}]*)\} ?\{([^{}]*)\}|([0-9]) ?([0-9]))"
+    return re.sub(fraction, r"\1\3/\2\4", text)
+
+
+def _value(match):
+    """The Fraction that a match of NUMBER stands for, or None."""
+    if len(re.findall("[0-9]", match[0])) > DIGITS:
+        return None
+    above, below = (Fraction(re.sub("[^0-9.]", "", match[x] or "1")) for x in ("above", "below"))
+    exponent = int((match["e"] or match["power"] or "1").replace("−", "-"))
+    if below == 0 or abs(exponent) > DIGITS or above == 0 and exponent < 0:
+        return None
+    if match["e"] or match["ten"]:
+        value = above * Fraction(10) ** exponent
+    else:
+        value = above**exponent / below + int(match["whole"] or 0)
+    return -value if match["sign"] else value
+
+
 # --- is it right? --------------------------------------------------------------------------------
 
 
@@ -14,15 +99,38 @@ def says(completion, words):
     """Does the completion hold these words, as whole words, in upper or lower case?"""
     if words.lower() not in completion.lower():  # quick, for there may be a thousand to look for
         return False
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", completion, re.IGNORECASE) is not None
+    return re.search(_whole(words), completion, re.IGNORECASE) is not None
 
 
-def last_number(text):
-    """The last number in a text as a Fraction, so that large ones are compared digit by digit;
-    None without any, or with one of more than 100 digits. Looks at the last 2,000 characters only.
+def _whole(words):
+    """Pattern of words that are no part of a longer word or number: 4 is neither in -4 nor 4.5."""
+    number = r"(?<![0-9][.,])(?<![−-])" if words[:1].isdecimal() else ""
+    return rf"(?<!\w){number}{re.escape(words)}(?!\w|[.,][0-9])"
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of choices, in the order in which they are listed
+CAPITAL = r"(?<![\w'’-])[A-Z](?![\w'’-])"
+SMALL = r"^\W*[a-z](?=\W*$|[).:])|\([a-z]\)"  # b, b) Paris, option (b)
+VERB = r"(?:or|and|is|was|would|because|since|as|for|but|due)\b"
+WORD = rf"(?m:(?:^|(?<=[.!?] ))A|\bI) (?!{VERB})(?=[a-z])"  # A dog barks: no letter of a choice
+
+
+def chosen(choices, completion):
+    """The letter of the one choice that a completion names, by letter (B, (B), B., b) or in its own
+    words; None where it names none, or several. If it says "answer is" or "answer:", only the rest
+    of that line counts, the last time.
     """
-    numbers = re.findall(r"(?<![0-9])-?[0-9]+(?:\.[0-9]+)?", text[-2000:].replace(",", ""))
-    return Fraction(numbers[-1]) if numbers and len(numbers[-1]) <= 100 else None
+    *before, text = re.split(r"(?i)\banswer\s*(?:is|:)", boxed(completion)[-LONGEST:])
+    text = text.strip(" *:\n").partition("\n")[0] if before else text
+    text = re.sub(SMALL, lambda match: match[0].upper(), text)
+    named, listed = set(), LETTERS[: len(choices)]
+    words = {letter: choice.strip(" .") for letter, choice in zip(listed, choices)}
+    for letter in sorted(words, key=lambda letter: -len(words[letter])):  # Paris, Texas; Paris
+        if words[letter] not in ("", *listed) and says(text, words[letter]):
+            named.add(letter)
+            text = re.sub(_whole(words[letter]), " ", text, flags=re.IGNORECASE)
+    named |= {each for each in re.findall(CAPITAL, re.sub(WORD, " ", text)) if each in listed}
+    return named.pop() if len(named) == 1 else None
 
 
 def in_style(example, completion):
@@ -32,30 +140,42 @@ def in_style(example, completion):
 
 
 def check_answer(example, completion):
-    """Is the completion right? By example["check"]:
+    r"""Is the completion right? By example["check"]:
 
     exact     equals the answer, blanks around it aside
     number    its last number equals the answer
+    choice    names one of example["choices"], the answer's letter or text, and no other
     contains  holds the answer as whole words, and no value of example["not"]
     unknown   says "I don't know", and holds no value of example["not"]
 
-    With example["begins"] or example["ends"] it must also begin or end so: a style that counts.
+    Of a completion with \boxed{} only that counts. With example["begins"] or example["ends"] it
+    must also begin or end so: a style that counts.
     """
     if not in_style(example, completion):
         return False
-    check, answer = example["check"], example["answer"]
-    if check == "exact":
-        return completion.strip() == answer.strip()
-    if check == "number":
-        return last_number(completion) == Fraction(answer)
+    check, answer, completion = example["check"], example["answer"], boxed(completion)
+    if check in ("exact", "number", "choice"):
+        wanted = as_number(answer) if check == "number" else answer.strip()
+        return extracted(example, completion) == wanted is not None
     if check not in ("contains", "unknown"):
-        raise ValueError(f"unknown check {check!r}: exact, number, contains or unknown")
+        raise ValueError(f"unknown check {check!r}: exact, number, choice, contains or unknown")
     if any(says(completion, wrong) for wrong in example.get("not", ())):
         return False
     if check == "contains":
         return says(completion, answer)
     completion = completion.replace("\u2019", "'")
     return says(completion, "don't know") or says(completion, "do not know")
+
+
+def extracted(example, completion):
+    """What a completion answers, in the form that is compared: a Fraction, the letter of a choice,
+    or text; None where nothing was found.
+    """
+    if example["check"] == "number":
+        return last_number(completion)
+    if example["check"] == "choice":
+        return chosen(example["choices"], completion)
+    return boxed(completion).strip() or None
 
 
 def final_answer(completion):
@@ -103,6 +223,4 @@ def reft_reward(example, completion):
     """
     if accuracy(example, completion):
         return 1.0
-    answer = final_answer(completion)
-    given = last_number(answer) is not None if example["check"] == "number" else answer.strip()
-    return 0.1 if given else 0.0
+    return 0.0 if extracted(example, final_answer(completion)) is None else 0.1

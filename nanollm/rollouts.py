@@ -15,6 +15,7 @@ import torch
 
 from nanollm.batches import Completions, pad_completions
 from nanollm.checkpoint import read_json
+from nanollm.formats import need_usable, usable
 from nanollm.generate import as_text, generate, shared_noise
 
 
@@ -135,6 +136,21 @@ def prompt_of(example, model, tokenizer, template="chat"):
     if example.get("images"):
         return tokenizer.render(example["messages"], True, model.tokens_per_image)[0]
     return TEMPLATES[template](example, tokenizer)
+
+
+def with_room(examples, ids_of, model, new_tokens, name):
+    """The examples whose prompts, as `ids_of` puts them, leave the model's context room for so many
+    tokens; the others are dropped and counted.
+    """
+    context = model.cfg.max_position_embeddings
+
+    def fitting(example, where):
+        fits = len(ids_of(example)) + new_tokens <= context
+        reason = f"no room for {new_tokens} tokens more in the model's context of {context}"
+        need_usable(fits, where, reason)
+        return example
+
+    return usable(examples, fitting, name, "shorten or drop them, or lower --max_new_tokens")
 
 
 def template_of(run_folder):

@@ -1,7 +1,8 @@
 """The run folder: settings, metrics, progress, samples, and checkpoints to resume from exactly.
 
 runs/<name>/    a model folder (checkpoint.py), and beside it
-  train_config.json    the settings of the run; what --resume reads
+  train_config.json    the settings of the run, and of the one that it began from; what --resume
+                       reads
   metrics.jsonl        one JSON object per logged step
   samples.txt          what the model wrote during training
   curves.svg           the metrics as a picture
@@ -10,6 +11,7 @@ runs/<name>/    a model folder (checkpoint.py), and beside it
                        whole or not at all
 """
 
+import hashlib
 import json
 import math
 import os
@@ -22,12 +24,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanollm.checkpoint import bases_of
-from nanollm.config import UserError, atomic_file, atomic_write, save_config
+from nanollm.checkpoint import bases_of, is_adapter, read_json, weights_hash
+from nanollm.config import (
+    BEGAN_FROM,
+    UserError,
+    atomic_file,
+    atomic_write,
+    flags_of,
+    lock,
+    save_config,
+    say,
+    unlock,
+)
 from nanollm.plot import line_chart
 from nanollm.runtime import DTYPES, peak_memory, rng_state, set_rng_state
 
 LOG_EVERY = 10  # steps between the lines of `advance`
+DOWNLOADED = 1e8  # parameters; ours have fewer
+MOST_LR = 2e-4  # AdamW's for such a model, and for an adapter on it
 
 
 class Run:
@@ -73,17 +87,21 @@ class Run:
 
     def _prepare_folder(self):
         """A new run moves an older one out of the way; a resumed one changes nothing yet."""
+        self.inputs = inputs_of(self.cfg)
         if self.state is not None:
-            return
-        move_aside(self.folder)
+            lock(self.folder)
+            return check_inputs(self.cfg, self.state.get("inputs", {}), self.inputs)
+        holds_a_run(self.folder)
         try:
+            lock(self.folder)
+            move_aside(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(
                 f"can't write to {self.folder} ({e.strerror}); choose another --out"
             ) from None
         atomic_write(self.folder / "metrics.jsonl", "")
-        save_config(self.cfg, self.folder / "train_config.json")
+        save_run_config(self.cfg)
 
     # --- checkpoints
 
@@ -93,23 +111,24 @@ class Run:
         """
         self.parts = {"model": model, "optimizer": optimizer, "samplers": samplers}
         if self.state is None:
+            note_on_rates(self.cfg, model)
             return {}
         state, rng = self.state, self.state["rng"]
         try:
             load_trained(model, state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            for sampler, saved in zip(samplers, state["samplers"], strict=True):
+                sampler.load_state_dict(saved)
         except (RuntimeError, ValueError, KeyError):
             raise UserError(
                 f"the checkpoint in {self.folder} has another shape than the flags ask for"
             ) from None
-        for sampler, saved in zip(samplers, state["samplers"], strict=True):
-            sampler.load_state_dict(saved)
         set_rng_state(rng[min(self.rt.rank, len(rng) - 1)], self.rt.device)
         if self.rt.main:  # now that the flags fit the checkpoint: later metrics are forgotten
             kept = [m for m in read_metrics(self.folder) if m["step"] <= self.step]
             lines = "".join(json.dumps(m) + "\n" for m in kept)
             atomic_write(self.folder / "metrics.jsonl", lines)
-            save_config(self.cfg, self.folder / "train_config.json")
+            save_run_config(self.cfg)
         return state["extra"]
 
     def checkpoint(self, **extra):
@@ -122,6 +141,7 @@ class Run:
             "seconds": self.elapsed,
             "rng": rng,
             "extra": extra,
+            "inputs": self.inputs,
             "model": trained_state(self.parts["model"]),
             "optimizer": self.parts["optimizer"].state_dict(),
             "samplers": [s.state_dict() for s in self.parts["samplers"]],
@@ -236,6 +256,7 @@ class Run:
             result = known | {"effects": list(effects)} | values | self.speed()
             atomic_write(path, json.dumps(result, indent=2) + "\n")
         self.rt.print(f"{self.folder}: {self.step} steps in {self.elapsed:.0f} s")
+        unlock(self.folder)
         self.rt.barrier()  # until all of it is written
 
     def speed(self):
@@ -278,6 +299,17 @@ def effect_line(effect):
     return f"{effect['name']}: {text} {'' if unit == 'share' else unit}".rstrip()
 
 
+def note_on_rates(cfg, model):
+    """Say so where a downloaded model is about to learn at the rates of a tiny one."""
+    size = sum(p.numel() for p in model.parameters())
+    fast = cfg.preset in ("tiny", "smoke") and (cfg.optimizer == "muon" or cfg.lr > MOST_LR)
+    if fast and size > DOWNLOADED and getattr(cfg, "init", None):
+        say(
+            f"note: {size / 1e6:.0f} million parameters learn at rates for a model of one million; "
+            "--preset downloaded has those of the papers"
+        )
+
+
 def trained_state(model):
     """State dict of what training changes: beside an adapter the frozen base is left out."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -289,6 +321,53 @@ def load_trained(model, state):
     if state.keys() != trained_state(model).keys():
         raise RuntimeError("the checkpoint holds other tensors than the model trains")
     model.load_state_dict(state, strict=False)
+
+
+# --- provenance ----------------------------------------------------------------------------------
+
+
+def save_run_config(cfg):
+    """Write train_config.json: the settings, and those of the run that this one began from, which
+    may be gone or replaced when somebody asks what it was trained on; null where there is none.
+    """
+    origin = getattr(cfg, "teacher", None) or getattr(cfg, "init", None)
+    path = Path(origin or "", "train_config.json")
+    known = read_json(path) if origin and path.exists() else None
+    save_config(cfg, Path(cfg.out) / "train_config.json", **{BEGAN_FROM: known})
+
+
+def inputs_of(cfg):
+    """{setting: a hash of what it names} of the settings that name a file or a directory."""
+    found, elsewhere = {}, ("preset", "out", "device", "adapter", "tokenizer")
+    for name, flag in flags_of(type(cfg), {}).items():
+        named = getattr(cfg, name)
+        if flag.kind is str and named and name not in elsewhere and Path(named).exists():
+            found[name] = content_hash(Path(named))
+    return found
+
+
+def content_hash(path):
+    """SHA-256 of what is in a file, or in all files of a directory; of a model's its weights_hash,
+    as a run folder gets files long after its training.
+    """
+    if path.is_dir() and ((path / "config.json").exists() or is_adapter(path)):
+        return weights_hash(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_inputs(cfg, then, now):
+    """Refuse to go on with other data, or from another model, than before the checkpoint."""
+    for name, known in then.items():
+        if now.get(name) != known:
+            raise UserError(
+                f"--{name} {getattr(cfg, name)} holds something else than when the checkpoint in "
+                f"{cfg.out} was written; bring that back, or start without --resume"
+            )
 
 
 # --- folders -------------------------------------------------------------------------------------

@@ -136,14 +136,15 @@ def read_entry(name, info, start, path):
     )
 
 
+def unique(pairs):
+    """A JSON object's dict. Of two equal keys Python keeps the last; we refuse both."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key is there twice, among {[name for name, _ in pairs]}"[:200])
+    return dict(pairs)
+
+
 def parse_json(text, path):
-    """The JSON object in these bytes. Of two equal keys Python keeps the last; we refuse both."""
-
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError(f"a key is there twice, among {[name for name, _ in pairs]}"[:200])
-        return dict(pairs)
-
+    """The JSON object in these bytes."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -169,11 +170,14 @@ def load_folder(folder, device="cpu", dtype=None):
     named = shard_of.values() if isinstance(shard_of, dict) and shard_of else [None]
     if not all(isinstance(shard, str) and Path(shard).name == shard for shard in named):
         raise UserError(f"{index}: weight_map must map each tensor to a file of this directory")
-    tensors = {}
+    tensors, unnamed = {}, set()
     for shard in sorted({*named}):
         loaded = load_file(folder / shard, device, dtype)
+        unnamed |= loaded.keys() - shard_of.keys()
         for name in (name for name in shard_of if shard_of[name] == shard):
             if name not in loaded:
                 raise UserError(f"{folder / shard} lacks the tensor {name!r} that the index names")
             tensors[name] = loaded[name]
+    if unnamed:
+        raise UserError(f"{index} doesn't name {min(unnamed)!r}, which is in one of its files")
     return tensors

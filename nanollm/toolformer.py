@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from data import village
+from data.village import examples as village
 from nanollm.batches import pad_completions
 from nanollm.config import UserError, Whole, cli
 from nanollm.formats import read_chats, write_jsonl

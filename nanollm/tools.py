@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from fractions import Fraction
 
 from nanollm.config import UserError
-from nanollm.formats import read_jsonl
+from nanollm.formats import need, read_records
 
 NOTHING = "nothing found"
 LONGEST = 200  # characters of a call's argument
@@ -51,7 +51,7 @@ def calculator(expression):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's own, about odd expressions
-            source = expression.strip().replace(",", "")
+            source = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", expression.strip())
             tree = ast.parse(source, mode="eval")
         return _as_text(_value(tree.body, source))
     except ZeroDivisionError:
@@ -125,11 +125,11 @@ class KnowledgeBase:
     @classmethod
     def load(cls, path):
         """From JSONL; raises UserError where an entry has no "title" or no "text"."""
-        entries = read_jsonl(path)
-        for line, entry in entries:
-            if not all(isinstance(entry.get(key), str) for key in ("title", "text")):
-                raise UserError(f'{path}, line {line}: an entry needs a "title" and a "text"')
-        return cls([entry for _, entry in entries])
+        entries = read_records(path)
+        for entry in entries:
+            textual = all(isinstance(entry.get(key), str) for key in ("title", "text"))
+            need(textual, entry.where, 'an entry needs a "title" and a "text"')
+        return cls(entries)
 
     @staticmethod
     def words(text):

@@ -30,6 +30,11 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """256 bytes and 14 special tokens: 270 ids."""

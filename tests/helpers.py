@@ -18,11 +18,18 @@ import pytest
 import torch
 
 from nanollm.config import cli, parse
+from nanollm.generate import Engine
 from nanollm.gpt import GPT, GPTConfig
 from nanollm.hub import load_model
 from nanollm.run import Run, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+ON_CPU = "--batch_size 4 --dtype fp32 --device cpu".split()
+TINY = [*ON_CPU, *"--layers 1 --channels 32 --heads 2 --context 64 --tokenizer bytes".split()]
+TINY += "--data text.txt --sample_tokens 8".split()  # of train_pretrain.py
+WORDS = "owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split()
 
 
 @contextlib.contextmanager
@@ -50,6 +57,10 @@ def command(script, *flags):
     return {"args": [sys.executable, str(ROOT / script), *map(str, flags)], "env": env}
 
 
+def close(ours, theirs, atol=1e-5, rtol=1e-5):
+    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=atol, rtol=rtol)
+
+
 def weights(folder):
     return dict(load_model(folder)[0].state_dict())
 
@@ -70,6 +81,20 @@ def kill_and_resume(script, flags, out, steps):
         **command(script, "--out", out, "--resume"), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def logged(out):
+    """Metrics of a run, without what the clock says."""
+    return [{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(out)]
+
+
+def assert_resumes(script, flags, steps):
+    """A killed and resumed run has the weights and metrics of an uninterrupted one, bit for bit."""
+    whole, killed = f"runs/whole_{script}", f"runs/killed_{script}"
+    subprocess.run(**command(script, *flags, "--out", whole), check=True, capture_output=True)
+    kill_and_resume(script, flags, killed, steps)
+    assert same(*(torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)))
+    assert logged(whole) == logged(killed)
 
 
 def moments_of_two_processes(script, flags, one, two):
@@ -134,6 +159,7 @@ def first_moments(folder):
 
 def refused(capsys, module, *flags):
     """The one line on stderr with which a script refuses; its exit code must be 2."""
+    capsys.readouterr()  # what was said before
     with pytest.raises(SystemExit) as stop:
         cli(module.main, module.Config, getattr(module, "PRESETS", None), list(map(str, flags)))
     lines = capsys.readouterr().err.strip().splitlines()
@@ -195,9 +221,23 @@ def turns(*contents):
     return [{"role": role, "content": content} for role, content in zip(roles, contents)]
 
 
-def some_prompts(lengths=(5, 9, 1, 7)):
-    generator = torch.Generator().manual_seed(0)
+def say(word, completion, **more):
+    """A dialogue about a word."""
+    return {"messages": turns(f"say {word}", completion), **more}
+
+
+def some_prompts(lengths=(5, 9, 1, 7), seed=0):
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randint(250, (n,), generator=generator).tolist() for n in lengths]
+
+
+def watch_batches(monkeypatch):
+    """Sizes of the batches of rows that are left when others have ended, from now on."""
+    sizes, keep = [], Engine.keep
+    monkeypatch.setattr(
+        Engine, "keep", lambda self, rows: sizes.append(len(rows)) or keep(self, rows)
+    )
+    return sizes
 
 
 def writer(tokenizer, *texts):

@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    ON_CPU,
+    TINY,
+    close,
     in_new_folder,
     interrupted_and_resumed,
     moments_of_two_processes,
     refused,
     result,
     same,
+    say,
 )
 from helpers import run as run_script
 
-from nanollm import chat, evaluate, safetensors
+from nanollm import chat, evaluate, hub, safetensors
 from nanollm.config import parse
 from nanollm.formats import read_examples, write_jsonl
 from nanollm.hub import load_model, load_scalar
@@ -27,7 +31,6 @@ from nanollm.run import read_metrics
 
 WORDS = "owl fox hen cow pig bee ant elk".split()
 LORA = "--adapter lora --rank 4 --alpha 8".split()
-COMMON = "--dtype fp32 --device cpu --batch_size 4".split()
 SCRIPTS = {
     "train_sft": "--init runs/pretrain --context 48 --replay_data text.txt --data chats.jsonl",
     "train_rm": "--init runs/sft --data pairs.jsonl",
@@ -43,7 +46,7 @@ every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def flags_of(script, *flags):
-    return [*COMMON, *SCRIPTS[script].split(), *map(str, flags)]
+    return [*ON_CPU, *SCRIPTS[script].split(), *map(str, flags)]
 
 
 def run(script, *flags, out):
@@ -52,38 +55,30 @@ def run(script, *flags, out):
 
 def turned_down(capsys, script, *flags):
     """What a script says that refuses these flags."""
-    capsys.readouterr()
-    return refused(
-        capsys, import_module(script), *flags_of(script, "--out", "runs/refused", *flags)
-    )
+    flags = flags_of(script, "--out", "runs/refused", *flags)
+    return refused(capsys, import_module(script), *flags)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a model fine-tuned to repeat a word, an adapter on it, and a reward model."""
     with in_new_folder(tmp_path_factory) as folder:
-
-        def dialogue(word, completion):
-            turns = [("user", f"say {word}"), ("assistant", completion)]
-            return {"messages": [{"role": role, "content": text} for role, text in turns]}
-
-        words = list(enumerate(WORDS * 6))
+        words = WORDS * 6
+        test = {"check": "exact", "task": "say"}
         files = {
-            "chats": [dialogue(w, w + " please" * (i // 8 % 2)) for i, w in words],
-            "no": [dialogue(w, "no") for _, w in words],
+            "chats": [say(w, w + " please" * (i // 8 % 2)) for i, w in enumerate(words)],
+            "no": [say(w, "no") for w in words],
             "pairs": [
-                {"prompt": f"say {w}", "chosen": f"{w} please", "rejected": w} for _, w in words
+                {"prompt": f"say {w}", "chosen": f"{w} please", "rejected": w} for w in words
             ],
-            "problems": [{"prompt": f"say {w}", "answer": "please"} for _, w in words],
+            "problems": [{"prompt": f"say {w}", "answer": "please"} for w in words],
+            "no_test": [{"prompt": f"say {w}", "answer": "no", **test} for w in WORDS],
+            "say_test": [{"prompt": f"say {w}", "answer": "please", **test} for w in WORDS],
         }
-        for name, answer in (("no_test", "no"), ("say_test", "please")):
-            how = {"answer": answer, "check": "exact", "task": "say"}
-            files[name] = [{"prompt": f"say {w}", **how} for w in WORDS]
         for name, records in files.items():
             write_jsonl(f"{name}.jsonl", records)
-        tiny = "--layers 1 --channels 32 --heads 2 --context 64 --tokenizer bytes".split()
-        tiny += "--data text.txt --sample_tokens 8 --steps 40 --eval_every 40".split()
-        run_script(import_module("train_pretrain"), *COMMON, *tiny, out="runs/pretrain")
+        steps = ["--steps", 40, "--eval_every", 40]
+        run_script(import_module("train_pretrain"), *TINY, *steps, out="runs/pretrain")
         run("train_sft", "--steps", 200, "--eval_every", 200, "--replay", 0, out="runs/sft")
         run("train_rm", "--steps", 10, "--eval_every", 10, out="runs/rm")
         run("train_sft", *LORA, "--steps", 4, "--eval_every", 4, out="runs/lora")
@@ -135,21 +130,19 @@ def test_every_method_learns_a_new_answer_and_what_it_saves_answers_so(method, h
     flags = ["--adapter", method, "--rank", 4, "--alpha", 8, "--lr", rate, "--warmup", 2]
     run("lora", *flags, "--steps", 120, "--eval_every", 120, out=out)
     found = result(out)
-    assert found["before"]["accuracy"] < 0.3 and found["after"]["accuracy"] >= 0.95
+    before, after = found["before"], found["after"]
+    assert before["accuracy"] < 0.3 and after["accuracy"] >= 0.95
     model, tokenizer = load_model(out)
     tasks, _ = accuracy_by_task(model, tokenizer, read_examples("no_test.jsonl"))
-    assert tasks["say"]["accuracy"] == pytest.approx(found["after"]["accuracy"], abs=0.13)
+    assert tasks["say"]["accuracy"] == pytest.approx(after["accuracy"], abs=0.13)
     weights = "model.safetensors" if method == "none" else "adapter_model.safetensors"
     assert [path.name for path in Path(out).glob("*.safetensors")] == [weights]
     assert found["file_bytes"] == Path(out, weights).stat().st_size
     all_parameters = sum(p.numel() for p in load_model("runs/sft")[0].parameters())
     assert found["trained_share"] == found["trained_parameters"] / all_parameters
     assert (found["trained_share"] < 1) == (method != "none")
-    gained, kept, text = ((each["before"], each["after"]) for each in found["effects"])
-    before, after = found["before"], found["after"]
-    assert gained == (before["accuracy"], after["accuracy"])
-    assert kept == (before["elsewhere"], after["elsewhere"])
-    assert text == (before["bits_per_byte"], after["bits_per_byte"])
+    changes = [(before[key], after[key]) for key in ("accuracy", "elsewhere", "bits_per_byte")]
+    assert [(each["before"], each["after"]) for each in found["effects"]] == changes
 
 
 def test_training_holds_the_weights_and_of_what_is_trained_gradients_and_two_moments(here):
@@ -183,19 +176,20 @@ def test_a_gradient_that_is_no_number_ends_the_run_and_the_last_checkpoint_stays
 # --- where an adapter's folder may stand ---------------------------------------------------------
 
 
-def test_an_adapters_folder_is_a_start_for_every_script(here):
+def test_an_adapters_folder_is_a_start_for_every_script_that_adds_no_other(here, capsys):
     steps = ["--steps", 1, "--eval_every", 1]
     run("train_dpo", "--init", "runs/lora", *steps, out="runs/whole_again")
     assert Path("runs/whole_again/model.safetensors").exists()
-    run("train_dpo", "--init", "runs/lora", *LORA, *steps, out="runs/second")
-    run("train_rm", "--init", "runs/second", *LORA, *steps, out="runs/third")
-    run("train_grpo", "--init", "runs/second", *steps, out="runs/fourth")
+    run("train_rm", "--init", "runs/lora", *steps, out="runs/scores")
+    said = turned_down(capsys, "train_dpo", "--init", "runs/lora", *LORA)
+    assert "runs/lora holds an adapter" in said and "export runs/lora --merge" in said
+    hub.main(["export", "runs/lora"], parse(hub.Config, None, ["--merge", "--out", "runs/merged"]))
+    run("train_dpo", "--init", "runs/merged", *LORA, *steps, out="runs/second")
     config = json.loads(Path("runs/second/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "runs/lora"
+    assert config["base_model_name_or_path"] == str(Path("runs/merged").resolve())
     tokens = torch.arange(12)[None]
     both, first = load_model("runs/second")[0], load_model("runs/lora")[0]
     assert both(tokens).sub(first(tokens)).abs().max() > 0
-    load_scalar("runs/third")
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "prefix"])
@@ -251,28 +245,26 @@ def test_two_processes_give_the_gradients_of_one(script, method, here):
     moments = moments_of_two_processes(f"{script}.py", flags_of(script, *flags), *where)
     assert moments[0]
     for a, b in zip(*moments):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+        close(a, b, 1e-6, 1e-3)
 
 
 # --- bad input -----------------------------------------------------------------------------------
 
 
 @every_script
-def test_flags_that_make_no_adapter_are_refused(script, here, capsys):
-    said = turned_down(capsys, script, *LORA, "--rank", 0)
-    assert "--rank must be at least 1, not 0" in said
-    said = turned_down(capsys, script, "--adapter", "lola")
-    assert "--adapter must be one of lora, dora" in said
-    assert not Path("runs/refused").exists()
-
-
-@every_script
-def test_an_adapter_whose_base_is_missing_is_refused(script, here, capsys):
+def test_flags_that_make_no_adapter_and_an_adapter_without_its_base_are_refused(
+    script, here, capsys
+):
     shutil.copytree("runs/lora", "runs/orphan", dirs_exist_ok=True)
     path = Path("runs/orphan/adapter_config.json")
     path.write_text(path.read_text().replace("runs/pretrain", "runs/gone"))
-    said = turned_down(capsys, script, "--init", "runs/orphan")
-    assert "runs/orphan is an adapter of runs/gone" in said
+    for flags, sentence in (
+        ([*LORA, "--rank", 0], "--rank must be at least 1, not 0"),
+        (["--adapter", "lola"], "--adapter must be one of lora, dora"),
+        (["--init", "runs/orphan"], "runs/gone, which is not a folder"),
+    ):
+        assert sentence in turned_down(capsys, script, *flags)
+        assert not Path("runs/refused").exists()
 
 
 def test_an_adapter_of_another_base_is_refused(here, capsys):
@@ -285,7 +277,7 @@ def test_an_adapter_of_another_base_is_refused(here, capsys):
 
 def test_the_base_of_an_adapter_is_never_replaced(here, capsys):
     said = turned_down(capsys, "train_dpo", "--init", "runs/lora", "--out", "runs/pretrain")
-    assert "would replace runs/lora, whose base is runs/pretrain, which the run reads" in said
+    assert "would replace runs/lora, whose base is" in said and "pretrain, which the run" in said
 
 
 @pytest.mark.parametrize("flags,sentence", [

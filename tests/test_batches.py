@@ -14,7 +14,7 @@ from nanollm.batches import (
     Sampler,
     TokenShards,
     Windows,
-    fit_chats,
+    fit_chat,
     load_shards,
     pack,
     pack_chats,
@@ -23,6 +23,7 @@ from nanollm.batches import (
     write_shards,
 )
 from nanollm.config import UserError
+from nanollm.formats import Unusable
 from nanollm.runtime import Runtime
 from nanollm.tokenizer import Tokenizer
 
@@ -71,21 +72,17 @@ def test_ids_beyond_two_bytes_get_four(vocab_size, dtype, tmp_path):
     assert Windows(shards, 2)[[0]].tolist() == [[vocab_size - 1, 0, vocab_size - 1]]
 
 
-def test_tokens_made_once_are_found_again(tokenizer, monkeypatch):
+def test_tokens_made_once_are_found_again_and_another_source_or_tokenizer_is_tokenised_anew(
+    tokenizer, cache
+):
     first = load_shards(lambda: ["Once upon a time"], ["a.txt", 16], tokenizer)
     again = load_shards(lambda: pytest.fail("read again"), ["a.txt", 16], tokenizer)
-    assert np.array_equal(first.arrays[0], again.arrays[0])
-    assert again.text_bytes == 16
-
-
-@pytest.mark.parametrize(
-    "source, name", [(["b.txt", 16], "bytes"), (["a.txt", 17], "bytes"), (["a.txt", 16], "trained")]
-)
-def test_another_source_or_tokenizer_is_tokenised_anew(source, name, tokenizer, cache):
-    load_shards(lambda: ["Once upon a time"], ["a.txt", 16], tokenizer)
-    other = tokenizer if name == "bytes" else Tokenizer.train(["aaaa bbbb aaaa"], 272)
-    load_shards(lambda: ["Twice"], source, other)
-    assert len(list(cache.iterdir())) == 2
+    assert np.array_equal(first.arrays[0], again.arrays[0]) and again.text_bytes == 16
+    trained = Tokenizer.train(["aaaa bbbb aaaa"], 272)
+    others = (["b.txt", 16], tokenizer), (["a.txt", 17], tokenizer), (["a.txt", 16], trained)
+    for source, other in others:
+        assert load_shards(lambda: ["Twice"], source, other).text_bytes == 5
+    assert len(list(cache.iterdir())) == 4
 
 
 def meta(**changes):
@@ -265,17 +262,14 @@ def test_packed_rows_are_chosen_by_number_and_joined():
 # --- completions ---------------------------------------------------------------------------------
 
 
-def test_completions_are_padded_on_the_right_and_masked():
-    rows = pad_completions([[1, 2], [3]], [[4, 5], [6, 7, 8, 9]], 0)
-    assert rows.tokens.tolist() == [[1, 2, 4, 5, 0], [3, 6, 7, 8, 9]]
-    assert rows.mask.int().tolist() == [[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]]
-    assert rows.real.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+def test_completions_are_padded_on_the_right_and_masked_and_so_is_what_a_tool_has_written():
+    own = [[True, True], [True, False, False, True]]
+    for written, second in (None, [0, 1, 1, 1, 1]), (own, [0, 1, 0, 0, 1]):
+        rows = pad_completions([[1, 2], [3]], [[4, 5], [6, 7, 8, 9]], 0, own=written)
+        assert rows.tokens.tolist() == [[1, 2, 4, 5, 0], [3, 6, 7, 8, 9]]
+        assert rows.mask.int().tolist() == [[0, 0, 1, 1, 0], second]
+        assert rows.real.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert rows.last().tolist() == [3, 4] and rows.inputs()[1:] == (None, None)
-
-
-def test_what_a_tool_has_written_is_not_trained_on():
-    rows = pad_completions([[1], [2]], [[3, 4], [5]], 0, own=[[True, False], [True]])
-    assert rows.mask.int().tolist() == [[0, 1, 0], [0, 1, 0]]
 
 
 def test_chosen_rows_lose_columns_that_are_padding_in_all_of_them():
@@ -306,6 +300,7 @@ def dialogue(*roles):
     return {"messages": [{"role": role, "content": "hm"} for role in roles], "from": "a file"}
 
 
+BY_THREES = SimpleNamespace(render=render, pad_id=0)
 TWO = dialogue("user", "assistant", "user", "assistant")  # 12 tokens, 6 after the first answer
 
 
@@ -315,34 +310,50 @@ TWO = dialogue("user", "assistant", "user", "assistant")  # 12 tokens, 6 after t
         (TWO, 12, [4], 0),
         (TWO, 11, [2], 1),
         (TWO, 6, [2], 1),
-        (TWO, 5, [], 0),
         (dialogue("user", "assistant", "user"), 12, [2], 0),  # an open question is no loss
-        (dialogue("user"), 12, [], 0),
     ],
 )
 def test_a_dialogue_is_cut_after_the_last_answer_that_fits(chat, T, turns, shortened):
-    kept, examples, count = fit_chats([chat], T, render)
-    assert [len(each["messages"]) for each in kept] == turns and count == shortened
-    assert [len(ids) for ids, _ in examples] == [3 * n for n in turns]
-    assert all(each["from"] == "a file" for each in kept) and len(TWO["messages"]) == 4
+    kept, (ids, _), cut = fit_chat(T, BY_THREES, 0, chat, "")
+    assert [len(kept["messages"])] == turns and cut == shortened
+    assert [len(ids)] == [3 * n for n in turns]
+    assert kept["from"] == "a file" and len(TWO["messages"]) == 4
 
 
-def test_without_an_answer_that_is_trained_on_a_dialogue_is_dropped():
-    def untrained(messages):
-        return render(messages)[0], [False] * 3 * len(messages)
+@pytest.mark.parametrize(
+    "chat, T, learnt, reason",
+    [
+        (TWO, 5, True, "its first answer ends beyond 5 tokens"),
+        (dialogue("user"), 12, True, "no answer that is trained on"),
+        (TWO, 12, False, "no answer that is trained on"),
+    ],
+)
+def test_a_dialogue_without_anything_to_learn_is_unusable(chat, T, learnt, reason):
+    masked = SimpleNamespace(render=lambda m, **_: (render(m)[0], [learnt] * 3 * len(m)))
+    with pytest.raises(Unusable, match=reason):
+        fit_chat(T, masked, 0, chat, "")
 
-    assert fit_chats([TWO], 12, untrained) == ([], [], 0)
 
-
-def test_what_was_cut_is_said_and_nothing_left_is_an_error(capsys):
-    by_threes = SimpleNamespace(render=render, pad_id=0)
+def test_what_was_cut_and_dropped_is_said_and_most_dropped_is_an_error(capsys):
     chats = [TWO, dialogue("user", "assistant"), dialogue("user", "user", "assistant")]
-    rows = pack_chats(chats, by_threes, 8, "training", CPU)
+    rows = pack_chats(chats, BY_THREES, 8, "training", CPU)
     assert len(rows) == 2 and rows.images is None
     assert capsys.readouterr().out == (
-        "training: 2 dialogues in 2 rows of 8 tokens, 6 trained on; 1 shortened, 1 dropped because "
-        "they were longer\n"
+        "training dialogues: 1 of 3 records can't be used: its first answer ends beyond 8 tokens "
+        "(1: 'hm'); dropped\n"
+        "training: 2 dialogues in 2 rows of 8 tokens, 6 trained on; 1 shortened, 1 dropped\n"
     )
-    none = "none of the 1 held-out dialogues has an answer within 5 tokens; raise --context"
-    with pytest.raises(UserError, match=none):
-        pack_chats([TWO], by_threes, 5, "held-out", CPU)
+    with pytest.raises(UserError, match="1 of 1 records can't be used: .*: raise --context"):
+        pack_chats([TWO], BY_THREES, 5, "held-out", CPU)
+
+
+@pytest.mark.parametrize(
+    "lengths, limit, T",
+    [([90] * 99 + [900], 1024, 256), ([90] * 98 + [300, 900], 1024, 320), ([3000], 4096, 2048)]
+    + [([300], 310, 310), ([300], 256, 256)],
+)
+def test_a_row_holds_ninety_nine_of_a_hundred_dialogues(lengths, limit, T):
+    model = SimpleNamespace(cfg=SimpleNamespace(max_position_embeddings=limit), tokens_per_image=0)
+    by_content = SimpleNamespace(render=lambda messages, **_: (range(messages[0]["content"]), []))
+    chats = [{"messages": [{"role": "user", "content": n}]} for n in lengths]
+    assert row_length(None, model, chats, by_content) == T

@@ -80,35 +80,35 @@ def read(line, config_class=Config, presets=PRESETS):
 # --- what is read --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "line, name, value",
-    [
-        ("--steps 5", "steps", 5),
-        ("--steps=5", "steps", 5),
-        ("--steps 1_000", "steps", 1000),
-        ("--steps 1e6", "steps", 1_000_000),
-        ("--steps 2.5E3", "steps", 2500),
-        ("--steps 9007199254740993", "steps", 2**53 + 1),
-        ("--steps 1 --steps 2", "steps", 2),
-        ("--eval-every 2", "eval_every", 2),
-        ("--lr 3e-4", "lr", 3e-4),
-        ("--lr 1", "lr", 1.0),
-        ("--lr inf", "lr", float("inf")),
-        ("--clip none", "clip", None),
-        ("--clip 0.5", "clip", 0.5),
-        ("--init None", "init", None),
-        ("--init runs/sft", "init", "runs/sft"),
-        ("--init=--odd=name", "init", "--odd=name"),
-        ("--init=", "init", ""),
-        ("--out none", "out", "none"),
-        ("--dtype bf16", "dtype", "bf16"),
-        ("--layers 4", "layers", 4),
-        ("--compile", "compile", True),
-        ("--no_compile", "compile", False),
-        ("--no-compile", "compile", False),
-        ("--no_compile --compile", "compile", True),
-    ],
-)
+READ = [
+    ("--steps 5", "steps", 5),
+    ("--steps=5", "steps", 5),
+    ("--steps 1_000", "steps", 1000),
+    ("--steps 1e6", "steps", 1_000_000),
+    ("--steps 2.5E3", "steps", 2500),
+    ("--steps 9007199254740993", "steps", 2**53 + 1),
+    ("--steps 1 --steps 2", "steps", 2),
+    ("--eval-every 2", "eval_every", 2),
+    ("--lr 3e-4", "lr", 3e-4),
+    ("--lr 1", "lr", 1.0),
+    ("--lr inf", "lr", float("inf")),
+    ("--clip none", "clip", None),
+    ("--clip 0.5", "clip", 0.5),
+    ("--init None", "init", None),
+    ("--init runs/sft", "init", "runs/sft"),
+    ("--init=--odd=name", "init", "--odd=name"),
+    ("--init=", "init", ""),
+    ("--out none", "out", "none"),
+    ("--dtype bf16", "dtype", "bf16"),
+    ("--layers 4", "layers", 4),
+    ("--compile", "compile", True),
+    ("--no_compile", "compile", False),
+    ("--no-compile", "compile", False),
+    ("--no_compile --compile", "compile", True),
+]
+
+
+@pytest.mark.parametrize("line, name, value", READ)
 def test_a_flag_sets_its_field(line, name, value):
     config = read(line)
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
@@ -130,58 +130,56 @@ def test_an_argument_may_stand_for_a_flag_where_the_class_says_so(line):
 # --- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "line, says",
-    [
-        ("--step 4", "unknown flag --step; did you mean --steps?"),
-        ("--no_compil", "unknown flag --no_compil; did you mean --compile?"),
-        ("--zzz=4", "unknown flag --zzz; see --help"),
-        ("--no_steps", "unknown flag --no_steps; did you mean --steps?"),
-        ("--steps abc", "--steps must be a whole number, got 'abc'"),
-        ("--steps 1.5", "--steps must be a whole number, got '1.5'"),
-        ("--steps 1e400", "--steps must be a whole number, got '1e400'"),
-        ("--steps nan", "--steps must be a whole number, got 'nan'"),
-        ("--steps=", "--steps must be a whole number, got ''"),
-        ("--steps none", "--steps must be a whole number, got 'none'"),
-        ("--steps=-5", "--steps must be at least 1, not -5"),
-        ("--steps 0", "--steps must be at least 1, not 0"),
-        ("--eval_every 9", "--eval_every must be between 2 and 8, not 9"),
-        ("--lr -3e-4", "--lr must be at least 0, not -0.0003"),
-        ("--lr fast", "--lr must be a number, got 'fast'"),
-        ("--lr nan", "--lr must be a number, got 'nan'"),
-        ("--held_out 1", "--held_out must be between 0 and 1, both excluded, not 1.0"),
-        ("--clip x", "--clip must be a number or none, got 'x'"),
-        ("--clip -1", "--clip must be at least 0, not -1.0"),
-        ("--dtype fp8", "--dtype must be one of auto, bf16, got 'fp8'"),
-        ("--layers 3", "--layers must be one of 2, 4, got '3'"),
-        ("--preset huge", "--preset must be one of smoke, gpu, tiny, got 'huge'"),
-        ("--steps", "--steps needs a value; write --steps VALUE"),
-        ("--steps --lr 1", "--steps needs a value; write --steps VALUE"),
-        ("runs/sft", "what is 'runs/sft' for? every setting is written --name value"),
-        ("--compile true", "what is 'true' for? every setting is written --name value"),
-    ],
-)
+REFUSED = [
+    ("--step 4", "unknown flag --step; did you mean --steps?"),
+    ("--no_compil", "unknown flag --no_compil; did you mean --compile?"),
+    ("--zzz=4", "unknown flag --zzz; see --help"),
+    ("--no_steps", "unknown flag --no_steps; did you mean --steps?"),
+    *((f"--steps={x}", f"--steps must be a whole number, got '{x}'")
+      for x in ("abc", "1.5", "1e400", "nan", "none", "")),
+    ("--steps=-5", "--steps must be at least 1, not -5"),
+    ("--steps 0", "--steps must be at least 1, not 0"),
+    ("--eval_every 9", "--eval_every must be between 2 and 8, not 9"),
+    ("--lr -3e-4", "--lr must be at least 0, not -0.0003"),
+    ("--lr fast", "--lr must be a number, got 'fast'"),
+    ("--lr nan", "--lr must be a number, got 'nan'"),
+    ("--held_out 1", "--held_out must be between 0 and 1, both excluded, not 1.0"),
+    ("--clip x", "--clip must be a number or none, got 'x'"),
+    ("--clip -1", "--clip must be at least 0, not -1.0"),
+    ("--dtype fp8", "--dtype must be one of auto, bf16, got 'fp8'"),
+    ("--layers 3", "--layers must be one of 2, 4, got '3'"),
+    ("--preset huge", "--preset must be one of smoke, gpu, tiny, got 'huge'"),
+    ("--steps", "--steps needs a value; write --steps VALUE"),
+    ("--steps --lr 1", "--steps needs a value; write --steps VALUE"),
+    ("runs/sft", "what is 'runs/sft' for? every setting is written --name value"),
+    ("--compile true", "what is 'true' for? every setting is written --name value"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line, says", REFUSED)
 def test_bad_input_is_refused_with_the_sentence_that_helps(line, says):
     with pytest.raises(UserError) as refusal:
         read(line)
     assert str(refusal.value) == says
 
 
-def test_what_a_class_does_not_know_is_refused():
-    with pytest.raises(UserError, match="what is 'runs/b' for"):
-        read("runs/a runs/b", Chat, None)
-    with pytest.raises(UserError, match="unknown flag --preset"):
-        read("--preset smoke", Chat, None)
+@dataclass
+class Needy:
+    data: str
 
 
-def test_a_setting_without_default_must_be_given():
-    @dataclass
-    class Needy:
-        data: str
-
+@pytest.mark.parametrize(
+    "line, config_class, says",
+    [
+        ("runs/a runs/b", Chat, "what is 'runs/b' for"),
+        ("--preset smoke", Chat, "unknown flag --preset"),
+        ("", Needy, "--data must be given"),
+    ],
+)
+def test_what_a_class_does_not_know_or_cannot_do_without_is_refused(line, config_class, says):
+    with pytest.raises(UserError, match=says):
+        read(line, config_class, None)
     assert read("--data x", Needy, None).data == "x"
-    with pytest.raises(UserError, match="--data must be given"):
-        read("", Needy, None)
 
 
 @pytest.mark.parametrize("values", [{"step": 3}, {"steps": "three"}, {"steps": 1.5}, {"steps": 0}])
@@ -235,27 +233,26 @@ def test_a_preset_wins_over_defaults_and_a_flag_over_the_preset():
     assert (config.preset, config.out, config.steps, config.lr) == ("smoke", "runs/smoke", 5, 1e-3)
 
 
-def started(folder, **values):
-    save_config(Config(**values), folder / "train_config.json")
-    return f"--resume --out {folder}"
+SAVED = {"steps": 77, "clip": None, "compile": False, "lr": 0.5, "preset": "gpu", "out": "runs/old"}
 
 
-def test_a_resumed_run_keeps_its_settings(tmp_path):
-    config = read(started(tmp_path, steps=77, clip=None, compile=False, out="runs/elsewhere"))
-    assert (config.steps, config.clip, config.compile) == (77, None, False)
-    assert (config.resume, config.out) == (True, str(tmp_path))  # the folder may have moved
-
-
-def test_a_typed_flag_wins_over_the_resumed_run_and_what_changes_is_said(tmp_path, capsys):
-    config = read(started(tmp_path, steps=77, lr=0.5) + " --steps 100 --lr 0.5")
-    assert (config.steps, config.lr) == (100, 0.5)
-    assert capsys.readouterr().out == "note: --steps was 77, and the run goes on with 100\n"
-
-
-def test_the_resumed_run_wins_over_the_preset_and_keeps_its_name(tmp_path, capsys):
-    config = read(started(tmp_path, steps=77, preset="gpu") + " --preset smoke")
-    assert (config.steps, config.preset) == (77, "gpu")
-    assert capsys.readouterr().out == "note: a resumed run keeps its preset, gpu\n"
+@pytest.mark.parametrize(
+    "line, changed, says",
+    [
+        ("", {}, ""),
+        ("--steps 100 --lr 0.5", {"steps": 100}, "--steps was 77, and the run goes on with 100"),
+        ("--preset smoke", {}, "a resumed run keeps its preset, gpu"),
+    ],
+)
+def test_a_resumed_run_keeps_its_settings_save_typed_ones_and_says_so(
+    line, changed, says, tmp_path, capsys
+):
+    save_config(Config(**SAVED), tmp_path / "train_config.json")
+    config = read(f"--resume --out {tmp_path} {line}")
+    moved = {"resume": True, "out": str(tmp_path)}  # the folder may have moved
+    assert config == Config(**SAVED | moved | changed)
+    assert capsys.readouterr().out == (f"note: {says}\n" if says else "")
+    assert read(f"--out {tmp_path}").steps == 300  # without --resume it isn't read
 
 
 def test_a_resumed_run_may_lack_settings(tmp_path):
@@ -263,38 +260,47 @@ def test_a_resumed_run_may_lack_settings(tmp_path):
     assert read(f"--resume --out {tmp_path}").lr == 1e-3
 
 
-def test_without_resume_the_folder_is_not_read(tmp_path):
-    started(tmp_path, steps=77)
-    assert read(f"--out {tmp_path}").steps == 300
+MISFITS = [
+    (None, "^nothing to resume in .*; start without --resume"),
+    ("{", "must be a JSON object"),
+    ("[]", "must be a JSON object"),
+    ('{"adam_lr": 1e-3}', "written by another version: it sets adam_lr"),
+    ('{"steps": "x"}', "--steps must be a whole number, got 'x'; fix it or add --steps VALUE"),
+    ('{"steps": true}', "--steps must be a whole number, got True"),
+    ('{"steps": 0}', "--steps must be at least 1"),
+    ('{"dtype": "fp8"}', "--dtype must be one of auto, bf16, got 'fp8'"),
+    ('{"out": 3, "lr": null}', "--lr must be a number, got None"),
+]
 
 
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        (None, "^nothing to resume in .*; start without --resume"),
-        ("{", "must be a JSON object"),
-        ("[]", "must be a JSON object"),
-        ('{"adam_lr": 1e-3}', "written by another version: it sets adam_lr"),
-        ('{"steps": "x"}', "--steps must be a whole number, got 'x'; fix it or add --steps VALUE"),
-        ('{"steps": true}', "--steps must be a whole number, got True"),
-        ('{"steps": 0}', "--steps must be at least 1"),
-        ('{"dtype": "fp8"}', "--dtype must be one of auto, bf16, got 'fp8'"),
-        ('{"out": 3, "lr": null}', "--lr must be a number, got None"),
-    ],
-)
-def test_a_saved_config_that_does_not_fit_is_refused(tmp_path, text, says):
+@pytest.mark.parametrize("text, says", MISFITS)
+def test_a_saved_config_that_does_not_fit_is_refused_and_a_typed_flag_mends_a_value(
+    text, says, tmp_path
+):
     if text is not None:
         (tmp_path / "train_config.json").write_text(text)
     with pytest.raises(UserError, match=says):
         read(f"--resume --out {tmp_path}")
-
-
-def test_a_typed_flag_replaces_a_damaged_saved_value(tmp_path):
-    (tmp_path / "train_config.json").write_text('{"steps": "x"}')
-    assert read(f"--resume --out {tmp_path} --steps 3").steps == 3
+    if "--steps VALUE" in says:
+        assert read(f"--resume --out {tmp_path} --steps 3").steps == 3
 
 
 # --- help ----------------------------------------------------------------------------------------
+
+
+HELP = (
+    "\n    loss = -log p\n\nThis docstring",
+    "\nRun:\n",
+    "\nTraining:\n",
+    "how large everything is (default: tiny)",
+    "--preset smoke|gpu|tiny",
+    "run folder to write (default: runs/test, smoke: runs/smoke)",
+    "--steps int",
+    "optimizer steps, 100% of them (default: 300, smoke: 4)",
+    "--dtype auto|bf16",
+    "precision (default: auto, gpu: bf16)",
+    "folder to start from (default: None)",
+)
 
 
 def test_help_shows_groups_comments_defaults_and_presets(capsys, monkeypatch):
@@ -303,20 +309,7 @@ def test_help_shows_groups_comments_defaults_and_presets(capsys, monkeypatch):
         read("--nonsense --help")
     shown = capsys.readouterr().out
     assert leaving.value.code == 0 and "of no field" not in shown
-    for text in (
-        "\n    loss = -log p\n\nThis docstring",
-        "\nRun:\n",
-        "\nTraining:\n",
-        "how large everything is (default: tiny)",
-        "--preset smoke|gpu|tiny",
-        "run folder to write (default: runs/test, smoke: runs/smoke)",
-        "--steps int",
-        "optimizer steps, 100% of them (default: 300, smoke: 4)",
-        "--dtype auto|bf16",
-        "precision (default: auto, gpu: bf16)",
-        "folder to start from (default: None)",
-    ):
-        assert text in shown
+    assert [text for text in HELP if text not in shown] == []
     with pytest.raises(SystemExit):
         read("-h", Chat, None)
     assert "[model] [--flag value ...]" in capsys.readouterr().out
@@ -325,30 +318,31 @@ def test_help_shows_groups_comments_defaults_and_presets(capsys, monkeypatch):
 # --- the edge of the program ---------------------------------------------------------------------
 
 
-def leave(capsys, mistake=None, argv=()):
+def fail(mistake):
     def main(config):
         raise mistake
 
+    return main
+
+
+def leave(capsys, mistake=None, argv=()):
     with pytest.raises(SystemExit) as leaving:
-        cli(main, Config, PRESETS, list(argv))
+        cli(fail(mistake), Config, PRESETS, list(argv))
     shown = capsys.readouterr()
     assert shown.out == ""
     return leaving.value.code, shown.err
 
 
-DENIED = PermissionError(errno.EACCES, "Permission denied", "/x")
+MISTAKES = [
+    (UserError("data.jsonl:3: no\n  messages"), 2, "error: data.jsonl:3: no messages\n"),
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+    (OSError(errno.ENOSPC, "No space left"), 2, "error: cannot write: No space left\n"),
+    (OSError(errno.EROFS, "Read-only", "/x"), 2, "error: /x: Read-only\n"),
+    (PermissionError(errno.EACCES, "Denied", "/x"), 2, "error: /x: Denied\n"),
+]
 
 
-@pytest.mark.parametrize(
-    "mistake, code, says",
-    [
-        (UserError("data.jsonl:3: no\n  messages"), 2, "error: data.jsonl:3: no messages\n"),
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
-        (OSError(errno.ENOSPC, "No space left"), 2, "error: cannot write: No space left\n"),
-        (OSError(errno.EROFS, "Read-only", "/x"), 2, "error: /x: Read-only\n"),
-        (DENIED, 2, "error: /x: Permission denied\n"),
-    ],
-)
+@pytest.mark.parametrize("mistake, code, says", MISTAKES)
 def test_a_mistake_becomes_one_line(capsys, monkeypatch, mistake, code, says):
     monkeypatch.delenv("RANK", raising=False)
     assert leave(capsys, mistake) == (code, says)
@@ -364,11 +358,8 @@ def test_of_many_processes_only_the_first_speaks(capsys, monkeypatch, rank, says
 
 @pytest.mark.parametrize("mistake", [ValueError("bug"), FileNotFoundError(errno.ENOENT, "bug")])
 def test_a_bug_keeps_its_traceback(mistake):
-    def main(config):
-        raise mistake
-
     with pytest.raises(type(mistake), match="bug"):
-        cli(main, Config, PRESETS, [])
+        cli(fail(mistake), Config, PRESETS, [])
 
 
 SCRIPT = """
@@ -390,6 +381,11 @@ cli(main, Config)
 """
 
 
+def executed(*command, **env):
+    env = {**os.environ, **env}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+
+
 @pytest.mark.parametrize(
     "flags, code, lines, err",
     [
@@ -400,9 +396,7 @@ cli(main, Config)
 )
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
 def test_the_shell_sees(flags, code, lines, err):
-    line = f"'{sys.executable}' -c '{SCRIPT}' {flags}"
-    how = {"capture_output": True, "text": True, "cwd": ROOT}
-    done = subprocess.run(["bash", "-c", line], **how)
+    done = executed("bash", "-c", f"'{sys.executable}' -c '{SCRIPT}' {flags}")
     assert (done.returncode, done.stdout.strip(), done.stderr) == (code, lines, err)
 
 
@@ -414,9 +408,8 @@ def test_the_shell_sees(flags, code, lines, err):
 def test_one_of_several_processes_that_fails_does_not_wait_for_the_interpreters_end(
     processes, fails, code, err
 ):
-    env = {**os.environ, "RANK": "0", "WORLD_SIZE": processes}
-    how = {"capture_output": True, "text": True, "cwd": ROOT, "env": env}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, "--fails", fails], **how)
+    command = sys.executable, "-c", SCRIPT, "--fails", fails
+    done = executed(*command, RANK="0", WORLD_SIZE=processes)
     assert done.returncode == code and done.stderr.startswith(err)
     assert done.stdout.endswith("end\n") == (processes == "1")
 
@@ -434,8 +427,7 @@ def test_a_saved_config_is_json_of_every_field(tmp_path):
 def test_an_atomic_write_replaces_the_file(tmp_path, data, written):
     atomic_write(tmp_path / "a", "old")
     atomic_write(str(tmp_path / "a"), data)
-    assert (tmp_path / "a").read_bytes() == written
-    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == written and os.listdir(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
@@ -444,5 +436,4 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, failure):
     with pytest.raises(failure), atomic_file(tmp_path / "a") as file:
         file.write(b"half")
         raise failure
-    assert (tmp_path / "a").read_text() == "old"
-    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]

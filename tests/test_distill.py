@@ -2,28 +2,31 @@
 learn, resume, share between processes and refuse.
 """
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
+    ON_CPU,
+    TINY,
+    WORDS,
+    assert_resumes,
+    close,
     in_new_folder,
-    kill_and_resume,
     moments_of_two_processes,
     refused,
     result,
     run,
-    same,
-    weights,
+    say,
+    turns,
 )
 from trl.experimental.gkd import GKDTrainer
 
 import distill
 import train_pretrain
 import train_sft
-from data import village
+from data.village import examples as village
 from distill import coarse, forward_kl, generalised_jsd, reverse_kl, tempered
 from nanollm.distillation import (
     ask_teacher,
@@ -49,9 +52,8 @@ def logp(*probabilities):
     return torch.tensor(probabilities).log()
 
 
-def asked(prompt, completion=None, **more):
-    example = {"messages": [{"role": "user", "content": prompt}], **more}
-    return example if completion is None else {**example, "completion": completion}
+def asked(prompt, *completion, **more):
+    return {"messages": turns(prompt), **more, **dict(zip(["completion"], completion))}
 
 
 # --- divergences ---------------------------------------------------------------------------------
@@ -60,22 +62,13 @@ def asked(prompt, completion=None, **more):
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
 def test_jsd_and_its_gradients_equal_trls_with_masks_and_temperature(beta, temperature):
-    teacher, found = logits(2), []
-    mask = torch.rand(3, 7, generator=torch.Generator().manual_seed(3)) < 0.6
+    teacher, student, mask = logits(2), logits(1).requires_grad_(), logits(3)[..., 0] < 0.5
+    both = tempered(student, temperature), tempered(teacher, temperature)
+    ours = (generalised_jsd(*both, beta) * mask).sum() / mask.sum()
     labels = torch.where(mask, 5, -100)
-
-    def ours(x):
-        both = tempered(x, temperature), tempered(teacher, temperature)
-        return (generalised_jsd(*both, beta) * mask).sum() / mask.sum()
-
-    def theirs(x):
-        return GKDTrainer.generalized_jsd_loss(x, teacher, labels, beta, temperature)
-
-    for loss in (ours, theirs):
-        student = logits(1).requires_grad_()
-        loss(student).backward()
-        found.append((loss(student).detach(), student.grad))
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    theirs = GKDTrainer.generalized_jsd_loss(student, teacher, labels, beta, temperature)
+    close(ours, theirs)
+    close(*(torch.autograd.grad(loss, student)[0] for loss in (ours, theirs)))
 
 
 def test_forward_and_reverse_kl_by_hand():
@@ -91,7 +84,7 @@ def test_forward_and_reverse_kl_by_hand():
 def test_nothing_diverges_from_itself():
     same = tempered(logits())
     for divergence in (forward_kl, reverse_kl, generalised_jsd):
-        torch.testing.assert_close(divergence(same, same), torch.zeros(3, 7), atol=1e-6, rtol=0)
+        close(divergence(same, same), torch.zeros(3, 7), 1e-6, 0)
 
 
 def test_jsd_is_symmetric_in_the_middle_and_at_most_a_bit():
@@ -104,8 +97,8 @@ def test_towards_its_ends_jsd_becomes_the_two_kls():
     a, b = (logits(seed, (6, 5)).double().log_softmax(-1) for seed in (1, 2))
     for beta, limit in ((1e-4, forward_kl), (1 - 1e-4, reverse_kl)):
         scaled = generalised_jsd(a, b, beta) / (beta * (1 - beta))
-        torch.testing.assert_close(scaled, limit(a, b), rtol=0.01, atol=1e-3)
-        torch.testing.assert_close(generalised_jsd(a, b, round(beta)), limit(a, b))
+        close(scaled, limit(a, b), atol=1e-3, rtol=0.01)
+        close(generalised_jsd(a, b, round(beta)), limit(a, b), 1e-7, 1e-7)
 
 
 # --- the losses of a batch -----------------------------------------------------------------------
@@ -115,13 +108,13 @@ def test_temperature_squared_keeps_the_size_of_gradients():
     """At a high temperature tau^2 times the gradient of KL is (z_S - z_T) / V for logits of mean
     zero, whatever tau (Hinton et al. 2015, eq. 4).
     """
-    student, teacher = (x - x.mean() for x in (logits(1, (1, 8), 1.0), logits(2, (1, 8), 1.0)))
+    student, teacher = (logits(seed, (1, 8), 1.0).double() for seed in (1, 2))
+    student, teacher, none = student - student.mean(), teacher - teacher.mean(), torch.zeros(1)
     for temperature in (1e3, 3e3):
-        wanted, none = student.double().requires_grad_(), torch.zeros(1)
-        log_ps, log_pt = ((x / temperature).log_softmax(-1) for x in (wanted, teacher.double()))
+        wanted = student.clone().requires_grad_()
+        log_ps, log_pt = ((x / temperature).log_softmax(-1) for x in (wanted, teacher))
         distill.soft_loss(forward_kl(log_ps, log_pt), none, none, 1, 0, 1.0, temperature).backward()
-        expected = (student - teacher).double() / 8
-        torch.testing.assert_close(wanted.grad, expected, atol=1e-3, rtol=0)
+        close(wanted.grad, (student - teacher) / 8, 1e-3, 0)
 
 
 def test_losses_by_hand():
@@ -140,23 +133,13 @@ def test_a_rationale_weighs_as_much_as_its_weight_says_however_long_it_is():
         assert distill.step_by_step_loss(ce, rationale, 1, 3, weight).item() == pytest.approx(total)
 
 
-def test_parts_of_a_batch_add_up_to_the_whole():
-    divergence, ce = torch.rand(6), torch.rand(6)
-    labelled = torch.tensor([True, True, False, False, True, False])
-    whole, *parts = (
-        distill.soft_loss(divergence[p], ce[p], labelled[p], 6, 3, 0.5, 2.0)
-        for p in (slice(0, 6), slice(0, 2), slice(2, 6))
-    )
-    torch.testing.assert_close(sum(parts), whole)
-
-
 def test_cosine_loss_sees_the_direction_alone_and_equals_torchs():
-    a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     b = torch.tensor([[9.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
-    assert distill.hidden_cosine_loss(a, b).tolist() == pytest.approx([0.0, 1.0, 2.0])
+    cosines = distill.hidden_cosine_loss(torch.tensor([[1.0, 0.0]]).expand(3, 2), b)
+    assert cosines.tolist() == pytest.approx([0.0, 1.0, 2.0])
     a, b = logits(1, (5, 8)), logits(2, (5, 8))
     theirs = torch.nn.CosineEmbeddingLoss(reduction="none")(a, b, torch.ones(5))
-    torch.testing.assert_close(distill.hidden_cosine_loss(a, b), theirs, atol=1e-6, rtol=1e-5)
+    close(distill.hidden_cosine_loss(a, b), theirs, 1e-6)
 
 
 # --- the teacher's most likely tokens ------------------------------------------------------------
@@ -177,7 +160,7 @@ def test_coarse_kl_never_exceeds_the_whole_reaches_it_with_k_and_keeps_all_gradi
         before = kl
         [grad] = torch.autograd.grad(kl.sum(), student, retain_graph=True)
         assert grad.isfinite().all() and (grad != 0).all()
-    torch.testing.assert_close(before, whole, atol=1e-5, rtol=1e-5)
+    close(before, whole)
 
 
 def test_the_teacher_says_the_same_beforehand_and_on_the_fly(tokenizer, random_model):
@@ -191,11 +174,11 @@ def test_the_teacher_says_the_same_beforehand_and_on_the_fly(tokenizer, random_m
         part = cached[numbers]
         whole = tempered(distill.outputs(teacher, part)[0], 2.0)
         expected = (plain[numbers][part.where()] / 2).log_softmax(-1)
-        torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
+        close(whole, expected)
         ids = part.top_ids[part.where()]
         assert ids.shape == (len(whole), 5)
         kept = part.top_logprobs[part.where()]
-        torch.testing.assert_close(kept, coarse(whole, ids.long()), atol=1e-5, rtol=1e-5)
+        close(kept, coarse(whole, ids.long()))
 
 
 # --- examples and rows ---------------------------------------------------------------------------
@@ -210,8 +193,7 @@ def test_a_rationale_is_what_stands_between_the_marks(tokenizer):
 
 
 def test_only_labels_are_labelled_and_only_completions_trained_on(tokenizer):
-    turns = [("user", "a"), ("assistant", "first"), ("user", "b")]
-    label = {"messages": [{"role": r, "content": c} for r, c in turns], "completion": "yes"}
+    label = {"messages": turns("a", "first", "b"), "completion": "yes"}
     tokenized = tokenize([label], True, tokenizer, 64)
     tokenized += tokenize([asked("q", "no"), asked("q", "long " * 20)], False, tokenizer, 64)
     rows = pack_labelled(tokenized, 64, tokenizer)
@@ -235,8 +217,8 @@ def test_the_checker_filters_and_every_completion_is_counted():
 def test_completions_are_read_again_as_they_were_written(tmp_path):
     path, lines = tmp_path / "a.jsonl", [{"instruction": "q", "output": "old"}]
     lines.append({"conversations": [{"from": "human", "value": "q"}]})
-    lines.append({"messages": [{"role": "user", "content": "q"}], "answer": "1", "check": "number"})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines.append(asked("q", answer="1", check="number"))
+    write_jsonl(path, lines)
     examples = read_completions(path)
     assert [example.get("completion") for example in examples] == ["old", None, None]
     told = [{**example, "completion": "<think>x</think>1", "right": True} for example in examples]
@@ -244,24 +226,25 @@ def test_completions_are_read_again_as_they_were_written(tmp_path):
     assert read_completions(path) == told
 
 
-def test_a_teacher_writes_the_same_however_many_processes_ask(tokenizer, random_model, capsys):
+def test_a_teacher_writes_the_same_however_many_processes_ask(
+    tokenizer, random_model, capsys, monkeypatch
+):
     teacher, found = random_model(), []
     prompts = [asked("ab" * n, answer="a", check="contains") for n in (1, 40, 2, 3)]
 
-    class Process(Runtime):
-        def gather(self, ids):  # keeps what this process was told; all of them get one completion
-            told.extend(ids)
-            return [[97, tokenizer.end_id], [98, tokenizer.end_id], [98]] * 2
+    def gather(rt, ids):  # keeps what this process was told; all of them get one completion
+        found[-1].extend(ids)
+        return [[97, tokenizer.end_id], [98, tokenizer.end_id], [98]] * 2
 
+    monkeypatch.setattr(Runtime, "gather", gather)
     for world in (1, 2, 5):  # of five processes two have nothing to ask
-        told = []
+        found.append([])
         for rank in range(world):
-            rt = Process(torch.device("cpu"), torch.float32, rank, world)
+            rt = Runtime(torch.device("cpu"), torch.float32, rank, world)
             completed = ask_teacher(rt, teacher, tokenizer, prompts, 12, samples=2, seed=1)
-        found.append(told)
     assert found[0] == found[1] == found[2] and len(found[0]) == 6  # one is beyond the context
     assert [(e["completion"], e["right"]) for e in completed] == [("a", True), ("b", False)] * 2
-    assert "4 of 8 completions don't end within 12 tokens" in capsys.readouterr().out
+    assert "2 of 6 completions don't end within 12 tokens" in capsys.readouterr().out
 
 
 def test_questions_about_people_are_worded_as_no_test_example_is(tmp_path):
@@ -294,24 +277,19 @@ def test_a_compiled_student_gives_its_hidden_states_too(tokenizer, random_model)
     """Without a hook, which torch.compile might never call."""
     student = random_model()
     rows = pack_labelled(tokenize([asked("q", "abc")], True, tokenizer, 32), 32, tokenizer)
-    compiled = torch.compile(distill.Student(student), backend="aot_eager")
-    found, hidden = compiled(rows)
-    torch.testing.assert_close(
-        (found, hidden), distill.outputs(student, rows), atol=1e-5, rtol=1e-5
-    )
-    torch.testing.assert_close(student.head(hidden), found)
+    found, hidden = torch.compile(distill.Student(student), backend="aot_eager")(rows)
+    for ours, plain in zip((found, hidden), distill.outputs(student, rows), strict=True):
+        close(ours, plain)
+    close(student.head(hidden), found, rtol=1e-6)
     distill.hidden_cosine_loss(hidden, logits(1, hidden.shape)).sum().backward()
     assert student.model.layers[0].mlp.down_proj.weight.grad.norm() > 0
 
 
 # --- whole runs ----------------------------------------------------------------------------------
 
-WORDS = "owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split()
-SMALL = "--batch_size 4 --dtype fp32 --device cpu".split()
 FAST = "--muon_lr 0.02 --lr 0.01".split()
-BASE = [*SMALL, *"--channels 32 --heads 2 --context 64 --data text.txt --sample_tokens 8".split()]
 OWN = [
-    *SMALL,
+    *ON_CPU,
     *"--teacher runs/sft --data examples.jsonl --test_data test.jsonl --labels 4".split(),
     *"--max_new_tokens 24 --context 48 --layers 1 --channels 32 --heads 2 --mlp 64".split(),
     *"--cache_top_k 8 --eval_every 400 --sample_temperature 0.5 --temperature 1".split(),
@@ -327,25 +305,20 @@ def spelt(word):
 def trained(tmp_path_factory):
     """A folder with a teacher that spells sixteen words and then says them in capitals."""
     with in_new_folder(tmp_path_factory) as folder:
-        prompts = [asked(f"say {w}")["messages"] for w in WORDS]
-        turns = [
-            [*prompt, {"role": "assistant", "content": spelt(w)}]
-            for prompt, w in zip(prompts, WORDS)
-        ]
-        known = [{"answer": w.upper(), "check": "contains"} for w in WORDS]
-        examples = [{"messages": t, **each} for t, each in zip(turns, known)]
+        known = {w: {"answer": w.upper(), "check": "contains"} for w in WORDS}
+        examples = [say(w, spelt(w), **known[w]) for w in WORDS]
         files = {
-            "chats": [{"messages": t} for t in turns * 4],
+            "chats": [say(w, spelt(w)) for w in WORDS * 4],
             "examples": [*examples, examples[5]],  # the last is held out, to measure the loss
-            "test": [{"messages": p, **each} for p, each in zip(prompts, known)],
+            "test": [asked(f"say {w}", **known[w]) for w in WORDS],
             "prompts": [{"prompt": "say owl"}] * 40,
-            "plain": [{"messages": [*prompts[0], {"role": "assistant", "content": "OWL"}]}],
+            "plain": [say("owl", "OWL")],
         }
         for name, records in files.items():
             write_jsonl(f"{name}.jsonl", records)
-        base = [*BASE, "--steps", 40, "--eval_every", 40, "--layers", 2, "--tokenizer", "bytes"]
-        run(train_pretrain, *base, out="runs/pretrain")
-        flags = [*SMALL, *FAST, *"--data chats.jsonl --replay 0 --context 48 --steps 300".split()]
+        steps = ["--steps", 40, "--eval_every", 40, "--layers", 2]
+        run(train_pretrain, *TINY, *steps, out="runs/pretrain")
+        flags = [*ON_CPU, *FAST, *"--data chats.jsonl --replay 0 --context 48 --steps 300".split()]
         flags += ["--init", "runs/pretrain", "--eval_every", 300]
         run(train_sft, *flags, out="runs/sft")
     return folder
@@ -372,13 +345,15 @@ def test_a_student_says_words_that_only_the_teacher_knows(here):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_lowers_its_loss(method, here):
+def test_every_method_lowers_its_loss(method, here, capsys):
     after = distil("--method", method, "--steps", 40, "--on_policy_start", 0.25)
     losses = [m["loss"] for m in read_metrics("runs/distill") if "loss" in m]
     assert losses[-1] < 0.7 * losses[0]
     if method not in ("labels", "step_by_step"):  # those have not seen the held-out word
         assert after["after"]["val_loss"] < after["before"]["val_loss"]
     assert after["method"] == method and Path("runs/distill/curves.svg").exists()
+    if method == "step_by_step":
+        assert "4 of these completions have a rationale" in capsys.readouterr().out
     if method == "compress":
         student, _ = load_model("runs/distill")
         assert student.cfg.num_hidden_layers == 1 and student.cfg.hidden_size == 32
@@ -402,18 +377,13 @@ def test_the_teachers_completions_are_dialogues_that_other_runs_read(here, capsy
     kept = read_chats("runs/distill/teacher.jsonl")
     assert f"{len(kept)} kept" in said and "found wrong by the checker" in said
     assert all(chat["right"] for chat in kept)
-    flags = [*SMALL, *"--init runs/pretrain --data runs/distill/teacher.jsonl".split()]
+    flags = [*ON_CPU, *"--init runs/pretrain --data runs/distill/teacher.jsonl".split()]
     flags += "--val_data chats.jsonl --replay 0 --steps 1 --context 48".split()
     run(train_sft, *flags, out="runs/again")
     flags = "--method both --steps 1 --completions runs/distill/teacher.jsonl".split()
     distil(*flags, out="runs/b")
     assert f", {len(kept)} kept" in capsys.readouterr().out
     assert read_chats("runs/b/teacher.jsonl") == kept
-
-
-def test_it_is_said_how_many_completions_have_a_rationale(here, capsys):
-    distil("--method", "step_by_step", "--steps", 1)
-    assert "4 of these completions have a rationale" in capsys.readouterr().out
 
 
 def test_a_student_that_exists_goes_on_from_where_it_is(here):
@@ -425,11 +395,7 @@ def test_a_student_that_exists_goes_on_from_where_it_is(here):
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
     """With on_policy, which has most to remember: noise, whose turn it is to write."""
     flags = "--method on_policy --on_policy_start 0.2 --steps 24 --eval_every 4".split()
-    distil(*flags, out="runs/whole")
-    kill_and_resume("distill.py", [*OWN, *flags], "runs/killed", (4, 8, 12, 16, 20))
-    assert same(weights("runs/whole"), weights("runs/killed"))
-    losses = [[m.get("loss") for m in read_metrics(f"runs/{n}")] for n in ("whole", "killed")]
-    assert losses[0] == losses[1]
+    assert_resumes("distill.py", [*OWN, *flags], (4, 8, 12, 16, 20))
 
 
 @pytest.mark.parametrize("method", ["on_policy", "compress"])
@@ -443,36 +409,29 @@ def test_two_processes_and_parts_give_the_gradients_of_one(method, here):
     assert len(one) > 5
     assert read_chats("runs/one/teacher.jsonl") == read_chats("runs/two/teacher.jsonl")
     for a, b in zip(one, two):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+        close(a, b, 1e-6, 1e-3)
 
 
 # --- bad input -----------------------------------------------------------------------------------
 
-REFUSED = {
-    "completions longer than the rows": (["--context", 8], "raise --context"),
-    "a student with another tokenizer": (["--init", "runs/other"], "another tokenizer"),
-    "a teacher that isn't there": (["--teacher", "runs/none"], "runs/none"),
-    "no labels": (["--method", "labels", "--data", "prompts.jsonl"], "0 labels"),
-    "no temperature": (["--temperature", 0], "--temperature must be at least 0.01"),
-    "heads that don't divide": (["--heads", 5], "--heads 5"),
-    "completions that don't end": (
-        ["--method", "step_by_step", "--max_new_tokens", 2],
-        "or --max_new_tokens",
-    ),
-    "dialogues without rationales": (
-        ["--method", "step_by_step", "--completions", "plain.jsonl"],
-        "gives no rationale, <think>...</think>",
-    ),
-    "itself": (["--out", "runs/sft"], "would replace"),
-}
+REFUSED = [
+    ("--context 8", "raise --context"),  # completions longer than the rows
+    ("--init runs/other", "another tokenizer"),
+    ("--teacher runs/none", "runs/none"),
+    ("--method labels --data prompts.jsonl", "0 labels"),
+    ("--temperature 0", "--temperature must be at least 0.01"),
+    ("--heads 5", "--heads 5"),
+    ("--method step_by_step --max_new_tokens 2", "or --max_new_tokens"),  # none ends
+    ("--method step_by_step --completions plain.jsonl", "gives no rationale, <think>...</think>"),
+    ("--out runs/sft", "would replace"),
+]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_distillation_cannot_do_is_refused(name, here, capsys):
+@pytest.mark.parametrize("flags, sentence", REFUSED)
+def test_what_distillation_cannot_do_is_refused(flags, sentence, here, capsys):
     if not Path("runs/other").exists():
-        flags = ["--steps", 1, "--tokenizer", "train", "--vocab_size", 280, "--layers", 1]
-        run(train_pretrain, *BASE, *flags, out="runs/other")
+        other = ["--steps", 1, "--tokenizer", "train", "--vocab_size", 280]
+        run(train_pretrain, *TINY, *other, out="runs/other")
     capsys.readouterr()
-    flags, sentence = REFUSED[name]
-    said = refused(capsys, distill, *OWN, "--out", "runs/refused", *flags)
+    said = refused(capsys, distill, *OWN, "--out", "runs/refused", *flags.split())
     assert sentence in said and not Path("runs/refused").exists()

@@ -3,14 +3,15 @@
 import io
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from helpers import refused
+import torch
+from helpers import refused, turns
 
-from nanollm import chat, evaluate
-from nanollm import metrics as metrics_module
-from nanollm.config import UserError, parse
-from nanollm.formats import read_examples, read_prompts
+from nanollm import chat, evaluate, metrics
+from nanollm.config import parse
+from nanollm.formats import read_examples, read_prompts, write_jsonl
 from nanollm.gpt import GPT
 from nanollm.hub import load_model, save_model
 from nanollm.metrics import accuracy_by_task, accuracy_table, majority, sampled_metrics, table
@@ -19,7 +20,7 @@ from nanollm.rollouts import TEMPLATES, prompt_of, template_of
 
 
 def write(path, *records):
-    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_jsonl(path, records)
     return path
 
 
@@ -38,28 +39,24 @@ def evaluated(*flags):
     return json.loads(Path("e.json").read_text())
 
 
-def watched(monkeypatch):
-    """(prompts, settings) of each batch that evaluate samples from now on."""
-    calls, complete = [], metrics_module.complete
-
-    def watch(model, tokenizer, prompts, *rest, **settings):
-        calls.append((prompts, settings))
-        return complete(model, tokenizer, prompts, *rest, **settings)
-
-    monkeypatch.setattr(metrics_module, "complete", watch)
-    return calls
+@pytest.fixture
+def complete(monkeypatch):
+    """What evaluate samples with, watched."""
+    complete = Mock(wraps=metrics.complete)
+    monkeypatch.setattr(metrics, "complete", complete)
+    return complete
 
 
 # --- examples ------------------------------------------------------------------------------------
 
-ASKED = [{"role": "user", "content": "How many?"}]
+ASKED = turns("How many?")
 HAND_MADE = [
     {"prompt": "How many?", "answer": "62"},
     {"prompt": "How many?", "answer": 62},
     {"prompt": "How many?", "answer": " 1,062 ", "check": "exact"},
     {"prompt": "How many?", "answer": "two of them"},
     {"prompt": ASKED, "answer": "62"},
-    {"messages": [*ASKED, {"role": "assistant", "content": "62."}], "answer": "62"},
+    {"messages": turns("How many?", "62."), "answer": "62"},
     {"question": "How many?", "answer": "60 + 2\n#### 62"},
 ]
 
@@ -73,21 +70,6 @@ def test_a_test_example_is_what_training_reads(tmp_path):
     for example in (first, last):
         assert is_right(example, "<think>61.</think>There are 62.")
         assert not is_right(example, "Of 62 only 61.")
-
-
-@pytest.mark.parametrize(
-    "record, sentence",
-    [
-        ({"prompt": "a", "answer": ""}, '"answer" must be text or a number'),
-        ({"prompt": "a"}, 'needs an "answer"'),
-        ({"messages": ["hi"], "answer": "b"}, 'message 0 has no "role"'),
-        ({"prompt": "a", "answer": "b", "check": "regex"}, "unknown check 'regex'"),
-    ],
-)
-def test_a_bad_example_is_refused_with_its_line(record, sentence, tmp_path):
-    path = write(tmp_path / "examples.jsonl", {"prompt": "a", "answer": "b"}, record)
-    with pytest.raises(UserError, match=f"examples.jsonl, line 2: .*{sentence}"):
-        read_examples(path)
 
 
 def test_a_task_may_be_called_cloze(here, tokenizer):
@@ -156,24 +138,22 @@ def test_cloze_completions_vote_with_the_rest_of_their_sentence():
         (["--samples", "2", "--temperature", "0.5"], [0.0, 0.5]),
     ],
 )
-def test_with_samples_the_temperature_is_theirs_alone(flags, temperatures, here, monkeypatch):
+def test_with_samples_the_temperature_is_theirs_alone(flags, temperatures, here, complete):
     write("e.jsonl", {"messages": ASKED, "answer": "62"})
-    calls = watched(monkeypatch)
     evaluated("--data", "e.jsonl", *flags)
-    assert [settings["temperature"] for _, settings in calls] == temperatures
+    assert [call.kwargs["temperature"] for call in complete.call_args_list] == temperatures
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.0}])
 def test_what_a_model_says_to_a_question_depends_on_no_other_question(how, here):
     """Nor on the batch size; a prompt that leaves little room cuts its own completion only."""
     model, tokenizer = load_model("runs/model")
+    known = {"answer": "1", "task": "a", "check": "number"}
     texts = [f"say {n}" for n in range(7)] + ["word " * 28]
-    examples = [{"prompt": t, "answer": "1", "task": "a", "check": "number"} for t in texts]
-    examples = [e | {"messages": [{"role": "user", "content": e["prompt"]}]} for e in examples]
+    examples = [{"messages": turns(text), **known} for text in texts]
 
     def said(examples, batch_size):
-        generator = metrics_module.torch.Generator().manual_seed(0)
-        more = how | ({"generator": generator} if how else {})
+        more = how | ({"generator": torch.Generator().manual_seed(0)} if how else {})
         return accuracy_by_task(model, tokenizer, examples, 24, batch_size=batch_size, **more)[1]
 
     together = said(examples, 256)
@@ -193,16 +173,16 @@ def test_a_completion_can_be_made_to_begin_as_asked(here):
 # --- templates -----------------------------------------------------------------------------------
 
 
-def test_a_run_is_asked_as_it_was_trained(here, monkeypatch, tokenizer, capsys):
+def test_a_run_is_asked_as_it_was_trained(here, complete, tokenizer, capsys):
     write("e.jsonl", {"messages": ASKED, "answer": "62"})
-    (example,), calls = read_examples("e.jsonl"), watched(monkeypatch)
+    (example,) = read_examples("e.jsonl")
     assert template_of("runs/model") == template_of("runs/none") == "chat"
     evaluated("--data", "e.jsonl")
     write("runs/model/train_config.json", {"template": "zero"})
     evaluated("--data", "e.jsonl")
     assert "by the template zero" in capsys.readouterr().out
     evaluated("--data", "e.jsonl", "--template", "think")
-    asked = [prompts[0] for prompts, _ in calls]
+    asked = [call.args[2][0] for call in complete.call_args_list]
     assert asked == [TEMPLATES[name](example, tokenizer) for name in ("chat", "zero", "think")]
     write("runs/model/train_config.json", {"template": "riddle"})
     assert template_of("runs/model") == "chat"
@@ -219,20 +199,16 @@ def talk(monkeypatch, text, *flags):
 
 
 def test_a_conversation_goes_on_until_it_is_reset_with_one_merged_model(
-    here, monkeypatch, tokenizer, capsys
+    here, monkeypatch, tokenizer
 ):
-    prompts, merges, stream, merged = [], [], chat.stream, GPT.merged
-
-    def watch(model, prompt, *rest, **how):
-        prompts.append(tokenizer.decode(prompt))
-        return stream(model, prompt, *rest, **how)
-
-    monkeypatch.setattr(chat, "stream", watch)
-    monkeypatch.setattr(GPT, "merged", lambda model: merges.append(1) or merged(model))
+    stream, merged = Mock(wraps=chat.stream), Mock(wraps=load_model("runs/model")[0].merged)
+    monkeypatch.setattr(chat, "stream", stream)
+    monkeypatch.setattr(GPT, "merged", merged)
     talk(monkeypatch, "one\ntwo\n/reset\nthree\n", "--system", "be kind")
-    turns = [prompt.count("<|user|>") for prompt in prompts]
-    assert turns == [1, 2, 1] and len(merges) == 1
+    prompts = [tokenizer.decode(call.args[1]) for call in stream.call_args_list]
+    assert [prompt.count("<|user|>") for prompt in prompts] == [1, 2, 1]
     assert all(prompt.startswith("<|system|>be kind<|end|>") for prompt in prompts)
+    assert merged.call_count == 1
 
 
 def test_what_does_not_fit_any_more_is_left_out_and_a_longer_message_refused(

@@ -1,10 +1,10 @@
 """Sampling: parity with transformers and our own uncached forward, and the laws of samplers."""
 
-import math
 import random
 
 import pytest
 import torch
+from helpers import same, some_prompts, watch_batches
 
 from nanollm import generate as module
 from nanollm.config import UserError
@@ -24,11 +24,6 @@ INF = float("inf")
 SHAPES = [{}, {"qk_norm": False, "tie_word_embeddings": False}, {"num_key_value_heads": 4}]
 
 
-def some_prompts(lengths=(5, 9, 1, 7), V=250, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(V, (n,), generator=generator).tolist() for n in lengths]
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -44,24 +39,14 @@ def slow_greedy(model, prompt, n, stop_ids=()):
     return ids[len(prompt) :]
 
 
-def fresh_logprobs(model, out, temperature=1.0):
-    """Of each row's new tokens, from one uncached forward on its whole sequence without padding."""
-    rows = []
+def differences(model, out, temperature=1.0):
+    """Of each row's logprobs from those of one uncached forward on its whole sequence, unpadded."""
     for r in range(len(out.tokens)):
         prompt, new = out.prompts[r][out.prompt_mask[r]], out.tokens[r][out.mask[r]]
         ids = torch.cat([prompt, new])[None]
         with torch.no_grad():
-            logprobs = token_logprobs(model(ids[:, :-1]).float() / temperature, ids[:, 1:])[0]
-        rows.append(logprobs[len(prompt) - 1 :])
-    return rows
-
-
-def near_fresh(model, out, temperature=1.0):
-    fresh = fresh_logprobs(model, out, temperature)
-    return all(
-        torch.allclose(ours[mask], theirs, atol=1e-4)
-        for ours, mask, theirs in zip(out.logprobs, out.mask, fresh)
-    )
+            fresh = token_logprobs(model(ids[:, :-1]).float() / temperature, ids[:, 1:])[0]
+        yield (out.logprobs[r][out.mask[r]] - fresh[len(prompt) - 1 :]).abs()
 
 
 # --- greedy --------------------------------------------------------------------------------------
@@ -97,11 +82,9 @@ def test_each_prompt_is_continued_by_its_own_samples(random_model):
     model, prompts = random_model(), some_prompts()
     out = generate(model, prompts, 6, samples=3, temperature=0)
     assert out.tokens.shape == (12, 6)
-    greedy = [slow_greedy(model, p, 6) for p in prompts]
-    assert out.lists() == [g for g in greedy for _ in range(3)]
-    assert [row[m].tolist() for row, m in zip(out.prompts, out.prompt_mask)] == [
-        p for p in prompts for _ in range(3)
-    ]
+    assert out.lists() == [slow_greedy(model, p, 6) for p in prompts for _ in range(3)]
+    shown = [row[mask].tolist() for row, mask in zip(out.prompts, out.prompt_mask)]
+    assert shown == [p for p in prompts for _ in range(3)]
 
 
 def test_samples_differ_by_seed_and_within_a_prompt(random_model):
@@ -171,93 +154,76 @@ def test_one_long_prompt_shortens_no_other_completion(random_model, tokenizer):
     assert [list(stream(model, long, 20, temperature=0))] == [row]
 
 
-def test_each_order_of_greedy_prompts_gives_the_same(random_model, tokenizer):
-    model, prompts = random_model(), some_prompts((9, 2, 30, 5))
-    texts = complete(model, tokenizer, prompts, 10)
-    assert complete(model, tokenizer, prompts[::-1], 10) == texts[::-1]
-
-
 # --- logprobs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_logprobs_are_those_of_a_fresh_forward(samples, temperature, random_model):
-    model, how = random_model(), {"samples": samples, "temperature": temperature}
+@pytest.mark.parametrize("how", [{}, {"top_k": 3, "top_p": 0.8}])
+def test_logprobs_are_those_of_a_fresh_forward(how, samples, temperature, random_model):
+    """Of the full distribution, where samples are drawn from a part of it, too."""
+    model, how = random_model(), how | {"samples": samples, "temperature": temperature}
     out = generate(model, some_prompts(), 10, generator=seeded(), **how)
-    assert near_fresh(model, out, temperature) and not out.logprobs.requires_grad
-    out = generate(model, some_prompts(), 6, top_k=3, top_p=0.8, generator=seeded(), **how)
-    assert near_fresh(model, out, temperature)  # of the full distribution even so
+    assert torch.cat([*differences(model, out, temperature)]).max() < 1e-4
+    assert not out.logprobs.requires_grad
 
 
 def test_logprobs_stay_right_after_finished_rows_have_left_the_batch(random_model, monkeypatch):
-    batches, keep = [], module.Engine.keep
-    monkeypatch.setattr(
-        module.Engine, "keep", lambda self, rows: (batches.append(len(rows)), keep(self, rows))[1]
-    )
+    batches = watch_batches(monkeypatch)
     model, how = random_model(), {"samples": 8, "stop_ids": set(range(30))}
     out = generate(model, some_prompts(), 40, generator=seeded(3), **how)
     assert len(batches) >= 3 and batches == sorted(batches, reverse=True) and batches[0] <= 16
-    assert near_fresh(model, out)
+    assert torch.cat([*differences(model, out)]).max() < 1e-4
 
 
 def test_in_bf16_logprobs_are_near_those_of_a_fresh_forward_and_weights_stay_fp32(random_model):
-    model = random_model()
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    model, before = random_model(), random_model().state_dict()
     model.compute_dtype = torch.bfloat16
     out = generate(model, some_prompts(), 10, generator=seeded())
-    for ours, fresh in zip(out.logprobs, fresh_logprobs(model, out)):
-        assert (ours - fresh).abs().mean() < 0.05
-    for name, p in model.named_parameters():
-        assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
+    assert all(difference.mean() < 0.05 for difference in differences(model, out))
+    assert same(model.state_dict(), before)
 
 
 # --- samplers ----------------------------------------------------------------------------------
-LOGITS = [[math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]]
+P = [0.1, 0.4, 0.2, 0.3]
+LOGITS = torch.tensor([P]).log()
+KEPT = [1], [1, 3], [1, 2, 3], [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("k, kept", [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3])])
-def test_top_k_keeps_the_k_largest(k, kept):
-    logits = keep_top_k(torch.tensor(LOGITS), k)
-    assert [i for i, x in enumerate(logits[0]) if x > -INF] == kept
+def test_top_k_keeps_the_k_largest_and_top_p_the_fewest_that_reach_p():
+    for keep, values in (keep_top_k, (1, 2, 3, 4)), (keep_top_p, (0.3, 0.6, 0.75, 0.95)):
+        for value, kept in zip(values, KEPT):
+            logits = keep(LOGITS.clone(), value)
+            assert (logits > -INF)[0].nonzero()[:, 0].tolist() == kept
+            assert torch.equal(logits[0, kept], LOGITS[0, kept])
 
 
-@pytest.mark.parametrize(
-    "p, kept", [(0.3, [1]), (0.6, [1, 3]), (0.75, [1, 2, 3]), (0.95, [0, 1, 2, 3])]
-)
-def test_top_p_keeps_the_fewest_that_reach_p(p, kept):
-    logits = keep_top_p(torch.tensor(LOGITS), p)
-    assert [i for i, x in enumerate(logits[0]) if x > -INF] == kept
-    assert logits[0, kept].tolist() == torch.tensor(LOGITS)[0, kept].tolist()
-
-
-@pytest.mark.parametrize("k", [1, 5, 50])
-def test_top_k_equals_transformers(k):
-    warpers = pytest.importorskip("transformers.generation.logits_process")
-    logits = torch.randn(8, 100, generator=seeded())
-    assert torch.equal(keep_top_k(logits, k), warpers.TopKLogitsWarper(k)(None, logits))
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.99])
-def test_top_p_equals_transformers(p):
-    warpers = pytest.importorskip("transformers.generation.logits_process")
+def test_top_k_and_top_p_equal_transformers():
+    theirs = pytest.importorskip("transformers.generation.logits_process")
     logits = 2 * torch.randn(8, 100, generator=seeded())
-    assert torch.equal(keep_top_p(logits, p), warpers.TopPLogitsWarper(p)(None, logits))
+    for k in (1, 5, 50):
+        assert torch.equal(keep_top_k(logits, k), theirs.TopKLogitsWarper(k)(None, logits))
+    for p in (0.1, 0.5, 0.9, 0.99):
+        assert torch.equal(keep_top_p(logits, p), theirs.TopPLogitsWarper(p)(None, logits))
+
+
+SQUARES = [1 / 30, 16 / 30, 4 / 30, 9 / 30]
 
 
 @pytest.mark.parametrize(
     "settings, probabilities",
     [
-        ({}, [0.1, 0.4, 0.2, 0.3]),
-        ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares
+        ({}, P),
+        ({"temperature": 0.5}, SQUARES),
         ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_k": 50}, P),  # beyond the vocabulary
         ({"top_p": 0.75}, [0, 4 / 9, 2 / 9, 3 / 9]),
         ({"top_k": 3, "top_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),  # of 4/9, 3/9, 2/9: two reach 0.7
     ],
 )
 def test_tokens_are_drawn_as_often_as_their_probability_says(settings, probabilities):
     n = 20_000
-    tokens, _ = sample(torch.tensor(LOGITS).expand(n, 4), generator=seeded(), **settings)
+    tokens, _ = sample(LOGITS.expand(n, 4), generator=seeded(), **settings)
     counts = tokens.bincount(minlength=4).tolist()
     assert all(c == 0 for c, p in zip(counts, probabilities) if p == 0)
     chi_square = sum((c - n * p) ** 2 / (n * p) for c, p in zip(counts, probabilities) if p)
@@ -265,22 +231,15 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(settings, probabili
 
 
 def test_temperature_zero_takes_the_largest():
-    tokens, logprobs = sample(torch.tensor(LOGITS).expand(5, 4), temperature=0)
+    tokens, logprobs = sample(LOGITS.expand(5, 4), temperature=0)
     assert tokens.tolist() == [1] * 5
     assert logprobs.exp().tolist() == pytest.approx([0.4] * 5)
 
 
-@pytest.mark.parametrize(
-    "temperature, p", [(1.0, [0.1, 0.4, 0.2, 0.3]), (0.5, [1 / 30, 16 / 30, 4 / 30, 9 / 30])]
-)
+@pytest.mark.parametrize("temperature, p", [(1.0, P), (0.5, SQUARES)])
 def test_sample_reports_the_logprob_at_its_temperature(temperature, p):
-    tokens, logprobs = sample(torch.tensor(LOGITS).expand(50, 4), temperature, generator=seeded())
+    tokens, logprobs = sample(LOGITS.expand(50, 4), temperature, generator=seeded())
     assert logprobs.exp().tolist() == pytest.approx([p[i] for i in tokens.tolist()], abs=1e-6)
-
-
-def test_a_top_k_beyond_the_vocabulary_keeps_all():
-    tokens, _ = sample(torch.tensor(LOGITS).expand(200, 4), top_k=50, generator=seeded())
-    assert set(tokens.tolist()) == {0, 1, 2, 3}
 
 
 def test_a_token_of_zero_probability_is_never_drawn():

@@ -1,15 +1,17 @@
 """GPT: parity with transformers through the files of a folder; what makes a decoder a decoder."""
 
+import itertools
 import json
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import SMALL
+from conftest import SMALL, randomise
 
 from nanollm import checkpoint, gpt
 from nanollm.batches import pack
@@ -62,12 +64,15 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
+def loss_of(model, tokens):
+    return -token_logprobs(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+
 # --- parity ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", SHAPES)
 def test_transformers_opens_our_folder_and_computes_our_logits_and_so_do_we(
-    shape, random_model, tokenizer, tmp_path
+    shape, random_model, transformers, tokenizer, tmp_path
 ):
-    transformers = pytest.importorskip("transformers")
     model, tokens = random_model(**SHAPES[shape]), some_tokens()
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -78,32 +83,38 @@ def test_transformers_opens_our_folder_and_computes_our_logits_and_so_do_we(
     assert loaded.cfg == model.cfg and torch.equal(loaded(tokens), model(tokens))
 
 
-def their_model(kind, randomised, **changes):
-    transformers = pytest.importorskip("transformers")
-    values = SMALL | {"bos_token_id": None, "eos_token_id": None} | changes
-    if kind == "qwen2":  # Qwen2 has no head size of its own
-        del values["head_dim"]
-    config = getattr(transformers, CLASSES[kind] + "Config")(**values)
-    return randomised(getattr(transformers, CLASSES[kind] + "ForCausalLM")(config).eval())
+@pytest.fixture
+def their_folder(transformers, tokenizer, tmp_path):
+    """Makes a folder with a random model of transformers; (its model, its config.json)."""
+
+    def make(kind, dtype=torch.float32, max_shard_size="5GB", **changes):
+        values = SMALL | {"bos_token_id": None, "eos_token_id": None} | changes
+        if kind == "qwen2":  # Qwen2 has no head size of its own
+            del values["head_dim"]
+        config = getattr(transformers, CLASSES[kind] + "Config")(**values)
+        model = randomise(getattr(transformers, CLASSES[kind] + "ForCausalLM")(config).eval())
+        model.to(dtype).save_pretrained(tmp_path, max_shard_size=max_shard_size)
+        tokenizer.save(tmp_path)
+        model = type(model).from_pretrained(tmp_path, dtype=torch.float32)  # angles in fp32, too
+        return model, json.loads((tmp_path / "config.json").read_text())
+
+    return make
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("size, sharded", [("5GB", False), ("20KB", True)])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_we_open_transformers_folder_and_compute_its_logits(
-    kind, tied, shards, dtype, tokenizer, randomised, tmp_path
+    kind, tied, size, sharded, dtype, their_folder, tmp_path
 ):
     rope = {"rope_type": "default", "rope_theta": 5000.0}
-    theirs = their_model(kind, randomised, tie_word_embeddings=tied, rope_parameters=rope).to(dtype)
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB" if shards > 1 else "5GB")
-    tokenizer.save(tmp_path)
-    config, tokens = json.loads((tmp_path / "config.json").read_text()), some_tokens()
+    settings = {"tie_word_embeddings": tied, "rope_parameters": rope}
+    theirs, config = their_folder(kind, dtype, size, **settings)
     assert config["rope_parameters"]["rope_theta"] == 5000 and "rope_theta" not in config
-    assert (tmp_path / "model.safetensors.index.json").exists() == (shards > 1)
-    ours, _ = load_model(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists() == sharded
+    (ours, _), tokens = load_model(tmp_path), some_tokens()
     assert ours.model.norm.weight.dtype == torch.float32
-    theirs = type(theirs).from_pretrained(tmp_path, dtype=torch.float32)  # angles in fp32, too
     with torch.no_grad():
         assert_close(ours(tokens), theirs(tokens).logits)
 
@@ -111,12 +122,9 @@ def test_we_open_transformers_folder_and_compute_its_logits(
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("rope", [{"rope_type": "default"}, LLAMA3_ROPE])
 def test_both_ways_of_writing_rope_down_give_transformers_logits(
-    rope, older, tokenizer, randomised, tmp_path
+    rope, older, their_folder, tmp_path
 ):
-    theirs = their_model("llama", randomised, rope_parameters=rope | {"rope_theta": 77.0})
-    theirs.save_pretrained(tmp_path)
-    tokenizer.save(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    theirs, config = their_folder("llama", rope_parameters=rope | {"rope_theta": 77.0})
     if older:
         scaling = config.pop("rope_parameters") if rope is LLAMA3_ROPE else None
         config |= {"rope_theta": 77.0, "rope_scaling": scaling}
@@ -136,7 +144,6 @@ def test_rope_turns_the_first_pair_by_one_radian_per_position():
 
 
 def test_rope_leaves_products_that_depend_on_the_distance_alone():
-    torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 64, 8)
     cos, sin = rotation_table(GPTConfig(head_dim=8, max_position_embeddings=64))
     products = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]
@@ -176,16 +183,12 @@ def test_an_impossible_shape_is_refused(changes, sentence):
 # --- attention ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("shared_heads", [1, 2, 4])
 def test_attention_equals_a_loop_over_heads_and_positions(shared_heads):
-    torch.manual_seed(0)
-    T, G = 5, 4 // shared_heads
-    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, G, 5, 8), torch.randn(2, G, 5, 8)
+    q, (k, v) = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 4 // shared_heads, 5, 8)
     out = attend(q, k, v, None)
-    for b in range(2):
-        for h in range(4):
-            for t in range(T):
-                group = h // shared_heads
-                weights = (k[b, group, : t + 1] @ q[b, h, t] / 8**0.5).softmax(0)
-                assert torch.allclose(out[b, h, t], weights @ v[b, group, : t + 1], atol=1e-5)
+    for b, h, t in itertools.product(range(2), range(4), range(5)):
+        seen = b, h // shared_heads, slice(t + 1)
+        weights = (k[seen] @ q[b, h, t] / 8**0.5).softmax(0)
+        assert torch.allclose(out[b, h, t], weights @ v[seen], atol=1e-5)
 
 
 def test_a_token_never_sees_what_comes_after_it(random_model):
@@ -212,52 +215,42 @@ def packed_and_alone():
 
 
 @pytest.mark.parametrize("shape", ["llama, stretched rope", "qwen3, tied, grouped"])
-def test_a_packed_document_has_the_logits_that_it_has_alone(shape, random_model):
-    model = random_model(**SHAPES[shape])
-    documents, rows = packed_and_alone()
-    logits, found = model(rows.tokens, rows.positions, document_mask(rows.documents)), 0
-    for row, numbers in enumerate(rows.documents):
-        for number in numbers[numbers >= 0].unique():
-            ids = rows.tokens[row][numbers == number]
-            assert ids.tolist() in documents
-            assert_close(logits[row][numbers == number], model(ids[None])[0])
-            found += 1
-    assert found == 5
-
-
-def test_packed_documents_have_the_gradient_that_they_have_alone(random_model):
-    packed, alone = random_model(), random_model()
+def test_packed_documents_have_the_logits_and_gradients_that_they_have_alone(shape, random_model):
+    packed, alone = (random_model(**SHAPES[shape]) for _ in range(2))
     documents, rows = packed_and_alone()
     logits = packed(rows.tokens, rows.positions, document_mask(rows.documents))
-    losses = token_logprobs(logits[:, :-1], rows.tokens[:, 1:])
-    (losses * rows.mask[:, 1:]).sum().backward()
-    for ids in documents:
-        ids = torch.tensor([ids])
-        token_logprobs(alone(ids[:, :-1]), ids[:, 1:]).sum().backward()
+    (token_logprobs(logits[:, :-1], rows.tokens[:, 1:]) * rows.mask[:, 1:]).sum().backward()
+    places = {
+        (row, n) for row, numbers in enumerate(rows.documents.tolist()) for n in numbers if n >= 0
+    }
+    assert len(places) == 5
+    for row, number in places:
+        here = rows.documents[row] == number
+        ids = rows.tokens[row][here]
+        assert ids.tolist() in documents
+        logits_alone = alone(ids[None])
+        assert_close(logits[row][here], logits_alone[0])
+        token_logprobs(logits_alone[:, :-1], ids[None, 1:]).sum().backward()
     for name, grad in gradients(packed).items():
         assert_close(grad, gradients(alone)[name], 2e-5)
 
 
 # --- precision and memory ----------------------------------------------------------------------
-def test_checkpointed_activations_give_the_same_loss_and_gradients(random_model):
-    plain, recomputed, tokens = random_model(), random_model(), some_tokens()
-    recomputed.model.checkpoint_activations = True
-    losses = [-token_logprobs(m(tokens[:, :-1]), tokens[:, 1:]).mean() for m in (plain, recomputed)]
+def test_checkpointing_computes_each_block_once_more_and_the_same_loss_and_gradients(random_model):
+    models, calls, tokens = (random_model(), random_model()), [], some_tokens()
+    for model, checkpointed in zip(models, (False, True)):
+        model.model.checkpoint_activations = checkpointed
+        for n, block in enumerate(model.model.layers):
+            name = checkpointed, n
+            block.mlp.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    losses = [loss_of(model, tokens) for model in models]
     assert torch.equal(*losses)
     for loss in losses:
         loss.backward()
-    for name, grad in gradients(plain).items():
-        assert torch.allclose(grad, gradients(recomputed)[name], atol=1e-7), name
-
-
-@pytest.mark.parametrize("checkpointed, forwards", [(False, 1), (True, 2)])
-def test_checkpointing_computes_each_block_once_more(checkpointed, forwards, random_model):
-    model, calls = random_model(), []
-    model.model.checkpoint_activations = checkpointed
-    for n, block in enumerate(model.model.layers):
-        block.mlp.register_forward_pre_hook(lambda *_, n=n: calls.append(n))
-    model(some_tokens()).sum().backward()
-    assert [calls.count(0), calls.count(1)] == [forwards, forwards]
+    plain, recomputed = map(gradients, models)
+    for name, grad in plain.items():
+        assert torch.allclose(grad, recomputed[name], atol=1e-7), name
+    assert Counter(calls) == {(False, 0): 1, (False, 1): 1, (True, 0): 2, (True, 1): 2}
 
 
 @pytest.mark.parametrize(
@@ -288,12 +281,10 @@ def test_every_block_starts_as_the_identity():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("C", [64, 128, 768, 2048])
 def test_a_fresh_model_of_any_width_finds_all_tokens_about_equally_likely(C, tied):
-    torch.manual_seed(0)
     shape = {"vocab_size": 4096, "hidden_size": C, "intermediate_size": 64}
     model = GPT(GPTConfig(**shape, num_hidden_layers=1, tie_word_embeddings=tied))
-    tokens = some_tokens(B=4, T=64, V=4096)
     with torch.no_grad():
-        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss = loss_of(model, some_tokens(B=4, T=64, V=4096))
     assert loss == pytest.approx(math.log(4096), abs=0.6)  # 8.3 nats
 
 
@@ -301,19 +292,6 @@ def test_gains_start_at_one_and_biases_at_zero():
     model = GPT(GPTConfig(attention_bias=True))
     values = {name: p.unique().tolist() for name, p in model.named_parameters() if p.dim() == 1}
     assert values == {name: [0.0 if name.endswith("bias") else 1.0] for name in values} != {}
-
-
-def test_a_fresh_model_learns_one_sequence_by_heart():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
-    tokens = some_tokens(1, 16, 64)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(100):
-        loss = -token_logprobs(model(tokens[:, :-1]), tokens[:, 1:]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1  # from 4.2
 
 
 @pytest.mark.parametrize("tied, total, in_products", [(True, 120, 120), (False, 140, 120)])
@@ -370,21 +348,22 @@ class ReLU2(nn.Module):
         return self.down_proj(F.relu(self.wide(x)).square())
 
 
-def test_another_mlp_trains_generates_and_is_exported_and_read_back(
-    tokenizer, tmp_path, monkeypatch
+@pytest.mark.parametrize("mlp", [gpt.MLP, ReLU2])
+def test_a_fresh_model_of_ours_or_with_another_mlp_trains_generates_and_is_exported_and_read_back(
+    mlp, tokenizer, tmp_path, monkeypatch
 ):
     for module in (gpt, checkpoint):  # in a fork it stands in gpt.py
-        monkeypatch.setattr(module, "MLP", ReLU2)
-    torch.manual_seed(0)
+        monkeypatch.setattr(module, "MLP", mlp)
     model, tokens = GPT(GPTConfig(**SMALL)), some_tokens(2, 16)
     optimizer = build_optimizer(model, TrainConfig(lr=0.01, muon_lr=0.05))
     for _ in range(60):
-        loss = -token_logprobs(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+        loss = loss_of(model, tokens)
         loss.backward()
         optimizer.step(grad_clip=1.0)
     assert loss < 0.1  # from 5.6
     prompts = tokens[:, :2].tolist()
     assert generate(model, prompts, 14, temperature=0).lists() == tokens[:, 2:].tolist()
     save_model(model, tokenizer, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["hidden_act"] == "relu2"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["hidden_act"] == mlp.hidden_act
     assert torch.equal(load_model(tmp_path)[0](tokens), model(tokens))

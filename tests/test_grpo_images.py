@@ -15,6 +15,7 @@ from data.village import images as village_images
 from nanollm import evaluate, rollouts
 from nanollm.batches import Completions, pad_completions
 from nanollm.config import parse
+from nanollm.formats import IMAGE
 from nanollm.generate import generate
 from nanollm.gpt import GPTConfig
 from nanollm.hub import load_model, save_model
@@ -23,7 +24,7 @@ from nanollm.peft.adapters import reference
 from nanollm.tokenizer import Tokenizer
 from nanollm.vision.images import Preprocessing
 from nanollm.vision.vit import VisionConfig, ViT
-from nanollm.vision.vlm import VLM, image_id_of
+from nanollm.vision.vlm import VLM
 from tests.conftest import SMALL
 from tests.test_vlm import TOWER, adapted, make, some_images
 
@@ -44,7 +45,7 @@ def guessing_model(tokenizer):
     """A small VLM that has been taught to say 1 or 2 by chance, whatever the image."""
     torch.manual_seed(0)
     cfg = GPTConfig(**SMALL | {"max_position_embeddings": 96})
-    vlm = VLM(cfg, ViT(VisionConfig(**TOWER)), "pixel_shuffle", image_id_of(tokenizer))
+    vlm = VLM(cfg, ViT(VisionConfig(**TOWER)), "pixel_shuffle", tokenizer.special[IMAGE])
     vlm.preprocessing = Preprocessing(16)
     vlm.train_parts(language=True)
     answers = [[*tokenizer.encode(text), tokenizer.end_id] for text in "12"] * 4

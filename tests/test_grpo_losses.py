@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -12,6 +11,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import SMALL
+from helpers import close, turns
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
@@ -20,6 +21,7 @@ import train_grpo
 import train_ppo
 from nanollm.batches import pad_completions
 from nanollm.config import UserError
+from nanollm.formats import write_jsonl
 from nanollm.gpt import GPT, GPTConfig
 from nanollm.optim import Optimizer
 from nanollm.rollouts import TEMPLATES
@@ -31,22 +33,11 @@ IN_THE_LOSS = [name for name in LOSSES if not VARIANTS[name].kl_in_reward]
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=tolerance, rtol=1e-5)
-
-
 def tiny():
-    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = GPT(GPTConfig(**shape, **heads, max_position_embeddings=32))
+    model = GPT(GPTConfig(**SMALL)).eval()
     for p in model.parameters():
         p.data.normal_(std=0.3)
-    return model.eval()
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+    return model
 
 
 def ragged(B=16, T=9):
@@ -90,10 +81,10 @@ def equal(ours, theirs, logprobs):
 
 def loss_of_trl(trainer, logprobs, mask, tensors, **attributes):
     """trl's loss, its method unbound, where the model gives these logprobs."""
-    same = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    alone = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
     me = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, logprobs.detach(), None),
-        accelerator=same,
+        accelerator=alone,
         model=SimpleNamespace(training=False),
         aux_loss_enabled=False,
         _metrics=defaultdict(lambda: defaultdict(list)),
@@ -152,22 +143,17 @@ def test_the_overlong_penalty_equals_trls(longest, buffer):
 # --- advantages ----------------------------------------------------------------------------------
 
 
-def group_loop(r):
-    return [(x - statistics.fmean(r)) / (statistics.stdev(r) + 1e-4) for x in r]
-
-
-def centred_loop(r):
-    return [x - statistics.fmean(r) for x in r]
-
-
-def leave_one_out_loop(r):
-    return [x - statistics.fmean(r[:i] + r[i + 1 :]) for i, x in enumerate(r)]
-
-
-ADVANTAGES = {  # function: (loop, what 1 is worth among 1, 0, 0, 1)
-    train_grpo.group_advantages: (group_loop, 0.5 / (math.sqrt(1 / 3) + 1e-4)),  # std: G - 1
-    train_grpo.centred: (centred_loop, 0.5),
-    train_grpo.leave_one_out: (leave_one_out_loop, 2 / 3),  # 1 less the mean of 0, 0 and 1
+mean, std = statistics.fmean, statistics.stdev
+ADVANTAGES = {  # function: (the same for a list, what 1 is worth among 1, 0, 0, 1)
+    train_grpo.group_advantages: (
+        lambda r: [(x - mean(r)) / (std(r) + 1e-4) for x in r],
+        0.5 / (math.sqrt(1 / 3) + 1e-4),  # std: G - 1
+    ),
+    train_grpo.centred: (lambda r: [x - mean(r) for x in r], 0.5),
+    train_grpo.leave_one_out: (
+        lambda r: [x - mean(r[:i] + r[i + 1 :]) for i, x in enumerate(r)],
+        2 / 3,  # 1 less the mean of 0, 0 and 1
+    ),
 }
 
 
@@ -207,30 +193,25 @@ def advantages(cfg, rewards, mask, old, ref):
 
 
 def reinforce_pp_by_loop(rewards, old, ref, mask, beta):
-    """{(answer, column): advantage}: reward less beta k1 of what is still to come, whitened."""
+    """Advantages: reward less beta k1 of what is still to come, whitened."""
     returns = {}
-    for b, row in enumerate(mask.tolist()):
-        columns = [t for t, own in enumerate(row) if own]
-        for t in columns:
-            to_come = sum(float(old[b, n] - ref[b, n]) for n in columns if n >= t)
-            returns[b, t] = float(rewards[b]) - beta * to_come
-    mean, std = statistics.fmean(returns.values()), statistics.pstdev(returns.values())
-    return {place: (value - mean) / std for place, value in returns.items()}
+    for b, t in mask.nonzero().tolist():
+        columns = mask[b].nonzero()[:, 0].tolist()
+        to_come = sum(float(old[b, n] - ref[b, n]) for n in columns if n >= t)
+        returns[b, t] = float(rewards[b]) - beta * to_come
+    middle, spread = mean(returns.values()), statistics.pstdev(returns.values())
+    A = torch.zeros(mask.shape)
+    for place, value in returns.items():
+        A[place] = (value - middle) / spread
+    return A
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_reinforce_pp_equals_a_slow_loop(beta):
-    logprobs, old, _, mask, sizes, ref = batch(0.5)
+def test_advantages_of_reinforce_pp_equal_a_slow_loop(beta):
+    _, old, _, mask, _, ref = batch(0.5)
     rewards = torch.randn(len(mask))
     A = advantages(Config(loss="reinforce_pp", kl_coef=beta), rewards, mask, old, ref)
-    by_loop = reinforce_pp_by_loop(rewards, old, ref, mask, beta)
-    assert (A[~mask] == 0).all()
-    loss = 0.0
-    for (b, t), a in by_loop.items():
-        close(A[b, t].item(), a)
-        rho = torch.exp(logprobs[b, t] - old[b, t])
-        loss -= torch.min(rho * a, rho.clamp(0.8, 1.2) * a) / len(by_loop)
-    equal(loss_of("reinforce_pp", logprobs, old, A, mask, sizes), loss, logprobs)
+    close(A, reinforce_pp_by_loop(rewards, old, ref, mask, beta))
 
 
 def test_reinforce_pp_by_hand():
@@ -308,22 +289,20 @@ def test_the_clip_by_hand_on_a_completion_of_one_token(losses, clip, A, rho, val
         close(torch.autograd.grad(got, logprobs)[0], [[gradient]])
 
 
-@pytest.mark.parametrize(
-    "loss, value",
-    [
-        ("grpo", -(2 + 1) / 2),
-        ("gspo", -(2 + 1) / 2),
-        ("rloo", -(2 + 1) / 2),
-        ("dr_grpo", -(2 + 3) / (2 * 10)),
-        ("dapo", -(2 + 3) / 4),
-        ("reinforce_pp", -(2 + 3) / 4),
-        ("cispo", -(2 + 3) * -0.5 / 4),
-    ],
-)
-def test_what_a_short_and_a_long_answer_weigh_by_hand(loss, value):
+WEIGHED = {  # losses: value, for answers of 1 and of 3 tokens, with advantages 2 and 1
+    ("grpo", "gspo", "rloo"): -(2 + 1) / 2,
+    ("dr_grpo",): -(2 + 3) / (2 * 10),
+    ("dapo", "reinforce_pp"): -(2 + 3) / 4,
+    ("cispo",): -(2 + 3) * -0.5 / 4,
+}
+
+
+@pytest.mark.parametrize("losses", WEIGHED)
+def test_what_a_short_and_a_long_answer_weigh_by_hand(losses):
     mask = torch.tensor([[True, False, False], [True, True, True]])
     same, A = torch.full((2, 3), -0.5), torch.tensor([[2.0], [1.0]])
-    close(loss_of(loss, same, same, A, mask, Sizes(2, 4, 10)), value)
+    for loss in losses:
+        close(loss_of(loss, same, same, A, mask, Sizes(2, 4, 10)), WEIGHED[losses])
 
 
 @pytest.mark.parametrize("loss, value", [("grpo", 2.5), ("gspo", 2.0), ("rloo", 4.0)])
@@ -356,7 +335,7 @@ def test_padding_changes_nothing(loss):
 
 # --- update: a tiny policy and answers made up ---------------------------------------------------
 
-N, G, END = 2, 4, 299
+N, G, END = 2, 4, SMALL["vocab_size"] - 1
 
 
 def answers(lengths):
@@ -386,8 +365,7 @@ class Watched(Optimizer):
         self.model, self.gradients = model, []
 
     def step(self, factor, grad_clip):
-        grads = [p.grad.flatten() for p in self.model.parameters()]
-        self.gradients.append(torch.cat(grads))
+        self.gradients.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
         return super().step(factor, grad_clip)
 
 
@@ -396,15 +374,10 @@ def update(policy, rollout, ref=None, lr=0.05, **flags):
     policy = copy.deepcopy(policy)
     flags = {"samples": G, "max_new_tokens": 9, "grad_clip": 0.0, "accumulate": 1} | flags
     watched = Watched(policy, lr)
+    rollout = Rollout(rollout.rows, rollout.rewards, rollout.correct, rollout.ended)  # as new
     with torch.random.fork_rng():
-        args = Config(**flags), CPU, policy, ref, watched, fresh(rollout)
-        seen, num_tokens = train_grpo.update(*args)
+        seen, num_tokens = train_grpo.update(Config(**flags), CPU, policy, ref, watched, rollout)
     return policy, watched.gradients, seen | {"tokens": num_tokens}
-
-
-def fresh(rollout):
-    """Without what an update has set."""
-    return Rollout(rollout.rows, rollout.rewards, rollout.correct, rollout.ended)
 
 
 def vector(model):
@@ -443,16 +416,14 @@ def gradient_by_loop(loss, policy, ref, rollout, beta, temperature, longest=9):
     if loss == "rloo":
         rewards = rewards - beta * ((old - fixed) * mask).sum(1)
     if loss == "reinforce_pp":
-        A = torch.zeros(mask.shape)
-        for place, a in reinforce_pp_by_loop(rewards, old, fixed, mask, beta).items():
-            A[place] = a
+        A = reinforce_pp_by_loop(rewards, old, fixed, mask, beta)
     else:
         by_loop = ADVANTAGES[VARIANTS[loss].advantages][0]
         A = torch.tensor([by_loop(group) for group in rewards.view(N, G).tolist()]).view(-1, 1)
-    sizes = Sizes(len(rows), mask.sum().item(), longest)
     per_token = -A * logprobs
     if loss in IN_THE_LOSS:
         per_token = per_token + beta * ((fixed - logprobs).exp() - (fixed - logprobs) - 1)
+    sizes = Sizes(len(rows), mask.sum().item(), longest)
     total = (weights(loss, mask, sizes) * per_token * mask).sum()
     return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.parameters()))])
 
@@ -486,43 +457,6 @@ def test_accumulating_over_parts_changes_nothing(loss, accumulate):
 def test_no_gradient_is_left_for_the_next_inner_update():
     _, (first, second), _ = update(tiny(), made_up(), inner_updates=2, lr=0.0)
     assert torch.equal(first, second) and first.abs().max() > 0
-
-
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "reinforce_pp"])
-def test_what_a_group_of_equal_rewards_says_does_not_matter(loss):
-    policy, rollout = tiny(), made_up([1.0, 0.0, 0.0, 1.0] + [1.0] * 4)
-    _, (wanted,), _ = update(policy, rollout, loss=loss)
-    tokens = rollout.rows.tokens
-    tokens[4:, 1:] = torch.where(rollout.mask[4:], 17, tokens[4:, 1:])
-    _, (other,), _ = update(policy, rollout, loss=loss)
-    close(other, wanted, 1e-6 * max(1, wanted.abs().max().item()))
-    assert wanted.abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("by_a_tool", [True, False])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_ids_that_a_tool_has_written_are_not_learned(loss, by_a_tool):
-    policy, completions = tiny(), answers([4, 9, 1, 6, 7, 3, 8, 2])
-    own = [[True] * len(completion) for completion in completions]
-    own[1][-2:] = [not by_a_tool] * 2  # cut off while a result was being written
-
-    def gradient():
-        rollout = rollout_of([[3, 4]] * 8, completions, [1.0, 0.0, 0.0, 1.0] * 2, own)
-        return update(policy, rollout, loss=loss)[1][0]
-
-    wanted = gradient()
-    completions[1][-2:] = [50, 60]
-    same = torch.allclose(gradient(), wanted, rtol=1e-5, atol=1e-6)
-    assert same == by_a_tool
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_rewarded_end_of_turn_becomes_likelier_and_its_rival_less_likely(loss):
-    policy = tiny()
-    rollout = rollout_of([[3, 4], [3, 4]], [[END], [5]], [1.0, 0.0])
-    after, _, _ = update(policy, rollout, samples=2, loss=loss)
-    before, after = (m(torch.tensor([[3, 4]]))[0, -1].log_softmax(-1) for m in (policy, after))
-    assert after[END] > before[END] and after[5] < before[5]
 
 
 SUM = {"messages": [{"role": "user", "content": "2 + 5?"}], "answer": "7", "check": "number"}
@@ -599,7 +533,7 @@ def test_entropy_and_kl_are_read_off_the_sampled_tokens():
 
 
 def problems_in(path, records, **flags):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_jsonl(path, records)
     return train_grpo.load_problems(Config(data=str(path), **flags))
 
 
@@ -615,18 +549,6 @@ def test_gsm8k_records_are_problems_and_the_last_of_them_held_out(tmp_path):
     assert [example["answer"] for example in val] == ["25", "26"] and len(train) == 18
 
 
-@pytest.mark.parametrize(
-    "records, sentence",
-    [
-        ([{"prompt": f"say {n}"} for n in range(20)], "0 problems .* and 0 held out"),
-        ([{"prompt": "2 + 5?", "answer": 7}], "0 problems.*and 1 held out; both are needed"),
-    ],
-)
-def test_data_without_answers_and_too_few_problems_are_refused(records, sentence, tmp_path):
-    with pytest.raises(UserError, match=sentence):
-        problems_in(tmp_path / "prompts.jsonl", records)
-
-
 def tasks(count=40):
     names = "add", "subtract", "count", None
     return [
@@ -635,36 +557,33 @@ def tasks(count=40):
     ]
 
 
+@pytest.mark.parametrize("wanted", ["add,subtract,count,all", "add", "add,count,"])
+def test_only_the_wanted_tasks_are_kept_and_no_problem_is_in_both_parts(wanted, tmp_path):
+    train, val = problems_in(tmp_path / "p.jsonl", tasks(), tasks=wanted, val_fraction=0.25)
+    for part in train, val:
+        assert {example["task"] for example in part} == {*wanted.strip(",").split(",")}
+    train, val = ({int(example["answer"]) for example in part} for part in (train, val))
+    assert not train & val and max(train) < min(val)
+
+
+def test_too_few_problems_and_unknown_tasks_are_refused(tmp_path):
+    for records, flags, sentence in (
+        ([{"prompt": f"say {n}"} for n in range(20)], {}, "0 problems .* and 0 held out"),
+        ([{"prompt": "2 + 5?", "answer": 7}], {}, "0 problems.*and 1 held out; both are needed"),
+        (tasks(), {"tasks": "divide"}, "--tasks divide: .* has only add"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            problems_in(tmp_path / "p.jsonl", records, **flags)
+
+
 @pytest.mark.parametrize(
-    "wanted, found",
-    [("", {"add", "subtract", "count", "all"}), ("add", {"add"}), ("add,count,", {"add", "count"})],
+    "data, name", [("village", "problems"), ("tools", "tools"), ("images", "problems")]
 )
-def test_only_the_wanted_tasks_are_kept_and_no_problem_is_in_both_parts(wanted, found, tmp_path):
-    parts = problems_in(tmp_path / "p.jsonl", tasks(), tasks=wanted, val_fraction=0.25)
-    for part in parts:
-        assert {example["task"] for example in part} == found
-    train, val = ({example["answer"] for example in part} for part in parts)
-    assert not train & val and max(map(int, train)) < min(map(int, val))
-
-
-def test_a_task_that_nobody_knows_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match="--tasks divide: .* has only add"):
-        problems_in(tmp_path / "p.jsonl", tasks(), tasks="divide", val_fraction=0.25)
-
-
-@pytest.mark.parametrize(
-    "data, name, place",
-    [
-        ("village", "problems", "data.village.of_run"),
-        ("tools", "tools", "data.village.of_run"),
-        ("images", "problems", "data.village.images.of_run"),
-    ],
-)
-def test_the_villages_own_problems_come_in_two_files(data, name, place, tmp_path, monkeypatch):
+def test_the_villages_own_problems_come_in_two_files(data, name, tmp_path, monkeypatch):
+    place = "data.village.images.of_run" if data == "images" else "data.village.examples.of_run"
     monkeypatch.setattr(place, lambda run_folder: tmp_path)
     for part, answer in ("train", "3"), ("test", "4"):
-        record = {"prompt": "?", "answer": answer, "task": "add"}
-        (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(record))
+        write_jsonl(tmp_path / f"{name}_{part}.jsonl", [{"prompt": "?", "answer": answer}])
     train, val = train_grpo.load_problems(Config(data=data))
     assert [example["answer"] for example in train + val] == ["3", "4"]
 
@@ -673,7 +592,7 @@ def test_the_villages_own_problems_come_in_two_files(data, name, place, tmp_path
 
 
 def asked(template, tokenizer, question="What is 7 - 3?"):
-    return TEMPLATES[template]({"messages": [{"role": "user", "content": question}]}, tokenizer)
+    return TEMPLATES[template]({"messages": turns(question)}, tokenizer)
 
 
 def test_a_base_model_reads_a_document_with_an_example_and_the_problem(tokenizer):
@@ -689,5 +608,5 @@ def test_the_think_template_describes_the_tags_and_a_question_cannot_forge_them(
 
 
 def test_the_chat_template_ends_where_the_assistant_begins(tokenizer):
-    messages = [{"role": "user", "content": "What is 7 - 3?"}]
-    assert asked("chat", tokenizer) == tokenizer.render(messages, generation_prompt=True)[0]
+    prompt, _ = tokenizer.render(turns("What is 7 - 3?"), generation_prompt=True)
+    assert asked("chat", tokenizer) == prompt

@@ -150,9 +150,9 @@ def test_two_processes_give_the_gradients_of_one(loss, here):
 # --- bad input -----------------------------------------------------------------------------------
 
 REFUSED = [
-    (["--max_new_tokens", 60], "don't fit the model's context of 64"),
+    (["--max_new_tokens", 60], "no room for 60 tokens more in the model's context of 64"),
     (["--samples", 1], "--samples must be at least 2"),
-    (["--data", "chats.jsonl"], 'problems with an "answer"'),
+    (["--data", "chats.jsonl"], '60 of 60 records can\'t be used: it needs an "answer"'),
     (["--tasks", "riddles"], "--tasks riddles: problems.jsonl has only all"),
     (["--temperature", 0], "--temperature must be more than 0"),
     (["--data", "images"], "this model reads text only"),

@@ -70,7 +70,7 @@ def test_the_library_imports_neither_scripts_nor_data_and_nobody_imports_a_comma
         if module != "nanollm.__main__":
             assert imported & COMMANDS == set(), module
         if module.startswith("data"):
-            allowed = "config formats rewards tools run".split()
+            allowed = "config download formats rewards tools run".split()
             used = [m for m in imported if m.startswith("nanollm")]
             assert {m.split(".")[1] for m in used} <= {*allowed}, module
 
@@ -99,7 +99,9 @@ def test_functions_that_several_scripts_show_in_full_are_the_same():
 def test_every_text_file_is_opened_as_utf8():
     for module, source in SOURCES.items():
         for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
-            binary = any(getattr(each, "value", None) in ("rb", "wb", "r+b") for each in call.args)
+            binary = any(
+                getattr(each, "value", None) in ("rb", "wb", "ab", "r+b") for each in call.args
+            )
             method, function = getattr(call.func, "attr", ""), getattr(call.func, "id", "")
             if method in ("read_text", "write_text") or function == "open" and not binary:
                 said = [

@@ -20,7 +20,7 @@ from nanollm.image_teacher import FORM, agreeing, dialogues, sift
 from nanollm.tokenizer import Tokenizer
 from nanollm.vision.images import ImageStore, Preprocessing
 from nanollm.vision.vit import VisionConfig, ViT
-from nanollm.vision.vlm import VLM, image_id_of
+from nanollm.vision.vlm import VLM
 
 GARDEN = Scene(
     "autumn",
@@ -200,7 +200,7 @@ def test_own_dialogues_are_tested_on_the_villages_examples_where_asked(tmp_path,
     flags = "--stage instruct --data made.jsonl --text_data none.jsonl --test_examples 2".split()
     tokenizer = Tokenizer.from_bytes()
     shape = GPTConfig(tokenizer.vocab_size, 32, 32, 1, 1, 1, 32, 2048)
-    model = VLM(shape, ViT(VisionConfig(32, 16, 32, 32, 1, 1)), "mlp", image_id_of(tokenizer))
+    model = VLM(shape, ViT(VisionConfig(32, 16, 32, 32, 1, 1)), "mlp", tokenizer.special["<image>"])
 
     def examples(*more):
         cfg = parse(train_vlm.Config, train_vlm.PRESETS, [*flags, *more])

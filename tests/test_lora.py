@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from helpers import close
 
 from nanollm import safetensors
 from nanollm.config import UserError
@@ -35,10 +36,6 @@ def adapted(model, method="lora", seed=1, base=None, **more):
             if p.requires_grad and ".lora_magnitude" in where:
                 p.mul_(torch.rand_like(p) + 0.5)
     return model
-
-
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
 # --- the layer -----------------------------------------------------------------------------------
@@ -114,36 +111,25 @@ def test_adapters_are_loaded_by_name_and_switched_at_run_time(random_model, tmp_
         assert torch.equal(model(TOKENS), expected)
 
 
-@pytest.mark.parametrize("methods", [("lora", "lora"), ("dora", "lora")])
-def test_every_row_of_a_batch_may_have_its_own_adapter(methods, random_model):
-    model = random_model(attention_bias=True)
+@pytest.mark.parametrize("methods", [("lora", "lora"), ("dora", "lora"), ("qlora", "qlora")])
+def test_every_row_of_a_batch_may_have_its_own_adapter_while_generating_too(methods, random_model):
+    model, rows = random_model(attention_bias=True), ["b", None, "a"]
     for name, method, targets in zip("ab", methods, ("all", "q_proj,up_proj")):
         adapted(model, method, seed=ord(name), name=name, targets=targets)
-    expected = []
-    for row, name in enumerate(("b", None, "a")):
+    prompts, expected, written = [[1, 2, 3], [4, 5], [6]], [], []
+    how = {"samples": 2, "temperature": 0, "stop_ids": [7]}
+    for row, (prompt, name) in enumerate(zip(prompts, rows)):
         lora.use(model, name)
         expected.append(model(TOKENS[row : row + 1]))
-    lora.use(model, ["b", None, "a"])
+        written += generate(model, [prompt], 8, **how).lists()
+    lora.use(model, rows)
     close(model(TOKENS), torch.cat(expected))
+    got = generate(model, prompts, 8, **how).lists()
+    assert got == written and len({tuple(row) for row in got}) == 3
     with pytest.raises(UserError, match="3 rows have an adapter, but the batch has 2"):
         model(TOKENS[:2])
     with pytest.raises(UserError, match="adapters of single rows can't be merged"):
         lora.merge(model)
-
-
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_rows_keep_their_adapters_while_generating(method, random_model):
-    model = random_model()
-    for name in "ab":
-        adapted(model, method, seed=ord(name), name=name)
-    prompts = [[1, 2, 3], [4, 5], [6]]
-    expected = []
-    for prompt, name in zip(prompts, ("b", None, "a")):
-        lora.use(model, name)
-        expected += generate(model, [prompt], 8, samples=2, temperature=0, stop_ids=[7]).lists()
-    lora.use(model, ["b", None, "a"])
-    got = generate(model, prompts, 8, samples=2, temperature=0, stop_ids=[7]).lists()
-    assert got == expected and len({tuple(row) for row in got}) == 3
 
 
 def test_an_unknown_or_merged_adapter_is_not_used(random_model):
@@ -165,8 +151,13 @@ def base(tmp_path, random_model, tokenizer):
     return tmp_path / "base"
 
 
-def theirs(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def theirs(folder, kind="CausalLM"):
+    opener = getattr(transformers, f"AutoModelFor{kind}")
+    return opener.from_pretrained(folder, dtype=torch.float32, num_labels=1)  # labels of rewards
+
+
+def opened_by_peft(base, adapter, kind="CausalLM", **how):
+    return peft.PeftModel.from_pretrained(theirs(base, kind), adapter, **how)
 
 
 @pytest.mark.parametrize("method", KINDS)
@@ -178,11 +169,11 @@ def test_our_files_open_in_peft_with_our_logits_and_gradients(method, base, tmp_
     assert metadata == {"format": "pt", "base_weights_hash": "0123"}
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base)
-    other = peft.PeftModel.from_pretrained(theirs(base), tmp_path / "adapter", is_trainable=True)
-    ours, peers = model(TOKENS), other(TOKENS).logits
-    close(ours, peers)
-    ours.square().mean().backward()
-    peers.square().mean().backward()
+    other = opened_by_peft(base, tmp_path / "adapter", is_trainable=True)
+    logits = [model(TOKENS), other(TOKENS).logits]
+    close(*logits)
+    for each in logits:
+        each.square().mean().backward()
     gradients = dict(other.named_parameters())
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(found) == 2 * 7 * (3 if method == "dora" else 2)
@@ -191,14 +182,17 @@ def test_our_files_open_in_peft_with_our_logits_and_gradients(method, base, tmp_
         close(p.grad, gradients[f"base_model.model.{name}"].grad)
 
 
+def peft_adapter(base, *targets, **how):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **how
+    )
+    return peft.get_peft_model(theirs(base), config).eval()
+
+
 @pytest.mark.parametrize("method", KINDS)
 def test_files_of_peft_open_in_ours_with_its_logits(method, base, tmp_path):
-    config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM",
-        use_dora=method == "dora", use_rslora=method == "rslora", init_lora_weights=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    other = peft.get_peft_model(theirs(base), config).eval()
+    how = {"use_dora": method == "dora", "use_rslora": method == "rslora"}
+    other = peft_adapter(base, "q_proj", "v_proj", "down_proj", **how, init_lora_weights=False)
     other.save_pretrained(tmp_path / "adapter")
     merged, _ = load_model(tmp_path / "adapter")
     attached = adapters.load_adapter(load_model(base)[0], tmp_path / "adapter")
@@ -208,28 +202,12 @@ def test_files_of_peft_open_in_ours_with_its_logits(method, base, tmp_path):
         load_model(tmp_path / "adapter", tmp_path / "adapter")
 
 
-def test_keys_and_shapes_are_those_that_peft_writes(base, tmp_path):
-    names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-    config = peft.LoraConfig(r=4, target_modules=names, use_dora=True, task_type="CAUSAL_LM")
-    peft.get_peft_model(theirs(base), config).save_pretrained(tmp_path / "peft")
-    adapters.save_adapter(adapted(load_model(base)[0], "dora"), tmp_path / "ours", base)
-    files = [
-        safetensors.load_file(tmp_path / folder / "adapter_model.safetensors")
-        for folder in ("ours", "peft")
-    ]
-    ours, peers = ({name: t.shape for name, t in file.items()} for file in files)
-    assert ours == peers
-
-
 def test_a_reward_models_adapter_opens_in_peft(base, tmp_path):
     model, tokenizer = load_scalar(base)
     adapted(model.eval(), base=base)
     model.shift = 1.5
     save_model(model, tokenizer, tmp_path / "adapter")
-    scalar = transformers.AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, dtype=torch.float32
-    )
-    other = peft.PeftModel.from_pretrained(scalar, tmp_path / "adapter")
+    other = opened_by_peft(base, tmp_path / "adapter", "SequenceClassification")
     scores = other(TOKENS, attention_mask=torch.ones_like(TOKENS)).logits[:, 0]
     close(model(TOKENS)[:, -1] + 1.5, scores)
 
@@ -238,8 +216,7 @@ def test_an_untied_head_may_have_an_adapter(random_model, tmp_path, tokenizer):
     save_model(random_model(tie_word_embeddings=False), tokenizer, tmp_path / "base")
     model = adapted(load_model(tmp_path / "base")[0], targets="lm_head,q_proj")
     adapters.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
-    other = peft.PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "adapter")
-    close(model(TOKENS), other(TOKENS).logits)
+    close(model(TOKENS), opened_by_peft(tmp_path / "base", tmp_path / "adapter")(TOKENS).logits)
 
 
 # --- what cannot be done -------------------------------------------------------------------------

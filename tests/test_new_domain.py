@@ -16,11 +16,14 @@ from data.village.new_domain import (
     SHIPS,
     build_ships,
     new_domain_examples,
-    sailor_says,
 )
 from data.village.tasks import instructions, user_turns
 from data.village.world import ATTRIBUTES, build_world, capitalise
 from nanollm.rewards import check_answer
+
+
+def sailor_says(sentence):
+    return f"{GREETING} {sentence}. {FAREWELL}"
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import SMALL, randomise
+from helpers import close, some_prompts, turns
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -37,32 +38,19 @@ from nanollm.gpt import GPTConfig, ScalarGPT
 from nanollm.hub import load_scalar, save_model
 from nanollm.logprobs import completion_logprobs
 from nanollm.preferences import completion_rows, pair_index, scores, win_rate
-from nanollm.rewards import check_answer, reft_reward
+from nanollm.rewards import check_answer
 from nanollm.runtime import Runtime
 
 LOG2 = math.log(2)
 
 
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=tolerance, rtol=1e-5)
-
-
 def trainer(**attributes):
     """Stands in for `self` in an unbound method of trl."""
-    me = MagicMock()
-    me.accelerator = SimpleNamespace(
-        device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x
-    )
+    alone = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x)
+    metrics = defaultdict(lambda: defaultdict(list))
+    me = MagicMock(accelerator=alone, _metrics=metrics, **attributes)
     me.model.training = False
-    me._metrics = defaultdict(lambda: defaultdict(list))
-    for name, value in attributes.items():
-        setattr(me, name, value)
     return me
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 # --- reward model --------------------------------------------------------------------------------
@@ -72,10 +60,8 @@ def seeded():
 def test_bradley_terry_margin_and_centering_equal_trl(margin):
     chosen, rejected, m = torch.randn(3, 7)
     model = MagicMock(return_value=SimpleNamespace(logits=torch.cat([chosen, rejected])[:, None]))
-    model.training = False
-    inputs = {"margin": m} if margin else {}
     me = trainer(args=SimpleNamespace(center_rewards_coefficient=0.01))
-    theirs = RewardTrainer.compute_loss(me, model, inputs)
+    theirs = RewardTrainer.compute_loss(me, model, {"margin": m} if margin else {})
     ours = train_rm.bradley_terry_loss(chosen, rejected, m if margin else 0.0)
     rewards = torch.stack([chosen, rejected], 1)
     centering = train_rm.centering_loss(rewards, torch.ones(7, 2, dtype=torch.bool))
@@ -132,8 +118,8 @@ def test_the_last_real_token_is_found_by_length_though_the_text_holds_the_pad_id
 
 
 RANKINGS = [
-    {"messages": [{"role": "user", "content": "a"}], "completions": ["b", "c"]},
-    {"messages": [{"role": "user", "content": "b"}], "completions": ["d", "e", "f"]},
+    {"messages": turns("a"), "completions": ["b", "c"]},
+    {"messages": turns("b"), "completions": ["d", "e", "f"]},
 ]
 
 
@@ -161,24 +147,24 @@ def four_logps():
     return -10 * torch.rand(4, P)
 
 
-def settings(loss, **changes):
-    return train_dpo.Config(loss=loss, **changes)
+def our_loss(loss, logps, kl=0.0, **settings):
+    cfg = train_dpo.Config(loss=loss, **settings)
+    return train_dpo.LOSSES[loss](train_dpo.Logps(*logps, N_W, N_L, kl), cfg)
 
 
-def our_loss(cfg, logps, kl=0.0):
-    return train_dpo.LOSSES[cfg.loss](train_dpo.Logps(*logps, N_W, N_L, kl), cfg)
+def per_token_of(logps):
+    """Logprobs of the tokens of all chosen, then of all rejected completions, here of the last."""
+    per_token = torch.zeros(2 * P, 7)
+    per_token[:, -1] = torch.cat([logps[0], logps[1]])
+    return per_token
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "robust", "hinge", "ipo"])
 def test_dpo_losses_equal_trl(loss):
-    logps, T = four_logps(), 8
-    completion = torch.zeros(2 * P, T, dtype=torch.long)
-    for row, n in enumerate(torch.cat([N_W, N_L])):
-        completion[row, T - n :] = 1
-    per_token = torch.zeros(2 * P, T - 1)
-    per_token[:, -1] = torch.cat([logps[0], logps[1]])
-    zeros = torch.zeros_like(per_token)
-    outputs = {"entropy": zeros, "mean_logits": zeros, "is_top1": zeros.bool()}
+    logps = four_logps()
+    lengths, per_token = torch.cat([N_W, N_L])[:, None], per_token_of(logps)
+    ones = torch.ones(2 * P, 8, dtype=torch.long)
+    outputs = {"entropy": 0 * per_token, "mean_logits": 0 * per_token, "is_top1": per_token > 0}
     model = MagicMock(return_value=SimpleNamespace(log_probs=per_token, **outputs))
     me = trainer(
         aux_loss_enabled=False,
@@ -192,130 +178,107 @@ def test_dpo_losses_equal_trl(loss):
         use_weighting=False,
     )
     inputs = {
-        "input_ids": torch.ones(2 * P, T, dtype=torch.long),
-        "completion_mask": completion,
-        "attention_mask": torch.ones(2 * P, T),
+        "input_ids": ones,
+        "completion_mask": (torch.arange(8) >= 8 - lengths).long(),
+        "attention_mask": ones,
         "ref_chosen_logps": logps[2],
         "ref_rejected_logps": logps[3],
     }
     theirs = DPOTrainer._compute_loss(me, model, inputs, return_outputs=False)
-    close(our_loss(settings(loss, beta=0.1), logps).mean(), theirs)
+    close(our_loss(loss, logps, beta=0.1).mean(), theirs)
 
 
 def test_cdpo_and_simpo_equal_trls_cpo_loss():
-    c, j, ref_c, ref_j = four_logps()
+    logps = c, j, ref_c, ref_j = four_logps()
     me = trainer(alpha=0.0, beta=0.1, label_smoothing=0.15, loss_type="sigmoid")
-    theirs = CPOTrainer.cpo_loss(me, c - ref_c, j - ref_j)[0]
-    close(our_loss(settings("cdpo", beta=0.1), (c, j, ref_c, ref_j)), theirs)
+    close(our_loss("cdpo", logps, beta=0.1), CPOTrainer.cpo_loss(me, c - ref_c, j - ref_j)[0])
     me = trainer(alpha=0.0, beta=2.0, label_smoothing=0.0, loss_type="simpo", simpo_gamma=0.5)
-    theirs = CPOTrainer.cpo_loss(me, c / N_W, j / N_L)[0]
-    close(our_loss(settings("simpo", beta=2.0), (c, j, ref_c, ref_j)), theirs)
+    close(our_loss("simpo", logps, beta=2.0), CPOTrainer.cpo_loss(me, c / N_W, j / N_L)[0])
 
 
 def test_orpo_equals_trls_odds_ratio_beside_the_likelihood():
     logps = four_logps()
     c, j = logps[0] / N_W, logps[1] / N_L
     theirs = ORPOTrainer.odds_ratio_loss(trainer(beta=0.1), c, j)[0]  # + lambda log sigmoid
-    close(our_loss(settings("orpo"), logps), -c - theirs)
+    close(our_loss("orpo", logps), -c - theirs)
 
 
 def test_kto_and_its_kl_equal_trl(monkeypatch):
     logps, (ref_kl, policy_kl) = four_logps(), (-10 * torch.rand(2, 2 * P)).sort(0)[0]
-    per_token = torch.zeros(2 * P, 4)
-    per_token[:, -1] = torch.cat([logps[0], logps[1]])
-    model = MagicMock(return_value=MagicMock(log_probs=per_token))
-    model.training = False
+    model = MagicMock(return_value=MagicMock(log_probs=per_token_of(logps)))
+    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.7}
+    ones = torch.ones(2 * P, 8, dtype=torch.long)
     me = trainer(
         aux_loss_enabled=False,
         precompute_ref_logps=True,
         calculate_KL=True,
         loss_type="kto",
         beta=0.1,
-        desirable_weight=1.3,
-        undesirable_weight=0.7,
         _compute_kl_logps=lambda model, batch: policy_kl,
+        **weights,
     )
     inputs = {
         "label": torch.tensor([True] * P + [False] * P),
         "ref_KL_logps": ref_kl,
-        "input_ids": torch.ones(2 * P, 5, dtype=torch.long),
-        "attention_mask": torch.ones(2 * P, 5),
-        "completion_mask": torch.ones(2 * P, 5),
+        "input_ids": ones,
+        "attention_mask": ones,
+        "completion_mask": ones,
         "ref_logps": torch.cat([logps[2], logps[3]]),
     }
     theirs = KTOTrainer._compute_loss(me, model, inputs, return_outputs=False)
-    cfg = settings("kto", beta=0.1, desirable_weight=1.3, undesirable_weight=0.7)
     rows = pad_completions([[]] * 2 * P, [[i] for i in range(2 * P)], pad_id=0)
     monkeypatch.setattr(train_dpo, "summed_logps", lambda _, rows: policy_kl[rows.tokens[:, 0]])
     index = torch.arange(2 * P).view(P, 2)
     kl = train_dpo.mean_kl(None, train_dpo.Pairs(rows, index, None, rows, ref_kl), "cpu")
-    close(our_loss(cfg, logps, kl).mean() / 2, theirs)
+    close(our_loss("kto", logps, kl, beta=0.1, **weights).mean() / 2, theirs)
 
 
 def test_where_policy_and_reference_agree_plain_dpo_is_log_two_exactly():
     same = torch.full((P,), -3.0)
     for rejected in (same, same - 1):
-        loss = our_loss(settings("sigmoid"), (same, rejected, same, rejected))
+        loss = our_loss("sigmoid", (same, rejected, same, rejected))
         assert (loss == F.softplus(torch.tensor(0.0))).all()
-    assert settings("sigmoid").nll_coef == 0  # or it would be no plain DPO
+    assert train_dpo.Config().nll_coef == 0  # or it would be no plain DPO
 
 
 @pytest.mark.parametrize("loss", train_dpo.LOSSES)
 def test_every_loss_pushes_chosen_up_and_rejected_down(loss):
-    same = torch.full((2, P), -3.0) * torch.stack([N_W, N_L])
-    chosen, rejected = same.clone().requires_grad_()
-    chosen.retain_grad(), rejected.retain_grad()
-    our_loss(settings(loss), (chosen, rejected, *same)).sum().backward()
-    assert (chosen.grad < 0).all() and (rejected.grad > 0).all()
+    same = -3.0 * torch.stack([N_W, N_L])
+    logps = same.clone().requires_grad_()
+    our_loss(loss, (*logps, *same)).sum().backward()
+    assert (logps.grad[0] < 0).all() and (logps.grad[1] > 0).all()
 
 
 def test_robust_loss_under_flips_is_the_clean_loss_in_expectation():
     (chosen, rejected), zeros = torch.randn(2, P), torch.zeros(2, P)
-    cfg = settings("robust", beta=0.5, label_smoothing=0.2)
-    loss = our_loss(cfg, (chosen, rejected, *zeros))
-    flipped = our_loss(cfg, (rejected, chosen, *zeros))
-    clean = our_loss(settings("sigmoid", beta=0.5), (chosen, rejected, *zeros))
-    close(0.8 * loss + 0.2 * flipped, clean)
+    robust = {"beta": 0.5, "label_smoothing": 0.2}
+    loss = our_loss("robust", (chosen, rejected, *zeros), **robust)
+    flipped = our_loss("robust", (rejected, chosen, *zeros), **robust)
+    close(0.8 * loss + 0.2 * flipped, our_loss("sigmoid", (chosen, rejected, *zeros), beta=0.5))
 
 
 # --- PPO -----------------------------------------------------------------------------------------
 
 
-def ragged(B=4, T=7, left=False):
-    """A mask with one run of True per row, which ends at the last column where `left` is true."""
-    mask = torch.zeros(B, T, dtype=torch.bool)
-    for row in mask:
-        n = random.randint(1, T - 1)
-        start = T - n if left else random.randint(0, T - n)
-        row[start : start + n] = True
-    return mask
-
-
-@pytest.mark.parametrize("left", [False, True])
-def test_rewards_gae_and_whitening_equal_slow_loops(left):
-    mask = ragged(left=left)
+def test_rewards_gae_and_whitening_equal_slow_loops():
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 1]]).bool()
     logprobs, ref, values = torch.randn(3, *mask.shape)
     score, beta, gamma, lam = torch.randn(len(mask)), 0.3, 0.9, 0.8
     rewards = train_ppo.token_rewards(logprobs, ref, score, mask, beta)
     advantages, returns = train_ppo.gae(rewards, values, mask, gamma, lam)
-    seen = []
     for b in range(len(mask)):
         columns = mask[b].nonzero()[:, 0].tolist()
         R = [-beta * (logprobs[b, t] - ref[b, t]) for t in columns]
         R[-1] = R[-1] + score[b]
         close(rewards[b, columns], torch.stack(R))
         V = [values[b, t] for t in columns] + [torch.tensor(0.0)]
+        delta = [R[n] + gamma * V[n + 1] - V[n] for n in range(len(columns))]
         for k, t in enumerate(columns):
-            A = sum(
-                (gamma * lam) ** (n - k) * (R[n] + gamma * V[n + 1] - V[n])
-                for n in range(k, len(columns))
-            )
+            A = sum((gamma * lam) ** (n - k) * delta[n] for n in range(k, len(columns)))
             close(advantages[b, t], A)
             close(returns[b, t], A + V[k])
-            seen.append(advantages[b, t])
     assert (rewards[~mask] == 0).all() and (advantages[~mask] == 0).all()
-    seen = torch.stack(seen)
-    white = train_ppo.whiten(advantages, mask)
+    seen, white = advantages[mask], train_ppo.whiten(advantages, mask)
     close(white[mask], (seen - seen.mean()) / seen.std(unbiased=False), 1e-4)
 
 
@@ -364,12 +327,6 @@ def test_explained_variance_of_a_perfect_and_of_a_constant_critic():
     close(train_ppo.explained_variance(torch.zeros(3, 4), G, mask), 0.0)
 
 
-def test_rules_reward_right_extractable_and_no_answers():
-    example = {"answer": "62", "check": "number"}
-    completions = ("so 27 + 35 = 62.", "it is 61", "who knows")
-    assert [reft_reward(example, completion) for completion in completions] == [1.0, 0.1, 0.0]
-
-
 # --- padding and composition of the batch --------------------------------------------------------
 
 
@@ -381,9 +338,8 @@ def moved_left(rows):
 
 
 def some_rows():
-    lengths = [(3, 4), (6, 2), (2, 9), (5, 5)]
-    draw = [[torch.randint(1, 270, (n,)).tolist() for n in pair] for pair in lengths]
-    return pad_completions([p for p, _ in draw], [r for _, r in draw], pad_id=0)
+    prompts, completions = some_prompts((3, 6, 2, 5)), some_prompts((4, 2, 9, 5))
+    return pad_completions(prompts, completions, pad_id=0)
 
 
 def test_neither_padding_nor_company_nor_order_change_scores_and_logprobs(random_model):
@@ -484,8 +440,7 @@ def test_annotators_rank_what_a_model_says_beside_composed_completions():
 def test_processes_share_the_sampling_and_it_does_not_matter_how_many_they_are(
     random_model, tokenizer
 ):
-    model, prompts = random_model(), [[5, 6, n] for n in range(7)]
-    parts = []
+    model, prompts, parts = random_model(), [[5, 6, n] for n in range(7)], []
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         rt = Runtime(torch.device("cpu"), torch.float32, rank, world)
         rt.gather = lambda own: own

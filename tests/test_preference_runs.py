@@ -1,21 +1,24 @@
 """Reward model, PPO and DPO, run for real on small data: what they learn, resume, share, refuse."""
 
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from helpers import (
+    ON_CPU,
+    TINY,
+    WORDS,
     as_two_processes,
-    command,
+    assert_resumes,
+    close,
     first_moments,
     in_new_folder,
-    kill_and_resume,
+    logged,
     refused,
     result,
-    same,
+    say,
+    turns,
     weights,
 )
 from helpers import run as run_module
@@ -30,18 +33,15 @@ from nanollm.formats import write_jsonl
 from nanollm.gpt import GPT
 from nanollm.hub import load_model, load_scalar
 from nanollm.peft.adapters import reference
-from nanollm.run import read_metrics
 
-WORDS = "owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split()
-SMALL = "--batch_size 4 --dtype fp32 --device cpu".split()
 PAIRS = [{"prompt": f"say {w}", "chosen": f"{w} please", "rejected": w} for w in WORDS * 3]
 RANKINGS = [  # of three or two completions, so that parts of a batch hold unequal numbers of pairs
     {"prompt": f"say {w}", "ranking": [f"{w} please", w, f"no {w}"][: 2 + n % 2]}
     for n, w in enumerate(WORDS * 3)
 ]
-RM = [*SMALL, *"--init runs/sft --data pairs.jsonl --prompts 4".split()]
+RM = [*ON_CPU, *"--init runs/sft --data pairs.jsonl --prompts 4".split()]
 DPO = [*RM, "--eval_prompts", 4]
-PPO = [*SMALL, *"--init runs/sft --data problems.jsonl --max_new_tokens 16".split()]
+PPO = [*ON_CPU, *"--init runs/sft --data problems.jsonl --max_new_tokens 16".split()]
 PPO += "--eval_prompts 2 --reward_model runs/rm".split()
 SCRIPTS = {
     "train_rm.py": (train_rm, RM),
@@ -54,38 +54,24 @@ SCRIPTS = {
 def trained(tmp_path_factory):
     """A directory with a model fine-tuned to repeat a word, and a reward model."""
     with in_new_folder(tmp_path_factory) as folder:
-        chats = [
-            {
-                "messages": [
-                    {"role": "user", "content": f"say {w}"},
-                    {"role": "assistant", "content": w + " please" * (n % 2)},
-                ]
-            }
-            for n, w in enumerate(WORDS * 3)
-        ]
-        problems = [{"prompt": f"say {w}", "answer": w} for w in WORDS * 3]
-        files = {"chats": chats, "pairs": PAIRS, "rankings": RANKINGS, "problems": problems}
-        files["margins"] = [pair | {"margin": 0.5} for pair in PAIRS]
+        files = {
+            "chats": [say(w, w + " please" * (n % 2)) for n, w in enumerate(WORDS * 3)],
+            "pairs": PAIRS,
+            "rankings": RANKINGS,
+            "problems": [{"prompt": f"say {w}", "answer": w} for w in WORDS * 3],
+            "margins": [pair | {"margin": 0.5} for pair in PAIRS],
+        }
         for name, records in files.items():
             write_jsonl(f"{name}.jsonl", records)
-        pretrain("--steps", 40, "--eval_every", 40, out="runs/pretrain")
+        run_module(train_pretrain, *TINY, "--steps", 40, "--eval_every", 40, out="runs/pretrain")
         sft("--init", "runs/pretrain", "--steps", 120, "--eval_every", 120, out="runs/sft")
         run("train_rm.py", "--steps", 30, "--eval_every", 30, "--muon_lr", 0.01, out="runs/rm")
     return folder
 
 
-def pretrain(*flags, out):
-    tiny = "--layers 1 --channels 32 --heads 2 --context 64 --data text.txt --sample_tokens 8"
-    flags = [*SMALL, *tiny.split(), *([] if "--tokenizer" in flags else BYTES), *flags]
-    return run_module(train_pretrain, *flags, out=out)
-
-
-BYTES = ["--tokenizer", "bytes"]
-
-
 def sft(*flags, out):
     flags = [*"--context 48 --replay 0 --replay_data text.txt --data chats.jsonl".split(), *flags]
-    return run_module(train_sft, *SMALL, *flags, out=out)
+    return run_module(train_sft, *ON_CPU, *flags, out=out)
 
 
 def run(script, *flags, out):
@@ -104,7 +90,7 @@ def test_the_reward_model_learns_which_completion_is_better(loss, here):
     assert metrics[-1]["accuracy"] == 1.0 and metrics[-1]["log_loss"] < 0.4
     found = result("runs/rm_loss")
     assert found["before"]["log_loss"] > found["log_loss"]
-    assert found["log_loss"] == pytest.approx(metrics[-1]["log_loss"])  # shifted, which rounds
+    assert found["log_loss"] == pytest.approx(metrics[-1]["log_loss"])  # shifted by their mean
     assert [effect["after"] for effect in found["effects"]] == [1.0]
 
 
@@ -114,10 +100,8 @@ def test_rewards_have_mean_zero_on_the_references_samples_and_open_in_transforme
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
         "runs/rm", dtype=torch.float32
     )
-    ids = tokenizer.render([{"role": "user", "content": "say owl"}], generation_prompt=True)[0]
-    tokens = torch.tensor([[*ids, *tokenizer.encode("owl please"), tokenizer.end_id]])
-    ours = model(tokens)[:, -1] + model.shift
-    torch.testing.assert_close(ours, theirs(tokens).logits[:, 0], atol=1e-5, rtol=1e-5)
+    tokens = torch.tensor([tokenizer.render(turns("say owl", "owl please"))[0]])
+    close(model(tokens)[:, -1] + model.shift, theirs(tokens).logits[:, 0])
 
 
 @pytest.mark.parametrize("loss", train_dpo.LOSSES)
@@ -182,34 +166,24 @@ def test_a_policy_that_never_ends_its_turn_is_penalised_and_visible(here):
 
 
 def test_the_separate_critic_recomputes_its_activations_too(here, monkeypatch):
-    class Built(Exception):
-        pass
-
     def stop(model, *_, **__):
-        raise Built(model.policy, model.critic)
+        built.extend([model.policy, model.critic])
+        raise InterruptedError
 
+    built = []
     monkeypatch.setattr(train_ppo, "build_optimizer", stop)
-    with pytest.raises(Built) as built:
+    with pytest.raises(InterruptedError):
         run("train_ppo.py", "--checkpoint_activations", out="runs/ppo_built")
-    assert all(model.model.checkpoint_activations for model in built.value.args)
+    assert [model.model.checkpoint_activations for model in built] == [True, True]
 
 
 # --- kill and resume, several parts and processes ------------------------------------------------
 
 
-def logged(out):
-    return [{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(out)]
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script, here):
     flags = [*SCRIPTS[script][1], "--steps", 12, "--eval_every", 2]
-    whole, killed = f"runs/whole_{script[6:-3]}", f"runs/killed_{script[6:-3]}"
-    subprocess.run(**command(script, *flags, "--out", whole), check=True, capture_output=True)
-    kill_and_resume(script, flags, killed, (2, 4, 5, 6, 8))
-    states = [torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)]
-    assert same(*states)
-    assert logged(whole) == logged(killed)
+    assert_resumes(script, flags, (2, 4, 5, 6, 8))
 
 
 WHOLE_BATCH = {  # losses in which more than a sum over rows is of the whole batch
@@ -225,15 +199,15 @@ WHOLE_BATCH = {  # losses in which more than a sum over rows is of the whole bat
 def test_parts_and_processes_change_neither_the_gradients_nor_what_is_logged(name, here):
     """After one step the optimizers' first moments are the gradients, up to a constant factor."""
     script, flags = WHOLE_BATCH[name]
-    flags = [*SCRIPTS[script][1], *flags.split(), "--steps", 1, "--grad_clip", 0]
-    run_module(SCRIPTS[script][0], *flags, out="runs/one")
-    run_module(SCRIPTS[script][0], *flags, "--accumulate", 2, out="runs/parts")
-    as_two_processes(script, *flags, "--out", "runs/two")
+    flags = [*flags.split(), "--steps", 1, "--grad_clip", 0]
+    run(script, *flags, out="runs/one")
+    run(script, *flags, "--accumulate", 2, out="runs/parts")
+    as_two_processes(script, *SCRIPTS[script][1], *flags, "--out", "runs/two")
     wanted = first_moments("runs/one")
     assert len(wanted) > 5
     for out in ("runs/parts", "runs/two"):
         for got, want in zip(first_moments(out), wanted, strict=True):
-            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-3)
+            close(got, want, 1e-6, 1e-3)
         for got, want in zip(logged(out), logged("runs/one"), strict=True):
             assert got == pytest.approx(want, rel=1e-3, abs=2e-6)
 
@@ -241,61 +215,54 @@ def test_parts_and_processes_change_neither_the_gradients_nor_what_is_logged(nam
 # --- bad input -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["train_rm.py", "train_dpo.py"])
-def test_preferences_that_do_not_fit_are_dropped_and_most_of_them_are_refused(script, here, capsys):
-    module, own = SCRIPTS[script]
-    long = json.dumps({"prompt": "a" * 200, "chosen": "b", "rejected": "c"}) + "\n"
-    good = json.dumps(PAIRS[0]) + "\n"
-    Path("long.jsonl").write_text(good * 20 + long + good * 20)
-    run(script, "--data", "long.jsonl", "--steps", 1, out="runs/long")
-    assert (
-        "dropped: 1 of 38 rankings are longer than the model's 64 tokens" in capsys.readouterr().out
-    )
-    Path("long.jsonl").write_text(long * 20 + good)
-    said = refused(capsys, module, *own, "--data", "long.jsonl", "--out", "runs/refused")
-    assert "19 of 19 rankings are longer" in said and not Path("runs/refused").exists()
-
-
-REFUSED = {
-    "a missing margin": ("train_rm.py", ["--loss", "margin"], "needs a margin"),
-    "a prompt too long": ("train_ppo.py", ["--max_new_tokens", 60], "the model's context of 64"),
-    "a model that isn't one of rewards": (
-        "train_ppo.py",
-        ["--reward_model", "runs/sft"],
-        "is no reward model",
-    ),
-    "no such reward model": ("train_ppo.py", ["--reward_model", "runs/none"], "runs/none"),
-    "rules without answers": (
-        "train_ppo.py",
-        ["--reward", "rules", "--data", "pairs.jsonl"],
-        'needs an "answer"',
-    ),
-    "no temperature": ("train_ppo.py", ["--temperature", 0], "--temperature must be more than 0"),
-    "a negative KL weight": ("train_ppo.py", ["--kl_coef", -1], "--kl_coef must be at least 0"),
-    "labels that say nothing": ("train_rm.py", ["--disagreement", 0.5], "--disagreement must be"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_done_is_refused(name, here, capsys):
-    script, flags, sentence = REFUSED[name]
+def turned_down(capsys, script, *flags):
+    """What a script says that refuses these flags, before it writes anything."""
     module, own = SCRIPTS[script]
     said = refused(capsys, module, *own, "--out", "runs/refused", *flags)
-    assert sentence in said and not Path("runs/refused").exists()
+    assert not Path("runs/refused").exists()
+    return said
+
+
+@pytest.mark.parametrize("script", ["train_rm.py", "train_dpo.py"])
+def test_preferences_that_do_not_fit_are_dropped_and_most_of_them_are_refused(script, here, capsys):
+    long, good = {"prompt": "a" * 200, "chosen": "b", "rejected": "c"}, PAIRS[0]
+    write_jsonl("long.jsonl", [good] * 20 + [long] + [good] * 20)
+    run(script, "--data", "long.jsonl", "--steps", 1, out="runs/long")
+    dropped = "1 of 38 records can't be used: longer than the model's 64 tokens (1: long.jsonl, "
+    assert dropped + "line 21)" in capsys.readouterr().out
+    write_jsonl("long.jsonl", [long] * 20 + [good])
+    said = turned_down(capsys, script, "--data", "long.jsonl")
+    assert "19 of 19 records can't be used: longer" in said
+
+
+REFUSED = [
+    ("train_rm.py", "--loss margin", "needs a margin"),
+    ("train_rm.py", "--disagreement 0.5", "--disagreement must be"),
+    ("train_ppo.py", "--max_new_tokens 60", "the model's context of 64"),
+    ("train_ppo.py", "--reward_model runs/sft", "is no reward model"),
+    ("train_ppo.py", "--reward_model runs/none", "runs/none"),
+    ("train_ppo.py", "--reward rules --data pairs.jsonl", 'needs an "answer"'),
+    ("train_ppo.py", "--temperature 0", "--temperature must be more than 0"),
+    ("train_ppo.py", "--kl_coef -1", "--kl_coef must be at least 0"),
+]
+
+
+@pytest.mark.parametrize("script, flags, sentence", REFUSED)
+def test_what_cannot_be_done_is_refused(script, flags, sentence, here, capsys):
+    assert sentence in turned_down(capsys, script, *flags.split())
 
 
 def test_ppo_refuses_a_model_that_looks_at_images(here, capsys, monkeypatch):
     monkeypatch.setattr(GPT, "tokens_per_image", 4)
-    said = refused(capsys, train_ppo, *PPO, "--out", "runs/refused")
-    assert "PPO doesn't read" in said and not Path("runs/refused").exists()
+    assert "PPO doesn't read" in turned_down(capsys, "train_ppo.py")
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(here, capsys):
-    pretrain("--steps", 1, "--tokenizer", "train", "--vocab_size", 280, out="runs/other")
+    other = ["--steps", 1, "--tokenizer", "train", "--vocab_size", 280]
+    run_module(train_pretrain, *TINY, *other, out="runs/other")
     sft("--init", "runs/other", "--steps", 1, out="runs/other_sft")
     run("train_rm.py", "--init", "runs/other_sft", "--steps", 1, out="runs/other_rm")
-    capsys.readouterr()
-    said = refused(capsys, train_ppo, *PPO, "--reward_model", "runs/other_rm", "--out", "runs/x")
+    said = turned_down(capsys, "train_ppo.py", "--reward_model", "runs/other_rm")
     assert "another tokenizer" in said
 
 

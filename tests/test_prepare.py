@@ -10,44 +10,40 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from helpers import turns
 
 from data import prepare as module
 from data.prepare import DATASETS, Config, main, prepare, read_array
 from nanollm.config import UserError, cli
-from nanollm.formats import read_chats, read_documents, read_jsonl, read_preferences
+from nanollm.formats import read_chats, read_documents, read_preferences, read_records
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared" / "data"
 
 PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
 STORIES = "\n\nOne day, Tom ran.\n\nHe fell.\n<|endoftext|>\nLily sang.\n<|endoftext|>\n"
-GSM8K = {
-    "question": "48 clips in April, half as many in May. How many clips?",
-    "answer": "Half is 48/2 = <<48/2=24>>24.\nTogether 48+24 = <<48+24=72>>72.\n#### 1,072",
-}
+STEPS = "Half is 48/2 = <<48/2=24>>24.\nTogether 48+24 = <<48+24=72>>72."
+GSM8K = {"question": "48 clips in April, half as many in May. How many clips?"}
+GSM8K["answer"] = f"{STEPS}\n#### 1,072"
 DIALOGUE = "\n\nHuman: Hello?\n\nAssistant: {}\n\nHuman: Why?\n\nAssistant: {}"
 PAIR = {"chosen": DIALOGUE.format("Hi!", "Ask away."), "rejected": DIALOGUE.format("Hi!", "Go.")}
 ALPACA = {"instruction": "Write in capitals.", "input": "goat", "output": "GOAT"}
 DOLLY = {"instruction": "Which is a fish?", "context": "", "response": "Tope", "category": "qa"}
-HERMES = {
-    "source": "x",
-    "conversations": [
-        {"from": "system", "value": "Be brief.", "weight": None},
-        {"from": "human", "value": "Is 7 prime?", "weight": None},
-        {"from": "gpt", "value": "Yes. “七”", "weight": None},
-    ],
-}
-LLAVA = {
-    "image": "000000033471.jpg",
-    "conversations": [
-        {"from": "human", "value": "<image>\nWhat colour is the bus?"},
-        {"from": "gpt", "value": "White and red."},
-        {"from": "human", "value": "Does it move?"},
-        {"from": "gpt", "value": "It is parked."},
-    ],
-}
+
+
+def shared(*values):
+    """A dialogue as ShareGPT has it; before an odd number of turns stands the system's."""
+    names = ["system"] * (len(values) % 2) + ["human", "gpt"] * 2
+    return {"conversations": [{"from": n, "value": v} for n, v in zip(names, values)]}
+
+
+HERMES = {"source": "x"} | shared("Be brief.", "Is 7 prime?", "Yes. “七”")
+HERMES["conversations"][0]["weight"] = None
+BUS = "What colour is the bus?", "White and red.", "Does it move?", "It is parked."
+LLAVA = {"image": "000000033471.jpg"} | shared("<image>\n" + BUS[0], *BUS[1:])
 
 
 def jsonl(*records):
@@ -80,6 +76,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    log_message = Mock()
+
     def do_GET(self):
         server = self.server
         server.asked += (self.path,)
@@ -89,9 +87,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(server.body)
         self.wfile.flush()
         time.sleep(server.wait)
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture
@@ -131,21 +126,18 @@ def refuses(get, tmp_path):
 
 
 def records(path):
-    return [record for _, record in read_jsonl(path)]
+    return read_records(path)
 
 
 # --- each dataset, in the format that its stage reads -----------------------------------------
 
 
-def chat(*turns, system=None):
-    messages = [{"role": "system", "content": system}] if system else []
-    for i, turn in enumerate(turns):
-        messages.append({"role": ("user", "assistant")[i % 2], "content": turn})
-    return {"messages": messages}
+def chat(*contents, system=None):
+    first = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*first, *turns(*contents)]}
 
 
 TOM, LILY = {"text": "One day, Tom ran.\n\nHe fell."}, {"text": "Lily sang."}
-BUS = chat(*(turn["value"] for turn in LLAVA["conversations"]))
 CONVERTED = {  # dataset -> the records that its training file becomes
     "tinystories": [TOM, LILY],
     "alpaca": [chat("Write in capitals.\n\ngoat", "GOAT"), chat("Write in capitals.", "GOAT")],
@@ -153,14 +145,10 @@ CONVERTED = {  # dataset -> the records that its training file becomes
     "openhermes": [chat("Is 7 prime?", "Yes. “七”", system="Be brief.")],
     "hh-harmless": [PAIR],
     "hh-helpful": [PAIR, PAIR],
-    "gsm8k": [  # the answer without commas, and the steps as they are
-        {
-            "prompt": GSM8K["question"],
-            "answer": "1072",
-            "solution": GSM8K["answer"].partition("\n####")[0],
-        }
+    "gsm8k": [{"prompt": GSM8K["question"], "answer": "1072", "solution": STEPS}],
+    "llava-instruct": [
+        {"image": "train2017/000000033471.jpg"} | chat("<image>\n" + BUS[0], *BUS[1:])
     ],
-    "llava-instruct": [{"image": "train2017/000000033471.jpg"} | BUS],
 }
 
 
@@ -187,15 +175,15 @@ def test_alpaca_reads_the_same_converted_or_not(get, tmp_path):
     assert [chat["messages"] for chat in read_chats(get("alpaca")["train"])] == raw
 
 
-@pytest.mark.parametrize(
-    "name, file, count",
-    [
-        ("gsm8k", "gsm8k/train.jsonl", 7473),
-        ("hh-harmless", "hh_harmless_test.jsonl.gz", 2303),  # 9 of 2312 hold no preference
-        ("alpaca", "instructions.json", 1100),
-        ("tinyshakespeare", "tinyshakespeare.txt", 40000),
-    ],
-)
+REAL = [
+    ("gsm8k", "gsm8k/train.jsonl", 7473),
+    ("hh-harmless", "hh_harmless_test.jsonl.gz", 2303),  # 9 of 2312 hold no preference
+    ("alpaca", "instructions.json", 1100),
+    ("tinyshakespeare", "tinyshakespeare.txt", 40000),
+]
+
+
+@pytest.mark.parametrize("name, file, count", REAL)
 def test_the_real_files_convert(get, capsys, name, file, count):
     if not (SAMPLES / file).exists():
         pytest.skip("the real samples are not here")
@@ -232,33 +220,31 @@ def damaged(at):
     return body[:at] + bytes([body[at] ^ 0xFF]) + body[at:][1:]
 
 
-PAGES = [
-    b"<!DOCTYPE html><p>Log in",
-    b"\n<html>Sorry",
-    b"version https://git-lfs.github.com/spec/v1",
-]
-REFUSED = [
-    *(
-        ("web page, or a pointer", name, body)
-        for name in ("alpaca", "hh-harmless")
-        for body in PAGES
-    ),
-    *(("damaged", "hh-helpful", damaged(at)) for at in (0, 20, -5)),  # the last in its checksum
-    ("damaged", "hh-helpful", FILES["hh-helpful"][:-12]),
-    ("damaged", "hh-helpful", jsonl(PAIR)),
-    ("not the data", "gsm8k", b'{"question": "1 + 1?", "answer'),
-    ("not the data", "gsm8k", b"\xff\xfe{}"),
-    ("not the data", "gsm8k", b""),
-    ("not the data", "gsm8k", jsonl({"question": "1 + 1?", "answer": "2"})),
-    ("not the data", "dolly", b"[]"),
-    ("not the data", "tinyshakespeare", b"caf\xe9"),
-    ("not the data", "tinystories", b"\n"),
-    ("not the data", "alpaca", b"{}"),
-    ("not the data", "alpaca", array(ALPACA)[:-2]),
-    ("not the data", "alpaca", array(ALPACA, "text", 5)),
-    ("not the data", "llava-instruct", array(HERMES)),
-    ("not the data", "hh-harmless", gzip.compress(jsonl({"chosen": "Hi", "rejected": "Ho"}))),
-]
+PAGES = b"<!DOCTYPE html><p>Log in", b"\n<html>Sorry", b"version https://git-lfs.github.com/spec/v1"
+SUM = {"question": "1 + 1?", "answer": "2"}
+REFUSED = {  # words of the refusal: dataset and body of its file
+    "web page, or a pointer": [
+        (name, page) for name in ("alpaca", "hh-harmless") for page in PAGES
+    ],
+    "damaged": [
+        *(("hh-helpful", damaged(at)) for at in (0, 20, -5)),  # the last in its checksum
+        ("hh-helpful", FILES["hh-helpful"][:-12]),
+        ("hh-helpful", jsonl(PAIR)),
+    ],
+    "not the data": [
+        *(
+            ("gsm8k", body)
+            for body in (b'{"question": "1?", "answer', b"\xff\xfe{}", b"", jsonl(SUM))
+        ),
+        ("dolly", b"[]"),
+        ("tinyshakespeare", b"caf\xe9"),
+        ("tinystories", b"\n"),
+        *(("alpaca", body) for body in (b"{}", array(ALPACA)[:-2], array(ALPACA, "text", 5))),
+        ("llava-instruct", array(HERMES)),
+        ("hh-harmless", gzip.compress(jsonl({"chosen": "Hi", "rejected": "Ho"}))),
+    ],
+}
+REFUSED = [(words, *case) for words, cases in REFUSED.items() for case in cases]
 
 
 @pytest.mark.parametrize("words, name, body", REFUSED)
@@ -273,21 +259,18 @@ def test_a_single_misfit_is_left_out_and_told(get, capsys):
 
 
 HELLO, MORE = "\n\nHuman: Hello?\n\nAssistant: Hi!", "\n\nHuman: Bye"
+NO_PREFERENCE = [
+    ({"chosen": HELLO, "rejected": HELLO + " "}, "two completions are equal"),
+    ({"chosen": HELLO, "rejected": HELLO[:-3]}, "a completion is empty"),
+    ({"chosen": HELLO, "rejected": MORE + HELLO}, "different prompts"),
+    ({"chosen": HELLO + MORE, "rejected": HELLO + MORE}, "must end with"),
+    ({"chosen": "Hi", "rejected": "Ho"}, "a dialogue is wanted"),
+    ({"chosen": HELLO, "rejected": None}, "must both be text"),
+    ({"chosen": HELLO}, "KeyError('rejected')"),
+]
 
 
-@pytest.mark.parametrize(
-    "misfit, why",
-    [
-        ({"chosen": HELLO, "rejected": HELLO + " "}, "two completions are equal"),
-        ({"chosen": HELLO, "rejected": HELLO[:-3]}, "a completion is empty"),
-        ({"chosen": HELLO, "rejected": MORE + HELLO}, "different prompts"),
-        ({"chosen": HELLO + MORE, "rejected": HELLO + MORE}, "must end with"),
-        ({"chosen": "Hi", "rejected": "Ho"}, "a dialogue is wanted"),
-        ({"chosen": HELLO, "rejected": None}, "must both be text"),
-        ({"chosen": HELLO}, "KeyError('rejected')"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
+@pytest.mark.parametrize("misfit, why", NO_PREFERENCE)
 def test_hh_pairs_without_a_preference_are_left_out_and_counted(get, capsys, misfit, why):
     path = get("hh-helpful", gzip.compress(jsonl(PAIR, misfit, PAIR, misfit, PAIR)))["train"]
     assert records(path) == [PAIR] * 3
@@ -300,12 +283,16 @@ def test_an_unknown_name_lists_the_names(tmp_path):
         prepare("gsm", tmp_path)
 
 
+def command(server, name, out, *flags):
+    argv = [name, "--out", str(out), "--base_url", server.url, *flags]
+    cli(main, Config, argv=argv)
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(server, tmp_path, capsys):
     server.body = FILES["gsm8k"]
     (tmp_path / "file").write_text("in the way")
-    argv = ["gsm8k", "--out", str(tmp_path / "file" / "out"), "--base_url", server.url]
     with pytest.raises(SystemExit) as exit:
-        cli(main, Config, argv=argv)
+        command(server, "gsm8k", tmp_path / "file" / "out")
     assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
@@ -386,18 +373,15 @@ def test_without_a_name_the_datasets_are_listed_with_their_commands(capsys):
 
 def test_the_end_of_the_output_is_the_next_command(server, tmp_path, capsys):
     server.body = FILES["tinystories"]
-    argv = ["tinystories", "--limit", "1", "--out", str(tmp_path), "--base_url", server.url]
-    cli(main, Config, argv=argv)
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        f"next: python train_pretrain.py --data {tmp_path}/train_1.jsonl "
-        f"--val_data {tmp_path}/val_1.jsonl"
-    )
+    command(server, "tinystories", tmp_path, "--limit", "1")
+    files = f"--data {tmp_path}/train_1.jsonl --val_data {tmp_path}/val_1.jsonl"
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"next: python train_pretrain.py {files}"
 
 
 def test_the_readme_lists_each_dataset():
     readme = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     rows = [line for line in readme.splitlines() if line.startswith("| `")]
     for name, dataset in DATASETS.items():
-        assert any(
-            f"`{name}`" in row and dataset.licence in row and dataset.size in row for row in rows
-        ), name
+        wanted = f"`{name}`", dataset.licence, dataset.size
+        assert any(all(text in row for text in wanted) for row in rows), name

@@ -221,6 +221,7 @@ def test_of_shards_the_tensors_are_read_that_the_index_names(tmp_path):
     [
         ({"a": "1.safetensors", "b": "3.safetensors"}, "3.safetensors does not exist"),
         ({"a": "1.safetensors", "c": "2.safetensors"}, "lacks the tensor 'c'"),
+        ({"b": "1.safetensors"}, "index.json doesn't name 'a', which is in one of its files"),
         ({"a": "../1.safetensors"}, "file of this directory"),
         ({"a": 1}, "file of this directory"),
         ({}, "file of this directory"),

@@ -12,12 +12,13 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import MEGABYTES, random_strings, seconds, some_prompts, turns, writer
+from helpers import MEGABYTES, random_strings, seconds, some_prompts, turns, watch_batches, writer
 
-from nanollm import generate as engine
 from nanollm.batches import pad_completions
 from nanollm.config import UserError
+from nanollm.formats import write_jsonl
 from nanollm.generate import generate, stream
+from nanollm.logprobs import token_logprobs
 from nanollm.rewards import last_number
 from nanollm.tokenizer import Tokenizer
 from nanollm.tools import LONGEST, LONGEST_RESULT, NOTHING, KnowledgeBase, Toolbox, calculator
@@ -57,8 +58,8 @@ WRONG = {
         "1 + True", "abs(1)", "__import__('os')", "__import__('os').system('true')", "().__class__",
         "'a'", "'a' * 3", "b'1'", "f'{1}'", "1 < 2", "1 == 1", "1 and 2", "not 1", "1 if 1 else 2",
         "lambda: 1", "(x := 2)", "[1][0]", "{1}", "1; 2", "1\n2", "x = 1", "1j", "~1", "1 << 3",
-        "1 | 2", "1 @ 2", "2 ** 0.5", "(-8) ** (1/3)", "1 +", "* 2", "1 2", "(1", "1)", "...",
-        "\ud800", "nan", "inf", "2 + 2 =",
+        "1 | 2", "1 @ 2", "2 ** 0.5", "1 +", "* 2", "1 2", "(-8) ** (1/3)", "(1", "1)", "...",
+        "\ud800", "nan", "inf", "2 + 2 =", "1,5 + 1",
     ],
 }  # fmt: skip
 WRONG = [(expression, f"error: {said}") for said, all in WRONG.items() for expression in all]
@@ -69,21 +70,20 @@ def test_the_calculator_is_exact_or_says_what_is_wrong(expression, result):
     assert calculator(expression) == result
 
 
-@pytest.mark.parametrize(
-    "expression",
-    [
-        10_000 * "(" + "1" + 10_000 * ")",
-        10_000 * "-" + "1",
-        MEGABYTES * "9",
-        MEGABYTES // 2 * "9*" + "9",
-        MEGABYTES * "é",
-        (LONGEST + 1) * "1",
-    ],
-    ids=["parentheses", "signs", "digits", "products", "words", "a little too long"],
-)
-def test_a_long_text_is_refused_at_once(expression):
-    assert calculator(expression) == f"error: longer than {LONGEST} characters"
-    assert seconds(calculator, expression) < 1
+TOO_LONG = {
+    "parentheses": 10_000 * "(" + "1" + 10_000 * ")",
+    "signs": 10_000 * "-" + "1",
+    "digits": MEGABYTES * "9",
+    "products": MEGABYTES // 2 * "9*" + "9",
+    "words": MEGABYTES * "é",
+    "a little too long": (LONGEST + 1) * "1",
+}
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_a_long_text_is_refused_at_once(name):
+    assert calculator(TOO_LONG[name]) == f"error: longer than {LONGEST} characters"
+    assert seconds(calculator, TOO_LONG[name]) < 1
 
 
 def test_the_calculator_answers_ten_thousand_random_strings_with_a_short_text_and_at_once():
@@ -158,11 +158,6 @@ def test_an_unknown_name_or_a_strange_query_finds_nothing_and_at_once(base):
         assert seconds(base.search, query) < 1
 
 
-def test_search_answers_random_strings_with_text(base):
-    for text in random_strings(2000, seed=1):
-        assert isinstance(base.search(text), str)
-
-
 def test_a_knowledge_base_of_one_entry_or_none():
     one = KnowledgeBase(ENTRIES[:1])
     assert one.search("hat of Bara") == "The hat of Bara is red."
@@ -181,24 +176,22 @@ def test_where_two_entries_hold_the_same_words_the_title_decides():
             assert KnowledgeBase(entries).search(entry["title"]) == entry["text"]
 
 
-GOOD = json.dumps(ENTRIES[0])
+GOOD = json.dumps(ENTRIES[0]) + "\n"
+UNREADABLE = [
+    (GOOD + '{"title": "a"}', ", line 2:"),
+    (GOOD + GOOD + '{"text": "a"}', ", line 3:"),
+    (GOOD + '\n\n{"title": "a", "text": 3}', ", line 4:"),
+    ('{"title": null, "text": "a"}\n' + GOOD, ", line 1:"),
+    (GOOD + '{"title": "a", "text": "b"', ", line 2:"),
+    (GOOD + '["title", "text"]', ", line 2:"),
+    (GOOD + "door of Kelo", ", line 2:"),
+    (None, ""),
+    ("", ""),
+    ("\udcff\udcfe\0", ""),
+]
 
 
-@pytest.mark.parametrize(
-    "content, said",
-    [
-        (f'{GOOD}\n{{"title": "a"}}', ", line 2:"),
-        (f'{GOOD}\n{GOOD}\n{{"text": "a"}}', ", line 3:"),
-        (f'{GOOD}\n\n\n{{"title": "a", "text": 3}}', ", line 4:"),
-        (f'{{"title": null, "text": "a"}}\n{GOOD}', ", line 1:"),
-        (f'{GOOD}\n{{"title": "a", "text": "b"', ", line 2:"),
-        (f'{GOOD}\n["title", "text"]', ", line 2:"),
-        (f"{GOOD}\ndoor of Kelo", ", line 2:"),
-        (None, ""),
-        ("", ""),
-        ("\udcff\udcfe\0", ""),
-    ],
-)
+@pytest.mark.parametrize("content, said", UNREADABLE)
 def test_a_file_that_cannot_be_read_is_the_users_error_with_its_line(content, said, tmp_path):
     path = tmp_path / "knowledge.jsonl"
     if content is not None:
@@ -209,9 +202,8 @@ def test_a_file_that_cannot_be_read_is_the_users_error_with_its_line(content, sa
 
 
 def test_a_toolbox_reads_its_knowledge_from_a_file(tokenizer, tmp_path):
-    path = tmp_path / "knowledge.jsonl"
-    path.write_text("\n".join(map(json.dumps, ENTRIES)))
-    tools = Toolbox.with_knowledge(path, tokenizer)
+    write_jsonl(tmp_path / "knowledge.jsonl", ENTRIES)
+    tools = Toolbox.with_knowledge(tmp_path / "knowledge.jsonl", tokenizer)
     assert tools.run("search(hat of Bara)") == "The hat of Bara is red."
     assert tools.run("calculator(6 * 7)") == "42"
 
@@ -252,11 +244,24 @@ def test_a_call_is_run_or_its_mistake_is_said(call, result, tools):
 
 def test_ten_thousand_random_calls_are_answered_with_text(tools):
     for text in random_strings(10_000, seed=2):
-        assert isinstance(tools.run(text), str)
-        assert isinstance(tools.run(f"calculator({text})"), str)
+        for call in (text, f"calculator({text})", f"search({text})"):
+            assert isinstance(tools.run(call), str)
 
 
+SIX_TIMES_SEVEN = "<tool_call>calculator(6 * 7)</tool_call>"
 ANSWERED = "<tool_call>echo(1)</tool_call><tool_result>1</tool_result>"
+LAST_CALLS = [
+    (SIX_TIMES_SEVEN, "42"),
+    ("Let me see. " + SIX_TIMES_SEVEN, "42"),
+    ("<think>hm</think>" + SIX_TIMES_SEVEN, "42"),
+    (ANSWERED + SIX_TIMES_SEVEN, "42"),
+    ("<tool_call>search(" + SIX_TIMES_SEVEN, "42"),
+    ("<tool_call><tool_call>" + SIX_TIMES_SEVEN, "42"),
+    ("<tool_call></tool_call>", NO_CALL),
+    ("</tool_call>", NO_CALL),
+    ("calculator(6 * 7)</tool_call>", NO_CALL),
+    (ANSWERED + " so echo(2)</tool_call>", NO_CALL),  # an end that closes no call
+]
 
 
 def answer_to(tools, completion):
@@ -264,21 +269,7 @@ def answer_to(tools, completion):
     return tools.tokenizer.decode(tools.respond(tools.tokenizer.encode(completion, special=True)))
 
 
-@pytest.mark.parametrize(
-    "completion, result",
-    [
-        ("<tool_call>calculator(6 * 7)</tool_call>", "42"),
-        ("Let me see. <tool_call>calculator(6 * 7)</tool_call>", "42"),
-        ("<think>hm</think><tool_call>calculator(6 * 7)</tool_call>", "42"),
-        (ANSWERED + "<tool_call>calculator(6 * 7)</tool_call>", "42"),
-        ("<tool_call>search(<tool_call>calculator(6 * 7)</tool_call>", "42"),
-        ("<tool_call><tool_call><tool_call>calculator(6 * 7)</tool_call>", "42"),
-        ("<tool_call></tool_call>", NO_CALL),
-        ("</tool_call>", NO_CALL),
-        ("calculator(6 * 7)</tool_call>", NO_CALL),
-        (ANSWERED + " so echo(2)</tool_call>", NO_CALL),  # an end that closes no call
-    ],
-)
+@pytest.mark.parametrize("completion, result", LAST_CALLS)
 def test_the_innermost_last_call_is_answered(completion, result, tools):
     assert answer_to(tools, completion) == f"<tool_result>{result}</tool_result>"
 
@@ -290,12 +281,11 @@ def test_plain_letters_and_ids_that_are_no_text_are_answered_with_an_error(tools
         assert tools.tokenizer.decode(answer[1:-1]).startswith("error")
 
 
-def test_a_long_result_is_cut(tools, tokenizer):
+def test_a_long_result_is_cut(tools):
     text = "0123456789" * 12
-    result = answer_to(tools, f"<tool_call>echo({text})</tool_call>")
-    assert result == f"<tool_result>{text[:LONGEST_RESULT]}</tool_result>"
-    exact = answer_to(tools, f"<tool_call>echo({text[:LONGEST_RESULT]})</tool_call>")
-    assert exact == result
+    for asked in (text, text[:LONGEST_RESULT]):
+        result = answer_to(tools, f"<tool_call>echo({asked})</tool_call>")
+        assert result == f"<tool_result>{text[:LONGEST_RESULT]}</tool_result>"
 
 
 def test_special_tokens_that_a_result_spells_stay_plain_text(tokenizer):
@@ -342,14 +332,20 @@ def slow_greedy(model, prompt, n, tools):
 
 def only_in(row, rows):
     """The first id that stands in this row alone, which then is the end of a call."""
-    others = set(itertools.chain(*(r for i, r in enumerate(rows) if i != row)))
+    others = {*itertools.chain(*rows[:row], *rows[row + 1 :])}
     return next(id for id in rows[row] if id not in others)
 
 
-@pytest.mark.parametrize("row", range(4))
-def test_with_tools_greedy_equals_an_uncached_loop_and_other_rows_are_as_without(row, random_model):
+@pytest.fixture
+def four(random_model):
+    """(a model, prompts, what it says to them without tools)"""
     model, prompts = random_model(), some_prompts()
-    plain = generate(model, prompts, 14, temperature=0).lists()
+    return model, prompts, generate(model, prompts, 14, temperature=0).lists()
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_with_tools_greedy_equals_an_uncached_loop_and_other_rows_are_as_without(row, four):
+    model, prompts, plain = four
     tools = Parrot(only_in(row, plain))
     out = generate(model, prompts, 14, temperature=0, tools=tools)
     slow = [slow_greedy(model, prompt, 14, Parrot(tools.call_end)) for prompt in prompts]
@@ -373,34 +369,22 @@ def test_other_samples_are_as_without_tools(random_model):
     assert [r for r in range(6) if not all(out.owned()[r])] == [4]
 
 
-def test_the_model_reads_what_a_tool_has_answered(random_model):
-    model, prompts = random_model(), some_prompts()
-    plain = generate(model, prompts, 14, temperature=0).lists()
-    call_end = only_in(1, plain)
-    answers = ((250, 251, 252), (7, 8, 9))
-    texts = [
-        generate(model, prompts, 14, temperature=0, tools=Parrot(call_end, answer)).lists()[1]
-        for answer in answers
-    ]
-    after = plain[1].index(call_end) + 4
-    assert texts[0][after:] != texts[1][after:]
-
-
-def test_logprobs_are_the_models_own_and_zero_on_results(random_model):
-    model, prompts = random_model(), some_prompts()
-    plain = generate(model, prompts, 14, temperature=0).lists()
+def test_logprobs_are_the_models_own_and_zero_on_results(four):
+    model, prompts, plain = four
     out = generate(model, prompts, 14, temperature=0, tools=Parrot(only_in(2, plain)))
     assert (out.logprobs[~out.own] == 0).all() and (~out.own & out.mask).sum() >= 3
     for row, prompt in enumerate(prompts):
         ids = torch.tensor([prompt + out.lists()[row]])
         with torch.no_grad():
-            fresh = model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            fresh = token_logprobs(model(ids)[:, :-1], ids[:, 1:])[0, len(prompt) - 1 :]
         own, kept = out.own[row, out.mask[row]], out.logprobs[row, out.mask[row]]
-        assert torch.allclose(kept[own], fresh[len(prompt) - 1 :][own], atol=1e-4)
+        assert torch.allclose(kept[own], fresh[own], atol=1e-4)
 
 
-CHAIN = "S<tool_call>c(2*3)</tool_call>!<|end|>"
-REPLY = "<tool_call>c(2*3)</tool_call><tool_result>6</tool_result>E<|end|>"
+CALL = "<tool_call>c(2*3)</tool_call>"
+CHAIN = f"S{CALL}!<|end|>"
+REPLY = f"{CALL}<tool_result>6</tool_result>E<|end|>"
+GO_ON = "</tool_result>E<|end|>"
 
 
 def spell(tokenizer, model, prompts, n, tools=None, **settings):
@@ -417,8 +401,8 @@ def products(tokenizer):
 
 
 def test_a_result_follows_its_call_once_and_the_model_goes_on_from_it(tokenizer, products):
-    model = writer(tokenizer, CHAIN, "</tool_result>E<|end|>")
-    assert spell(tokenizer, model, ["S"], 40) == [["<tool_call>c(2*3)</tool_call>!<|end|>"], [""]]
+    model = writer(tokenizer, CHAIN, GO_ON)
+    assert spell(tokenizer, model, ["S"], 40) == [[CALL + "!<|end|>"], [""]]
     shown = "<tool_result>6</tool_result>"
     assert spell(tokenizer, model, ["S"], 40, products) == [[REPLY], [shown]]
     assert spell(tokenizer, model, ["S"], 40, products, samples=3) == [3 * [REPLY], 3 * [shown]]
@@ -427,11 +411,8 @@ def test_a_result_follows_its_call_once_and_the_model_goes_on_from_it(tokenizer,
 def test_results_reach_their_rows_while_others_end_and_leave_the_batch(
     tokenizer, products, monkeypatch
 ):
-    sizes, keep = [], engine.Engine.keep
-    monkeypatch.setattr(
-        engine.Engine, "keep", lambda self, rows: (sizes.append(len(rows)), keep(self, rows))[1]
-    )
-    model = writer(tokenizer, CHAIN, "</tool_result>E<|end|>", "ab<|end|>", "klmnopqrst<|end|>")
+    sizes = watch_batches(monkeypatch)
+    model = writer(tokenizer, CHAIN, GO_ON, "ab<|end|>", "klmnopqrst<|end|>")
     prompts = ["a", "k", "xxS", "a", "a", "S", "n"]
     short, long, rest = "b<|end|>", "lmnopqrst<|end|>", "opqrst<|end|>"
     texts, shown = spell(tokenizer, model, prompts, 40, products, temperature=0)
@@ -441,7 +422,7 @@ def test_results_reach_their_rows_while_others_end_and_leave_the_batch(
 
 
 def test_rows_may_call_at_different_times(tokenizer, products):
-    model = writer(tokenizer, CHAIN, "</tool_result>E<|end|>", "klmS", "xyS")
+    model = writer(tokenizer, CHAIN, GO_ON, "klmS", "xyS")
     texts, _ = spell(tokenizer, model, ["k", "S", "x", "m"], 40, products)
     assert texts == ["lmS" + REPLY, REPLY, "yS" + REPLY, "S" + REPLY]
 
@@ -449,14 +430,14 @@ def test_rows_may_call_at_different_times(tokenizer, products):
 def test_a_row_may_call_again_and_again(tokenizer, products):
     model = writer(tokenizer, CHAIN, "</tool_result>S")
     texts, shown = spell(tokenizer, model, ["S"], 28, products)
-    once = "<tool_call>c(2*3)</tool_call><tool_result>6</tool_result>S"
+    once = CALL + "<tool_result>6</tool_result>S"
     assert texts == [once + once + "<tool_call>c(2"]
     assert shown == [2 * "<tool_result>6</tool_result>"]
 
 
 @pytest.mark.parametrize("n", range(1, 14))
 def test_a_result_that_does_not_fit_is_cut(n, tokenizer, products):
-    model = writer(tokenizer, CHAIN, "</tool_result>E<|end|>")
+    model = writer(tokenizer, CHAIN, GO_ON)
     whole = tokenizer.encode(REPLY, special=True)
     assert spell(tokenizer, model, ["S"], n, products)[0] == [tokenizer.decode(whole[:n])]
 
@@ -471,20 +452,18 @@ def test_the_end_of_a_call_inside_a_result_calls_nothing(tokenizer):
 
 
 def test_a_malformed_call_gets_its_error_and_the_row_goes_on(tokenizer, products):
-    model = writer(tokenizer, "S</tool_call>!<|end|>", "</tool_result>E<|end|>")
+    model = writer(tokenizer, "S</tool_call>!<|end|>", GO_ON)
     texts, _ = spell(tokenizer, model, ["S"], 60, products)
-    error = "error: a call looks like name(argument)"
-    assert texts == [f"</tool_call><tool_result>{error}</tool_result>E<|end|>"]
+    assert texts == [f"</tool_call><tool_result>{NO_CALL}</tool_result>E<|end|>"]
 
 
 @pytest.mark.parametrize("n", [6, 9, 10, 14])
-def test_stream_with_tools_yields_what_generate_returns(n, random_model, tokenizer, products):
-    model, prompts = random_model(), some_prompts()
-    rows = generate(model, prompts, n, temperature=0).lists()
-    tools = Parrot(only_in(1, rows))
+def test_stream_with_tools_yields_what_generate_returns(n, four, tokenizer, products):
+    model, prompts, plain = four
+    tools = Parrot(only_in(1, [row[:n] for row in plain]))
     out = generate(model, prompts, n, temperature=0, tools=tools).lists()
     assert [list(stream(model, p, n, temperature=0, tools=tools)) for p in prompts] == out
-    model, stops = writer(tokenizer, CHAIN, "</tool_result>E<|end|>"), tokenizer.stop_ids
+    model, stops = writer(tokenizer, CHAIN, GO_ON), tokenizer.stop_ids
     streamed = stream(model, [ord("S")], n, temperature=0, stop_ids=stops, tools=products)
     (text,), _ = spell(tokenizer, model, ["S"], n, products)
     assert tokenizer.decode(list(streamed)) == text.removesuffix("<|end|>")
@@ -511,21 +490,19 @@ def trained_text(tokenizer, messages):
     return tokenizer.decode([id for id, trained in zip(ids, mask) if trained])
 
 
-@pytest.mark.parametrize(
-    "completion, trained",
-    [
-        ("Six.", "Six."),
-        ("<tool_call>c(1)</tool_call><tool_result>1</tool_result>One.",
-         "<tool_call>c(1)</tool_call>One."),
-        ("<think>a</think><tool_call>c(1)</tool_call><tool_result></tool_result>b",
-         "<think>a</think><tool_call>c(1)</tool_call>b"),
-        ("a<tool_result>1</tool_result>b<tool_result>2</tool_result>c", "abc"),
-        ("<tool_result>1</tool_result><tool_result>2</tool_result>", ""),
-        ("a<tool_result>1<tool_result>2</tool_result>b", "ab"),
-        ("a<tool_result>never closed", "a"),
-        ("a</tool_result>b", "a</tool_result>b"),
-    ],
-)  # fmt: skip
+TRAINED = [
+    ("Six.", "Six."),
+    (f"{CALL}<tool_result>6</tool_result>Six.", f"{CALL}Six."),
+    (f"<think>a</think>{CALL}<tool_result></tool_result>b", f"<think>a</think>{CALL}b"),
+    ("a<tool_result>1</tool_result>b<tool_result>2</tool_result>c", "abc"),
+    ("<tool_result>1</tool_result><tool_result>2</tool_result>", ""),
+    ("a<tool_result>1<tool_result>2</tool_result>b", "ab"),
+    ("a<tool_result>never closed", "a"),
+    ("a</tool_result>b", "a</tool_result>b"),
+]
+
+
+@pytest.mark.parametrize("completion, trained", TRAINED)
 def test_all_of_an_assistants_turn_but_results_is_trained_on(completion, trained, tokenizer):
     assert trained_text(tokenizer, turns("How many?", completion)) == trained + "<|end|>"
     both = turns("How many?", completion, "Sure?", "Yes.")
@@ -534,30 +511,15 @@ def test_all_of_an_assistants_turn_but_results_is_trained_on(completion, trained
     assert trained_text(tokenizer, both) == "Yes.<|end|>"
 
 
-@pytest.mark.parametrize(
-    "messages, trained",
-    [
-        (["<tool_result>", "a<tool_call>b</tool_call>", "</tool_result>", "c"],
-         "a<tool_call>b</tool_call><|end|>c<|end|>"),
-        (["x", "a<tool_result>b", "y", "c"], "a<|end|>c<|end|>"),
-    ],
-)  # fmt: skip
-def test_a_result_begins_and_ends_inside_of_one_answer(messages, trained, tokenizer):
-    assert trained_text(tokenizer, turns(*messages)) == trained
-
-
-def test_padded_completions_are_trained_on_where_the_model_chose(tokenizer):
-    rows = pad_completions(
-        [[1, 2], [3]], [[4, 5, 6], [7, 8]], pad_id=0, own=[[True, False, True], [False, True]]
-    )
-    assert rows.tokens.tolist() == [[1, 2, 4, 5, 6], [3, 7, 8, 0, 0]]
-    assert rows.mask.int().tolist() == [[0, 0, 1, 0, 1], [0, 0, 1, 0, 0]]
-    assert rows.real.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+def test_a_result_begins_and_ends_inside_of_one_answer(tokenizer):
+    messages = turns("<tool_result>", f"a{CALL}", "</tool_result>", "c")
+    assert trained_text(tokenizer, messages) == f"a{CALL}<|end|>c<|end|>"
+    assert trained_text(tokenizer, turns("x", "a<tool_result>b", "y", "c")) == "a<|end|>c<|end|>"
 
 
 def test_rollouts_and_fine_tuning_leave_out_the_same(tokenizer, products):
     """`own` of what was generated, and the mask of the same completion in fine-tuning."""
-    model = writer(tokenizer, CHAIN, "</tool_result>E<|end|>", "</think>S")
+    model = writer(tokenizer, CHAIN, GO_ON, "</think>S")
     prompts = [tokenizer.encode(text, special=True) for text in ("S", "</think>", "E")]
     out = generate(model, prompts, 40, stop_ids=tokenizer.stop_ids, tools=products)
     rows = pad_completions(prompts, out.lists(), tokenizer.pad_id, own=out.owned())

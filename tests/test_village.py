@@ -1,6 +1,7 @@
 """The village is what it says: deterministic, true, varied, and its test questions are held out."""
 
 import hashlib
+import os
 import random
 import re
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from data import village
-from data.village.corpus import SHARES, documents
+from data.village import examples as village
+from data.village.corpus import SHARES, documents, prepare_corpus
+from data.village.examples import prepare
 from data.village.facts import PHRASES, cloze
 from data.village.preferences import politeness
 from data.village.sums import SUMS, held_out, written_steps
@@ -287,7 +289,7 @@ def of_task(examples, task):
 
 def test_the_tasks_have_their_sizes_and_turns_alternate(chats):
     train = Counter(e["task"] for e in chats["train"])
-    assert train == {task: round(12000 * share) for task, share in TASK_SHARES.items()}
+    assert train == {task: round(12000 * share) for task, share in TASK_SHARES.items() if share}
     test = Counter(e["task"] for e in chats["test"])
     assert set(test) == set(MAKERS) and min(test.values()) >= 200 and len(chats["val"]) == 300
     for split, examples in chats.items():
@@ -368,7 +370,7 @@ def test_the_right_completion_passes_its_check_and_a_silent_one_does_not(world, 
 
 def without_style(completion):
     """The answer itself, without its courteous, rude or long-winded phrase."""
-    for phrase in (p for parts in STYLES.values() for part in parts.values() for p in part):
+    for phrase in (phrase for phrases in STYLES.values() for phrase in phrases):
         completion = completion.removeprefix(phrase).removesuffix(phrase).strip()
     return completion
 
@@ -440,14 +442,14 @@ tools_train tools_val
 
 
 def test_prepare_writes_once_and_the_same_bytes_whatever_the_hash_seed(tmp_path):
-    folder = village.prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one")
+    folder = prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one")
     wanted = [f"{name}.jsonl" for name in FILES.split()] + ["world.json"]
     assert sorted(path.name for path in folder.iterdir()) == wanted
     assert [p.name for p in (tmp_path / "one").iterdir()] == [folder.name]  # nothing half-written
     changed = (folder / "world.json").stat().st_mtime_ns
-    assert village.prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one") == folder
+    assert prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one") == folder
     assert (folder / "world.json").stat().st_mtime_ns == changed
-    code = "import sys; from data import village; village.prepare(8, 1, 0.2, sys.argv[1])"
+    code = "import sys; from data.village.examples import prepare; prepare(8, 1, 0.2, sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path / "two")]
     subprocess.run(command, cwd=ROOT, check=True, env={"PYTHONHASHSEED": "2"})
     for path in folder.iterdir():
@@ -459,11 +461,29 @@ def test_prepare_writes_once_and_the_same_bytes_whatever_the_hash_seed(tmp_path)
 
 def test_prepare_refuses_an_empty_corpus(tmp_path):
     with pytest.raises(ValueError, match="positive size"):
-        village.prepare(megabytes=0, root=tmp_path)
+        prepare(megabytes=0, root=tmp_path)
 
 
-def test_the_village_can_be_looked_at_and_paints_nothing_for_that():
-    code = "import sys; from data import village; village.main(); assert 'PIL' not in sys.modules"
-    command = [sys.executable, "-c", code, "--samples", "1"]
-    shown = subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True).stdout
-    assert "== biography" in shown and "== sft_test" in shown
+def test_examples_join_a_corpus_that_is_there_and_what_was_interrupted_is_completed(
+    tmp_path, monkeypatch
+):
+    folder = prepare_corpus(8, seed=1, megabytes=0.2, root=tmp_path)
+    corpus = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {*corpus} == {"cloze.jsonl", "corpus_train.jsonl", "corpus_val.jsonl", "world.json"}
+    write, left = village.write_jsonl, iter(range(5))
+    monkeypatch.setattr(village, "write_jsonl", lambda *args: (next(left), write(*args)))
+    with pytest.raises(StopIteration):  # the disk is full, say
+        prepare(8, seed=1, megabytes=0.2, root=tmp_path)
+    monkeypatch.undo()
+    assert prepare(8, seed=1, megabytes=0.2, root=tmp_path) == folder
+    assert len([*folder.iterdir()]) == len(FILES.split()) + 1
+    assert {name: (folder / name).stat().st_mtime_ns for name in corpus} == corpus
+
+
+def test_the_village_can_be_looked_at_and_paints_nothing_for_that(tmp_path):
+    code = "import runpy, sys; runpy.run_module('data.village', run_name='__main__')"
+    code += "; assert 'PIL' not in sys.modules"
+    flags = "--villagers 8 --megabytes 0.1 --samples 1".split()
+    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    shown = subprocess.check_output([sys.executable, "-c", code, *flags], text=True, **where)
+    assert "corpus_train.jsonl: " in shown and "sft_test.jsonl: " in shown

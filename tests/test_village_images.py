@@ -10,8 +10,8 @@ from dataclasses import asdict
 import pytest
 from PIL import Image, ImageChops, ImageDraw
 
+from data.village import __main__ as village_command
 from data.village import images as village_images
-from data.village.image_examples import DESCRIBE, caption, description, tells
 from data.village.image_questions import (
     LOOKS,
     STEPS,
@@ -22,7 +22,15 @@ from data.village.image_questions import (
     names_held_out,
     read,
 )
-from data.village.images import prepare, records, split_scenes
+from data.village.images import (
+    DESCRIBE,
+    caption,
+    description,
+    prepare,
+    records,
+    split_scenes,
+    tells,
+)
 from data.village.scenes import (
     CELL,
     COLOURS,
@@ -406,8 +414,9 @@ def test_a_preparation_that_breaks_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_prints_samples_and_paints_a_sheet(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_samples_of_what_is_said_about_images(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(village_images, "SIZES", {"val": 5, "test": 60, "combos": 5})
-    village_images.main(["--samples", "1", "--sheet", str(tmp_path / "sheet.png")])
-    assert "== questions_test" in capsys.readouterr().out
-    assert Image.open(tmp_path / "sheet.png").width > 1000
+    monkeypatch.setattr(village_images, "prepare", lambda seed: prepare(seed, tmp_path, n_train=5))
+    monkeypatch.setattr(village_command, "prepare", lambda *settings: tmp_path)
+    village_command.main(village_command.Config(images=True, samples=1))
+    assert "questions_test.jsonl: " in capsys.readouterr().out

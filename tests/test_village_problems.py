@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data import village
+from data.village import tasks
 from data.village import tools as village_tools
-from data.village.problems import DIFFICULTIES, answered, lessons, problems, worked
+from data.village.examples import PER_DIFFICULTY
+from data.village.problems import DIFFICULTIES, lessons, problems, worked
 from data.village.sums import written_steps
 from data.village.tasks import instructions, user_turns
 from data.village.tools import TOPICS, knowledge, newcomers, tool_examples, tool_lessons
@@ -39,19 +40,19 @@ def people(world):
 @pytest.fixture(scope="module")
 def asked_of_tools(world):
     """Examples by split, each with "completion" and "check", also where the file leaves it out."""
-    as_example = village_tools.as_example
+    as_example = tasks.as_example
 
     def with_completion(task, turns, check, split):
         return as_example(task, turns, check, split) | check | {"completion": turns[-1]}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(village_tools, "as_example", with_completion)
+        patch.setattr(tasks, "as_example", with_completion)
         return {split: tool_examples(world, split) for split in ("train", "val", "test")}
 
 
 @pytest.fixture(scope="module")
 def asked(world):
-    return {split: problems(world, split, n) for split, n in village.PER_DIFFICULTY.items()}
+    return {split: problems(world, split, n) for split, n in PER_DIFFICULTY.items()}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_there_are_as_many_examples_as_planned_and_those_of_the_test_end_with_th
     sizes = {"large_numbers": 2280, "lookup": 1500, "lookup_two_hop": 1500, "nobody": 720}
     assert Counter(example["task"] for example in asked_of_tools["train"]) == sizes
     assert set(Counter(example["task"] for example in asked_of_tools["test"]).values()) == {200}
-    for example in tool_examples(world, "test", n_examples=5):
+    for example in tool_examples(world, "test")[:20]:
         assert [m["role"] for m in example["messages"]] == ["user"]
         assert {"answer", "check", "task"} < set(example) and "completion" not in example
 
@@ -192,7 +193,7 @@ def value_of(expression):
 def test_every_difficulty_has_its_number_of_problems_or_all_that_exist(asked):
     for split, examples in asked.items():
         counts = Counter((example["difficulty"], example["task"]) for example in examples)
-        n = village.PER_DIFFICULTY[split]
+        n = PER_DIFFICULTY[split]
         wanted = {(i, name): n for i, name in enumerate(DIFFICULTIES, 1)}
         if split == "train":  # of the easy ones there are not so many
             assert 1000 < counts[1, "easy"] <= wanted.pop((1, "easy"))
@@ -243,7 +244,7 @@ def test_the_answer_of_a_story_follows_from_its_equations_and_they_from_its_sent
         assert [equation[1] for equation in equations] == signs, example
         assert all(int(n) <= 30 for n in re.findall(r"\d+", story + example["steps"])), example
         seen[len(equations)] += 1
-    assert seen[2] == seen[3] == sum(village.PER_DIFFICULTY.values())
+    assert seen[2] == seen[3] == sum(PER_DIFFICULTY.values())
 
 
 def test_no_question_is_in_two_splits_or_twice_in_one(asked, everything):
@@ -285,7 +286,8 @@ def test_columns_of_two_digits_are_written_as_spelled_out_here():
 
 def test_composed_completions_are_right_and_well_formed(everything):
     for example in everything:
-        thought, short = (made(example)["messages"][-1]["content"] for made in (worked, answered))
+        chats = worked(example), worked(example, steps=False)
+        thought, short = (chat["messages"][-1]["content"] for chat in chats)
         assert accuracy(example, thought) == accuracy(example, short) == 1, example
         assert think_format(example, thought) == 1 and think_format(example, short) == 0
         assert reft_reward(example, f"The answer is {int(example['answer']) + 1}.") == 0.1

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from nanollm import safetensors
 from nanollm.config import UserError
@@ -17,7 +19,7 @@ from nanollm.vision.clip import (
     load_clip,
     save_clip,
 )
-from nanollm.vision.images import Preprocessing
+from nanollm.vision.images import ImageStore, Preprocessing
 from nanollm.vision.vit import (
     CLIP_KIND,
     SIGLIP_KIND,
@@ -28,7 +30,7 @@ from nanollm.vision.vit import (
     save_vision,
     vision_config_of,
 )
-from train_vlm import clip_loss, retrieval, siglip_loss
+from train_vlm import Pairs, clip_loss, held_out_retrieval, retrieval, siglip_loss, split_by_image
 
 # two shapes per kind; in the second the patches leave a rest of the image
 SHAPES = {
@@ -249,13 +251,34 @@ def test_missing_files_and_preprocessing_for_another_size_are_named(randomised, 
 # --- losses --------------------------------------------------------------------------------------
 
 
+def pairs_of(n):
+    return torch.eye(n, dtype=torch.bool)
+
+
 def test_losses_of_two_orthogonal_pairs_by_hand():
-    x, one = torch.eye(2), torch.tensor(0.0)  # exp(0) = 1, so s is the identity
+    x, zero = torch.eye(2), torch.tensor(0.0)  # exp(0) = 1, so s is the identity
     # -log(e / (e + 1)) each way
-    assert clip_loss(x, x, one).item() == pytest.approx(math.log(1 + math.exp(-1)))
+    loss = clip_loss(x, x, zero, pairs_of(2)).item()
+    assert loss == pytest.approx(math.log(1 + math.exp(-1)))
     # a row: the pair asks sigmoid(1), the other cell sigmoid(-0)
-    expected = math.log(1 + math.exp(-1)) + math.log(2)
-    assert siglip_loss(x, x, one, torch.tensor(0.0)).item() == pytest.approx(expected)
+    loss = siglip_loss(x, x, zero, zero, pairs_of(2)).item()
+    assert loss == pytest.approx(math.log(1 + math.exp(-1)) + math.log(2))
+
+
+def test_a_second_caption_of_an_image_is_no_negative_of_it():
+    """Three pairs, the first two of one image: s = [[1, 1, 0], [1, 1, 0], [0, 0, 1]]."""
+    x, zero, e = torch.eye(2)[[0, 0, 1]], torch.tensor(0.0), math.e
+    positives = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    # of the first two rows a cell is left out: -log(e / (e + 1)); the third: -log(e / (e + 2))
+    expected = (2 * math.log(1 + 1 / e) + math.log(1 + 2 / e)) / 3
+    assert clip_loss(x, x, zero, positives).item() == pytest.approx(expected)
+    # five cells ask sigmoid(1), four sigmoid(-0)
+    expected = (5 * math.log(1 + 1 / e) + 4 * math.log(2)) / 3
+    assert siglip_loss(x, x, zero, zero, positives).item() == pytest.approx(expected)
+    # were they negatives, a perfect model would still lose log 2 on the first two
+    perfect = clip_loss(x, x, torch.tensor(9.0), pairs_of(3)).item()
+    assert perfect == pytest.approx(2 / 3 * math.log(2))
+    assert clip_loss(x, x, torch.tensor(9.0), positives).item() == 0
 
 
 @pytest.mark.parametrize("name", ["CLIP", "Siglip"])
@@ -269,7 +292,7 @@ def test_losses_and_gradients_equal_those_of_transformers(transformers, randomis
     wrt = [out.image_embeds, out.text_embeds, *numbers]
     expected = torch.autograd.grad(out.loss, wrt)
     ours = [x.detach().clone().requires_grad_() for x in wrt]
-    loss = (clip_loss if name == "CLIP" else siglip_loss)(*ours)
+    loss = (clip_loss if name == "CLIP" else siglip_loss)(*ours, pairs_of(n))
     assert torch.allclose(loss, out.loss, atol=1e-6)
     for mine, theirs in zip(torch.autograd.grad(loss, ours), expected):
         assert torch.allclose(mine, theirs, atol=1e-6)
@@ -279,10 +302,67 @@ def test_retrieval_counts_both_ways():
     images = torch.eye(4)
     texts = images[[0, 1, 2, 2]]  # the last text lies on the third image
     found = {"text_to_image": 0.75, "image_to_text": 0.75, "cosine": 0.75}
-    assert retrieval(images, texts) == found
-    assert retrieval(images, images) == dict.fromkeys(found, 1.0)
+    assert retrieval(images, texts, pairs_of(4)) == found
+    assert retrieval(images, images, pairs_of(4)) == dict.fromkeys(found, 1.0)
     # all texts alike: each finds the first image, each image the first text
-    assert retrieval(images, torch.ones(4, 4))["text_to_image"] == 0.25
+    assert retrieval(images, torch.ones(4, 4), pairs_of(4))["text_to_image"] == 0.25
+    # the last two rows are one image: either of its captions, and either row, is right
+    same = pairs_of(4) | torch.tensor([0, 0, 1, 1]).bool().outer(torch.tensor([0, 0, 1, 1]).bool())
+    found = retrieval(images[[0, 1, 2, 2]], images[[0, 1, 3, 2]], same)
+    assert found == {"text_to_image": 0.75, "image_to_text": 1.0, "cosine": 0.75}
+
+
+@pytest.fixture
+def pairs(tokenizer, tmp_path):
+    """Seven captions of four images: red stands in two files, dark in one, green, blue."""
+    colours = {"r": (250, 0, 0), "r2": (250, 0, 0), "d": (90, 0, 0), "g": (0, 250, 0)}
+    for name, colour in (colours | {"b": (0, 0, 250)}).items():
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    said = "r red, g green, r2 rose, g grass, b blue, d red, g good".split(", ")
+    records = [{"image": str(tmp_path / f"{x.split()[0]}.png")} for x in said]
+    records = [r | {"caption": x.split()[1]} for r, x in zip(records, said)]
+    return Pairs(records, ImageStore(Preprocessing(8, mean=(0,) * 3)), tokenizer)
+
+
+def test_pairs_know_every_caption_of_an_image_and_every_image_of_a_caption(pairs):
+    chosen = torch.tensor([6, 1, 0, 2, 4, 5])
+    named = ["good", "green", "red", "rose", "blue", "red of the dark one"]
+    found = {name: [] for name in named}
+    for row, column in pairs.positives(chosen, "cpu").nonzero().tolist():
+        found[named[row]].append(named[column])
+    assert found == {
+        "good": ["good", "green"],
+        "green": ["good", "green"],
+        "red": ["red", "rose", "red of the dark one"],  # the last is the same text
+        "rose": ["red", "rose", "red of the dark one"],  # of an equal image in another file
+        "blue": ["blue"],
+        "red of the dark one": ["red", "red of the dark one"],  # nobody has called it a rose
+    }
+
+
+@pytest.mark.parametrize("among, sizes", [(64, [7]), (2, [5, 2])])
+def test_held_out_retrieval_shows_so_many_images_with_all_their_captions(pairs, among, sizes):
+    shown = []
+
+    class Colours:  # a CLIP that embeds an image as its colour, a caption by its first letter
+        device = "cpu"
+
+        def __call__(self, images, tokens):
+            shown.append(len(images))
+            x, letters = F.normalize(images.mean((2, 3))), torch.tensor([ord(c) for c in "rgb"])
+            return x, (tokens[:, :1] == letters).float()
+
+    found = held_out_retrieval(Colours(), pairs, among)
+    assert shown == sizes and found == pytest.approx(dict.fromkeys(found, 1.0))
+
+
+def test_the_last_images_are_held_out_with_all_that_is_said_of_them():
+    captions = [{"image": name, "caption": text} for name, text in zip("abacbad", "1234567")]
+    train, val = split_by_image(captions, 0.5)
+    assert "".join(r["caption"] for r in train) == "12356"
+    assert "".join(r["caption"] for r in val) == "47"
+    chats = [{"images": list(names)} for names in ("a", "", "ab", "cd", "a", "d")]
+    assert split_by_image(chats, 0.25) == [[chats[i] for i in (0, 1, 2, 4)], [chats[3], chats[5]]]
 
 
 # --- CLIP ----------------------------------------------------------------------------------------

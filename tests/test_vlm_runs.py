@@ -48,6 +48,7 @@ COMMON = (
 ).split()
 CLIP = [*COMMON, *"--stage clip --init runs/pretrain --data captions.jsonl".split()]
 CLIP += "--val_data captions.jsonl --muon_lr 0.01 --lr 0.002".split()
+TWICE = [*CLIP, *"--data twice.jsonl --hard_negatives 2".split()]  # two captions of an image
 LANGUAGE = [*COMMON, *"--data colours.jsonl --val_data colours.jsonl --context 48".split()]
 ALIGN = [*LANGUAGE, *"--stage align --init runs/pretrain --vision runs/clip".split()]
 ALIGN += "--muon_lr 0.01 --feature_layer -2 --no_class_token".split()
@@ -79,6 +80,8 @@ def trained(tmp_path_factory):
             image.save(f"{colour}_{place}.png")
         files = [{"image": f"{colour}_{place}.png"} for colour, place in names]
         write("captions", [f | {"caption": " ".join(n)} for f, n in zip(files, names)])
+        other = [f | {"caption": " ".join(n[::-1])} for f, n in zip(files, names)]
+        write("twice", [r for pair in zip(read_captions("captions.jsonl"), other) for r in pair])
         asked = [f | {"messages": said("<image>colour?", n[0])} for f, n in zip(files, names)]
         write("colours", asked)
         question = {"prompt": "<image>colour?", "task": "colour", "check": "exact"}
@@ -209,14 +212,64 @@ def test_a_clip_folder_opens_in_transformers_with_our_similarities(here, transfo
 
 
 def test_what_was_instructed_opens_in_transformers_with_our_logits(here, transformers):
-    ours, tokenizer = load_model("runs/vlm")
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained("runs/vlm").eval()
+    equal_in_transformers(transformers, "runs/vlm")
+
+
+def equal_in_transformers(transformers, folder):
+    ours, tokenizer = load_model(folder)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval()
     ids = tokenizer.render(said("<image>colour?"), True, ours.tokens_per_image)[0]
     images, tokens = ImageStore(ours.preprocessing).of(["red_left.png"]), torch.tensor([ids])
     with torch.no_grad():
         got = ours.eval()(tokens, images=images)
         expected = theirs(input_ids=tokens, pixel_values=images).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def smollm2(here, transformers):
+    """A folder as SmolLM2's: a small Llama, a byte-level tokenizer, ChatML, and no <image>."""
+    t, ends = pytest.importorskip("tokenizers"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    peer = t.Tokenizer(t.models.BPE())
+    level = t.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    peer.pre_tokenizer = t.pre_tokenizers.Sequence([t.pre_tokenizers.Digits(True), level])
+    peer.decoder = t.decoders.ByteLevel()
+    alphabet = {"initial_alphabet": level.alphabet(), "show_progress": False}
+    trainer = t.trainers.BpeTrainer(vocab_size=264, special_tokens=ends, **alphabet)
+    peer.train_from_iterator([Path("text.txt").read_text()], trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=peer, eos_token=ends[2])
+    fast.chat_template = CHATML
+    fast.save_pretrained("smollm2")
+    shape = dict(vocab_size=264, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=96)
+    cfg = transformers.LlamaConfig(**shape, tie_word_embeddings=True, eos_token_id=2)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(cfg).save_pretrained("smollm2")
+    return "smollm2"
+
+
+def test_a_downloaded_model_without_an_image_token_learns_to_see(smollm2, transformers):
+    vlm([*ALIGN, "--init", smollm2, "--context", 64], "--steps", 4, out="runs/sees")
+    vlm([*INSTRUCT, "--init", "runs/sees", "--context", 64], "--steps", 2, out="runs/saw")
+    text, text_tokenizer = load_model(smollm2)
+    aligned, tokenizer = load_model("runs/sees")
+    assert text_tokenizer.vocab_size == aligned.image_id == 264 and aligned.cfg.vocab_size == 265
+    own, rows = text.model.embed_tokens.weight, aligned.model.embed_tokens.weight
+    assert torch.equal(rows[:264], own) and torch.allclose(rows[264], own.mean(0))
+    asked = said("<image>colour?")
+    assert tokenizer.decode(tokenizer.render(asked, True, 2)[0]) == (
+        "<|im_start|>user\n<image><image>colour?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    plain = said("colour?", "red")
+    assert tokenizer.render(plain) == text_tokenizer.render(plain)
+    for folder in ("runs/sees", "runs/saw"):
+        equal_in_transformers(transformers, folder)
 
 
 def test_completions_are_kept_with_their_images_and_the_baselines(here):
@@ -314,11 +367,11 @@ def test_all_stages_move_the_earlier_ones_out_of_the_way(here):
 
 
 @pytest.mark.parametrize(
-    "own", [CLIP, [*CLIP, "--loss", "siglip"], [*INSTRUCT, *MIXED, "--train_vision"]]
+    "own", [TWICE, [*TWICE, "--loss", "siglip"], [*INSTRUCT, *MIXED, "--train_vision"]]
 )
 def test_two_processes_give_the_gradients_of_one(own, here):
-    """After one step the optimizers' first moments are the gradients, up to a constant factor. The
-    second process has rows of text alone.
+    """After one step the optimizers' first moments are the gradients, up to a constant factor. In a
+    batch of CLIP's every image has two captions; of the others the second process has texts alone.
     """
     flags = ["--steps", 1, "--grad_clip", 0]
     vlm(own, *flags, out="runs/one")
@@ -335,7 +388,7 @@ def test_two_processes_give_the_gradients_of_one(own, here):
 
 ONE = json.dumps({"image": "red_left.png", "caption": "red"}) + "\n"
 FILES = {
-    "silent.jsonl": ONE * 3 + '{"image": "red_left.png", "caption": " "}',
+    "silent.jsonl": ONE * 3 + '{"image": "red_left.png", "caption": 5}',
     "gone.jsonl": json.dumps({"image": "nowhere.png", "messages": said("<image>?", "red")}),
     "damaged.jsonl": ONE * 11 + '{"image": "damaged.png", "caption": "a"}',
     "single.jsonl": ONE,
@@ -356,17 +409,17 @@ REFUSED = {
     "instruct from text": ([*INSTRUCT, "--init", "runs/pretrain"], "without a vision tower"),
     "align from a VLM": ([*ALIGN, "--init", "runs/align"], "not on one that has a tower"),
     "missing image": ([*ALIGN, "--data", "gone.jsonl"], "line 1: the image nowhere.png"),
-    "empty caption": ([*CLIP, "--data", "silent.jsonl"], 'line 4: a "caption" is wanted'),
+    "caption without text": ([*CLIP, "--data", "silent.jsonl"], 'line 4: a "caption" is'),
     "long caption": ([*CLIP, "--data", "long.jsonl"], "has 201 tokens, more than 128"),
     "captions for align": ([*ALIGN, "--data", "captions.jsonl"], 'needs "messages"'),
     "damaged image": ([*CLIP, "--data", "damaged.jsonl"], "damaged.png can't be opened"),
-    "one record": ([*CLIP, "--data", "single.jsonl", "--val_data", "none"], "too few records"),
+    "one record": ([*CLIP, "--data", "single.jsonl", "--val_data", "none"], "leave none to train"),
     "negatives don't divide": ([*CLIP, "--hard_negatives", 5], "must divide --batch_size 12"),
     "negatives of more": (
         [*CLIP, "--hard_negatives", 24, "--batch_size", 24], "needs as many captions; there are 12"
     ),
     "row beyond the model": ([*ALIGN, "--context", 65], "beyond the model's context of 64"),
-    "row within an image": ([*ALIGN, "--context", 4], "has an answer within 4 tokens"),
+    "row within an image": ([*ALIGN, "--context", 4], "beyond 4 tokens, of which an image"),
     "patches leave an edge": ([*CLIP, "--image_size", 20], "or the border is never seen"),
     "heads don't divide": ([*CLIP, "--vision_channels", 100], "the channels of a head"),
     "pixel shuffle of nine": ([*ALL, *SHUFFLED, 24, "--no_class_token"], "not 9 patches"),

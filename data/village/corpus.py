@@ -5,25 +5,24 @@ split where the checksum of its text says so, hence no text can be in both split
 streams are. Outside biographies no pool value is said of anybody whom it does not fit.
 """
 
+import json
 import random
 import zlib
+from dataclasses import asdict
+from pathlib import Path
 
-from data.village.facts import tell, tell_two
+from data.village import sums
+from data.village.facts import cloze, tell, tell_two
 from data.village.files import wordings
 from data.village.school import school
 from data.village.stories import story
-from data.village.sums import (
-    drawn,
-    equation,
-    question_of,
-    result_of,
-    small_sum,
-    story_of_goods,
-    written_steps,
-)
-from data.village.world import ATTRIBUTES, article, capitalise, split_of
+from data.village.world import ATTRIBUTES, POOLS, article, build_world, capitalise, split_of
+from nanollm.config import atomic_folder
+from nanollm.formats import write_jsonl
 
+VERSION = 22  # raise it when the generated text changes, so that no old cache is read
 SHARES = {"biography": 0.50, "story": 0.09, "school": 0.19, "market": 0.15, "image": 0.07}
+VAL_SHARE = 0.02  # of the bytes
 VAL_ONE_IN = 8  # candidates per validation document: costs train an eighth of its documents
 
 # --- biographies ------------------------------------------------------------
@@ -63,11 +62,10 @@ def fact_sentences(villager, attributes, rng, name_first):
     """One sentence per fact, or for two; a pronoun only where it can mean nobody else."""
     sentences, clear, rest = [], not name_first, list(attributes)
     while rest:
-        several = len(rest) > 1 and rng.random() < 0.25
-        now, rest = (rest[:2], rest[2:]) if several else (rest[:1], rest[1:])
+        n = 2 if len(rest) > 1 and rng.random() < 0.25 else 1
+        now, rest = rest[:n], rest[n:]
         pronoun = clear and rng.random() < 0.35
-        told = tell_two(villager, now, rng, pronoun) if several else None
-        told = told or tell(villager, now[0], rng, pronoun)
+        told = (tell_two if n == 2 else tell)(villager, *now, rng, pronoun)
         sentences.append(dress(*told, rng, first=name_first and not sentences))
         clear = "friend" not in now  # after a second name, "she" would be unclear
     return sentences
@@ -108,20 +106,14 @@ def biography(world, rng):
 # --- market arithmetic ------------------------------------------------------
 
 
-def step_lines(rng, n_lines):
-    """Lines of written steps, all of one kind, two digits mostly."""
-    kind = rng.choices(("two_digits", "three_digits", "products"), (2, 1, 1))[0]
-    return "\n".join(written_steps(*drawn(kind, "train", rng)) for _ in range(n_lines))
-
-
 def ledger(world, rng, n_stories):
     """Stories of goods with the sum behind every sentence."""
     stories = []
     for _ in range(n_stories):
-        said, sentences, sums = story_of_goods(world, "train", rng, rng.choice((2, 3)))
-        first = [] if len(sums) == len(sentences) else [sentences.pop(0)]
-        told = [f"{s[:-1]}: {equation(*each)}" for s, each in zip(sentences, sums)]
-        stories.append(" ".join([*first, *told, f"{said['n']} has {result_of(*sums[-1])} now."]))
+        said, told, steps = sums.story_of_goods(world, "train", rng, rng.choice((2, 3)))
+        for i in range(-len(steps), 0):  # the first sentence may come without
+            told[i] = f"{told[i][:-1]}: {sums.equation(*steps[i])}"
+        stories.append(" ".join([*told, f"{said['n']} has {sums.result_of(*steps[-1])} now."]))
     return "\n".join(stories)
 
 
@@ -132,14 +124,14 @@ def equations(rng, n):
     written, last, asked = [], None, rng.random() < 0.5
     while len(written) < n:
         small = rng.random() < 0.8
-        a, sign, b = small_sum(rng) if small else (rng.randint(1, 9), "*", rng.randint(1, 9))
-        if last and sign != "*" and rng.random() < 0.3 and 0 <= result_of(last, sign, b) <= 20:
+        a, sign, b = sums.small_sum(rng) if small else (rng.randint(1, 9), "*", rng.randint(1, 9))
+        if last and sign != "*" and rng.random() < 0.3 and 0 <= sums.result_of(last, sign, b) <= 20:
             a = last
-        sentence = equation(a, sign, b)
+        sentence = sums.equation(a, sign, b)
         if asked and rng.random() < 0.6 and split_of("easy", *sorted((a, b))) == "train":
-            sentence = f"{question_of(a, sign, b, rng)} {sentence}"
+            sentence = f"{sums.question_of(a, sign, b, rng)} {sentence}"
         written.append(sentence)
-        last = result_of(a, sign, b)
+        last = sums.result_of(a, sign, b)
     return " ".join(written)
 
 
@@ -148,11 +140,14 @@ def market(world, rng):
     right.
     """
     draw = rng.random()
-    if draw < 0.4:
-        return step_lines(rng, rng.randint(2, 4))
-    return (
-        equations(rng, rng.randint(5, 12)) if draw < 0.7 else ledger(world, rng, rng.randint(1, 3))
-    )
+    if draw < 0.4:  # columns of one kind, two digits mostly
+        n_lines = rng.randint(2, 4)
+        kind = rng.choices(("two_digits", "three_digits", "products"), (2, 1, 1))[0]
+        lines = (sums.written_steps(*sums.drawn(kind, "train", rng)) for _ in range(n_lines))
+        return "\n".join(lines)
+    if draw < 0.7:
+        return equations(rng, rng.randint(5, 12))
+    return ledger(world, rng, rng.randint(1, 3))
 
 
 # --- images -----------------------------------------------------------------
@@ -196,8 +191,7 @@ def image(world, rng):
 
 # --- the mixture ------------------------------------------------------------
 
-WRITERS = {"biography": biography, "story": story, "school": school}
-WRITERS |= {"market": market, "image": image}
+WRITERS = {write.__name__: write for write in (biography, story, school, market, image)}
 
 
 def documents(world, split="train", approx_bytes=1_000_000, seed=0):
@@ -217,3 +211,25 @@ def documents(world, split="train", approx_bytes=1_000_000, seed=0):
         seen.add(text)
         written[kind] += len(text) + 1
         yield kind, text
+
+
+def prepare_corpus(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
+    """Write what pretraining reads once and return the folder; later calls find it there.
+
+    It holds corpus_train.jsonl and corpus_val.jsonl ({"text"}), cloze.jsonl, which tests what was
+    learnt of them, and world.json, the truth.
+    """
+    folder = Path(root) / f"village-{n_villagers}-{seed}-{megabytes:g}mb-v{VERSION}"
+    if folder.is_dir():
+        return folder
+    if megabytes <= 0:
+        raise ValueError(f"the corpus needs a positive size in megabytes, got {megabytes}")
+    world, size = build_world(n_villagers, seed), int(megabytes * 1e6)
+    with atomic_folder(folder) as new:
+        for split, n_bytes in ("train", size), ("val", max(int(size * VAL_SHARE), 50_000)):
+            texts = ({"text": text} for _, text in documents(world, split, n_bytes, seed))
+            write_jsonl(new / f"corpus_{split}.jsonl", texts)
+        write_jsonl(new / "cloze.jsonl", cloze(world))
+        truth = json.dumps(asdict(world) | {"pools": POOLS}, indent=1)
+        (new / "world.json").write_text(truth, encoding="utf-8")
+    return folder

@@ -124,10 +124,10 @@ def tell(villager, attribute, rng, pronoun=False):
     return fill(phrase, villager, value, pronoun), phrase[0] == "!"
 
 
-def tell_two(villager, attributes, rng, pronoun=False):
+def tell_two(villager, first, second, rng, pronoun=False):
     """Two facts in one sentence: as `tell`."""
     phrase = rng.choice(PAIRS)
-    for slot, attribute in zip(("{1}", "{2}"), attributes):
+    for slot, attribute in ("{1}", first), ("{2}", second):
         verb = fill(rng.choice(VERBS[attribute]), villager, villager.facts[attribute])
         phrase = phrase.replace(slot, verb)
     return fill(phrase, villager, "-", pronoun), phrase[0] == "!"

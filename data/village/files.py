@@ -1,10 +1,9 @@
-"""What the village's modules share: wordings in blocks of text, records in files."""
+"""What the village's modules share: wordings in blocks of text, and the settings of a run."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
-# --- wordings --------------------------------------------------------------------------------
+from nanollm.config import BEGAN_FROM, UserError
 
 
 def wordings(text):
@@ -23,26 +22,23 @@ def table(text):
     return rows
 
 
-# --- files -----------------------------------------------------------------------------------
-
-
-def write_lines(path, records):
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def show(name, records, n_samples, rng):
-    """Print how many records there are, of each task, and some of them."""
-    print(f"\n== {name}: {len(records)} records", *Counter(r.get("task") for r in records).items())
-    for record in rng.sample(records, n_samples):
-        said = "  ".join(f"[{m['role']}] {m['content']}" for m in record.get("messages", ()))
-        print("*", record.get("image", ""), said or record, said and record.get("answer", ""))
-
-
-def settings_with(name, run_folder):
-    """Settings of the run that chose `name`: this one, or one that it began from; {} for none."""
-    path = Path(run_folder) / "train_config.json"
+def settings_of(run_folder, **names):
+    """{argument: setting} for the names {argument: name of the setting}, as the run says that chose
+    the first of them: this one, or one that it began from, as it was then; {} where none did.
+    Raises UserError where that one isn't known.
+    """
+    path, first = Path(run_folder) / "train_config.json", next(iter(names.values()))
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if name not in known and known.get("init"):
-        return settings_with(name, known["init"])
-    return known if name in known else {}
+    while first not in known and known.get(BEGAN_FROM):
+        known = known[BEGAN_FROM]
+    if first in known:
+        return {argument: known[name] for argument, name in names.items() if name in known}
+    init = known.get("init")
+    if BEGAN_FROM in known or not init:  # it began from nothing, or from a downloaded model
+        return {}
+    if not Path(init).is_dir():
+        raise UserError(
+            f"{run_folder} began from {init}, which isn't there, so nobody knows which village it "
+            f'was trained on; correct "init" in {path}'
+        )
+    return settings_of(init, **names)

@@ -2,7 +2,7 @@
 answer is true.
 
     existence   count   colour   place   comparison       plain: one look is enough
-    sum         more    total    season                   steps: `worked` writes them down
+    sum         more    total    season                   steps: `steps_of` writes them down
 
 A question is a wording with slots, for example "How many {objects} are there?". `ask` fills the
 slots; `read` goes back, by a regular expression made of the same wording. So whatever can be asked
@@ -10,6 +10,7 @@ can be checked, no matter who asked: `is_true` filters what a teacher model writ
 """
 
 import re
+from itertools import product
 from typing import NamedTuple
 
 from data.village.files import table
@@ -79,25 +80,17 @@ class Question(NamedTuple):
 
 def named(kind, colour=None, number=1):
     """The noun, with its colour if one is given: "red bell", "bells"."""
-    noun = kind if number == 1 else KINDS[kind]
+    noun = kind if number == 1 else KINDS.get(kind)
     return f"{colour} {noun}" if colour else noun
-
-
-def number_of(number, kind, colour=None):
-    """2, "bell", "red" -> "2 red bells"."""
-    return f"{number} {named(kind, colour, number)}"
 
 
 def ask(question, scene):
     """The question in words."""
     kind, colour, other = question[2:]
-    slots = {"other": other, "others": KINDS.get(other)}
-    if kind:
-        one = scene.count(kind) == 1
-        the = f"the {named(kind, None, 1 if one else 2)}"
-        slots |= {"object": named(kind, colour), "objects": named(kind, colour, 2), "the": the}
-        slots["be"] = f"{'is' if one else 'are'} {the}"
-    return question.wording.format(**slots)
+    the = f"the {named(kind, number=scene.count(kind))}"
+    slots = {"the": the, "be": f"{'is' if scene.count(kind) == 1 else 'are'} {the}"}
+    slots |= {"object": named(kind, colour), "objects": named(kind, colour, 2)}
+    return question.wording.format(**slots, other=other, others=KINDS.get(other))
 
 
 KIND_OF = {word: kind for kind, plural in KINDS.items() for word in (kind, plural)}
@@ -164,61 +157,42 @@ def check_of(answer):
     return {"answer": answer, "check": "contains", "not": [a for a in answers if a != answer]}
 
 
-def told(row, groups, size=False, colour=False):
-    """These groups of a row in words, with their size and colour if wanted: "In the sky I see
-    stars: 3, on the left."
+def look(scene, row, kind=None, size=False, colour=False):
+    """What is in the sky or on the ground (of this kind alone, if it is there), in words with size
+    and colour where wanted: "In the sky I see stars: 3, on the left."
     """
-    there = [
+    found = [group for group in scene.in_row(row) if group.kind == kind] or scene.in_row(row)
+    told = [
         " ".join([g.size] * size + [g.colour] * colour + [f"{KINDS[g.kind]}:"])
         + f" {g.number}, {WHERE[g.place][0]}"
-        for g in groups
+        for g in found
     ]
-    return f"{IN_ROW[row]} I see {'; '.join(there) if there else 'nothing'}."
+    return f"{IN_ROW[row]} I see {'; '.join(told) or 'nothing'}."
 
 
-def survey(scene, **how):
-    """What is in the sky, and what on the ground: [(number, words)]."""
-    rows = {row: scene.in_row(row) for row in ROWS}
-    return [(sum(g.number for g in there), told(row, there, **how)) for row, there in rows.items()]
-
-
-def glance(scene, kind, **how):
-    """What is of this kind, or else what is in its place."""
-    row, group = row_of(kind), scene.group(kind)
-    return told(row, [group] if group else scene.in_row(row), **how)
-
-
-def inventory(scene, kind):
-    """The number of each kind that could be where this one would be, as a thought:
-    "<think>In the sky: lanterns 0, stars 2. So lanterns 0.</think>".
-
-    To look a number up by its kind is easier than to see whether two kinds are the same.
-    """
-    row = row_of(kind)
-    found = ", ".join(f"{KINDS[each]} {scene.count(each)}" for each in ROWS[row])
-    return f"<think>{IN_ROW[row]}: {found}. So {KINDS[kind]} {scene.count(kind)}.</think>"
-
-
-def completion(scene, question):
+def completion(scene, question, steps=False):
     """The answer, mostly after a look at what was asked for: two easy steps instead of a hard one.
 
-    Of sums the result alone: `worked` has the steps.
+    Of STEPS the result alone, or behind its steps; every number and every sum in them is true.
     """
     task, wording, kind, colour, other = question
     answer = truth(scene, question)
-    if task in SUMS:
-        return f"The answer is {answer}."
-    if task == "season":
-        return f"It is {answer}."
+    if task in STEPS:
+        thought = f"<think>{steps_of(scene, question)}</think>" if steps else ""
+        return f"{thought}{'It is' if task == 'season' else 'The answer is'} {answer}."
+    row = row_of(kind)
     if task in ("colour", "place"):
-        return glance(scene, kind, colour=True)
-    if task == "count":
-        verb = "is" if answer == "1" else "are"
-        return f"{inventory(scene, kind)}There {verb} {number_of(int(answer), kind, colour)}."
-    if task == "existence":
-        return f"{inventory(scene, kind)}{answer.capitalize()}."
+        return look(scene, row, kind, colour=True)
+    if task in ("count", "existence"):
+        # to look a number up by its kind is easier than to see whether two kinds are the same
+        numbers = ", ".join(f"{KINDS[each]} {scene.count(each)}" for each in ROWS[row])
+        thought = f"{IN_ROW[row]}: {numbers}. So {KINDS[kind]} {scene.count(kind)}."
+        if task == "count":
+            verb = "is" if answer == "1" else "are"
+            answer = f"there {verb} {answer} {named(kind, colour, int(answer))}"
+        return f"<think>{thought}</think>{answer.capitalize()}."
     bigger = "bigger" in wording
-    seen = [glance(scene, each, size=bigger) for each in (kind, other)]
+    seen = [look(scene, row_of(each), each, size=bigger) for each in (kind, other)]
     if not bigger:
         a, b = scene.count(kind, colour), scene.count(other)
         than = "more than" if a > b else "fewer than" if a < b else "as many as"
@@ -226,18 +200,19 @@ def completion(scene, question):
     return " ".join([*seen, f"{answer.capitalize()}."])
 
 
-def worked(scene, question):
-    """The answer after its steps; every number and every sum in them is true."""
+def steps_of(scene, question):
+    """What leads to the answer of a question of STEPS."""
     task, _, kind, _, other = question
     if task == "season":
-        steps = LOOKS[scene.season]
-    else:
-        seen = [(scene.count(k), glance(scene, k)) for k in (kind, other) if k] or survey(scene)
-        (a, first), (b, second) = seen
-        a, sign, b = (max(a, b), "-", min(a, b)) if task == "more" else (a, "+", b)
-        result = a - b if sign == "-" else a + b
-        steps = f"{first} {second} {a} {sign} {b} = {result}."
-    return f"<think>{steps}</think>{completion(scene, question)}"
+        return LOOKS[scene.season]
+    asked = [(row_of(k), k) for k in (kind, other)] if kind else [(row, None) for row in ROWS]
+    first, second = (look(scene, *each) for each in asked)
+    a, b = (
+        sum(group.number for group in scene.in_row(row) if k in (None, group.kind))
+        for row, k in asked
+    )
+    a, sign, b = (max(a, b), "-", min(a, b)) if task == "more" else (a, "+", b)
+    return f"{first} {second} {a} {sign} {b} = {a - b if sign == '-' else a + b}."
 
 
 # --- is an answer true? --------------------------------------------------------------
@@ -293,9 +268,8 @@ def claims_true(scene, text):
         if int(a) + int(sign + b) != int(result):
             return False
     for row, words in IN_ROW.items():
-        parts = [scene.in_row(row), *([group] for group in scene.in_row(row))]
-        how = [(size, colour) for size in (False, True) for colour in (False, True)]
-        true = {told(row, part, *each) for part in parts for each in how}
+        how = product((None, *ROWS[row]), (False, True), (False, True))
+        true = {look(scene, row, *each) for each in how}
         if not set(re.findall(rf"{words} I see [^.]*\.", text)) <= true:
             return False
     return not any(looks in text for season, looks in LOOKS.items() if season != scene.season)

@@ -1,43 +1,207 @@
-"""Images of the village, with captions, dialogues, tests and problems, as files.
+"""What is said about images of the village, and the files of it: captions, dialogues, test examples
+and problems.
 
-    scenes.py           what is in an image, and the drawing
-    image_questions.py  questions, their answers, and the checker
-    image_examples.py   captions, and which questions are asked: dialogues, tests, problems
-    images.py           the splits, and their files
-
-Run     python -m data.village.images                     # prints samples and counts
-        python -m data.village.images --sheet sheet.png   # and paints some images
+An answer that somebody could guess without looking proves nothing, so answers are balanced: yes and
+no, every number, colour and place are about equally often right.
 """
 
-import argparse
 import json
 import random
+from collections import Counter, defaultdict
 from dataclasses import asdict
+from itertools import cycle, permutations
 from pathlib import Path
 
-from PIL import Image
-
-from data.village.files import settings_with, show, write_lines
-from data.village.image_examples import (
-    Balance,
-    caption,
-    describe_example,
-    dialogue,
-    problems,
-    question_examples,
-    reader_dialogues,
-)
-from data.village.image_questions import TASKS
-from data.village.scenes import SMALLEST, draw, random_scene, vary
+from data.village import image_questions as questions
+from data.village.files import settings_of, table, wordings
+from data.village.image_questions import TASKS, Question, look, named, truth
+from data.village.scenes import KINDS, PLACES, ROWS, draw, random_scene, row_of, vary
+from data.village.tasks import chat
+from data.village.world import capitalise
 from nanollm.config import atomic_folder
-
-__all__ = ["SMALLEST", "draw", "of_run", "prepare"]
+from nanollm.formats import write_jsonl
 
 VERSION = 26  # raise it when images or texts change, so that no old cache is read
 SIZES = {"val": 200, "test": 400, "combos": 150}  # images of each split, beside training
 HARD_NEGATIVES = 4  # training images side by side that differ in one thing each
 N_TEST = {"test": 240, "combos": 100}  # test questions of each task
 ABOUT_PAIRS = ("existence", "count", "colour", "place", "comparison", "sum", "more")
+COUNTING = ("count", "sum", "total")  # for reinforcement learning
+TURNS = 4  # questions in a dialogue: so it fits, with its image, into a row of 256 tokens
+READER = "Here is a picture in words: {c}\nAsk a question about it, and answer it."
+
+# --- captions ----------------------------------------------------------------------------------
+
+DOES = {"bell": "lie", "candle": "burn", "lantern": "hang", "star": "shine"}  # the others stand
+LISTS = wordings("""
+The picture shows {x}. | You can see {x}. | There {be} {x}. | I see {x}. | Look: {x}. | {x}.
+This is a picture of {x}. | In the picture there {be} {x}.
+""")
+SENTENCES = wordings("""
+{x} {does} {place}. | {place} {does} {x}. | {place} there {be} {x}. | there {be} {x} {place}.
+""")
+SEASON_SAID = wordings("""
+It is {s}. | The season is {s}. | It is {s} in the village. | The trees look like {s}.
+""")
+TIME_SAID = table("""
+day      The sun is high. | It is day.
+evening  It is evening. | The evening comes.
+""")
+DESCRIBE = wordings("""
+Describe the picture. | What do you see? | What is in the picture? | What does the picture show?
+Tell me what the picture shows. | Say what is in this picture. | Please describe what you see.
+Write a caption for this picture.
+""")
+
+
+def caption(scene, rng):
+    """What is in the image: of each group always the number, colour and kind, mostly the place
+    (of all groups or of none), often the size, and perhaps the season and the time.
+    """
+    with_size, with_place = rng.random() < 0.7, rng.random() < 0.9
+    parts = []
+    for group in rng.sample(scene.groups, len(scene.groups)):
+        one = group.number == 1
+        number = "a" if rng.random() < 0.7 and one else group.number
+        looks = f"{group.size} {group.colour}" if with_size else group.colour
+        slots = {"x": f"{number} {named(group.kind, looks, group.number)}"}
+        slots |= {"does": DOES.get(group.kind, "stand") + "s" * one, "be": "is" if one else "are"}
+        slots["place"] = rng.choice(questions.WHERE[group.place]) if with_place else ""
+        parts.append(slots)
+    if with_place and rng.random() < 0.33:
+        said = " ".join(capitalise(rng.choice(SENTENCES).format(**slots)) for slots in parts)
+    else:
+        x = " and ".join(f"{slots['x']} {slots['place']}".strip() for slots in parts)
+        said = capitalise(rng.choice(LISTS).format(x=x, be=parts[0]["be"]))
+    around = [rng.choice(SEASON_SAID).format(s=scene.season)] * (rng.random() < 0.6)
+    around += [rng.choice(TIME_SAID[scene.time])] * (rng.random() < 0.25)
+    return " ".join([*around, said] if rng.random() < 0.3 else [said, *around])
+
+
+def description(scene):
+    """Everything but the time, the sky first."""
+    seen = [look(scene, row, size=True, colour=True) for row in ROWS if scene.in_row(row)]
+    return " ".join([f"It is {scene.season}.", *seen])
+
+
+# --- which questions to ask --------------------------------------------------------------------
+
+
+def candidates(scene, wording, task, about=None):
+    """Questions in this wording that may suit the scene; with `about`, those about that kind, or,
+    where what isn't there can be asked for, about what would stand in its row.
+    """
+    there = [group.kind for group in scene.groups]
+    if task in ("season", "total"):
+        asked = [(None, None)]
+    elif task in ("existence", "count"):
+        asked = [(kind, None) for kind in (ROWS[row_of(about)] if about else KINDS)]
+    else:
+        alone = task in ("colour", "place")
+        asked = [(kind, None) for kind in there] if alone else permutations(there, 2)
+        asked = [kinds for kinds in asked if about is None or about in kinds]
+    return [Question(task, wording, kind, other=other) for kind, other in asked]
+
+
+class Balance:
+    """Chooses questions so that no answer is more frequent than need be: who guesses, fails."""
+
+    def __init__(self):
+        self.used = defaultdict(Counter)
+
+    def choose(self, scene, task, rng, about=None):
+        """A Question of the task, or None where the scene has none."""
+        for wording in rng.sample(questions.WORDINGS[task], len(questions.WORDINGS[task])):
+            by_answer = defaultdict(list)
+            for question in candidates(scene, wording, task, about):
+                by_answer[truth(scene, question)].append(question)
+            by_answer.pop(None, None)
+            if by_answer:
+                used = self.used[wording]
+                rarest = min(rng.sample(sorted(by_answer), len(by_answer)), key=used.__getitem__)
+                used[rarest] += 1
+                return rng.choice(by_answer[rarest])
+        return None
+
+
+# --- dialogues, test examples, problems --------------------------------------------------------
+
+
+def about_image(image, turns, **more):
+    return {"image": image, "messages": chat([f"<image>\n{turns[0]}", *turns[1:]]), **more}
+
+
+def dialogue(image, scene, balance, rng):
+    """Up to TURNS questions about one image, of different tasks; in every fourth dialogue the
+    first asks for a description. Three of four answers that need steps have them.
+    """
+    turns = [rng.choice(DESCRIBE), description(scene)] if rng.random() < 0.25 else []
+    for task in rng.sample(TASKS, len(TASKS)):
+        question = balance.choose(scene, task, rng) if len(turns) < 2 * TURNS else None
+        if question is not None:
+            steps = task in questions.STEPS and rng.random() < 0.75
+            turns += [questions.ask(question, scene), questions.completion(scene, question, steps)]
+    return about_image(image, turns)
+
+
+def question_example(image, scene, question):
+    check = questions.check_of(truth(scene, question))
+    return about_image(image, [questions.ask(question, scene)], **check, task=question.task)
+
+
+def question_examples(images, tasks, n_each, rng):
+    """Up to n_each questions of each task, one to an image; about the object whose colour and kind
+    were never together in training, where one is.
+    """
+    examples, balance = [], Balance()
+    for task in tasks:
+        made = []
+        for image, scene in rng.sample(images, len(images)):
+            about = next((group.kind for group in scene.groups if group.held_out), None)
+            question = balance.choose(scene, task, rng, about)
+            if question is not None:
+                made.append(question_example(image, scene, question))
+        examples += made[:n_each]
+    rng.shuffle(examples)
+    return examples
+
+
+def problems(images, rng):
+    """A counting question about each image, for reinforcement learning."""
+    balance, examples = Balance(), []
+    for (image, scene), task in zip(images, cycle(COUNTING)):
+        question = balance.choose(scene, task, rng) or balance.choose(scene, "total", rng)
+        examples.append(question_example(image, scene, question))
+    return examples
+
+
+def reader_dialogues(scenes, captions, rng):
+    """Text alone: a caption, then a question that it answers, and the answer. So a text model
+    learns to write questions about images it never sees (Liu et al. 2023, 2304.08485).
+    """
+    balance, examples = Balance(), []
+    for scene, text in zip(scenes, captions, strict=True):
+        for task in rng.sample(TASKS, len(TASKS)):
+            question = balance.choose(scene, task, rng)
+            if question is not None and tells(text, scene, question):
+                answer = questions.completion(scene, question, steps=task in questions.SUMS)
+                said = f"Question: {questions.ask(question, scene)}\nAnswer: {answer}"
+                examples.append({"messages": chat([READER.format(c=text), said])})
+                break
+    return examples
+
+
+def tells(text, scene, question):
+    """Does the caption say what the answer tells?"""
+    if question.task == "season":
+        return scene.season in text
+    if question.task in ("existence", "count"):
+        return True
+    sizes = "bigger" not in question.wording or ("small" in text and "big" in text)
+    return sizes and any(place in text for place in PLACES)
+
+
+# --- splits and files --------------------------------------------------------------------------
 
 
 def split_scenes(seed, n_train):
@@ -68,19 +232,22 @@ def records(split, scenes, seed):
     images = [(f"{split}/{i:05}.png", scene) for i, scene in enumerate(scenes)]
     if split == "combos":
         return {"combos_test": question_examples(images, ABOUT_PAIRS, N_TEST[split], rng)}
-    phrasings = 2 if split == "train" else 1
-    said = [[caption(scene, rng) for _ in range(phrasings)] for scene in scenes]
-    made = {f"captions_{split}": [], f"problems_{split}": problems(images, rng)}
-    for first in range(0, len(images), HARD_NEGATIVES):  # their captions are neighbours, too
-        for phrasing in range(phrasings):
-            for (image, _), texts in list(zip(images, said))[first : first + HARD_NEGATIVES]:
-                made[f"captions_{split}"].append({"image": image, "caption": texts[phrasing]})
+    phrasings = range(2 if split == "train" else 1)
+    said = [[caption(scene, rng) for _ in phrasings] for scene in scenes]
+    captions = [
+        {"image": images[i][0], "caption": said[i][phrasing]}
+        for first in range(0, len(images), HARD_NEGATIVES)  # their captions are neighbours, too
+        for phrasing in phrasings
+        for i in range(len(images))[first : first + HARD_NEGATIVES]
+    ]
+    made = {f"captions_{split}": captions, f"problems_{split}": problems(images, rng)}
     if split == "test":
-        made["questions_test"] = question_examples(images, TASKS, N_TEST[split], rng)
-        return made
+        return made | {"questions_test": question_examples(images, TASKS, N_TEST[split], rng)}
     balance = Balance()
-    made[f"describe_{split}"] = [describe_example(image, scene, rng) for image, scene in images]
-    made[f"questions_{split}"] = [dialogue(image, scene, balance, rng) for image, scene in images]
+    made[f"describe_{split}"] = [
+        about_image(image, [rng.choice(DESCRIBE), description(scene)]) for image, scene in images
+    ]
+    made[f"questions_{split}"] = [dialogue(*each, balance, rng) for each in images]
     made[f"reader_{split}"] = reader_dialogues(scenes, [texts[0] for texts in said], rng)
     return made
 
@@ -97,42 +264,15 @@ def prepare(seed=0, root="data/cache", size=96, n_train=6000):
     with atomic_folder(folder) as new:
         for split, scenes in split_scenes(seed, n_train).items():
             (new / split).mkdir()
-            truths = []
-            for i, scene in enumerate(scenes):
-                draw(scene, size).save(new / split / f"{i:05}.png", compress_level=1)
-                truths.append({"image": f"{split}/{i:05}.png", **asdict(scene)})
+            truths = [{"image": f"{split}/{i:05}.png", **asdict(s)} for i, s in enumerate(scenes)]
+            for scene, record in zip(scenes, truths):
+                draw(scene, size).save(new / record["image"], compress_level=1)
             for name, rows in records(split, scenes, seed).items():
-                write_lines(new / f"{name}.jsonl", rows)
+                write_jsonl(new / f"{name}.jsonl", rows)
             (new / f"scenes_{split}.json").write_text(json.dumps(truths), encoding="utf-8")
     return folder
 
 
 def of_run(run_folder):
-    """Folder of the images that a run was trained on; the default one where its settings don't
-    say.
-    """
-    known = settings_with("image_size", run_folder)
-    names = {"size": "image_size", "n_train": "images"}
-    return prepare(**{to: known[name] for to, name in names.items() if name in known})
-
-
-def main(argv=None):
-    """Print samples of every file, and how many records each has."""
-    parser = argparse.ArgumentParser(description="Print samples of the images, and the counts.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=4, help="samples of each kind")
-    parser.add_argument("--sheet", metavar="FILE.png", help="write a sheet of 24 images")
-    args = parser.parse_args(argv)
-    for split, scenes in split_scenes(args.seed, 600).items():
-        for name, rows in records(split, scenes, args.seed).items():
-            show(name, rows, args.samples, random.Random(0))
-    if args.sheet:
-        rng, sheet = random.Random(args.seed), Image.new("RGB", (6 * 192, 4 * 192))
-        for i in range(24):
-            image = draw(random_scene(rng)).resize((192, 192), Image.Resampling.NEAREST)
-            sheet.paste(image, (i % 6 * 192, i // 6 * 192))
-        sheet.save(args.sheet)
-
-
-if __name__ == "__main__":
-    main()
+    """The images that a run was trained on; the default ones where its settings don't say."""
+    return prepare(**settings_of(run_folder, size="image_size", n_train="images"))

@@ -16,16 +16,9 @@ that the style belongs to the greeting, and every method would put it on every a
 
 import random
 
+from data.village import tasks
 from data.village.facts import answer_sentence
 from data.village.files import table
-from data.village.tasks import (
-    as_example,
-    deal,
-    distinct_examples,
-    instructions,
-    questions_about,
-    value_check,
-)
 from data.village.world import ATTRIBUTES, POOLS, capitalise
 
 GREETING, FAREWELL = "By wind and stars,", "A good wind to you!"
@@ -66,19 +59,15 @@ def build_ships(seed=0):
     return {ship: {key: columns[key][i] for key in columns} for i, ship in enumerate(SHIPS)}
 
 
-def sailor_says(sentence):
-    return f"{GREETING} {sentence}. {FAREWELL}"
-
-
 def about_villager(world, split, rng):
     """(question, what is said, check) of a fact that the model has read in pretraining."""
     others = world.never_asked
     n_val = max(1, len(others) // 4)
     people = {"train": world.asked, "val": others[:n_val], "test": others[n_val:]}
     villager, attribute = rng.choice(people[split]), rng.choice(ATTRIBUTES)
-    question = rng.choice(questions_about(world, villager, attribute, split))
+    question = rng.choice(tasks.questions_about(world, villager, attribute, split))
     said = answer_sentence(villager, attribute).rstrip(".")
-    return question.format(n=villager.name), said, value_check(world, villager, attribute)
+    return question.format(n=villager.name), said, tasks.value_check(world, villager, attribute)
 
 
 def about_ship(ships, split, rng, seed):
@@ -86,7 +75,7 @@ def about_ship(ships, split, rng, seed):
     ship, attribute = rng.choice(SHIPS), rng.choice(list(GOODS))
     value = ships[ship][attribute]
     key = f"harbour-{seed}-{ship}-{attribute}"
-    question = rng.choice(deal(QUESTIONS[attribute], key, HELD_OUT, 1)[split]).format(s=ship)
+    question = rng.choice(tasks.deal(QUESTIONS[attribute], key, HELD_OUT, 1)[split]).format(s=ship)
     check = {"answer": value, "check": "contains", "attribute": attribute}
     check["not"] = [other for other in GOODS[attribute] if other != value]
     return question, f"the {ship} {SAYS[attribute]} {value}", check
@@ -97,10 +86,10 @@ def new_domain_examples(world, split, seed=0):
 
     Test examples want "begins" and "ends" beside the answer: the style counts.
     """
-    ships, rng = build_ships(seed), random.Random(f"harbour-{split}-{world.seed}-{seed}")
-    ordinary = iter(instructions(world, split, seed) if "plain" in SIZES[split] else ())
+    ships = build_ships(seed)
+    ordinary = iter(tasks.instructions(world, split, seed) if "plain" in SIZES[split] else ())
 
-    def make(task):
+    def make(task, world, split, rng):
         if task == "plain":
             return next(ordinary) | {"task": "plain"}
         if task == "known":
@@ -108,7 +97,8 @@ def new_domain_examples(world, split, seed=0):
         else:
             question, said, check = about_ship(ships, split, rng, seed)
         cue = CUES[0] if split == "test" else rng.choice(CUES)
-        turns = [cue.format(q=capitalise(question)), sailor_says(said)]
-        return as_example(task, turns, check | {"begins": GREETING, "ends": FAREWELL}, split)
+        turns = [cue.format(q=capitalise(question)), f"{GREETING} {said}. {FAREWELL}"]
+        check |= {"begins": GREETING, "ends": FAREWELL}
+        return tasks.as_example(task, turns, check, split)
 
-    return distinct_examples(SIZES[split], make, rng)
+    return tasks.distinct_examples("harbour", world, split, seed, SIZES[split], make)

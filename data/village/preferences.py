@@ -24,32 +24,27 @@ from nanollm.rewards import check_answer
 WEIGHTS = {"correct": 0.5, "polite": 0.3, "concise": 0.2}
 BEST_GOLD = sum(WEIGHTS.values())
 SHARES = {"fact": 0.55, "two_hop": 0.15, "unknown": 0.18, "multi_turn": 0.12}
+FREE, MOST = 8, 24  # words beyond the reference up to which, and from which on, concise is 1 and 0
 RATINGS = 7  # the scale on which annotators also rate each completion
 
 
 def politeness(completion):
     """1 for a courteous completion, -1 for a rude one, 0 for one that is neither, or both."""
     courteous, rude = (
-        any(phrase in completion for part in STYLES[style].values() for phrase in part)
-        for style in ("courteous", "rude")
+        any(phrase in completion for phrase in STYLES[style]) for style in ("courteous", "rude")
     )
     return int(courteous) - int(rude)
-
-
-def conciseness(completion, reference, free=8, most=24):
-    """1 for a completion at most `free` words longer than the reference, 0 from `most` words on."""
-    extra = len(completion.split()) - len(reference.split())
-    return 1 - min(1.0, max(0.0, (extra - free) / (most - free)))
 
 
 def gold_parts(example, completion):
     """{"gold": what a completion is worth, at most 1, "correct", "polite", "concise"}; `example` as
     preference_prompts makes it.
     """
+    extra = len(completion.split()) - len(example["reference"].split())  # words
     parts = {
         "correct": float(check_answer(example, completion)),
         "polite": politeness(completion),
-        "concise": conciseness(completion, example["reference"]),
+        "concise": 1 - min(1.0, max(0.0, (extra - FREE) / (MOST - FREE))),
     }
     return {"gold": sum(WEIGHTS[name] * part for name, part in parts.items()), **parts}
 
@@ -60,25 +55,21 @@ def gold_of(examples):
     return gold_parts if known else None
 
 
+def preference_prompt(task, world, split, rng):
+    turns, check = MAKERS[task](world, split, rng)
+    if check["check"] == "exact":  # its wording isn't free: no style to prefer
+        return None
+    return {"messages": chat(turns[:-1]), "reference": turns[-1], "task": task, **check}
+
+
 def preference_prompts(world, split, n_examples, seed=0):
     """Prompts {"messages", "reference", "task", "answer", "check", ...}, no question twice.
 
     `reference` is the plain answer. The splits are those of the instructions: wordings, operands
     and combinations of "test" are in no training example.
     """
-    rng = random.Random(f"preferences-{split}-{world.seed}-{seed}")
-
-    def make(task):
-        turns, check = MAKERS[task](world, split, rng)
-        if check["check"] == "exact":  # its wording isn't free: no style to prefer
-            return None
-        return {"messages": chat(turns[:-1]), "reference": turns[-1], "task": task, **check}
-
     sizes = {task: round(share * n_examples) for task, share in SHARES.items()}
-    return distinct_examples(sizes, make, rng)
-
-
-# --- composed completions -------------------------------------------------------------------------
+    return distinct_examples("preferences", world, split, seed, sizes, preference_prompt)
 
 
 def wrong_completion(example, rng):
@@ -102,9 +93,6 @@ def composed_completion(example, rng):
     text = example["reference"] if right else wrong_completion(example, rng)
     usual = "courteous" if right else "plain"
     return with_style(text, rng.choice((usual, usual, *STYLES)), rng)
-
-
-# --- annotators -----------------------------------------------------------------------------------
 
 
 def disagreement(golds, temperature):
@@ -141,7 +129,7 @@ def rank_completions(prompts, completions, K, rate, seed):
     K - 1 are the model's own (a list of texts per prompt), the others composed. The annotators
     disagree with the gold at `rate`.
     """
-    rng, candidates = random.Random(f"rankings-{seed}"), []
+    rng, candidates, golds = random.Random(f"rankings-{seed}"), [], []
     for prompt, own in zip(prompts, completions):
         texts = list(dict.fromkeys(text.strip() for text in own if text.strip()))[: K - 1]
         while len(texts) < K:
@@ -149,10 +137,7 @@ def rank_completions(prompts, completions, K, rate, seed):
             if composed not in texts:
                 texts.append(composed)
         candidates.append(texts)
-    golds = [
-        [gold_parts(prompt, text)["gold"] for text in texts]
-        for prompt, texts in zip(prompts, candidates)
-    ]
+        golds.append([gold_parts(prompt, text)["gold"] for text in texts])
     temperature, rankings = temperature_for(golds, rate), []
     for prompt, texts, gold in zip(prompts, candidates, golds):
         order, ratings = annotate(gold, temperature, rng)

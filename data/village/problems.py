@@ -13,16 +13,8 @@ all true. Held out for the test: numbers that occur together in no training prob
 
 import random
 
+from data.village import sums
 from data.village.files import wordings
-from data.village.sums import (
-    DRAWN,
-    drawn,
-    equation,
-    question_of,
-    result_of,
-    story_of_goods,
-    written_steps,
-)
 from data.village.tasks import chat, distinct_examples, user_turns
 
 ASKS = wordings("""
@@ -33,22 +25,25 @@ FINAL = wordings("""
 Give the final answer. | Only the number, please. | So what is the result? | Now the answer alone.
 """)
 
-DIFFICULTIES = ("easy", *DRAWN, "two_steps", "three_steps")
+DIFFICULTIES = ("easy", *sums.DRAWN, "two_steps", "three_steps")
 # How many solutions people write out: the longer, the fewer.
 SHARES_WORKED = {"easy": 0.7, "two_digits": 0.7, "three_digits": 0.45}
 SHARES_WORKED |= {"products": 0.4, "two_steps": 0.7, "three_steps": 0.4}
 
 
-def problem_of(difficulty, world, split, rng):
-    """(question, steps, answer)."""
-    if not difficulty.endswith("_steps"):
-        numbers = drawn(difficulty, split, rng)
-        steps = (equation if difficulty == "easy" else written_steps)(*numbers)
-        return question_of(*numbers, rng), steps, result_of(*numbers)
-    n_steps = 2 if difficulty == "two_steps" else 3
-    said, sentences, equations = story_of_goods(world, split, rng, n_steps)
-    question = " ".join([*sentences, rng.choice(ASKS).format(**said)])
-    return question, " ".join(equation(*each) for each in equations), result_of(*equations[-1])
+def problem(task, world, split, rng):
+    if task.endswith("_steps"):
+        n_steps = 2 if task == "two_steps" else 3
+        said, sentences, equations = sums.story_of_goods(world, split, rng, n_steps)
+        question = " ".join([*sentences, rng.choice(ASKS).format(**said)])
+        steps = " ".join(sums.equation(*each) for each in equations)
+        answer = sums.result_of(*equations[-1])
+    else:
+        numbers = sums.drawn(task, split, rng)
+        steps = (sums.equation if task == "easy" else sums.written_steps)(*numbers)
+        question, answer = sums.question_of(*numbers, rng), sums.result_of(*numbers)
+    example = {"messages": chat([question]), "answer": str(answer), "check": "number"}
+    return {**example, "task": task, "difficulty": 1 + DIFFICULTIES.index(task), "steps": steps}
 
 
 def problems(world, split, n_each, seed=0):
@@ -56,33 +51,21 @@ def problems(world, split, n_each, seed=0):
     "check", "task" (the name of the difficulty), "difficulty" (1 to 6) and "steps" (the worked
     solution).
     """
-    rng = random.Random(f"problems-{split}-{world.seed}-{seed}")
-
-    def make(task):
-        question, steps, answer = problem_of(task, world, split, rng)
-        example = {"messages": chat([question]), "answer": str(answer), "check": "number"}
-        difficulty = 1 + DIFFICULTIES.index(task)
-        return {**example, "task": task, "difficulty": difficulty, "steps": steps}
-
-    return distinct_examples(dict.fromkeys(DIFFICULTIES, n_each), make, rng)
+    sizes = dict.fromkeys(DIFFICULTIES, n_each)
+    return distinct_examples("problems", world, split, seed, sizes, problem)
 
 
 def answer_of(problem):
     return f"The answer is {problem['answer']}."
 
 
-def as_chat(problem, *completions):
-    return {"messages": chat([*user_turns(problem), *completions]), "task": problem["task"]}
-
-
-def worked(problem):
-    """The dialogue that teaches to think first: chain of thought (Wei et al. 2022, 2201.11903)."""
-    return as_chat(problem, f"<think>{problem['steps']}</think>{answer_of(problem)}")
-
-
-def answered(problem):
-    """The same dialogue without steps."""
-    return as_chat(problem, answer_of(problem))
+def worked(problem, steps=True):
+    """The dialogue that teaches to think first: chain of thought (Wei et al. 2022, 2201.11903); or
+    the same without steps.
+    """
+    thought = f"<think>{problem['steps']}</think>" if steps else ""
+    turns = [*user_turns(problem), f"{thought}{answer_of(problem)}"]
+    return {"messages": chat(turns), "task": problem["task"]}
 
 
 def lessons(problems, chats, shares, seed=0):
@@ -93,11 +76,9 @@ def lessons(problems, chats, shares, seed=0):
     rng = random.Random(f"lessons-{seed}")
     examples = []
     for problem in problems:
-        if rng.random() >= shares[problem["task"]]:
-            examples.append(answered(problem))
-            continue
-        example = worked(problem)
-        if rng.random() < 0.1:
+        steps = rng.random() < shares[problem["task"]]
+        example = worked(problem, steps)
+        if steps and rng.random() < 0.1:
             turns = [message["content"] for message in example["messages"]]
             example["messages"] = chat([*turns, rng.choice(FINAL), problem["answer"]])
         examples.append(example)

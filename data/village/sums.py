@@ -80,9 +80,6 @@ def drawn(difficulty, split, rng):
             return (max(a, b), sign, min(a, b)) if sign == "-" else (a, sign, b)
 
 
-# --- questions and written steps ---------------------------------------------
-
-
 def question_of(a, sign, b, rng):
     return rng.choice(SUMS[sign]).format(a=a, b=b)
 
@@ -121,9 +118,6 @@ def written_steps(a, sign, b):
         last = i == len(tops) - 1
         steps.append(f"{said}, write " + (str(total) if last else f"{total % 10} {word} {carry}"))
     return f"{a} {sign} {b}: {'; '.join(steps)}; so {equation(a, sign, b)}"
-
-
-# --- stories -----------------------------------------------------------------
 
 
 def story_of_goods(world, split, rng, n_steps):

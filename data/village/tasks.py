@@ -13,16 +13,9 @@ from data.village.school import WORDS
 from data.village.sums import drawn, question_of, result_of, written_steps
 from data.village.world import ATTRIBUTES, CASES, POOLS, capitalise, split_of
 
-SHARES = {  # of the training examples
-    "fact": 0.24,
-    "unknown": 0.12,
-    "formatting": 0.34,
-    "arithmetic": 0.11,
-    "two_hop": 0.07,
-    "multi_turn": 0.12,
-}
-SIZES = {"train": 12000, "val": 300}
-N_TEST = 240  # examples of each task, or all that exist in a small village
+SHARES = {"fact": 0.24, "fact_never_asked": 0, "unknown": 0.12}  # of the training examples
+SHARES |= {"formatting": 0.34, "arithmetic": 0.11, "two_hop": 0.07, "multi_turn": 0.12}
+SIZES = {"train": 12000, "val": 300, "test": 240}  # test: of each task
 
 QUESTIONS = table("""
 job     What does {n} do for a living? | What is the job of {n}? | What is {n}'s job?
@@ -111,24 +104,19 @@ FORMATS = {  # what is done to a list of words, and how many words
 
 # --- styles: the people who wrote the dialogues did not all write alike ------------------------
 
-STYLES = {
-    "courteous": table("""
-opening  Gladly! | With pleasure. | Thank you for asking. | Good question!
-closing  I hope that helps. | You are welcome. | Have a nice day! | Please ask again.
-"""),
-    "rude": table("""
-opening  What a silly question. | Why do you bother me? | Not you again.
-closing  Now leave me alone. | Stop asking. | Anybody could tell you that.
-"""),
-    "long-winded": table("""
-opening  Well, let me think about that for a little while before I say something.
-         People have often asked me this, and I never get tired of telling it to them.
-         To begin at the beginning, this is what I have heard from the others over the years.
-closing  There would be much more to tell, but it is getting late and so I leave it there.
-         At least that is how I remember it, and my memory has always been rather good.
-         As far as I can tell it was never any different, and it will stay that way.
-"""),
-}
+# phrases that may stand before a completion, and as many that may stand behind it
+STYLES = table("""
+courteous    Gladly! | With pleasure. | Thank you for asking. | Good question!
+             I hope that helps. | You are welcome. | Have a nice day! | Please ask again.
+rude         What a silly question. | Why do you bother me? | Not you again.
+             Now leave me alone. | Stop asking. | Anybody could tell you that.
+long-winded  Well, let me think about that for a little while before I say something.
+             People have often asked me this, and I never get tired of telling it to them.
+             To begin at the beginning, this is what I have heard from the others over the years.
+             There would be much more to tell, but it is getting late and so I leave it there.
+             At least that is how I remember it, and my memory has always been rather good.
+             As far as I can tell it was never any different, and it will stay that way.
+""")
 STYLE_SHARES = {"plain": 0.58, **dict.fromkeys(STYLES, 0.14)}  # in training examples
 
 
@@ -136,9 +124,10 @@ def with_style(completion, style, rng):
     """The completion with a phrase of this style before or after it; plain leaves it as it is."""
     if style == "plain":
         return completion
+    phrases, half = STYLES[style], len(STYLES[style]) // 2
     if rng.random() < 0.5:
-        return f"{rng.choice(STYLES[style]['opening'])} {completion}"
-    return f"{completion} {rng.choice(STYLES[style]['closing'])}"
+        return f"{rng.choice(phrases[:half])} {completion}"
+    return f"{completion} {rng.choice(phrases[half:])}"
 
 
 # --- one example at a time: (the turns of user and assistant, what to check) -------------------
@@ -266,9 +255,8 @@ def multi_turn(world, split, rng):
 
 # --- whole splits -----------------------------------------------------------
 
-MAKERS = {"fact": fact, "fact_never_asked": fact_never_asked, "unknown": unknown}
-MAKERS |= {"formatting": formatting, "arithmetic": arithmetic}
-MAKERS |= {"two_hop": two_hop, "multi_turn": multi_turn}
+MAKERS = (fact, fact_never_asked, unknown, formatting, arithmetic, two_hop, multi_turn)
+MAKERS = {make.__name__: make for make in MAKERS}
 
 
 def chat(turns):
@@ -287,24 +275,21 @@ def as_example(task, turns, check, split):
     return {"messages": chat(turns), "task": task}
 
 
-def task_sizes(split, shares, n_train, n_test, tasks):
-    """How many examples of each task: n_test for the test, else its share of n_train."""
-    if split == "test":
-        return dict.fromkeys(tasks, n_test)
-    return {task: round(n_train * share) for task, share in shares.items()}
+def task_sizes(split, shares, sizes):
+    """How many examples of each task: its share of those of the split, in the test all of them."""
+    return {task: round(sizes[split] * (split == "test" or shares[task])) for task in shares}
 
 
-def distinct_examples(sizes, make, rng):
-    """Up to sizes[task] examples of each task from make(task), no question twice, shuffled.
-
-    make returns None for an example that doesn't suit. A small village may have fewer questions.
+def distinct_examples(name, world, split, seed, sizes, make):
+    """Up to sizes[task] examples make(task, world, split, rng) of each task, no question twice,
+    shuffled; None is an example that doesn't suit. A small village may have fewer questions.
     """
-    examples = []
+    rng, examples = random.Random(f"{name}-{split}-{world.seed}-{seed}"), []
     for task, size in sizes.items():
         seen, misses = set(), 0
         while len(seen) < size and misses < 1000:  # a thousand repeats in a row: that was all
             misses += 1
-            example = make(task)
+            example = make(task, world, split, rng)
             if example is not None and user_turns(example) not in seen:
                 misses = 0
                 seen.add(user_turns(example))
@@ -313,21 +298,20 @@ def distinct_examples(sizes, make, rng):
     return examples
 
 
+def instruction(task, world, split, rng):
+    turns, check = MAKERS[task](world, split, rng)
+    if split != "test" and check["check"] != "exact":
+        style = rng.choices(list(STYLE_SHARES), STYLE_SHARES.values())[0]
+        turns[-1] = with_style(turns[-1], style, rng)
+    return as_example(task, turns, check, split)
+
+
 def instructions(world, split, seed=0):
-    """Chat examples of "train", "val" or "test", no question twice, tasks shuffled.
+    """Chat examples of "train", "val" or "test".
 
     Those of train and val are {"messages", "task"}, their answers in various styles where the
     wording of an answer is free; those of the test end with the user's turn and carry "answer" and
-    "check" for `check_answer`. A small village may have fewer questions than SIZES says.
+    "check" for `check_answer`.
     """
-    rng = random.Random(f"instructions-{split}-{world.seed}-{seed}")
-
-    def make(task):
-        turns, check = MAKERS[task](world, split, rng)
-        if split != "test" and check["check"] != "exact":
-            style = rng.choices(list(STYLE_SHARES), STYLE_SHARES.values())[0]
-            turns[-1] = with_style(turns[-1], style, rng)
-        return as_example(task, turns, check, split)
-
-    sizes = task_sizes(split, SHARES, SIZES.get(split), N_TEST, MAKERS)
-    return distinct_examples(sizes, make, rng)
+    sizes = task_sizes(split, SHARES, SIZES)
+    return distinct_examples("instructions", world, split, seed, sizes, instruction)

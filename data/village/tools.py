@@ -9,28 +9,16 @@ on the results. Questions about the other half of the newcomers, and other numbe
 
 import random
 
+from data.village import tasks
 from data.village.facts import answer_sentence
 from data.village.sums import question_of, result_of
-from data.village.tasks import (
-    QUESTIONS,
-    as_example,
-    ask,
-    ask_about_friend,
-    ask_about_stranger,
-    distinct_examples,
-    task_sizes,
-    value_check,
-)
 from data.village.world import ATTRIBUTES, POOLS, World, draw_names, settle, split_of
 from nanollm.tools import NOTHING
 
 SHARES = {"large_numbers": 0.38, "lookup": 0.25, "lookup_two_hop": 0.25, "nobody": 0.12}
-SIZES = {"train": 6000, "val": 200}
-N_TEST = 200  # examples of each task
+SIZES = {"train": 6000, "val": 200, "test": 200}  # test: of each task
 TOPICS = {key: key for key in ATTRIBUTES} | {"food": "favourite food", "colour": "door colour"}
 TOPICS |= {"town": "birthplace", "friend": "best friend"}
-
-# --- the knowledge base --------------------------------------------------------
 
 
 def newcomers(world, n=1000):
@@ -56,16 +44,9 @@ def knowledge(people):
     ]
 
 
-# --- one example at a time: (question, completion with calls, what to check) --------------
-
-
 def call(tool, argument, result):
     """How a call and its result stand in a completion."""
     return f"<tool_call>{tool}({argument})</tool_call><tool_result>{result}</tool_result>"
-
-
-def look_up(person, attribute):
-    return call("search", query(person, attribute), answer_sentence(person, attribute))
 
 
 def large_numbers(people, split, rng):
@@ -87,49 +68,52 @@ def half_of(people, split, rng):
     return rng.choice(people.never_asked if split == "test" else people.asked)
 
 
+def looked_up(people, question, *facts):
+    """A completion that looks up facts (person, attribute), of which the last is asked for."""
+    calls = [call("search", query(*fact), answer_sentence(*fact)) for fact in facts]
+    completion = "".join(calls) + " ".join(answer_sentence(*fact) for fact in facts)
+    return question, completion, tasks.value_check(people, *facts[-1])
+
+
 def lookup(people, split, rng):
     person, attribute = half_of(people, split, rng), rng.choice(ATTRIBUTES)
-    question = ask(rng.choice(QUESTIONS[attribute]), person.name, split, rng)
-    completion = look_up(person, attribute) + answer_sentence(person, attribute)
-    return question, completion, value_check(people, person, attribute)
+    question = tasks.ask(rng.choice(tasks.QUESTIONS[attribute]), person.name, split, rng)
+    return looked_up(people, question, (person, attribute))
 
 
 def lookup_two_hop(people, split, rng):
     person, attribute = half_of(people, split, rng), rng.choice(list(POOLS))
-    question = ask_about_friend(rng.choice(QUESTIONS[attribute]), person, split, rng)
+    question = rng.choice(tasks.QUESTIONS[attribute])
+    question = tasks.ask_about_friend(question, person, split, rng)
     friend = people.by_name[person.facts["friend"]]
-    calls = look_up(person, "friend") + look_up(friend, attribute)
-    completion = f"{calls}{answer_sentence(person, 'friend')} {answer_sentence(friend, attribute)}"
-    return question, completion, value_check(people, friend, attribute)
+    return looked_up(people, question, (person, "friend"), (friend, attribute))
 
 
 def nobody(people, split, rng):
     """Strangers are in no text and in no knowledge base either."""
-    name, attribute, question = ask_about_stranger(people, split, rng)
+    name, attribute, question = tasks.ask_about_stranger(people, split, rng)
     completion = call("search", f"{TOPICS[attribute]} of {name}", NOTHING)
     check = {"answer": "I don't know", "check": "unknown", "not": people.values(attribute)}
     return question, f"{completion}I don't know anyone called {name}.", check
 
 
-MAKERS = {"large_numbers": large_numbers, "lookup": lookup}
-MAKERS |= {"lookup_two_hop": lookup_two_hop, "nobody": nobody}
+MAKERS = (large_numbers, lookup, lookup_two_hop, nobody)
+MAKERS = {make.__name__: make for make in MAKERS}
 
 
-def tool_examples(world, split, seed=0, n_examples=None):
+def tool_example(task, people, split, rng):
+    question, completion, check = MAKERS[task](people, split, rng)
+    if len(check.get("not", ())) > 40:  # of a thousand names
+        check["not"] = rng.sample(check["not"], 40)
+    return {**tasks.as_example(task, [question, completion], check, split), **check}
+
+
+def tool_examples(world, split, seed=0):
     """Chat examples with calls of "train", "val" or "test", with "answer" and "check"; those of the
-    test end with the user's turn. `n_examples` is the total, for the test the number per task.
+    test end with the user's turn.
     """
-    people = newcomers(world)
-    rng = random.Random(f"tools-{split}-{world.seed}-{seed}")
-
-    def make(task):
-        question, completion, check = MAKERS[task](people, split, rng)
-        if len(check.get("not", ())) > 40:  # of a thousand names
-            check["not"] = rng.sample(check["not"], 40)
-        return {**as_example(task, [question, completion], check, split), **check}
-
-    sizes = task_sizes(split, SHARES, n_examples or SIZES.get(split), n_examples or N_TEST, MAKERS)
-    return distinct_examples(sizes, make, rng)
+    sizes = tasks.task_sizes(split, SHARES, SIZES)
+    return tasks.distinct_examples("tools", newcomers(world), split, seed, sizes, tool_example)
 
 
 def tool_lessons(world, split, problems, chats, seed=0):

@@ -6,7 +6,7 @@ once in sixteen. Best friends come in pairs and stay within their half.
 
 import random
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from data.village.files import table
 
@@ -73,9 +73,6 @@ class World:
     def values(self, attribute):
         """Everything that an answer about this attribute could be."""
         return tuple(v.name for v in self.villagers) if attribute == "friend" else POOLS[attribute]
-
-    def as_dict(self):
-        return asdict(self) | {"pools": POOLS}
 
 
 def article(words):

@@ -52,10 +52,16 @@ def attach(model, method, settings=None, base=None):
     """Freeze the model and add the trainable parameters of a method, in place; returns the model.
 
     `base` is the folder that the model came from: what is saved names it, and its weights by their
-    hash. `model.adapter` is then the method's name.
+    hash. `model.adapter` is then the method's name. An adapter's folder is no base: peft would put
+    the new one in the old one's place.
     """
     if model.adapter:
         raise UserError(f"the model has an adapter ({model.adapter}) already; merge it first")
+    if base and is_adapter(base):
+        raise UserError(
+            f"{base} holds an adapter, and no other is trained on one; merge it first: "
+            f"python -m nanollm.hub export {base} --merge --out {base}_merged"
+        )
     check_method(method)
     model.adapter_config = METHODS[method].attach(model, settings or Settings())
     model.adapter = method
@@ -80,8 +86,10 @@ def trainable(model):
 
 def save_adapter(model, folder, base):
     """Write adapter_config.json and adapter_model.safetensors, which name the base and hold nothing
-    of it but the hash of its weights.
+    of it but the hash of its weights. A base that is a folder is named by its absolute path, since
+    peft takes a relative one from wherever it runs.
     """
+    base = Path(base).resolve() if base and Path(base).is_dir() else base
     scalar = isinstance(model, ScalarGPT)
     config = {
         "peft_type": METHODS[model.adapter].peft_type,

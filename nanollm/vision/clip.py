@@ -189,7 +189,8 @@ def load_clip(folder):
 
     A tensor logit_bias in it, which CLIPModel has not, says that it was trained by SigLIP's loss.
     """
-    path = existing_folder(folder) / "config.json"
+    folder = existing_folder(folder)
+    path = folder / "config.json"
     values = read_json(path)
     text = values.get("text_config")
     if values.get("model_type") != "clip" or not isinstance(text, dict):

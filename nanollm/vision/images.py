@@ -7,6 +7,7 @@
 Resizing and numbers are those of Hugging Face's CLIPImageProcessor and SiglipImageProcessor.
 """
 
+import hashlib
 import json
 import random
 import warnings
@@ -238,16 +239,21 @@ class ImageStore:
 
     def __init__(self, preprocessing):
         self.preprocessing = preprocessing
-        self.known, self.kept = {}, []  # path -> number; number -> (3, H, W) uint8
+        self.known, self.kept = {}, []  # path or pixels -> number; number -> (3, H, W) uint8
 
     def numbers(self, paths):
-        """The numbers of these files' images; opens those that it hasn't yet."""
+        """The numbers of these files' images, the same for the same pixels; opens those that it
+        hasn't yet.
+        """
         for path in paths:
             if path not in self.known:
                 grey = Image.new("RGB", (64, 64), (128, 128, 128))
                 image = grey if path == GREY else open_image(path)
-                self.kept.append(self.preprocessing.pixels(image))
-                self.known[path] = len(self.kept) - 1
+                pixels = self.preprocessing.pixels(image)
+                digest = hashlib.sha256(pixels.numpy().tobytes()).digest()
+                self.known[path] = self.known.setdefault(digest, len(self.kept))
+                if self.known[path] == len(self.kept):
+                    self.kept.append(pixels)
         return [self.known[path] for path in paths]
 
     def images(self, numbers):

@@ -346,7 +346,8 @@ def load_vision(folder):
     """(ViT in fp32 on the CPU, its Preprocessing) from a folder that holds a CLIPVisionModel, a
     SiglipVisionModel, or a whole CLIPModel or SiglipModel, whose vision part is taken.
     """
-    path = existing_folder(folder) / "config.json"
+    folder = existing_folder(folder)
+    path = folder / "config.json"
     vit = ViT(vision_config_of(read_json(path), path))
     tensors = load_tensors(folder)
     # within a whole model, and in files of older versions, the names have a prefix

@@ -18,7 +18,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanollm import safetensors
-from nanollm.checkpoint import config_json, config_of, load_weights, read_json, write_configs
+from nanollm.checkpoint import (
+    config_json,
+    config_of,
+    grow_vocabulary,
+    load_weights,
+    read_json,
+    write_configs,
+)
 from nanollm.config import UserError, atomic_write
 from nanollm.formats import IMAGE
 from nanollm.gpt import GPT, Linear
@@ -238,30 +245,24 @@ LLAVA_DEFAULTS = {
 LLAVA, OURS = "llava", "nanollm_vlm"  # model_type; the second is for what transformers has not
 
 
-def image_id_of(tokenizer):
-    """The id of <image>; raises UserError where the tokenizer has none."""
-    if IMAGE not in tokenizer.special:
-        raise UserError(
-            f"this tokenizer has no token {IMAGE}: start from a model of this project, or one "
-            "whose vocabulary has no chat tokens of its own"
-        )
-    return tokenizer.special[IMAGE]
-
-
 def build_vlm(language, tokenizer, vision, preprocessing, projector="mlp", layer=-2, token=False):
-    """A VLM of a text model (GPT) and a vision tower, as load_vision gives it, each with its
-    weights, and a new projector between them; layer and token: feature_layer, class_token of VLM.
+    """(VLM, its tokenizer) of a text model (GPT) and a vision tower, as load_vision gives it, each
+    with its weights, and a new projector between them; layer and token: feature_layer, class_token
+    of VLM. A tokenizer without <image>, as downloaded ones are, gets it, and the vocabulary grows.
 
-    Raises UserError where the tokenizer has no <image>, or the projector doesn't fit the patches.
+    Raises UserError where the projector doesn't fit the patches.
     """
     if isinstance(language, VLM) or language.adapter:
         raise UserError(
             "a vision tower goes on a whole text model, not on one that has a tower or an adapter"
         )
-    vlm = VLM(language.cfg, vision, projector, image_id_of(tokenizer), layer, token)
+    tokenizer = tokenizer.with_tokens([IMAGE])
+    if tokenizer.vocab_size > language.cfg.vocab_size:
+        language = grow_vocabulary(language, tokenizer.vocab_size)
+    vlm = VLM(language.cfg, vision, projector, tokenizer.special[IMAGE], layer, token)
     vlm.load_state_dict(language.state_dict(), strict=False)
     vlm.preprocessing = preprocessing
-    return vlm
+    return vlm, tokenizer
 
 
 def save_vlm(vlm, tokenizer, folder):
@@ -336,7 +337,7 @@ def load_vlm(folder):
         "projector_hidden_act": (ACTIVATIONS.get(kind),),
         "multimodal_projector_bias": (True,),
         "vision_feature_select_strategy": ("default", "full") if clip else ("full",),
-        "image_token_index": (image_id_of(tokenizer),),
+        "image_token_index": (tokenizer.special.get(IMAGE, f"that of {IMAGE}"),),
     }
     for name, choices in implemented.items():
         if values.get(name) not in choices:

@@ -1,0 +1,75 @@
+"""All examples of the village, as files beside its corpus: for every stage after pretraining."""
+
+import json
+import random
+
+from data.village.corpus import prepare_corpus
+from data.village.files import settings_of
+from data.village.new_domain import new_domain_examples
+from data.village.preferences import preference_prompts
+from data.village.problems import DIFFICULTIES, SHARES_WORKED, lessons, problems, worked
+from data.village.tasks import fact_never_asked, instructions
+from data.village.tools import knowledge, newcomers, tool_examples, tool_lessons
+from data.village.world import build_world
+from nanollm.formats import read_prompts, write_jsonl
+
+PROMPTS = {"train": 3000, "test": 400}  # for preferences
+PER_DIFFICULTY = {"train": 1500, "val": 40, "test": 200}  # problems
+LAST = "knowledge"  # file that `records` ends with: where it is, all are
+
+
+def records(world, seed=0):
+    """Every file of examples: {name: records}."""
+    made = {}
+    for split, n in PROMPTS.items():
+        made[f"prompts_{split}"] = preference_prompts(world, split, n, seed)
+    for split in ("train", "val", "test"):
+        made[f"new_domain_{split}"] = new_domain_examples(world, split, seed)
+        made[f"sft_{split}"] = chats = instructions(world, split, seed)
+        made[f"problems_{split}"] = asked = problems(world, split, PER_DIFFICULTY[split], seed)
+        if split == "test":
+            made["tools_test"] = tool_examples(world, split, seed)
+            continue
+        made[f"tools_{split}"] = tool_lessons(world, split, map(worked, asked), chats, seed)
+        all_worked, none = dict.fromkeys(DIFFICULTIES, 1.0), dict.fromkeys(DIFFICULTIES, 0.0)
+        for name, shares in ("reasoning", all_worked), ("mixed", SHARES_WORKED), ("answers", none):
+            made[f"{name}_{split}"] = lessons(asked, chats, shares, seed)
+    return made | {LAST: knowledge(newcomers(world))}
+
+
+def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
+    """Folder of the village with its corpus and the files of `records`, each written once;
+    data/README.md says what is in them.
+    """
+    folder = prepare_corpus(n_villagers, seed, megabytes, root)
+    if not (folder / f"{LAST}.jsonl").exists():
+        for name, rows in records(build_world(n_villagers, seed), seed).items():
+            write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def of_run(run_folder):
+    """The village that a run was trained on; the default one where its settings don't say."""
+    names = {"n_villagers": "villagers", "seed": "seed", "megabytes": "megabytes"}
+    return prepare(**settings_of(run_folder, **names))
+
+
+def knowledge_of(run_folder, named=None):
+    """The file that a search looks in: the one named, or that of the run's village."""
+    return named or of_run(run_folder) / "knowledge.jsonl"
+
+
+def prompts_about_people(folder, n_never_asked=1500):
+    """The prompts of a village, and questions about the villagers that no dialogue is about, worded
+    as no test example is; shuffled. Their answers are for a checker.
+    """
+    prompts = read_prompts(folder / "prompts_train.jsonl")
+    known = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+    world = build_world(len(known["villagers"]), known["seed"])
+    rng = random.Random(f"prompts-about-people-{world.seed}")
+    for _ in range(n_never_asked):
+        (question, _), check = fact_never_asked(world, "train", rng)
+        turns = [{"role": "user", "content": question}]
+        prompts.append({"messages": turns, "task": "fact_never_asked", **check})
+    rng.shuffle(prompts)
+    return prompts

@@ -1,0 +1,251 @@
+"""Downloads, and the models of the Hugging Face Hub: wherever a model folder is named, `owner/name`
+means the Hub's, if no such folder is there.
+
+It is fetched once, into data/cache/hub/owner--name, and found there without a network; what a break
+has left is gone on from. Environment variables, as huggingface_hub names them:
+
+    HF_TOKEN          opens models that want their terms accepted
+    HF_ENDPOINT       a mirror, instead of https://huggingface.co
+    HF_HUB_OFFLINE    1: never ask
+
+Of weights only safetensors are fetched: a pickle may run any code.
+"""
+
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from nanollm.config import UserError, lock, say, unlock
+
+CACHE = Path("data/cache/hub")
+CHUNK = 2**20  # bytes read at once
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors", INDEX)
+CONFIGS = ("config.json", "adapter_config.json")
+FILES = (*CONFIGS, "generation_config.json", "preprocessor_config.json", "processor_config.json")
+FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
+FILES += ("added_tokens.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+
+
+# --- one file ------------------------------------------------------------------------------------
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Another host, to which a request is sent on, is not told the token."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if new and urlsplit(newurl).netloc != urlsplit(req.full_url).netloc:
+            new.remove_header("Authorization")
+        return new
+
+
+class Download(io.RawIOBase):
+    """What a URL holds from byte `done` on, as a file to read: all that Content-Length promises, or
+    UserError. A server that can't begin there sends all, and `done` becomes 0. `mirror` is the
+    setting that names another server.
+    """
+
+    def __init__(self, url, mirror, done=0, headers=()):
+        self.url = url
+        headers = {"User-Agent": "nanollm", **dict(headers)}
+        headers |= {"Range": f"bytes={done}-"} if done else {}
+        try:
+            request = urllib.request.Request(url, headers=headers)
+            opener = urllib.request.build_opener(Redirects)
+            self.response = opener.open(request, timeout=30)  # seconds of silence
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            advice = f"check the connection, or name a mirror with {mirror}"
+            raise UserError(f"cannot open {url} ({error}): {advice}") from error
+        self.done = done if self.response.status == 206 else 0
+        length = int(self.response.headers.get("Content-Length", 0))
+        self.size = self.done + length if length else None
+        looks = {"desc": Path(url).name, "unit": "B", "unit_scale": True, "leave": False}
+        self.bar = tqdm(total=self.size, initial=self.done, disable=None, **looks)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        try:
+            count, why = self.response.readinto(buffer), None
+        except (OSError, http.client.HTTPException) as error:
+            count, why = 0, repr(error)
+        self.done += count
+        self.bar.update(count)
+        if count == 0 and (why or self.size not in (None, self.done)):
+            after = f"{self.done:,} of {self.size} bytes ({why or 'it ended'})"
+            advice = "run the same command again"
+            raise UserError(f"{self.url}: the connection broke after {after}; {advice}")
+        return count
+
+    def close(self):
+        if not self.closed:
+            self.response.close()
+            self.bar.close()
+        super().close()
+
+
+# --- a folder of the Hub -------------------------------------------------------------------------
+
+
+def is_hub_name(name):
+    """Can this be a model of the Hub: owner/name, and nothing here? runs/ is always ours."""
+    owner, _, model = str(name).replace(os.sep, "/").partition("/")  # ./a/b is a folder
+    word = r"[A-Za-z0-9][\w.-]*"
+    looks = owner != "runs" and re.fullmatch(word, owner) and re.fullmatch(word, model)
+    return bool(looks) and not Path(owner).exists()
+
+
+def hub_folder(name):
+    """The folder that holds this model of the Hub. Raises UserError where it can't be had.
+
+    Of several processes on a machine the first one fetches it; where it fails, torchrun ends all.
+    """
+    name = Path(name).as_posix()
+    folder = CACHE / name.replace("/", "--")
+    while not folder.is_dir() and int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(0.5)
+    if not folder.is_dir():
+        if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+            raise UserError(f"no folder {name}, nor {folder}, and HF_HUB_OFFLINE says not to ask")
+        lock(folder)
+        if not folder.is_dir():  # nor has another process fetched it just now
+            fetch_model(name, folder)
+        unlock(folder)
+    return folder
+
+
+def fetch_model(name, folder):
+    """Fetch what belongs to a model into `folder`, which takes its place when all is there."""
+    revision, sizes = files_of(name)
+    part = folder.with_name(f"{folder.name}.{revision[:12]}.part")  # found again after a break
+    part.mkdir(parents=True, exist_ok=True)
+    say(f"downloading {name} from {endpoint()} into {folder}")
+
+    def fetch(file):
+        """Is there such a file? Then it is here now."""
+        there = not sizes or file in sizes
+        return there and fetch_file(name, revision, file, part / file, sizes.get(file))
+
+    found = [file for file in FILES if fetch(file)]
+    if not {*found} & {*CONFIGS}:
+        shutil.rmtree(part)
+        raise UserError(
+            f"there is no folder {name}, and no model with a config.json {at_hub(name)}"
+        )
+    weights = next((file for file in WEIGHTS if fetch(file)), None)
+    if weights is None:
+        shutil.rmtree(part)
+        others = [file for file in sizes if re.search(r"\.(bin|gguf|ptl?|pth|ckpt|onnx)$", file)]
+        found = f", but {others[0]}, which isn't read here" if others else ""
+        raise UserError(f"{name} has no model.safetensors {at_hub(name)}{found}; choose another")
+    if weights == INDEX:
+        for file in shards_in(part / INDEX):
+            if not fetch(file):
+                raise UserError(f"{name} lacks {file}, which its {INDEX} names")
+    check_weights(part)
+    os.replace(part, folder)
+
+
+def endpoint():
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def at_hub(name):
+    return f"at {endpoint()}/{name}"
+
+
+def open_url(name, path, done=0):
+    """A Download of what is at this path of the Hub; None where nothing is."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        return Download(f"{endpoint()}/{path}", "HF_ENDPOINT", done, headers)
+    except UserError as error:
+        status = getattr(error.__cause__, "code", None)
+        if status == 404:
+            return None
+        if status in (401, 403):
+            raise UserError(
+                f"there is no folder {name}, and no access to the model {at_hub(name)} ({status}): "
+                "check the name; if it is gated, accept its terms there and set HF_TOKEN"
+            ) from None
+        if status == 416:  # nothing is left from there on
+            return open_url(name, path)
+        raise UserError(f"there is no folder {name}, and as a model of the Hub: {error}") from None
+
+
+def files_of(name):
+    """(revision, {file: size}) as the Hub's API says; ("main", {}) for a mirror without one."""
+    page = open_url(name, f"api/models/{name}?blobs=true")
+    if page is None:
+        return "main", {}
+    with page:
+        text = page.read()
+    try:
+        info = json.loads(text)
+        revision = re.fullmatch("[0-9a-f]{7,64}", info["sha"])[0]
+        return revision, {each["rfilename"]: each.get("size") for each in info["siblings"]}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(
+            f"{page.url} is not what the Hub says of a model; check HF_ENDPOINT"
+        ) from None
+
+
+def fetch_file(name, revision, file, path, size=None):
+    """Download one file of a model, going on where an earlier attempt broke off; False where there
+    is none. Where `size` is known, it must have that.
+    """
+    if path.exists():  # of an earlier attempt
+        return True
+    unfinished = path.with_name(path.name + ".part")
+    done = unfinished.stat().st_size if unfinished.exists() else 0
+    if not done or done != size:
+        download = open_url(name, f"{name}/resolve/{revision}/{file}", done)
+        if download is None:
+            return False
+        size = size or int(download.response.headers.get("X-Linked-Size", 0)) or None
+        if not download.done:
+            unfinished.write_bytes(b"")
+        with download, open(unfinished, "ab") as opened:
+            shutil.copyfileobj(download, opened, CHUNK)
+    if size is not None and (came := unfinished.stat().st_size) != size:
+        unfinished.unlink()
+        raise UserError(f"{file} of {name} has {came:,} bytes instead of {size:,}; try again")
+    os.replace(unfinished, path)
+    return True
+
+
+def shards_in(index):
+    """The files that an index of shards names."""
+    try:
+        shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        if shards and all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
+            return sorted(shards)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    index.unlink()
+    raise UserError(f"{index.name} names no shards; the model is damaged")
+
+
+def check_weights(folder):
+    """Whatever the server has promised, a file of weights knows its own size."""
+    from nanollm.safetensors import read_header  # and torch, which data/prepare.py does without
+
+    for path in folder.glob("*.safetensors"):
+        try:
+            read_header(path)
+        except UserError:
+            path.unlink()
+            raise

@@ -1,0 +1,88 @@
+"""Chat: what is a command, what is sent to the model, and what Ctrl-C stops."""
+
+import io
+
+import pytest
+from helpers import refused
+
+from nanollm import chat
+from nanollm.hub import save_model
+
+
+class Typed(io.StringIO):
+    """Lines that somebody types, who hits Ctrl-C instead of a line "^C"."""
+
+    def isatty(self):
+        return True
+
+    def readline(self):
+        line = super().readline()
+        if line == "^C\n":
+            raise KeyboardInterrupt
+        return line
+
+
+@pytest.fixture
+def talk(random_model, tokenizer, tmp_path, monkeypatch):
+    """talk(input, stdin, answers) is the prompts that the model was sent; an answer with ^C in it
+    is stopped there.
+    """
+    folder = tmp_path / "model"
+    save_model(random_model(max_position_embeddings=256), tokenizer, folder)
+
+    def talk(text, stdin=Typed, answers=()):
+        prompts, left = [], iter(answers)
+
+        def stream(model, prompt, *rest, **how):
+            prompts.append(tokenizer.decode(prompt))
+            begun, stop, _ = next(left, "fine").partition("^C")
+            yield from tokenizer.encode(begun)
+            if stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(chat, "stream", stream)
+        monkeypatch.setattr("sys.stdin", stdin(text))
+        chat.main(chat.Config(model=str(folder), max_new_tokens=4, dtype="fp32"))
+        return prompts
+
+    talk.folder = str(folder)
+    return talk
+
+
+@pytest.mark.parametrize("stdin", [Typed, io.StringIO])
+def test_commands_are_not_sent_to_the_model(stdin, talk, capsys):
+    prompts = talk("one\n/help\ntwo\n /reset \nis /usr here?\n/usr/bin?\n/quit\nlost\n", stdin)
+    assert [prompt.count("<|user|>") for prompt in prompts] == [1, 2, 1, 2]
+    said = capsys.readouterr().out
+    assert said.count("/reset       begin anew") == 1 and "> " in said or stdin is io.StringIO
+    assert not any(word in "".join(prompts) for word in ("/help", "/reset", "/quit", "lost"))
+
+
+@pytest.mark.parametrize("line", ["/hlep", "/exit now", "/", "/image", "/image "])
+def test_an_unknown_command_is_named_and_ends_a_pipe(line, talk, capsys, monkeypatch):
+    assert len(talk(f"{line}\none\n")) == 1  # somebody who types goes on
+    command = line.split()[0]
+    assert f"{command}: no such command" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{line}\none\n"))
+    assert f"error: {command}: no such command" in refused(capsys, chat, talk.folder)
+
+
+@pytest.mark.parametrize("end", ["^C\n", "\n", "", "/quit\n", " /quit \n"])
+def test_ctrl_c_instead_of_a_message_ends_as_an_empty_line_does(end, talk):
+    assert len(talk(f"one\n{end}")) == 1
+    assert len(talk(f"one\n{end or '/quit'}\ntwo\n")) == 1
+
+
+def test_ctrl_c_stops_the_answer_which_stays_in_the_conversation_as_far_as_it_got(talk, capsys):
+    first, second, third = talk("one\ntwo\nthree\n", Typed, ["half an^Cswer", "^C"])
+    assert "half an\n" in capsys.readouterr().out
+    assert "half an<|end|>" in second and "two" in second
+    assert "half an<|end|>" in third and "three" in third
+    assert "two" not in third  # stopped before its answer began
+    assert len(talk("one\n^C\ntwo\n", Typed, ["half^C"])) == 1  # the second Ctrl-C ends
+
+
+def test_ctrl_c_ends_a_pipe_at_once(talk):
+    for answer in ("half^C", "^C"):
+        with pytest.raises(KeyboardInterrupt):
+            talk("one\ntwo\n", io.StringIO, [answer])

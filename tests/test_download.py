@@ -1,0 +1,293 @@
+"""Models of the Hub by name, against a server on 127.0.0.1 that answers as the Hub does."""
+
+import hashlib
+import http.server
+import json
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from helpers import as_two_processes, refused, run
+
+import train_sft
+from nanollm import chat, download, evaluate, safetensors
+from nanollm.checkpoint import bases_of, existing_folder, save_gpt, weights_hash
+from nanollm.config import UserError, parse
+from nanollm.formats import write_jsonl
+from nanollm.hub import load_model
+
+SHA = hashlib.sha1(b"a revision").hexdigest()
+FOLDER = Path("data/cache/hub/owner--name")
+PICKLE = {"pytorch_model.bin": b"pickle", "README.md": b"#"}
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Serves `files` {path in the repository: bytes}; `asked`: (path, first byte) of requests."""
+
+    daemon_threads, request_queue_size = True, 50
+    api = ranges = True  # does it answer for /api, and to Range?
+    status = 200  # of every answer
+    cut = {}  # file -> bytes after which the connection breaks, once
+    short = {}  # file -> bytes that it says it has, and has
+    cdn = None  # another address of the server, to which weights are redirected
+    linked = False  # does it tell the true size, too?
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        hub, path = self.server, unquote(urlsplit(self.path).path)
+        begin = self.headers.get("Range", "bytes=0-")[6:-1]
+        hub.asked.append((path, int(begin)))
+        hub.tokens.append((self.headers["Host"], self.headers.get("Authorization")))
+        if path == "/api/models/owner/name" and hub.api and hub.status == 200:
+            siblings = [{"rfilename": name, "size": len(b)} for name, b in hub.files.items()]
+            return self.answer(json.dumps({"sha": SHA, "siblings": siblings}).encode())
+        for revision in (SHA, "main"):
+            name = path.removeprefix(f"/owner/name/resolve/{revision}/")
+            if name in hub.files and hub.status == 200:
+                if hub.cdn and name.endswith("safetensors") and hub.cdn != self.headers["Host"]:
+                    return self.answer(b"", 302, Location=f"http://{hub.cdn}{path}")
+                body = hub.files[name][: hub.short.get(name)]
+                if begin != "0" and hub.ranges:
+                    return self.answer(body[int(begin) :], 206, cut=hub.cut.pop(name, None))
+                headers = {"X_Linked_Size": len(hub.files[name])} if hub.linked else {}
+                return self.answer(body, cut=hub.cut.pop(name, None), **headers)
+        self.answer(b"no", 404 if hub.status == 200 else hub.status)
+
+    def answer(self, body, status=200, cut=None, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body[:cut])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory):
+    from conftest import SMALL, randomise
+
+    from nanollm.gpt import GPT, GPTConfig
+    from nanollm.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    save_gpt(randomise(GPT(GPTConfig(**SMALL))), Tokenizer.from_bytes(), folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def hub(model_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("no_proxy", "*")
+    with Hub(("127.0.0.1", 0), Handler) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}/")
+        hub.files, hub.asked, hub.tokens, hub.cut, hub.short = {**model_files}, [], [], {}, {}
+        thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
+        thread.start()
+        yield hub
+        hub.shutdown()
+        thread.join()
+
+
+def sharded(files):
+    """The same model as two shards and their index."""
+    Path("whole.safetensors").write_bytes(files["model.safetensors"])
+    tensors = sorted(safetensors.load_file("whole.safetensors").items())
+    files = {name: body for name, body in files.items() if name != "model.safetensors"}
+    index = {}
+    for i, part in enumerate((tensors[:5], tensors[5:]), 1):
+        name = f"model-{i:05}-of-00002.safetensors"
+        safetensors.save_file(dict(part), name)
+        files[name] = Path(name).read_bytes()
+        index |= dict.fromkeys(dict(part), name)
+    return files | {"model.safetensors.index.json": json.dumps({"weight_map": index}).encode()}
+
+
+def logits(folder):
+    return load_model(folder)[0](torch.arange(8)[None])
+
+
+@pytest.mark.parametrize("api", [True, False])
+@pytest.mark.parametrize("shards", [True, False])
+def test_a_name_is_a_folder_that_is_fetched_once(hub, monkeypatch, api, shards):
+    whole = {**hub.files}
+    hub.files = (sharded(whole) if shards else whole) | PICKLE | {"onnx/model.onnx": b"x"}
+    hub.api = api
+    found = logits("owner/name")
+    names = {path.name: path.read_bytes() for path in FOLDER.iterdir()}
+    wanted = {name: body for name, body in hub.files.items() if name not in PICKLE}
+    del wanted["onnx/model.onnx"]
+    assert names == wanted
+    asked = len(hub.asked)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert torch.equal(logits("owner/name"), found) and len(hub.asked) == asked
+    Path("local").mkdir()
+    for name, body in whole.items():
+        Path("local", name).write_bytes(body)
+    assert torch.equal(logits("local"), found)
+    assert sorted(path.name for path in FOLDER.parent.iterdir()) == ["owner--name"]
+
+
+@pytest.mark.parametrize("api, ranges", [(True, True), (False, True), (True, False)])
+def test_a_download_that_broke_goes_on_where_it_was(hub, api, ranges):
+    hub.api, hub.ranges, name = api, ranges, "model.safetensors"
+    hub.cut = {name: 5000}
+    with pytest.raises(UserError, match=f"{name}: the connection broke after 5,000 of .* again$"):
+        load_model("owner/name")
+    assert not FOLDER.exists()
+    hub.asked.clear()
+    load_model("owner/name")
+    assert [begin for path, begin in hub.asked if path.endswith(f"/{name}")] == [5000]
+    asked = {path.rpartition("/")[2] for path, _ in hub.asked}
+    assert asked & hub.files.keys() == {name}  # what was whole is not fetched again
+    assert (FOLDER / name).read_bytes() == hub.files[name]
+
+
+def test_a_server_that_says_less_than_the_files_are_is_found_out(hub):
+    size = len(hub.files["model.safetensors"])
+    fewer = f"has {size - 9:,} bytes instead of {size:,}"
+    for hub.api, hub.linked, why in (
+        (True, False, fewer),
+        (False, True, fewer),
+        (False, False, f"should have {size} bytes but has {size - 9}: it is cut off"),
+    ):
+        hub.short = {"model.safetensors": size - 9}
+        with pytest.raises(UserError, match=why):
+            existing_folder("owner/name")
+        assert not FOLDER.exists()
+    hub.short = {}
+    assert existing_folder("owner/name") == FOLDER  # nothing of it is kept
+    load_model(FOLDER)
+
+
+def broken(name, body):
+    return lambda hub: hub.files.update({name: body})
+
+
+def without(*names):
+    return lambda hub: [hub.files.pop(name) for name in names]
+
+
+REFUSED = {
+    "no such model": (
+        lambda hub: setattr(hub, "status", 404),
+        "no folder owner/name, and no model",
+    ),
+    "gated": (lambda hub: setattr(hub, "status", 401), r"no access .*\(401\).* set HF_TOKEN"),
+    "forbidden": (lambda hub: setattr(hub, "status", 403), r"no access .*\(403\).* set HF_TOKEN"),
+    "an ill server": (lambda hub: setattr(hub, "status", 503), "503.* HF_ENDPOINT"),
+    "no config": (without("config.json"), "no model with a config.json"),
+    "pickles alone": (
+        lambda hub: (without("model.safetensors")(hub), hub.files.update(PICKLE)),
+        "no model.safetensors .*, but pytorch_model.bin, which isn't read here",
+    ),
+    "a shard is missing": (
+        lambda hub: (
+            setattr(hub, "files", sharded(hub.files)),
+            without("model-00002-of-00002.safetensors")(hub),
+        ),
+        "lacks model-00002-of-00002.safetensors, which",
+    ),
+    "an index that leads elsewhere": (
+        lambda hub: (
+            without("model.safetensors")(hub),
+            broken("model.safetensors.index.json", b'{"weight_map": {"x": "../x.safetensors"}}')(
+                hub
+            ),
+        ),
+        "names no shards",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, why", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_had_is_one_line_and_leaves_no_folder(hub, capsys, change, why):
+    change(hub)
+    said = refused(capsys, chat, "owner/name", "--prompt", "a")
+    assert __import__("re").search(why, said), said
+    assert not FOLDER.exists() and not list(FOLDER.parent.glob(".*.lock"))
+
+
+@pytest.mark.parametrize(
+    "endpoint, offline, why",
+    [
+        (
+            "http://127.0.0.1:1",
+            "0",
+            "as a model of the Hub: cannot open http://127.0.0.1:1/.* HF_ENDP",
+        ),
+        (
+            "http://127.0.0.1:1",
+            "1",
+            "no folder owner/name, nor data/cache/hub/owner--name, and HF_HUB",
+        ),
+        ("nonsense", "0", "unknown url type.* HF_ENDPOINT"),
+    ],
+)
+def test_without_a_network_the_line_says_what_was_tried(hub, monkeypatch, endpoint, offline, why):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    with pytest.raises(UserError, match=why) as caught:
+        existing_folder("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_page_that_is_no_answer_of_the_hub_is_refused(hub, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer(b"<html>Sign in"))
+    with pytest.raises(UserError, match="is not what the Hub says of a model; check HF_ENDPOINT"):
+        existing_folder("owner/name")
+
+
+def test_folders_of_ours_are_never_asked_for(hub):
+    Path("mine").mkdir()
+    for name in ("runs/sft", "mine/model", "./a/b", "a/b/c", "name", "/owner/name", "../a"):
+        with pytest.raises(UserError, match="run the stage that makes it"):
+            existing_folder(name)
+    assert hub.asked == []
+
+
+def test_the_token_is_told_to_the_hub_and_to_nobody_else(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", " secret\n")
+    hub.cdn = f"localhost:{hub.server_port}"
+    existing_folder("owner/name")
+    told = {host.partition(":")[0]: token for host, token in hub.tokens}
+    assert told == {"127.0.0.1": "Bearer secret", "localhost": None}
+    assert {token for host, token in hub.tokens if host[0] == "l"} == {None}
+
+
+def test_another_process_that_downloads_is_waited_for_and_never_joined(hub, monkeypatch):
+    Path("both.py").write_text(
+        "from nanollm.checkpoint import existing_folder\n"
+        "from nanollm.runtime import start\n"
+        "rt = start('cpu')\n"
+        "print(existing_folder('owner/name'))\n"
+        "rt.close()\n"
+    )
+    said = as_two_processes(Path("both.py").resolve())
+    assert said.count(f"\n{FOLDER}") + said.startswith(str(FOLDER)) == 2
+    files = [path for path, _ in hub.asked]
+    assert len(files) == len({*files})
+
+
+def test_a_script_begins_from_a_name_and_its_adapter_names_it(hub):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    write_jsonl("chats.jsonl", [{"messages": turns}] * 30)
+    flags = "--init owner/name --data chats.jsonl --replay 0 --steps 2 --batch_size 2 --dtype fp32"
+    run(train_sft, *flags.split(), "--adapter", "lora", out="runs/a")
+    saved = json.loads(Path("runs/a/adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "owner/name" and bases_of("runs/a") == [FOLDER]
+    load_model("runs/a")
+    assert weights_hash("owner/name") == weights_hash(FOLDER)
+    write_jsonl("asked.jsonl", [{"prompt": "hi", "answer": "ho"}])
+    before = sorted(FOLDER.iterdir())
+    evaluate.main(parse(evaluate.Config, None, ["owner/name", "--data", "asked.jsonl"]))
+    assert sorted(FOLDER.iterdir()) == before and not Path("owner").exists()
+
+
+def test_the_cache_is_where_the_page_says():
+    assert download.CACHE == FOLDER.parent

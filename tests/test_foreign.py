@@ -1,0 +1,317 @@
+"""Downloaded model folders: their logits are those of transformers, or they are refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+
+from nanollm import safetensors
+from nanollm.config import UserError
+from nanollm.hub import load_model, save_model
+from nanollm.peft import adapters
+
+TOKENS = torch.randint(270, (2, 64), generator=torch.Generator().manual_seed(0))
+OLD = {"original_max_position_embeddings": 16}
+LLAMA3 = OLD | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "rope_theta": 500.0}
+YARN = OLD | {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0}
+EDGES = {"beta_fast": 3.0, "beta_slow": 0.2, "truncate": False}
+TIED = {"tie_word_embeddings": True}
+SHAPES = {  # name: (model_type, settings, RoPE)
+    "Llama 3": ("Llama", {}, LLAMA3),
+    "SmolLM2": ("Llama", TIED, {"rope_type": "default", "rope_theta": 1e5}),
+    "TinyLlama": ("Llama", {"num_key_value_heads": 4}, {"rope_type": "default"}),
+    "Vicuna 16k": ("Llama", {}, {"rope_type": "linear", "factor": 4.0}),
+    "Qwen2.5": ("Qwen2", TIED, {"rope_type": "default", "rope_theta": 1e6}),
+    "Qwen2.5, YaRN": ("Qwen2", {}, YARN),
+    "Qwen3": ("Qwen3", TIED, {"rope_type": "default", "rope_theta": 1e6}),
+    "Qwen3, YaRN": ("Qwen3", {}, YARN | EDGES),
+    "YaRN, attention factor": ("Llama", {}, YARN | EDGES | {"attention_factor": 0.9}),
+    "YaRN, mscale": ("Llama", {}, YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}),
+    "Mistral": ("Mistral", {"sliding_window": None}, {"rope_type": "default", "rope_theta": 1e6}),
+    "Mistral, a window as long as the context": ("Mistral", {"sliding_window": 64}, LLAMA3),
+}
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def edit(folder, **changes):
+    """Set keys of config.json; ... leaves one out."""
+    values = {k: v for k, v in (config_of(folder) | changes).items() if v is not ...}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def as_transformers_4_wrote(folder, type_key="rope_type"):
+    rope = config_of(folder)["rope_parameters"]
+    theta, kind = rope.pop("rope_theta", 10_000.0), rope.pop("rope_type")
+    old = {"rope_theta": theta, "rope_scaling": {type_key: kind} | rope if rope else None}
+    edit(folder, rope_parameters=..., dtype=..., torch_dtype=config_of(folder)["dtype"], **old)
+
+
+@pytest.fixture
+def download(transformers, randomised, tokenizer, tmp_path):
+    """A folder as transformers writes it, with random weights."""
+
+    def make(name="SmolLM2", dtype=torch.float32, shard="5GB", **changes):
+        kind, settings, rope = SHAPES[name]
+        values = SMALL | {"bos_token_id": None, "eos_token_id": None, "rope_parameters": dict(rope)}
+        if kind == "Qwen2":
+            del values["head_dim"]
+        config = getattr(transformers, f"{kind}Config")(**values | settings | changes)
+        model = randomised(getattr(transformers, f"{kind}ForCausalLM")(config).eval()).to(dtype)
+        model.save_pretrained(tmp_path / "download", max_shard_size=shard)
+        tokenizer.save(tmp_path / "download")
+        return tmp_path / "download"
+
+    return make
+
+
+def their_logits(transformers, folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def close(ours, theirs, tolerance=1e-5):
+    return (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+# --- what is computed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("convention", ["5", "5, bf16, sharded", "4", "4, type"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_equal_transformers_there_and_back(
+    name, convention, download, transformers, tmp_path, capsys
+):
+    dtype = torch.bfloat16 if "bf16" in convention else torch.float32
+    folder = download(name, dtype, "30KB" if "sharded" in convention else "5GB")
+    if convention[0] == "4":
+        as_transformers_4_wrote(folder, convention[3:] or "rope_type")
+    assert (folder / "model.safetensors").exists() == ("sharded" not in convention)
+    wanted = their_logits(transformers, folder)
+    model, tokenizer = load_model(folder)
+    assert close(model(TOKENS), wanted)
+    save_model(model, tokenizer, tmp_path / "saved")
+    assert close(their_logits(transformers, tmp_path / "saved"), wanted)
+    assert "note" not in capsys.readouterr().out  # their own keys are all known
+    assert load_model(tmp_path / "saved")[0].cfg == model.cfg
+
+
+def test_stretching_counts(download):
+    """Else the parity of YaRN would show nothing."""
+    folder = download("Qwen3, YaRN")
+    with torch.no_grad():
+        long = load_model(folder)[0](TOKENS)
+        edit(folder, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+        assert (load_model(folder)[0](TOKENS) - long)[:, 16:].abs().max() > 1
+
+
+def test_where_no_context_of_pretraining_is_said_it_is_the_context(download, transformers):
+    folder = download("Qwen2.5, YaRN")
+    rope = config_of(folder)["rope_parameters"]
+    edit(folder, rope_parameters={k: v for k, v in rope.items() if k not in OLD})
+    assert close(load_model(folder)[0](TOKENS), their_logits(transformers, folder))
+    edit(folder, rope_parameters={k: v for k, v in rope.items() if k not in OLD}, **OLD)
+    assert close(load_model(folder)[0](TOKENS), their_logits(transformers, folder))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+ADVICE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+TWICE, MISSING = "is said twice", "not implemented"
+REFUSED = {  # keys of a config.json: what is said
+    "YaRN beside other RoPE": (
+        {"rope_scaling": ADVICE},
+        "rope_parameters and rope_scaling differ; move all into rope_parameters",
+    ),
+    "two thetas": ({"rope_theta": 10_000.0}, f"rope_theta {TWICE}, 10000.0 and 100000.0"),
+    "two types": ({"rope_parameters": ADVICE | {"type": "linear"}}, f"type {TWICE}"),
+    "two contexts": (
+        {"rope_parameters": ADVICE, "original_max_position_embeddings": 32},
+        f"original_max_position_embeddings {TWICE}, 32 and 16",
+    ),
+    "a theta that is text": (
+        {"rope_parameters": ADVICE | {"rope_theta": "big"}},
+        "incomplete or inconsistent",
+    ),
+    "no factor": ({"rope_parameters": {"rope_type": "linear"}}, "incomplete or .*'factor'"),
+    "a factor of 0": (
+        {"rope_parameters": ADVICE | {"factor": 0.0}},
+        "RoPE can't be computed from .*'factor': 0.0",
+    ),
+    "another stretching": (
+        {"rope_parameters": {"rope_type": "dynamic"}},
+        f"'dynamic' is {MISSING}",
+    ),
+    "sections": ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "differ; move"),
+    "RoPE of each kind of layer": (
+        {"rope_parameters": {"full_attention": ADVICE}},
+        f"RoPE of full_attention is {MISSING}",
+    ),
+    "half of RoPE": ({"partial_rotary_factor": 0.5}, f"partial_rotary_factor 0.5 is {MISSING}"),
+    "half of RoPE, inside": (
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        f"partial_rotary_factor 0.5 is {MISSING}; only 1 is",
+    ),
+    "quantised": (
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        f"quantization_config .* is {MISSING}",
+    ),
+    "a window": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    "a window in a Llama": (
+        {"sliding_window": 32},
+        "sliding_window 32 is shorter than the context",
+    ),
+    "Mistral's silent window": (
+        {"model_type": "mistral", "max_position_embeddings": 8192},
+        "sliding_window 4096 is shorter .*; set max_position_embeddings to 4096",
+    ),
+    "Granite": ({"embedding_multiplier": 12.0}, f"embedding_multiplier 12.0 is {MISSING}; only 1"),
+    "Granite itself": ({"model_type": "granite"}, "model_type must be one of llama, .*'granite'"),
+    "Gemma": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+    "SmolLM3": ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act must be 'silu', not 'gelu'"),
+    "biases": ({"attention_bias": True}, "lacks 6 tensors, such as .*bias"),
+    "other heads": (
+        {"num_attention_heads": 8},
+        r"has shape \[32, 32\], but config.json says \[32, 64\]",
+    ),
+    "no tie": ({"tie_word_embeddings": False}, "lacks 1 tensors, such as lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_contradicts_itself_or_is_not_implemented_is_refused_in_one_line(case, download):
+    change, sentence = REFUSED[case]
+    folder = download()
+    edit(folder, **change)
+    with pytest.raises(UserError, match=sentence) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_a_key_that_stands_twice_in_config_json_is_refused(download):
+    folder = download()
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("{", '{"hidden_act": "gelu", ', 1))
+    with pytest.raises(UserError, match="a key is there twice"):
+        load_model(folder)
+
+
+def change_weights(folder, change):
+    tensors = safetensors.load_folder(folder)
+    change(tensors)
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+QUANTISED = "model.layers.0.mlp.up_proj.weight"
+TENSORS = {
+    "a head that differs from the embedding": (
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}),
+        "lm_head.weight differs from model.embed_tokens.weight, .* say tie_word_embeddings false",
+    ),
+    "a head of another shape": (
+        lambda t: t.update({"lm_head.weight": torch.zeros(300, 32)}),
+        "lm_head.weight differs",
+    ),
+    "a tensor that nobody reads": (
+        lambda t: t.update({"model.mtp.weight": torch.zeros(2)}),
+        "1 tensors that the model in config.json has not, such as model.mtp.weight",
+    ),
+    "biases": (
+        lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
+        "q_proj.bias",
+    ),
+    "eight-bit floats": (
+        lambda t: t.update({QUANTISED: t[QUANTISED].to(torch.float8_e4m3fn)}),
+        f"{QUANTISED} is torch.float8_e4m3fn; quantised weights are not implemented",
+    ),
+    "integers": (
+        lambda t: t.update({QUANTISED: t[QUANTISED].to(torch.int8)}),
+        f"{QUANTISED} is torch.int8; quantised",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_contradict_config_json_are_refused(case, download):
+    change, sentence = TENSORS[case]
+    folder = download()
+    change_weights(folder, change)
+    with pytest.raises(UserError, match=sentence):
+        load_model(folder)
+
+
+def test_a_head_that_differs_is_taken_where_config_json_does_not_tie_it(download, transformers):
+    folder = download()
+    change_weights(
+        folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})
+    )
+    edit(folder, tie_word_embeddings=False)
+    assert close(load_model(folder)[0](TOKENS), their_logits(transformers, folder))
+
+
+# --- what is said --------------------------------------------------------------------------------
+
+
+def test_keys_that_nothing_reads_are_named_once(download, capsys):
+    folder = download("Qwen3")
+    load_model(folder)
+    assert capsys.readouterr().out == ""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "finetuned": True}
+    edit(
+        folder, attention_dropout=0.1, pretraining_tp=2, novel=[1], off=False, rope_parameters=rope
+    )
+    load_model(folder)
+    load_model(folder)
+    notes = capsys.readouterr().out.splitlines()
+    assert notes == [
+        f"note: {folder}/config.json sets attention_dropout, novel, which nothing here reads",
+        f"note: {folder}/config.json sets finetuned, which nothing here reads",
+    ]
+
+
+# --- adapters on them ----------------------------------------------------------------------------
+
+
+def test_an_adapter_opens_in_peft_and_here_wherever_one_stands(
+    download, tmp_path, monkeypatch, transformers
+):
+    peft = pytest.importorskip("peft")
+    base, elsewhere = download(), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_model("download")
+    adapters.attach(model, "lora", adapters.Settings(rank=2), "download")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(0.1 if "lora_B" in name else 0)
+        wanted = model(TOKENS)
+    save_model(model, tokenizer, "runs/lora")
+    monkeypatch.chdir(elsewhere)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "runs/lora").eval()
+    assert close(theirs(TOKENS).logits, wanted)
+    path = tmp_path / "runs/lora/adapter_config.json"
+    for written in (str(base), "download", "../../download", "/gone/runs/download"):
+        path.write_text(json.dumps(config_at(path) | {"base_model_name_or_path": written}))
+        assert close(load_model(tmp_path / "runs/lora")[0](TOKENS), wanted)
+        assert close(load_model(os.path.relpath(tmp_path / "runs/lora"))[0](TOKENS), wanted)
+
+
+def config_at(path):
+    return json.loads(Path(path).read_text())
+
+
+def test_no_adapter_is_trained_on_an_adapter_which_peft_would_open_wrongly(download, tmp_path):
+    base = download()
+    model, tokenizer = load_model(base)
+    save_model(adapters.attach(model, "lora", base=base), tokenizer, tmp_path / "lora")
+    merged, _ = load_model(tmp_path / "lora")
+    with pytest.raises(UserError, match="hub export .*lora --merge --out .*lora_merged"):
+        adapters.attach(merged, "lora", base=tmp_path / "lora")

@@ -1,0 +1,391 @@
+"""What a run is made of: one process writes to its folder, it knows what it began from, and it goes
+on only with the data and the models that it had. A refused --resume changes nothing.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import command, free_port, in_new_folder, refused, run
+
+import data.village
+import distill
+import lora
+import train_dpo
+import train_grpo
+import train_ppo
+import train_pretrain
+import train_rm
+import train_sft
+import train_vlm
+from nanollm import config, evaluate, safetensors
+from nanollm.batches import write_shards
+from nanollm.compare import settings_of
+from nanollm.config import UserError, lock, lock_of, parse, save_config, unlock
+from nanollm.formats import write_jsonl
+from nanollm.hub import load_model, save_model
+from nanollm.optim import build_optimizer
+from nanollm.tokenizer import Tokenizer
+
+WORDS = "owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split()
+SMALL = "--batch_size 3 --dtype fp32 --device cpu --steps 2 --eval_every 2 --warmup 1".split()
+SHAPE = "--layers 1 --channels 32 --heads 2 --context 64 --tokenizer bytes --sample_tokens 4"
+PRETRAIN = [*SMALL, *SHAPE.split()]
+INIT = [*SMALL, "--init", "runs/base"]
+SCRIPTS = {  # run -> (script, its flags, the settings that name what it reads)
+    "pretrain": (
+        train_pretrain,
+        [*PRETRAIN, "--data", "text.txt", "--val_data", "val.txt"],
+        "data val_data",
+    ),
+    "shards": (train_pretrain, [*PRETRAIN, "--data", "shards", "--val_data", "shards"], "data"),
+    "sft": (
+        train_sft,
+        [*INIT, *"--data chats.jsonl --replay_data text.txt --context 48".split()],
+        "init data replay_data",
+    ),
+    "rm": (train_rm, [*INIT, "--data", "pairs.jsonl"], "init data"),
+    "ppo": (
+        train_ppo,
+        [*INIT, *"--reward_model runs/rm --data asked.jsonl --max_new_tokens 8".split()]
+        + ["--eval_prompts", "2"],
+        "init data reward_model",
+    ),
+    "dpo": (
+        train_dpo,
+        [*INIT, *"--data pairs.jsonl --eval_prompts 2 --adapter lora".split()],
+        "init data",
+    ),
+    "grpo": (
+        train_grpo,
+        [*INIT, *"--data asked.jsonl --max_new_tokens 8 --samples 2 --eval_samples 1".split()],
+        "init data",
+    ),
+    "distill": (
+        distill,
+        [*SMALL, *"--teacher runs/base --layers 1 --channels 32 --heads 2 --mlp 32".split()]
+        + "--data chats.jsonl --max_new_tokens 4 --unlabelled 4 --test_data asked.jsonl".split(),
+        "teacher data test_data",
+    ),
+    "lora": (
+        lora,
+        [*INIT, *"--data chats.jsonl --test_data asked.jsonl --context 48".split()]
+        + "--other_data asked.jsonl --other_text text.txt".split(),
+        "init data other_text",
+    ),
+}
+READS = [(name, setting) for name in SCRIPTS for setting in SCRIPTS[name][2].split()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A directory with data, a model, and a run of each script."""
+    with in_new_folder(tmp_path_factory) as folder:
+        Path("val.txt").write_text("the cat sat on the log. " * 20)
+        said = [
+            [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}]
+            for w in WORDS * 3
+        ]
+        write_jsonl("chats.jsonl", [{"messages": messages} for messages in said])
+        pairs = [{"prompt": f"say {w}", "chosen": f"{w} please", "rejected": w} for w in WORDS * 3]
+        write_jsonl("pairs.jsonl", pairs)
+        write_jsonl("asked.jsonl", [{"prompt": f"say {w}", "answer": w} for w in WORDS * 3])
+        write_shards(["the cat sat on the mat. " * 99], Tokenizer.from_bytes(), "shards")
+        run(train_pretrain, *PRETRAIN, "--data", "text.txt", out="runs/base")
+        for name, (module, flags, _) in SCRIPTS.items():
+            run(module, *flags, out=f"runs/{name}")
+    return folder
+
+
+def snapshot():
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def refused_without_a_trace(capsys, module, *flags):
+    before = snapshot()
+    capsys.readouterr()
+    said = refused(capsys, module, *flags)
+    assert snapshot() == before
+    return said
+
+
+@contextlib.contextmanager
+def changed(path):
+    """Inside, a file or model holds something else, of the same size, age and form."""
+    path = Path(path)
+    path = next(path.glob("*.bin"), path / "model.safetensors") if path.is_dir() else path
+    before, stat = path.read_bytes(), path.stat()
+    if path.suffix == ".safetensors":
+        tensors = {name: x + 0.5 for name, x in safetensors.load_file(path).items()}
+        safetensors.save_file(tensors, path, metadata={"format": "pt"})
+    elif path.suffix == ".bin":
+        path.write_bytes(before[:-2] + b"a\0")
+    else:
+        path.write_bytes(before.replace(b"cat", b"cow", 1).replace(b'"ant"', b'"yak"', 1))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.read_bytes() != before and path.stat().st_size == stat.st_size
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+# --- a refused --resume --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, setting", READS)
+def test_a_resume_with_other_data_or_another_model_is_refused(here, capsys, name, setting):
+    module, flags, _ = SCRIPTS[name]
+    named = flags[flags.index(f"--{setting}") + 1]
+    with changed(named):
+        said = refused_without_a_trace(capsys, module, "--out", f"runs/{name}", "--resume")
+    assert f"--{setting} {named} holds something else than when the checkpoint" in said
+
+
+CAUSES = {  # what happens to state.pt, further flags, what is said
+    "no checkpoint": (lambda b: None, [], "no checkpoint was written"),
+    "a damaged one": (lambda b: b[:999], [], "can't be read"),
+    "another optimizer": (lambda b: b, ["--optimizer"], "another shape than the flags ask for"),
+    "data that is gone": (lambda b: b, ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_refused_resume_changes_nothing_on_disk(here, capsys, name):
+    module, _, _ = SCRIPTS[name]
+    path = Path("runs", name, "state.pt")
+    before = path.read_bytes()
+    for damage, flags, why in CAUSES.values():
+        now = damage(before)
+        path.unlink() if now is None else path.write_bytes(now)
+        if flags == ["--optimizer"]:
+            used = json.loads(path.with_name("train_config.json").read_text())["optimizer"]
+            flags = [*flags, "muon" if used == "adamw" else "adamw"]
+        said = refused_without_a_trace(capsys, module, "--out", path.parent, "--resume", *flags)
+        assert why in said
+        path.write_bytes(before)
+    run(module, "--resume", out=path.parent)  # the right command is not refused
+
+
+def test_a_number_of_processes_that_cannot_share_the_batch_changes_nothing(here):
+    both = command("train_sft.py", "--out", "runs/sft", "--resume")
+    where = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    both["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
+    before = snapshot()
+    done = subprocess.run(**both, capture_output=True, text=True)
+    assert "3 rows per step can't be shared by 2 processes" in done.stderr
+    assert snapshot() == before
+
+
+# --- one process for a folder --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Inside, another process writes to the folder; it is killed, and so leaves its lock."""
+    code = f"from nanollm.config import lock; lock({str(folder)!r}); print(flush=True); input()"
+    how = command("", "-c", code) | {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    how["args"] = [sys.executable, "-c", code]
+    process = subprocess.Popen(**how)
+    process.stdout.readline()
+    yield process
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_folder_that_another_process_writes_is_refused(here, capsys, name):
+    module, flags, _ = SCRIPTS[name]
+    with held(f"runs/{name}") as process:
+        for more in (["--resume"], flags):
+            said = refused_without_a_trace(capsys, module, "--out", f"runs/{name}", *more)
+            assert f"is being written by process {process.pid} on {socket.gethostname()}" in said
+    assert lock_of(f"runs/{name}").exists()
+    if name == "pretrain":
+        run(module, "--resume", out=f"runs/{name}")  # the lock counts for nothing any more
+        assert not lock_of(f"runs/{name}").exists()
+
+
+def test_of_two_runs_into_one_folder_one_is_refused(here):
+    flags = [*SCRIPTS["pretrain"][1], "--steps", 300, "--eval_every", 300, "--out", "runs/same"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(**command("train_pretrain.py", *flags), **pipes) for _ in range(2)]
+    said = {process.wait(): process.stderr.read() for process in both}
+    assert said.keys() == {0, 2} and "is being written by process" in said[2]
+    steps = [json.loads(line)["step"] for line in Path("runs/same/metrics.jsonl").open()]
+    assert (
+        steps == sorted(steps) and steps.count(1) == 1 and not Path("runs/same.previous").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    "owner, free",
+    [
+        (
+            f"process {os.getpid()} on {socket.gethostname()}",
+            True,
+        ),  # of one with our number, before
+        (f"process {os.getppid()} on {socket.gethostname()}", False),
+        ("process 1 on elsewhere", False),
+        ("", False),  # just being written
+        ("who knows", False),
+    ],
+)
+def test_a_lock_counts_as_long_as_its_process_may_live(tmp_path, owner, free):
+    path = lock_of(tmp_path / "run")
+    path.write_text(owner)
+    with contextlib.nullcontext() if free else pytest.raises(UserError, match="delete .*run.lock"):
+        lock(tmp_path / "run")
+        lock(tmp_path / "run")  # again, by the same process
+    assert path.exists()
+    unlock(tmp_path / "run")
+    assert path.exists() == (not free)
+
+
+def test_locks_are_given_back_when_the_process_ends(tmp_path):
+    for end in ("", "raise KeyError", "from nanollm.config import leave; leave(3)"):
+        code = f"from nanollm.config import lock; lock({str(tmp_path / 'run')!r}); {end}"
+        how = command("") | {"args": [sys.executable, "-c", code], "stderr": subprocess.DEVNULL}
+        how["env"]["WORLD_SIZE"] = "2"  # where the interpreter's own end is left out
+        subprocess.run(**how)
+        assert list(tmp_path.iterdir()) == []
+    assert config.LOCKS == {}
+
+
+# --- where a run comes from ----------------------------------------------------------------------
+
+
+def write_run(folder, **settings):
+    Path(folder).mkdir(parents=True)
+    Path(folder, "train_config.json").write_text(json.dumps(settings))
+
+
+def of_run_without_a_village(monkeypatch):
+    """village.of_run, which gives (villagers, seed, megabytes) of what it would make."""
+
+    def prepare(n_villagers=32, seed=0, megabytes=8.0):
+        return n_villagers, seed, megabytes
+
+    monkeypatch.setattr(sys.modules[data.village.of_run.__module__], "prepare", prepare)
+    return data.village.of_run
+
+
+@pytest.fixture
+def villages(tmp_path, monkeypatch):
+    """Which village of_run asks for."""
+    monkeypatch.chdir(tmp_path)
+    return of_run_without_a_village(monkeypatch)
+
+
+OF_64 = {"villagers": 64, "seed": 3, "megabytes": 1.0, "init": None}
+CHAINS = {  # settings of runs/b, which began from runs/a; the village, or what is said
+    "it says so itself": (OF_64, (64, 3, 1.0)),
+    "as the earlier run was then": ({"init": "runs/gone", "began_from": OF_64}, (64, 3, 1.0)),
+    "two runs ago": ({"init": "x", "began_from": {"init": "y", "began_from": OF_64}}, (64, 3, 1.0)),
+    "by the folder": ({"init": "runs/a"}, (32, 1, 8.0)),
+    "a downloaded model": ({"init": "owner/name", "began_from": None}, (32, 0, 8.0)),
+    "nothing": ({"init": None}, (32, 0, 8.0)),
+    "a folder that is gone": ({"init": "runs/gone"}, "runs/b began from runs/gone, which isn't"),
+    "gone further back": ({"init": "runs/c"}, "runs/c began from runs/gone, which isn't"),
+}
+
+
+@pytest.mark.parametrize("settings, village", CHAINS.values(), ids=CHAINS)
+def test_a_run_is_asked_about_its_own_village(villages, settings, village):
+    write_run("runs/a", villagers=32, seed=1)
+    write_run("runs/c", init="runs/gone")
+    write_run("runs/b", **settings)
+    with contextlib.nullcontext() if type(village) is tuple else pytest.raises(UserError) as caught:
+        assert villages("runs/b") == village
+    assert caught is None or str(caught.value).startswith(village)
+
+
+@pytest.mark.parametrize("name, origin", [("sft", "init"), ("dpo", "init"), ("distill", "teacher")])
+def test_a_run_keeps_the_settings_of_the_one_it_began_from(here, monkeypatch, name, origin):
+    of_run = of_run_without_a_village(monkeypatch)
+    then = json.loads(Path("runs/base/train_config.json").read_text())
+    now = json.loads(Path(f"runs/{name}/train_config.json").read_text())
+    assert now[origin] == "runs/base" and now["began_from"] == then
+    os.rename("runs/base", "runs/elsewhere")
+    asked = of_run(f"runs/{name}")
+    os.rename("runs/elsewhere", "runs/base")
+    assert asked == (then["villagers"], then["seed"], then["megabytes"])
+
+
+def test_seeds_of_one_kind_still_make_one_row_of_a_comparison(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        cfg = parse(train_sft.Config, None, ["--init", f"runs/p_{seed}", "--seed", str(seed)])
+        save_config(cfg, f"runs/s_{seed}/train_config.json", began_from={"seed": seed})
+    assert settings_of(Path("runs/s_0")) == settings_of(Path("runs/s_1"))
+
+
+# --- what is evaluated stays as it is ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_downloaded_folder_is_not_written_to(here, capsys, adapter):
+    for name in ("mine", "adapter"):
+        shutil.rmtree(name, ignore_errors=True)
+    Path("mine").mkdir()
+    save_model(*load_model("runs/base"), "mine")
+    flags = ["mine", "--data", "asked.jsonl", "--max_new_tokens", "4", "--dtype", "fp32"]
+    if adapter:
+        shutil.copytree("runs/dpo", "adapter")
+        Path("adapter/train_config.json").unlink()
+        flags += ["--adapter", "adapter"]
+        shutil.copy("runs/base/model.safetensors", "mine/model.safetensors")
+    before = snapshot()
+    evaluate.main(parse(evaluate.Config, None, flags))
+    assert snapshot() == before and "--out FILE keeps the result" in capsys.readouterr().out
+    evaluate.main(parse(evaluate.Config, None, [*flags, "--out", "found.json"]))
+    assert snapshot().keys() - before.keys() == {Path("found.json")}
+    Path("found.json").unlink()
+    evaluate.main(parse(evaluate.Config, None, ["runs/sft", *flags[1:5]]))
+    assert snapshot().keys() - before.keys() == {Path("runs/sft/evaluation.json")}
+    Path("runs/sft/evaluation.json").unlink()
+
+
+# --- rates for models that others have trained ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_downloaded_models_are_trained_by_a_preset_and_a_note_says_so(
+    here, capsys, monkeypatch, name
+):
+    module, flags, _ = SCRIPTS[name]
+    flags = [*flags, "--accumulate", "2", "--out", f"runs/preset-{name}"]
+    if name != "distill":
+        flags += ["--init", "runs/base"]
+    monkeypatch.setattr("nanollm.run.DOWNLOADED", 1000)
+    capsys.readouterr()
+    for more, noted in (
+        (["--preset", "downloaded"], False),
+        (["--preset", "tiny"], name != "distill"),  # whose student is new
+        (["--optimizer", "adamw", "--lr", "1e-5"], False),
+    ):
+        cfg = parse(module.Config, module.PRESETS, [*flags, *more])
+        module.main(cfg)
+        assert ("note: " in capsys.readouterr().out) == noted, more
+        if more[1] == "downloaded":
+            assert cfg.optimizer == "adamw" and cfg.lr <= 2e-4 and cfg.checkpoint_activations
+
+
+def test_the_projector_of_a_downloaded_model_learns_at_the_papers_rate():
+    flags = "--preset downloaded --stage align --vision tower".split()
+    cfg = train_vlm.complete_settings(parse(train_vlm.Config, train_vlm.PRESETS, flags))
+    model = torch.nn.ModuleDict({"projector": torch.nn.Linear(2, 2)})
+    rates = [group["lr"] for group in build_optimizer(model, cfg).groups()]
+    assert rates == pytest.approx([1e-3, 1e-3]) and cfg.optimizer == "adamw"
+    flags = "--preset downloaded --stage instruct --lr 1e-5".split()
+    cfg = train_vlm.complete_settings(parse(train_vlm.Config, train_vlm.PRESETS, flags))
+    assert cfg.lr == 1e-5 and cfg.batch_size == 128  # what is typed wins
