@@ -182,7 +182,7 @@ def measure(model, tokenizer, examples, other_examples, windows):
     tasks, completions = accuracy_by_task(model, tokenizer, examples)
     other_tasks, _ = accuracy_by_task(model, tokenizer, other_examples)
     token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
-    bits = bits_per_byte(model, windows, token_bytes, tokenizer.eot_id)[1]
+    bits = bits_per_byte(model, windows, token_bytes, tokenizer.begin[0])[1]
     model.train()
     pairs = list(zip(examples, completions))
     in_any_style = [{k: e[k] for k in e if k not in ("begins", "ends")} for e in examples]

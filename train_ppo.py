@@ -301,7 +301,8 @@ def sample_rollout(cfg, actor, ref, reward_model, tokenizer, gold, examples, noi
     if cfg.reward == "rules":
         raw_scores = torch.tensor([reft_reward(*each) for each in said], device=noise.device)
     else:
-        raw_scores = scores(reward_model, closed(rows, tokenizer))
+        context = reward_model.cfg.max_position_embeddings
+        raw_scores = scores(reward_model, closed(rows, tokenizer, context))
     if gold is not None:
         golds = torch.tensor([gold(*each)["gold"] for each in said], device=noise.device)
     (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)

@@ -245,7 +245,7 @@ def main(cfg):
     T = row_length(cfg.context, model)
     train, val = load_shards_of(cfg, tokenizer)
     windows, val_windows = Windows(train, T), Windows(val, T)
-    eot_id = tokenizer.eot_id if cfg.document_mask and train.documents > 1 else None
+    eot_id = tokenizer.begin[0] if cfg.document_mask and train.documents > 1 else None
     token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
 
     share, tokens_per_step = rt.share(cfg.batch_size), cfg.batch_size * T
@@ -300,8 +300,8 @@ def main(cfg):
 def sample_text(model, tokenizer, cfg, step):
     """A document sampled from scratch."""
     generator = torch.Generator(model.device).manual_seed(cfg.seed + step)
-    stop = {tokenizer.eot_id}
-    prompt, how = [tokenizer.eot_id], {"temperature": 0.8, "generator": generator}
+    stop = {tokenizer.eot_id, tokenizer.begin[0]}
+    prompt, how = tokenizer.begin, {"temperature": 0.8, "generator": generator}
     out = generate(model, [prompt], cfg.sample_tokens, stop_ids=stop, **how)
     return tokenizer.decode(out.lists()[0])
 

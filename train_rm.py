@@ -289,7 +289,8 @@ def own_samples(ref, tokenizer, records, seed, rt):
     """Rows of the reference's own completions, on which a finished reward model's mean is 0."""
     prompts = prompt_ids(records, tokenizer)
     completions = sample_together(rt, ref, tokenizer, prompts, 64, seed=seed)
-    return closed(pad_completions(prompts, completions, tokenizer.pad_id), tokenizer)
+    rows = pad_completions(prompts, completions, tokenizer.pad_id)
+    return closed(rows, tokenizer, ref.cfg.max_position_embeddings)
 
 
 def row_rewards(model, rows):

@@ -195,7 +195,7 @@ def load_text(cfg, tokenizer, model, T):
         parts = ("train", "val")
         shards = [text_shards(folder / f"corpus_{part}.jsonl", tokenizer) for part in parts]
     token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
-    return Windows(shards[0], T - 1), Windows(shards[1], T), token_bytes, tokenizer.eot_id
+    return Windows(shards[0], T - 1), Windows(shards[1], T), token_bytes, tokenizer.begin[0]
 
 
 def replay_count(cfg, others="dialogues"):
@@ -280,7 +280,7 @@ def main(cfg):
     while run.step < cfg.steps:
         rows = train_rows[chat_sampler.take(cfg.batch_size - n_replay)]
         if n_replay:
-            rows = rows.join(replay_rows(text[0], text_sampler.take(n_replay), tokenizer.eot_id))
+            rows = rows.join(replay_rows(text[0], text_sampler.take(n_replay), tokenizer.begin[0]))
         rows = rows[share].to(rt.device)
         num_tokens = rt.sum(rows.mask[:, 1:].sum())  # trained on, in the whole batch
         loss = 0.0

@@ -489,7 +489,7 @@ def train_language(cfg, rt):
         rows = train_rows[samplers[0].take(cfg.batch_size - n_texts)]
         if n_texts:
             rows = rows.join(text_rows[samplers[1].take(n_texts - n_plain)])
-            rows = rows.join(replay_rows(windows, samplers[2].take(n_plain), tokenizer.eot_id))
+            rows = rows.join(replay_rows(windows, samplers[2].take(n_plain), tokenizer.begin[0]))
         rows = rows[share].to(rt.device)
         num_tokens = rt.sum(rows.mask[:, 1:].sum())  # trained on, in the whole batch
         loss = 0.0

@@ -65,9 +65,9 @@ def write_shards(documents, tokenizer, folder):
         documents = iter(documents)
         batches = iter(lambda: list(itertools.islice(documents, 1024)), [])
         for batch in itertools.chain(batches, [[]]):  # the empty one writes the rest
-            for text, ids in zip(batch, tokenizer.encode_batch(batch)):
-                pending.append(np.array([tokenizer.eot_id, *ids], dtype=dtype))
-                tokens += len(ids) + 1
+            for text, ids in zip(batch, tokenizer.documents(batch)):
+                pending.append(np.array(ids, dtype=dtype))
+                tokens += len(ids)
                 text_bytes += len(text.encode())
             count += len(batch)
             if pending and (not batch or sum(map(len, pending)) >= SHARD_TOKENS):

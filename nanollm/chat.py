@@ -93,8 +93,9 @@ class Conversation:
             check_markers([message], len(shown), "the message")
         messages = [*self.messages, message]
         prompt = self.fitting_prompt(messages)
-        completion = self.write(prompt, [each for m in messages for each in m.get("images", [])])
-        self.messages = [*messages, {"role": "assistant", "content": completion}]
+        ids = self.write(prompt, [each for m in messages for each in m.get("images", [])])
+        content = self.tokenizer.decode(ids)
+        self.messages = [*messages, {"role": "assistant", "content": content, "ids": ids}]
         self.shown = []
 
     def fitting_prompt(self, messages):
@@ -116,10 +117,10 @@ class Conversation:
             oldest = next((i for i in turns if i not in kept), turns[0])
             if oldest in showing:
                 say("note: no room is left for the image; show it again", sys.stderr)
-            del messages[oldest]
+            del messages[oldest : oldest + 2]  # with its answer: some templates want both
 
     def write(self, prompt, images):
-        """Stream a completion to stdout; returns it as text. Ctrl-C ends one that has begun, where
+        """Stream a completion to stdout; returns its ids. Ctrl-C ends one that has begun, where
         somebody is there to go on.
         """
         cfg, ids, written = self.cfg, [], ""
@@ -136,9 +137,8 @@ class Conversation:
         except KeyboardInterrupt:
             if not (self.typed and ids):
                 raise
-        text = self.tokenizer.decode(ids)
-        print(text[len(written) :], flush=True)
-        return text
+        print(self.tokenizer.decode(ids)[len(written) :], flush=True)
+        return ids
 
 
 def main(cfg):

@@ -136,7 +136,7 @@ def held_out_text(cfg, model, tokenizer):
     shards = text_shards(path, tokenizer)
     windows = Windows(shards, min(256, model.cfg.max_position_embeddings))
     lengths = token_lengths(tokenizer, model.cfg.vocab_size)
-    nats, bpb = bits_per_byte(model, windows, lengths, tokenizer.eot_id)
+    nats, bpb = bits_per_byte(model, windows, lengths, tokenizer.begin[0])
     print(f"held-out text: {bpb:.4f} bits per byte")
     return {"nats_per_token": nats, "bits_per_byte": bpb}
 

@@ -111,9 +111,10 @@ def completion_rows(records, tokenizer):
     return closed(pad_completions(prompts, completions, tokenizer.pad_id), tokenizer), index
 
 
-def closed(rows, tokenizer):
+def closed(rows, tokenizer, context=None):
     """Rows whose completions end as the template ends a dialogue, which is where a reward model is
-    read: those that have ended with the end of turn and what follows it, which isn't trained on.
+    read: those that have ended with the end of turn and what follows it, which isn't trained on,
+    as far as `context` tokens hold it.
     """
     tail = torch.tensor([tokenizer.end_id, *tokenizer.turn_end], device=rows.tokens.device)
     room, last = len(tail) - 1, rows.last()
@@ -123,6 +124,7 @@ def closed(rows, tokenizer):
     ended = torch.isin(tokens.gather(1, last[:, None])[:, 0], stops).nonzero()  # (E, 1)
     columns = last[ended] + torch.arange(len(tail), device=tokens.device)  # (E, len(tail))
     tokens[ended, columns], real[ended, columns] = tail, True
+    tokens, mask, real = (x[:, :context] for x in (tokens, mask, real))
     return replace(rows, tokens=tokens, mask=mask, real=real)
 
 
@@ -195,7 +197,7 @@ def judge(
     rows = pad_completions(repeated, ids, tokenizer.pad_id)
     best, stats = torch.arange(len(examples)) * best_of, {}
     if reward_model is not None:
-        dialogues = closed(rows, tokenizer)
+        dialogues = closed(rows, tokenizer, reward_model.cfg.max_position_embeddings)
         rewards = in_batches(lambda part: scores(reward_model, part), dialogues, model.device)
         best = best + rewards.view(-1, best_of).argmax(1)
         stats["reward"] = rewards[best].mean().item()

@@ -111,7 +111,7 @@ def zero_prompt(example, tokenizer):
     one.
     """
     text = f"{EXAMPLE} {example['messages'][-1]['content']}"
-    return [tokenizer.eot_id, *tokenizer.encode(text)]
+    return [*tokenizer.begin, *tokenizer.encode(text)]
 
 
 def think_prompt(example, tokenizer):
@@ -119,7 +119,8 @@ def think_prompt(example, tokenizer):
     (2501.12948, table 1), the thought and its tags are described, and rewarded by `think_format`.
     """
     question = f"User: {example['messages'][-1]['content']}\nAssistant:"
-    return tokenizer.encode(DESCRIPTION, special=True) + tokenizer.encode(question)
+    described = tokenizer.encode(DESCRIPTION, special=True)
+    return [*tokenizer.begin, *described, *tokenizer.encode(question)]
 
 
 TEMPLATES = {"chat": chat_prompt, "zero": zero_prompt, "think": think_prompt}
@@ -131,7 +132,7 @@ def prompt_of(example, model, tokenizer, template="chat"):
     ids an image takes.
     """
     if "messages" not in example:
-        return [tokenizer.eot_id, *tokenizer.encode(example["prompt"])]
+        return [*tokenizer.begin, *tokenizer.encode(example["prompt"])]
     if example.get("images"):
         return tokenizer.render(example["messages"], True, model.tokens_per_image)[0]
     return TEMPLATES[template](example, tokenizer)

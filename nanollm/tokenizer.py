@@ -1,16 +1,19 @@
-"""Text to token ids and back: byte-level BPE, special tokens, the chat layout and its loss mask.
+"""Text to token ids and back: byte-level BPE, special tokens, chat templates and their loss mask.
 
 train_bpe     learns the merges                          Sennrich et al. 2016, arXiv:1508.07909
 Tokenizer     encodes with tiktoken, which merges the adjacent pair of lowest rank first; the rank
               of a token, the order in which the trainer made it, is its id
+templates     a chat becomes text by the model's own template (Jinja), or by one of ours where it
+              has none, and ids are made from that text as transformers' apply_chat_template does
 files         tokenizer.json and tokenizer_config.json are read and written as Hugging Face's
-              libraries do: transformers.AutoTokenizer gives the same ids, and its chat template
-              the same ids as `Tokenizer.render`. What would encode differently is refused.
+              libraries do: transformers.AutoTokenizer gives the same ids. What would encode
+              differently is refused.
 """
 
 import functools
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import re
@@ -23,12 +26,24 @@ import tiktoken
 from tqdm import tqdm
 
 from nanollm.config import UserError, atomic_write
+from nanollm.templates import (
+    BREAK,
+    LAYOUTS,
+    NAMED_TOKENS,
+    ROLES,
+    any_of,
+    broken,
+    compiled,
+    layout_template,
+    names_of,
+    own_template,
+    with_arguments,
+)
 
 # What the content of an assistant or tool message may hold as special tokens.
 RESULT_TOKENS = ("<tool_result>", "</tool_result>")
 CONTENT_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", *RESULT_TOKENS)
 # In our own tokenizers these come after the ordinary tokens, in this order.
-ROLES = ("system", "user", "assistant", "tool")
 ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", *ROLE_TOKENS, "<|end|>", *CONTENT_TOKENS, "<image>")
 
@@ -46,19 +61,10 @@ PATTERN = "|".join(
     )
 )
 
-# Chat layouts, role -> (prefix, suffix). The first one whose two marks the vocabulary has is used.
-CHATML = {role: (f"<|im_start|>{role}\n", "<|im_end|>\n") for role in ROLES}
-CHATML["tool"] = ("<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im_end|>\n")
-LLAMA3 = {role: (f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES}
-LLAMA3["tool"] = ("<|start_header_id|>ipython<|end_header_id|>\n\n", "<|eot_id|>")
-OURS = {role: (f"<|{role}|>", "<|end|>") for role in ROLES}
-LAYOUTS = (
-    ("<|im_start|>", "<|im_end|>", CHATML),
-    ("<|start_header_id|>", "<|eot_id|>", LLAMA3),
-    ("<|user|>", "<|end|>", OURS),
-)
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-PAD_NAMES = ("<|pad|>", "<|finetune_right_pad_id|>", "<pad>", *EOT_NAMES)
+PAD_NAMES = ("<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<pad>", *EOT_NAMES, "<unk>")
+# What is kept of a tokenizer_config.json, beside the names of tokens: the rest doesn't change ids.
+KEPT = ("chat_template", "added_tokens_decoder", *(f"{name}_token" for name in NAMED_TOKENS))
 NAMES = ("bytes", "gpt2", "cl100k_base", "o200k_base")
 
 
@@ -148,65 +154,57 @@ def train_bpe(texts, vocab_size):
 # --- the tokenizer -------------------------------------------------------------------------------
 
 
-def with_markers(special, ranks):
+def with_markers(special, ranks, eos=None):
     """`special`, and ours after the last id where it has the marks of no chat layout."""
     if any(mark in special and end in special for mark, end, _ in LAYOUTS):
         return special
-    first = 1 + max(*ranks.values(), *special.values())
-    new = [token for token in SPECIAL_TOKENS if token not in special]
+    first, known = 1 + max(*ranks.values(), *special.values()), {*special}
+    known |= {"<|endoftext|>"} if known & {eos, *EOT_NAMES} else set()
+    new = [token for token in SPECIAL_TOKENS if token not in known]
     return special | {token: first + n for n, token in enumerate(new)}
 
 
-def text_of(message, where):
-    """The content of a message, with its thoughts before and its calls behind it, as the layouts
-    write them. Raises UserError, beginning with `where`, on a malformed message.
-    """
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        role = message.get("role") if isinstance(message, dict) else message
-        raise UserError(f"{where}: role {role!r:.40} must be one of {', '.join(ROLES)}")
-    content, calls = message.get("content"), message.get("tool_calls") or []
-    content = "" if content is None and calls else content
-    if not isinstance(content, str):
-        raise UserError(f'{where}: needs a "content" that is text, in a JSON object')
-    thoughts = message.get("reasoning_content")
-    calls = "".join(f"<tool_call>{call_text(call, where)}</tool_call>" for call in calls)
-    return (f"<think>{thoughts}</think>" if thoughts else "") + content + calls
-
-
-def call_text(call, where):
-    """OpenAI's {"function": {"name", "arguments"}} as nanollm/tools.py reads it."""
-    try:
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        (argument,) = arguments.values()
-        return f"{name}({argument})"
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{where}: a tool call needs a name and one argument") from None
+BLANK = r"[^\S\x1c-\x1f]"  # Unicode's White_Space, which is not quite Python's
 
 
 @functools.cache
 def splitter(tokens):
-    """A compiled pattern whose split() puts the special `tokens` at the odd places."""
-    return re.compile("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
+    """A compiled pattern whose split() puts added tokens at the odd places; the longest goes first.
+
+    tokens: (text, takes the blanks before it, takes those behind it, found after NFC) of each.
+    """
+    texts = [
+        (rf"(?:(?<!{BLANK}){BLANK}+)?" * left)  # from the first blank on: not quadratic in a run
+        + rf"{re.escape(text)}(?!{BREAK})"
+        + f"{BLANK}*" * right
+        for text, left, right, _ in sorted(tokens, key=lambda token: len(token[0]), reverse=True)
+    ]
+    return re.compile(f"({'|'.join(texts)})" if texts else r"\A(?!)()")
 
 
 class Tokenizer:
-    """Byte-level BPE with special tokens.
+    """Byte-level BPE with added tokens.
 
     ranks       {token bytes: id}; of two possible merges the one that makes the lower id goes first
-    special     {text: id} of the tokens that stand for themselves, never cut, never merged
+    special     {text: id} of the added tokens, which are never cut, never merged
     pattern     regex that cuts text into pieces; what it does not match becomes pieces of its own
     nfc         bring text to Unicode's NFC first (Qwen); decoding then gives that form
     source      the tokenizer.json that it came from; its added tokens and post-processor are kept
+    config      the tokenizer_config.json beside it: names of tokens, the chat template
+    stops       ids that end a completion, as a generation_config.json says
 
-    `vocab_size` is the highest id + 1. `eot_id` separates documents, `end_id` ends a turn of a
-    chat, `stop_ids` holds both; foreign vocabularies name them <|im_end|>, <|eot_id|> and so on.
-    Where a foreign vocabulary lacks a byte, text with that byte raises UserError.
+    Markers are the tokens that only a template writes: special ones, and what the template spells.
+    Other added tokens are words, found in any text. `end_id` ends a turn of the assistant, and the
+    template writes the ids `turn_end` behind it. A document is `begin` (what the post-processor
+    puts first, or `eot_id`), its text, and `close`. `vocab_size` is the highest id + 1. Where a
+    foreign vocabulary lacks a byte, text with that byte raises UserError.
     """
 
-    def __init__(self, ranks, special, pattern=PATTERN, nfc=False, source=None):
+    def __init__(
+        self, ranks, special, pattern=PATTERN, nfc=False, source=None, config=None, stops=()
+    ):
         self.ranks, self.special, self.pattern, self.nfc = ranks, special, pattern, nfc
-        self.source = source or {}
+        self.source, self.config, self.stops = source or {}, config or {}, tuple(stops)
         self.vocab_size = 1 + max(*ranks.values(), *special.values())
         # Some foreign vocabularies lack bytes. tiktoken needs all 256: private ids, refused later.
         absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
@@ -219,15 +217,42 @@ class Tokenizer:
             mergeable_ranks=ranks | {byte: id for id, byte in self._absent.items()},
             special_tokens={},
         )
-        end, self.layout = next(
-            (end, layout) for mark, end, layout in LAYOUTS if mark in special and end in special
-        )
-        self.end_id = special[end]
-        self.eot_id = next((special[name] for name in EOT_NAMES if name in special), self.end_id)
-        self.pad_id = next((special[name] for name in PAD_NAMES if name in special), self.end_id)
-        self.stop_ids = {self.eot_id, self.end_id}
-        self.content_tokens = tuple(token for token in CONTENT_TOKENS if token in special)
-        self.start = "<|begin_of_text|>" if "<|begin_of_text|>" in special else ""
+        self.names = names_of(self.config)
+        before, self.close = read_post_processor(self.source)
+        layout = layout_template(special, self.decode(before))
+        self.template = own_template(self.config) or layout
+        self.is_layout, self._compiled = self.template == layout, compiled(self.template)
+        self._find_added()
+        eot = next((special[n] for n in EOT_NAMES if n in special), None)
+        eos = special.get(self.names.get("eos_token"), eot)
+        self.end_id, self.turn_end = self._end_of_turn(eos)
+        self.eot_id = next(id for id in (eot, eos, self.end_id) if id is not None)
+        pads = [special.get(name) for name in (self.names.get("pad_token"), *PAD_NAMES)]
+        ends = None, self.end_id, *self.turn_end  # which transformers would take for padding
+        self.pad_id = next((id for id in pads if id not in ends), self.end_id)
+        self.stop_ids = {*(self.stops or [self.eot_id]), self.end_id}
+        self.begin = before or [self.eot_id]
+        if not self.config:
+            spelt = {id: text for text, id in special.items()}
+            self.config = {"eos_token": spelt[self.end_id], "pad_token": spelt[self.pad_id]}
+            self.names = names_of(self.config)
+
+    def _find_added(self):
+        """How each added token is found in a text, and which of them are markers."""
+        known = {token["content"]: token for token in self.source.get("added_tokens") or ()}
+        flags = {text: known.get(text, {}) for text in self.special}
+        named, marks = {*self.names.values(), *SPECIAL_TOKENS}, set()
+        for text in self.special:
+            spelt = text in self.template and not text[0].isalnum()
+            if spelt or text in named or flags[text].get("special", True):
+                marks.add(text)
+        keys = "lstrip", "rstrip", "normalized"
+        self._added = tuple((t, *(bool(flags[t].get(key)) for key in keys)) for t in self.special)
+        self._markers, self._found = frozenset(marks), splitter(self._added)
+        self._splitters = [  # of words, and of all: before NFC and after it
+            [splitter(tuple(t for t in tokens if t[3] == after)) for after in (False, True)]
+            for tokens in ([t for t in self._added if t[0] not in marks], self._added)
+        ]
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -250,18 +275,24 @@ class Tokenizer:
         """From a name ("bytes", "gpt2", "cl100k_base", "o200k_base"), or from a folder (or file)
         with a byte-level BPE tokenizer.json, ours or foreign.
 
-        A vocabulary without the tokens of a known chat layout gets ours after its last id, so it
-        grows. Raises UserError where nothing is found, or what is found would encode differently.
+        A vocabulary without a chat template and without the tokens of a known layout gets ours
+        after its last id, so it grows. Raises UserError where nothing is found, or what is found
+        would encode differently.
         """
         if name in NAMES:
             return cls.from_bytes() if name == "bytes" else cls._from_tiktoken(name)
-        file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+        folder = Path(name) if Path(name).is_dir() else None
+        file = folder / "tokenizer.json" if folder else Path(name)
         try:
             source = json.loads(file.read_text(encoding="utf-8"))
-            added = {token["content"]: token["id"] for token in source.get("added_tokens") or ()}
+            config, stops = read_config(folder) if folder else ({}, ())
+            source["added_tokens"] = read_added(source, config)
+            added = {token["content"]: token["id"] for token in source["added_tokens"]}
             ranks = read_model(source["model"], added)
             pattern = read_pattern(source.get("pre_tokenizer") or {})
-            return cls(ranks, with_markers(added, ranks), pattern, read_nfc(source), source)
+            eos = names_of(config).get("eos_token")
+            special = added if own_template(config) else with_markers(added, ranks, eos)
+            return cls(ranks, special, pattern, read_nfc(source), source, config, stops)
         except OSError:
             known = f"a directory with a tokenizer.json, or one of {', '.join(NAMES)}"
             raise UserError(f"the tokenizer {name} must be {known}") from None
@@ -285,20 +316,18 @@ class Tokenizer:
     # -- text and ids
 
     def encode(self, text, special=False):
-        """Token ids of `text`. Special tokens in it stay plain text, so that no user can forge a
-        role, unless `special` is true.
+        """Token ids of `text`. Markers in it stay plain text, so that no user can forge a role,
+        unless `special` is true.
         """
-        return self._encode(text, tuple(self.special) if special else ())
-
-    def _encode(self, text, special):
-        """Token ids of `text`, reading the tokens `special` in it as special tokens."""
-        ids = []
-        for n, part in enumerate(splitter(special).split(text) if special else [text]):
+        ids, (first, normalized) = [], self._splitters[special]
+        for n, part in enumerate(first.split(text)):
             if n % 2:
-                ids.append(self.special[part])
-            else:
-                part = unicodedata.normalize("NFC", part) if self.nfc else part
-                ids += self.encoding.encode_ordinary(part)
+                ids.append(self._id(part))
+                continue
+            part = unicodedata.normalize("NFC", part) if self.nfc else part
+            for k, piece in enumerate(normalized.split(part)):
+                piece = piece.replace(BREAK, "") if special else piece
+                ids += [self._id(piece)] if k % 2 else self.encoding.encode_ordinary(piece)
         if self._absent and (absent := [self._absent[id] for id in ids if id in self._absent]):
             raise UserError(
                 f"this tokenizer has no token for the byte {absent[0]!r}: remove the characters "
@@ -306,10 +335,18 @@ class Tokenizer:
             )
         return ids
 
-    def encode_batch(self, texts):
-        """`encode` of each text of a list, on all cores."""
+    def _id(self, token):
+        """The id of an added token, which may have taken blanks around it."""
+        return self.special[token if token in self.special else token.strip()]
+
+    def documents(self, texts):
+        """The ids of each text of a list as a document, on all cores."""
+
+        def document(text):
+            return [*self.begin, *self.encode(text), *self.close]
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self.encode, texts))
+            return list(pool.map(document, texts))
 
     def decode(self, ids):
         """The text that the ids stand for, special tokens included; U+FFFD where it isn't UTF-8."""
@@ -317,74 +354,137 @@ class Tokenizer:
 
     # -- chat
 
-    @functools.cached_property
-    def _affixes(self):
-        """role -> (ids before the content, ids after it)."""
-        return {
-            role: tuple(self.encode(text, special=True) for text in affixes)
-            for role, affixes in self.layout.items()
-        }
-
     def render(self, messages, generation_prompt=False, image_tokens=0):
-        """A chat as (ids, mask): per message the prefix of its role, the content, the suffix.
+        """A chat as (ids, mask), the ids of transformers' apply_chat_template.
 
-        mask is True on what the assistant writes, its content and the end of its turn, save in a
-        message with "loss": false and in what tools have answered in between. Ids are put together
-        turn by turn, and never made from the whole text again. Special tokens in a content are
-        plain text, but for <think>, <tool_call> and their like in what the assistant and the tools
-        say, and <image>, which becomes `image_tokens` placeholders, where that is not 0.
-        `generation_prompt` adds the assistant's prefix. Raises UserError on a malformed message.
+        mask is True on what the assistant writes: what a message adds to the prompt that the
+        messages before it make, up to the end of its turn; not in a message with "loss": false, and
+        not in what tools have answered in between. Such a completion is made into ids on its own,
+        as it is sampled. `generation_prompt` adds the begin of the assistant's turn; that is a
+        prompt, and nothing in it is trained on. In one, a message's "ids" are kept where the
+        template keeps its content.
+
+        Markers in a content are plain text, but for <think>, <tool_call> and their like in what the
+        assistant and the tools say, and <image>, which becomes `image_tokens` placeholders, where
+        that is not 0. Raises UserError on a malformed message, one that the template refuses, and
+        an answer to train on that it writes otherwise in the whole chat.
         """
         if image_tokens and "<image>" not in self.special:
-            raise UserError(
-                "this tokenizer has no token <image>: start from a model of this project, or one "
-                "whose vocabulary has no chat tokens of its own"
-            )
-        ids = self.encode(self.start, special=True)
-        mask = [False] * len(ids)
+            raise UserError("this tokenizer has no token <image>, as a vision-language model's has")
+        messages = [self._read(m, f"message {n}", image_tokens) for n, m in enumerate(messages)]
+        text = self._text(messages, generation_prompt)
+        ids, mask, at = [], [], 0
         for n, message in enumerate(messages):
-            said = text_of(message, f"message {n}")
-            role = message["role"]
-            allowed = self.content_tokens if role in ("assistant", "tool") else ()
-            content = self._encode(said, allowed + ("<image>",) * bool(image_tokens))
-            if image_tokens:
-                image = self.special["<image>"]
-                repeated = ([id] * (image_tokens if id == image else 1) for id in content)
-                content = [id for each in repeated for id in each]
-            before, after = self._affixes[role]
-            ids += before + content + after
-            train = role == "assistant" and message.get("loss") is not False
-            mask += [False] * len(before) + [train and own for own in self.written(content)]
-            # In ChatML a line end follows the end of the turn; nobody needs to write it.
-            mask += [train and id == self.end_id for id in after]
-        if generation_prompt:
-            before = self._affixes["assistant"][0]
-            ids, mask = ids + before, mask + [False] * len(before)
-        return ids, mask
+            trained = message.get("loss") is not False and not generation_prompt
+            if message["role"] != "assistant" or not trained and "ids" not in message:
+                continue
+            if trained:
+                start, said = self._turn(messages[: n + 1], f"message {n}")
+                own = self._ids(said, image_tokens)
+            else:
+                start, said = self._text(messages[:n], True), message["content"]
+                own = message["ids"]
+            if not text.startswith(start + said):
+                if not trained:
+                    continue
+                raise UserError(
+                    f"message {n}: the model's chat template writes this answer otherwise when "
+                    "more follows (without its thoughts, perhaps), so it can't be trained on "
+                    'here: end the dialogue with it, or give it "loss": false'
+                )
+            before = self._ids(text[at : len(start)], image_tokens)
+            ids += before + own
+            mask += [False] * len(before)
+            mask += [*self.written(own[:-1]), True] if trained else [False] * len(own)
+            at = len(start) + len(said)
+        rest = self._ids(text[at:], image_tokens)
+        return ids + rest, mask + [False] * len(rest)
 
     def completion(self, messages, text):
         """(prompt ids, completion ids): the messages up to where the assistant begins, and what it
         writes then, `text` and the end of its turn. Together they begin the ids of `render`.
         """
         prompt, _ = self.render(messages, generation_prompt=True)
-        ids, _ = self.render([*messages, {"role": "assistant", "content": text}])
-        return prompt, ids[len(prompt) : len(ids) - len(self.turn_end)]
-
-    @functools.cached_property
-    def turn_end(self):
-        """Ids that the template writes behind the end of the assistant's turn, often none: with the
-        last of them a dialogue ends.
-        """
-        after = self._affixes["assistant"][1]
-        return after[after.index(self.end_id) + 1 :]
+        turns = [*messages, {"role": "assistant", "content": text}]
+        turns = [self._read(turn, f"message {n}") for n, turn in enumerate(turns)]
+        return prompt, self._ids(self._turn(turns, f"message {len(messages)}")[1])
 
     def with_tokens(self, names):
-        """This tokenizer, with those of the special tokens `names` that it lacks after its last
-        id.
-        """
+        """This tokenizer, with those of the tokens `names` that it lacks after its last id."""
         new = [name for name in names if name not in self.special]
         special = self.special | {name: self.vocab_size + n for n, name in enumerate(new)}
-        return Tokenizer(self.ranks, special, self.pattern, self.nfc, self.source)
+        kept = self.source, self.config | {"chat_template": self.template}, self.stops
+        return Tokenizer(self.ranks, special, self.pattern, self.nfc, *kept)
+
+    def _read(self, message, where, image_tokens=0):
+        """A message as the template is given it, in which no text spells a marker."""
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, dict) else message
+            raise UserError(f"{where}: role {role!r:.40} must be one of {', '.join(ROLES)}")
+        message = {key: value for key, value in message.items() if value is not None}
+        missing = "" if message.get("tool_calls") else None
+        if not isinstance(message.get("content", missing), str):
+            raise UserError(f'{where}: needs a "content" that is text, in a JSON object')
+        if self.is_layout and "tool_calls" in message:
+            message["tool_calls"] = [with_arguments(call, where) for call in message["tool_calls"]]
+        free = CONTENT_TOKENS if message["role"] in ("assistant", "tool") else ()
+        free += ("<image>",) * bool(image_tokens)
+        marks = any_of(self._markers - {*free})
+        shown = broken(message, marks)
+        if "ids" in message:  # what the assistant wrote: its markers are markers
+            parts = itertools.groupby(message["ids"], {*self.special.values()}.__contains__)
+            texts = [(self.decode(ids), marker) for marker, ids in parts]
+            marks = any_of(self._markers)
+            shown["content"] = "".join(t if own else broken(t, marks) for t, own in texts)
+        return shown
+
+    def _text(self, messages, generation_prompt=False):
+        """What the template makes of messages that `_read` has read."""
+        how = {"tools": None, "documents": None, "add_generation_prompt": generation_prompt}
+        try:
+            return self._compiled.render(messages=messages, **self.names, **how)
+        except Exception as error:  # a program from elsewhere: it may raise anything
+            why = str(error).replace(BREAK, "")
+            raise UserError(f"the model's chat template refuses this dialogue: {why}") from None
+
+    def _turn(self, messages, where):
+        """(prompt, completion) of the last message as texts, up to its end of turn."""
+        prompt, whole = self._text(messages[:-1], True), self._text(messages)
+        if not whole.startswith(prompt):
+            raise UserError(
+                f"{where}: the model's chat template begins this answer otherwise than it prompts "
+                f"for one ({prompt[-30:].replace(BREAK, '')!r}), so that it can't be trained on"
+            )
+        for found in self._found.finditer(whole, len(prompt)):
+            if self._id(found[0]) in self.stop_ids:
+                return prompt, whole[len(prompt) : found.end()]
+        raise UserError(
+            f"{where}: the model's chat template writes no token that ends an answer, so that none "
+            "can be trained on"
+        )
+
+    def _ids(self, text, image_tokens=0):
+        """Token ids of what the template wrote."""
+        ids, image = self.encode(text, special=True), self.special.get("<image>")
+        if image_tokens:
+            ids = [id for each in ids for id in [each] * (image_tokens if each == image else 1)]
+        return ids
+
+    def _end_of_turn(self, eos):
+        """(id that ends the assistant's turn, the ids behind it), as the template ends a dialogue;
+        (eos, []) where it writes no such token.
+        """
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "xyzzy"}]
+        try:
+            after = self._text(turns).rpartition("xyzzy")[2]
+        except UserError:  # it wants other turns
+            after = ""
+        for found in self._found.finditer(after):
+            if found[0].strip() in self._markers:
+                return self._id(found[0]), self._ids(after[found.end() :])
+        if eos is None:
+            raise UserError("its chat template ends no turn, and it has no eos_token")
+        return eos, []
 
     def written(self, ids):
         """True for each id that an assistant writes itself, False from <tool_result> to
@@ -398,24 +498,12 @@ class Tokenizer:
             inside = inside and id != end
         return own
 
-    @property
-    def chat_template(self):
-        """`render` in Jinja, except that it cannot tell special tokens from text that spells them.
-
-        In foreign layouts ids may also differ where a content starts with a blank.
-        """
-        return (
-            "{% set affixes = " + json.dumps(self.layout) + " %}"
-            "{{ " + json.dumps(self.start) + " }}{% for m in messages %}"
-            "{{ affixes[m['role']][0] + m['content'] + affixes[m['role']][1] }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ affixes['assistant'][0] }}{% endif %}"
-        )
-
     # -- identity and files
 
     def fingerprint(self):
         """SHA-256, in hex, of all that decides the ids."""
         parts = sorted(self.ranks.items()), sorted(self.special.items()), self.pattern, self.nfc
+        parts += self._added, self.begin, self.close, self.template
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def __eq__(self, other):
@@ -427,20 +515,15 @@ class Tokenizer:
 
     def save(self, folder):
         """Write tokenizer.json, and tokenizer_config.json with the chat template."""
-        names = {id: text for text, id in self.special.items()}
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "eos_token": names[self.end_id],
-            "pad_token": names[self.pad_id],
-            "chat_template": self.chat_template,
-        }
+        config = {"chat_template": self.template} | self.config
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {"clean_up_tokenization_spaces": False}
         atomic_write(Path(folder) / "tokenizer.json", self._json)
         text = json.dumps(config, ensure_ascii=False) + "\n"
         atomic_write(Path(folder) / "tokenizer_config.json", text)
 
 
-# --- tokenizer.json ------------------------------------------------------------------------------
+# --- files of others -----------------------------------------------------------------------------
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same after cuts around each digit, or run of digits: there, blanks go up to the cut.
@@ -452,6 +535,57 @@ PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_TO_CHAR = {b: b for b in PRINTABLE} | {b: 256 + n for n, b in enumerate(OTHERS)}
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+
+
+def read_json(path):
+    """What a JSON file holds; {} where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_config(folder):
+    """(what is kept of tokenizer_config.json, the ids that end a completion) of a model folder."""
+    config = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= read_json(folder / "special_tokens_map.json")
+    if (folder / "chat_template.jinja").is_file():
+        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config = {key: value for key, value in config.items() if key in KEPT}
+    stops = read_json(folder / "generation_config.json").get("eos_token_id")
+    if stops is None:
+        stops = read_json(folder / "config.json").get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [stops] * (stops is not None)
+    return config, stops
+
+
+def read_added(source, config):
+    """The added tokens of tokenizer.json, and those that only tokenizer_config.json names."""
+    added = {token["content"]: token for token in source.get("added_tokens") or ()}
+    for id, token in (config.pop("added_tokens_decoder", None) or {}).items():
+        added.setdefault(token["content"], {"id": int(id), "special": False, **token})
+    for text in names_of(config).values():
+        if text not in added and text in source["model"]["vocab"]:
+            id = source["model"]["vocab"][text]
+            added[text] = {"id": id, "content": text, "special": True, "normalized": False}
+    words = [text for text, token in added.items() if token.get("single_word")]
+    if words:
+        raise UserError(f"its token {words[0]!r} is a single word only")
+    return list(added.values())
+
+
+def read_post_processor(source):
+    """The ids that transformers writes before and after a plain text."""
+    processor = source.get("post_processor") or {"processors": []}
+    ids = [], []
+    for step in processor.get("processors", [processor]):
+        if step["type"] == "TemplateProcessing":
+            after = False
+            for piece in step["single"]:
+                after = after or "Sequence" in piece
+                if "SpecialToken" in piece:
+                    ids[after].extend(step["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+        elif step["type"] != "ByteLevel":
+            raise UserError(f"its post-processor ({step['type']}) is of an unknown kind")
+    return ids
 
 
 def read_model(model, added):
@@ -522,7 +656,12 @@ def to_json(tokenizer):
     vocab = {shown[token]: id for token, id in ranks.items()} | special
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = {
-        text: {"id": id, "content": text, **flags, "special": text.startswith("<|")}
+        text: {
+            "id": id,
+            "content": text,
+            **flags,
+            "special": text.startswith("<|") or text not in SPECIAL_TOKENS,
+        }
         for text, id in special.items()
     } | {token["content"]: token for token in source.get("added_tokens") or ()}
     split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}}

@@ -64,9 +64,8 @@ def test_long_corpora_go_on_in_further_files(count, files, tokenizer, tmp_path, 
 def test_ids_beyond_two_bytes_get_four(vocab_size, dtype, tmp_path):
     large = SimpleNamespace(
         vocab_size=vocab_size,
-        eot_id=vocab_size - 1,
         fingerprint=lambda: "large",
-        encode_batch=lambda texts: [[0, vocab_size - 1] for _ in texts],
+        documents=lambda texts: [[vocab_size - 1, 0, vocab_size - 1] for _ in texts],
     )
     shards = written(["a"], large, tmp_path / "s")
     assert shards.arrays[0].dtype == np.dtype(dtype)

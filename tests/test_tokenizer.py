@@ -184,7 +184,8 @@ def test_the_pattern_cuts_alike_in_the_trainer_tiktoken_regex_and_tokenizers(tex
 def test_random_texts_survive(trained, texts):
     for text in texts:
         assert trained.decode(trained.encode(text)) == text
-    assert trained.encode_batch(texts) == [trained.encode(text) for text in texts]
+    begin = trained.special["<|endoftext|>"]
+    assert trained.documents(texts) == [[begin, *trained.encode(text)] for text in texts]
 
 
 def test_half_of_a_surrogate_pair_becomes_the_replacement_character(trained):
@@ -377,15 +378,13 @@ def test_a_foreign_tokenizer_gives_its_own_ids_and_keeps_them_when_we_save_it(
 
 RENDERED = {  # kind: (a chat, what is trained on, the end of a text)
     "qwen": (
-        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
-        "<|im_start|>assistant\n",
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n",
         "yo<|im_end|>",
         "<|endoftext|>",
     ),
     "llama3": (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nyo<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|start_header_id|>assistant<|end_header_id|>\n\nyo<|eot_id|>",
         "yo<|eot_id|>",
         "<|end_of_text|>",
     ),
@@ -397,7 +396,7 @@ def test_foreign_chat_marks_are_used_where_they_exist(kind, tmp_path):
     peer, ours = foreign(tmp_path, kind), Tokenizer.load(tmp_path)
     whole, learnt, eot = RENDERED[kind]
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    ids, mask = ours.render(chat, generation_prompt=True)
+    ids, mask = ours.render(chat)
     assert ours.decode(ids) == whole
     assert ours.decode([id for id, on in zip(ids, mask) if on]) == learnt
     assert (ours.vocab_size, ours.eot_id) == (peer.get_vocab_size(), peer.token_to_id(eot))

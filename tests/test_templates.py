@@ -1,0 +1,465 @@
+"""Chat templates of others, as transformers renders them: ids, loss masks, folders and stops."""
+
+import itertools
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, randomise
+from helpers import turns
+from jinja2 import TemplateError
+
+from nanollm.batches import pad_completions
+from nanollm.config import UserError
+from nanollm.gpt import GPTConfig, ScalarGPT
+from nanollm.hub import save_model
+from nanollm.preferences import closed, completion_rows, scores
+from nanollm.rollouts import prompt_of
+from nanollm.tokenizer import CONTENT_TOKENS, Tokenizer
+
+transformers = pytest.importorskip("transformers")
+AutoModelForSequenceClassification = transformers.AutoModelForSequenceClassification
+AutoTokenizer = transformers.AutoTokenizer
+
+TEMPLATES = Path(__file__).parent / "templates"
+TEXT = "the cat sat on the mat, and the user asked: what is 2 + 3? assistant: café 5.\n\n" * 3
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+LLAMA3 += ["<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
+SENTENCES = ["<s>", "</s>", "<unk>"]
+THOUGHTS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"]
+THOUGHTS += ["</tool_response>"]
+PHI3 = [
+    "<|endoftext|>",
+    "<unk>",
+    *(f"<|{name}|> r" for name in ("user", "assistant", "system", "end")),
+]
+PHI4 = [f"<|{name}|> lr" for name in ("endoftext", "im_start", "im_sep", "im_end")]
+R1 = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
+GEMMA = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+
+# templates/NAME.jinja has the constructs of a real family:
+# NAME: (special tokens, other added tokens, bos_token, eos_token)
+FAMILIES = {
+    "qwen2": (CHATML, THOUGHTS[2:4], None, "<|im_end|>"),  # a default system prompt
+    "qwen3": (CHATML, THOUGHTS, None, "<|im_end|>"),  # drops the thoughts of earlier turns
+    "qwen3_thinking": (
+        CHATML,
+        THOUGHTS[:2],
+        None,
+        "<|im_end|>",
+    ),  # <think> in the generation prompt
+    "r1": (R1[:2], [*R1[2:], *THOUGHTS[:2]], *R1[:2]),  # there, and thoughts are dropped
+    "zephyr": (SENTENCES, [], "<s>", "</s>"),  # line ends between statements
+    "phi3": (PHI3, [], None, "<|endoftext|>"),  # ends with another token than a turn
+    "phi4": (PHI4, [], "<|endoftext|>", "<|im_end|>"),  # marks that take the blanks around them
+    "llama3": (LLAMA3, [], "<|begin_of_text|>", "<|eot_id|>"),  # the date, ipython, trim
+    "llama2": (SENTENCES, [], "<s>", "</s>"),  # the system prompt in the first turn
+    "mistral": ([*SENTENCES, "[INST]", "[/INST]"], [], "<s>", "</s>"),  # and in the last one
+    "gemma": (GEMMA, [], "<bos>", "<eos>"),  # a model for an assistant, and no system
+    "smollm3": (CHATML, THOUGHTS[:2], None, "<|im_end|>"),  # generation marks, a macro, continue
+    "olmo": (
+        ["<|endoftext|>", "<|padding|>"],
+        [],
+        "<|endoftext|>",
+        "<|endoftext|>",
+    ),  # one token for all
+}
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"what": "2 + 3 – é"}}}
+DIALOGUES = [
+    turns("what is 2 + 3?", "5."),
+    [{"role": "system", "content": "be brief. "}, *turns("  the cat\n\n", "sat")],
+    turns("a", "b", "what is 2?\n", "2", "and é?", "5 \n"),
+    turns("a", "<think>\nthe cat\n</think>\n\n5.\n"),
+    turns("a", "<think>no</think>b", "c", "<think>yes</think>d"),
+    [*turns("a"), {"role": "assistant", "content": "5", "reasoning_content": "2 + 3\n"}],
+    [*turns("a"), {"role": "assistant", "content": None, "tool_calls": [CALL]},
+     {"role": "tool", "content": "5\n"}, {"role": "assistant", "content": "it is 5"}],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base():
+    """tokenizer.json of a byte-level BPE without added tokens."""
+    t = pytest.importorskip("tokenizers")
+    peer = t.Tokenizer(t.models.BPE())
+    level = t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    steps = [t.pre_tokenizers.Split(t.Regex(SPLIT), "isolated"), level]
+    peer.normalizer, peer.decoder = t.normalizers.NFC(), t.decoders.ByteLevel()
+    peer.pre_tokenizer = t.pre_tokenizers.Sequence(steps)
+    trainer = {"vocab_size": 330, "initial_alphabet": t.pre_tokenizers.ByteLevel.alphabet()}
+    peer.train_from_iterator([TEXT], t.trainers.BpeTrainer(show_progress=False, **trainer))
+    return peer.to_str()
+
+
+def write(folder, base, special=(), words=(), own=None, spec=None, **files):
+    """A downloaded folder; "<x> lr" is a token that takes the blanks on its left and right."""
+    source = json.loads(base)
+    first = len(source["model"]["vocab"])
+    for n, text in enumerate([*special, *words]):
+        content, _, sides = text.partition(" ")
+        token = {"id": first + n, "content": content, "single_word": False}
+        token |= {"lstrip": "l" in sides, "rstrip": "r" in sides}
+        is_word = n >= len(special)
+        source["added_tokens"].append(token | {"normalized": is_word, "special": not is_word})
+    folder.mkdir(exist_ok=True)
+    files["tokenizer"] = source | (spec or {})
+    files["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast", **(own or {})}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def downloaded(folder, base, family):
+    special, words, bos, eos = FAMILIES[family]
+    template = (TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8")
+    named = {"bos_token": bos, "eos_token": eos, "chat_template": template}
+    return write(folder, base, special, words, named)
+
+
+def theirs(folder, messages, generation_prompt=False):
+    """The ids of transformers, or None where it refuses."""
+    peer = AutoTokenizer.from_pretrained(folder)
+    how = {"tokenize": True, "return_dict": False, "add_generation_prompt": generation_prompt}
+    try:
+        return peer.apply_chat_template(messages, **how)
+    except (TemplateError, TypeError):
+        return None
+
+
+def ours(tokenizer, messages, generation_prompt=False):
+    try:
+        return tokenizer.render(messages, generation_prompt)[0]
+    except UserError:
+        return None
+
+
+def learnt(tokenizer, messages):
+    """What is trained on, as text."""
+    ids, mask = tokenizer.render(messages)
+    return tokenizer.decode([id for id, trained in zip(ids, mask) if trained])
+
+
+# --- ids -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_models_own_template_gives_transformers_ids_and_so_does_what_we_save(
+    family, base, tmp_path
+):
+    folder = downloaded(tmp_path / "a", base, family)
+    tokenizer = Tokenizer.load(folder)
+    own = FAMILIES[family][0] + FAMILIES[family][1]
+    assert tokenizer.vocab_size == len(json.loads(base)["model"]["vocab"]) + len(own)
+    tokenizer.save(tmp_path / "ours")
+    assert Tokenizer.load(tmp_path / "ours") == tokenizer
+    for chat in DIALOGUES:
+        for end in range(1, len(chat) + 1):
+            prompt = theirs(folder, chat[:end], True)
+            assert ours(tokenizer, chat[:end], True) == prompt, chat[:end]
+            assert theirs(tmp_path / "ours", chat[:end], True) == prompt
+        whole = theirs(folder, chat)
+        assert theirs(tmp_path / "ours", chat) == whole
+        assert ours(tokenizer, chat) in (whole, None)  # which of them are refused: see below
+
+
+def test_our_own_template_gives_transformers_ids_too(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    for chat in DIALOGUES:
+        for prompt in (True, False):
+            assert tokenizer.render(chat, prompt)[0] == theirs(tmp_path, chat, prompt)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, None])
+def test_no_text_that_spells_a_marker_becomes_one(family, base, tokenizer, tmp_path):
+    if family:
+        tokenizer = Tokenizer.load(downloaded(tmp_path, base, family))
+    noise, pieces = random.Random(0), [*tokenizer.special, *"<|>/ \n", "im_", "end|>", "think", "a"]
+    markers = {*tokenizer.special.values()}
+    free = {tokenizer.special.get(text) for text in CONTENT_TOKENS}
+    for _ in range(100):
+        texts = ["".join(noise.choices(pieces, k=noise.randrange(1, 9))) for _ in range(3)]
+        user, said = texts[0] + "a", "b" + texts[1] + "b"
+        prompt, _ = tokenizer.render(turns(user), True)
+        found = Counter(id for id in prompt if id in markers)
+        wanted = tokenizer.render(turns("a"), True)[0]
+        assert found == Counter(id for id in wanted if id in markers), user
+        if family != "r1":  # which takes no answers to train on
+            ids = tokenizer.completion(turns("a"), said)[1]
+            assert sum(id in markers - free for id in ids) == 1 and ids[-1] == tokenizer.end_id
+        assert not markers & set(tokenizer.encode(user))
+
+
+# --- what is trained on --------------------------------------------------------------------------
+
+Q3, THINK = "<think>\n%s\n</think>\n\n%s<|im_end|>", "begins this answer otherwise"
+TRAINED = [  # family, number of the dialogue, what is trained on, or why it isn't
+    ("qwen2", 2, "b<|im_end|>2<|im_end|>5 \n<|im_end|>"),
+    ("qwen3", 0, Q3 % ("", "5.")),
+    ("qwen3", 3, Q3 % ("the cat", "5.\n")),
+    ("qwen3", 5, Q3 % ("2 + 3", "5")),
+    ("qwen3", 4, "message 1: .*writes this answer otherwise when more follows"),
+    ("qwen3_thinking", 3, "the cat\n</think>\n\n5.\n<|im_end|>"),
+    ("r1", 3, THINK),
+    ("zephyr", 0, "5.</s>"),
+    ("phi3", 2, "b<|end|>2<|end|>5 \n<|end|>"),
+    ("phi4", 2, "b<|im_end|>2<|im_end|>5<|im_end|>"),
+    ("llama2", 1, " sat </s>"),
+    (
+        "llama3",
+        6,
+        '{"name": "add", "parameters": {"what": "2 + 3 – é"}}<|eot_id|>it is 5<|eot_id|>',
+    ),
+    ("mistral", 0, "5.</s>"),
+    ("mistral", 1, THINK),
+    ("gemma", 2, "b<end_of_turn>2<end_of_turn>5<end_of_turn>"),
+    ("gemma", 1, "refuses this dialogue: System role not supported"),
+    ("smollm3", 4, "<think>no</think>b<|im_end|><think>yes</think>d<|im_end|>"),
+    ("olmo", 2, "b<|endoftext|>2<|endoftext|>5 \n<|endoftext|>"),
+]
+
+
+@pytest.mark.parametrize("family, number, wanted", TRAINED)
+def test_what_the_template_adds_to_its_prompt_is_trained_on(family, number, wanted, base, tmp_path):
+    tokenizer, chat = Tokenizer.load(downloaded(tmp_path, base, family)), DIALOGUES[number]
+    if ours(tokenizer, chat) is None:
+        with pytest.raises(UserError, match=wanted):
+            tokenizer.render(chat)
+    else:
+        assert learnt(tokenizer, chat) == wanted
+        text, ids = chat[-1]["content"], tokenizer.render(chat)[0]
+        if "reasoning_content" not in chat[-1]:
+            prompt, completion = tokenizer.completion(chat[:-1], text)
+            assert prompt == tokenizer.render(chat[:-1], True)[0]
+            assert ids == prompt + completion + tokenizer.turn_end
+
+
+def test_earlier_answers_that_are_not_trained_on_need_not_be_written_alike(base, tmp_path):
+    tokenizer = Tokenizer.load(downloaded(tmp_path, base, "qwen3"))
+    chat = [dict(turn) for turn in DIALOGUES[4]]
+    chat[1]["loss"] = False
+    assert learnt(tokenizer, chat) == Q3 % ("yes", "d")
+    assert tokenizer.decode(tokenizer.render(chat)[0]).count("no") == 0  # as the makers meant it
+
+
+def test_a_completion_is_made_into_ids_on_its_own_as_it_is_sampled(base, tmp_path):
+    tokenizer = Tokenizer.load(downloaded(tmp_path, base, "qwen2"))
+    prompt, completion = tokenizer.completion(turns("a"), "\n\nb")  # "\n\n\n" would be one piece
+    assert tokenizer.render(turns("a", "\n\nb"))[0][: len(prompt)] == prompt
+    assert tokenizer.decode(completion) == "\n\nb<|im_end|>"
+
+
+def test_a_conversation_keeps_the_ids_that_were_generated(base, tokenizer, tmp_path):
+    spelt = tokenizer.encode("2</think>") + tokenizer.encode("<think>", special=True)
+    said = {"role": "assistant", "content": tokenizer.decode(spelt), "ids": spelt}
+    prompt = tokenizer.render([*turns("a"), said, *turns("b")], True)[0]
+    assert prompt[3 + 1 : 3 + 1 + len(spelt)] == spelt  # user, a, end, assistant
+    qwen = Tokenizer.load(downloaded(tmp_path, base, "qwen3"))
+    end = qwen.special["</think>"]
+    odd = [qwen.ranks[bytes([byte])] for byte in b"the cat"]  # not how text is merged
+    ids = [qwen.special["<think>"], *qwen.encode("x</think>y"), end, *odd]
+    said = {"role": "assistant", "content": qwen.decode(ids), "ids": ids}
+    prompt = qwen.render([*turns("a"), said, *turns("b")], True)[0]
+    assert end not in prompt and "x" not in qwen.decode(prompt)  # thoughts are left out as ever
+    said = {"role": "assistant", "content": qwen.decode(odd), "ids": odd}
+    prompt = qwen.render([*turns("a"), said, *turns("b")], True)[0]
+    assert any(prompt[n : n + len(odd)] == odd for n in range(len(prompt)))
+
+
+@pytest.mark.parametrize(
+    "arguments, written",
+    [({"e": "2 + 2"}, "(2 + 2)"), ('{"e": 4}', "(4)"), ({"a": 1, "b": 2}, None), ("5", None)],
+)
+def test_thoughts_and_calls_are_written_as_our_tools_read_them(arguments, written, tokenizer):
+    call = {"type": "function", "function": {"name": "calculator", "arguments": arguments}}
+    said = {"role": "assistant", "reasoning_content": "hm", "tool_calls": [call], "content": None}
+    if written is None:
+        with pytest.raises(UserError, match="a tool call"):
+            tokenizer.render([*turns("a"), said])
+    else:
+        text = f"<think>hm</think><tool_call>calculator{written}</tool_call><|end|>"
+        assert learnt(tokenizer, [*turns("a"), said]) == text
+        assert tokenizer.render([*turns("a"), said])[0][4:] == tokenizer.encode(text, special=True)
+
+
+# --- templates in files --------------------------------------------------------------------------
+
+
+def test_a_template_in_its_own_file_and_the_default_of_several_are_found(base, tmp_path):
+    several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "a{{ 1 }}"}]
+    folder = write(tmp_path, base, CHATML, own={"chat_template": several, "eos_token": "</s>"})
+    assert Tokenizer.load(folder).template == "a{{ 1 }}"
+    (folder / "chat_template.jinja").write_text("b")
+    assert Tokenizer.load(folder).template == "b"
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="malformed"):
+        Tokenizer.load(write(tmp_path, base, CHATML, own={"chat_template": several[:1]}))
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ x", "{% for m in messages %}", 5])
+def test_a_broken_template_is_one_clear_line(template, base, tmp_path):
+    with pytest.raises(UserError, match="tokenizer.json: .*malformed"):
+        Tokenizer.load(write(tmp_path, base, CHATML, own={"chat_template": template}))
+
+
+@pytest.mark.parametrize("attack", ["''.__class__.__mro__", "messages.append(1)", "1 // 0"])
+def test_a_template_runs_in_a_sandbox(attack, base, tmp_path):
+    folder = write(tmp_path, base, CHATML, own={"chat_template": "{{" + attack + "}}"})
+    with pytest.raises(UserError, match="refuses this dialogue"):
+        Tokenizer.load(folder).render(turns("a"))
+
+
+# --- stops, begins, added tokens -----------------------------------------------------------------
+
+CHATML_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+CHATML_TEMPLATE += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "generation, config, stops",
+    [
+        ({"eos_token_id": [0, 7]}, {"eos_token_id": 1}, {0, 7}),
+        ({"eos_token_id": 7}, {}, {7}),
+        ({}, {"eos_token_id": [5]}, {5}),
+        ({}, {}, {"<|endoftext|>"}),
+    ],
+)
+def test_what_stops_a_completion_is_what_the_folder_says_and_the_end_of_turn(
+    generation, config, stops, base, tmp_path
+):
+    own = {"chat_template": CHATML_TEMPLATE, "eos_token": "<|im_end|>"}
+    files = {"generation_config": generation, "config": config}
+    tokenizer = Tokenizer.load(write(tmp_path, base, CHATML, own=own, **files))
+    stops = {tokenizer.special.get(stop, stop) for stop in stops}
+    assert tokenizer.stop_ids == stops | {tokenizer.special["<|im_end|>"]}
+
+
+def bos(*pieces, base):
+    """A post-processor of these texts around a text "A"."""
+    first = len(json.loads(base)["model"]["vocab"])
+    ids = {
+        text: {"id": text, "ids": [first + n], "tokens": [text]} for n, text in enumerate(SENTENCES)
+    }
+    kinds = [{"Sequence" if p == "A" else "SpecialToken": {"id": p, "type_id": 0}} for p in pieces]
+    return {"type": "TemplateProcessing", "single": kinds, "pair": kinds, "special_tokens": ids}
+
+
+@pytest.mark.parametrize(
+    "pieces, config",
+    [
+        (["<s>", "A"], {}),
+        (["<s>", "A", "</s>"], {}),
+        (["A"], {}),
+        (
+            ["<s>", "A"],
+            {"add_bos_token": False, "add_eos_token": True},
+        ),  # which transformers ignores
+    ],
+)
+def test_a_document_and_a_cloze_prompt_begin_as_the_post_processor_wants(
+    pieces, config, base, tmp_path
+):
+    config = {"bos_token": "<s>", "eos_token": "</s>", **config}
+    spec = {"post_processor": bos(*pieces, base=base)}
+    folder = write(tmp_path / "a", base, SENTENCES, own=config, spec=spec)
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.save(tmp_path / "ours")
+    for place in (folder, tmp_path / "ours"):
+        own, peer = Tokenizer.load(place), AutoTokenizer.from_pretrained(place)
+        wanted = peer("the cat")["input_ids"]
+        begins = wanted[0] == own.special["<s>"]
+        assert own.documents(["the cat"])[0][not begins :] == wanted
+        begin = own.special["<s>" if begins else "</s>"]
+        assert prompt_of({"prompt": "the"}, None, own)[0] == begin
+    assert "<|endoftext|>" not in tokenizer.special  # </s> is trained, a new token is not
+    chat = tokenizer.decode(tokenizer.render(turns("a"), True)[0])
+    assert chat == "<s>" * begins + "<|user|>a<|end|><|assistant|>"
+
+
+FLAGS = ["lstrip", "rstrip", "normalized"]
+
+
+@pytest.mark.parametrize("nfc", [True, False])
+@pytest.mark.parametrize("flags", itertools.product([False, True], repeat=3))
+def test_words_that_were_added_are_found_in_any_text(flags, nfc, base, tmp_path):
+    spec = json.loads(base)
+    first, flags = len(spec["model"]["vocab"]), dict(zip(FLAGS, flags))
+    words = ["<sep>", "dog", "ŏ", "dog house", "<|x|>"]
+    spec["added_tokens"] = [
+        {"id": first + n, "content": w, "single_word": False, "special": w == "<|x|>"} | flags
+        for n, w in enumerate(words)
+    ]
+    spec["added_tokens"][0]["normalized"] = not flags["normalized"]
+    spec["normalizer"] = spec["normalizer"] if nfc else None
+    folder = write(tmp_path / "a", base, spec=spec)
+    tokenizer, peer = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.save(tmp_path / "ours")
+    after = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    noise, pieces = (
+        random.Random(1),
+        [*words, *" \n\xa0\x1cao", "  ", "o\u0306", "house", "<", "sep>"],
+    )
+    for _ in range(300):
+        text = "".join(noise.choices(pieces, k=noise.randrange(1, 12)))
+        wanted = peer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text, special=True) == wanted, text
+        assert after(text, add_special_tokens=False)["input_ids"] == wanted, text
+        if "<|x|>" not in text:
+            assert tokenizer.encode(text) == wanted
+
+
+def test_a_token_that_only_matches_whole_words_is_refused(base, tmp_path):
+    word = {"id": 999, "content": "cat", "single_word": True, "special": False}
+    with pytest.raises(UserError, match="single word"):
+        Tokenizer.load(write(tmp_path, base, spec={"added_tokens": [word]}))
+
+
+def test_tokens_are_added_behind_the_last_id_and_only_where_they_lack(base, tmp_path):
+    tokenizer = Tokenizer.load(downloaded(tmp_path / "a", base, "qwen2"))
+    more = tokenizer.with_tokens(["<image>", "<|im_end|>"])
+    assert more.special == tokenizer.special | {"<image>": tokenizer.vocab_size}
+    assert (more.template, more.stop_ids) == (tokenizer.template, tokenizer.stop_ids)
+    shown = [{"role": "user", "content": "<image>a"}]
+    assert more.render(shown, True, 3)[0].count(more.special["<image>"]) == 3
+    assert more.render(shown, True)[0] == tokenizer.render(shown, True)[0]  # in letters
+    more.save(tmp_path / "ours")
+    assert Tokenizer.load(tmp_path / "ours") == more
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen2", "zephyr", "phi3", "gemma", "llama3", "olmo"])
+def test_a_reward_is_read_where_transformers_reads_it_after_its_chat_template(
+    family, base, tmp_path
+):
+    folder = downloaded(tmp_path / "a", base, family)
+    tokenizer, chat = Tokenizer.load(folder), DIALOGUES[0]
+    cfg = GPTConfig(**SMALL | {"vocab_size": 400, "max_position_embeddings": 128})
+    model = randomise(ScalarGPT(cfg)).eval()
+    save_model(model, tokenizer, tmp_path / "ours")
+    peer = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32
+    )
+    ids = torch.tensor([theirs(folder, chat)])
+    wanted = peer(ids, attention_mask=torch.ones_like(ids)).logits[:, 0]
+    record = {"messages": chat[:1], "completions": [chat[1]["content"], "a"]}
+    rows, _ = completion_rows([record], tokenizer)
+    torch.testing.assert_close(scores(model, rows)[:1], wanted, atol=1e-5, rtol=1e-5)
+    assert rows.tokens[0][rows.mask[0]][-1] == tokenizer.end_id  # policies learn to end there
+    prompt, sampled = tokenizer.completion(chat[:1], chat[1]["content"])
+    for stop in tokenizer.stop_ids:  # however it has ended
+        rows = pad_completions([prompt], [[*sampled[:-1], stop]], tokenizer.pad_id)
+        reward = scores(model, closed(rows, tokenizer))
+        torch.testing.assert_close(reward, wanted, atol=1e-5, rtol=1e-5)
+        assert rows.tokens[0, -1] == stop  # as it was sampled
+        full = rows.tokens.shape[1]  # a context that holds nothing behind the turn
+        assert closed(rows, tokenizer, full).last().tolist() == [full - 1]
