@@ -52,7 +52,7 @@ def load_preferences(cfg, model, tokenizer, rt, village_of, annotate):
     def fitting(record, where):
         for text in record["completions"]:
             prompt, completion = tokenizer.completion(record["messages"], text)
-            long = len(prompt) + len(completion) > most
+            long = len(prompt + completion + tokenizer.turn_end) > most
             need_usable(not long, where, f"longer than the model's {most} tokens")
         pair = len(record["completions"]) > 1
         need(pair or cfg.loss == "kto", where, "one completion and its label are for --loss kto")

@@ -116,14 +116,17 @@ def layout_template(special, start):
 
 
 def with_arguments(call, where):
-    """OpenAI's {"function": {"name", "arguments"}} with the arguments as a dict."""
+    """OpenAI's {"function": {"name", "arguments"}} with the arguments, of which our tools take
+    one, as a dict.
+    """
     try:
         function = call["function"]
         arguments = function["arguments"]
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        return {**call, "function": {"name": function["name"], "arguments": {**arguments}}}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{where}: a tool call needs a function's name and arguments") from None
+        [_] = arguments.values()
+        return {**call, "function": {"name": function["name"], "arguments": arguments}}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{where}: a tool call needs a name and one argument") from None
 
 
 # --- contents ---
