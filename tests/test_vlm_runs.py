@@ -413,7 +413,7 @@ REFUSED = {
     "long caption": ([*CLIP, "--data", "long.jsonl"], "has 201 tokens, more than 128"),
     "captions for align": ([*ALIGN, "--data", "captions.jsonl"], 'needs "messages"'),
     "damaged image": ([*CLIP, "--data", "damaged.jsonl"], "damaged.png can't be opened"),
-    "one record": ([*CLIP, "--data", "single.jsonl", "--val_data", "none"], "leave none to train"),
+    "one record": ([*CLIP, "--data", "single.jsonl", "--val_data", "none"], "too few records"),
     "negatives don't divide": ([*CLIP, "--hard_negatives", 5], "must divide --batch_size 12"),
     "negatives of more": (
         [*CLIP, "--hard_negatives", 24, "--batch_size", 24], "needs as many captions; there are 12"
