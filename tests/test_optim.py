@@ -161,14 +161,16 @@ def named_groups(model, optimizer):
     "shape", [{}, {"tie_word_embeddings": False}, {"attention_bias": True, "qk_norm": False}]
 )
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_each_trained_parameter_is_in_one_group_and_only_matrices_decay(kind, shape):
+@pytest.mark.parametrize("frozen", [True, False])
+def test_each_trained_parameter_is_in_one_group_and_only_matrices_decay(frozen, kind, shape):
     model, wanted = small_gpt(**shape), {}
-    model.model.embed_tokens.weight.requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_(not frozen)
     for name, p in model.named_parameters():
         by_muon = kind == "muon" and "layers" in name and p.dim() == 2
         optimizer = ("Muon", 0.02) if by_muon else ("AdamW", 3e-3)
         wanted[name] = *optimizer, 0.1 if p.dim() == 2 else 0.0
-    del wanted["model.embed_tokens.weight"]
+    if frozen:
+        del wanted["model.embed_tokens.weight"]
     assert named_groups(model, build(model, kind)) == wanted
 
 
