@@ -156,16 +156,8 @@ class Config(AdapterConfig, TrainConfig):
 
 PRESETS = {
     "smoke": dict(images=100, steps=6, batch_size=8, eval_every=3, warmup=2, test_examples=2),
-    "gpu": dict(
-        image_size=224,
-        patch_size=14,
-        vision_layers=12,
-        vision_channels=512,
-        projector="pixel_shuffle",
-        class_token=False,
-        context=1024,
-        compile=True,
-    ),
+    "gpu": dict(image_size=224, patch_size=14, vision_layers=12, vision_channels=512)
+    | dict(projector="pixel_shuffle", class_token=False, context=1024, compile=True),
 }
 BY_STAGE = {
     "clip": dict(steps=250, batch_size=128, muon_lr=0.01, lr=2e-3, weight_decay=1.0),
