@@ -159,16 +159,8 @@ class Config(AdapterConfig, TrainConfig):
 
 PRESETS = {
     "smoke": dict(images=100, steps=6, batch_size=8, eval_every=3, warmup=2, test_examples=2),
-    "gpu": dict(
-        image_size=224,
-        patch_size=14,
-        vision_layers=12,
-        vision_channels=512,
-        projector="pixel_shuffle",
-        class_token=False,
-        context=1024,
-        compile=True,
-    ),
+    "gpu": dict(image_size=224, patch_size=14, vision_layers=12, vision_channels=512)
+    | dict(projector="pixel_shuffle", class_token=False, context=1024, compile=True),
     # a downloaded language model, and for align a downloaded tower (--vision): as LLaVA-1.5 (Liu et
     # al. 2023, arXiv:2310.03744); rates and batches are in DOWNLOADED
     "downloaded": dict(

@@ -374,12 +374,13 @@ def noise_by_prompt(prompts, shape, device, generator=None):
     on the generator alone: neither on its neighbours nor on the order. Equal prompts draw on.
     """
     on = "cpu" if generator is None else generator.device
-    seed, drawn, noise = torch.randint(2**62, (), generator=generator, device=on).item(), {}, []
-    for prompt in map(tuple, prompts):
+    seed, drawn = torch.randint(2**62, (), generator=generator, device=on).item(), {}
+    noise = torch.empty((len(prompts), *shape), dtype=cdf_dtype(device))
+    for row, prompt in zip(noise, map(tuple, prompts)):
         if prompt not in drawn:
             drawn[prompt] = torch.Generator().manual_seed(hash((seed, prompt)) % 2**63)
-        noise.append(torch.rand(shape, dtype=cdf_dtype(device), generator=drawn[prompt]))
-    return torch.stack(noise).to(device)
+        row.uniform_(generator=drawn[prompt])
+    return noise.to(device)
 
 
 def shared_noise(rt, shape, part, generator=None):

@@ -20,7 +20,7 @@ from nanollm.optim import PROJECTOR, build_optimizer
 from nanollm.peft import adapters, lora
 from nanollm.runtime import Runtime
 from nanollm.vision.images import ImageStore, Preprocessing
-from nanollm.vision.vit import CLIP_KIND, SIGLIP_KIND, VisionConfig, ViT, load_vision, save_vision
+from nanollm.vision.vit import CLIP_KIND, SIGLIP_KIND, VisionConfig, ViT
 from nanollm.vision.vlm import ACTIVATIONS, VLM, Projector, build_vlm
 
 TOWER = {
@@ -383,7 +383,7 @@ def test_in_bf16_the_masters_stay_fp32_and_the_logprobs_near(vlm, tokenizer):
 
 def test_images_of_another_prompt_are_refused_even_where_the_total_fits(vlm, tokenizer):
     prompts, images = four_prompts(vlm, tokenizer)
-    with pytest.raises(UserError, match="prompt 0 holds 4 placeholders, but its 2 images need 8"):
+    with pytest.raises(UserError, match="prompt 0: 4 placeholders, but 2 images .* need 8"):
         generate(vlm, prompts, 2, images=[images[2], None, images[0], None])
 
 
@@ -549,19 +549,16 @@ def test_a_folder_gives_back_model_tokenizer_and_preprocessing(
         assert torch.equal(a, b), name
 
 
-def test_a_vlm_is_joined_from_a_text_model_and_a_vision_tower(random_model, tokenizer, tmp_path):
-    text, vit = random_model(), ViT(VisionConfig(**TOWER))
-    save_vision(vit, Preprocessing(16), tmp_path)
-    vlm, same = build_vlm(text, tokenizer, *load_vision(tmp_path), "pixel_shuffle", -1)
+def test_a_vlm_is_joined_from_a_text_model_and_a_vision_tower(random_model, tokenizer):
+    text, tower = random_model(), (ViT(VisionConfig(**TOWER)), Preprocessing(16))
+    vlm, same = build_vlm(text, tokenizer, *tower, "pixel_shuffle", -1)
     assert same == tokenizer and vlm.cfg == text.cfg
     assert vlm.feature_layer == -1 and vlm.preprocessing == Preprocessing(16)
     assert torch.equal(text(torch.tensor([[1, 2, 3]])), vlm(torch.tensor([[1, 2, 3]])))
-    images = some_images(1)
-    assert torch.equal(vit.features(images, -1), vlm.vision.features(images, -1))
     with pytest.raises(UserError, match="not on one that has a tower"):
-        build_vlm(vlm, tokenizer, *load_vision(tmp_path))
+        build_vlm(vlm, tokenizer, *tower)
     with pytest.raises(UserError, match="has 3 layers; .* can't be those of layer 4"):
-        build_vlm(text, tokenizer, vit, None, "mlp", 4)
+        build_vlm(text, tokenizer, *tower, "mlp", 4)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from data.village.examples import prepare
 from data.village.world import build_world
 from nanollm.config import Positive, Whole, cli
-from nanollm.formats import read_jsonl
+from nanollm.formats import read_records
 
 
 @dataclass
@@ -28,7 +28,7 @@ def main(cfg):
 
         folders.append(images.prepare(cfg.seed))
     for path in (path for folder in folders for path in sorted(folder.glob("*.jsonl"))):
-        records = [record for _, record in read_jsonl(path)]
+        records = read_records(path)
         by_task = Counter(record.get("task") for record in records)
         print(f"\n== {path}: {len(records):,} records", *by_task.items())
         for record in random.Random(0).sample(records, cfg.samples):

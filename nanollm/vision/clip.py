@@ -1,42 +1,25 @@
-"""CLIP's two towers and their files: an image and its caption become vectors that lie close
-together (Radford et al. 2021, arXiv:2103.00020). The losses are in train_vlm.py.
+"""CLIP's two towers: an image and its caption become vectors that lie close together (Radford et
+al. 2021, arXiv:2103.00020). The losses are in train_vlm.py.
 
 Module names equal those of Hugging Face's CLIPModel. Shapes: B pairs, T tokens, C channels, E
 channels of the shared space.
 """
 
-import dataclasses
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanollm.checkpoint import existing_folder, load_weights, read_json
-from nanollm.config import UserError
+from nanollm import safetensors
+from nanollm.config import UserError, atomic_write
 from nanollm.gpt import Linear
-from nanollm.tokenizer import Tokenizer
-from nanollm.vision.vit import (
-    Encoder,
-    LayerNorm,
-    ViT,
-    check_block,
-    init_blocks,
-    load_preprocessing,
-    load_tensors,
-    read_values,
-    vision_config_of,
-    write_folder,
-)
+from nanollm.vision.vit import Encoder, LayerNorm, ViT, check_block, init_blocks
 
 MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: more than 100 is unstable
-# what a Hugging Face config.json means where its text_config is silent
-DEFAULTS = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048) | dict(
-    num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77
-)
-DEFAULTS |= dict(hidden_act="quick_gelu", eos_token_id=49407)
 
 
 @dataclass
@@ -159,46 +142,25 @@ def caption_tokens(tokenizer, texts, context):
     return torch.tensor(padded)
 
 
-# --- model folders -------------------------------------------------------------------------------
-
-
 def save_clip(clip, tokenizer, folder, preprocessing):
-    """Write a folder that transformers' CLIPModel opens, its tokenizer and preprocessing too.
+    """Write a folder that transformers' CLIPModel opens, its tokenizer and preprocessing too;
+    load_vision takes the vision tower out of it.
 
     It reads a text off at the first end token as we do, unless that has the id 2: then it takes the
     highest id for the end, as old files of CLIP want it.
     """
-    width = {"projection_dim": clip.projection_dim}
-    ids = {"bos_token_id": None, "pad_token_id": tokenizer.pad_id}
-    text = {"model_type": "clip_text_model", **dataclasses.asdict(clip.text_model.cfg), **ids}
+    folder, width = Path(folder), {"projection_dim": clip.projection_dim}
+    ids = {"model_type": "clip_text_model", "bos_token_id": None, "pad_token_id": tokenizer.pad_id}
     config = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         **width,
-        "text_config": text | width,
-        "vision_config": dataclasses.asdict(clip.vision_model.cfg) | width,
+        "text_config": asdict(clip.text_model.cfg) | ids | width,
+        "vision_config": asdict(clip.vision_model.cfg) | width,
         "torch_dtype": "float32",
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
-    write_folder(config, clip, preprocessing, folder)
-
-
-def load_clip(folder):
-    """(CLIP in fp32 on the CPU, Tokenizer, Preprocessing) from a folder that holds a CLIPModel.
-
-    A tensor logit_bias in it, which CLIPModel has not, says that it was trained by SigLIP's loss.
-    """
-    folder = existing_folder(folder)
-    path = folder / "config.json"
-    values = read_json(path)
-    text = values.get("text_config")
-    if values.get("model_type") != "clip" or not isinstance(text, dict):
-        raise UserError(f"{path} must be of model_type clip, with a text_config")
-    text = DEFAULTS | {k: v for k, v in text.items() if v is not None}
-    vision_cfg, text_cfg = vision_config_of(values, path), read_values(TextConfig, text, path)
-    tensors = load_tensors(folder)
-    width = values.get("projection_dim", 512)
-    clip = CLIP(vision_cfg, text_cfg, width, sigmoid="logit_bias" in tensors)
-    load_weights(clip, tensors, folder)
-    return clip, Tokenizer.load(folder), load_preprocessing(folder, vision_cfg)
+    preprocessing.save(folder)
+    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    weights = {name: p.detach().cpu() for name, p in clip.state_dict().items()}
+    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -27,20 +27,13 @@ MAX_PIXELS = 64_000_000  # 8,000 x 8,000: 192 MB as RGB; a file of a few bytes m
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 CONFIG = "preprocessor_config.json"
 # what such a file means where it is silent
-DEFAULTS = {"do_resize": True, "crop_size": 224, "resample": Image.Resampling.BICUBIC}
-DEFAULTS |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-CLIP_DEFAULTS = {
-    "size": 224,
-    "do_center_crop": True,
-    "image_mean": (0.48145466, 0.4578275, 0.40821073),
-    "image_std": (0.26862954, 0.26130258, 0.27577711),
-}
-SIGLIP_DEFAULTS = {
-    "size": 224,
-    "do_center_crop": False,
-    "image_mean": (0.5, 0.5, 0.5),
-    "image_std": (0.5, 0.5, 0.5),
-}
+DEFAULTS = {"size": 224, "crop_size": 224, "resample": 3, "rescale_factor": 1 / 255}
+DEFAULTS |= {"do_resize": True, "do_rescale": True, "do_normalize": True}
+CLIP_DEFAULTS = DEFAULTS | {"do_center_crop": True}
+CLIP_DEFAULTS |= {"image_mean": (0.48145466, 0.4578275, 0.40821073)}
+CLIP_DEFAULTS |= {"image_std": (0.26862954, 0.26130258, 0.27577711)}
+SIGLIP_DEFAULTS = DEFAULTS | {"do_center_crop": False}
+SIGLIP_DEFAULTS |= {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -136,9 +129,8 @@ class Preprocessing:
             edge = self.shortest_edge
             longer = int(edge * long / short)  # cut, not rounded, as Hugging Face does
             if edge * longer > MAX_PIXELS:
-                raise UserError(
-                    f"an image of {image.width} x {image.height} is too narrow to resize"
-                )
+                shape = f"{image.width} x {image.height}"
+                raise UserError(f"an image of {shape} is too narrow to resize")
             portrait = image.width <= image.height
             image = image.resize((edge, longer) if portrait else (longer, edge), self.resample)
             left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -171,7 +163,7 @@ class Preprocessing:
         defaults = CLIP_DEFAULTS if kind.startswith("CLIP") else SIGLIP_DEFAULTS
         given = {name: value for name, value in values.items() if value is not None}
         try:
-            return cls(**settings_of(DEFAULTS | defaults | given))
+            return cls(**settings_of(defaults | given))
         except (KeyError, TypeError, ValueError) as e:
             raise UserError(f"{path} is incomplete or not implemented: {e}") from None
 

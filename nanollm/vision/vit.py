@@ -15,10 +15,7 @@ compute. Shapes: B images, P patch size, N patches, T = N or N + 1 tokens, C cha
 head size.
 """
 
-import dataclasses
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -27,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nanollm import safetensors
 from nanollm.checkpoint import existing_folder, load_weights, read_json
-from nanollm.config import UserError, atomic_write
+from nanollm.config import UserError
+from nanollm.formats import need
 from nanollm.gpt import Linear, attention_dtype
 from nanollm.vision.images import Preprocessing
 
@@ -37,7 +35,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 CLIP_KIND, SIGLIP_KIND = "clip_vision_model", "siglip_vision_model"
-ARCHITECTURES = {CLIP_KIND: "CLIPVisionModel", SIGLIP_KIND: "SiglipVisionModel"}
 WHOLE_MODELS = {"clip": CLIP_KIND, "siglip": SIGLIP_KIND}  # folders that hold a text tower too
 # what a Hugging Face config.json means where it is silent
 DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12) | dict(
@@ -59,7 +56,6 @@ class VisionConfig:
     intermediate_size: int = 512  # width of the MLP
     num_hidden_layers: int = 4
     num_attention_heads: int = 4  # H
-    num_channels: int = 3
     layer_norm_eps: float = 1e-5
     hidden_act: str = "gelu"  # on a CPU faster than its two approximations
     model_type: str = CLIP_KIND
@@ -218,9 +214,7 @@ class Embeddings(nn.Module):
         super().__init__()
         C, clip = cfg.hidden_size, cfg.model_type == CLIP_KIND
         self.class_embedding = nn.Parameter(torch.randn(C) * C**-0.5) if clip else None
-        self.patch_embedding = PatchEmbedding(
-            cfg.num_channels, C, cfg.patch_size, stride=cfg.patch_size, bias=not clip
-        )
+        self.patch_embedding = PatchEmbedding(3, C, cfg.patch_size, cfg.patch_size, bias=not clip)
         self.position_embedding = nn.Embedding(cfg.num_patches + clip, C)
         with torch.no_grad():
             self.position_embedding.weight[: int(clip)] = 0
@@ -233,36 +227,22 @@ class Embeddings(nn.Module):
         return x + self.position_embedding.weight.to(x.dtype)  # (B, T, C)
 
 
-class PoolingAttention(nn.Module):
-    """Attention with one matrix for queries, keys and values, as torch's MultiheadAttention has."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        C, self.heads = cfg.hidden_size, cfg.num_attention_heads
-        self.in_proj_weight = nn.Parameter(torch.randn(3 * C, C) * C**-0.5)
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * C))
-        self.out_proj = Linear(C, C)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query, x):
-        weights, biases = self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype)
-        inputs = zip((query, x, x), weights.chunk(3), biases.chunk(3))
-        q, k, v = (F.linear(y, weight, bias) for y, weight, bias in inputs)
-        return self.out_proj(attention(q, k, v, self.heads))
-
-
 class PoolingHead(nn.Module):
-    """SigLIP's: a learnt query reads the patches, (B, N, C) -> (B, C)."""
+    """SigLIP's: a learnt query reads the patches, (B, N, C) -> (B, C). No VLM asks for it, so its
+    attention is torch's, in fp32.
+    """
 
     def __init__(self, cfg):
         super().__init__()
         self.probe = nn.Parameter(torch.randn(1, 1, cfg.hidden_size))
-        self.attention = PoolingAttention(cfg)
+        heads = cfg.num_attention_heads
+        self.attention = nn.MultiheadAttention(cfg.hidden_size, heads, batch_first=True)
         self.layernorm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.mlp = MLP(cfg)
 
     def forward(self, x):
-        y = self.attention(self.probe.to(x.dtype).expand(len(x), -1, -1), x)  # (B, 1, C)
+        query, exact = self.probe.expand(len(x), -1, -1), x.float()
+        y = self.attention(query, exact, exact, need_weights=False)[0].to(x.dtype)  # (B, 1, C)
         return (y + self.mlp(self.layernorm(y)))[:, 0]
 
 
@@ -310,20 +290,6 @@ class ViT(nn.Module):
 # --- model folders -------------------------------------------------------------------------------
 
 
-def read_values(cls, values, path, **fixed):
-    """The dataclass `cls` filled from a config.json's values; UserError where they don't fit."""
-    known = {f.name: type(f.default) for f in dataclasses.fields(cls) if f.name not in fixed}
-    given = {name: values[name] for name in known if values.get(name) is not None}
-    for name, value in given.items():
-        fits = isinstance(value, (int, float) if known[name] is float else known[name])
-        if not fits or (not isinstance(value, str) and value < 0):
-            raise UserError(f"{path} is incomplete or inconsistent: {name} is {value!r}")
-    try:
-        return cls(**given, **fixed)
-    except (ValueError, ArithmeticError) as e:
-        raise UserError(f"{path} describes a model that is not implemented: {e}") from None
-
-
 def vision_config_of(values, path):
     """The VisionConfig that the values of a config.json mean, of a vision tower or a model that has
     one; `path` is where they stand.
@@ -331,15 +297,17 @@ def vision_config_of(values, path):
     kind = values.get("model_type")
     if kind in WHOLE_MODELS:
         values, kind = values.get("vision_config"), WHOLE_MODELS[kind]
-        if not isinstance(values, dict):
-            raise UserError(f"{path} has no vision_config")
-    if kind not in ARCHITECTURES:
-        known = ", ".join((*ARCHITECTURES, *WHOLE_MODELS))
-        raise UserError(f"{path}: model_type {kind!r} is not one of {known}")
-    if values.get("vision_use_head") is False:
-        raise UserError(f"{path}: a SigLIP without its pooling head is not implemented")
-    given = {k: v for k, v in values.items() if v is not None}
-    return read_values(VisionConfig, DEFAULTS | DEFAULTS_OF[kind] | given, path, model_type=kind)
+        need(isinstance(values, dict), path, "there is no vision_config")
+    known = ", ".join((*DEFAULTS_OF, *WHOLE_MODELS))
+    need(kind in DEFAULTS_OF, path, f"model_type {kind!r} is not one of {known}")
+    head = "a SigLIP without its pooling head is not implemented"
+    need(values.get("vision_use_head") is not False, path, head)
+    names = {field.name for field in fields(VisionConfig)}
+    given = {k: v for k, v in values.items() if k in names and v is not None}
+    try:
+        return VisionConfig(**DEFAULTS | DEFAULTS_OF[kind] | given | {"model_type": kind})
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise UserError(f"{path} describes a vision tower that is not implemented: {e}") from None
 
 
 def load_vision(folder):
@@ -365,24 +333,8 @@ def load_tensors(folder):
 
 
 def load_preprocessing(folder, cfg):
-    preprocessing, size = Preprocessing.from_folder(folder), cfg.image_size
-    if preprocessing.size != (size, size):
-        makes = " x ".join(map(str, preprocessing.size))
-        raise UserError(f"{folder}: its preprocessing makes {makes} pixels, its ViT reads {size}")
+    preprocessing = Preprocessing.from_folder(folder)
+    (height, width), size = preprocessing.size, cfg.image_size
+    fits = f"its preprocessing makes {height} x {width} pixels, its ViT reads {size}"
+    need(height == width == size, folder, fits)
     return preprocessing
-
-
-def save_vision(vit, preprocessing, folder):
-    """Write a folder that transformers' CLIPVisionModel or SiglipVisionModel opens, and whose
-    preprocessing AutoImageProcessor opens; the weights last.
-    """
-    kind = ARCHITECTURES[vit.cfg.model_type]
-    config = {"architectures": [kind], **dataclasses.asdict(vit.cfg), "torch_dtype": "float32"}
-    write_folder(config, vit, preprocessing, folder)
-
-
-def write_folder(config, model, preprocessing, folder):
-    preprocessing.save(folder)
-    atomic_write(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
-    weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
-    safetensors.save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})

@@ -27,7 +27,7 @@ from nanollm.checkpoint import (
     write_configs,
 )
 from nanollm.config import UserError, atomic_write
-from nanollm.formats import IMAGE
+from nanollm.formats import IMAGE, need
 from nanollm.gpt import GPT, Linear
 from nanollm.tokenizer import Tokenizer
 from nanollm.vision.images import ImageStore
@@ -150,17 +150,17 @@ class VLM(GPT):
         """
         if images is None:
             return None
-        if len(images) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts, but images for {len(images)}")
-        n = self.tokens_per_image
-        for number, (prompt, each) in enumerate(zip(prompts, images)):
-            places, P = prompt.count(self.image_id), 0 if each is None else len(each)
-            if places != P * n:
-                raise UserError(
-                    f"prompt {number} holds {places} placeholders, but its {P} images need {P * n}"
-                )
+        for number, (prompt, each) in enumerate(zip(prompts, images, strict=True)):
+            P = 0 if each is None else len(each)
+            self.check_placeholders(f"prompt {number}", prompt.count(self.image_id), P)
         shown = [each for each in images if each is not None and len(each)]
         return torch.cat(shown).to(self.device) if shown else None
+
+    def check_placeholders(self, name, places, P):
+        """Raise UserError unless there are as many places as P images take."""
+        n = self.tokens_per_image
+        counts = f"{places} placeholders, but {P} images of {n} tokens each need {P * n}"
+        need(places == P * n, name, counts)
 
     def forward(self, tokens, positions=None, mask=None, cache=None, where=None, images=None):
         """As GPT's; images as the class says."""
@@ -177,14 +177,8 @@ class VLM(GPT):
 
     def merge_image_features(self, x, tokens, images):
         """Embeddings x (B, T, C) of the tokens, those of placeholders overwritten by features."""
-        where = tokens == self.image_id
-        places, P = int(where.sum()), 0 if images is None else len(images)
-        n = self.tokens_per_image
-        if places != P * n:
-            raise UserError(
-                f"the tokens hold {places} placeholders, but {P} images of {n} tokens each need "
-                f"{P * n}"
-            )
+        where, P = tokens == self.image_id, 0 if images is None else len(images)
+        self.check_placeholders("the batch", int(where.sum()), P)
         if P:
             return x.masked_scatter(where[..., None], self.image_features(images).to(x.dtype))
         if self.training and torch.is_grad_enabled():
@@ -328,8 +322,8 @@ def load_vlm(folder):
     values = read_json(path)
     values = LLAVA_DEFAULTS | {"image_token_index": values.get("image_token_id")} | values
     text, vision = values.get("text_config"), values.get("vision_config")
-    if not isinstance(text, dict) or not isinstance(vision, dict):
-        raise UserError(f"{path} must have a text_config and a vision_config")
+    there = isinstance(text, dict) and isinstance(vision, dict)
+    need(there, path, "it must have a text_config and a vision_config")
     tokenizer, vision = Tokenizer.load(folder), vision_config_of(vision, path)
     kind, clip = values["projector"], vision.model_type == CLIP_KIND
     implemented = {
@@ -340,9 +334,8 @@ def load_vlm(folder):
         "image_token_index": (tokenizer.special.get(IMAGE, f"that of {IMAGE}"),),
     }
     for name, choices in implemented.items():
-        if values.get(name) not in choices:
-            must = " or ".join(map(str, choices))
-            raise UserError(f"{path}: {name} must be {must}, not {values.get(name)!r}")
+        must, value = " or ".join(map(str, choices)), values.get(name)
+        need(value in choices, path, f"{name} must be {must}, not {value!r}")
     vlm = VLM(
         config_of(text, path),
         ViT(vision),
