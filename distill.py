@@ -82,7 +82,7 @@ from nanollm.distillation import (
     tokenize,
     write_completions,
 )
-from nanollm.formats import read_examples, read_parts
+from nanollm.formats import read_parts
 from nanollm.generate import generate, shared_noise
 from nanollm.gpt import GPT, count_parameters, document_mask
 from nanollm.hub import load_model, save_model
@@ -95,6 +95,7 @@ from nanollm.metrics import (
     sample_by_task,
 )
 from nanollm.optim import SCHEDULES, build_optimizer
+from nanollm.records import read_examples
 from nanollm.rollouts import chat_prompt
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import clock, start

@@ -62,7 +62,7 @@ import torch
 from data.village import examples as village
 from nanollm.batches import Sampler, Windows, pack_chats, row_length, text_shards
 from nanollm.config import LARGE, NotNegative, OpenShare, TrainConfig, UserError, Whole, cli
-from nanollm.formats import read_chats, read_examples, read_parts
+from nanollm.formats import read_parts
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import bits_per_byte, token_lengths
 from nanollm.metrics import (
@@ -75,6 +75,7 @@ from nanollm.metrics import (
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import WEIGHTS, check_method, start_adapter, trainable
 from nanollm.peft.method import Settings
+from nanollm.records import read_chats, read_examples
 from nanollm.rewards import in_style, is_right
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start

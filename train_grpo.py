@@ -54,13 +54,14 @@ from nanollm.config import (
     Whole,
     cli,
 )
-from nanollm.formats import read_parts, read_prompts
+from nanollm.formats import read_parts
 from nanollm.generate import as_text, sample_together
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import batched_logprobs, completion_logprobs
 from nanollm.metrics import accuracy_table, first_of_each_task, sample_by_task, sampled_metrics
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import reference, start_adapter
+from nanollm.records import read_prompts
 from nanollm.rewards import accuracy, think_format
 from nanollm.rollouts import RolloutRows, draw_noise, prompt_of, sample_rows, with_room
 from nanollm.run import Run, check_folders, effect

@@ -62,7 +62,7 @@ from nanollm.config import (
     atomic_write,
     cli,
 )
-from nanollm.formats import read_parts, read_prompts
+from nanollm.formats import read_parts
 from nanollm.gpt import Linear
 from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.logprobs import completion_logprobs
@@ -80,6 +80,7 @@ from nanollm.preferences import (
     scores,
     win_rate,
 )
+from nanollm.records import read_prompts
 from nanollm.rewards import accuracy, reft_reward
 from nanollm.rollouts import RolloutRows, chat_prompt, draw_noise, sample_rows, with_room
 from nanollm.run import Run, check_folders, effect, read_metrics

@@ -51,7 +51,7 @@ from nanollm.config import (
     Whole,
     cli,
 )
-from nanollm.formats import identity, read_chats, read_documents, read_examples, read_parts
+from nanollm.formats import identity, read_documents, read_parts
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import bits_per_byte, token_lengths, token_logprobs
@@ -64,6 +64,7 @@ from nanollm.metrics import (
 )
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import start_adapter
+from nanollm.records import read_chats, read_examples
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
 from nanollm.tools import Toolbox

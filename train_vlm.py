@@ -74,7 +74,7 @@ from nanollm.config import (
     lock,
     save_config,
 )
-from nanollm.formats import IMAGE, read_captions, read_chats, read_examples, read_image_chats
+from nanollm.formats import IMAGE
 from nanollm.generate import check_room
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
@@ -87,6 +87,7 @@ from nanollm.metrics import (
 )
 from nanollm.optim import PROJECTOR, SCHEDULES, build_optimizer
 from nanollm.peft.adapters import start_adapter
+from nanollm.records import read_captions, read_chats, read_examples, read_image_chats
 from nanollm.rewards import is_right
 from nanollm.rollouts import prompt_of
 from nanollm.run import Run, check_folders, effect, holds_a_run, move_aside

@@ -24,7 +24,7 @@ if not __package__:  # run as a file: the repository root holds the package
 
 from nanollm.config import UserError, Whole, atomic_file, cli, say
 from nanollm.download import CHUNK, Download
-from nanollm.formats import as_ranking
+from nanollm.records import as_ranking
 from nanollm.rewards import as_number
 
 CACHE = Path("data/cache")

@@ -19,10 +19,10 @@ from pathlib import Path
 from data.village import examples as village
 from nanollm.checkpoint import read_json
 from nanollm.config import UserError, atomic_write, cli
-from nanollm.formats import read_examples
 from nanollm.generate import complete
 from nanollm.hub import load_model
 from nanollm.metrics import first_of_each_task
+from nanollm.records import read_examples
 from nanollm.report import effects_of, write_report
 from nanollm.rollouts import prompt_of
 from nanollm.run import effect_line, move_aside

@@ -21,10 +21,11 @@ import torch
 
 from data.village import examples as village
 from nanollm.config import NotNegative, Share, UserError, Whole, cli, say
-from nanollm.formats import IMAGE, check_markers
+from nanollm.formats import IMAGE
 from nanollm.generate import stream
 from nanollm.hub import load_model
 from nanollm.metrics import LONGEST_COMPLETION
+from nanollm.records import check_markers
 from nanollm.rollouts import template_of
 from nanollm.runtime import start
 from nanollm.tools import Toolbox, check_knowledge

@@ -13,18 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from nanollm.batches import Rows, pack
-from nanollm.formats import (
-    as_chat,
-    as_dialogue,
-    as_prompt,
-    need_usable,
-    plain_text,
-    read_usable,
-    shape_of,
-    usable,
-    write_jsonl,
-)
+from nanollm.formats import need_usable, read_usable, usable, write_jsonl
 from nanollm.generate import as_text, sample_together
+from nanollm.records import as_chat, as_dialogue, as_prompt, plain_text, shape_of
 from nanollm.rewards import is_right
 from nanollm.rollouts import chat_prompt, with_room
 from nanollm.runtime import clock

@@ -29,7 +29,7 @@ from data.village import examples as village
 from data.village.preferences import gold_of
 from nanollm.batches import Windows, text_shards
 from nanollm.config import NotNegative, UserError, Whole, atomic_write, cli
-from nanollm.formats import read_examples, read_prompts, read_records
+from nanollm.formats import read_records
 from nanollm.hub import load_model
 from nanollm.logprobs import bits_per_byte, token_lengths
 from nanollm.metrics import (
@@ -42,6 +42,7 @@ from nanollm.metrics import (
     table,
 )
 from nanollm.preferences import judge, load_scorer, win_rate
+from nanollm.records import read_examples, read_prompts
 from nanollm.rewards import is_right
 from nanollm.rollouts import template_of
 from nanollm.run import check_file, effect

@@ -31,10 +31,11 @@ from data.village.images import READER, TURNS
 from data.village.scenes import Scene
 from data.village.tasks import chat
 from nanollm.config import UserError, Whole, cli
-from nanollm.formats import IMAGE, read_captions, write_jsonl
+from nanollm.formats import IMAGE, write_jsonl
 from nanollm.generate import as_text, sample_completions
 from nanollm.hub import load_model
 from nanollm.metrics import table
+from nanollm.records import read_captions
 from nanollm.run import check_file
 from nanollm.runtime import start
 

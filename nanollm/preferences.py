@@ -15,19 +15,12 @@ import torch.nn.functional as F
 from nanollm.batches import pad_completions
 from nanollm.checkpoint import existing_folder, is_scalar, weights_hash
 from nanollm.config import UserError
-from nanollm.formats import (
-    need,
-    need_usable,
-    read_parts,
-    read_preferences,
-    read_prompts,
-    usable,
-    write_jsonl,
-)
+from nanollm.formats import need, need_usable, read_parts, usable, write_jsonl
 from nanollm.generate import as_text, sample_completions, sample_together
 from nanollm.hub import load_scalar
 from nanollm.logprobs import completion_logprobs
 from nanollm.metrics import table
+from nanollm.records import read_preferences, read_prompts
 from nanollm.rollouts import chat_prompt
 from nanollm.run import effect
 

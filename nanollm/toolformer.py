@@ -20,11 +20,12 @@ import torch
 from data.village import examples as village
 from nanollm.batches import pad_completions
 from nanollm.config import UserError, Whole, cli
-from nanollm.formats import read_chats, write_jsonl
+from nanollm.formats import write_jsonl
 from nanollm.generate import sample_completions
 from nanollm.hub import load_model
 from nanollm.logprobs import completion_logprobs
 from nanollm.preferences import in_batches
+from nanollm.records import read_chats
 from nanollm.run import check_file
 from nanollm.runtime import start
 from nanollm.tools import LONGEST_RESULT, Toolbox

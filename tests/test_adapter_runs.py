@@ -23,10 +23,11 @@ from helpers import run as run_script
 
 from nanollm import chat, evaluate, hub, safetensors
 from nanollm.config import parse
-from nanollm.formats import read_examples, write_jsonl
+from nanollm.formats import write_jsonl
 from nanollm.hub import load_model, load_scalar
 from nanollm.metrics import accuracy_by_task
 from nanollm.peft.adapters import METHODS
+from nanollm.records import read_examples
 from nanollm.run import read_metrics
 
 WORDS = "owl fox hen cow pig bee ant elk".split()

@@ -37,9 +37,10 @@ from nanollm.distillation import (
     tokenize,
     write_completions,
 )
-from nanollm.formats import read_chats, read_examples, write_jsonl
+from nanollm.formats import write_jsonl
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model
+from nanollm.records import read_chats, read_examples
 from nanollm.run import read_metrics
 from nanollm.runtime import Runtime
 

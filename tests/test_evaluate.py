@@ -11,10 +11,11 @@ from helpers import refused, turns
 
 from nanollm import chat, evaluate, metrics
 from nanollm.config import parse
-from nanollm.formats import read_examples, read_prompts, write_jsonl
+from nanollm.formats import write_jsonl
 from nanollm.gpt import GPT
 from nanollm.hub import load_model, save_model
 from nanollm.metrics import accuracy_by_task, accuracy_table, majority, sampled_metrics, table
+from nanollm.records import read_examples, read_prompts
 from nanollm.rewards import is_right
 from nanollm.rollouts import TEMPLATES, prompt_of, template_of
 

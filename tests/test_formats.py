@@ -6,18 +6,14 @@ from pathlib import Path
 import pytest
 
 from nanollm.config import UserError
-from nanollm.formats import (
-    identity,
+from nanollm.formats import identity, read_documents, read_records, read_text, split_documents
+from nanollm.records import (
     read_captions,
     read_chats,
-    read_documents,
     read_examples,
     read_image_chats,
     read_preferences,
     read_prompts,
-    read_records,
-    read_text,
-    split_documents,
 )
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "data"

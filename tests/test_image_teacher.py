@@ -13,10 +13,10 @@ from data.village import images as village_images
 from data.village.scenes import SEASONS, Group, Scene
 from nanollm import image_teacher
 from nanollm.config import parse
-from nanollm.formats import read_examples, read_image_chats
 from nanollm.gpt import GPTConfig
 from nanollm.hub import save_model
 from nanollm.image_teacher import FORM, agreeing, dialogues, sift
+from nanollm.records import read_examples, read_image_chats
 from nanollm.tokenizer import Tokenizer
 from nanollm.vision.images import ImageStore, Preprocessing
 from nanollm.vision.vit import VisionConfig, ViT

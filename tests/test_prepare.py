@@ -18,7 +18,8 @@ from helpers import turns
 from data import prepare as module
 from data.prepare import DATASETS, Config, main, prepare, read_array
 from nanollm.config import UserError, cli
-from nanollm.formats import read_chats, read_documents, read_preferences, read_records
+from nanollm.formats import read_documents, read_records
+from nanollm.records import read_chats, read_preferences
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared" / "data"

@@ -18,18 +18,15 @@ import train_sft
 from nanollm.batches import pack_chats
 from nanollm.config import UserError
 from nanollm.distillation import read_completions, tokenize
-from nanollm.formats import (
+from nanollm.formats import read_documents, read_parts, read_records, write_jsonl
+from nanollm.preferences import completion_rows, load_preferences
+from nanollm.records import (
     read_chats,
-    read_documents,
     read_examples,
     read_image_chats,
-    read_parts,
     read_preferences,
     read_prompts,
-    read_records,
-    write_jsonl,
 )
-from nanollm.preferences import completion_rows, load_preferences
 from nanollm.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -9,8 +9,9 @@ import pytest
 from helpers import MEGABYTES, random_strings, seconds
 
 from nanollm.config import UserError
-from nanollm.formats import as_prompt, choice_columns, read_prompts
+from nanollm.formats import choice_columns
 from nanollm.metrics import majority, pass_at_k
+from nanollm.records import as_prompt, read_prompts
 from nanollm.rewards import (
     accuracy,
     as_number,

@@ -10,7 +10,7 @@ from PIL import Image
 from nanollm import chat, safetensors
 from nanollm.batches import pack, pack_chats, pad_completions
 from nanollm.config import TrainConfig, UserError
-from nanollm.formats import IMAGE, read_captions, read_examples, read_image_chats
+from nanollm.formats import IMAGE
 from nanollm.generate import Engine, generate, sample_completions, stream
 from nanollm.gpt import GPTConfig, count_parameters, document_mask, unwrap
 from nanollm.hub import load_model, save_model
@@ -18,6 +18,7 @@ from nanollm.logprobs import completion_logprobs
 from nanollm.metrics import accuracy_by_task
 from nanollm.optim import PROJECTOR, build_optimizer
 from nanollm.peft import adapters, lora
+from nanollm.records import read_captions, read_examples, read_image_chats
 from nanollm.runtime import Runtime
 from nanollm.vision.images import ImageStore, Preprocessing
 from nanollm.vision.vit import CLIP_KIND, SIGLIP_KIND, VisionConfig, ViT

@@ -23,8 +23,9 @@ import train_pretrain
 import train_vlm
 from nanollm import safetensors
 from nanollm.config import parse
-from nanollm.formats import read_captions, write_jsonl
+from nanollm.formats import write_jsonl
 from nanollm.hub import load_model
+from nanollm.records import read_captions
 from nanollm.run import Run, read_metrics
 from nanollm.vision.images import ImageStore
 from nanollm.vision.vit import Block

@@ -11,7 +11,8 @@ from data.village.problems import DIFFICULTIES, SHARES_WORKED, lessons, problems
 from data.village.tasks import fact_never_asked, instructions
 from data.village.tools import knowledge, newcomers, tool_examples, tool_lessons
 from data.village.world import build_world
-from nanollm.formats import read_prompts, write_jsonl
+from nanollm.formats import write_jsonl
+from nanollm.records import read_prompts
 
 PROMPTS = {"train": 3000, "test": 400}  # for preferences
 PER_DIFFICULTY = {"train": 1500, "val": 40, "test": 200}  # problems

@@ -1,0 +1,504 @@
+"""What records mean: dialogues, preferences, prompts, problems, choices and images, strictly.
+
+Each reader takes several published shapes and gives one; data/README.md shows a line of each. What
+isn't of its format raises UserError, what nothing can be learnt from is dropped (formats.py).
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from nanollm.config import UserError
+from nanollm.formats import IMAGE, images_in, need, need_usable, read_usable
+from nanollm.rewards import LETTERS, as_number
+
+CHECKS = ("contains", "exact", "number", "choice", "unknown")  # how an answer is compared
+ROLES = ("system", "user", "assistant", "tool")
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}  # elsewhere
+ROLE_NAMES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
+
+# --- dialogues -----------------------------------------------------------------------------------
+
+
+def read_chats(path):
+    """Dialogues as dicts with "messages", those of ShareGPT, Alpaca and pairs of prompt and
+    completion, too; other keys are kept. What has no answer to learn is dropped.
+    """
+    return read_usable(path, as_text_chat)
+
+
+def as_text_chat(record, where):
+    """One record in the form of read_chats; images are refused, as nobody would look at them."""
+    need(not shown(record), where, "its image would be ignored; train_vlm.py looks at images")
+    return as_chat(record, where)
+
+
+def shown(record):
+    """The images that a record names, by either key."""
+    return record.get("image") or record.get("images") or []
+
+
+def as_chat(record, where):
+    """One record as {"messages", other keys}, with answers to learn; errors begin with `where`."""
+    need(shape_of(record) != "prompt" or "completion" in record, where, CHAT_WANTED)
+    chat = as_dialogue(record, where)
+    answers = [m for m in chat["messages"] if m["role"] == "assistant"]
+    need_usable(answers, where, "no answer")
+    trained = [m for m in answers if "loss" not in m] if trained_on(record, where) else []
+    need_usable(trained, where, "no answer that is trained on")
+    said = (m["content"].strip() or m.keys() & {"tool_calls", "reasoning_content"} for m in trained)
+    need_usable(all(said), where, "an answer is empty")
+    wanted = label_of(record, where) if {"completion", "label"} <= record.keys() else True
+    need_usable(wanted, where, "its label says that it isn't wanted")
+    return chat
+
+
+def shape_of(record):
+    """The key that holds a record's dialogue, or its question; None where it has neither."""
+    alpaca = bool(record.keys() & {"output", "response"})  # some have a "prompt" made of it, too
+    last = ("instruction", "prompt") if alpaca else ("prompt", "instruction")
+    return next((key for key in ("messages", "conversations", *last) if key in record), None)
+
+
+# The keys of dialogues: their shapes (Alpaca's, Dolly's), and what may stand beside each shape.
+CONTEXT = ("system", "system_prompt", "history")
+ANSWERS = ("output", "response", "completion")
+SIDES = {
+    "instruction": ("instruction", "input", "context", "output", "response"),
+    "prompt": ("prompt", "completion"),
+}
+CHAT_WANTED = 'a chat record needs "messages", a list of {"role", "content"}'
+PROMPT_WANTED = 'a "prompt" (text) or "messages" are wanted'
+
+
+def as_dialogue(record, where, wanted=CHAT_WANTED):
+    """One record as {"messages", other keys}, whichever its shape; the messages may end with an
+    answer, or a question.
+    """
+    key = shape_of(record)
+    turns = record.get(key)
+    if key == "instruction":
+        asked = [turns, record.get("input", record.get("context"))]
+        turns = as_turns("\n\n".join(str(text) for text in asked if text), "user")
+    elif key == "prompt":
+        turns = as_turns(turns, "user")
+    if answer := [k for k in ANSWERS if k in record and k in SIDES.get(key, ())]:
+        turns = turns + as_turns(record[answer[0]], "assistant")
+    need(isinstance(turns, list) and turns, where, wanted)
+    messages = [as_message(turn, i, where, shown(record)) for i, turn in enumerate(turns)]
+    used = (*SIDES.get(key, (key,)), *CONTEXT)
+    kept = {k: v for k, v in record.items() if k not in used}
+    return {**kept, "messages": in_context(messages, record, where)}
+
+
+def as_turns(said, role):
+    """A list of turns as it is, and any other value as one turn of this role."""
+    return said if isinstance(said, list) else [{"role": role, "content": said}]
+
+
+def in_context(messages, record, where):
+    """The messages behind the system prompt and the earlier turns that stand beside them."""
+    tools = record.get("tools") or record.get("functions")
+    need(not tools, where, 'the model would not see the "tools"; describe them in a system message')
+    system = record.get("system") or record.get("system_prompt") or ""
+    need(isinstance(system, str), where, '"system" must be text')
+    own = messages[:1] if messages[0]["role"] == "system" else []
+    same = not system or not own or own[0]["content"] == system
+    need(same, where, '"system" and the first message are different system prompts')
+    first = own or [{"role": "system", "content": system}] * bool(system)
+    turns, history = [], record.get("history") or []
+    pairs = isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history)
+    need(pairs, where, '"history" must be a list of [question, answer]')
+    for asked, answer in history:
+        turns += as_turns(asked, "user") + as_turns(answer, "assistant")
+    turns = [as_message(turn, f"{i} of the history", where) for i, turn in enumerate(turns)]
+    return [*first, *turns, *messages[len(own) :]]
+
+
+# Keys of a message that as_message reads, and keys that would be lost.
+LOSS_KEYS = ("loss", "train", "training", "weight")  # of axolotl, OpenAI and others
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+READ = ("from", "value", "role", "content", "tool_calls", "function_call", *LOSS_KEYS, *THOUGHTS)
+LOST = ("image", "images", "audio", "video", "refusal")
+
+
+def as_message(turn, i, where, shows=False):
+    """A turn as {"role", "content"} and, where it has them, "loss": False, "reasoning_content" and
+    "tool_calls"; other keys are kept. `shows`: may it hold images?
+    """
+    named = isinstance(turn, dict) and ("role" in turn or "from" in turn)
+    need(named, where, f'message {i} has no "role"')
+    role, known = turn.get("role", turn.get("from")), ", ".join(ROLES)
+    role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
+    need(role in ROLES, where, f"message {i} has the unknown role {role!r:.40}; roles are {known}")
+    message = {"role": role, "content": turn.get("content", turn.get("value"))}
+    message |= {key: value for key, value in turn.items() if key not in READ}
+    if lost := [key for key in LOST if turn.get(key)]:
+        raise UserError(f'{where}: message {i} has "{lost[0]}", which would be ignored')
+    if not trained_on(turn, where, role == "assistant"):
+        message["loss"] = False
+    thoughts = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
+    calls = turn.get("tool_calls") or []
+    if turn.get("function_call"):  # OpenAI's older form
+        calls = [{"type": "function", "function": turn["function_call"]}]
+    own = role == "assistant" or not (thoughts or calls)
+    need(own, where, f"message {i}: only the assistant thinks, and calls tools")
+    if thoughts:
+        need(isinstance(thoughts, str), where, f"message {i}: its thoughts must be text")
+        message["reasoning_content"] = thoughts
+    if calls:  # of which the tokenizer knows more
+        need(isinstance(calls, list), where, f'message {i}: "tool_calls" must be a list')
+        message |= {"tool_calls": calls, "content": message["content"] or ""}
+    if isinstance(message["content"], list):
+        parts = [_text_of_part(part, i, where, shows) for part in message["content"]]
+        message["content"] = "".join(parts)
+    need(isinstance(message["content"], str), where, f'message {i} has no text in "content"')
+    return message
+
+
+def _text_of_part(part, i, where, shows):
+    """The text of one of a content's parts, of OpenAI's kinds; an image is its marker."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return part["text"]
+    image = kind in ("image", "image_url", "input_image")
+    need(not image or shows, where, f'message {i} shows an image, but the record names no "image"')
+    need(image, where, f"message {i} has a part that is neither text nor an image: {part!r:.40}")
+    return IMAGE
+
+
+def _flag(value):
+    """True or False of what says yes or no; None of anything else."""
+    said = value.strip().lower() if isinstance(value, str) else value
+    known = {True: (1, "true", "1", "yes"), False: (0, "false", "0", "no")}
+    return next((flag for flag, words in known.items() if said in words), None)
+
+
+def trained_on(turn, where, answers=True):
+    """What "loss", "train" or "weight" say of a turn: is it learnt? Only answers ever are."""
+    flags = {key: _flag(turn[key]) for key in LOSS_KEYS if turn.get(key) is not None}
+    for key, flag in flags.items():
+        need(flag is not None, where, f'"{key}" must be true or false, not {turn[key]!r:.40}')
+        alone = f"\"{key}\" is true of a message that the assistant doesn't write: it isn't learnt"
+        need(answers or not flag, where, alone)
+    return all(flags.values())
+
+
+# --- preferences ---------------------------------------------------------------------------------
+
+
+def read_preferences(path):
+    """Rankings as dicts with "messages" (the prompt), "completions" (two or more texts, the best
+    first) and "margin" (a float, or None); other keys are kept. Reads pairs, rankings, HH-RLHF and
+    UltraFeedback; of KTO's records, with one completion, "label" says whether it is wanted.
+    """
+    return read_usable(path, as_ranking)
+
+
+def as_ranking(record, where):
+    """One record in the form of read_preferences, or an error that begins with `where`."""
+    need(not shown(record), where, "its image would be ignored; preferences are of text alone")
+    need_usable(trained_on(record, where), where, "it is marked as not trained on")
+    keys = ("completion",) if {"completion", "label"} <= record.keys() else ("chosen", "rejected")
+    completions = record.get("ranking", [record.get(key) for key in keys])
+    there = "ranking" in record or record.keys() >= {*keys}
+    wanted = 'a preference record needs "chosen" and "rejected", or a "ranking", a list'
+    need(there and isinstance(completions, list), where, wanted)
+    label = {"label": label_of(record, where)} if keys == ("completion",) else {}
+    whole = all(isinstance(c, list) and c[1:] for c in completions)
+    if "ranking" in record or shape_of(record) and not whole:
+        messages = _prompt_of(record, where)
+        completions = [_completion_of(completion, where) for completion in completions]
+    else:
+        messages, completions = _shared_prompt(completions, record, where)
+    texts = [each.strip() for each in completions if isinstance(each, str)]
+    need(len(texts) == len(completions), where, "every completion must be text")
+    need_usable(all(texts), where, "a completion is empty")
+    few = f"a ranking needs two completions or more, not {len(texts)}"
+    need_usable(len(texts) > 1 or label, where, few)
+    need_usable(len(set(texts)) == len(texts), where, "two completions are equal")
+    for key in ("ratings", "gold"):
+        values = record.get(key)
+        listed = isinstance(values, list) and len(values) == len(completions)
+        fine = values is None or listed and all(map(_is_number, values))
+        need(fine, where, f'"{key}" must hold a number for each completion')
+    margin = record.get("margin")
+    scores = [record.get(key) for key in ("score_chosen", "score_rejected")]  # UltraFeedback's
+    if margin is None and all(map(_is_number, scores)):
+        margin = max(0, scores[0] - scores[1])
+    fine = margin is None or _is_number(margin) and margin >= 0
+    need(fine, where, f'"margin" must be a number of at least 0, not {margin!r:.40}')
+    used = ("chosen", "rejected", "ranking", "conversations", *CONTEXT)
+    used += SIDES["instruction"] + SIDES["prompt"]
+    kept = {k: v for k, v in record.items() if k not in used}
+    margin = None if margin is None else float(margin)
+    return {**kept, **label, "messages": messages, "completions": completions, "margin": margin}
+
+
+def _is_number(value):
+    """Can a float hold it? JSON knows true, NaN, Infinity and numbers of 1000 digits, too."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def label_of(record, where):
+    """KTO's label: is this completion wanted?"""
+    flag = _flag(record["label"])
+    need(flag is not None, where, f'"label" must be true or false, not {record["label"]!r:.40}')
+    return flag
+
+
+def _prompt_of(record, where):
+    """The messages before the completion, checked."""
+    record = {k: v for k, v in record.items() if k not in ANSWERS}
+    messages = as_dialogue(record, where, PROMPT_WANTED)["messages"]
+    _check_prompt(messages, where)
+    return messages
+
+
+def _check_prompt(messages, where):
+    need_usable(messages and messages[-1]["content"].strip(), where, "the prompt is empty")
+    open_end = messages[-1]["role"] != "assistant"
+    need(open_end, where, "the prompt ends with an answer; the completions are to follow it")
+
+
+def _completion_of(completion, where):
+    """The text of a completion, which may also be a message or a list of one (TRL's datasets)."""
+    turns = [completion] if isinstance(completion, dict) else completion
+    if not isinstance(turns, list):
+        return completion
+    wanted = "beside a prompt a completion must be text, or one message of the assistant"
+    need(len(turns) == 1, where, wanted)
+    turn = as_message(turns[0], 0, where)
+    need(turn["role"] == "assistant", where, wanted)
+    return plain_text(turn, where)
+
+
+def plain_text(message, where):
+    """The content of an answer that is to be text alone."""
+    more = message.keys() & {"tool_calls", "reasoning_content", "loss"}
+    need(not more, where, f"a completion must be text alone, without {', '.join(sorted(more))}")
+    return message["content"]
+
+
+def _shared_prompt(pair, record, where):
+    """(prompt, two completions) of two whole dialogues that differ in their last answer. A prompt
+    that stands beside them, too, is said by them.
+    """
+    if all(isinstance(text, str) for text in pair):
+        dialogues = [_hh_turns(text, where) for text in pair]
+    else:
+        both = all(isinstance(turns, list) and turns for turns in pair)
+        need(both, where, '"chosen" and "rejected" must both be text, or both messages')
+        dialogues = pair
+    dialogues = [[as_message(turn, i, where) for i, turn in enumerate(d)] for d in dialogues]
+    answered = all(turns[-1]["role"] == "assistant" for turns in dialogues)
+    need_usable(answered, where, "a dialogue must end with the assistant's answer")
+    shared = dialogues[0][:-1] == dialogues[1][:-1]
+    need_usable(shared, where, "chosen and rejected answer different prompts")
+    if shape_of(record):
+        said = as_dialogue({k: record[k] for k in record if k not in CONTEXT}, where)["messages"]
+        known = [turn["content"] for turn in dialogues[0]]
+        fine = all(turn["content"] in known for turn in said)
+        need(fine, where, "chosen and rejected don't answer the prompt that stands beside them")
+    messages = dialogues[0][:-1]
+    _check_prompt(messages, where)
+    completions = [plain_text(turns[-1], where) for turns in dialogues]
+    return in_context(messages, record, where), completions
+
+
+def _hh_turns(text, where):
+    """Messages of an HH-RLHF dialogue: turns begin with an empty line and Human: or Assistant:."""
+    before, *pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    wanted = r'without a "prompt" a dialogue is wanted, as in "\n\nHuman: ...\n\nAssistant: ..."'
+    need(len(pieces) >= 4 and not before.strip(), where, wanted)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(pieces[::2], pieces[1::2])
+    return [{"role": roles[who], "content": content.strip()} for who, content in turns]
+
+
+# --- prompts, problems and test examples ---------------------------------------------------------
+
+
+def read_prompts(path, answered=False):
+    """Prompts as dicts with "messages" that end before the assistant's turn; other keys are kept.
+    Those with an "image" have "images", too. With `answered` those without "answer" are dropped.
+
+    Reads prompts, dialogues (their last answer is left out), preferences, and problems with an
+    "answer", GSM8K's included; "check" says how that answer is compared.
+    """
+
+    def prompt_of(record, where):
+        prompt = as_prompt(record, where)
+        need_usable("answer" in prompt or not answered, where, 'it needs an "answer"')
+        return with_images(prompt, Path(path).parent, where) if shown(prompt) else prompt
+
+    return read_usable(path, prompt_of)
+
+
+def read_examples(path):
+    """Test examples: prompts with an "answer" and a "task", "all" where the file names none."""
+    return [example | {"task": example.get("task", "all")} for example in read_prompts(path, True)]
+
+
+def as_prompt(record, where):
+    """One record in the form of read_prompts, or an error that begins with `where`."""
+    record = as_choice(record, where)
+    if "ranking" in record or "chosen" in record:
+        record = as_ranking(record, where)
+        record = {k: v for k, v in record.items() if k not in ("completions", "margin")}
+    elif shape_of(record) is None and "question" in record:  # here problems become prompts
+        record = _as_problem(record, where)
+    prompt = as_dialogue(record, where, PROMPT_WANTED)
+    while prompt["messages"] and prompt["messages"][-1]["role"] == "assistant":
+        prompt["messages"].pop()
+    _check_prompt(prompt["messages"], where)
+    for key in ("task", "begins", "ends"):
+        value = prompt.get(key, "")
+        need(isinstance(value, str), where, f'"{key}" must be text, not {value!r:.40}')
+    answer = prompt.pop("answer", None)
+    if answer is None or isinstance(answer, str) and not answer.strip():
+        return prompt  # like any other
+    return _with_check(prompt | {"answer": answer}, where)
+
+
+def _as_problem(record, where):
+    """GSM8K: the number behind #### is the answer, and what stands before it is left out."""
+    _, mark, answer = str(record.get("answer")).rpartition("####")
+    need(mark, where, 'the "answer" to a "question" must end with #### and a number')
+    kept = {k: v for k, v in record.items() if k != "question"}
+    return {**kept, "prompt": record["question"], "answer": answer, "check": "number"}
+
+
+def _with_check(prompt, where):
+    """The prompt, its answer as text, a whole number as its digits, and its "check"; all that
+    rewards.check_answer reads is checked.
+    """
+    answer = str(prompt["answer"]) if _is_number(prompt["answer"]) else prompt["answer"]
+    textual = isinstance(answer, str) and answer.strip()
+    need(textual, where, 'an "answer" must be text or a number')
+    answer = answer.strip()
+    value = as_number(answer)
+    default = "contains" if value is None else "number"
+    check = prompt.get("check", "choice" if "choices" in prompt else default)
+    known = ", ".join(CHECKS)
+    need(check in CHECKS, where, f"unknown check {check!r:.40}; checks are {known}")
+    if check == "number":
+        need(value is not None, where, f'the "answer" must be a number, not {answer!r:.40}')
+        answer = str(value) if value.denominator == 1 else answer
+    if check == "choice":
+        choices = prompt.get("choices")
+        listed = isinstance(choices, list) and all(isinstance(each, str) for each in choices)
+        fine = listed and answer in [*LETTERS[: len(choices)]]
+        need(fine, where, 'the "answer" must be the letter of one of "choices", a list of texts')
+    wrong = prompt.get("not", [])
+    texts = isinstance(wrong, list) and all(isinstance(w, str) and w.strip() for w in wrong)
+    need(texts, where, f'"not" must be a list of texts, not {wrong!r:.40}')
+    return {**prompt, "answer": answer, "check": check}
+
+
+# --- multiple choice -----------------------------------------------------------------------------
+
+
+def as_choice(record, where):
+    """A question with choices as a prompt that lists them by letters, its "answer" the right one's
+    letter, its "check" "choice"; any other record as it is.
+
+    Reads {"question", "choices": [...], "answer": place from 0, letter or text} (MMLU; ScienceQA,
+    with a "hint"), MMLU's columns question, A, B, C, D, answer, and ARC's {"question": {"stem",
+    "choices": [{"text", "label"}]}, "answerKey"}, also flat, with {"text": [...], "label": [...]}.
+    """
+    asked = "question" if "question" in record or "check" in record else "prompt"
+    question, choices = record.get(asked), record.get("choices")
+    columns = [letter for letter in LETTERS if letter in record]
+    if isinstance(question, dict):
+        question, choices = question.get("stem"), question.get("choices")
+    elif columns and choices is None:
+        choices = [record[letter] for letter in columns]
+    if question is None or choices is None:
+        return record
+    labels, hint = [*LETTERS], record.get("hint") or ""
+    if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+        choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
+    if isinstance(choices, dict):
+        choices, labels = choices.get("text"), choices.get("label")
+    listed = isinstance(choices, list) and isinstance(labels, list)
+    listed = listed and 2 <= len(choices) <= min(len(LETTERS), len(labels))
+    fine = listed and all(isinstance(each, str) for each in (hint, question, *choices, *labels))
+    wanted = f'a "question" (text) and 2 to {len(LETTERS)} "choices", texts'
+    need(fine, where, f'{wanted} or {{"text", "label"}}, are wanted; a "hint" must be text')
+    shows = bool(record.get("image")) and IMAGE not in hint + question
+    lines = [IMAGE * shows, hint, question, *map("{}. {}".format, LETTERS, choices)]
+    prompt = "\n".join(filter(None, [*lines, "Answer with the letter of the right choice."]))
+    used = {asked, "choices", "hint", "answer", "answerKey", *columns}
+    problem = {key: value for key, value in record.items() if key not in used}
+    if isinstance(record.get("subject"), str):
+        problem = {"task": record["subject"]} | problem  # accuracy is shown by subject
+    problem |= {"prompt": prompt, "choices": choices, "check": "choice"}
+    answer = record.get("answerKey", record.get("answer"))
+    if answer in (None, ""):
+        return problem
+    answer, n = answer.strip() if isinstance(answer, str) else answer, len(choices)
+    names = [range(n)] if type(answer) is int else [labels[:n], choices]
+    places = [each.index(answer) for each in names if answer in each]
+    need(places, where, f"the answer {answer!r:.40} is none of the {n} choices")
+    return problem | {"answer": LETTERS[places[0]]}
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def read_image_chats(path):
+    """As read_chats, each with "images", a list of paths (empty for text) that exist and are as
+    many as the <image> markers of its messages.
+    """
+    folder = Path(path).parent
+    return read_usable(path, lambda r, where: with_images(as_chat(r, where), folder, where))
+
+
+def read_captions(path):
+    """Records {"image": path, "caption"} of a JSONL file; of a dialogue with one image the first
+    answer counts as caption.
+    """
+
+    def caption_of(record, where):
+        caption = record.get("caption")
+        if caption is None:
+            messages = as_dialogue(record, where)["messages"]
+            caption = next((m["content"] for m in messages if m["role"] == "assistant"), None)
+        need(isinstance(caption, str), where, 'a "caption" is wanted, as text')
+        need_usable(caption.strip(), where, "the caption is empty")
+        images = image_paths(record, Path(path).parent, where)
+        need(len(images) == 1, where, f"a caption belongs to one image, not to {len(images)}")
+        return {"image": images[0], "caption": caption}
+
+    return read_usable(path, caption_of)
+
+
+def with_images(record, folder, where):
+    """A chat or prompt with "images": the paths that its "image" names, relative to the folder."""
+    images = image_paths(record, folder, where)
+    check_markers(record["messages"], len(images), where)
+    return {**record, "images": images}
+
+
+def image_paths(record, folder, where):
+    """The paths that a record's "image" names, relative to the folder; each is a file."""
+    named = shown(record)
+    named = [named] if isinstance(named, str) else named
+    listed = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    need(listed, where, f'"image" must be a file name or a list of them, not {named!r:.80}')
+    images = [str(Path(folder) / name) for name in named]
+    for image in images:
+        need(Path(image).is_file(), where, f"the image {image} does not exist")
+    return images
+
+
+def check_markers(messages, images, where="the dialogue"):
+    """Raise UserError, beginning with `where`, unless users' turns say <image> once per image."""
+    for message in messages:
+        role, shows = message["role"], IMAGE in message["content"]
+        misplaced = f"{IMAGE} stands in a turn of the {role}, but only users show images"
+        need(role == "user" or not shows, where, misplaced)
+    markers = images_in(messages)
+    wanted = f"{markers} times {IMAGE}, but {images} images; each image needs one"
+    need(markers == images, where, wanted)
