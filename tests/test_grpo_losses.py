@@ -568,7 +568,11 @@ def test_only_the_wanted_tasks_are_kept_and_no_problem_is_in_both_parts(wanted, 
 
 def test_too_few_problems_and_unknown_tasks_are_refused(tmp_path):
     for records, flags, sentence in (
-        ([{"prompt": f"say {n}"} for n in range(20)], {}, "0 problems .* and 0 held out"),
+        (
+            [{"prompt": f"say {n}"} for n in range(20)],
+            {},
+            "20 of 20 records can't be used: it needs an .answer.",
+        ),
         ([{"prompt": "2 + 5?", "answer": 7}], {}, "0 problems.*and 1 held out; both are needed"),
         (tasks(), {"tasks": "divide"}, "--tasks divide: .* has only add"),
     ):

@@ -16,7 +16,6 @@ import pytest
 import torch
 from helpers import command, free_port, in_new_folder, refused, run
 
-import data.village
 import distill
 import lora
 import train_dpo
@@ -26,6 +25,7 @@ import train_pretrain
 import train_rm
 import train_sft
 import train_vlm
+from data.village import examples
 from nanollm import config, evaluate, safetensors
 from nanollm.batches import write_shards
 from nanollm.compare import settings_of
@@ -270,13 +270,13 @@ def write_run(folder, **settings):
 
 
 def of_run_without_a_village(monkeypatch):
-    """village.of_run, which gives (villagers, seed, megabytes) of what it would make."""
+    """of_run, which gives (villagers, seed, megabytes) of what it would make."""
 
     def prepare(n_villagers=32, seed=0, megabytes=8.0):
         return n_villagers, seed, megabytes
 
-    monkeypatch.setattr(sys.modules[data.village.of_run.__module__], "prepare", prepare)
-    return data.village.of_run
+    monkeypatch.setattr(examples, "prepare", prepare)
+    return examples.of_run
 
 
 @pytest.fixture

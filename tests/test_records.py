@@ -470,7 +470,9 @@ def test_completions_with_a_label_are_paired_by_it_for_kto(write, tokenizer, ran
 def test_what_the_tokenizer_refuses_is_told_with_its_line(write, tokenizer):
     two = {"function": {"name": "add", "arguments": {"x": 1, "y": 2}}}
     path = write(chat(U, A), chat(U, said("assistant", "", tool_calls=[two])))
-    with pytest.raises(UserError, match="data.jsonl, line 2: .*a tool call must have one argument"):
+    with pytest.raises(
+        UserError, match="data.jsonl, line 2: .*a tool call needs a name and one argument"
+    ):
         pack_chats(read_chats(path), tokenizer, 64, "training", CPU)
 
 
