@@ -74,8 +74,7 @@ from nanollm.config import (
     lock,
     save_config,
 )
-from nanollm.formats import IMAGE
-from nanollm.generate import check_room
+from nanollm.formats import IMAGE, need_usable, usable
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
 from nanollm.metrics import (
@@ -89,7 +88,7 @@ from nanollm.optim import PROJECTOR, SCHEDULES, build_optimizer
 from nanollm.peft.adapters import start_adapter
 from nanollm.records import read_captions, read_chats, read_examples, read_image_chats
 from nanollm.rewards import is_right
-from nanollm.rollouts import prompt_of
+from nanollm.rollouts import prompt_of, with_room
 from nanollm.run import Run, check_folders, effect, holds_a_run, move_aside
 from nanollm.runtime import start
 from nanollm.tokenizer import Tokenizer
@@ -226,6 +225,12 @@ def split_by_image(records, fraction):
     return parts
 
 
+def short_caption(tokenizer, record, where):
+    few = len(tokenizer.encode(record["caption"])) < CAPTION
+    need_usable(few, where, f"more than {CAPTION} tokens")
+    return record
+
+
 class Pairs:
     """Images and their captions. Every image is opened now, so that a damaged one is found now.
 
@@ -233,6 +238,8 @@ class Pairs:
     """
 
     def __init__(self, records, store, tokenizer):
+        fits = partial(short_caption, tokenizer)
+        records = usable(records, fits, "captions", "shorten or drop them")
         captions = [record["caption"] for record in records]
         self.tokens = caption_tokens(tokenizer, captions, CAPTION)  # (N, T)
         self.used = self.tokens != tokenizer.pad_id
@@ -269,10 +276,11 @@ def load_tests(cfg, model, tokenizer, store):
             tests["images"] = read_examples(cfg.test_data)
         if cfg.text_data == "village" and not cfg.no_images:
             tests["texts"] = read_examples(village.of_run(cfg.init) / "sft_test.jsonl")
-    tests = {name: first_of_each_task(each, cfg.test_examples) for name, each in tests.items()}
-    asked = tests["images"] + tests["new_pairs"]
-    check_room(model, [prompt_of(example, model, tokenizer) for example in asked], 1, asked)
-    for example in asked:
+    ids_of = partial(prompt_of, model=model, tokenizer=tokenizer)
+    for name, examples in tests.items():
+        examples = first_of_each_task(examples, cfg.test_examples)
+        tests[name] = with_room(examples, ids_of, model, 1, name)
+    for example in tests["images"] + tests["new_pairs"]:
         store.numbers(example.get("images", ()))  # opens them: a damaged one is found
     store.shown(tests["images"], "shuffled")  # each has another to be swapped with
     return tests

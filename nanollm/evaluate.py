@@ -44,7 +44,7 @@ from nanollm.metrics import (
 from nanollm.preferences import judge, load_scorer, win_rate
 from nanollm.records import read_examples, read_prompts
 from nanollm.rewards import is_right
-from nanollm.rollouts import template_of
+from nanollm.rollouts import prompt_of, template_of, with_room
 from nanollm.run import check_file, effect
 from nanollm.runtime import start
 from nanollm.tools import Toolbox, check_knowledge
@@ -151,6 +151,8 @@ def evaluate_answers(cfg, rt, model, tokenizer):
     if cfg.tools:
         tools = Toolbox.with_knowledge(village.knowledge_of(cfg.model, cfg.knowledge), tokenizer)
     result = {"data": cfg.data, "template": template, "images": cfg.images}
+    ids_of = partial(prompt_of, model=model, tokenizer=tokenizer, template=template)
+    examples = with_room(examples, ids_of, model, 1, cfg.data)
     how = {"generator": torch.Generator(rt.device).manual_seed(cfg.seed), "tools": tools}
     how |= {"begin": cfg.begin, "shown": cfg.images, "template": template}
     how |= {"batch_size": cfg.batch_size, "max_new_tokens": cfg.max_new_tokens}

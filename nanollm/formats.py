@@ -282,7 +282,11 @@ def read_documents(path):
     if tabular or re.match(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:', text):
         return usable(read_records(path, text), _document, path)
     parts = re.split(rf"\n[ \t]*{re.escape(DOCUMENT_END)}[ \t]*(?=\n|$)", "\n" + text)
-    return [part.strip() for part in parts if part.strip()] if len(parts) > 1 else [text]
+    if len(parts) > 1:
+        return [part.strip() for part in parts if part.strip()]
+    if DOCUMENT_END in text:
+        say(f"note: {path} is one document; {DOCUMENT_END} divides only where it has its own line")
+    return [text]
 
 
 def _document(record, where):

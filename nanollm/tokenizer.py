@@ -283,6 +283,12 @@ class Tokenizer:
             return cls.from_bytes() if name == "bytes" else cls._from_tiktoken(name)
         folder = Path(name) if Path(name).is_dir() else None
         file = folder / "tokenizer.json" if folder else Path(name)
+        raw = sorted(folder.glob("*")) if folder and not file.exists() else [file]
+        if raw := [path for path in raw if path.suffix in (".model", ".tiktoken")]:
+            raise UserError(
+                f"{raw[0]} is a vocabulary in another form than tokenizer.json; write one with "
+                "transformers' AutoTokenizer and save_pretrained, or take a newer release"
+            )
         try:
             source = json.loads(file.read_text(encoding="utf-8"))
             config, stops = read_config(folder) if folder else ({}, ())
