@@ -222,6 +222,12 @@ def test_what_does_not_fit_any_more_is_left_out_and_a_longer_message_refused(
     assert "reads text only" in refused(capsys, chat, "runs/model", "--image", "a.png")
 
 
+def test_a_question_that_does_not_fit_is_dropped_and_counted(here, capsys):
+    write("long.jsonl", *({"prompt": text, "answer": "1"} for text in ("a", "b", "c " * 90)))
+    assert evaluated("--data", "long.jsonl")["tasks"]["all"]["n"] == 2
+    assert "1 of 3 records can't be used: no room for 1 tokens" in capsys.readouterr().out
+
+
 def test_chat_says_that_a_model_has_not_learnt_to(here, monkeypatch, capsys):
     talk(monkeypatch, "", "--prompt", "Hi")
     assert not capsys.readouterr().err

@@ -15,10 +15,11 @@ import train_grpo
 import train_ppo
 import train_pretrain
 import train_sft
+import train_vlm
 from nanollm.batches import pack_chats
 from nanollm.config import UserError
 from nanollm.distillation import read_completions, tokenize
-from nanollm.formats import read_documents, read_parts, read_records, write_jsonl
+from nanollm.formats import Unusable, read_documents, read_parts, read_records, write_jsonl
 from nanollm.preferences import completion_rows, load_preferences
 from nanollm.records import (
     read_chats,
@@ -487,3 +488,15 @@ def test_one_content_in_two_shapes_trains_on_the_same_tokens(tokenizer):
 def test_records_keep_their_place_when_a_key_is_added(write):
     [record] = read_records(write(PAIR))
     assert (record | {"task": "x"}).where == record.where and record == PAIR
+
+
+def test_a_separator_inside_a_line_divides_nothing_and_is_said(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two", encoding="utf-8")
+    assert len(read_documents(tmp_path / "a.txt")) == 1
+    assert "is one document" in capsys.readouterr().out
+
+
+def test_a_caption_that_is_too_long_for_clip_is_dropped(tokenizer):
+    record = {"caption": "a " * train_vlm.CAPTION}
+    with pytest.raises(Unusable, match="line 1: more than 128 tokens"):
+        train_vlm.short_caption(tokenizer, record, "line 1")

@@ -493,6 +493,14 @@ def test_a_missing_tokenizer_is_named(name, tmp_path):
         Tokenizer.load(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "qwen.tiktoken"])
+def test_a_vocabulary_in_another_form_is_named(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\n\x0b")
+    for place in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=f"{name} is a vocabulary in another form"):
+            Tokenizer.load(place)
+
+
 # --- tiktoken's encodings ---------------------------------------------------------------------
 
 
