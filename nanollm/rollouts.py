@@ -146,11 +146,12 @@ def with_room(examples, ids_of, model, new_tokens, name):
 
     def fitting(example, where):
         fits = len(ids_of(example)) + new_tokens <= context
-        reason = f"no room for {new_tokens} tokens more in the model's context of {context}"
+        reason = f"no room for {new_tokens} more in the model's context of {context} tokens"
         need_usable(fits, where, reason)
         return example
 
-    return usable(examples, fitting, name, "shorten or drop them, or lower --max_new_tokens")
+    lower = ", or lower --max_new_tokens" * (new_tokens > 1)
+    return usable(examples, fitting, name, f"shorten or drop them{lower}")
 
 
 def template_of(run_folder):

@@ -84,7 +84,7 @@ def test_what_evaluate_cannot_do_is_refused(here, capsys):
     texts = "short", "x" * 160, "y" * 170
     write("long.jsonl", *({"prompt": text, "answer": "1"} for text in texts))
     for flags, sentences in (
-        (["--data", "long.jsonl"], ["2 of 3 prompts", repr("y" * 40)]),
+        (["--data", "long.jsonl"], ["2 of 3 records", "line 2, line 3): shorten or drop them"]),
         *((["--data", name], ["this model reads text only"]) for name in ("images", "combos")),
         (["--samples", 8, "--temperature", 0], ["--temperature 0 makes all --samples equal"]),
         (["--out", "."], ["--out . is a directory"]),
@@ -225,7 +225,7 @@ def test_what_does_not_fit_any_more_is_left_out_and_a_longer_message_refused(
 def test_a_question_that_does_not_fit_is_dropped_and_counted(here, capsys):
     write("long.jsonl", *({"prompt": text, "answer": "1"} for text in ("a", "b", "c " * 90)))
     assert evaluated("--data", "long.jsonl")["tasks"]["all"]["n"] == 2
-    assert "1 of 3 records can't be used: no room for 1 tokens" in capsys.readouterr().out
+    assert "1 of 3 records can't be used: no room for 1 more" in capsys.readouterr().out
 
 
 def test_chat_says_that_a_model_has_not_learnt_to(here, monkeypatch, capsys):

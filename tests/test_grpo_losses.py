@@ -573,7 +573,7 @@ def test_too_few_problems_and_unknown_tasks_are_refused(tmp_path):
             {},
             "20 of 20 records can't be used: it needs an .answer.",
         ),
-        ([{"prompt": "2 + 5?", "answer": 7}], {}, "0 problems.*and 1 held out; both are needed"),
+        ([{"prompt": "2 + 5?", "answer": 7}], {}, "1 records leave none to train on"),
         (tasks(), {"tasks": "divide"}, "--tasks divide: .* has only add"),
     ):
         with pytest.raises(UserError, match=sentence):
