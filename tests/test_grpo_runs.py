@@ -150,7 +150,7 @@ def test_two_processes_give_the_gradients_of_one(loss, here):
 # --- bad input -----------------------------------------------------------------------------------
 
 REFUSED = [
-    (["--max_new_tokens", 60], "no room for 60 tokens more in the model's context of 64"),
+    (["--max_new_tokens", 60], "no room for 60 more in the model's context of 64"),
     (["--samples", 1], "--samples must be at least 2"),
     (["--data", "chats.jsonl"], '60 of 60 records can\'t be used: it needs an "answer"'),
     (["--tasks", "riddles"], "--tasks riddles: problems.jsonl has only all"),
