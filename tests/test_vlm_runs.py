@@ -404,7 +404,7 @@ REFUSED = {
     "align from a VLM": ([*ALIGN, "--init", "runs/align"], "not on one that has a tower"),
     "missing image": ([*ALIGN, "--data", "gone.jsonl"], "line 1: the image nowhere.png"),
     "caption without text": ([*CLIP, "--data", "silent.jsonl"], 'line 4: a "caption" is'),
-    "long caption": ([*CLIP, "--data", "long.jsonl"], "has 201 tokens, more than 128"),
+    "long caption": ([*CLIP, "--data", "long.jsonl"], "long.jsonl, line 1): shorten"),
     "captions for align": ([*ALIGN, "--data", "captions.jsonl"], 'needs "messages"'),
     "damaged image": ([*CLIP, "--data", "damaged.jsonl"], "damaged.png can't be opened"),
     "one record": ([*CLIP, "--data", "single.jsonl", "--val_data", "none"], "too few records"),
