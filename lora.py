@@ -54,6 +54,7 @@ Watch   loss, val_loss  nats per trained token of the new domain; both fall. A l
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -221,8 +222,9 @@ def main(cfg):
     cfg = replace(cfg, **{name: rate for name, rate in rates if getattr(cfg, name) is None})
     model, tokenizer = load_model(cfg.init)
     chats, val_chats, examples = load_domain(cfg)
-    T = row_length(cfg.context, model, chats, tokenizer)
-    train_rows = pack_chats(chats, tokenizer, T, "training", rt)
+    length = partial(row_length, cfg.context, model)
+    train_rows = pack_chats(chats, tokenizer, length, "training", rt)
+    T = train_rows.tokens.shape[1]
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)
     known = examples, *load_elsewhere(cfg, tokenizer, T)
 

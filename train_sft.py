@@ -28,6 +28,7 @@ Watch   loss, val_loss  nats per trained token; val_loss rising while loss falls
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -261,8 +262,9 @@ def main(cfg):
     model, tokenizer = load_model(cfg.init)
     start_adapter(model, cfg, rt)
     chats, val_chats, examples = load_chats(cfg)
-    T = row_length(cfg.context, model, chats, tokenizer)
-    train_rows = pack_chats(chats, tokenizer, T, "training", rt)
+    length = partial(row_length, cfg.context, model)
+    train_rows = pack_chats(chats, tokenizer, length, "training", rt)
+    T = train_rows.tokens.shape[1]
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)
     text = load_text(cfg, tokenizer, model, T)
     tools = None

@@ -458,9 +458,10 @@ def train_language(cfg, rt):
     n_texts = replay_count(cfg, "images") if cfg.stage == "instruct" else 0
     n_plain = round(n_texts / 4)
     chats, val_chats = load_records(cfg)
-    T = row_length(cfg.context, model, chats, tokenizer)
     how = dict(rt=rt, image_tokens=model.tokens_per_image, store=store)
-    train_rows = pack_chats(chats, tokenizer, T, "training", **how)
+    length = partial(row_length, cfg.context, model)
+    train_rows = pack_chats(chats, tokenizer, length, "training", **how)
+    T = train_rows.tokens.shape[1]
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", **how)
     sizes = [len(train_rows)]
     if n_texts:

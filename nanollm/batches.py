@@ -136,19 +136,17 @@ class Sampler:
         self._order = self._permutation()
 
 
-def row_length(context, model, chats=(), tokenizer=None):
+def row_length(context, model, lengths=()):
     """T, the tokens of a row: --context, or what 99% of the dialogues need, rounded up to 64. That
     is at least 256 and at most LONGEST_ROW, or what the model can read where that is less. Raises
-    UserError where --context is more than that.
+    UserError where --context is more than that. lengths: those of all dialogues, in tokens.
     """
     limit = model.cfg.max_position_embeddings
     T = context or min(256, limit)
     if T > limit:
         raise UserError(f"--context {T} is beyond the model's context of {limit}")
-    if context or T == limit or not chats:
+    if context or T == limit or not lengths:
         return T
-    render = functools.partial(tokenizer.render, image_tokens=model.tokens_per_image)
-    lengths = usable(chats, lambda chat, _: len(render(chat["messages"])[0]), "dialogues")
     most = sorted(lengths)[-1 - len(lengths) // 100]
     return min(max(T, -(-most // 64) * 64), limit, LONGEST_ROW)
 
@@ -348,13 +346,14 @@ def pad_completions(prompts, completions, pad_id, own=None, images=None):
 def fit_chat(T, tokenizer, image_tokens, chat, where):
     """(the dialogue as far as it fits, its (ids, mask), was it shortened?): cut after the last of
     the assistant's turns with which it has at most T tokens. Unusable where that leaves nothing to
-    learn.
+    learn. What `render` makes of the whole chat may stand under "rendered".
     """
     messages, reason = chat["messages"], "no answer that is trained on"
     takes = f", of which an image takes {image_tokens}" * bool(image_tokens)
     ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
     for end in reversed(ends):
-        ids, mask = tokenizer.render(messages[:end], image_tokens=image_tokens)
+        known = chat.get("rendered") if end == len(messages) else None
+        ids, mask = known or tokenizer.render(messages[:end], image_tokens=image_tokens)
         if any(mask) and len(ids) <= T:
             return {**chat, "messages": messages[:end]}, (ids, mask), end < ends[-1]
         reason = f"its first answer ends beyond {T} tokens{takes}" if any(mask) else reason
@@ -365,9 +364,18 @@ def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
     """Packed rows of T tokens; says what was cut and what was dropped. UserError when that is more
     than what is left to train on.
 
-    With a `store` (vision/images.py) of images, each takes `image_tokens` in a row; those that were
-    shown after the cut are left out, and none is ever cut.
+    T may also be what makes it of the lengths of all dialogues. With a `store` (vision/images.py)
+    of images, each takes `image_tokens` in a row; those that were shown after the cut are left out,
+    and none is ever cut.
     """
+    if callable(T):
+
+        def rendered(chat, _):
+            ids_and_mask = tokenizer.render(chat["messages"], image_tokens=image_tokens)
+            return chat | {"rendered": ids_and_mask}
+
+        chats = usable(chats, rendered, "dialogues")
+        T = T([len(chat["rendered"][0]) for chat in chats])
     fit = functools.partial(fit_chat, T, tokenizer, image_tokens)
     fitted = usable(chats, fit, f"{name} dialogues", "raise --context")
     kept, examples, shortened = zip(*fitted)

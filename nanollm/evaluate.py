@@ -151,7 +151,11 @@ def evaluate_answers(cfg, rt, model, tokenizer):
     if cfg.tools:
         tools = Toolbox.with_knowledge(village.knowledge_of(cfg.model, cfg.knowledge), tokenizer)
     result = {"data": cfg.data, "template": template, "images": cfg.images}
-    ids_of = partial(prompt_of, model=model, tokenizer=tokenizer, template=template)
+    begun = tokenizer.encode(cfg.begin, special=True)
+
+    def ids_of(example):
+        return prompt_of(example, model, tokenizer, template) + begun
+
     examples = with_room(examples, ids_of, model, 1, cfg.data)
     how = {"generator": torch.Generator(rt.device).manual_seed(cfg.seed), "tools": tools}
     how |= {"begin": cfg.begin, "shown": cfg.images, "template": template}
@@ -215,12 +219,10 @@ def main(cfg):
     preferences = cfg.data == "preferences"
     measure = evaluate_preferences if preferences else evaluate_answers
     result = {"model": cfg.model, "adapter": cfg.adapter} | measure(cfg, rt, model, tokenizer)
-    name, folder = (
-        "preferences.json" if preferences else "evaluation.json",
-        cfg.adapter or cfg.model,
-    )
-    if cfg.out or (Path(folder) / "train_config.json").exists():
-        out = Path(cfg.out or Path(folder) / name)
+    name = "preferences.json" if preferences else "evaluation.json"
+    folder = Path(cfg.adapter or cfg.model)
+    if cfg.out or (folder / "train_config.json").exists():
+        out = Path(cfg.out or folder / name)
         atomic_write(out, json.dumps(result, indent=2) + "\n")
         print(f"written to {out}")
     else:

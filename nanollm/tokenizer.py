@@ -385,7 +385,8 @@ class Tokenizer:
             if message["role"] != "assistant" or not trained and "ids" not in message:
                 continue
             if trained:
-                start, said = self._turn(messages[: n + 1], f"message {n}")
+                whole = text if n == len(messages) - 1 else self._text(messages[: n + 1])
+                start, said = self._turn(messages[:n], whole, f"message {n}")
                 own = self._ids(said, image_tokens)
             else:
                 start, said = self._text(messages[:n], True), message["content"]
@@ -410,10 +411,10 @@ class Tokenizer:
         """(prompt ids, completion ids): the messages up to where the assistant begins, and what it
         writes then, `text` and the end of its turn. Together they begin the ids of `render`.
         """
-        prompt, _ = self.render(messages, generation_prompt=True)
         turns = [*messages, {"role": "assistant", "content": text}]
         turns = [self._read(turn, f"message {n}") for n, turn in enumerate(turns)]
-        return prompt, self._ids(self._turn(turns, f"message {len(messages)}")[1])
+        prompt, said = self._turn(turns[:-1], self._text(turns), f"message {len(messages)}")
+        return self._ids(prompt), self._ids(said)
 
     def with_tokens(self, names):
         """This tokenizer, with those of the tokens `names` that it lacks after its last id."""
@@ -453,9 +454,11 @@ class Tokenizer:
             why = str(error).replace(BREAK, "")
             raise UserError(f"the model's chat template refuses this dialogue: {why}") from None
 
-    def _turn(self, messages, where):
-        """(prompt, completion) of the last message as texts, up to its end of turn."""
-        prompt, whole = self._text(messages[:-1], True), self._text(messages)
+    def _turn(self, messages, whole, where):
+        """(prompt, completion) as texts: what the messages make, and what the next one, with which
+        they make `whole`, adds up to its end of turn.
+        """
+        prompt = self._text(messages, True)
         if not whole.startswith(prompt):
             raise UserError(
                 f"{where}: the model's chat template begins this answer otherwise than it prompts "

@@ -353,7 +353,12 @@ def test_what_was_cut_and_dropped_is_said_and_most_dropped_is_an_error(capsys):
     + [([300], 310, 310), ([300], 256, 256)],
 )
 def test_a_row_holds_ninety_nine_of_a_hundred_dialogues(lengths, limit, T):
-    model = SimpleNamespace(cfg=SimpleNamespace(max_position_embeddings=limit), tokens_per_image=0)
-    by_content = SimpleNamespace(render=lambda messages, **_: (range(messages[0]["content"]), []))
-    chats = [{"messages": [{"role": "user", "content": n}]} for n in lengths]
-    assert row_length(None, model, chats, by_content) == T
+    model = SimpleNamespace(cfg=SimpleNamespace(max_position_embeddings=limit))
+    assert row_length(None, model, lengths) == T
+
+
+def test_rows_are_as_long_as_the_dialogues_say_and_each_is_rendered_once():
+    calls = []
+    counted = SimpleNamespace(render=lambda m, **_: calls.append(m) or render(m), pad_id=0)
+    rows = pack_chats([TWO, TWO], counted, lambda lengths: max(lengths) + 1, "training", CPU)
+    assert rows.tokens.shape == (2, 13) and len(calls) == 2
