@@ -141,9 +141,7 @@ def fetch_model(name, folder):
     found = [file for file in FILES if fetch(file)]
     if not {*found} & {*CONFIGS}:
         shutil.rmtree(part)
-        raise UserError(
-            f"there is no folder {name}, and no model with a config.json {at_hub(name)}"
-        )
+        raise UserError(f"found no folder {name}, and no model with a config.json {at_hub(name)}")
     weights = next((file for file in WEIGHTS if fetch(file)), None)
     if weights is None:
         shutil.rmtree(part)
@@ -178,12 +176,12 @@ def open_url(name, path, done=0):
             return None
         if status in (401, 403):
             raise UserError(
-                f"there is no folder {name}, and no access to the model {at_hub(name)} ({status}): "
+                f"found no folder {name}, and got no access to the model {at_hub(name)} ({status}): "
                 "check the name; if it is gated, accept its terms there and set HF_TOKEN"
             ) from None
         if status == 416:  # nothing is left from there on
             return open_url(name, path)
-        raise UserError(f"there is no folder {name}, and as a model of the Hub: {error}") from None
+        raise UserError(f"found no folder {name}; as a model of the Hub: {error}") from None
 
 
 def files_of(name):

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import re
 import threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -209,7 +210,7 @@ REFUSED = {
 def test_what_cannot_be_had_is_one_line_and_leaves_no_folder(hub, capsys, change, why):
     change(hub)
     said = refused(capsys, chat, "owner/name", "--prompt", "a")
-    assert __import__("re").search(why, said), said
+    assert re.search(why, said), said
     assert not FOLDER.exists() and not list(FOLDER.parent.glob(".*.lock"))
 
 
