@@ -176,7 +176,7 @@ def open_url(name, path, done=0):
             return None
         if status in (401, 403):
             raise UserError(
-                f"found no folder {name}, and got no access to the model {at_hub(name)} ({status}): "
+                f"found no folder {name}, and no access to the model {at_hub(name)} ({status}): "
                 "check the name; if it is gated, accept its terms there and set HF_TOKEN"
             ) from None
         if status == 416:  # nothing is left from there on
