@@ -71,7 +71,7 @@ from nanollm.peft.adapters import reference, start_adapter
 from nanollm.plot import line_chart
 from nanollm.preferences import (
     change_table,
-    closed,
+    finish_turns,
     gold_effects,
     judge,
     load_scorer,
@@ -303,7 +303,7 @@ def sample_rollout(cfg, actor, ref, reward_model, tokenizer, gold, examples, noi
         raw_scores = torch.tensor([reft_reward(*each) for each in said], device=noise.device)
     else:
         context = reward_model.cfg.max_position_embeddings
-        raw_scores = scores(reward_model, closed(rows, tokenizer, context))
+        raw_scores = scores(reward_model, finish_turns(rows, tokenizer, context))
     if gold is not None:
         golds = torch.tensor([gold(*each)["gold"] for each in said], device=noise.device)
     (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)

@@ -55,8 +55,8 @@ from nanollm.peft.adapters import start_adapter
 from nanollm.plot import line_chart
 from nanollm.preferences import (
     change_table,
-    closed,
     completion_rows,
+    finish_turns,
     in_batches,
     load_preferences,
     pair_index,
@@ -290,7 +290,7 @@ def own_samples(ref, tokenizer, records, seed, rt):
     prompts = prompt_ids(records, tokenizer)
     completions = sample_together(rt, ref, tokenizer, prompts, 64, seed=seed)
     rows = pad_completions(prompts, completions, tokenizer.pad_id)
-    return closed(rows, tokenizer, ref.cfg.max_position_embeddings)
+    return finish_turns(rows, tokenizer, ref.cfg.max_position_embeddings)
 
 
 def row_rewards(model, rows):

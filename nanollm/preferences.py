@@ -101,10 +101,10 @@ def completion_rows(records, tokenizer):
     columns = torch.arange(counts.max())
     index = (counts.cumsum(0) - counts)[:, None] + columns
     index = torch.where(columns < counts[:, None], index, -1)
-    return closed(pad_completions(prompts, completions, tokenizer.pad_id), tokenizer), index
+    return finish_turns(pad_completions(prompts, completions, tokenizer.pad_id), tokenizer), index
 
 
-def closed(rows, tokenizer, context=None):
+def finish_turns(rows, tokenizer, context=None):
     """Rows whose completions end as the template ends a dialogue, which is where a reward model is
     read: those that have ended with the end of turn and what follows it, which isn't trained on,
     as far as `context` tokens hold it.
@@ -129,8 +129,8 @@ def pair_index(index):
 
 
 def scores(reward_model, rows):
-    """The reward of each row, (B,): what the model says at the last real token, which of `closed`
-    rows is the one that the template ends with.
+    """The reward of each row, (B,): what the model says at the last real token, which is the one
+    that the template ends with, after `finish_turns`.
     """
     return reward_model(*rows.inputs()).gather(1, rows.last()[:, None])[:, 0]
 
@@ -190,7 +190,7 @@ def judge(
     rows = pad_completions(repeated, ids, tokenizer.pad_id)
     best, stats = torch.arange(len(examples)) * best_of, {}
     if reward_model is not None:
-        dialogues = closed(rows, tokenizer, reward_model.cfg.max_position_embeddings)
+        dialogues = finish_turns(rows, tokenizer, reward_model.cfg.max_position_embeddings)
         rewards = in_batches(lambda part: scores(reward_model, part), dialogues, model.device)
         best = best + rewards.view(-1, best_of).argmax(1)
         stats["reward"] = rewards[best].mean().item()

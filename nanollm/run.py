@@ -40,7 +40,7 @@ from nanollm.plot import line_chart
 from nanollm.runtime import DTYPES, peak_memory, rng_state, set_rng_state
 
 LOG_EVERY = 10  # steps between the lines of `advance`
-DOWNLOADED = 1e8  # parameters; ours have fewer
+LARGE_MODEL = 1e8  # parameters; ours have fewer
 MOST_LR = 2e-4  # AdamW's for such a model, and for an adapter on it
 
 
@@ -303,7 +303,7 @@ def note_on_rates(cfg, model):
     """Say so where a downloaded model is about to learn at the rates of a tiny one."""
     size = sum(p.numel() for p in model.parameters())
     fast = cfg.preset in ("tiny", "smoke") and (cfg.optimizer == "muon" or cfg.lr > MOST_LR)
-    if fast and size > DOWNLOADED and getattr(cfg, "init", None):
+    if fast and size > LARGE_MODEL and getattr(cfg, "init", None):
         say(
             f"note: {size / 1e6:.0f} million parameters learn at rates for a model of one million; "
             "--preset downloaded has those of the papers"

@@ -366,7 +366,7 @@ def test_downloaded_models_are_trained_by_a_preset_and_a_note_says_so(
     flags = [*flags, "--accumulate", "2", "--out", f"runs/preset-{name}"]
     if name != "distill":
         flags += ["--init", "runs/base"]
-    monkeypatch.setattr("nanollm.run.DOWNLOADED", 1000)
+    monkeypatch.setattr("nanollm.run.LARGE_MODEL", 1000)
     capsys.readouterr()
     for more, noted in (
         (["--preset", "downloaded"], False),

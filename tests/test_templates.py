@@ -16,7 +16,7 @@ from nanollm.batches import pad_completions
 from nanollm.config import UserError
 from nanollm.gpt import GPTConfig, ScalarGPT
 from nanollm.hub import save_model
-from nanollm.preferences import closed, completion_rows, scores
+from nanollm.preferences import completion_rows, finish_turns, scores
 from nanollm.rollouts import prompt_of
 from nanollm.tokenizer import CONTENT_TOKENS, Tokenizer
 
@@ -458,8 +458,8 @@ def test_a_reward_is_read_where_transformers_reads_it_after_its_chat_template(
     prompt, sampled = tokenizer.completion(chat[:1], chat[1]["content"])
     for stop in tokenizer.stop_ids:  # however it has ended
         rows = pad_completions([prompt], [[*sampled[:-1], stop]], tokenizer.pad_id)
-        reward = scores(model, closed(rows, tokenizer))
+        reward = scores(model, finish_turns(rows, tokenizer))
         torch.testing.assert_close(reward, wanted, atol=1e-5, rtol=1e-5)
         assert rows.tokens[0, -1] == stop  # as it was sampled
         full = rows.tokens.shape[1]  # a context that holds nothing behind the turn
-        assert closed(rows, tokenizer, full).last().tolist() == [full - 1]
+        assert finish_turns(rows, tokenizer, full).last().tolist() == [full - 1]
