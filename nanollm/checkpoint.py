@@ -17,7 +17,7 @@ import torch
 from nanollm import safetensors
 from nanollm.config import UserError, atomic_write, say
 from nanollm.download import hub_folder, is_hub_name
-from nanollm.formats import need
+from nanollm.formats import need, read_json
 from nanollm.gpt import GPT, MLP, GPTConfig, ScalarGPT, rope_frequencies, yarn_scale
 from nanollm.tokenizer import Tokenizer
 
@@ -50,19 +50,6 @@ rope_scaling original_max_position_embeddings sliding_window max_window_layers p
 use_cache initializer_range bos_token_id eos_token_id pad_token_id id2label label2id problem_type
 _name_or_path _attn_implementation is_llama_config transformers.js_config reward_shift""".split()
 ADAPTER_CONFIG, EMBEDDING = "adapter_config.json", "model.embed_tokens.weight"
-
-
-def read_json(path, kind=dict):
-    """The JSON object, or array, in a file; raises UserError."""
-    try:
-        value = json.loads(Path(path).read_bytes(), object_pairs_hook=safetensors.unique)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e})") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'array'}")
-    return value
 
 
 def read_config(folder):
@@ -172,7 +159,7 @@ def save_gpt(model, tokenizer, folder):
         config |= {"architectures": [kind], **one_label, "reward_shift": model.shift}
     tokenizer.save(folder)
     write_configs(config, tokenizer, folder)
-    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(weights, folder / "model.safetensors")
 
 
 def write_configs(config, tokenizer, folder):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nanollm.config import UserError, atomic_file
+from nanollm.formats import need, parse_json, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,29 +34,24 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
+INDEX = "model.safetensors.index.json"
 
 Entry = namedtuple("Entry", "dtype shape begin end")  # begin and end: positions in the file
 
 
-# --- writing -----------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------
+
+
 def save_file(tensors, path, metadata=None):
     """Writes {name: tensor} as one file, or leaves the old file as it was.
 
-    Tensors that share memory are written once each. `metadata` is {str: str}; transformers wants
-    {"format": "pt"}. Raises TypeError for what the format cannot hold.
+    Tensors that share memory are written once each. `metadata` is {str: str}.
     """
-    header, begin = {}, 0
-    if metadata is not None:
-        header["__metadata__"] = metadata
-    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
-        raise TypeError("metadata must map strings to strings")
+    header, begin = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0  # as transformers asks
     # widest first: as the header fills a multiple of 8 bytes, every tensor then lies aligned
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
-        tensor = tensors[name]
-        if name == "__metadata__" or tensor.dtype not in NAMES or tensor.layout != torch.strided:
-            raise TypeError(f"safetensors cannot hold {name!r} ({tensor.dtype}, {tensor.layout})")
-        end = begin + tensor.numel() * tensor.element_size()
+        tensor, end = tensors[name], begin + tensors[name].nbytes
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
         header[name]["data_offsets"] = [begin, end]
         begin = end
@@ -68,23 +64,22 @@ def save_file(tensors, path, metadata=None):
             file.write(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-# --- reading -----------------------------------------------------------------------------------
-def load_file(path, device="cpu", dtype=None):
-    """{name: tensor} of one file. `dtype` converts floating-point tensors only. Raises UserError.
+# --- reading -------------------------------------------------------------------------------------
+
+
+def load_file(path):
+    """{name: tensor} of one file. Raises UserError.
 
     The file is mapped into memory and copied tensor by tensor, so the peak is the model plus one
     tensor, and the file may be replaced while the tensors live.
     """
     entries, _ = read_header(path)
-    size = max([entry.end for entry in entries.values()], default=0)
+    size = Path(path).stat().st_size
     mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)  # (size,)
     tensors = {}
-    for name, (stored, shape, begin, end) in entries.items():
-        raw = mapped[begin:end]
-        raw = raw != 0 if stored is torch.bool else raw.clone()  # the clone is aligned
-        tensor = raw.view(stored).reshape(shape)
-        to = dtype if dtype and stored.is_floating_point else stored
-        tensors[name] = tensor.to(device=device, dtype=to)
+    for name, (dtype, shape, begin, end) in entries.items():
+        raw = mapped[begin:end].clone()  # which is aligned
+        tensors[name] = raw.view(dtype).reshape(shape)
     return tensors
 
 
@@ -92,30 +87,24 @@ def read_header(path):
     """({name: Entry}, metadata) of one file, every rule of the format checked. Raises UserError."""
     path = Path(path)
     if not path.is_file():
-        why = "is a directory; name a safetensors file" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {why}")
+        raise UserError(f"{path} does not exist")
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise UserError(
-                f"{path} is cut off, or not a safetensors file: {size} bytes, and the header "
-                f"would have {length}"
-            )
+        why = f"cut off, or not a safetensors file: {size} bytes, and a header of {length}"
+        need(8 + length <= size and length <= MAX_HEADER, path, why)
         header = parse_json(file.read(length), path)
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise UserError(f"{path}: __metadata__ must map names to strings")
+    need(isinstance(metadata, dict), path, "__metadata__ must map names to strings")
     entries = {name: read_entry(name, info, 8 + length, path) for name, info in header.items()}
-    position, last = 8 + length, "the header"
+    position = 8 + length
     for name, entry in sorted(entries.items(), key=lambda each: each[1][2:]):
-        if entry.begin != position:
-            fault = "overlaps" if entry.begin < position else "leaves a gap behind"
-            raise UserError(f"{path}: tensor {name!r} {fault} {last}")
-        position, last = entry.end, repr(name)
-    if position != size:
-        fault = "cut off; fetch it again" if size < position else "more than its tensors"
-        raise UserError(f"{path} should have {position} bytes but has {size}: it is {fault}")
+        why = f"tensor {name!r} overlaps what stands before it, or leaves a gap behind it"
+        need(entry.begin == position, path, why)
+        position = entry.end
+    fault = "cut off; fetch it again" if size < position else "more than its tensors"
+    why = f"should have {position} bytes but has {size}: it is {fault}"
+    need(position == size, path, why)
     return entries, metadata
 
 
@@ -124,9 +113,7 @@ def read_entry(name, info, start, path):
     try:
         dtype, shape, (begin, end) = DTYPES[info["dtype"]], info["shape"], info["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))  # True is an int, too
-        # torch counts in 63 bits, even where a 0 makes the tensor empty, and allows 64 dimensions
-        fits = whole and len(shape) <= 64 and math.prod(n or 1 for n in shape) < 2**63
-        if fits and math.prod(shape) * dtype.itemsize == end - begin:
+        if whole and math.prod(shape) * dtype.itemsize == end - begin:
             return Entry(dtype, tuple(shape), start + begin, start + end)
     except (KeyError, TypeError, ValueError):
         pass
@@ -136,48 +123,31 @@ def read_entry(name, info, start, path):
     )
 
 
-def unique(pairs):
-    """A JSON object's dict. Of two equal keys Python keeps the last; we refuse both."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a key is there twice, among {[name for name, _ in pairs]}"[:200])
-    return dict(pairs)
+# --- folders -------------------------------------------------------------------------------------
 
 
-def parse_json(text, path):
-    """The JSON object in these bytes."""
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the JSON in it cannot be read ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: the JSON in it must be an object")
-    return value
-
-
-def load_folder(folder, device="cpu", dtype=None):
+def load_folder(folder):
     """{name: tensor} of a model folder: model.safetensors, or the shards that its index names."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return load_file(folder / "model.safetensors", device, dtype)
+    whole, index = Path(folder) / "model.safetensors", Path(folder) / INDEX
+    if whole.exists():
+        return load_file(whole)
     if not index.exists():
-        pickles = [*folder.glob("*model*.bin"), *folder.glob("*model*.pt*")]
-        why = (
-            " but a pickle ({0.name}), which may run any code; convert it first" if pickles else ""
-        )
-        raise UserError(f"{folder} holds no model.safetensors" + why.format(*pickles))
-    shard_of = parse_json(index.read_bytes(), index).get("weight_map")
-    named = shard_of.values() if isinstance(shard_of, dict) and shard_of else [None]
-    if not all(isinstance(shard, str) and Path(shard).name == shard for shard in named):
-        raise UserError(f"{index}: weight_map must map each tensor to a file of this directory")
-    tensors, unnamed = {}, set()
-    for shard in sorted({*named}):
-        loaded = load_file(folder / shard, device, dtype)
-        unnamed |= loaded.keys() - shard_of.keys()
-        for name in (name for name in shard_of if shard_of[name] == shard):
-            if name not in loaded:
-                raise UserError(f"{folder / shard} lacks the tensor {name!r} that the index names")
-            tensors[name] = loaded[name]
-    if unnamed:
-        raise UserError(f"{index} doesn't name {min(unnamed)!r}, which is in one of its files")
+        convert = "weights in other files (a pickle may run any code) must be converted first"
+        raise UserError(f"{folder} holds no model.safetensors; {convert}")
+    shard_of, tensors = read_index(index), {}
+    for shard in sorted({*shard_of.values()}):
+        loaded = load_file(index.parent / shard)
+        # another shard may hold an older tensor of a name
+        tensors |= {k: x for k, x in loaded.items() if shard_of.get(k, shard) == shard}
+    if odd := sorted(tensors.keys() ^ shard_of.keys()):
+        raise UserError(f"{index} and the files that it names don't agree on {odd[0]!r}")
     return tensors
+
+
+def read_index(path):
+    """{tensor: file beside the index} of the shards of a model. Raises UserError."""
+    shard_of = read_json(path).get("weight_map")
+    shards = shard_of.values() if isinstance(shard_of, dict) and shard_of else [None]
+    beside = all(isinstance(shard, str) and Path(shard).name == shard for shard in shards)
+    need(beside, path, "weight_map must map each tensor to a file of this directory")
+    return shard_of

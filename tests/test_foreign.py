@@ -207,7 +207,7 @@ def test_a_key_that_stands_twice_in_config_json_is_refused(download):
 def change_weights(folder, change):
     tensors = safetensors.load_folder(folder)
     change(tensors)
-    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(tensors, folder / "model.safetensors")
 
 
 QUANTISED = "model.layers.0.mlp.up_proj.weight"

@@ -125,7 +125,7 @@ def changed(path):
     before, stat = path.read_bytes(), path.stat()
     if path.suffix == ".safetensors":
         tensors = {name: x + 0.5 for name, x in safetensors.load_file(path).items()}
-        safetensors.save_file(tensors, path, metadata={"format": "pt"})
+        safetensors.save_file(tensors, path)
     elif path.suffix == ".bin":
         path.write_bytes(before[:-2] + b"a\0")
     else:

@@ -104,7 +104,7 @@ def save_adapter(model, folder, base):
         config["reward_shift"] = model.shift  # not peft's
     tensors = METHODS[model.adapter].parameters(model)
     known = getattr(model, "base_hash", None)
-    metadata = {"format": "pt"} | ({BASE_HASH: known} if known else {})
+    metadata = {BASE_HASH: known} if known else {}
     atomic_write(Path(folder) / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
     safetensors.save_file(tensors, Path(folder) / WEIGHTS, metadata=metadata)
 

@@ -163,4 +163,4 @@ def save_clip(clip, tokenizer, folder, preprocessing):
     preprocessing.save(folder)
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
     weights = {name: p.detach().cpu() for name, p in clip.state_dict().items()}
-    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(weights, folder / "model.safetensors")

@@ -303,7 +303,7 @@ def save_vlm(vlm, tokenizer, folder):
         tensors["projector.linear_2.weight"] = torch.eye(len(bias), dtype=bias.dtype)
         tensors["projector.linear_2.bias"] = bias
     tensors = {renamed(name, PREFIXES): tensor for name, tensor in tensors.items()}
-    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(tensors, folder / "model.safetensors")
 
 
 def renamed(name, prefixes):
