@@ -13,12 +13,10 @@ Of weights only safetensors are fetched: a pickle may run any code.
 
 import http.client
 import io
-import json
 import os
 import re
 import shutil
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -33,8 +31,8 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors", INDEX)
 CONFIGS = ("config.json", "adapter_config.json")
 FILES = (*CONFIGS, "generation_config.json", "preprocessor_config.json", "processor_config.json")
-FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
-FILES += ("added_tokens.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+FILES += ("tokenizer.model", "chat_template.jinja")
 
 
 # --- one file ------------------------------------------------------------------------------------
@@ -128,31 +126,23 @@ def hub_folder(name):
 
 def fetch_model(name, folder):
     """Fetch what belongs to a model into `folder`, which takes its place when all is there."""
-    revision, sizes = files_of(name)
+    revision = revision_of(name)
     part = folder.with_name(f"{folder.name}.{revision[:12]}.part")  # found again after a break
     part.mkdir(parents=True, exist_ok=True)
     say(f"downloading {name} from {endpoint()} into {folder}")
-
-    def fetch(file):
-        """Is there such a file? Then it is here now."""
-        there = not sizes or file in sizes
-        return there and fetch_file(name, revision, file, part / file, sizes.get(file))
-
-    found = [file for file in FILES if fetch(file)]
-    if not {*found} & {*CONFIGS}:
-        shutil.rmtree(part)
-        raise UserError(f"found no folder {name}, and no model with a config.json {at_hub(name)}")
-    weights = next((file for file in WEIGHTS if fetch(file)), None)
+    weights = next((file for file in WEIGHTS if fetch_file(name, revision, part / file)), None)
     if weights is None:
-        shutil.rmtree(part)
-        others = [file for file in sizes if re.search(r"\.(bin|gguf|ptl?|pth|ckpt|onnx)$", file)]
-        found = f", but {others[0]}, which isn't read here" if others else ""
-        raise UserError(f"{name} has no model.safetensors {at_hub(name)}{found}; choose another")
+        part.rmdir()
+        other = "no model.safetensors; no other file of weights is read here, choose another model"
+        raise UserError(f"{endpoint()}/{name} has {other}")
     if weights == INDEX:
-        for file in shards_in(part / INDEX):
-            if not fetch(file):
-                raise UserError(f"{name} lacks {file}, which its {INDEX} names")
-    check_weights(part)
+        from nanollm.safetensors import read_index  # and torch, which data/prepare.py does without
+
+        for shard in sorted({*read_index(part / INDEX).values()}):
+            if not fetch_file(name, revision, part / shard):
+                raise UserError(f"{name} lacks {shard}, which its {INDEX} names")
+    for file in FILES:
+        fetch_file(name, revision, part / file)
     os.replace(part, folder)
 
 
@@ -160,90 +150,54 @@ def endpoint():
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def at_hub(name):
-    return f"at {endpoint()}/{name}"
-
-
-def open_url(name, path, done=0):
-    """A Download of what is at this path of the Hub; None where nothing is."""
+def open_url(name, revision, file, done=0):
+    """A Download of a file of a model; None where there is none."""
     token = os.environ.get("HF_TOKEN", "").strip()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
+    url = f"{endpoint()}/{name}/resolve/{revision}/{file}"
     try:
-        return Download(f"{endpoint()}/{path}", "HF_ENDPOINT", done, headers)
+        return Download(url, "HF_ENDPOINT", done, headers)
     except UserError as error:
-        status = getattr(error.__cause__, "code", None)
+        status, why = getattr(error.__cause__, "code", None), error
         if status == 404:
             return None
-        if status in (401, 403):
-            raise UserError(
-                f"found no folder {name}, and no access to the model {at_hub(name)} ({status}): "
-                "check the name; if it is gated, accept its terms there and set HF_TOKEN"
-            ) from None
         if status == 416:  # nothing is left from there on
-            return open_url(name, path)
-        raise UserError(f"found no folder {name}; as a model of the Hub: {error}") from None
+            return open_url(name, revision, file)
+        if status in (401, 403):
+            why = f"no access to {endpoint()}/{name} ({status}): check the name; if the model is "
+            why += "gated, accept its terms there and set HF_TOKEN"
+        raise UserError(f"found no folder {name}; as a model of the Hub: {why}") from None
 
 
-def files_of(name):
-    """(revision, {file: size}) as the Hub's API says; ("main", {}) for a mirror without one."""
-    page = open_url(name, f"api/models/{name}?blobs=true")
-    if page is None:
-        return "main", {}
-    with page:
-        text = page.read()
-    try:
-        info = json.loads(text)
-        revision = re.fullmatch("[0-9a-f]{7,64}", info["sha"])[0]
-        return revision, {each["rfilename"]: each.get("size") for each in info["siblings"]}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(
-            f"{page.url} is not what the Hub says of a model; check HF_ENDPOINT"
-        ) from None
+def revision_of(name):
+    """The commit that is now at "main", so that a download goes on with the same files."""
+    for file in CONFIGS:
+        if page := open_url(name, "main", file):
+            with page:
+                return page.response.headers.get("X-Repo-Commit", "main")
+    raise UserError(f"found no folder {name}, and no config.json of a model at {endpoint()}/{name}")
 
 
-def fetch_file(name, revision, file, path, size=None):
+def fetch_file(name, revision, path):
     """Download one file of a model, going on where an earlier attempt broke off; False where there
-    is none. Where `size` is known, it must have that.
+    is none. Whatever the server has promised, a file of weights knows its own size.
     """
     if path.exists():  # of an earlier attempt
         return True
     unfinished = path.with_name(path.name + ".part")
     done = unfinished.stat().st_size if unfinished.exists() else 0
-    if not done or done != size:
-        download = open_url(name, f"{name}/resolve/{revision}/{file}", done)
-        if download is None:
-            return False
-        size = size or int(download.response.headers.get("X-Linked-Size", 0)) or None
-        if not download.done:
-            unfinished.write_bytes(b"")
-        with download, open(unfinished, "ab") as opened:
-            shutil.copyfileobj(download, opened, CHUNK)
-    if size is not None and (came := unfinished.stat().st_size) != size:
-        unfinished.unlink()
-        raise UserError(f"{file} of {name} has {came:,} bytes instead of {size:,}; try again")
+    download = open_url(name, revision, path.name, done)
+    if download is None:
+        return False
+    with download, open(unfinished, "ab" if download.done else "wb") as opened:
+        shutil.copyfileobj(download, opened, CHUNK)
+    if path.suffix == ".safetensors":
+        from nanollm.safetensors import read_header
+
+        try:
+            read_header(unfinished)
+        except UserError:
+            unfinished.unlink()
+            raise
     os.replace(unfinished, path)
     return True
-
-
-def shards_in(index):
-    """The files that an index of shards names."""
-    try:
-        shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        if shards and all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
-            return sorted(shards)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        pass
-    index.unlink()
-    raise UserError(f"{index.name} names no shards; the model is damaged")
-
-
-def check_weights(folder):
-    """Whatever the server has promised, a file of weights knows its own size."""
-    from nanollm.safetensors import read_header  # and torch, which data/prepare.py does without
-
-    for path in folder.glob("*.safetensors"):
-        try:
-            read_header(path)
-        except UserError:
-            path.unlink()
-            raise

@@ -3,17 +3,20 @@
 import hashlib
 import http.server
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from helpers import as_two_processes, refused, run
+from helpers import ROOT, refused, run
 
 import train_sft
-from nanollm import chat, download, evaluate, safetensors
+from nanollm import chat, evaluate, safetensors
 from nanollm.checkpoint import bases_of, existing_folder, save_gpt, weights_hash
 from nanollm.config import UserError, parse
 from nanollm.formats import write_jsonl
@@ -28,39 +31,33 @@ class Hub(http.server.ThreadingHTTPServer):
     """Serves `files` {path in the repository: bytes}; `asked`: (path, first byte) of requests."""
 
     daemon_threads, request_queue_size = True, 50
-    api = ranges = True  # does it answer for /api, and to Range?
+    commit = SHA  # that it tells, which a plain mirror doesn't
+    ranges = True  # does it answer to Range?
     status = 200  # of every answer
-    cut = {}  # file -> bytes after which the connection breaks, once
-    short = {}  # file -> bytes that it says it has, and has
     cdn = None  # another address of the server, to which weights are redirected
-    linked = False  # does it tell the true size, too?
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, unquote(urlsplit(self.path).path)
-        begin = self.headers.get("Range", "bytes=0-")[6:-1]
-        hub.asked.append((path, int(begin)))
+        begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        hub.asked.append((path, begin))
         hub.tokens.append((self.headers["Host"], self.headers.get("Authorization")))
-        if path == "/api/models/owner/name" and hub.api and hub.status == 200:
-            siblings = [{"rfilename": name, "size": len(b)} for name, b in hub.files.items()]
-            return self.answer(json.dumps({"sha": SHA, "siblings": siblings}).encode())
-        for revision in (SHA, "main"):
-            name = path.removeprefix(f"/owner/name/resolve/{revision}/")
-            if name in hub.files and hub.status == 200:
-                if hub.cdn and name.endswith("safetensors") and hub.cdn != self.headers["Host"]:
-                    return self.answer(b"", 302, Location=f"http://{hub.cdn}{path}")
-                body = hub.files[name][: hub.short.get(name)]
-                if begin != "0" and hub.ranges:
-                    return self.answer(body[int(begin) :], 206, cut=hub.cut.pop(name, None))
-                headers = {"X_Linked_Size": len(hub.files[name])} if hub.linked else {}
-                return self.answer(body, cut=hub.cut.pop(name, None), **headers)
-        self.answer(b"no", 404 if hub.status == 200 else hub.status)
+        revision, _, name = path.removeprefix("/owner/name/resolve/").partition("/")
+        if hub.status != 200 or revision not in (hub.commit, "main") or name not in hub.files:
+            return self.answer(b"no", 404 if hub.status == 200 else hub.status)
+        if hub.cdn and name.endswith("safetensors") and hub.cdn != self.headers["Host"]:
+            return self.answer(b"", 302, Location=f"http://{hub.cdn}{path}")
+        body = hub.files[name][: hub.short.get(name)]  # bytes that it says it has, and has
+        status = 206 if begin and hub.ranges else 200
+        self.answer(body[begin:] if status == 206 else body, status, hub.cut.pop(name, None))
 
     def answer(self, body, status=200, cut=None, **headers):
+        """`cut`: bytes after which the connection breaks."""
         self.send_response(status)
+        headers |= {"X-Repo-Commit": self.server.commit} if self.server.commit else {}
         for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
+            self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body[:cut])
 
@@ -113,17 +110,15 @@ def logits(folder):
     return load_model(folder)[0](torch.arange(8)[None])
 
 
-@pytest.mark.parametrize("api", [True, False])
+@pytest.mark.parametrize("commit", [SHA, None])
 @pytest.mark.parametrize("shards", [True, False])
-def test_a_name_is_a_folder_that_is_fetched_once(hub, monkeypatch, api, shards):
+def test_a_name_is_a_folder_that_is_fetched_once(hub, monkeypatch, commit, shards):
     whole = {**hub.files}
-    hub.files = (sharded(whole) if shards else whole) | PICKLE | {"onnx/model.onnx": b"x"}
-    hub.api = api
+    hub.files = (sharded(whole) if shards else whole) | PICKLE
+    hub.commit = commit
     found = logits("owner/name")
     names = {path.name: path.read_bytes() for path in FOLDER.iterdir()}
-    wanted = {name: body for name, body in hub.files.items() if name not in PICKLE}
-    del wanted["onnx/model.onnx"]
-    assert names == wanted
+    assert names == {name: body for name, body in hub.files.items() if name not in PICKLE}
     asked = len(hub.asked)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert torch.equal(logits("owner/name"), found) and len(hub.asked) == asked
@@ -134,74 +129,75 @@ def test_a_name_is_a_folder_that_is_fetched_once(hub, monkeypatch, api, shards):
     assert sorted(path.name for path in FOLDER.parent.iterdir()) == ["owner--name"]
 
 
-@pytest.mark.parametrize("api, ranges", [(True, True), (False, True), (True, False)])
-def test_a_download_that_broke_goes_on_where_it_was(hub, api, ranges):
-    hub.api, hub.ranges, name = api, ranges, "model.safetensors"
+@pytest.mark.parametrize("commit, ranges", [(SHA, True), (None, True), (SHA, False)])
+def test_a_download_that_broke_goes_on_where_it_was(hub, commit, ranges):
+    hub.commit, hub.ranges = commit, ranges
+    hub.files = files = sharded(hub.files)
+    first, name = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
     hub.cut = {name: 5000}
     with pytest.raises(UserError, match=f"{name}: the connection broke after 5,000 of .* again$"):
         load_model("owner/name")
     assert not FOLDER.exists()
     hub.asked.clear()
     load_model("owner/name")
-    assert [begin for path, begin in hub.asked if path.endswith(f"/{name}")] == [5000]
-    asked = {path.rpartition("/")[2] for path, _ in hub.asked}
-    assert asked & hub.files.keys() == {name}  # what was whole is not fetched again
-    assert (FOLDER / name).read_bytes() == hub.files[name]
+    assert [begin for path, begin in hub.asked if path.endswith(name)] == [5000]
+    assert not [path for path, _ in hub.asked if path.endswith(first)]  # which was whole
+    assert (FOLDER / name).read_bytes() == files[name]
 
 
-def test_a_server_that_says_less_than_the_files_are_is_found_out(hub):
+def test_files_of_two_commits_are_never_mixed(hub):
+    name = "model.safetensors"
+    hub.cut = {name: 5000}
+    with pytest.raises(UserError, match="broke after"):
+        existing_folder("owner/name")
+    hub.commit = SHA[::-1]
+    existing_folder("owner/name")
+    assert [begin for path, begin in hub.asked if path.endswith(name)] == [0, 0]
+
+
+def test_a_server_that_says_less_than_the_weights_are_is_found_out(hub):
     size = len(hub.files["model.safetensors"])
-    fewer = f"has {size - 9:,} bytes instead of {size:,}"
-    for hub.api, hub.linked, why in (
-        (True, False, fewer),
-        (False, True, fewer),
-        (False, False, f"should have {size} bytes but has {size - 9}: it is cut off"),
-    ):
-        hub.short = {"model.safetensors": size - 9}
-        with pytest.raises(UserError, match=why):
-            existing_folder("owner/name")
-        assert not FOLDER.exists()
+    hub.short = {"model.safetensors": size - 9}
+    with pytest.raises(UserError, match=f"should have {size} bytes but has {size - 9}: .*cut off"):
+        existing_folder("owner/name")
+    assert not FOLDER.exists()
     hub.short = {}
-    assert existing_folder("owner/name") == FOLDER  # nothing of it is kept
-    load_model(FOLDER)
+    load_model("owner/name")  # nothing of it is kept
 
 
-def broken(name, body):
-    return lambda hub: hub.files.update({name: body})
+def in_shards(drop=(), **more):
+    def change(hub):
+        hub.files = sharded(hub.files) | more
+        for name in drop:
+            del hub.files[name]
+
+    return change
 
 
-def without(*names):
-    return lambda hub: [hub.files.pop(name) for name in names]
+def without(name, **more):
+    return lambda hub: hub.files.update(more) if hub.files.pop(name) else None
 
 
+def answering(status):
+    return lambda hub: setattr(hub, "status", status)
+
+
+INDEX, SHARD = "model.safetensors.index.json", "model-00002-of-00002.safetensors"
 REFUSED = {
-    "no such model": (
-        lambda hub: setattr(hub, "status", 404),
-        "no folder owner/name, and no model",
-    ),
-    "gated": (lambda hub: setattr(hub, "status", 401), r"no access .*\(401\).* set HF_TOKEN"),
-    "forbidden": (lambda hub: setattr(hub, "status", 403), r"no access .*\(403\).* set HF_TOKEN"),
-    "an ill server": (lambda hub: setattr(hub, "status", 503), "503.* HF_ENDPOINT"),
-    "no config": (without("config.json"), "no model with a config.json"),
-    "pickles alone": (
-        lambda hub: (without("model.safetensors")(hub), hub.files.update(PICKLE)),
-        "no model.safetensors .*, but pytorch_model.bin, which isn't read here",
-    ),
-    "a shard is missing": (
-        lambda hub: (
-            setattr(hub, "files", sharded(hub.files)),
-            without("model-00002-of-00002.safetensors")(hub),
-        ),
-        "lacks model-00002-of-00002.safetensors, which",
-    ),
+    "no such model": (answering(404), "no folder owner/name, and no config.json"),
+    "gated": (answering(401), r"no access .*\(401\).* set HF_TOKEN"),
+    "forbidden": (answering(403), r"no access .*\(403\).* set HF_TOKEN"),
+    "an ill server": (answering(503), "503.* HF_ENDPOINT"),
+    "no config": (without("config.json"), "no config.json of a model"),
+    "pickles alone": (without("model.safetensors", **PICKLE), "has no model.safetensors; no other"),
+    "a shard is missing": (in_shards([SHARD]), f"lacks {SHARD}, which"),
     "an index that leads elsewhere": (
-        lambda hub: (
-            without("model.safetensors")(hub),
-            broken("model.safetensors.index.json", b'{"weight_map": {"x": "../x.safetensors"}}')(
-                hub
-            ),
-        ),
-        "names no shards",
+        in_shards(**{INDEX: b'{"weight_map": {"x": "../x.safetensors"}}'}),
+        "a file of this directory",
+    ),
+    "a page for everybody": (
+        lambda hub: hub.files.update(dict.fromkeys(hub.files, b"<html>Sign in")),
+        "cut off, or not a safetensors file",
     ),
 }
 
@@ -214,20 +210,15 @@ def test_what_cannot_be_had_is_one_line_and_leaves_no_folder(hub, capsys, change
     assert not FOLDER.exists() and not list(FOLDER.parent.glob(".*.lock"))
 
 
+TRIED = "as a model of the Hub: cannot open "
+
+
 @pytest.mark.parametrize(
     "endpoint, offline, why",
     [
-        (
-            "http://127.0.0.1:1",
-            "0",
-            "as a model of the Hub: cannot open http://127.0.0.1:1/.* HF_ENDP",
-        ),
-        (
-            "http://127.0.0.1:1",
-            "1",
-            "no folder owner/name, nor data/cache/hub/owner--name, and HF_HUB",
-        ),
-        ("nonsense", "0", "unknown url type.* HF_ENDPOINT"),
+        ("http://127.0.0.1:1", "0", f"{TRIED}http://127.0.0.1:1/.* HF_ENDP"),
+        ("http://127.0.0.1:1", "1", f"no folder owner/name, nor {FOLDER}, and HF_HUB"),
+        ("nonsense", "0", f"{TRIED}.*unknown url type.* HF_ENDPOINT"),
     ],
 )
 def test_without_a_network_the_line_says_what_was_tried(hub, monkeypatch, endpoint, offline, why):
@@ -236,12 +227,6 @@ def test_without_a_network_the_line_says_what_was_tried(hub, monkeypatch, endpoi
     with pytest.raises(UserError, match=why) as caught:
         existing_folder("owner/name")
     assert "\n" not in str(caught.value)
-
-
-def test_a_page_that_is_no_answer_of_the_hub_is_refused(hub, monkeypatch):
-    monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer(b"<html>Sign in"))
-    with pytest.raises(UserError, match="is not what the Hub says of a model; check HF_ENDPOINT"):
-        existing_folder("owner/name")
 
 
 def test_folders_of_ours_are_never_asked_for(hub):
@@ -261,18 +246,14 @@ def test_the_token_is_told_to_the_hub_and_to_nobody_else(hub, monkeypatch):
     assert {token for host, token in hub.tokens if host[0] == "l"} == {None}
 
 
-def test_another_process_that_downloads_is_waited_for_and_never_joined(hub, monkeypatch):
-    Path("both.py").write_text(
-        "from nanollm.checkpoint import existing_folder\n"
-        "from nanollm.runtime import start\n"
-        "rt = start('cpu')\n"
-        "print(existing_folder('owner/name'))\n"
-        "rt.close()\n"
-    )
-    said = as_two_processes(Path("both.py").resolve())
-    assert said.count(f"\n{FOLDER}") + said.startswith(str(FOLDER)) == 2
+def test_another_process_that_downloads_is_waited_for_and_never_joined(hub):
+    code = "from nanollm.download import hub_folder; print(hub_folder('owner/name'))"
+    how = {"stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    ranks = [how | {"env": how["env"] | {"LOCAL_RANK": rank}} for rank in "10"]
+    both = [subprocess.Popen([sys.executable, "-c", code], **rank) for rank in ranks]
+    assert [process.communicate()[0].split()[-1] for process in both] == [str(FOLDER)] * 2
     files = [path for path, _ in hub.asked]
-    assert len(files) == len({*files})
+    assert len(files) == len({*files})  # each was asked for once
 
 
 def test_a_script_begins_from_a_name_and_its_adapter_names_it(hub):
@@ -288,7 +269,3 @@ def test_a_script_begins_from_a_name_and_its_adapter_names_it(hub):
     before = sorted(FOLDER.iterdir())
     evaluate.main(parse(evaluate.Config, None, ["owner/name", "--data", "asked.jsonl"]))
     assert sorted(FOLDER.iterdir()) == before and not Path("owner").exists()
-
-
-def test_the_cache_is_where_the_page_says():
-    assert download.CACHE == FOLDER.parent
