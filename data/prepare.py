@@ -1,7 +1,9 @@
-"""Public datasets for every stage: downloaded, and converted to the formats of data/README.md.
+"""Public datasets for every stage: downloaded as JSONL of the shapes that data/README.md shows.
 
-A file is converted while it comes in, so that nothing but the result takes up disk, and a download
-with --limit ends early. The result takes its place once it is whole, and is found there next time.
+A record stays as its publisher wrote it, if the reader of its format can use it; others are left
+out and counted. A file is unpacked while it comes in, so that nothing but the result takes up disk,
+and a download with --limit ends early. The result takes its place once it is whole, and is found
+there next time.
 
 Run     python data/prepare.py                              # lists the datasets
         python data/prepare.py tinystories --limit 100000
@@ -14,7 +16,6 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,8 +25,8 @@ if not __package__:  # run as a file: the repository root holds the package
 
 from nanollm.config import UserError, Whole, atomic_file, cli, say
 from nanollm.download import CHUNK, Download
-from nanollm.records import as_ranking
-from nanollm.rewards import as_number
+from nanollm.formats import need
+from nanollm.records import as_chat, as_prompt, as_ranking, as_text_chat, check_markers
 
 CACHE = Path("data/cache")
 GITHUB = "https://raw.githubusercontent.com"
@@ -92,86 +93,39 @@ def read_array(text):
             yield record
 
 
-# --- converters: from a record to one of ours, or an error that leaves it out -----------------
-
-
-def as_problem(record):
-    """GSM8K: the number behind #### is the answer, without the commas in 1,000."""
-    solution, mark, answer = record["answer"].rpartition("####")
-    value = as_number(answer)
-    if not mark or value is None:
-        raise ValueError("no #### with a number")
-    return {"prompt": record["question"], "answer": str(value), "solution": solution.strip()}
-
-
-def as_pair(record):
-    """HH-RLHF: two whole dialogues. What the reader of preferences would refuse is left out."""
-    pair = {"chosen": record["chosen"], "rejected": record["rejected"]}
-    try:
-        as_ranking(pair, "the pair")
-    except UserError as error:
-        raise ValueError(str(error)) from None
-    return pair
-
-
-def as_chat(turns):
-    messages = [{"role": role, "content": content} for role, content in turns]
-    if messages[-1]["role"] != "assistant" or not all(m["content"].strip() for m in messages):
-        raise ValueError("an empty message, or no completion at the end")
-    return {"messages": messages}
-
-
-def from_alpaca(record):
-    """instruction, input, output; Dolly calls the last two context and response."""
-    asked = [record["instruction"], record.get("input", record.get("context"))]
-    completion = record.get("output", record.get("response"))
-    return as_chat([("user", "\n\n".join(filter(None, asked))), ("assistant", completion)])
-
-
-def from_sharegpt(record):
-    roles = {"system": "system", "human": "user", "gpt": "assistant"}
-    return as_chat((roles[turn["from"]], turn["value"]) for turn in record["conversations"])
-
-
-def from_llava(record):
-    chat = from_sharegpt(record)
-    if "<image>" not in chat["messages"][0]["content"]:
-        raise ValueError("no <image> in the first message")
-    return {"image": f"train2017/{record['image']}"} | chat
-
-
 # --- the datasets -------------------------------------------------------------------------------
+
+
+def check_image_chat(record, where):
+    check_markers(as_chat(record, where)["messages"], 1, where)
+
+
+KINDS = {  # the script that they are for, and the reader that has to understand a record
+    "corpus": ("train_pretrain.py", None),
+    "chat": ("train_sft.py", as_text_chat),
+    "preferences": ("train_dpo.py", as_ranking),
+    "problems": ("train_grpo.py", as_prompt),
+    "images": ("train_vlm.py", check_image_chat),
+}
 
 
 @dataclass(frozen=True)
 class Dataset:
     size: str  # of the download
     licence: str
-    about: str  # begins with the format
-    read: Callable  # the text of a download -> its records
-    convert: Callable  # a record -> one in a format of ours
+    about: str  # begins with one of KINDS
     files: dict  # file to write -> URL
+
+    @property
+    def kind(self):
+        return KINDS[self.about.partition(":")[0]]
 
     def command(self, paths):
         """That of the script that it is for."""
-        script = SCRIPTS[self.about.partition(":")[0]]
         held_out = f" --val_data {paths['val']}" if "val" in paths else ""
-        return f"python {script} --data {paths['train']}{held_out}"
+        return f"python {self.kind[0]} --data {paths['train']}{held_out}"
 
 
-SCRIPTS = {"corpus": "train_pretrain.py", "chat": "train_sft.py", "preferences": "train_dpo.py"}
-SCRIPTS |= {"problems": "train_grpo.py", "images": "train_vlm.py"}
-READ = {
-    "tinyshakespeare": (iter, str),
-    "tinystories": (read_stories, dict),
-    "alpaca": (read_array, from_alpaca),
-    "dolly": (read_jsonl, from_alpaca),
-    "openhermes": (read_array, from_sharegpt),
-    "hh-harmless": (read_jsonl, as_pair),
-    "hh-helpful": (read_jsonl, as_pair),
-    "gsm8k": (read_jsonl, as_problem),
-    "llava-instruct": (read_array, from_llava),
-}
 CATALOGUE = f"""
 tinyshakespeare | 1.1 MB | public domain | corpus: 40,000 lines of plays
     train.txt {GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
@@ -200,32 +154,37 @@ DATASETS = {}
 for entry in re.split(r"\n(?! )", CATALOGUE.strip()):
     words, *files = entry.splitlines()
     name, *words = words.split(" | ")
-    DATASETS[name] = Dataset(*words, *READ[name], dict(map(str.split, files)))
+    DATASETS[name] = Dataset(*words, dict(map(str.split, files)))
 IMAGES = "http://images.cocodataset.org/zips/train2017.zip (18 GB)"  # llava-instruct is about them
 
 
-def convert_lines(records, convert, misfits):
-    """The line to write for each record. What does not fit is left out and told in `misfits`."""
-    for number, record in enumerate(records, 1):
-        try:
-            record = convert(record)
-            text = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)
-            line = text.removesuffix("\n").encode() + b"\n"
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            misfits.append(f"record {number}: {error!r}")
-        else:
-            yield line
+def records_of(text, url, path):
+    """The records of a download, to be written to `path`: lines of text, or what JSON holds."""
+    if path.suffix == ".txt":
+        return text
+    readers = {".txt": read_stories, ".json": read_array}
+    return readers.get(Path(urlsplit(url).path).suffix, read_jsonl)(text)
 
 
-def fetch(url, path, dataset, limit=None):
-    """Download `url` and convert it into `path`. Returns a sentence on what came."""
+def fetch(url, path, check, limit=None):
+    """Download `url`, and write its records to `path`. Returns a sentence on what came."""
     count, misfits = 0, []
     try:
         with Download(url, "--base_url") as download, atomic_file(path) as file:
-            lines = convert_lines(dataset.read(open_text(download)), dataset.convert, misfits)
-            for line in itertools.islice(lines, limit):
-                file.write(line)
+            for number, record in enumerate(records_of(open_text(download), url, path), 1):
+                where = f"record {number}"
+                try:
+                    if check:
+                        need(isinstance(record, dict), where, "it must be an object")
+                        check(record, where)
+                    line = record if path.suffix == ".txt" else json.dumps(record) + "\n"
+                    file.write(line.encode())
+                except UserError as error:
+                    misfits.append(str(error))
+                    continue
                 count += 1
+                if count == limit:
+                    break
             if count <= len(misfits):
                 raise ValueError(misfits[0] if misfits else "it is empty")
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:  # no UTF-8, no JSON
@@ -245,7 +204,7 @@ def prepare(name, out=None, limit=None, base_url=None):
         stem, suffix = file.split(".")
         path = Path(out or CACHE / name) / (f"{stem}_{limit}.{suffix}" if limit else file)
         url = base_url.rstrip("/") + urlsplit(url).path if base_url else url
-        news = "there already" if path.exists() else fetch(url, path, dataset, limit)
+        news = "there already" if path.exists() else fetch(url, path, dataset.kind[1], limit)
         say(f"{path}: {news}")
         paths[stem] = path
     return paths
@@ -254,8 +213,8 @@ def prepare(name, out=None, limit=None, base_url=None):
 def main(config):
     if config.name:
         paths, dataset = prepare(**asdict(config)), DATASETS[config.name]
-        if dataset.convert is from_llava:
-            say(f"the images come apart: unpack {IMAGES} in {paths['train'].parent}")
+        if config.name == "llava-instruct":
+            say(f"the images come apart: unzip -j {IMAGES} in {paths['train'].parent}")
         return say(f"licence: {dataset.licence}\nnext: {dataset.command(paths)}")
     for name, data in DATASETS.items():
         paths = {file.split(".")[0]: CACHE / name / file for file in data.files}

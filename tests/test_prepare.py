@@ -3,12 +3,7 @@
 import gzip
 import http.server
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,7 +14,7 @@ from data import prepare as module
 from data.prepare import DATASETS, Config, main, prepare, read_array
 from nanollm.config import UserError, cli
 from nanollm.formats import read_documents, read_records
-from nanollm.records import read_chats, read_preferences
+from nanollm.records import read_chats, read_image_chats, read_preferences, read_prompts
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared" / "data"
@@ -73,7 +68,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     body, status, claimed, asked = b"", 200, None, ()
-    wait = 0  # seconds of silence after the body
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -86,8 +80,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(server.claimed or len(server.body)))
         self.end_headers()
         self.wfile.write(server.body)
-        self.wfile.flush()
-        time.sleep(server.wait)
 
 
 @pytest.fixture
@@ -126,36 +118,33 @@ def refuses(get, tmp_path):
     return refuses
 
 
-def records(path):
-    return read_records(path)
-
-
-# --- each dataset, in the format that its stage reads -----------------------------------------
-
-
-def chat(*contents, system=None):
-    first = [{"role": "system", "content": system}] if system else []
-    return {"messages": [*first, *turns(*contents)]}
-
+# --- each dataset, as its publisher wrote it and its stage reads it ----------------------------
 
 TOM, LILY = {"text": "One day, Tom ran.\n\nHe fell."}, {"text": "Lily sang."}
-CONVERTED = {  # dataset -> the records that its training file becomes
-    "tinystories": [TOM, LILY],
-    "alpaca": [chat("Write in capitals.\n\ngoat", "GOAT"), chat("Write in capitals.", "GOAT")],
-    "dolly": [chat("Which is a fish?", "Tope")] * 2,
-    "openhermes": [chat("Is 7 prime?", "Yes. “七”", system="Be brief.")],
-    "hh-harmless": [PAIR],
-    "hh-helpful": [PAIR, PAIR],
-    "gsm8k": [{"prompt": GSM8K["question"], "answer": "1072", "solution": STEPS}],
-    "llava-instruct": [
-        {"image": "train2017/000000033471.jpg"} | chat("<image>\n" + BUS[0], *BUS[1:])
-    ],
+RECORDS = {  # dataset -> (the records of its training file, what its stage makes of the first)
+    "alpaca": ([ALPACA, ALPACA | {"input": ""}], turns("Write in capitals.\n\ngoat", "GOAT")),
+    "dolly": ([DOLLY, DOLLY], turns("Which is a fish?", "Tope")),
+    "openhermes": (
+        [HERMES],
+        [{"role": "system", "content": "Be brief."}, *turns("Is 7 prime?", "Yes. “七”")],
+    ),
+    "hh-harmless": ([PAIR], turns("Hello?", "Hi!", "Why?")),
+    "hh-helpful": ([PAIR, PAIR], turns("Hello?", "Hi!", "Why?")),
+    "gsm8k": ([GSM8K], turns(GSM8K["question"])),
+    "llava-instruct": ([LLAVA], turns("<image>\n" + BUS[0], *BUS[1:])),
 }
+READERS = {"chat": read_chats, "preferences": read_preferences, "problems": read_prompts}
+READERS["images"] = read_image_chats
 
 
-@pytest.mark.parametrize("name", CONVERTED)
-def test_each_dataset_becomes_records_of_ours(get, name):
-    assert records(get(name)["train"]) == CONVERTED[name]
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_records_of_each_dataset_stay_as_they_are_and_its_stage_reads_them(get, name):
+    path, (published, messages) = get(name)["train"], RECORDS[name]
+    assert read_records(path) == published
+    path.with_name(LLAVA["image"]).touch()
+    record = READERS[DATASETS[name].about.partition(":")[0]](path)[0]
+    assert record["messages"] == messages
+    assert name != "gsm8k" or record["answer"] == "1072"
 
 
 def test_shakespeare_stays_as_it_is(get):
@@ -167,13 +156,7 @@ def test_shakespeare_stays_as_it_is(get):
     [STORIES[:-1], STORIES[:-15], STORIES.replace("\n<|", "<|"), STORIES.replace("|>\n", "|>")],
 )
 def test_the_last_story_needs_no_separator_and_separators_no_line(get, body):
-    assert records(get("tinystories", body.encode())["train"]) == [TOM, LILY]
-
-
-def test_alpaca_reads_the_same_converted_or_not(get, tmp_path):
-    (tmp_path / "raw.json").write_bytes(FILES["alpaca"])
-    raw = [chat["messages"] for chat in read_chats(tmp_path / "raw.json")]
-    assert [chat["messages"] for chat in read_chats(get("alpaca")["train"])] == raw
+    assert read_records(get("tinystories", body.encode())["train"]) == [TOM, LILY]
 
 
 REAL = [
@@ -211,7 +194,7 @@ def test_no_network_and_a_mirror_that_is_no_url_are_said(tmp_path, monkeypatch, 
         prepare("gsm8k", tmp_path, base_url=url)
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", ["tinyshakespeare", "alpaca", "dolly", "hh-helpful"])
 def test_a_body_that_ends_early_is_refused_even_where_it_could_be_read(refuses, name):
     refuses(r"broke after [\d,]+ of 3000 bytes", name, claimed=3000)
 
@@ -253,28 +236,21 @@ def test_pages_damaged_files_and_other_data_than_expected_are_refused(refuses, w
     refuses(words, name, body)
 
 
-def test_a_single_misfit_is_left_out_and_told(get, capsys):
-    path = get("alpaca", array(ALPACA, ALPACA | {"output": " "}, ALPACA, ALPACA))["train"]
-    assert len(read_chats(path)) == 3
-    assert "left out 1, the first being record 2: ValueError('an empty" in capsys.readouterr().out
-
-
-HELLO, MORE = "\n\nHuman: Hello?\n\nAssistant: Hi!", "\n\nHuman: Bye"
-NO_PREFERENCE = [
-    ({"chosen": HELLO, "rejected": HELLO + " "}, "two completions are equal"),
-    ({"chosen": HELLO, "rejected": HELLO[:-3]}, "a completion is empty"),
-    ({"chosen": HELLO, "rejected": MORE + HELLO}, "different prompts"),
-    ({"chosen": HELLO + MORE, "rejected": HELLO + MORE}, "must end with"),
-    ({"chosen": "Hi", "rejected": "Ho"}, "a dialogue is wanted"),
-    ({"chosen": HELLO, "rejected": None}, "must both be text"),
-    ({"chosen": HELLO}, "KeyError('rejected')"),
+HELLO = "\n\nHuman: Hello?\n\nAssistant: Hi!"
+MISFITS = [
+    ("dolly", DOLLY, DOLLY | {"response": " "}, "an answer is empty"),
+    ("hh-helpful", PAIR, {"chosen": HELLO, "rejected": HELLO + " "}, "two completions are equal"),
+    ("gsm8k", GSM8K, SUM, "must end with ####"),
 ]
 
 
-@pytest.mark.parametrize("misfit, why", NO_PREFERENCE)
-def test_hh_pairs_without_a_preference_are_left_out_and_counted(get, capsys, misfit, why):
-    path = get("hh-helpful", gzip.compress(jsonl(PAIR, misfit, PAIR, misfit, PAIR)))["train"]
-    assert records(path) == [PAIR] * 3
+@pytest.mark.parametrize("name, good, misfit, why", MISFITS)
+def test_records_that_the_stage_could_not_use_are_left_out_and_counted(
+    get, capsys, name, good, misfit, why
+):
+    body = jsonl(good, misfit, good, misfit, good)
+    path = get(name, gzip.compress(body) if name == "hh-helpful" else body)["train"]
+    assert read_records(path) == [good] * 3
     said = capsys.readouterr().out
     assert "3 records" in said and "left out 2, the first being record 2: " in said and why in said
 
@@ -287,31 +263,6 @@ def test_an_unknown_name_lists_the_names(tmp_path):
 def command(server, name, out, *flags):
     argv = [name, "--out", str(out), "--base_url", server.url, *flags]
     cli(main, Config, argv=argv)
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(server, tmp_path, capsys):
-    server.body = FILES["gsm8k"]
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SystemExit) as exit:
-        command(server, "gsm8k", tmp_path / "file" / "out")
-    assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: ")
-
-
-def test_ctrl_c_in_a_download_leaves_nothing_half_written(server, tmp_path):
-    server.body, server.claimed, server.wait = FILES["gsm8k"], 10**6, 30
-    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "gsm8k", "--base_url", server.url]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"no_proxy": "*"},
-        # a shell's background jobs ignore Ctrl-C, and so would what they start
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    while not [*tmp_path.rglob("*.tmp")]:
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert "stopped by Ctrl-C" in process.communicate(timeout=20)[1] and process.returncode == 130
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 # --- what is fetched, and how much ------------------------------------------------------------
@@ -339,15 +290,15 @@ def test_a_limit_keeps_the_first_records_in_a_file_of_its_own(get):
     body = jsonl(*[GSM8K | {"question": str(n)} for n in range(9)])
     path = get("gsm8k", body, limit=3)["train"]
     assert path.name == "train_3.jsonl"
-    assert [record["prompt"] for record in records(path)] == ["0", "1", "2"]
-    assert len(records(get("gsm8k", body)["train"])) == 9
+    assert [record["question"] for record in read_records(path)] == ["0", "1", "2"]
+    assert len(read_records(get("gsm8k", body)["train"])) == 9
 
 
 def test_a_limit_ends_the_download_early(get, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 1000)
     body = array(*[ALPACA] * 100)
     path = get("alpaca", body, limit=5, claimed=10**9)["train"]  # the rest never comes
-    assert len(records(path)) == 5
+    assert len(read_records(path)) == 5
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 100, 10**6])
