@@ -37,7 +37,7 @@ from nanollm.gpt import GPT, GPTConfig, count_parameters
 from nanollm.logprobs import bits_per_byte, next_token_logits, token_lengths, token_logprobs
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.run import Run, check_folders, checkpoint_of, effect
-from nanollm.runtime import flop_per_token, model_flops_utilisation, start
+from nanollm.runtime import start
 from nanollm.safetensors import load_folder
 from nanollm.tokenizer import Tokenizer
 
@@ -294,7 +294,7 @@ def main(cfg):
     if cfg.patience:
         rt.barrier()  # until the best weights are written
         load_weights(model, load_folder(cfg.out), cfg.out)
-    finish(cfg, rt, run, model, *evaluate())
+    finish(cfg, rt, run, *evaluate())
 
 
 def sample_text(model, tokenizer, cfg, step):
@@ -306,7 +306,7 @@ def sample_text(model, tokenizer, cfg, step):
     return tokenizer.decode(out.lists()[0])
 
 
-def finish(cfg, rt, run, model, nats, bpb):
+def finish(cfg, rt, run, nats, bpb):
     """Print what the run has reached on all of the held-out text."""
     rt.print(f"held-out: {nats:.4f} nats per token, {bpb * math.log(2):.4f} nats per byte")
     result = {"nats_per_token": nats, "bits_per_byte": bpb}
@@ -315,10 +315,6 @@ def finish(cfg, rt, run, model, nats, bpb):
         (train_texts, _), (val_texts, _) = load_corpus(cfg)
         baseline = result["xz_bits_per_byte"] = xz_bits_per_byte(train_texts(), val_texts())
         name += ", before: xz -9"
-    flop = flop_per_token(model.cfg, count_parameters(model)[1], cfg.context)
-    mfu = model_flops_utilisation(run.speed()["tokens_per_second"], flop, rt.device, rt.world)
-    if mfu is not None:
-        rt.print(f"{mfu:.1%} of the GPU's bf16 rate")
     run.write_result([effect(name, baseline, bpb, "bits per byte", False)], **result)
     rt.close()
 

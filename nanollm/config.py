@@ -13,28 +13,32 @@ Who wins, weakest first: the default, the preset, the resumed run's own value, t
 """
 
 import argparse
-import ast
 import atexit
 import contextlib
 import dataclasses
 import difflib
 import errno
 import inspect
-import io
 import json
 import math
 import os
+import re
 import shutil
-import socket
 import sys
-import textwrap
-import tokenize
 import traceback
 import types
 import typing
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
 
 TO_FIX = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EROFS, errno.EISDIR}
 TO_FIX |= {getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has none
@@ -129,91 +133,51 @@ class AdapterConfig:
 # --- from fields to flags ------------------------------------------------------------------------
 
 
-@dataclass
-class Flag:
-    """One flag: what it takes, and how the text behind it becomes a value."""
-
-    name: str
-    kind: type | None  # str, int, float or bool; None where there are choices
-    choices: tuple
-    range: Range | None
-    default: object
-    optional: bool = False
-    positional: bool = False
-
-    @property
-    def takes(self):
-        names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        takes = names[self.kind] if self.kind else "one of " + ", ".join(map(str, self.choices))
-        return takes + " or none" * self.optional
-
-    def convert(self, text):
-        """The value that the text means; raises UserError."""
-        if self.optional and text.lower() == "none":
-            return None
-        with contextlib.suppress(ValueError, KeyError, OverflowError):
-            if self.choices:
-                return {str(choice): choice for choice in self.choices}[text]
-            if self.kind is int and text.lower().strip("+-_0123456789"):
-                value = int(float(text)) if float(text).is_integer() else None  # 1e6 is whole too
-            else:
-                value = self.kind(text)
-            if value is not None and value == value:  # NaN equals not even itself
-                self.check(value)
-                return value
-        raise UserError(f"--{self.name} must be {self.takes}, got {text!r}")
-
-    def check(self, value):
-        """Raise UserError where a value, of a file or a preset, doesn't fit the field."""
-        if value is None or self.choices:
-            fits = self.optional if value is None else value in self.choices
-        else:
-            fits = type(value) is self.kind or (self.kind is float and type(value) is int)
-        if not fits:
-            raise UserError(f"--{self.name} must be {self.takes}, got {value!r}")
-        if self.range and value is not None and not self.range.holds(value):
-            raise UserError(f"--{self.name} must be {self.range}, not {value}")
+def whole(text):
+    """An int, of 1000, 1_000 or 1e3."""
+    value = Fraction(text)
+    if value.denominator > 1:
+        raise ValueError
+    return int(value)
 
 
-def flag_of(field, hints):
-    """The Flag of a dataclass field. hints: its types in the class and in its bases, from which it
-    has its bounds where it only sets another default. TypeError where no flag has this type.
+def number(text):
+    if math.isnan(float(text)):
+        raise ValueError
+    return float(text)
+
+
+READERS = {str: str, int: whole, float: number}
+NAMES = {str: "text", int: "a whole number", float: "a number"}
+
+
+def reader_of(field, hint):
+    """(read, shown): what makes a value of a flag's text, and what --help says of it. The hint is
+    str, int, float or a Literal, also with a Range, also with None.
     """
-    flag = Flag(field.name, None, (), None, field.default)
-    flag.positional = field.metadata.get("positional", False)
-    for hint in reversed(hints):
-        kinds = {hint}
-        if typing.get_origin(hint) in (typing.Union, types.UnionType):
-            kinds = set(typing.get_args(hint))
-        flag.optional = type(None) in kinds
-        flag.kind, *more = kinds - {type(None)}
-        if typing.get_origin(flag.kind) is Annotated:
-            flag.kind, flag.range = typing.get_args(flag.kind)
-        if typing.get_origin(flag.kind) is Literal:
-            flag.kind, flag.choices = None, typing.get_args(flag.kind)
-        if more or not (flag.choices or flag.kind in (str, int, float, bool)):
-            raise TypeError(f"{field.name}: no flag has this type")
-    return flag
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = set(typing.get_args(hint)) if union else {hint}
+    optional = type(None) in kinds or field.default is None
+    [kind], bounds = kinds - {type(None)}, None
+    if typing.get_origin(kind) is Annotated:
+        kind, bounds = typing.get_args(kind)
+    choices = {str(choice): choice for choice in typing.get_args(kind)}
+    takes = f"one of {', '.join(choices)}" if choices else NAMES[kind]
+    convert = choices.__getitem__ if choices else READERS[kind]
 
+    def read(text):
+        if optional and text.lower() == "none":
+            return None
+        try:
+            value = convert(text)
+        except (ValueError, KeyError):
+            wanted = takes + " or none" * optional
+            raise UserError(f"--{field.name} must be {wanted}, got {text!r}") from None
+        if bounds and not bounds.holds(value):
+            raise UserError(f"--{field.name} must be {bounds}, not {value}")
+        return value
 
-def flags_of(config_class, presets):
-    """{name: Flag}, one for each field of the dataclass; `preset` takes the names of presets."""
-    bases = [typing.get_type_hints(c, include_extras=True) for c in config_class.__mro__[:-1]]
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    flags = {
-        name: flag_of(field, [hints[name] for hints in bases if name in hints])
-        for name, field in fields.items()
-    }
-    if presets:
-        default = fields["preset"].default
-        names = tuple(dict.fromkeys([*presets, default]))  # no such preset: the defaults
-        flags["preset"] = Flag("preset", None, names, None, default)
-    for preset, values in presets.items():
-        for name, value in values.items():
-            if name not in flags:
-                raise ValueError(f"preset {preset!r}: there is no field {name}")
-            flags[name].check(value)
-    return flags
+    return read, "|".join(choices) or kind.__name__
 
 
 def comments_of(config_class):
@@ -222,112 +186,82 @@ def comments_of(config_class):
     """
     found = {}
     for base in reversed(config_class.__mro__[:-1]):
+        group, above = None, []
         try:
-            source = textwrap.dedent(inspect.getsource(base))
+            lines = inspect.getsource(base).splitlines()
         except (OSError, TypeError):  # a class typed at a prompt has no source to read
             continue
-        for name, (comment, group) in comments_in(source).items():
-            known = found.get(name, ("", "settings"))
-            group = known[1] if group is None else group
-            found[name] = comment or known[0], group
+        for line in lines:
+            code, _, comment = map(str.strip, line.partition("  # "))
+            name = code.partition(":")[0]
+            if comment.startswith("--"):
+                group, above = comment.strip("- "), []
+            elif name in base.__annotations__:
+                known = found.get(name, ("", "settings"))
+                text = " ".join([*above, comment]).strip()
+                found[name], above = (text or known[0], group or known[1]), []
+            else:
+                above = [] if code or not comment else [*above, comment]
     return found
-
-
-def comments_in(source):
-    """{field: (comment, group or None)} of one class."""
-    comments = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ").rstrip()
-    body = ast.parse(source).body[0].body
-    fields = {node.lineno: node.target.id for node in body if isinstance(node, ast.AnnAssign)}
-    ends = {node.end_lineno: node.target.id for node in body if isinstance(node, ast.AnnAssign)}
-    found, group, above = {}, None, []
-    for number, line in enumerate(source.splitlines(), 1):
-        text = comments.get(number)
-        if number in fields:
-            found[fields[number]], above = (above, group), []
-        if number in ends and text:  # behind the field, which may take several lines
-            found[ends[number]][0].append(text)
-        elif text and text.startswith("--"):
-            group, above = text.strip("- "), []
-        elif number not in fields:
-            above = above + [text] if text and line.lstrip().startswith("#") else []
-    return {name: (" ".join(lines), group) for name, (lines, group) in found.items()}
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        flag = message.removeprefix("argument ").partition(":")[0]
-        raise UserError(f"{flag} needs a value; write {flag} VALUE")
+        """One line, and a hint where a flag is misspelt."""
+        flag = re.search(r"unrecognized arguments: (--\w+)", message)
+        close = flag and difflib.get_close_matches(flag[1], self._option_string_actions, 1)
+        hint = f"did you mean {close[0]}?" if close else "see --help"
+        raise UserError(f"{message.removeprefix('argument ')}; {hint}")
 
 
-def parser_of(config_class, flags, presets):
+def parser_of(config_class, presets):
     """An argparse parser with a group for each "# -- Group" of the class."""
-    comments, groups = comments_of(config_class), {}
-    positional = "".join(f"[{name}] " for name, flag in flags.items() if flag.positional)
+    comments, groups, hints = comments_of(config_class), {}, {}
+    for base in config_class.__mro__[-2::-1]:  # another default keeps the type that its field has
+        hints = typing.get_type_hints(base, include_extras=True) | hints
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
     parser = Parser(
-        usage=f"%(prog)s {positional}[--flag value ...]",
+        usage="%(prog)s [--flag value ...]",
         allow_abbrev=False,
         description=sys.modules[config_class.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
     )
+    if presets:
+        hints["preset"] = Literal[(*presets, fields["preset"].default)]
     own = [*vars(config_class).get("__annotations__", {})]  # first what the script itself adds
-    for name in dict.fromkeys(["preset"] * ("preset" in flags) + own + [*flags]):
-        flag, (comment, group) = flags[name], comments.get(name, ("", "settings"))
+    for name in dict.fromkeys(["preset"] * bool(presets) + own + [*fields]):
+        field, (comment, group) = fields[name], comments.get(name, ("", "settings"))
         groups[group] = groups.get(group) or parser.add_argument_group(group)
-        values = {"default": flag.default} if flag.default is not dataclasses.MISSING else {}
+        values = {"default": field.default}
         values |= {preset: sets[name] for preset, sets in presets.items() if name in sets}
         values = ", ".join(f"{who}: {value}" for who, value in values.items() if value != "")
-        text = f"{comment} ({values})".strip().replace("%", "%%")
+        how = {"default": field.default, "help": f"{comment} ({values})".replace("%", "%%")}
         add = groups[group].add_argument
-        if flag.positional:
-            add("__positional", nargs="?", metavar=name, help=argparse.SUPPRESS)
-        if flag.kind is bool:
-            add(f"--{name}", dest=name, action="store_true", help=text)
+        if hints[name] is bool:
+            add(f"--{name}", action="store_true", **how)
             add(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
-        else:
-            shown = "|".join(map(str, flag.choices)) or flag.kind.__name__
-            add(f"--{name}", metavar=shown, help=text)
+            continue
+        how["type"], how["metavar"] = reader_of(field, hints[name])
+        if field.metadata.get("positional"):
+            parser.usage = f"%(prog)s [{name}] [--flag value ...]"
+            add(
+                name, nargs="?", type=how["type"], default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
+        add(f"--{name}", **how)
     return parser
 
 
-def read_argv(config_class, flags, presets, argv):
-    """{name: value} of the flags that were typed."""
-    words = []
-    for word in argv:
-        name, equals, text = word.partition("=")
-        if word.startswith("--"):  # --batch-size is --batch_size
-            word = "--" + name[2:].replace("-", "_") + equals + text
-        elif word.startswith("-") and is_number(word) and words and "=" not in words[-1]:
-            word = f"{words.pop()}={word}"  # which argparse would take for a flag
-        words.append(word)
-    given, unknown = parser_of(config_class, flags, presets).parse_known_args(words)
-    for word in unknown:
-        name = word.partition("=")[0]
-        if not word.startswith("--"):
-            raise UserError(f"what is {word!r} for? every setting is written --name value")
-        close = difflib.get_close_matches(name.lstrip("-"), flags, 1)
-        hint = f"did you mean --{close[0]}?" if close else "see --help"
-        raise UserError(f"unknown flag {name}; {hint}")
-    typed = vars(given)
-    if (first := typed.pop("__positional", None)) is not None:
-        typed[next(name for name, flag in flags.items() if flag.positional)] = first
-    return {
-        name: flags[name].convert(value) if isinstance(value, str) else value
-        for name, value in typed.items()
-    }
+def as_flags(values):
+    """The words of a command line that set these values."""
+    yes_or_no = {True: "--{}", False: "--no_{}"}
+    return [
+        yes_or_no[value].format(name) if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in values.items()
+    ]
 
 
-def is_number(text):
-    with contextlib.suppress(ValueError):
-        return isinstance(float(text), float)
-    return False
-
-
-def saved_values(path, flags, typed):
-    """What the run to resume was started with, as far as it is not typed anew."""
+def saved_settings(path, known):
+    """What the run to resume was started with."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -336,42 +270,37 @@ def saved_values(path, flags, typed):
         saved = None
     if not isinstance(saved, dict):
         raise UserError(f"{path} must be a JSON object; fix it or start without --resume")
-    if gone := sorted(saved.keys() - flags.keys() - {BEGAN_FROM}):
+    if gone := sorted(saved.keys() - known - {BEGAN_FROM}):
         raise UserError(
             f"{path} was written by another version: it sets {', '.join(gone)}, which this "
             "script doesn't know; start anew, without --resume"
         )
-    if typed.get("preset", saved.get("preset")) != saved.get("preset"):
-        say(f"note: a resumed run keeps its preset, {saved.get('preset')}")
-    for name in sorted(typed.keys() & saved.keys() - {"preset", "resume", "out"}):
-        if typed[name] != saved[name]:
-            say(f"note: --{name} was {saved[name]}, and the run goes on with {typed[name]}")
-    saved = {
-        name: saved[name]
-        for name in saved.keys() & flags.keys() - {"resume", "out"}
-        if name == "preset" or name not in typed
-    }
-    for name, value in saved.items():
-        if name != "preset":  # an old preset's name is a mere note
-            try:
-                flags[name].check(value)
-            except UserError as error:
-                raise UserError(f"{path}: {error}; fix it or add --{name} VALUE") from None
-    return saved
+    return {name: saved[name] for name in saved if name not in (BEGAN_FROM, "resume", "out")}
 
 
 def parse(config_class, presets=None, argv=None):
-    """An instance of config_class, read from the command line. Raises UserError."""
-    presets, argv = presets or {}, sys.argv[1:] if argv is None else argv
-    flags = flags_of(config_class, presets)
-    typed = read_argv(config_class, flags, presets, argv)
-    values = {name: flag.default for name, flag in flags.items()} | typed
-    values |= presets.get(values.get("preset"), {}) | typed
-    if values.get("resume") and "out" in values:
-        values |= saved_values(Path(values["out"] or ".") / "train_config.json", flags, typed)
-    for name, value in values.items():
-        if value is dataclasses.MISSING:
-            raise UserError(f"--{name} must be given; it has no default")
+    """An instance of config_class, read from the command line. A preset, and what the run to resume
+    was started with, count as typed before the rest. Raises UserError.
+    """
+    presets, typed = presets or {}, sys.argv[1:] if argv is None else argv
+    with_dashes = re.compile("^--[^=]+")  # --batch-size is --batch_size
+    typed = [with_dashes.sub(lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in typed]
+    parser = parser_of(config_class, presets)
+    preset = getattr(parser.parse_args(typed), "preset", None)
+    values = vars(parser.parse_args([*as_flags(presets.get(preset, {})), *typed]))
+    if values.get("resume"):
+        path = Path(values["out"]) / "train_config.json"
+        saved = saved_settings(path, values.keys())
+        kept = {"preset": saved.pop("preset", preset)}
+        try:
+            values = vars(parser.parse_args([*as_flags(saved), *typed])) | kept
+        except UserError as error:
+            raise UserError(f"{path}: {error}; fix it or start without --resume") from None
+        if kept["preset"] != preset and any(word.startswith("--preset") for word in typed):
+            say(f"note: a resumed run keeps its preset, {kept['preset']}")
+        for name in sorted(saved):
+            if values[name] != saved[name]:
+                say(f"note: --{name} was {saved[name]}, and the run goes on with {values[name]}")
     return config_class(**values)
 
 
@@ -475,7 +404,7 @@ def save_config(config, path, **more):
     atomic_write(path, json.dumps(dataclasses.asdict(config) | more, indent=2) + "\n")
 
 
-LOCKS = {}  # lock files of this process, held open: Windows then lets nobody delete them
+LOCKS = {}  # open files by their paths; the system gives up a lock when its process ends
 
 
 def lock_of(folder):
@@ -484,43 +413,27 @@ def lock_of(folder):
 
 
 def lock(folder):
-    """Keep other processes from writing to a directory until `unlock`, or until this one ends; a
-    lock whose process is gone counts for nothing. Raises UserError where another one writes.
+    """Keep other processes from writing to a directory until `unlock`, or until this one ends.
+    Raises UserError where another one writes.
     """
     path = lock_of(folder)
     if path in LOCKS:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a", encoding="utf-8")
     try:
-        owner = path.read_text(encoding="utf-8") if path.exists() else ""
-        if owner and is_gone(owner):
-            path.unlink(missing_ok=True)
-        LOCKS[path] = open(path, "x", encoding="utf-8")
-    except (FileExistsError, PermissionError):
-        if not path.exists():  # the directory can't be written to
-            raise
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        file.close()
         raise UserError(
-            f"{folder} is being written by {owner or 'another process'}; wait for it, or name "
-            f"another directory (if that process does something else, delete {path})"
+            f"{folder} is being written by another process; wait for it, or name another directory"
         ) from None
-    LOCKS[path].write(f"process {os.getpid()} on {socket.gethostname()}")
-    LOCKS[path].flush()
-
-
-def is_gone(owner):
-    """Has the process ended that a lock names? On another machine nobody knows."""
-    pid, _, host = owner.removeprefix("process ").partition(" on ")
-    if host != socket.gethostname() or not pid.isdecimal():
-        return False
-    if os.name == "nt" or int(pid) == os.getpid():  # there a lock that is held can't be deleted
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # somebody else's
+    except OSError:  # a file system that knows no locks
         pass
-    return False
+    LOCKS[path] = file
 
 
 def unlock(*folders):
@@ -528,7 +441,8 @@ def unlock(*folders):
     for path in list(map(lock_of, folders)) or list(LOCKS):
         if file := LOCKS.pop(path, None):
             file.close()
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # on Windows another process has it open
+                path.unlink(missing_ok=True)
 
 
 atexit.register(unlock)

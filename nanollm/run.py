@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,6 @@ from nanollm.config import (
     UserError,
     atomic_file,
     atomic_write,
-    flags_of,
     lock,
     save_config,
     say,
@@ -338,12 +337,10 @@ def save_run_config(cfg):
 
 def inputs_of(cfg):
     """{setting: a hash of what it names} of the settings that name a file or a directory."""
-    found, elsewhere = {}, ("preset", "out", "device", "adapter", "tokenizer")
-    for name, flag in flags_of(type(cfg), {}).items():
-        named = getattr(cfg, name)
-        if flag.kind is str and named and name not in elsewhere and Path(named).exists():
-            found[name] = content_hash(Path(named))
-    return found
+    elsewhere = ("preset", "out", "device", "adapter", "tokenizer")
+    names = [f.name for f in fields(cfg) if f.type in (str, str | None) and f.name not in elsewhere]
+    named = {name: getattr(cfg, name) for name in names}
+    return {name: content_hash(Path(n)) for name, n in named.items() if n and Path(n).exists()}
 
 
 def content_hash(path):
@@ -378,14 +375,6 @@ def previous_of(folder):
     return folder.with_name(folder.name + ".previous")
 
 
-def replace_previous(folder):
-    """Move a run out of the way, in place of the one moved before; returns where it went."""
-    previous = previous_of(folder)
-    shutil.rmtree(previous, ignore_errors=True)
-    os.replace(folder, previous)
-    return previous
-
-
 def holds_a_run(folder):
     """True for a run of ours, False for nothing; UserError where there are other files."""
     if not folder.exists() or not any(folder.iterdir()):
@@ -403,7 +392,9 @@ def move_aside(folder):
         return
     weights = ("model.safetensors", "adapter_model.safetensors", "state.pt")
     if any((folder / name).exists() for name in weights):
-        print(f"the run that was in {folder} is now in {replace_previous(folder)}")
+        shutil.rmtree(previous_of(folder), ignore_errors=True)
+        os.replace(folder, previous_of(folder))
+        print(f"the run that was in {folder} is now in {previous_of(folder)}")
     else:
         shutil.rmtree(folder)
 

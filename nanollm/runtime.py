@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from nanollm.config import UserError, leave
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DATASHEET_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}
 
 
 @dataclass
@@ -235,17 +234,6 @@ def flop_per_token(cfg, matrix_parameters, context):
     """
     attention = cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim * context
     return 6 * matrix_parameters + 6 * attention
-
-
-def model_flops_utilisation(tokens_per_second, flop, device, world=1):
-    """MFU: share of the GPU's datasheet bf16 rate (dense) that the training arithmetic reaches;
-    None for unknown hardware.
-    """
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    peak = next((tflops for key, tflops in DATASHEET_TFLOPS.items() if key in name), None)
-    return None if peak is None else tokens_per_second * flop / (peak * 1e12 * world)
 
 
 def clock(device):
