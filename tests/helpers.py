@@ -3,13 +3,17 @@ or as two processes, and looking at what it leaves.
 """
 
 import contextlib
+import faulthandler
+import functools
+import importlib
 import itertools
 import json
+import multiprocessing.forkserver
 import os
 import random
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -52,11 +56,6 @@ def result(out):
     return json.loads(Path(out, "result.json").read_text(encoding="utf-8"))
 
 
-def command(script, *flags):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return {"args": [sys.executable, str(ROOT / script), *map(str, flags)], "env": env}
-
-
 def close(ours, theirs, atol=1e-5, rtol=1e-5):
     torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=atol, rtol=rtol)
 
@@ -69,18 +68,52 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@functools.cache
+def nursery():
+    """A context of multiprocessing whose processes begin as copies of one that has imported torch,
+    and has done nothing else: no thread of its own could be missing in the copy.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def command(script, *flags):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {"args": [sys.executable, str(ROOT / script), *map(str, flags)], "env": env}
+
+
+def begin(script, *flags, said=os.devnull, **env):
+    """Run a script in a process of its own; what it says is added to the file `said`."""
+    arguments = str(ROOT / script), list(map(str, flags)), os.getcwd(), said, env
+    process = nursery().Process(target=execute, args=arguments)
+    process.start()
+    return process
+
+
+def execute(script, flags, folder, said, env):
+    os.chdir(folder)
+    os.environ.update(env)
+    with open(said, "a") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
+
+
 def kill_and_resume(script, flags, out, steps):
     """Run a script, kill it once it has passed one of `steps` and a checkpoint, and resume it."""
-    process = subprocess.Popen(**command(script, *flags, "--out", out), stdout=subprocess.DEVNULL)
-    random_step, last = random.choice(steps), 0
-    while process.poll() is None and (last < random_step or not Path(out, "state.pt").exists()):
+    process, last, random_step = begin(script, *flags, "--out", out), 0, random.choice(steps)
+    while process.is_alive() and (last < random_step or not Path(out, "state.pt").exists()):
         last = max([m["step"] for m in read_metrics(out)], default=0)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(
-        **command(script, "--out", out, "--resume"), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    run(importlib.import_module(Path(script).stem), "--resume", out=out)
 
 
 def logged(out):
@@ -91,7 +124,7 @@ def logged(out):
 def assert_resumes(script, flags, steps):
     """A killed and resumed run has the weights and metrics of an uninterrupted one, bit for bit."""
     whole, killed = f"runs/whole_{script}", f"runs/killed_{script}"
-    subprocess.run(**command(script, *flags, "--out", whole), check=True, capture_output=True)
+    run(importlib.import_module(Path(script).stem), *flags, out=whole)
     kill_and_resume(script, flags, killed, steps)
     assert same(*(torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)))
     assert logged(whole) == logged(killed)
@@ -99,44 +132,28 @@ def assert_resumes(script, flags, steps):
 
 def moments_of_two_processes(script, flags, one, two):
     """First moments of the optimizers after a run with one process and a run with two."""
-    subprocess.run(**command(script, *flags, "--out", one), check=True, capture_output=True)
+    run(importlib.import_module(Path(script).stem), *flags, out=one)
     as_two_processes(script, *flags, "--out", two)
     return [first_moments(n) for n in (one, two)]
 
 
-def as_two_processes(script, *flags, timeout=120):
-    """Run a script as two processes; returns what they said. Where they hang, the failure tells
-    what each thread was doing.
+def as_two_processes(script, *flags, code=0, timeout=120):
+    """Run a script as two processes, as torchrun starts them; returns what they said. Where they
+    hang, the failure tells what each thread was doing.
     """
-    both = command(script, *flags)
-    both["env"]["PYTHONFAULTHANDLER"] = "1"
-    where = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
-    both["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
-    # a file, because a pipe is at its end only when every process has left
-    with open("said.txt", "w+") as said:
-        parent = subprocess.Popen(**both, stdout=said, stderr=said)
-        hung = False
-        try:
-            parent.wait(timeout)
-        except subprocess.TimeoutExpired:
-            hung = True
-            for pid in (parent.pid, *children(parent.pid)):
-                with contextlib.suppress(ProcessLookupError):  # it has left meanwhile
-                    os.kill(pid, signal.SIGABRT)
-                time.sleep(0.5)  # until it has told, before the next one does
-            parent.wait()
-        said.seek(0)
-        text = said.read()
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    said = f"said_{env['MASTER_PORT']}.txt"
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    both = [begin(script, *flags, said=said, **env, **rank) for rank in ranks]
+    for process in both:
+        process.join(timeout)
+    for process in (hung := [process for process in both if process.is_alive()]):
+        os.kill(process.pid, signal.SIGABRT)
+        process.join()
+    text = Path(said).read_text()
     assert not hung, f"{script} hung for {timeout} s:\n{text}"
-    assert parent.returncode == 0, text
+    assert [process.exitcode for process in both] == [code] * 2, text
     return text
-
-
-def children(pid):
-    """Processes that a process has started, and those that they have."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    own = [int(child) for task in tasks for child in task.read_text().split()]
-    return [each for child in own for each in (child, *children(child))]
 
 
 def free_port():

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import random
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -18,9 +19,10 @@ from helpers import (
     ON_CPU,
     TINY,
     WORDS,
-    as_two_processes,
     assert_resumes,
     close,
+    command,
+    free_port,
     in_new_folder,
     moments_of_two_processes,
     refused,
@@ -208,7 +210,10 @@ def test_processes_that_torchrun_started_end_where_a_run_closes(here):
         "rt.close()\n"
         "print('after')\n"
     )
-    said = as_two_processes(here / "closing.py")
+    both = command(here / "closing.py")
+    where = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    both["args"][1:1] = ["-m", "torch.distributed.run", *where]
+    said = subprocess.check_output(**both, text=True, timeout=120)
     assert said.count("before") == 2 and "after" not in said
 
 
