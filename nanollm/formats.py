@@ -26,8 +26,6 @@ PACKED = {
     "orient='records', lines=True, force_ascii=False)\"",
     b"\x28\xb5\x2f\xfd": "zstd -d {0}",
     b"PK\x03\x04": "unzip {0}",
-    b"\xfd7zXZ": "xz -dk {0}",
-    b"BZh": "bzip2 -dk {0}",
 }
 
 
@@ -150,61 +148,41 @@ def read_records(path, text=None):
 
 
 def _json_values(text, path):
-    """(place, value) of each of the values that a text of JSON holds."""
-    if text.lstrip().startswith("["):
-        return [(f"record {n}", value) for n, value in enumerate(_parse(text, path), 1)]
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if len(lines) == 1 or any(line[0] == "{" and _is_json(line) for _, line in lines):
-        return [(f"line {n}", _parse(line, path, n)) for n, line in lines]
-    values, decode, line, end = [], json.JSONDecoder().raw_decode, 1, 0  # over several lines
-    while begin := re.compile(r"\S").search(text, end):
-        line, at = line + text.count("\n", end, begin.start()), begin.start()
-        value, end = _parse(text, path, decode=lambda text, at=at: decode(text, at))
-        values.append((f"line {line}", value))
-        line += text.count("\n", at, end)
-    return values
-
-
-def _parse(text, path, line=None, decode=json.loads):
-    """The value of a JSON text. Without `line`, a mistake is at the line that the parser names."""
-    try:
-        return decode(text)
-    except (ValueError, RecursionError) as e:
-        line = line or getattr(e, "lineno", "?")
-        raise UserError(f"{path}, line {line}: broken JSON ({getattr(e, 'msg', e)})") from None
-
-
-def _is_json(text):
-    try:
-        return bool(json.loads(text))
-    except (ValueError, RecursionError):
-        return False
+    """(place, value) of the values that stand one after the other in a text, or in one array."""
+    decode, line, end = json.JSONDecoder().raw_decode, 1, 0
+    while found := re.compile(r"\S").search(text, end):
+        begin, first = found.start(), end == 0
+        line += text.count("\n", end, begin)
+        try:
+            value, end = decode(text, begin)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}, line {line}: broken JSON ({e})") from None
+        if first and isinstance(value, list):
+            yield from ((f"record {n}", each) for n, each in enumerate(value, 1))
+        else:
+            yield f"line {line}", value
+        line += text.count("\n", begin, end)
 
 
 def _rows_of_table(text, path):
-    """(place, {column: cell}) of the lines of a .csv or .tsv file behind the first; a cell that is
-    quoted may go over several lines.
-    """
+    """(place, {column: cell}) of the lines of a .csv or .tsv file behind the first."""
     csv.field_size_limit(2**31 - 1)
-    delimiter, begin, columns = "\t" if ending(path) == ".tsv" else ",", 1, None
+    delimiter = "\t" if ending(path) == ".tsv" else ","
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        for cells in lines:
-            where, begin = f"line {begin}", lines.line_num + 1
-            if cells and columns is None:
-                columns = choice_columns(cells)
-                if columns is None:
-                    columns = [cell.strip() for cell in cells]
-                    named = all(columns) and len({*columns}) == len(columns)
-                    why = "the first line must name the columns, each once"
-                    need(named, f"{path}, {where}", why)
-                    continue
-            if cells:
-                said = f"{len(cells)} cells, but {len(columns)} columns"
-                need(len(cells) == len(columns), f"{path}, {where}", said)
-                yield where, dict(zip(columns, cells))
+        rows = [(f"line {lines.line_num}", cells) for cells in lines if cells]
     except csv.Error as e:
-        raise UserError(f"{path}, line {begin}: a broken table ({e})") from None
+        raise UserError(f"{path}, line {lines.line_num}: a broken table ({e})") from None
+    columns = choice_columns(rows[0][1])
+    if columns is None:
+        where, cells = rows.pop(0)
+        columns = [cell.strip() for cell in cells]
+        named = all(columns) and len({*columns}) == len(columns)
+        need(named, f"{path}, {where}", "the first line must name the columns, each once")
+    for where, cells in rows:
+        said = f"{len(cells)} cells, but {len(columns)} columns"
+        need(len(cells) == len(columns), f"{path}, {where}", said)
+        yield where, dict(zip(columns, cells))
 
 
 def choice_columns(cells):

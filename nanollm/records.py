@@ -53,22 +53,23 @@ def as_chat(record, where):
     return chat
 
 
-def shape_of(record):
-    """The key that holds a record's dialogue, or its question; None where it has neither."""
-    alpaca = bool(record.keys() & {"output", "response"})  # some have a "prompt" made of it, too
-    last = ("instruction", "prompt") if alpaca else ("prompt", "instruction")
-    return next((key for key in ("messages", "conversations", *last) if key in record), None)
-
-
-# The keys of dialogues: their shapes (Alpaca's, Dolly's), and what may stand beside each shape.
+# Where a record has its dialogue, or its question: behind the first of these keys that it has; and
+# which others then belong to it (Alpaca's, Dolly's). CONTEXT may stand beside each of them.
+SHAPES = {
+    "messages": (),
+    "conversations": (),
+    "instruction": ("input", "context", "output", "response"),
+    "prompt": ("completion",),
+}
 CONTEXT = ("system", "system_prompt", "history")
 ANSWERS = ("output", "response", "completion")
-SIDES = {
-    "instruction": ("instruction", "input", "context", "output", "response"),
-    "prompt": ("prompt", "completion"),
-}
 CHAT_WANTED = 'a chat record needs "messages", a list of {"role", "content"}'
 PROMPT_WANTED = 'a "prompt" (text) or "messages" are wanted'
+
+
+def shape_of(record):
+    """The key that holds a record's dialogue, or its question; None where it has neither."""
+    return next((key for key in SHAPES if key in record), None)
 
 
 def as_dialogue(record, where, wanted=CHAT_WANTED):
@@ -76,18 +77,17 @@ def as_dialogue(record, where, wanted=CHAT_WANTED):
     answer, or a question.
     """
     key = shape_of(record)
-    turns = record.get(key)
+    turns, beside = record.get(key), SHAPES.get(key, ())
     if key == "instruction":
         asked = [turns, record.get("input", record.get("context"))]
-        turns = as_turns("\n\n".join(str(text) for text in asked if text), "user")
-    elif key == "prompt":
+        turns = "\n\n".join(str(text) for text in asked if text)
+    if key in ("instruction", "prompt"):
         turns = as_turns(turns, "user")
-    if answer := [k for k in ANSWERS if k in record and k in SIDES.get(key, ())]:
+    if answer := [k for k in ANSWERS if k in record and k in beside]:
         turns = turns + as_turns(record[answer[0]], "assistant")
     need(isinstance(turns, list) and turns, where, wanted)
     messages = [as_message(turn, i, where, shown(record)) for i, turn in enumerate(turns)]
-    used = (*SIDES.get(key, (key,)), *CONTEXT)
-    kept = {k: v for k, v in record.items() if k not in used}
+    kept = {k: v for k, v in record.items() if k not in (key, *beside, *CONTEXT)}
     return {**kept, "messages": in_context(messages, record, where)}
 
 
@@ -169,8 +169,8 @@ def _text_of_part(part, i, where, shows):
 
 def _flag(value):
     """True or False of what says yes or no; None of anything else."""
-    said = value.strip().lower() if isinstance(value, str) else value
-    known = {True: (1, "true", "1", "yes"), False: (0, "false", "0", "no")}
+    known = {True: ("true", "1", "1.0", "yes"), False: ("false", "0", "0.0", "no")}
+    said = str(value).strip().lower()
     return next((flag for flag, words in known.items() if said in words), None)
 
 
@@ -205,34 +205,32 @@ def as_ranking(record, where):
     wanted = 'a preference record needs "chosen" and "rejected", or a "ranking", a list'
     need(there and isinstance(completions, list), where, wanted)
     label = {"label": label_of(record, where)} if keys == ("completion",) else {}
-    whole = all(isinstance(c, list) and c[1:] for c in completions)
-    if "ranking" in record or shape_of(record) and not whole:
-        messages = _prompt_of(record, where)
-        completions = [_completion_of(completion, where) for completion in completions]
-    else:
-        messages, completions = _shared_prompt(completions, record, where)
-    texts = [each.strip() for each in completions if isinstance(each, str)]
-    need(len(texts) == len(completions), where, "every completion must be text")
+    few = f"a ranking needs two completions or more, not {len(completions)}"
+    need_usable(len(completions) > 1 or label, where, few)
+    messages, completions = _prompt_and_completions(completions, record, where)
+    texts = [each.strip() for each in completions]
     need_usable(all(texts), where, "a completion is empty")
-    few = f"a ranking needs two completions or more, not {len(texts)}"
-    need_usable(len(texts) > 1 or label, where, few)
     need_usable(len(set(texts)) == len(texts), where, "two completions are equal")
     for key in ("ratings", "gold"):
         values = record.get(key)
         listed = isinstance(values, list) and len(values) == len(completions)
         fine = values is None or listed and all(map(_is_number, values))
         need(fine, where, f'"{key}" must hold a number for each completion')
+    used = {"chosen", "rejected", "ranking", *SHAPES, *CONTEXT}.union(*SHAPES.values())
+    kept = {k: v for k, v in record.items() if k not in used}
+    margin = margin_of(record, where)
+    return {**kept, **label, "messages": messages, "completions": completions, "margin": margin}
+
+
+def margin_of(record, where):
+    """By how much the chosen completion is better, a float, or None."""
     margin = record.get("margin")
     scores = [record.get(key) for key in ("score_chosen", "score_rejected")]  # UltraFeedback's
     if margin is None and all(map(_is_number, scores)):
         margin = max(0, scores[0] - scores[1])
     fine = margin is None or _is_number(margin) and margin >= 0
     need(fine, where, f'"margin" must be a number of at least 0, not {margin!r:.40}')
-    used = ("chosen", "rejected", "ranking", "conversations", *CONTEXT)
-    used += SIDES["instruction"] + SIDES["prompt"]
-    kept = {k: v for k, v in record.items() if k not in used}
-    margin = None if margin is None else float(margin)
-    return {**kept, **label, "messages": messages, "completions": completions, "margin": margin}
+    return None if margin is None else float(margin)
 
 
 def _is_number(value):
@@ -247,12 +245,39 @@ def label_of(record, where):
     return flag
 
 
-def _prompt_of(record, where):
-    """The messages before the completion, checked."""
-    record = {k: v for k, v in record.items() if k not in ANSWERS}
-    messages = as_dialogue(record, where, PROMPT_WANTED)["messages"]
+def _prompt_and_completions(completions, record, where):
+    """(messages, texts) of completions that follow a record's prompt, or are whole dialogues that
+    share theirs: then a prompt that stands beside them, too, must be said by them.
+    """
+    alone = shape_of(record) is None
+    dialogues = [_turns_of(completion, alone, where) for completion in completions]
+    answered = all(turns[-1]["role"] == "assistant" for turns in dialogues)
+    need_usable(answered, where, "a dialogue must end with the assistant's answer")
+    messages = dialogues[0][:-1]
+    shared = all(turns[:-1] == messages for turns in dialogues)
+    need_usable(shared, where, "chosen and rejected answer different prompts")
+    context = (*ANSWERS, *CONTEXT) if messages else ANSWERS
+    beside = {key: value for key, value in record.items() if key not in context}
+    beside = [] if alone else as_dialogue(beside, where, PROMPT_WANTED)["messages"]
+    if messages:
+        known = [turn["content"] for turn in dialogues[0]]
+        fine = all(turn["content"] in known for turn in beside)
+        need(fine, where, "chosen and rejected don't answer the prompt that stands beside them")
+    messages = in_context(messages, record, where) if messages else beside
     _check_prompt(messages, where)
-    return messages
+    return messages, [plain_text(turns[-1], where) for turns in dialogues]
+
+
+def _turns_of(completion, alone, where):
+    """The messages that a completion is given by: text, which is an HH-RLHF dialogue where no
+    prompt stands beside it, one message, or a list of them.
+    """
+    if alone and isinstance(completion, str):
+        turns = _hh_turns(completion, where)
+    else:
+        turns = [completion] if isinstance(completion, dict) else as_turns(completion, "assistant")
+    need(turns, where, "a completion must be text, or messages")
+    return [as_message(turn, i, where) for i, turn in enumerate(turns)]
 
 
 def _check_prompt(messages, where):
@@ -261,49 +286,11 @@ def _check_prompt(messages, where):
     need(open_end, where, "the prompt ends with an answer; the completions are to follow it")
 
 
-def _completion_of(completion, where):
-    """The text of a completion, which may also be a message or a list of one (TRL's datasets)."""
-    turns = [completion] if isinstance(completion, dict) else completion
-    if not isinstance(turns, list):
-        return completion
-    wanted = "beside a prompt a completion must be text, or one message of the assistant"
-    need(len(turns) == 1, where, wanted)
-    turn = as_message(turns[0], 0, where)
-    need(turn["role"] == "assistant", where, wanted)
-    return plain_text(turn, where)
-
-
 def plain_text(message, where):
     """The content of an answer that is to be text alone."""
     more = message.keys() & {"tool_calls", "reasoning_content", "loss"}
     need(not more, where, f"a completion must be text alone, without {', '.join(sorted(more))}")
     return message["content"]
-
-
-def _shared_prompt(pair, record, where):
-    """(prompt, two completions) of two whole dialogues that differ in their last answer. A prompt
-    that stands beside them, too, is said by them.
-    """
-    if all(isinstance(text, str) for text in pair):
-        dialogues = [_hh_turns(text, where) for text in pair]
-    else:
-        both = all(isinstance(turns, list) and turns for turns in pair)
-        need(both, where, '"chosen" and "rejected" must both be text, or both messages')
-        dialogues = pair
-    dialogues = [[as_message(turn, i, where) for i, turn in enumerate(d)] for d in dialogues]
-    answered = all(turns[-1]["role"] == "assistant" for turns in dialogues)
-    need_usable(answered, where, "a dialogue must end with the assistant's answer")
-    shared = dialogues[0][:-1] == dialogues[1][:-1]
-    need_usable(shared, where, "chosen and rejected answer different prompts")
-    if shape_of(record):
-        said = as_dialogue({k: record[k] for k in record if k not in CONTEXT}, where)["messages"]
-        known = [turn["content"] for turn in dialogues[0]]
-        fine = all(turn["content"] in known for turn in said)
-        need(fine, where, "chosen and rejected don't answer the prompt that stands beside them")
-    messages = dialogues[0][:-1]
-    _check_prompt(messages, where)
-    completions = [plain_text(turns[-1], where) for turns in dialogues]
-    return in_context(messages, record, where), completions
 
 
 def _hh_turns(text, where):

@@ -1,8 +1,7 @@
-"""Records and files as people publish them, and what becomes of each: the text that is read and,
-in brackets, what is trained on; or the reason for which it is dropped, or refused.
+"""Records as people publish them, and what becomes of each: the text that is read and, in brackets,
+what is trained on; or the reason for which it is dropped, or refused.
 """
 
-import gzip
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +12,15 @@ import distill
 import train_dpo
 import train_grpo
 import train_ppo
-import train_pretrain
 import train_sft
 import train_vlm
 from nanollm.batches import pack_chats
 from nanollm.config import UserError
 from nanollm.distillation import read_completions, tokenize
-from nanollm.formats import Unusable, read_documents, read_parts, read_records, write_jsonl
+from nanollm.formats import Unusable, read_documents, read_parts, write_jsonl
 from nanollm.preferences import completion_rows, load_preferences
 from nanollm.records import (
+    read_captions,
     read_chats,
     read_examples,
     read_image_chats,
@@ -60,7 +59,13 @@ def as_preference(record, tokenizer):
 
 def as_prompt(record, tokenizer):
     text = as_chat(record, tokenizer)
-    return f"{text} -> {record['answer']}" if "answer" in record else text
+    return f"{text} -> {record['check']} {record['answer']}" if "answer" in record else text
+
+
+def as_images(record, tokenizer):
+    said = record["caption"] if "caption" in record else as_chat(record, tokenizer)
+    images = record["images"] if "images" in record else [record["image"]]
+    return said + "".join(f" ({Path(image).name})" for image in images)
 
 
 def as_completion(record, tokenizer):
@@ -72,6 +77,16 @@ def as_completion(record, tokenizer):
 
 def said(role, content, **more):
     return {"role": role, "content": content, **more}
+
+
+def turns(*contents):
+    roles = ("user", "assistant") * len(contents)
+    return [said(role, content) for role, content in zip(roles, contents)]
+
+
+def hh(*contents):
+    whos = ("\n\nHuman: ", "\n\nAssistant: ") * len(contents)
+    return "".join(who + text for who, text in zip(whos, contents))
 
 
 def chat(*messages, **more):
@@ -109,7 +124,8 @@ CHATS = [
     (PAIR | {"label": "cat"}, 'refused: "label" must be true or false'),
     (chat(U, A, id=7, source="x", score=0.5, category="y"), HI),
     ({}, 'refused: a chat record needs "messages"'),
-    ({"dialogue": [U, A]}, 'refused: a chat record needs "messages"'),
+    *(({key: bad}, 'refused: a chat record needs "messages"')
+      for key in ("messages", "conversations") for bad in ([], "hi")),
     ({"prompt": "Hi", "answer": "7"}, 'refused: a chat record needs "messages"'),
     # what stands beside them
     (sharegpt(("human", "Hi"), ("gpt", "Yo"), system="Be"), "S Be. U Hi. A [Yo.]"),
@@ -120,35 +136,33 @@ CHATS = [
     (ALPACA | {"system": "Be", "history": [["a", "b"]]}, "S Be. U a. A [b.] U Hi. A [Yo.]"),
     (chat(S, U, A, history=[["a", "b"]]), "S Be. U a. A [b.] U Hi. A [Yo.]"),
     (ALPACA | {"history": "a: b"}, 'refused: "history" must be a list of [question, answer]'),
-    (ALPACA | {"history": [["a"]]}, 'refused: "history" must be a list of [question, answer]'),
     (ALPACA | {"history": [["a", None]]}, "refused: message 1 of the history has no text"),
     (chat(U, A, tools=[{"name": "add"}]), 'refused: the model would not see the "tools"'),
     (chat(U, A, tools=None), HI),
     (chat(U, A, image="a.png"), "refused: train_vlm.py looks at images"),
-    (chat(U, A, images=["a.png"]), "refused: train_vlm.py looks at images"),
     # roles
     (chat(said("developer", "Be"), U, A), "S Be. U Hi. A [Yo.]"),
-    (sharegpt(("system", "Be"), ("human", "Hi"), ("gpt", "Yo")), "S Be. U Hi. A [Yo.]"),
     (sharegpt(("human", "Hi"), ("gpt", "Yo"), ("observation", "4")), "U Hi. A [Yo.] T 4."),
     (sharegpt(("human", "Hi"), ("function_call", "{}")), "refused: message 1 has the unknown role"),
     (chat({"content": "Hi"}, A), 'refused: message 0 has no "role"'),
     ({"conversations": [{"value": "Hi"}]}, 'refused: message 0 has no "role"'),
     (chat(said(None, "Hi"), A), "refused: message 0 has the unknown role None"),
+    (chat(said(["user"], "Hi"), A), "refused: message 0 has the unknown role ['user']; roles are"),
     (chat("Hi", A), 'refused: message 0 has no "role"'),
     # contents
     (chat(said("user", [PART]), A), HI),
     (chat(said("user", [PART, PART]), said("assistant", [PART])), "U HiHi. A [Hi.]"),
     (chat(said("user", [PAINTED, PART]), A), "refused: message 0 shows an image"),
     (chat(said("user", [{"type": "audio"}]), A), "refused: neither text nor an image"),
-    (chat(said("user", ["Hi"]), A), "refused: neither text nor an image"),
     (chat(said("user", None), A), "refused: message 0 has no text"),
+    (chat(U, {"role": "assistant"}), "refused: message 1 has no text"),
+    (ALPACA | {"output": None}, "refused: message 1 has no text"),
     (chat(U, said("assistant", {"text": "Yo"})), "refused: message 1 has no text"),
     (chat(U, A | {"audio": {"id": "x"}}), 'refused: message 1 has "audio", which would be'),
     (chat(U, A | {"audio": None, "refusal": None}), HI),
     (chat(U, A | {"name": "Bo", "tool_call_id": None}), HI),
     # thoughts and calls
     (chat(U, A | {"reasoning_content": "hm"}), THINK),
-    (chat(U, A | {"reasoning": "hm"}), THINK),
     (chat(U, A | {"thinking": "hm"}), THINK),
     (chat(U, A | {"reasoning_content": None}), HI),
     (chat(U, A | {"reasoning_content": ["hm"]}), "refused: its thoughts must be text"),
@@ -161,28 +175,15 @@ CHATS = [
     (chat(U, A | {"tool_calls": "add"}), 'refused: "tool_calls" must be a list'),
     (chat(U | {"tool_calls": [CALL]}, A), "refused: only the assistant thinks, and calls"),
     # what is learnt
-    *(
-        (chat(U, A | {key: no}, U, A), "U Hi. A Yo. U Hi. A [Yo.]")
-        for key, no in {"loss": 0, "train": False, "weight": 0, "training": "false"}.items()
-    ),
-    *(
-        (chat(U, A | {"loss": no}, U, A), "U Hi. A Yo. U Hi. A [Yo.]")
-        for no in (0.0, "False", "no")
-    ),
+    *((chat(U, A | {key: no}, U, A), "U Hi. A Yo. U Hi. A [Yo.]")
+      for key, no in {"loss": 0.0, "train": False, "weight": 0, "training": "False"}.items()),
     *((chat(U, A | {"loss": yes}), HI) for yes in (True, 1, "true", None)),
     (chat(U | {"loss": False}, A), HI),
     (chat(U, A | {"loss": 0.5}), 'refused: "loss" must be true or false, not 0.5'),
     (chat(U, A | {"weight": "high"}), "refused: \"weight\" must be true or false, not 'high'"),
     (chat(U | {"train": True}, A), 'refused: "train" is true of a message that the assistant'),
-    (
-        {
-            "conversations": [
-                *sharegpt(("human", "Hi"))["conversations"],
-                *({"from": "gpt", "value": "Yo", "loss": no} for no in (False, True)),
-            ]
-        },
-        "U Hi. A Yo. A [Yo.]",
-    ),
+    ({"conversations": [U, *({"from": "gpt", "value": "Yo", "loss": no} for no in (False, True))]},
+     "U Hi. A Yo. A [Yo.]"),
     (chat(U, A, weight=0), "dropped: no answer that is trained on"),
     (chat(U, A | {"loss": False}), "dropped: no answer that is trained on"),
     (chat(U), "dropped: no answer"),
@@ -193,7 +194,7 @@ CHATS = [
     ({"instruction": "Hi"}, "dropped: no answer"),
     # a text that spells a marker
     (chat(said("user", "<think>Hi"), A), "U <think>Hi. A [Yo.]"),
-]
+]  # fmt: skip
 
 TWO = {"prompt": "Hi", "chosen": "Yo", "rejected": "No"}
 BEST = "U Hi. A [Yo.] | No"
@@ -204,10 +205,30 @@ PREFERENCES = [
     (TWO | {"system": "Be"}, "S Be. U Hi. A [Yo.] | No"),
     (TWO | {"history": [["a", "b"]]}, "U a. A b. U Hi. A [Yo.] | No"),
     ({"instruction": "Hi", "input": "", "chosen": "Yo", "rejected": "No"}, BEST),
-    (
-        sharegpt(("human", "Hi"), chosen={"from": "gpt", "value": "Yo"}, rejected="No"),
-        BEST,
-    ),
+    (sharegpt(("human", "Hi"), chosen={"from": "gpt", "value": "Yo"}, rejected="No"), BEST),
+    (TWO | {"prompt": [U], "chosen": [A]}, BEST),
+    (chat(U, A, U, chosen="Yo", rejected="No"), "U Hi. A Yo. U Hi. A [Yo.] | No"),
+    ({"prompt": "Hi", "ranking": ["Yo", " def f():\n", "No"]}, "U Hi. A [Yo.] |  def f():\n | No"),
+    (TWO | {"task": "x", "gold": [1, 2], "ratings": [1.5, 0]}, BEST),
+    (TWO | {"ratings": [1]}, 'refused: "ratings" must hold a number for each completion'),
+    *((TWO | {"margin": margin}, f"{BEST} {float(margin)}") for margin in (0, 2)),
+    *((TWO | {"margin": margin}, 'refused: "margin" must be a number of at least 0')
+      for margin in (-1, float("nan"), float("inf"), 10**400, True, "2")),
+    ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, BEST),
+    ({"chosen": hh("Hi", "Yo", "One\n\ntwo\nHuman: 3", "A\n\nB"),
+      "rejected": hh("Hi", "Yo", "One\n\ntwo\nHuman: 3", "Human: B")},
+     "U Hi. A Yo. U One\n\ntwo\nHuman: 3. A [A\n\nB.] | Human: B"),
+    ({"chosen": "So" + hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, "refused: dialogue is wanted"),
+    ({"chosen": "b", "rejected": "c"}, r'refused: a dialogue is wanted, as in "\n\nHuman: ...'),
+    ({"chosen": hh("Hi", "Yo"), "rejected": [A]}, "dropped: answer different prompts"),
+    ({"prompt": "Hi", "chosen": "Yo"}, 'refused: needs "chosen" and "rejected", or a "ranking"'),
+    ({"prompt": "Hi", "ranking": "Yo"}, 'refused: needs "chosen" and "rejected", or a "ranking"'),
+    *((TWO | {"rejected": bad}, "refused: message 0 has no text")
+      for bad in (None, 5, [{"role": "user"}])),
+    (TWO | {"rejected": []}, "refused: a completion must be text, or messages"),
+    (TWO | {"prompt": 5}, "refused: message 0 has no text"),
+    (TWO | {"prompt": []}, 'refused: a "prompt" (text) or "messages" are wanted'),
+    (chat(U, A, ranking=["Yo", "No"]), "refused: the prompt ends with an answer"),
     (WHOLE, BEST),
     (WHOLE | {"system": "Be"}, "S Be. U Hi. A [Yo.] | No"),
     # UltraFeedback
@@ -227,8 +248,7 @@ PREFERENCES = [
     ({"prompt": "Hi", "ranking": ["Yo"]}, "dropped: two completions or more, not 1"),
     (WHOLE | {"chosen": [said("user", "Ho"), A]}, "dropped: answer different prompts"),
     (WHOLE | {"chosen": [U, A, U]}, "dropped: must end with the assistant's answer"),
-    ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yo", "rejected": "\n\nHuman: Hi\n\nAssistant:"},
-     "dropped: a completion is empty"),
+    ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "")}, "dropped: a completion is empty"),
     # KTO
     (PAIR | {"label": True}, "U Hi. A [Yo.] True"),
     (PAIR | {"label": "false", "system": "Be"}, "S Be. U Hi. A [Yo.] False"),
@@ -241,19 +261,64 @@ PROMPTS = [
     ({"prompt": "Hi"}, "U Hi."),
     ({"prompt": "Hi", "system": "Be", "history": [["a", "b"]]}, "S Be. U a. A [b.] U Hi."),
     (PAIR, "U Hi."),
+    (ALPACA, "U Hi."),
     (TWO | {"system": "Be"}, "S Be. U Hi."),
+    (TWO | {"answer": "Yo"}, "U Hi. -> contains Yo"),
+    ({"prompt": "Hi", "ranking": ["Yo", "No"]}, "U Hi."),
+    ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, "U Hi."),
     (chat(S, U, A), "S Be. U Hi."),
+    (chat(U, A, A), "U Hi."),
     (chat(U, said("assistant", "")), "U Hi."),
-    ({"prompt": "Hi", "answer": None}, "U Hi."),
-    ({"prompt": "Hi", "answer": 0}, "U Hi. -> 0"),
-    ({"question": "Hi", "answer": "3\n#### 3", "system": "Be"}, "S Be. U Hi. -> 3"),
-    ({"question": "Hi"}, "refused: must end with ####"),
+    (sharegpt(("human", "Hi"), ("gpt", "Yo")), "U Hi."),
+    (chat(U, instruction="x", question="x"), "U Hi."),
     (chat(A), "dropped: the prompt is empty"),
-]
+    ({}, 'refused: a "prompt" (text) or "messages" are wanted'),
+    # answers
+    ({"prompt": "Hi", "answer": None}, "U Hi."),
+    *(({"prompt": "Hi", "answer": given}, f"U Hi. -> number {read}")
+      for given, read in ((0, "0"), ("-3", "-3"), (" 0.5 ", "0.5"), ("1,072", "1072"))),
+    *(({"prompt": "Hi", "answer": text}, f"U Hi. -> contains {text.strip()}")
+      for text in (" a goat\n", "1,2,3", ",", "7 goats")),
+    ({"prompt": "Hi", "answer": 62, "check": "exact"}, "U Hi. -> exact 62"),
+    *(({"prompt": "Hi", "answer": bad}, 'refused: "answer" must be text or a number')
+      for bad in (["7"], True)),
+    ({"prompt": "Hi", "answer": "b", "check": "number"}, "refused: must be a number, not 'b'"),
+    *(({"prompt": "Hi", "answer": "b", "check": bad}, f"refused: unknown check {bad!r}")
+      for bad in ("regex", [])),
+    *(({"prompt": "Hi", "answer": "b", "not": bad}, 'refused: "not" must be a list')
+      for bad in (5, [5], "banana", None, ["c", ""])),
+    *(({"prompt": "Hi", "answer": "b", key: bad}, f'refused: "{key}" must be text')
+      for key in ("begins", "ends", "task") for bad in (5, None)),
+    # GSM8K
+    ({"question": "Hi", "answer": "3 + 4 = <<3+4=7>>7\n#### 1,072", "system": "Be"},
+     "S Be. U Hi. -> number 1072"),
+    ({"question": "Hi"}, "refused: must end with ####"),
+    ({"question": "Hi", "answer": "7"}, "refused: must end with ####"),
+    ({"question": "Hi", "answer": "#### seven"}, "refused: must be a number, not 'seven'"),
+    ({"question": 3, "answer": "#### 7"}, "refused: message 0 has no text"),
+]  # fmt: skip
 EXAMPLES = [
-    ({"prompt": "Hi", "answer": "7"}, "U Hi. -> 7"),
+    ({"prompt": "Hi", "answer": "7"}, "U Hi. -> number 7"),
     ({"prompt": "Hi"}, 'dropped: needs an "answer"'),
     ({"prompt": "Hi", "answer": " "}, 'dropped: needs an "answer"'),
+]
+SHOWN = chat(*turns("<image>Hi", "Yo"), image="a.png")
+IMAGE_CHATS = [
+    (SHOWN, "U <image>Hi. A [Yo.] (a.png)"),
+    (chat(said("user", [PAINTED, PART]), A, images=["a.png"]), "U <image>Hi. A [Yo.] (a.png)"),
+    (chat(U, A), HI),
+    (SHOWN | {"image": 5}, 'refused: "image" must be a file name or a list of them'),
+    (SHOWN | {"image": "b.png"}, "refused: b.png does not exist"),
+    (SHOWN | {"image": None}, "refused: 1 times <image>, but 0 images"),
+    (chat(U, A, image="a.png"), "refused: 0 times <image>, but 1 images"),
+    (chat(U, said("assistant", "<image>"), image="a.png"), "refused: only users show images"),
+]
+CAPTIONS = [
+    (SHOWN, "Yo (a.png)"),
+    ({"image": "a.png", "caption": "A dog."}, "A dog. (a.png)"),
+    ({"image": "a.png", "caption": " "}, "dropped: the caption is empty"),
+    ({"caption": "A dog."}, "refused: a caption belongs to one image, not to 0"),
+    (chat(said("user", "<image>"), image="a.png"), 'refused: a "caption" is wanted, as text'),
 ]
 COMPLETIONS = [
     (chat(U, A), HI),
@@ -264,7 +329,7 @@ COMPLETIONS = [
     (chat(U, A | {"reasoning_content": "hm"}), "refused: without reasoning_content"),
     (chat(U, said("assistant", " ")), "dropped: an answer is empty"),
     (PAIR | {"label": False}, "dropped: its label says that it isn't wanted"),
-    ({"prompt": "Hi", "answer": "7"}, "U Hi. -> 7"),
+    ({"prompt": "Hi", "answer": "7"}, "U Hi. -> number 7"),
 ]
 READERS = [
     (read_chats, as_chat, {"messages": [U, A]}, CHATS),
@@ -272,6 +337,9 @@ READERS = [
     (read_prompts, as_prompt, {"prompt": "Hi"}, PROMPTS),
     (read_examples, as_prompt, {"prompt": "Hi", "answer": "7"}, EXAMPLES),
     (read_completions, as_completion, PAIR, COMPLETIONS),
+    (read_image_chats, as_images, SHOWN, IMAGE_CHATS),
+    (read_prompts, as_images, SHOWN, [(SHOWN, "U <image>Hi. (a.png)"), IMAGE_CHATS[4]]),
+    (read_captions, as_images, SHOWN, CAPTIONS),
 ]
 
 
@@ -282,11 +350,14 @@ READERS = [
 )
 def test_what_becomes_of_a_record(read, shown, good, record, outcome, tokenizer, tmp_path, capsys):
     path, (kind, _, words) = tmp_path / "a.jsonl", outcome.partition(": ")
+    (tmp_path / "a.png").write_bytes(b"")
     write_jsonl(path, [good, record, good])
     if kind == "refused":
         with pytest.raises(UserError) as caught:
             read(path)
-        assert str(caught.value).startswith(f"{path}, line 2: ") and words in str(caught.value)
+        sentence = str(caught.value)
+        assert sentence.startswith(f"{path}, line 2: ") and words in sentence
+        assert "\n" not in sentence and len(sentence) < 2 * len(str(path)) + 200
         return
     found = read(path)
     assert [found[0].where, found[-1].where] == [f"{path}, line {n}" for n in (1, 3)]
@@ -297,13 +368,12 @@ def test_what_becomes_of_a_record(read, shown, good, record, outcome, tokenizer,
         assert len(found) == 3 and not out and shown(found[1], tokenizer) == outcome
 
 
-def test_a_part_that_is_an_image_is_its_marker_where_images_are_looked_at(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"")
-    record = chat(said("user", [PAINTED, PART]), A, images=["a.png"])
-    write_jsonl(tmp_path / "a.jsonl", [record])
-    [found] = read_image_chats(tmp_path / "a.jsonl")
-    assert found["messages"][0]["content"] == "<image>Hi"
-    assert found["images"] == [str(tmp_path / "a.png")]
+def test_other_keys_are_kept_and_an_example_has_a_task(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [ALPACA | {"kind": "x", "prompt": "y", "answer": "7"}])
+    [chats] = read_chats(tmp_path / "a.jsonl")
+    [example] = read_examples(tmp_path / "a.jsonl")
+    assert chats == {"messages": turns("Hi", "Yo"), "kind": "x", "prompt": "y", "answer": "7"}
+    assert (example["task"], example["kind"]) == ("all", "x")
 
 
 def test_a_file_of_which_most_is_unusable_is_refused_with_the_reasons(tmp_path):
@@ -318,88 +388,37 @@ def test_a_file_of_which_most_is_unusable_is_refused_with_the_reasons(tmp_path):
     assert str(caught.value) == said_of_it
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-LINES = b'{"text": "a"}\n{"text": "b"}\n'
-PRETTY = b'{\n  "text": "a"\n}\n{\n  "text":\n    "b"\n}\n'
-ARRAY = b'[\n{"text": "a"}, {"text": "b"}]'
-CSV = b'id,text\r\n1,a\r\n2,"b"\r\n'
-QUOTED = b'text,n\n"a, ""b""\nc",1\n'
-STORIES = b"a\n<|endoftext|>\n\nb\nc\n<|endoftext|>\n"
-FILES = [  # (name, bytes, the documents or what is said)
-    *((f"a{end}", LINES, ["a", "b"]) for end in (".jsonl", ".JSONL", ".ndjson", ".jsonlines")),
-    *((f"a{end}", gzip.compress(LINES), ["a", "b"]) for end in (".jsonl.gz", ".jsonl", ".GZ")),
-    *((f"a{end}", LINES, ["a", "b"]) for end in (".json", ".txt", "", ".jsonl.gz")),
-    *((f"a{end}", PRETTY, ["a", "b"]) for end in (".json", ".jsonl", ".txt")),
-    *((f"a{end}", ARRAY, ["a", "b"]) for end in (".json", ".jsonl", ".txt")),
-    ("a.json", gzip.compress(ARRAY), ["a", "b"]),
-    ("a.csv", CSV, ["a", "b"]),
-    ("a.CSV.gz", gzip.compress(CSV), ["a", "b"]),
-    ("a.csv", QUOTED, ['a, "b"\nc']),
-    ("a.csv", LINES, ["a", "b"]),
-    ("a.tsv", CSV.replace(b",", b"\t"), ["a", "b"]),
-    ("a.txt", b"a\nb\n", ["a\nb\n"]),
-    ("a.txt", b"[a] {b}", ["[a] {b}"]),
-    ("a.txt", b"One <|endoftext|> in a line\n", ["One <|endoftext|> in a line\n"]),
-    ("a.txt", STORIES, ["a", "b\nc"]),
-    ("a.txt.gz", gzip.compress(STORIES.replace(b"\n", b"\r\n")), ["a", "b\nc"]),
-    ("a.csv", b"text,text\na,b\n", "line 1: the first line must name the columns, each once"),
-    ("a.csv", b"text,n\na,1\nb\n", "line 3: 1 cells, but 2 columns"),
-    ("a.csv", b'text\n"a\n', "broken table"),
-    ("a.csv", b"text\n", "there is no record in it"),
-    ("a.json", b"[]", "there is no record in it"),
-    ("a.json", b'{\n  "text": "a",\n  oops\n}', "line 3: broken JSON"),
-    ("a.json", b'[{"text": "a"}, {"txt": "b"}]', "record 2: a corpus record needs a"),
-    ("a.json", PRETTY + b'{\n "txt": 3}', "line 8: a corpus record needs a"),
-    ("a.parquet", b"PAR1\x15\x04", "pandas.read_parquet('"),
-    ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "convert it first: zstd -d "),
-    ("a.zip", b"PK\x03\x04..", "convert it first: unzip "),
-    ("a.jsonl.gz", gzip.compress(LINES)[:-9], "is a damaged gzip file"),
-    ("a.gz", gzip.compress(b"PAR1\x15\x04"), "pandas.read_parquet('"),
-    ("a.jsonl", b"\x89PNG\r\n\x1a\n\x00", "is not UTF-8 text (byte 0)"),
-    ("a.tar.gz", gzip.compress(b"a.txt\0\0\0hello"), "is not text: it holds the byte 0"),
-]
+# --- the real samples ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, data, outcome", FILES)
-def test_a_file_is_what_it_holds(name, data, outcome, tmp_path):
-    (tmp_path / name).write_bytes(data)
-    if isinstance(outcome, list):
-        assert read_documents(tmp_path / name) == outcome
-        return
-    with pytest.raises(UserError) as caught:
-        read_documents(tmp_path / name)
-    assert name in str(caught.value) and outcome in str(caught.value)
-    assert "\n" not in str(caught.value)
+def sample(name):
+    if not (SHARED / "data" / name).exists():
+        pytest.skip("the real samples are not here")
+    return SHARED / "data" / name
 
 
-def test_a_table_has_the_columns_as_keys_and_every_line_its_place(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_bytes(b'instruction,output\nHi,"Yo\nyo"\n\nHo,Ya\n')
-    first, second = read_chats(path)
-    assert [m["content"] for m in first["messages"] + second["messages"]] == [
-        *("Hi", "Yo\nyo"),
-        *("Ho", "Ya"),
-    ]
-    assert second.where == f"{path}, line 5"
+def test_of_the_real_hh_rlhf_pairs_nine_are_dropped_and_the_others_split_into_turns(capsys):
+    read = read_preferences(sample("hh_harmless_test.jsonl.gz"))
+    assert len(read) == 2303 and all(len(r["completions"]) == 2 for r in read)
+    assert all(r["messages"][-1]["role"] == "user" for r in read)
+    assert capsys.readouterr().out.endswith(
+        "9 of 2,312 records can't be used: a completion is empty (4: line 87, line 517, line 926, "
+        "...); chosen and rejected answer different prompts (5: line 1255, line 1689, line 1951, "
+        "...); dropped\n"
+    )
 
 
-def test_a_folder_is_the_texts_in_it(tmp_path):
-    (tmp_path / "b").mkdir()
-    for name, text in {"b/c.txt": "3", "a.TXT": "1", "b.txt": "2\n<|endoftext|>\n4"}.items():
-        (tmp_path / name).write_text(text)
-    (tmp_path / "README.md").write_text("about")
-    assert read_documents(tmp_path) == ["1", "3", "2", "4"]
-    cfg = train_pretrain.Config(data=str(tmp_path), val_fraction=0.5)
-    assert [texts() for texts, _ in train_pretrain.load_corpus(cfg)] == [["1", "3"], ["2", "4"]]
-    before = train_pretrain.load_corpus(cfg)[0][1]
-    (tmp_path / "b" / "c.txt").write_text("changed")
-    assert train_pretrain.load_corpus(cfg)[0][1] != before
+@pytest.mark.parametrize("name, count", [("train", 7473), ("test", 1319)])
+def test_every_real_gsm8k_answer_is_a_number(name, count):
+    problems = read_prompts(sample(f"gsm8k/{name}.jsonl"))
+    assert len(problems) == count and {p["check"] for p in problems} == {"number"}
+    assert all(float(p["answer"]) == int(p["answer"]) for p in problems)
 
 
-def test_a_folder_without_texts_is_refused(tmp_path):
-    with pytest.raises(UserError, match="neither .txt files nor token shards"):
-        read_documents(tmp_path)
+def test_the_real_alpaca_instructions_are_chats_and_prompts():
+    prompts, chats = (read(sample("instructions.json")) for read in (read_prompts, read_chats))
+    assert chats and [p["messages"] for p in prompts] == [c["messages"][:-1] for c in chats]
+    assert read_documents(sample("tinystories.txt"))
 
 
 # --- scripts -------------------------------------------------------------------------------------
@@ -483,17 +502,6 @@ def test_one_content_in_two_shapes_trains_on_the_same_tokens(tokenizer):
     for name in ("mess", "share"):
         train, _ = read_parts(read_chats, SHARED / "cases" / f"{name}.jsonl", None, 0.05)
         assert pack_chats(train, tokenizer, 256, name, CPU).mask.sum() == 95
-
-
-def test_records_keep_their_place_when_a_key_is_added(write):
-    [record] = read_records(write(PAIR))
-    assert (record | {"task": "x"}).where == record.where and record == PAIR
-
-
-def test_a_separator_inside_a_line_divides_nothing_and_is_said(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("one<|endoftext|>two", encoding="utf-8")
-    assert len(read_documents(tmp_path / "a.txt")) == 1
-    assert "is one document" in capsys.readouterr().out
 
 
 def test_a_caption_that_is_too_long_for_clip_is_dropped(tokenizer):
