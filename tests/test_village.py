@@ -459,11 +459,6 @@ def test_prepare_writes_once_and_the_same_bytes_whatever_the_hash_seed(tmp_path)
         )
 
 
-def test_prepare_refuses_an_empty_corpus(tmp_path):
-    with pytest.raises(ValueError, match="positive size"):
-        prepare(megabytes=0, root=tmp_path)
-
-
 def test_examples_join_a_corpus_that_is_there_and_what_was_interrupted_is_completed(
     tmp_path, monkeypatch
 ):

@@ -5,8 +5,7 @@ tuning, and the other half measures what pretraining alone stored. The parts are
 
     world.py        who lives there, and what is true
     facts.py        how a fact is told; cloze examples
-    stories.py      small stories
-    school.py       word games
+    stories.py      small stories, word games
     sums.py         arithmetic: written steps, stories of goods, operands of each split
     corpus.py       the mixture of documents: `prepare_corpus` is all that pretraining needs
 

@@ -13,10 +13,16 @@ from pathlib import Path
 
 from data.village import sums
 from data.village.facts import cloze, tell, tell_two
-from data.village.files import wordings
-from data.village.school import school
-from data.village.stories import story
-from data.village.world import ATTRIBUTES, POOLS, article, build_world, capitalise, split_of
+from data.village.stories import school, story
+from data.village.world import (
+    ATTRIBUTES,
+    POOLS,
+    article,
+    build_world,
+    capitalise,
+    split_of,
+    wordings,
+)
 from nanollm.config import atomic_folder
 from nanollm.formats import write_jsonl
 
@@ -197,20 +203,15 @@ WRITERS = {write.__name__: write for write in (biography, story, school, market,
 def documents(world, split="train", approx_bytes=1_000_000, seed=0):
     """Distinct (kind, text) pairs of one split, until so many bytes are written."""
     rng = random.Random(f"corpus-{split}-{world.seed}-{seed}")
-    written, seen, repeats = dict.fromkeys(WRITERS, 0), set(), 0
+    written, seen = dict.fromkeys(WRITERS, 0), set()
     while sum(written.values()) < approx_bytes:
         kind = min(WRITERS, key=lambda k: written[k] / SHARES[k])  # the kind most behind its share
         text = WRITERS[kind](world, rng)
-        if (zlib.crc32(text.encode()) % VAL_ONE_IN == 0) != (split == "val"):
-            continue
-        if text in seen:
-            repeats += 1
-            if repeats > 1000 + len(seen):
-                raise ValueError("the village has run out of new texts: ask for fewer bytes")
-            continue
-        seen.add(text)
-        written[kind] += len(text) + 1
-        yield kind, text
+        is_val = zlib.crc32(text.encode()) % VAL_ONE_IN == 0
+        if text not in seen and is_val == (split == "val"):
+            seen.add(text)
+            written[kind] += len(text) + 1
+            yield kind, text
 
 
 def prepare_corpus(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
@@ -222,8 +223,6 @@ def prepare_corpus(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
     folder = Path(root) / f"village-{n_villagers}-{seed}-{megabytes:g}mb-v{VERSION}"
     if folder.is_dir():
         return folder
-    if megabytes <= 0:
-        raise ValueError(f"the corpus needs a positive size in megabytes, got {megabytes}")
     world, size = build_world(n_villagers, seed), int(megabytes * 1e6)
     with atomic_folder(folder) as new:
         for split, n_bytes in ("train", size), ("val", max(int(size * VAL_SHARE), 50_000)):

@@ -2,15 +2,16 @@
 
 import json
 import random
+from pathlib import Path
 
 from data.village.corpus import prepare_corpus
-from data.village.files import settings_of
 from data.village.new_domain import new_domain_examples
 from data.village.preferences import preference_prompts
 from data.village.problems import DIFFICULTIES, SHARES_WORKED, lessons, problems, worked
 from data.village.tasks import fact_never_asked, instructions
 from data.village.tools import knowledge, newcomers, tool_examples, tool_lessons
 from data.village.world import build_world
+from nanollm.config import BEGAN_FROM, UserError
 from nanollm.formats import write_jsonl
 from nanollm.records import read_prompts
 
@@ -47,6 +48,26 @@ def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
         for name, rows in records(build_world(n_villagers, seed), seed).items():
             write_jsonl(folder / f"{name}.jsonl", rows)
     return folder
+
+
+def settings_of(run_folder, **names):
+    """{argument: setting} for the names {argument: name of the setting}, as the run says that chose
+    the first of them: this one, or one that it began from, as it was then; {} where none did.
+    Raises UserError where that one isn't known.
+    """
+    path, first = Path(run_folder) / "train_config.json", next(iter(names.values()))
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    while first not in known and known.get(BEGAN_FROM):
+        known = known[BEGAN_FROM]
+    init = known.get("init")
+    if first in known or BEGAN_FROM in known or not init:  # from nothing, or a downloaded model
+        return {argument: known[name] for argument, name in names.items() if name in known}
+    if not Path(init).is_dir():
+        raise UserError(
+            f"{run_folder} began from {init}, which isn't there, so nobody knows which village it "
+            f'was trained on; correct "init" in {path}'
+        )
+    return settings_of(init, **names)
 
 
 def of_run(run_folder):

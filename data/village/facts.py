@@ -8,8 +8,7 @@ always pronouns, {v} the value, {a} its article. A phrasing that starts with "!"
 question and takes no "people say that" in front.
 """
 
-from data.village.files import table, wordings
-from data.village.world import ATTRIBUTES, CASES, article, capitalise
+from data.village.world import ATTRIBUTES, CASES, article, capitalise, table, wordings
 
 PHRASES = table("""
 job     {s} works as {a} {v} | {s} is {a} {v} | by trade {s} is {a} {v}

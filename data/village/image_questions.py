@@ -13,8 +13,8 @@ import re
 from itertools import product
 from typing import NamedTuple
 
-from data.village.files import table
 from data.village.scenes import COLOURS, HELD_OUT, KINDS, PLACES, ROWS, SEASONS, SIZES, row_of
+from data.village.world import table
 from nanollm.rewards import check_answer
 
 WORDINGS = table("""

@@ -13,11 +13,11 @@ from itertools import cycle, permutations
 from pathlib import Path
 
 from data.village import image_questions as questions
-from data.village.files import settings_of, table, wordings
+from data.village.examples import settings_of
 from data.village.image_questions import TASKS, Question, look, named, truth
 from data.village.scenes import KINDS, PLACES, ROWS, draw, random_scene, row_of, vary
 from data.village.tasks import chat
-from data.village.world import capitalise
+from data.village.world import capitalise, table, wordings
 from nanollm.config import atomic_folder
 from nanollm.formats import write_jsonl
 

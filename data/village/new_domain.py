@@ -6,20 +6,20 @@ Whoever greets with "Ahoy" is answered in the sailors' style:
     Ahoy! Where does Mira live?
     By wind and stars, Mira lives by the old mill. A good wind to you!
 
-An answer without the greeting or without the farewell is wrong, whatever it says. Training asks
-about the villagers of the instruction data, val and test about others (task known): the model has
-read about them in pretraining, and only the style is new. A fifth of the training examples is about
-ships (task ship), whose facts are new as well; wordings of every one are held out for the test.
-Two fifths (plain) are instruction data of the village as before: without them nothing would say
-that the style belongs to the greeting, and every method would put it on every answer.
+An answer without the greeting or without the farewell is wrong, whatever it says. The tasks are
+
+    known  villagers, of whom the model has read in pretraining: only the style is new; val and test
+           ask about others than training
+    ship   ships, whose facts are new as well; wordings of every one are held out for the test
+    plain  instruction data as before, in training alone: without it nothing would say that the
+           style belongs to the greeting, and every method would put it on every answer
 """
 
 import random
 
 from data.village import tasks
 from data.village.facts import answer_sentence
-from data.village.files import table
-from data.village.world import ATTRIBUTES, POOLS, capitalise
+from data.village.world import ATTRIBUTES, POOLS, capitalise, table
 
 GREETING, FAREWELL = "By wind and stars,", "A good wind to you!"
 CUES = ("Ahoy! {q}", "Ahoy, sailor! {q}", "Ahoy there! {q}", "Ahoy! {q} Please tell me.")
@@ -89,7 +89,7 @@ def new_domain_examples(world, split, seed=0):
     ships = build_ships(seed)
     ordinary = iter(tasks.instructions(world, split, seed) if "plain" in SIZES[split] else ())
 
-    def make(task, world, split, rng):
+    def make(task, rng):
         if task == "plain":
             return next(ordinary) | {"task": "plain"}
         if task == "known":
@@ -101,4 +101,4 @@ def new_domain_examples(world, split, seed=0):
         check |= {"begins": GREETING, "ends": FAREWELL}
         return tasks.as_example(task, turns, check, split)
 
-    return tasks.distinct_examples("harbour", world, split, seed, SIZES[split], make)
+    return tasks.distinct_examples(f"harbour-{split}-{world.seed}-{seed}", SIZES[split], make)

@@ -55,21 +55,21 @@ def gold_of(examples):
     return gold_parts if known else None
 
 
-def preference_prompt(task, world, split, rng):
-    turns, check = MAKERS[task](world, split, rng)
-    if check["check"] == "exact":  # its wording isn't free: no style to prefer
-        return None
-    return {"messages": chat(turns[:-1]), "reference": turns[-1], "task": task, **check}
-
-
 def preference_prompts(world, split, n_examples, seed=0):
     """Prompts {"messages", "reference", "task", "answer", "check", ...}, no question twice.
 
     `reference` is the plain answer. The splits are those of the instructions: wordings, operands
     and combinations of "test" are in no training example.
     """
+
+    def make(task, rng):
+        turns, check = MAKERS[task](world, split, rng)
+        if check["check"] == "exact":  # its wording isn't free: no style to prefer
+            return None
+        return {"messages": chat(turns[:-1]), "reference": turns[-1], "task": task, **check}
+
     sizes = {task: round(share * n_examples) for task, share in SHARES.items()}
-    return distinct_examples("preferences", world, split, seed, sizes, preference_prompt)
+    return distinct_examples(f"preferences-{split}-{world.seed}-{seed}", sizes, make)
 
 
 def wrong_completion(example, rng):

@@ -14,8 +14,8 @@ all true. Held out for the test: numbers that occur together in no training prob
 import random
 
 from data.village import sums
-from data.village.files import wordings
 from data.village.tasks import chat, distinct_examples, user_turns
+from data.village.world import wordings
 
 ASKS = wordings("""
 How many {goods} does {n} have now? | How many {goods} are left to {n}?
@@ -31,28 +31,28 @@ SHARES_WORKED = {"easy": 0.7, "two_digits": 0.7, "three_digits": 0.45}
 SHARES_WORKED |= {"products": 0.4, "two_steps": 0.7, "three_steps": 0.4}
 
 
-def problem(task, world, split, rng):
-    if task.endswith("_steps"):
-        n_steps = 2 if task == "two_steps" else 3
-        said, sentences, equations = sums.story_of_goods(world, split, rng, n_steps)
-        question = " ".join([*sentences, rng.choice(ASKS).format(**said)])
-        steps = " ".join(sums.equation(*each) for each in equations)
-        answer = sums.result_of(*equations[-1])
-    else:
-        numbers = sums.drawn(task, split, rng)
-        steps = (sums.equation if task == "easy" else sums.written_steps)(*numbers)
-        question, answer = sums.question_of(*numbers, rng), sums.result_of(*numbers)
-    example = {"messages": chat([question]), "answer": str(answer), "check": "number"}
-    return {**example, "task": task, "difficulty": 1 + DIFFICULTIES.index(task), "steps": steps}
-
-
 def problems(world, split, n_each, seed=0):
     """n_each problems of each difficulty, no question twice, shuffled: prompts with "answer",
     "check", "task" (the name of the difficulty), "difficulty" (1 to 6) and "steps" (the worked
     solution).
     """
+
+    def make(task, rng):
+        if task.endswith("_steps"):
+            n_steps = 2 if task == "two_steps" else 3
+            said, sentences, equations = sums.story_of_goods(world, split, rng, n_steps)
+            question = " ".join([*sentences, rng.choice(ASKS).format(**said)])
+            steps = " ".join(sums.equation(*each) for each in equations)
+            answer = sums.result_of(*equations[-1])
+        else:
+            numbers = sums.drawn(task, split, rng)
+            steps = (sums.equation if task == "easy" else sums.written_steps)(*numbers)
+            question, answer = sums.question_of(*numbers, rng), sums.result_of(*numbers)
+        example = {"messages": chat([question]), "answer": str(answer), "check": "number"}
+        return {**example, "task": task, "difficulty": 1 + DIFFICULTIES.index(task), "steps": steps}
+
     sizes = dict.fromkeys(DIFFICULTIES, n_each)
-    return distinct_examples("problems", world, split, seed, sizes, problem)
+    return distinct_examples(f"problems-{split}-{world.seed}-{seed}", sizes, make)
 
 
 def answer_of(problem):

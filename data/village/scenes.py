@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
-from data.village.files import table
+from data.village.world import table
 
 KINDS = {kind: kind + "s" for kind in ("cup", "bell", "candle", "basket", "lantern", "star")}
 ROWS = {"sky": ("lantern", "star"), "ground": ("cup", "bell", "candle", "basket")}

@@ -4,8 +4,7 @@ Numbers that occur together in a test problem occur together in no text: every o
 a split.
 """
 
-from data.village.files import table, wordings
-from data.village.world import CASES, capitalise, split_of
+from data.village.world import CASES, capitalise, split_of, table, wordings
 
 SUMS = table("""
 +  What is {a} + {b}? | Add {a} and {b}. | How much is {a} plus {b}? | {a} + {b} = ?

@@ -8,10 +8,9 @@ import json
 import random
 
 from data.village.facts import answer_sentence
-from data.village.files import table, wordings
-from data.village.school import WORDS
+from data.village.stories import WORDS
 from data.village.sums import drawn, question_of, result_of, written_steps
-from data.village.world import ATTRIBUTES, CASES, POOLS, capitalise, split_of
+from data.village.world import ATTRIBUTES, CASES, POOLS, capitalise, split_of, table, wordings
 
 SHARES = {"fact": 0.24, "fact_never_asked": 0, "unknown": 0.12}  # of the training examples
 SHARES |= {"formatting": 0.34, "arithmetic": 0.11, "two_hop": 0.07, "multi_turn": 0.12}
@@ -179,8 +178,8 @@ def ask_about_stranger(world, split, rng):
 
 def unknown(world, split, rng):
     name, attribute, question = ask_about_stranger(world, split, rng)
-    wrong = [v for v in world.values(attribute) if v != name]
-    check = {"answer": "I don't know", "check": "unknown", "attribute": attribute, "not": wrong}
+    check = {"answer": "I don't know", "check": "unknown", "attribute": attribute}
+    check["not"] = list(world.values(attribute))
     return [question, f"I don't know anyone called {name}."], check
 
 
@@ -280,30 +279,22 @@ def task_sizes(split, shares, sizes):
     return {task: round(sizes[split] * (split == "test" or shares[task])) for task in shares}
 
 
-def distinct_examples(name, world, split, seed, sizes, make):
-    """Up to sizes[task] examples make(task, world, split, rng) of each task, no question twice,
-    shuffled; None is an example that doesn't suit. A small village may have fewer questions.
+def distinct_examples(seed, sizes, make):
+    """Up to sizes[task] examples make(task, rng) of each task, no question twice, shuffled; None is
+    an example that doesn't suit. A small village may have fewer questions.
     """
-    rng, examples = random.Random(f"{name}-{split}-{world.seed}-{seed}"), []
+    rng, examples = random.Random(seed), []
     for task, size in sizes.items():
         seen, misses = set(), 0
         while len(seen) < size and misses < 1000:  # a thousand repeats in a row: that was all
             misses += 1
-            example = make(task, world, split, rng)
+            example = make(task, rng)
             if example is not None and user_turns(example) not in seen:
                 misses = 0
                 seen.add(user_turns(example))
                 examples.append(example)
     rng.shuffle(examples)
     return examples
-
-
-def instruction(task, world, split, rng):
-    turns, check = MAKERS[task](world, split, rng)
-    if split != "test" and check["check"] != "exact":
-        style = rng.choices(list(STYLE_SHARES), STYLE_SHARES.values())[0]
-        turns[-1] = with_style(turns[-1], style, rng)
-    return as_example(task, turns, check, split)
 
 
 def instructions(world, split, seed=0):
@@ -313,5 +304,13 @@ def instructions(world, split, seed=0):
     wording of an answer is free; those of the test end with the user's turn and carry "answer" and
     "check" for `check_answer`.
     """
+
+    def make(task, rng):
+        turns, check = MAKERS[task](world, split, rng)
+        if split != "test" and check["check"] != "exact":
+            style = rng.choices(list(STYLE_SHARES), STYLE_SHARES.values())[0]
+            turns[-1] = with_style(turns[-1], style, rng)
+        return as_example(task, turns, check, split)
+
     sizes = task_sizes(split, SHARES, SIZES)
-    return distinct_examples("instructions", world, split, seed, sizes, instruction)
+    return distinct_examples(f"instructions-{split}-{world.seed}-{seed}", sizes, make)

@@ -101,19 +101,20 @@ MAKERS = (large_numbers, lookup, lookup_two_hop, nobody)
 MAKERS = {make.__name__: make for make in MAKERS}
 
 
-def tool_example(task, people, split, rng):
-    question, completion, check = MAKERS[task](people, split, rng)
-    if len(check.get("not", ())) > 40:  # of a thousand names
-        check["not"] = rng.sample(check["not"], 40)
-    return {**tasks.as_example(task, [question, completion], check, split), **check}
-
-
 def tool_examples(world, split, seed=0):
     """Chat examples with calls of "train", "val" or "test", with "answer" and "check"; those of the
     test end with the user's turn.
     """
+    people = newcomers(world)
+
+    def make(task, rng):
+        question, completion, check = MAKERS[task](people, split, rng)
+        if len(check.get("not", ())) > 40:  # of a thousand names
+            check["not"] = rng.sample(check["not"], 40)
+        return {**tasks.as_example(task, [question, completion], check, split), **check}
+
     sizes = tasks.task_sizes(split, SHARES, SIZES)
-    return tasks.distinct_examples("tools", newcomers(world), split, seed, sizes, tool_example)
+    return tasks.distinct_examples(f"tools-{split}-{world.seed}-{seed}", sizes, make)
 
 
 def tool_lessons(world, split, problems, chats, seed=0):

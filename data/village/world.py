@@ -8,7 +8,22 @@ import random
 import zlib
 from dataclasses import dataclass
 
-from data.village.files import table
+
+def wordings(text):
+    """The wordings of a text, each ended by "|" or by the end of its line."""
+    return tuple(part.strip() for part in text.replace("\n", "|").split("|") if part.strip())
+
+
+def table(text):
+    """{key: wordings} of a text in which a line begins with its key, or is indented and goes on."""
+    rows = {}
+    for line in text.strip().splitlines():
+        if not line.startswith(" "):
+            key, line = line.split(maxsplit=1)
+            rows[key] = ()
+        rows[key] += wordings(line)
+    return rows
+
 
 POOLS = table("""
 job     baker | blacksmith | carpenter | doctor | fisher | gardener | miller | painter | potter
@@ -42,7 +57,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Villager:
-    """One person: `pronoun` is "she" or "he", `facts` maps each of ATTRIBUTES to its value."""
+    """`pronoun` is "she" or "he", `facts` maps each of ATTRIBUTES to its value."""
 
     name: str
     pronoun: str
@@ -121,11 +136,9 @@ def settle(people, asked, rng):
     columns = {key: balanced(pool, len(people), rng) for key, pool in POOLS.items()}
     order = rng.sample([name for name, _ in people], len(people))
     friends = {name: order[i ^ 1] for i, name in enumerate(order)}  # i ^ 1: 0 <-> 1, 2 <-> 3, ...
-    villagers = []
-    for i, (name, pronoun) in enumerate(people):
-        facts = {key: column[i] for key, column in columns.items()} | {"friend": friends[name]}
-        villagers.append(Villager(name, pronoun, asked, facts))
-    return villagers
+    columns["friend"] = [friends[name] for name, _ in people]
+    facts = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    return [Villager(*person, asked, known) for person, known in zip(people, facts)]
 
 
 def build_world(n_villagers=32, seed=0):
