@@ -626,7 +626,8 @@ def prepare_folders(cfg, stages, rt):
     how = (cfg.projector, cfg.feature_layer, cfg.class_token)
     model, tokenizer = build_vlm(*load_model(cfg.init), *tower, *how)
     row_length(cfg.context, model)
-    load_tests(stages[-1], model, tokenizer, model.image_store())
+    last = replace(stages[-1], init=cfg.init)  # whose own is still to be trained
+    load_tests(last, model, tokenizer, model.image_store())
     rt.barrier()  # before folders are moved, every process has looked at them
     if rt.main:
         for each in stages:

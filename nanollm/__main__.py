@@ -5,7 +5,7 @@ done is not run again, and one that was interrupted is resumed: call it once mor
 --fresh begins anew.
 
     runs/<stage>/       the run folder of each stage
-    runs/report.html    what each stage did and what it changed; report.md is the same as text
+    runs/report.html    what each stage did and what it changed
 """
 
 import json
@@ -149,19 +149,18 @@ def run_stage(stage, cfg, later):
     `later` are the folders of the stages behind it, which are stale once it has run again.
     """
     folder, commands = Path(cfg.root) / stage.name, commands_of(stage, cfg)
-    command, shown = shlex.join(commands[0]), "\n".join(f"$ {shlex.join(c)}" for c in commands)
+    record = {"command": shlex.join(commands[0])}
+    record["shown"] = "\n".join(f"$ {shlex.join(words)}" for words in commands)
     done, begin = folder / "stage.json", time.perf_counter()
-    if done.exists() and not cfg.fresh:
+    if done.exists() and not cfg.fresh and read_json(done)["command"] == record["command"]:
         record = read_json(done)
-        if record["command"] == command:
-            print(f"{stage.title}: done before in {record['seconds']:.0f} s (--fresh: again)")
-            return record
-    resumed = False
+        print(f"{stage.title}: done before in {record['seconds']:.0f} s (--fresh: again)")
+        return record
     if (folder / "state.pt").exists() and not done.exists() and not cfg.fresh:  # interrupted
-        resumed = read_json(folder / "train_config.json").get("preset") == preset_of(stage, cfg)
+        same = read_json(folder / "train_config.json").get("preset") == preset_of(stage, cfg)
+        commands[0] += ["--resume"] * same
     for other in later:
         move_aside(other)
-    commands[0] += ["--resume"] * resumed
     for words in commands:
         print(f"\n$ {shlex.join(words)}", flush=True)
         if code := subprocess.call([sys.executable, *words[1:]]):
@@ -169,10 +168,7 @@ def run_stage(stage, cfg, later):
                 f"`{shlex.join(words)}` ended with exit code {code}; fix it and call python -m "
                 "nanollm again"
             )
-    seconds = time.perf_counter() - begin
-    if resumed:  # without evaluation, but with the time before the interruption
-        seconds = read_json(folder / "result.json")["seconds"]
-    record = {"command": command, "shown": shown, "seconds": seconds}
+    record["seconds"] = time.perf_counter() - begin  # since the interruption, where there was one
     atomic_write(done, json.dumps(record, indent=2) + "\n")
     return record
 

@@ -8,14 +8,12 @@ Run     python -m nanollm.bench                        # a 1M-parameter model
 
 Medians of --repeats turns after one that isn't counted. With --peer the two take turns, so that a
 machine whose speed drifts slows both. transformers computes in fp32 eagerly, as its examples do; of
-trl's settings (fp32 or bf16, either attention of transformers) the fastest counts. Training is a
-forward and a backward pass. The roof is the best rate of a linear layer in the run's precision,
-over several sizes and turns, before the measurements and after them.
+trl's settings (fp32 or bf16, either attention of transformers) the fastest counts. The roof is the
+best rate of a linear layer in the run's precision, before the measurements and after them.
 
-An update of GRPO is all of it, from sampling to the optimizer's step, made of the pieces that
-train_grpo.py is made of. Both sides start from the same random weights and see prompts of random
-digits; the reward is the share of even ids, and no stop token is ever drawn, so that all
-completions are equally long.
+An update of GRPO goes from sampling to the optimizer's step, and is made of the pieces that
+train_grpo.py is made of. Both sides start from the same weights and see the same random digits; the
+reward is the share of even ids, and no stop token is ever drawn: all completions are equally long.
 """
 
 import copy
@@ -46,11 +44,9 @@ from nanollm.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 @dataclass
 class Config:
-    # tiny: the shape of the default pretraining run; gpu: 124M parameters; grpo: tiny, --what grpo
+    # tiny: the shape of the default pretraining run; gpu: 124M parameters; grpo: tiny, an update
     preset: str = "tiny"
-    # speed: tokens per second of training and sampling; grpo: seconds of an update
-    what: Literal["speed", "grpo"] = "speed"
-    # measure it too: transformers with --what speed, trl with --what grpo
+    # measure it too: trl with --preset grpo, transformers with the others
     peer: Literal["transformers", "trl"] | None = None
     repeats: Whole[1] = 5  # turns to take the median of
     # -- Shape
@@ -87,7 +83,7 @@ PRESETS = {
         new_tokens=256,
         compile=True,
     ),
-    "grpo": dict(what="grpo", prompts=32, new_tokens=32),
+    "grpo": dict(prompts=32, new_tokens=32),
 }
 
 
@@ -105,7 +101,7 @@ def in_turn(works, rt, repeats):
     return {name: statistics.median(times[1:]) for name, times in durations.items()}
 
 
-def matrix_rate(rt, turns=6):
+def matrix_rate(rt, turns):
     """FLOP per second of the fastest of several linear layers in the run's precision."""
     sizes = (2048, 4096, 8192) if rt.device.type == "cuda" else (256, 512, 1024, 2048)
     best = 0.0
@@ -118,43 +114,52 @@ def matrix_rate(rt, turns=6):
     return best
 
 
-def line(what, times, remark, tokens=None):
-    """What was measured as text: seconds, or tokens per second, of each, and their ratio."""
-    speeds = {
-        who: f"{seconds:.2f} s" if tokens is None else f"{tokens / seconds:,.0f} tokens/s"
-        for who, seconds in times.items()
-    }
-    text = f"{what:12}" + "".join(f"{who} {speed:18}" for who, speed in speeds.items())
+def show(what, times, remark, tokens=None):
+    """Print what was measured: seconds, or tokens per second, of each, and their ratio."""
+    for name, seconds in times.items():
+        speed = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{seconds:.2f} s"
+        what = f"{what:12}{name} {speed:18}"
     ours, *peer = times.values()
-    return text + "".join(f"ratio {seconds / ours:.2f}   " for seconds in peer) + remark
+    print(what + "".join(f"ratio {seconds / ours:.2f}   " for seconds in peer) + remark)
 
 
 # --- training and sampling -----------------------------------------------------------------------
 
 
-def speed_works(cfg, rt, model, ddp_model, peer):
-    """({name: function} of a forward and a backward pass, {name: function} of sampling)."""
+def bench_speed(cfg, rt, model, ddp_model):
+    """{measurement: {name: seconds}} of a forward and a backward pass, and of sampling."""
     tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.context + 1), device=rt.device)
     prompts = torch.randint(cfg.vocab_size, (cfg.prompts, cfg.prompt_tokens), device=rt.device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    how = {"attention_mask": torch.ones_like(prompts), "do_sample": True, "top_k": 0}
-    how |= {"max_new_tokens": cfg.new_tokens, "min_new_tokens": cfg.new_tokens, "pad_token_id": 0}
 
     def train():
         model.zero_grad(set_to_none=True)
         (-token_logprobs(ddp_model(inputs), targets).mean()).backward()
 
-    def peer_train():
-        peer.zero_grad(set_to_none=True)
-        peer(input_ids=inputs, labels=inputs).loss.backward()
+    training = {"nanollm": train}
+    sampling = {"nanollm": lambda: generate(model, prompts.tolist(), cfg.new_tokens)}
+    if cfg.peer:
+        peer = peer_model(model.cfg, rt)
+        how = {"attention_mask": torch.ones_like(prompts), "do_sample": True, "top_k": 0}
+        how |= {"max_new_tokens": cfg.new_tokens, "min_new_tokens": cfg.new_tokens}
 
-    training = {"nanollm": train, "transformers": peer_train}
-    sampling = {
-        "nanollm": lambda: generate(model, prompts.tolist(), cfg.new_tokens),
-        "transformers": lambda: peer.generate(prompts, **how),
-    }
-    names = ["nanollm", "transformers"][: 1 + bool(peer)]
-    return [{name: works[name] for name in names} for works in (training, sampling)]
+        def peer_train():
+            peer.zero_grad(set_to_none=True)
+            peer(input_ids=inputs, labels=inputs).loss.backward()
+
+        training["transformers"] = peer_train
+        sampling["transformers"] = lambda: peer.generate(prompts, **how, pad_token_id=0)
+    roof, n = matrix_rate(rt, cfg.repeats + 1), inputs.numel()
+    found = {"training": in_turn(training, rt, cfg.repeats)}
+    show("training", found["training"], f"{cfg.batch_size} rows of {cfg.context} tokens", n)
+    found["sampling"] = in_turn(sampling, rt, cfg.repeats)
+    remark = f"{cfg.prompts} prompts of {cfg.prompt_tokens} tokens, {cfg.new_tokens} new ones"
+    show("sampling", found["sampling"], remark, cfg.prompts * cfg.new_tokens)
+    roof = max(roof, matrix_rate(rt, cfg.repeats + 1))
+    flop = n * flop_per_token(model.cfg, count_parameters(model)[1], cfg.context)
+    share = flop / found["training"]["nanollm"] / roof
+    print(f"training is {share:.1%} of the roof, {roof / 1e12:.2f} TFLOP/s in a linear layer")
+    return found | {"share": share}
 
 
 def peer_model(shape, rt):
@@ -169,8 +174,6 @@ def peer_model(shape, rt):
 # --- GRPO ----------------------------------------------------------------------------------------
 
 KL_COEF, CLIP = 0.04, 0.2  # on both sides
-PARTS = ("sampling", "reference", "forward and backward", "optimizer")
-PRECISIONS, ATTENTIONS = ("fp32", "bf16"), ("sdpa", "eager")  # of trl
 
 
 def endless_tokenizer(vocab_size):
@@ -187,17 +190,15 @@ def share_of_even(completions):
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completions]
 
 
-def grpo_work(cfg, rt, model, ddp_model, tokenizer, questions, laps):
-    """A function that makes one update, and appends the seconds of its PARTS to `laps`."""
+def grpo_update(cfg, rt, model, ddp_model, tokenizer, questions):
+    """A function that makes one update with the next questions."""
     ref, G, questions = copy.deepcopy(model), cfg.samples, itertools.cycle(questions)
     rt.prepare(ref, train=False)
     optimizer = build_optimizer(model, TrainConfig(optimizer="adamw"), rt.scaler)
 
     def update():
-        ends = [clock(rt.device)]
         prompts = [tokenizer.encode(next(questions)) for _ in range(cfg.prompts)]
-        out = generate(model, prompts, cfg.new_tokens, G, pad_id=tokenizer.pad_id)
-        completions = out.lists()
+        completions = generate(model, prompts, cfg.new_tokens, G, pad_id=tokenizer.pad_id).lists()
         _ = [as_text(tokenizer, ids) for ids in completions]  # what most rewards read
         rewards = torch.tensor(share_of_even(completions), device=rt.device).view(-1, G)
         A = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
@@ -205,9 +206,7 @@ def grpo_work(cfg, rt, model, ddp_model, tokenizer, questions, laps):
         prompts = [prompt for prompt in prompts for _ in range(G)]
         rows = pad_completions(prompts, completions, tokenizer.pad_id).to(rt.device)
         parts = torch.arange(len(rows)).chunk(cfg.accumulate)
-        ends.append(clock(rt.device))
         ref_logprobs = batched_logprobs(ref, rows, parts, 1.0)  # (B, T - 1)
-        ends.append(clock(rt.device))
         for part in parts:
             mask, logprobs = rows.mask[part, 1:], completion_logprobs(ddp_model, rows[part])
             rho = torch.exp(logprobs - logprobs.detach())
@@ -216,33 +215,30 @@ def grpo_work(cfg, rt, model, ddp_model, tokenizer, questions, laps):
             k3 = torch.exp(to_ref) - to_ref - 1
             per_token = torch.maximum(-A[part] * rho, -A[part] * clipped) + KL_COEF * k3
             rt.backward(((per_token * mask).sum(1) / mask.sum(1)).sum() / len(rows))
-        ends.append(clock(rt.device))
         optimizer.step(1.0, 1.0)
-        ends.append(clock(rt.device))
-        laps.append([end - begin for begin, end in itertools.pairwise(ends)])
 
     return update
 
 
 def bench_grpo(cfg, rt, model, ddp_model):
-    """{name: seconds} of an update, and where the time goes."""
-    tokenizer, digits, laps = endless_tokenizer(cfg.vocab_size), random.Random(cfg.seed), []
-    n = cfg.prompts * (cfg.repeats + 1)
+    """{"grpo": {name: seconds}} of an update."""
+    tokenizer, digits = endless_tokenizer(cfg.vocab_size), random.Random(cfg.seed)
+    n, remark = cfg.prompts * (cfg.repeats + 1), ""
     questions = ["".join(digits.choices("0123456789", k=cfg.prompt_tokens)) for _ in range(n)]
-    ours, remark = grpo_work(cfg, rt, model, ddp_model, tokenizer, questions, laps), ""
+    ours = grpo_update(cfg, rt, model, ddp_model, tokenizer, questions)
     if cfg.peer:
-        precisions = PRECISIONS[: 1 + bf16_is_faster(rt.device)]
-        settings = itertools.product(precisions, ATTENTIONS)
+        precisions = ("fp32", "bf16")[: 1 + bf16_is_faster(rt.device)]
+        settings = itertools.product(precisions, ("sdpa", "eager"))
         with tempfile.TemporaryDirectory() as folder:
             save_gpt(model, tokenizer, folder)
             found = {s: in_turn_with_trl(cfg, rt, folder, questions, *s, ours) for s in settings}
         fastest = min(found, key=lambda setting: found[setting]["trl"])
-        times, remark = found[fastest], f"trl: {', '.join(fastest)}; "
+        times, remark = found[fastest], f"; trl in {', '.join(fastest)}"
     else:
         times = in_turn({"nanollm": ours}, rt, cfg.repeats)
-    spent = [sum(seconds) for seconds in zip(*laps[1:])]
-    shares = (f"{name} {seconds / sum(spent):.0%}" for name, seconds in zip(PARTS, spent))
-    return times, f"{remark}of nanollm's {', '.join(shares)}"
+    rows = f"{cfg.prompts} prompts, {cfg.samples} completions each, of {cfg.new_tokens} tokens"
+    show("GRPO update", times, rows + remark)
+    return {"grpo": times}
 
 
 def in_turn_with_trl(cfg, rt, folder, questions, precision, attention, ours):
@@ -303,8 +299,8 @@ def in_turn_with_trl(cfg, rt, folder, questions, precision, attention, ours):
 
 def main(cfg):
     """Measures and prints; returns {measurement: {name: seconds}}, and the share of the roof."""
-    if cfg.peer and (cfg.peer == "trl") != (cfg.what == "grpo"):
-        raise UserError("--peer trl goes with --what grpo, --peer transformers with --what speed")
+    if cfg.peer and (cfg.peer == "trl") != (cfg.preset == "grpo"):
+        raise UserError("--peer trl goes with --preset grpo, --peer transformers with the others")
     if cfg.peer and not find_spec(cfg.peer):
         raise UserError(f"{cfg.peer} must be installed: pip install -r requirements-dev.txt")
     rt = start(cfg.device, cfg.dtype, cfg.seed)
@@ -320,28 +316,12 @@ def main(cfg):
     )
     model = GPT(shape)
     ddp_model = rt.prepare(model, cfg.compile)
-    total, matrices = count_parameters(model)
     where = f"{torch.get_num_threads()} CPU threads"
     if rt.device.type == "cuda":
         where = torch.cuda.get_device_name(rt.device)
-    print(f"{total:,} parameters in {rt.dtype_name} on {where}", flush=True)
-    asked = f"{cfg.prompts} prompts of {cfg.prompt_tokens} tokens, {cfg.new_tokens} new ones"
-    if cfg.what == "grpo":
-        times, remark = bench_grpo(cfg, rt, model, ddp_model)
-        print(line("GRPO update", times, f"{asked} in each of {cfg.samples} samples\n{remark}"))
-        found = {"grpo": times}
-    else:
-        roof, peer = matrix_rate(rt), peer_model(shape, rt) if cfg.peer else None
-        training, sampling = speed_works(cfg, rt, model, ddp_model, peer)
-        times = in_turn(training, rt, cfg.repeats)
-        tokens, flop = cfg.batch_size * cfg.context, flop_per_token(shape, matrices, cfg.context)
-        print(line("training", times, f"{cfg.batch_size} rows of {cfg.context} tokens", tokens))
-        sampled = in_turn(sampling, rt, cfg.repeats)
-        print(line("sampling", sampled, asked, cfg.prompts * cfg.new_tokens))
-        roof = max(roof, matrix_rate(rt))
-        share = flop * tokens / times["nanollm"] / roof
-        print(f"training is {share:.1%} of the roof, {roof / 1e12:.2f} TFLOP/s in a linear layer")
-        found = {"training": times, "sampling": sampled, "share": share}
+    print(f"{count_parameters(model)[0]:,} parameters in {rt.dtype_name} on {where}", flush=True)
+    bench = bench_grpo if cfg.preset == "grpo" else bench_speed
+    found = bench(cfg, rt, model, ddp_model)
     if memory := peak_memory(rt.device):
         print(f"peak memory {memory / 2**30:.2f} GiB" + ", the peer's included" * bool(cfg.peer))
     rt.close()

@@ -2,9 +2,8 @@
 
 The answer appears while it is written, and earlier turns stay in the conversation; when it outgrows
 the context, the oldest turns are left out. Ctrl-C stops an answer, of which the conversation keeps
-what has been written. /reset begins anew, /help lists the commands; /quit, an empty line, Ctrl-D or
-Ctrl-C instead of a message end. With --prompt it answers once and exits; input from a pipe is read
-line by line.
+what has been written; /help lists the commands. With --prompt it answers once and exits; input from
+a pipe is read line by line.
 
     python -m nanollm.chat runs/vlm --image a.png --prompt "What is in the image?"
 
@@ -101,22 +100,20 @@ class Conversation:
 
     def fitting_prompt(self, messages):
         """Ids of the conversation without its oldest turns, as many as needed to fit; drops them
-        from messages. What shows an image is dropped last, and that is said.
+        from messages, those that show an image last.
         """
         while True:
             ids = self.tokenizer.render(messages, True, self.model.tokens_per_image)[0]
             if len(ids) <= self.room:
                 return ids
-            turns = [i for i, m in enumerate(messages[:-1]) if m["role"] != "system"]
-            if not turns:
+            asked = [i for i, m in enumerate(messages[:-1]) if m["role"] == "user"]
+            if not asked:
                 raise UserError(
                     f"the message is {len(ids)} tokens long, but the model can read {self.room}; "
                     "shorten it"
                 )
-            showing = {i for i in turns if messages[i].get("images")}
-            kept = showing | {i + 1 for i in showing}
-            oldest = next((i for i in turns if i not in kept), turns[0])
-            if oldest in showing:
+            oldest = min(asked, key=lambda i: bool(messages[i]["images"]))
+            if messages[oldest]["images"]:
                 say("note: no room is left for the image; show it again", sys.stderr)
             del messages[oldest : oldest + 2]  # with its answer: some templates want both
 
@@ -161,31 +158,23 @@ def main(cfg):
     if talk.typed:
         size = sum(p.numel() for p in talk.model.parameters())
         print(f"{cfg.model}: {size:,} parameters. /help lists the commands, /quit ends.")
-    while (line := next_line(talk.typed)) and line.strip() != "/quit":
+    while (line := next_line(talk.typed)) is not None:
         try:
-            follow(talk, line.strip())
-        except UserError as error:
+            follow(talk, line)
+        except (UserError, KeyboardInterrupt) as error:  # Ctrl-C: no answer had begun
             if not talk.typed:
                 raise
             print(error)
-        except KeyboardInterrupt:  # before the answer has begun: the message is left out
-            if not talk.typed:
-                raise
-            print()
     rt.close()
 
 
 def next_line(typed):
-    """The next line of input; "" at its end, which is also an empty line or Ctrl-C of who types."""
-    print("> " * typed, end="", flush=True)
+    """The next line of input; None at its end, which is /quit, or an empty line that is typed."""
     try:
-        line = sys.stdin.readline()
-    except KeyboardInterrupt:
-        if not typed:
-            raise
-        line = ""
-        print()
-    return "" if typed and not line.strip() else line
+        line = input("> " * typed).strip()
+    except EOFError:
+        return None
+    return None if line == "/quit" or typed and not line else line
 
 
 def follow(talk, line):

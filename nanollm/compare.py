@@ -1,7 +1,6 @@
 """Runs side by side, of any scripts: what they reached, and what that took.
 
-    python -m nanollm.compare runs/a runs/b ...     # folders first, then flags
-    python -m nanollm.compare runs/kinds/* --out table.md
+    python -m nanollm.compare runs/a runs/b ...
 
 All is read from the run folders: effects, seconds and peak memory from result.json, the numbers of
 parameters from the headers of the files of weights. Runs whose names and settings differ in the
@@ -11,21 +10,15 @@ seed alone (runs/soft_0, runs/soft_1) make one row: their mean, and the range.
 import re
 import sys
 from dataclasses import dataclass
-from itertools import takewhile
 from math import prod
 
 from nanollm.checkpoint import bases_of, existing_folder, is_adapter, read_json
-from nanollm.config import BEGAN_FROM, UserError, atomic_write, cli
+from nanollm.config import BEGAN_FROM, UserError, cli
 from nanollm.metrics import table
 from nanollm.run import format_value
 from nanollm.safetensors import read_header
 
 OWN = ("seed", "out", "resume", "dtype", BEGAN_FROM)  # settings in which runs of one row may differ
-
-
-@dataclass
-class Config:
-    out: str | None = None  # markdown file to write the table to, too
 
 
 def settings_of(folder):
@@ -78,7 +71,7 @@ def row_of(name, folders, names):
     return row | {"memory, GB": mean([m and round(m / 1e9, 2) for m in memory])}
 
 
-def main(words, cfg):
+def main(words):
     if not words:
         raise UserError("name the run folders to compare: python -m nanollm.compare runs/a runs/b")
     groups, names = {}, {}
@@ -87,13 +80,14 @@ def main(words, cfg):
         effects = read_json(folder / "result.json").get("effects", ())
         names |= dict.fromkeys((effect["name"], effect["unit"]) for effect in effects)
     rows = [row_of(name, folders, names) for (name, _), folders in groups.items()]
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    print(table(lines[0], lines[1:]))
-    if cfg.out:
-        lines.insert(1, ["---"] * len(lines[0]))
-        atomic_write(cfg.out, "".join("| " + " | ".join(line) + " |\n" for line in lines))
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+
+
+@dataclass
+class Config:
+    """No settings."""
 
 
 if __name__ == "__main__":
-    words = list(takewhile(lambda word: not word.startswith("--"), sys.argv[1:]))
-    cli(lambda cfg: main(words, cfg), Config, argv=sys.argv[1 + len(words) :])
+    folders = [word for word in sys.argv[1:] if not word.startswith("--")]
+    cli(lambda cfg: main(folders), Config, argv=[w for w in sys.argv[1:] if w not in folders])

@@ -88,14 +88,16 @@ class Config:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers
 
 
-FILES = {  # of the village, and of its images
+FILES = {  # of the village
+    "village": "sft_test.jsonl",
     "reasoning": "problems_test.jsonl",
     "tools": "tools_test.jsonl",
+}
+OF_IMAGES = {  # of its images
     "images": "questions_test.jsonl",
     "combos": "combos_test.jsonl",
     "counting": "problems_test.jsonl",
 }
-NEED_PREFERENCES = ("reward_model", "against")
 
 
 def check_flags(cfg):
@@ -105,30 +107,25 @@ def check_flags(cfg):
         check_file(cfg.out)
     if cfg.best_of > 1 and not cfg.reward_model:
         raise UserError("--best_of needs a --reward_model that says which completion is best")
-    for name in NEED_PREFERENCES:
-        if getattr(cfg, name) and cfg.data != "preferences":
-            raise UserError(f"--{name} goes with --data preferences alone")
-    if cfg.samples > 1 and cfg.temperature == 0:
-        raise UserError("--temperature 0 makes all --samples equal; use 1")
+    if (cfg.reward_model or cfg.against) and cfg.data != "preferences":
+        raise UserError("--reward_model and --against go with --data preferences alone")
     if cfg.data == "tools" and not cfg.tools:
         print("without --tools: the calls that the model writes aren't run")
 
 
 def load_examples(cfg, model):
     """Test examples as --data and --limit say."""
-    if cfg.data == "village":
-        folder = village.of_run(cfg.model)
-        examples = read_records(folder / "cloze.jsonl")
-        examples += read_examples(folder / "sft_test.jsonl")
-    elif cfg.data in ("images", "combos", "counting"):
+    path, cloze = cfg.data, []
+    if cfg.data in OF_IMAGES:
         from data.village import images
 
         model.image_store()  # refuses a model of text before images are painted
-        examples = read_examples(images.of_run(cfg.model) / FILES[cfg.data])
-    else:
-        named = village.of_run(cfg.model) / FILES[cfg.data] if cfg.data in FILES else cfg.data
-        examples = read_examples(named)
-    return first_of_each_task(examples, cfg.limit)
+        path = images.of_run(cfg.model) / OF_IMAGES[cfg.data]
+    elif cfg.data in FILES:
+        path = village.of_run(cfg.model) / FILES[cfg.data]
+    if cfg.data == "village":
+        cloze = read_records(path.with_name("cloze.jsonl"))
+    return first_of_each_task(cloze + read_examples(path), cfg.limit)
 
 
 def held_out_text(cfg, model, tokenizer):
@@ -176,37 +173,31 @@ def evaluate_answers(cfg, rt, model, tokenizer):
     result["effects"] = [
         effect(name, None, found["accuracy"], "share") for name, found in result["tasks"].items()
     ]
-    show_wrong(examples, completions, cfg.show)
+    if cfg.show:
+        wrong = [e | {"said": c} for e, c in zip(examples, completions) if not is_right(e, c)]
+        for e in first_of_each_task(wrong, cfg.show):
+            print(f"{e['task']}: {question_of(e)!r} -> {e['said']!r}, expected {e['answer']!r}")
     return result
-
-
-def show_wrong(examples, completions, most):
-    """Print at most so many wrong completions of each task."""
-    wrong = [e | {"said": c} for e, c in zip(examples, completions) if not is_right(e, c)]
-    for e in first_of_each_task(wrong, most) if most else []:
-        print(f"{e['task']}: {question_of(e)!r} -> {e['said']!r}, expected {e['answer']!r}")
 
 
 def evaluate_preferences(cfg, rt, model, tokenizer):
     """What sampled completions of held-out prompts are worth, and the completions; prints it."""
     examples = read_prompts(village.of_run(cfg.model) / "prompts_test.jsonl")
     examples = examples[: cfg.limit or None]
-    ref = reward_model = None
-    if cfg.against:
-        ref = rt.prepare(load_model(cfg.against)[0], train=False)
+    how = {"gold": gold_of(examples), "seed": cfg.seed, "max_new_tokens": cfg.max_new_tokens}
     if cfg.reward_model:
-        reward_model = load_scorer(cfg.reward_model, tokenizer, cfg.model, rt)
-    how = {"gold": gold_of(examples), "reward_model": reward_model, "seed": cfg.seed}
-    how["max_new_tokens"] = cfg.max_new_tokens
+        how["reward_model"] = load_scorer(cfg.reward_model, tokenizer, cfg.model, rt)
+    ref = rt.prepare(load_model(cfg.against)[0], train=False) if cfg.against else None
     stats, completions, golds = judge(model, tokenizer, examples, ref, best_of=cfg.best_of, **how)
     result = {"prompts": list(map(question_of, examples)), "completions": completions}
     other = {}
     if ref is not None:
         other, result["completions_against"], other_golds = judge(ref, tokenizer, examples, **how)
         stats["win_rate"] = win_rate(golds, other_golds)
-    columns = {cfg.model: stats} | ({cfg.against: other} if other else {})
-    shown = [[f"{c[name]:.3f}" if name in c else "-" for c in columns.values()] for name in stats]
-    print(table(["", *columns], [[name, *cells] for name, cells in zip(stats, shown)]))
+    columns = [stats, other] if other else [stats]  # both may be of one model
+    shown = [[f"{c[name]:.3f}" if name in c else "-" for c in columns] for name in stats]
+    head = ["", cfg.model, cfg.against][: 1 + len(columns)]
+    print(table(head, [[name, *cells] for name, cells in zip(stats, shown)]))
     worth = effect("gold score", other.get("gold"), stats["gold"])
     return {"stats": stats, "against": other, "effects": [worth]} | result
 
@@ -219,16 +210,14 @@ def main(cfg):
     preferences = cfg.data == "preferences"
     measure = evaluate_preferences if preferences else evaluate_answers
     result = {"model": cfg.model, "adapter": cfg.adapter} | measure(cfg, rt, model, tokenizer)
-    name = "preferences.json" if preferences else "evaluation.json"
     folder = Path(cfg.adapter or cfg.model)
     if cfg.out or (folder / "train_config.json").exists():
+        name = "preferences.json" if preferences else "evaluation.json"
         out = Path(cfg.out or folder / name)
         atomic_write(out, json.dumps(result, indent=2) + "\n")
         print(f"written to {out}")
     else:
-        print(
-            f"{folder} is no run folder, so nothing is written to it; --out FILE keeps the result"
-        )
+        print(f"{folder} is no run folder and stays as it is; --out FILE keeps the result")
     rt.close()
 
 

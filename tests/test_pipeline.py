@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -106,7 +105,7 @@ def test_every_command_of_the_pipeline_is_understood(stage, preset):
 
 def test_the_report_shows_all_that_a_run_folder_holds(tmp_path):
     fake_run(tmp_path / "vlm"), fake_run(tmp_path / "vlm-clip")
-    evaluation = {"effects": [effect("after | evaluation", None, 0.5, "share")]}
+    evaluation = {"effects": [effect("after evaluation", None, 0.5, "share")]}
     sampled = {"prompts": ["Hi?"], "completions_against": ["rude"], "completions": ["<b>polite"]}
     (tmp_path / "vlm" / "evaluation.json").write_text(json.dumps(evaluation))
     (tmp_path / "vlm" / "preferences.json").write_text(json.dumps(sampled))
@@ -116,29 +115,34 @@ def test_the_report_shows_all_that_a_run_folder_holds(tmp_path):
     (tmp_path / "vlm" / "images.json").write_text(json.dumps([shown]))
     (tmp_path / "vlm" / "more.svg").write_text("<svg id='more'></svg>")
     names = [each["name"] for each in effects_of(tmp_path / "vlm")]
-    assert names == ["right answers", "text", "after | evaluation"]
+    assert names == ["right answers", "text", "after evaluation"]
     done = [(pipeline.STAGES[-1], {"seconds": 61, "shown": "$ python train_vlm.py"})]
     answers = {"dialogue": {"prompt": ["Who?"], "right": ["Nora"], "DPO": ["I think Nora."]}}
     write_report(tmp_path, done, answers, "Talk with it")
-    html, text = ((tmp_path / f"report.{end}").read_text("utf-8") for end in ("html", "md"))
+    html = (tmp_path / "report.html").read_text("utf-8")
     known = "10.0% → 90.0%|2 → 1 bits|$ python train_vlm.py|Talk with it|rude|I think Nora."
     for part in f"{known}|vlm-clip|What?|a cup|no_images|a bell|Vision · 61 s".split("|"):
-        assert part in html and part in text
+        assert part in html
     assert html.count("<svg") == 2 and html.count("src='data:image/png") == 1
     assert "said &lt;think&gt; this" in html and "&lt;b&gt;polite" in html
-    assert "after \\| evaluation" in text and "![](a.png)" in text and "vlm/curves.svg" in text
 
 
-def test_the_smallest_pipeline_writes_a_report_of_every_stage(tmp_path):
-    flags = ["--preset", "smoke", "--root", str(tmp_path / "runs"), "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "nanollm", *flags], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    html, text = ((tmp_path / f"runs/report.{end}").read_text("utf-8") for end in ("html", "md"))
+def test_the_smallest_pipeline_writes_a_report_of_every_stage(tmp_path, monkeypatch):
+    """Its first command runs as one; the others are called here, which imports nothing twice."""
+
+    def call(words):
+        if "train_pretrain.py" in words:
+            return subprocess.run(words).returncode
+        module, cfg = understood(words)
+        module.main(cfg)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pipeline.subprocess, "call", call)
+    pipeline.main(pipeline.Config("smoke", str(tmp_path / "runs"), device="cpu"))
+    html = (tmp_path / "runs/report.html").read_text("utf-8")
     for stage in pipeline.STAGES:
         assert effects_of(tmp_path / "runs" / stage.name), stage.name
-        assert f"## {stage.title} · " in text and f"<h2>{stage.title} · " in html
+        assert f"<h2>{stage.title} · " in html
     for kind in pipeline.QUESTIONS:
         assert f"{kind.capitalize()}: the same prompts" in html
     assert html.count("<svg") >= len(NAMES) and html.count("src='data:image/png") > 3
@@ -156,20 +160,20 @@ def readme_commands():
 
 
 def understood(words):
-    """The Config of the script or module in `python script --flag ...` takes these flags."""
+    """(module, Config) of the script or module in `python script --flag ...`."""
     name, *flags = words[1 + (words[1] == "-m") :]
-    if name == "pytest":
-        return
     name = "nanollm.__main__" if name == "nanollm" else name.removesuffix(".py").replace("/", ".")
     module = importlib.import_module(name)
-    if hasattr(module, "Config"):
+    if name.endswith((".compare", ".hub", ".prepare")):  # which take other words first
         flags = list(itertools.dropwhile(lambda word: not word.startswith("--"), flags))
-        parse(module.Config, getattr(module, "PRESETS", None), flags)
+    return module, parse(module.Config, getattr(module, "PRESETS", None), flags)
 
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_every_command_in_readme_is_understood(command):
     words = shlex.split(command)
+    if "pytest" in words:
+        return
     if words[0] == "torchrun":
         words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]]
     understood(words)
