@@ -74,7 +74,7 @@ def nursery():
     and has done nothing else: no thread of its own could be missing in the copy.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers"])
+    context.set_forkserver_preload(["helpers", "torch._dynamo"])  # which optimizers import
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
         multiprocessing.forkserver.ensure_running()
