@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from statistics import fmean, median
 
 import torch
 from tqdm import tqdm
@@ -85,11 +86,20 @@ class Run:
         return state
 
     def _prepare_folder(self):
-        """A new run moves an older one out of the way; a resumed one changes nothing yet."""
+        """A new run moves an older one out of the way. A resumed one changes nothing yet, and goes
+        on with the data and from the model that it had before its checkpoint.
+        """
         self.inputs = inputs_of(self.cfg)
         if self.state is not None:
             lock(self.folder)
-            return check_inputs(self.cfg, self.state.get("inputs", {}), self.inputs)
+            for name, known in self.state["inputs"].items():
+                if self.inputs.get(name) != known:
+                    raise UserError(
+                        f"--{name} {getattr(self.cfg, name)} holds something else than when the "
+                        f"checkpoint in {self.folder} was written; bring that back, or start "
+                        "without --resume"
+                    )
+            return
         holds_a_run(self.folder)
         try:
             lock(self.folder)
@@ -251,23 +261,19 @@ class Run:
             self.rt.print(effect_line(each))
         path = self.folder / "result.json"
         if self.rt.main:
-            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            result = known | {"effects": list(effects)} | values | self.speed()
+            speeds = [m.get("tokens_per_second") for m in read_metrics(self.folder)]
+            speed = {
+                "tokens_per_second": median([s for s in speeds if s is not None] or [0.0]),
+                "seconds": self.elapsed,
+                "peak_memory_bytes": peak_memory(self.rt.device),
+                "steps": self.step,
+            }
+            known = read_json(path) if path.exists() else {}
+            result = known | {"effects": list(effects)} | values | speed
             atomic_write(path, json.dumps(result, indent=2) + "\n")
         self.rt.print(f"{self.folder}: {self.step} steps in {self.elapsed:.0f} s")
         unlock(self.folder)
         self.rt.barrier()  # until all of it is written
-
-    def speed(self):
-        """Median tokens per second of the run, seconds of training, and peak memory."""
-        speeds = [m.get("tokens_per_second") for m in read_metrics(self.folder)]
-        speeds = sorted(speed for speed in speeds if speed is not None)
-        return {
-            "tokens_per_second": speeds[len(speeds) // 2] if speeds else 0.0,
-            "seconds": self.elapsed,
-            "peak_memory_bytes": peak_memory(self.rt.device),
-            "steps": self.step,
-        }
 
 
 def effect(name, before, after, unit="", higher_is_better=True):
@@ -357,16 +363,6 @@ def content_hash(path):
     return digest.hexdigest()
 
 
-def check_inputs(cfg, then, now):
-    """Refuse to go on with other data, or from another model, than before the checkpoint."""
-    for name, known in then.items():
-        if now.get(name) != known:
-            raise UserError(
-                f"--{name} {getattr(cfg, name)} holds something else than when the checkpoint in "
-                f"{cfg.out} was written; bring that back, or start without --resume"
-            )
-
-
 # --- folders -------------------------------------------------------------------------------------
 
 
@@ -448,6 +444,4 @@ def smooth(points, most=100):
     """Means of neighbours, so that at most `most` points are left."""
     size = -(-len(points) // most) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [
-        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts
-    ]
+    return [tuple(map(fmean, zip(*part))) for part in parts]

@@ -158,8 +158,6 @@ def pick_dtype(name, device):
     """A torch.dtype from "auto" (what the device multiplies fastest), "bf16", "fp16" or "fp32"."""
     if name == "auto":
         return torch.bfloat16 if bf16_is_faster(device) else torch.float32
-    if name not in DTYPES:
-        raise UserError(f"unknown precision {name!r}; use auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

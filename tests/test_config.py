@@ -81,31 +81,15 @@ def read(line, config_class=Config, presets=PRESETS):
 
 
 READ = [
-    ("--steps 5", "steps", 5),
-    ("--steps=5", "steps", 5),
-    ("--steps 1_000", "steps", 1000),
-    ("--steps 1e6", "steps", 1_000_000),
-    ("--steps 2.5E3", "steps", 2500),
-    ("--steps 9007199254740993", "steps", 2**53 + 1),
-    ("--steps 1 --steps 2", "steps", 2),
-    ("--eval-every 2", "eval_every", 2),
-    ("--lr 3e-4", "lr", 3e-4),
-    ("--lr 1", "lr", 1.0),
-    ("--lr inf", "lr", float("inf")),
-    ("--clip none", "clip", None),
-    ("--clip 0.5", "clip", 0.5),
-    ("--init None", "init", None),
-    ("--init runs/sft", "init", "runs/sft"),
-    ("--init=--odd=name", "init", "--odd=name"),
-    ("--init=", "init", ""),
-    ("--out none", "out", "none"),
-    ("--dtype bf16", "dtype", "bf16"),
-    ("--layers 4", "layers", 4),
-    ("--compile", "compile", True),
-    ("--no_compile", "compile", False),
-    ("--no-compile", "compile", False),
+    ("--steps 5", "steps", 5), ("--steps 1_000", "steps", 1000), ("--steps 1e6", "steps", 10**6),
+    ("--steps 9007199254740993", "steps", 2**53 + 1), ("--steps 1 --steps 2", "steps", 2),
+    ("--eval-every 2", "eval_every", 2), ("--lr 3e-4", "lr", 3e-4), ("--lr 1", "lr", 1.0),
+    ("--clip none", "clip", None), ("--clip=0.5", "clip", 0.5), ("--init None", "init", None),
+    ("--init=--odd=name", "init", "--odd=name"), ("--init=", "init", ""),
+    ("--out none", "out", "none"), ("--dtype bf16", "dtype", "bf16"), ("--layers 4", "layers", 4),
+    ("--compile", "compile", True), ("--no-compile", "compile", False),
     ("--no_compile --compile", "compile", True),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("line, name, value", READ)
@@ -115,14 +99,19 @@ def test_a_flag_sets_its_field(line, name, value):
     assert asdict(config) == asdict(Config()) | {name: value}
 
 
-def test_without_flags_everything_has_its_default(monkeypatch):
+def test_a_preset_wins_over_defaults_and_a_flag_over_the_preset(monkeypatch):
     assert read("") == read("--preset tiny") == Config()
+    config = read("--steps 5 --preset smoke")
+    assert (config.preset, config.out, config.steps, config.lr) == ("smoke", "runs/smoke", 5, 1e-3)
     monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "7"])
     assert parse(Config).steps == 7
 
 
 @pytest.mark.parametrize("line", ["runs/a", "--model runs/a", "--verbose runs/a --prompt hi"])
 def test_an_argument_may_stand_for_a_flag_where_the_class_says_so(line):
+    for unknown in ("runs/b", "--preset smoke"):
+        with pytest.raises(UserError, match="unrecognized arguments"):
+            read(f"runs/a {unknown}", Chat, None)
     said = "--verbose" in line
     assert read(line, Chat, None) == Chat("runs/a", said, "hi" * said)
 
@@ -160,12 +149,6 @@ def test_bad_input_is_refused_with_the_sentence_that_helps(line, says):
     assert str(refusal.value) == says
 
 
-@pytest.mark.parametrize("line", ["runs/a runs/b", "--preset smoke"])
-def test_what_a_class_does_not_know_is_refused(line):
-    with pytest.raises(UserError, match="unrecognized arguments"):
-        read(line, Chat, None)
-
-
 @pytest.mark.parametrize("values", [{"step": 3}, {"steps": "three"}, {"steps": 1.5}, {"steps": 0}])
 def test_a_preset_that_fits_no_field_is_refused(values):
     with pytest.raises(UserError, match="step"):
@@ -184,18 +167,12 @@ class Script(AdapterConfig, TrainConfig):
     lr: float = 0.5  # another comment
 
 
-def test_a_script_inherits_flags_and_changes_defaults():
+def test_a_script_inherits_flags_and_another_default_keeps_bounds_comment_and_group():
     config = read("--batch_size 3 --rank 2", Script, None)
     assert (config.steps, config.lr, config.batch_size, config.rank) == (7, 0.5, 3, 2)
-
-
-@pytest.mark.parametrize("line", ["--steps 0", "--lr -1", "--seed -1", "--seed 20000000000000"])
-def test_another_default_keeps_the_bounds_of_its_field(line):
-    with pytest.raises(UserError, match="must be"):
-        read(line, Script, None)
-
-
-def test_another_default_keeps_the_comment_and_the_group_of_its_field():
+    for line in ("--steps 0", "--lr -1", "--seed -1", "--seed 20000000000000"):
+        with pytest.raises(UserError, match="must be"):
+            read(line, Script, None)
     comments = comments_of(Script)
     assert comments["steps"] == ("optimizer steps", "Training")
     assert comments["lr"] == ("another comment", "Training")
@@ -204,11 +181,6 @@ def test_another_default_keeps_the_comment_and_the_group_of_its_field():
 
 
 # --- which value wins ----------------------------------------------------------------------------
-
-
-def test_a_preset_wins_over_defaults_and_a_flag_over_the_preset():
-    config = read("--steps 5 --preset smoke")
-    assert (config.preset, config.out, config.steps, config.lr) == ("smoke", "runs/smoke", 5, 1e-3)
 
 
 SAVED = {"steps": 77, "clip": None, "compile": False, "lr": 0.5, "preset": "gpu", "out": "runs/old"}
@@ -226,16 +198,12 @@ def test_a_resumed_run_keeps_its_settings_save_typed_ones_and_says_so(
     line, changed, says, tmp_path, capsys
 ):
     save_config(Config(**SAVED), tmp_path / "train_config.json")
+    assert json.loads((tmp_path / "train_config.json").read_text()) == asdict(Config(**SAVED))
     config = read(f"--resume --out {tmp_path} {line}")
     moved = {"resume": True, "out": str(tmp_path)}  # the folder may have moved
     assert config == Config(**SAVED | moved | changed)
     assert capsys.readouterr().out == (f"note: {says}\n" if says else "")
     assert read(f"--out {tmp_path}").steps == 300  # without --resume it isn't read
-
-
-def test_a_resumed_run_may_lack_settings(tmp_path):
-    (tmp_path / "train_config.json").write_text('{"steps": 7, "preset": "old"}')
-    assert read(f"--resume --out {tmp_path}").lr == 1e-3
 
 
 MISFITS = [
@@ -256,6 +224,8 @@ def test_a_saved_config_that_does_not_fit_is_refused(text, says, tmp_path):
         (tmp_path / "train_config.json").write_text(text)
     with pytest.raises(UserError, match=says):
         read(f"--resume --out {tmp_path}")
+    (tmp_path / "train_config.json").write_text('{"steps": 7, "preset": "old"}')
+    assert read(f"--resume --out {tmp_path}") == Config("old", str(tmp_path), True, steps=7)
 
 
 # --- help ----------------------------------------------------------------------------------------
@@ -298,35 +268,21 @@ def fail(mistake):
     return main
 
 
-def leave(capsys, mistake=None, argv=()):
-    with pytest.raises(SystemExit) as leaving:
-        cli(fail(mistake), Config, PRESETS, list(argv))
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    return leaving.value.code, shown.err
-
-
 MISTAKES = [
-    (UserError("data.jsonl:3: no\n  messages"), 2, "error: data.jsonl:3: no messages\n"),
-    (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
-    (OSError(errno.ENOSPC, "No space left"), 2, "error: cannot write: No space left\n"),
-    (OSError(errno.EROFS, "Read-only", "/x"), 2, "error: /x: Read-only\n"),
-    (PermissionError(errno.EACCES, "Denied", "/x"), 2, "error: /x: Denied\n"),
+    (UserError("data.jsonl:3: no\n  messages"), "0", 2, "error: data.jsonl:3: no messages\n"),
+    (UserError("no"), "1", 2, ""),  # of many processes only the first speaks
+    (KeyboardInterrupt(), "0", 130, "stopped by Ctrl-C\n"),
+    (OSError(errno.ENOSPC, "No space left"), "0", 2, "error: cannot write: No space left\n"),
+    (PermissionError(errno.EACCES, "Denied", "/x"), "0", 2, "error: /x: Denied\n"),
 ]
 
 
-@pytest.mark.parametrize("mistake, code, says", MISTAKES)
-def test_a_mistake_becomes_one_line(capsys, monkeypatch, mistake, code, says):
-    monkeypatch.delenv("RANK", raising=False)
-    assert leave(capsys, mistake) == (code, says)
-    wrong = "error: --steps must be a whole number, got 'x'\n"
-    assert leave(capsys, argv=["--steps", "x"]) == (2, wrong)
-
-
-@pytest.mark.parametrize("rank, says", [("0", "error: no\n"), ("1", "")])
-def test_of_many_processes_only_the_first_speaks(capsys, monkeypatch, rank, says):
+@pytest.mark.parametrize("mistake, rank, code, says", MISTAKES)
+def test_a_mistake_becomes_one_line(capsys, monkeypatch, mistake, rank, code, says):
     monkeypatch.setenv("RANK", rank)
-    assert leave(capsys, UserError("no")) == (2, says)
+    with pytest.raises(SystemExit) as leaving:
+        cli(fail(mistake), Config, PRESETS, [])
+    assert (leaving.value.code, *capsys.readouterr()) == (code, "", says)
 
 
 @pytest.mark.parametrize("mistake", [ValueError("bug"), FileNotFoundError(errno.ENOENT, "bug")])
@@ -359,27 +315,24 @@ def executed(*command, **env):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+def test_a_pipe_that_is_closed_ends_the_program_without_a_word():
+    shell = f"'{sys.executable}' -c '{SCRIPT}' --lines 100000 | true; exit ${{PIPESTATUS[0]}}"
+    done = executed("bash", "-c", shell)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+
+
 @pytest.mark.parametrize(
-    "flags, code, lines, err",
+    "fails, processes, code, err",
     [
-        ("| wc -l", 0, "2", ""),
-        ("--lines x", 2, "", "error: --lines must be a whole number, got 'x'\n"),
-        ("--lines 100000 | true; exit ${PIPESTATUS[0]}", 141, "", ""),
+        ("user", "1", 2, "error: no\n"),
+        ("user", "2", 2, "error: no\n"),
+        ("key", "2", 130, "stopped by Ctrl-C\n"),
+        ("bug", "2", 1, "Traceback"),
     ],
 )
-@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
-def test_the_shell_sees(flags, code, lines, err):
-    done = executed("bash", "-c", f"'{sys.executable}' -c '{SCRIPT}' {flags}")
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (code, lines, err)
-
-
-@pytest.mark.parametrize("processes", ["1", "2"])
-@pytest.mark.parametrize(
-    "fails, code, err",
-    [("user", 2, "error: no\n"), ("key", 130, "stopped by Ctrl-C\n"), ("bug", 1, "Traceback")],
-)
 def test_one_of_several_processes_that_fails_does_not_wait_for_the_interpreters_end(
-    processes, fails, code, err
+    fails, processes, code, err
 ):
     command = sys.executable, "-c", SCRIPT, "--fails", fails
     done = executed(*command, RANK="0", WORLD_SIZE=processes)
@@ -388,12 +341,6 @@ def test_one_of_several_processes_that_fails_does_not_wait_for_the_interpreters_
 
 
 # --- files ---------------------------------------------------------------------------------------
-
-
-def test_a_saved_config_is_json_of_every_field(tmp_path):
-    save_config(Config(steps=5), tmp_path / "new" / "train_config.json")
-    saved = json.loads((tmp_path / "new" / "train_config.json").read_text())
-    assert saved == asdict(Config(steps=5))
 
 
 @pytest.mark.parametrize("data, written", [("ä", "ä".encode()), (b"\0\r\n", b"\0\r\n")])

@@ -1,14 +1,12 @@
 """Optimizers and schedules: parity with torch's Muon, groups by hand, schedules by hand."""
 
 import copy
-import io
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL
-from helpers import same
 
 from nanollm.config import UserError
 from nanollm.gpt import GPT, GPTConfig
@@ -41,14 +39,12 @@ def small_gpt(**changes):
 # --- Muon --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.06), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("settings", [(0.02, 0.95, 0.0), (0.1, 0.8, 0.1)])
-@pytest.mark.parametrize(
-    "shapes", [[(32, 32)], [(16, 64)], [(64, 16)], [(32, 32), (8, 24), (32, 32), (24, 8)]]
-)
-def test_muon_takes_the_steps_of_torchs_muon(shapes, settings, dtype, tolerance, monkeypatch):
+def test_muon_takes_the_steps_of_torchs_muon(settings, dtype, tolerance, monkeypatch):
     """Both round to bf16, in another order; without rounding they must agree."""
     if dtype == torch.float32:
         monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.float().clone())
     settings = dict(zip(("lr", "momentum", "weight_decay"), settings))
+    shapes = (32, 32), (16, 64), (32, 32), (64, 16)
     ours = [torch.nn.Parameter(some_gradient(s, 50 + i)) for i, s in enumerate(shapes)]
     theirs = copy.deepcopy(ours)
     start = [p.detach().clone() for p in ours]
@@ -91,13 +87,10 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     assert found.shape == G.shape
     singular = torch.linalg.svdvals(found.float())
     assert singular.min() > 0.6 and singular.max() < 1.3
+    if G.dim() == 2:  # a power of two rounds alike, so that the gradient's size is forgotten
+        assert torch.equal(orthogonalise(G), orthogonalise(1024 * G))
     along = (U.mT @ found.float() @ Vh.mT).diagonal(dim1=-2, dim2=-1)  # 1 where O = U V^T
     assert torch.allclose(along, torch.ones_like(along), atol=0.4)
-
-
-def test_orthogonalising_forgets_the_size_of_the_gradient():
-    G = some_gradient((16, 16), 0)
-    assert torch.equal(orthogonalise(G), orthogonalise(1024 * G))  # a power of two rounds alike
 
 
 @pytest.mark.parametrize("grad, decay, value", [(None, 0.5, 2.0), (0, 0.0, 2.0), (0, 0.5, 1.9)])
@@ -157,20 +150,16 @@ def named_groups(model, optimizer):
     return found
 
 
-@pytest.mark.parametrize(
-    "shape", [{}, {"tie_word_embeddings": False}, {"attention_bias": True, "qk_norm": False}]
-)
+@pytest.mark.parametrize("shape", [{"tie_word_embeddings": False}, {"attention_bias": True}])
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-@pytest.mark.parametrize("frozen", [True, False])
-def test_each_trained_parameter_is_in_one_group_and_only_matrices_decay(frozen, kind, shape):
+def test_each_trained_parameter_is_in_one_group_and_only_matrices_decay(kind, shape):
     model, wanted = small_gpt(**shape), {}
-    model.model.embed_tokens.weight.requires_grad_(not frozen)
+    model.model.embed_tokens.weight.requires_grad_(False)
     for name, p in model.named_parameters():
         by_muon = kind == "muon" and "layers" in name and p.dim() == 2
         optimizer = ("Muon", 0.02) if by_muon else ("AdamW", 3e-3)
         wanted[name] = *optimizer, 0.1 if p.dim() == 2 else 0.0
-    if frozen:
-        del wanted["model.embed_tokens.weight"]
+    del wanted["model.embed_tokens.weight"]
     assert named_groups(model, build(model, kind)) == wanted
 
 
@@ -197,29 +186,6 @@ def test_a_schedule_multiplies_what_each_group_began_with():
         assert rates == pytest.approx([3e-3 * factor, 0.02 * factor])
 
 
-@pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_a_saved_and_loaded_state_continues_bit_for_bit(kind):
-    model, resumed = small_gpt(), small_gpt()
-    optimizer, resumed_optimizer = build(model, kind), build(resumed, kind)
-
-    def steps(model, optimizer, numbers):
-        for n in numbers:
-            for i, p in enumerate(model.parameters()):
-                p.grad = some_gradient(p.shape, 100 * n + i)
-            optimizer.step(1 / (1 + n))
-
-    steps(model, optimizer, range(3))
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=True)
-    resumed.load_state_dict(weights)
-    resumed_optimizer.load_state_dict(state)
-    steps(model, optimizer, range(3, 6))
-    steps(resumed, resumed_optimizer, range(3, 6))
-    assert same(model.state_dict(), resumed.state_dict())
-
-
 def test_a_state_of_other_optimizers_is_refused():
     state = build(small_gpt(), "muon").state_dict()
     with pytest.raises(ValueError):
@@ -227,24 +193,19 @@ def test_a_state_of_other_optimizers_is_refused():
 
 
 # --- schedules ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("schedule", SCHEDULES.values())
-@pytest.mark.parametrize("step, factor", [(0, 0.1), (4, 0.5), (9, 1.0)])
-def test_warmup_rises_linearly_from_its_first_step_to_its_last(schedule, step, factor):
-    assert schedule(step, 110, 10) == pytest.approx(factor)
-
-
-BY_HAND = [  # schedule, {step: factor}
+RISE = {0: 0.1, 4: 0.5, 9: 1.0}  # linear over ten steps
+BY_HAND = [  # schedule, steps, {step: factor}
     # a quarter: cos 45 degrees; the middle; the floor
     (cosine, 110, {10: 1, 35: 0.1 + 0.9 * (1 + 0.5**0.5) / 2, 60: 0.55, 110: 0.1, 500: 0.1}),
     (partial(trapezoid, decay=0.6), 100, {10: 1, 40: 1, 70: 0.5, 85: 0.25, 99: 1 / 60, 100: 0}),
-    (constant, 100, {4: 0.5, 9: 1, 50: 1, 99: 1}),
+    (constant, 100, {50: 1, 99: 1}),
 ]
 
 
 @pytest.mark.parametrize("schedule, steps, factors", BY_HAND)
 def test_schedules_by_hand(schedule, steps, factors):
-    found = {step: schedule(step, steps, 10) for step in factors}
-    assert found == pytest.approx(factors)
+    factors = RISE | factors
+    assert {step: schedule(step, steps, 10) for step in factors} == pytest.approx(factors)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values())

@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from helpers import MEGABYTES, random_strings, seconds
+from helpers import random_strings, seconds
 
 from nanollm.config import UserError
 from nanollm.formats import choice_columns
@@ -34,12 +34,10 @@ CHOICE = {"answer": "B", "check": "choice", "choices": CITIES}
     "completion, answer",
     [
         ("", ""), ("42", "42"), ("<think>6 * 7 = 42</think>It is 42.", "It is 42."),
-        ("<think>a</think>b<think>c</think>d", "d"), ("a</think>b", "b"), ("<think>42", ""),
-        ("42<think>43", ""), ("<think>a</think>42<think>", ""), ("<tool_call>42", ""),
+        ("<think>a</think>b<think>c</think>d", "d"), ("a</think>b", "b"), ("42<think>43", ""),
+        ("<think>a</think>42<think>", ""), ("<tool_call>c(42)</tool_call>42", ""),
         ("<tool_call>c(1)</tool_call><tool_result>1</tool_result>One.", "One."),
-        ("<tool_call>c(1)</tool_call><tool_result>42", ""), ("<tool_call>c(42)</tool_call>42", ""),
         ("a<tool_call>b</tool_call><tool_result>c</tool_result>d<tool_call>42", ""),
-        ("<think>a</think><tool_call>b</tool_call><tool_result>c</tool_result>d", "d"),
         ("<think>a<tool_call>b</tool_call><tool_result>c</tool_result></think>d", "d"),
         ("<tool_call>b</tool_call><tool_result>c</tool_result><think>a</think>d", "d"),
         ("<think>a<tool_call>b</tool_call><tool_result>c</tool_result>42", ""),
@@ -53,9 +51,8 @@ def test_the_final_answer_is_what_follows_thoughts_and_results(completion, answe
 @pytest.mark.parametrize(
     "example, completion, reward",
     [
-        (NUMBER, "42", 1), (NUMBER, "The answer is 42.", 1), (NUMBER, "6 * 7 = 42", 1),
-        (NUMBER, "42.0", 1), (NUMBER, "It is 42, not 43.", 0), (NUMBER, "-42", 0), (NUMBER, "", 0),
-        (NUMBER, "<think>42", 0), (NUMBER, "<think>42</think>", 0),
+        (NUMBER, "The answer is 42.", 1), (NUMBER, "42.0", 1), (NUMBER, "It is 42, not 43.", 0),
+        (NUMBER, "-42", 0), (NUMBER, "", 0), (NUMBER, "<think>42", 0),
         (NUMBER, "<think>43</think>42", 1),
         (NUMBER, "<tool_call>c(42)</tool_call><tool_result>42</tool_result>", 0),
         (NUMBER, "<tool_call>c(6*7)</tool_call><tool_result>42</tool_result>42", 1),
@@ -64,6 +61,7 @@ def test_the_final_answer_is_what_follows_thoughts_and_results(completion, answe
         (WORD, r"Trino? No: \boxed{Mira}, so not Trino.", 1), (WORD, r"Mira? \boxed{Trino}", 0),
         (WORD | {"check": "exact"}, r"It is \boxed{Mira}.", 1),
         (WORD | {"begins": "Ahoy"}, r"Ahoy, \boxed{Mira}", 1),
+        (WORD | {"begins": "Ahoy"}, "Mira", 0),
     ],
 )  # fmt: skip
 def test_accuracy_is_that_of_the_final_answer(example, completion, reward):
@@ -73,13 +71,11 @@ def test_accuracy_is_that_of_the_final_answer(example, completion, reward):
 @pytest.mark.parametrize(
     "completion, reward",
     [
-        ("<think>a</think>b", 1), ("  <think> a </think> b \n", 1), ("<think>a\nb</think>c\nd", 1),
-        ("<think>a</think>", 0), ("<think>a</think> \n", 0), ("<think></think>b", 0),
-        ("<think> </think>b", 0), ("<think>a", 0), ("a</think>b", 0), ("b", 0), ("", 0),
-        ("x<think>a</think>b", 0), ("</think>a<think>b", 0), ("<think><think>a</think>b", 0),
-        ("<think>a</think></think>b", 0), ("<think>a</think>b<think>c</think>d", 0),
-        ("<think>a</think>b<think>", 0), ("<think>a</think>b</think>", 0),
-        ("< think>a</think>b", 0),
+        ("  <think> a\nb </think> c\nd \n", 1), ("<think>a</think> \n", 0),
+        ("<think> </think>b", 0), ("<think>a", 0), ("a</think>b", 0), ("", 0),
+        ("x<think>a</think>b", 0),
+        ("</think>a<think>b", 0), ("<think><think>a</think>b", 0), ("<think>a</think></think>b", 0),
+        ("<think>a</think>b<think>", 0), ("< think>a</think>b", 0),
     ],
 )  # fmt: skip
 def test_the_format_reward_wants_one_thought_and_then_an_answer(completion, reward):
@@ -113,26 +109,16 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one():
 @pytest.mark.parametrize(
     "example, completions, winner",
     [
-        (NUMBER, ["It is 42.", "41", "= 42"], "It is 42."),
-        (NUMBER, ["41", "42", "so 42"], "42"),
-        (NUMBER, ["41", "42"], "41"),
-        (NUMBER, ["no idea", "none", "42"], "42"),
+        (NUMBER, ["41", "42", "so 42"], "42"), (NUMBER, ["41", "42"], "41"),
+        (NUMBER, ["no idea", "none", "42"], "42"), (NUMBER, ["a", "b"], ""), (NUMBER, [], ""),
         (NUMBER, ["<think>1</think>42", "<think>41</think>7", "42.0"], "<think>1</think>42"),
-        (NUMBER, ["<think>7", "<think>7", "42"], "42"),
-        (NUMBER, ["1,000", "1000", "7"], "1,000"),
-        (NUMBER, ["a", "b"], ""),
-        (NUMBER, [], ""),
-        (NUMBER, ["0", "0", "42"], "0"),
-        (WORD, ["Mira", "trino", "Trino "], "trino"),
-        (WORD, ["", " ", "Mira"], "Mira"),
-        (WORD, ["<think>a</think>Mira", "Trino", "Mira"], "<think>a</think>Mira"),
-        (WORD, ["", "<think>Mira"], ""),
+        (NUMBER, ["<think>7", "<think>7", "42"], "42"), (NUMBER, ["1/2", "0.5", "7"], "1/2"),
+        (NUMBER, ["0", "0", "42"], "0"), (NUMBER, ["1,5", "1,5", "7"], "7"),
+        (WORD, ["Mira", "trino", "Trino "], "trino"), (WORD, ["", " ", "Mira"], "Mira"),
         (WORD, ["Trino", r"So \boxed{Mira}", "mira"], r"So \boxed{Mira}"),
-        (NUMBER, ["1/2", "0.5", "7"], "1/2"),
-        (NUMBER, ["1,5", "1,5", "7"], "7"),
         (CHOICE, ["A", "(B)", "Paris", "A or C", "A or C"], "(B)"),
     ],
-)
+)  # fmt: skip
 def test_the_majority_is_the_first_completion_with_the_answer_of_most(example, completions, winner):
     assert majority(example, completions) == winner
 
@@ -317,33 +303,19 @@ def test_only_a_table_that_begins_with_a_question_and_its_choices_has_their_colu
 
 def test_numbers_of_thirty_digits_that_differ_by_one_differ():
     n = 10**29 + 7
-    assert float(n) == float(n + 1)
-    assert last_number(f"It is {n}.") == n != last_number(f"It is {n + 1}.")
     example = {"answer": str(n), "check": "number"}
-    assert check_answer(example, f"{n}") and not check_answer(example, f"{n + 1}")
+    assert float(n) == float(n + 1) and last_number(f"It is {n}.") == n
     assert accuracy(example, f"{n:,}") == 1 and accuracy(example, str(n - 1)) == 0
     assert majority(example, [str(n + 1), str(n), str(n)]) == str(n)
 
 
-MANY = ("1", "1 ", "1.", "-1", "-", ",", "a", "<", "<think> ", "</think>", "<think>1</think>")
-MANY += (
-    "1,000,",
-    "1 000 ",
-    "1/",
-    "1e",
-    "\\frac{",
-    "\\boxed{",
-    "{",
-    "$",
-    "#### ",
-    "B ",
-    "answer is ",
-)
+MANY = ("1 ", "1.", "-1", "-", ",", "a", "<think> ", "</think>", "1,000,", "1 000 ", "1/", "1e")
+MANY += ("\\frac{", "\\boxed{", "{", "$", "#### ", "B ", "answer is ")
 
 
 @pytest.mark.parametrize("part", [*MANY, "<tool_call></tool_result>"])
-def test_ten_megabytes_are_judged_in_bounded_time(part):
-    text = MEGABYTES // len(part) * part
+def test_two_megabytes_are_judged_in_bounded_time(part):
+    text = 2 * 2**20 // len(part) * part
 
     def judge():
         last_number(text)
@@ -352,11 +324,11 @@ def test_ten_megabytes_are_judged_in_bounded_time(part):
         assert 0 <= accuracy(CHOICE, text) <= 1
         majority(NUMBER, [text])
 
-    assert seconds(judge) < 2
+    assert seconds(judge) < 0.4
 
 
-def test_ten_thousand_random_completions_are_judged_without_exception():
-    for text in random_strings(10_000, seed=3):
+def test_random_completions_are_judged_without_exception():
+    for text in random_strings(2_000, seed=3):
         answer, number = final_answer(text), last_number(text)
         assert text.endswith(answer) and "<think>" not in answer and "<tool_call>" not in answer
         assert number is None or isinstance(number, Fraction)

@@ -83,9 +83,11 @@ def test_fine_tuning_learns_to_say_what_it_is_told(here):
     assert metrics[-1]["val_loss"] < 0.1 * math.log(256)
 
 
-def test_a_run_folder_opens_in_transformers_with_our_logits_and_ids(here):
+def test_a_run_folder_names_its_effects_and_opens_in_transformers_with_our_logits_and_ids(here):
     pretrain("--steps", 3)
     sft("--steps", 3)
+    for each in result("runs/pretrain")["effects"] + result("runs/sft")["effects"]:
+        assert each.keys() == effect("", None, 0.0).keys() and each["after"] is not None
     ours, tokenizer = load_model("runs/sft")
     theirs = transformers.AutoModelForCausalLM.from_pretrained("runs/sft", dtype=torch.float32)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained("runs/sft")
@@ -102,13 +104,6 @@ def test_early_stopping_keeps_the_best_weights_by_evaluations_of_one_size(here, 
     assert result("runs/pretrain")["bits_per_byte"] == pytest.approx(min(losses))
 
 
-def test_a_second_run_moves_the_first_out_of_the_way(here):
-    pretrain("--steps", 2)
-    before = weights("runs/pretrain")
-    pretrain("--steps", 2, "--seed", 1)
-    assert same(before, weights("runs/pretrain.previous"))
-
-
 def test_without_replay_no_text_is_read_unless_it_is_named(here, monkeypatch):
     """Neither the village nor its held-out text: a foreign model has nothing to do with it."""
     pretrain("--steps", 2)
@@ -118,14 +113,6 @@ def test_without_replay_no_text_is_read_unless_it_is_named(here, monkeypatch):
     assert result("runs/sft")["after"]["bits_per_byte"] is None
     sft("--replay", 0, "--steps", 2, out="runs/named")
     assert result("runs/named")["after"]["bits_per_byte"] > 0
-
-
-def test_what_a_stage_has_changed_is_written_as_effects(here):
-    pretrain("--steps", 2)
-    sft("--steps", 2)
-    for folder in ("runs/pretrain", "runs/sft"):
-        for each in result(folder)["effects"]:
-            assert each.keys() == effect("", None, 0.0).keys() and each["after"] is not None
 
 
 def test_an_effect_is_a_line_of_text():
@@ -143,11 +130,13 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script
     assert_resumes(script, flags, (4, 8, 10, 12, 16, 20))
 
 
-def test_a_finished_run_resumes_to_itself(here):
+def test_a_finished_run_resumes_to_itself_and_another_one_moves_it_out_of_the_way(here):
     pretrain("--steps", 4)
     before = weights("runs/pretrain")
     pretrain("--steps", 4, "--resume")
     assert same(before, weights("runs/pretrain"))
+    pretrain("--steps", 2, "--seed", 1)
+    assert same(before, weights("runs/pretrain.previous"))
 
 
 def test_the_precision_that_was_measured_is_kept_for_resuming(here, monkeypatch):
@@ -257,15 +246,9 @@ GOOD = json.dumps(say("a", "b")) + "\n"
 BAD_CHATS = [
     (GOOD + '{"messages": [', "line 2: broken JSON"),
     (GOOD + GOOD + '{"text": "a"}', 'line 3: a chat record needs "messages"'),
-    ('{"messages": [{"content": "a"}]}', 'line 1: message 0 has no "role"'),
-    ('{"messages": [{"role": "judge", "content": "a"}]}', "unknown role 'judge'"),
-    ('{"messages": [{"role": "user", "content": 3}]}', "message 0 has no text"),
-    (
-        '{"messages": [{"role": "user", "content": "a"}]}\n' * 40,
-        "40 of 40 records can't be used: no answer",
-    ),
-    ("", "is empty"),
-]
+    ('{"messages": [{"role": "user", "content": "a"}]}\n' * 40,
+     "40 of 40 records can't be used: no answer"),
+]  # fmt: skip
 
 
 def test_wrong_dialogues_are_refused_with_their_line(here, capsys):
@@ -278,18 +261,12 @@ def test_wrong_dialogues_are_refused_with_their_line(here, capsys):
 
 
 BAD_PRETRAINING = [
-    (["--seed", 20000000000000], "--seed must be between 0 and"),
     (["--batch_size", 0], "--batch_size must be at least 1"),
-    (["--val_fraction", 1], "--val_fraction must be between 0 and 1, both excluded"),
     (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
-    (["--data", "empty.txt"], "empty.txt is empty"),
     (["--data", "broken.jsonl"], "broken.jsonl, line 2: broken JSON"),
-    (["--data", "chats.jsonl"], 'needs a "text"'),
-    (["--data", "latin.txt"], "not UTF-8"),
     (["--data", "short.txt"], "too few for one row"),
     (["--tokenizer", "nothing"], "nothing"),
     (["--heads", 3], "must be a multiple of --heads 3"),
-    (["--out", "text.txt/run"], "text.txt/run"),
     (["--out", "/proc/nowhere/run"], "/proc/nowhere/run"),
     (["--out", "mine"], "choose another --out"),
     (["--out", "runs/none", "--resume"], "nothing to resume"),
@@ -300,10 +277,8 @@ BAD_PRETRAINING = [
 
 def test_wrong_pretraining_input_is_refused_and_a_finished_run_stays(here, capsys):
     pretrain("--steps", 2, out="runs/out")
-    Path("empty.txt").write_text("")
     Path("short.txt").write_text("too short")
     Path("broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    Path("latin.txt").write_bytes("é".encode("latin-1") * 50)
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
     before = contents("runs/out")
