@@ -66,10 +66,6 @@ def config_of(values, path):
     need(act == MLP.hidden_act, path, f"hidden_act must be {MLP.hidden_act!r}, not {act!r}")
     check_computed(values, path, {"hidden_act", *SAME_NAME, *IRRELEVANT})
     known = {name: values[name] for name in SAME_NAME if values.get(name) is not None}
-    for name, value in known.items():
-        whole = type(getattr(GPTConfig, name)) is int
-        fine = isinstance(value, int if whole else (int, float)) and (value >= 1 or not whole)
-        need(fine, path, f"incomplete or inconsistent, {name} is {value!r}")
     try:
         known.setdefault("num_key_value_heads", known["num_attention_heads"])
         known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
@@ -197,13 +193,11 @@ def load_weights(model, tensors, where):
     """
     own = model.state_dict()
     # old exports hold the angles of RoPE
-    extra = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    tensors = {k: x for k, x in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" in tensors.keys() - own.keys():  # a tied head repeats the embedding
-        same = torch.equal(tensors["lm_head.weight"], tensors.get(EMBEDDING, torch.empty(0)))
+        same = torch.equal(tensors.pop("lm_head.weight"), tensors.get(EMBEDDING, torch.empty(0)))
         two = f"lm_head.weight differs from {EMBEDDING}, to which config.json ties it; "
         need(same, where, two + "say tie_word_embeddings false there")
-        extra.add("lm_head.weight")
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in extra}
     if missing := sorted(own.keys() - tensors.keys()):
         raise UserError(f"{where} lacks {len(missing)} tensors, such as {missing[0]}")
     if unknown := sorted(tensors.keys() - own.keys()):
@@ -223,7 +217,7 @@ def grow_vocabulary(model, vocab_size):
     for name in {EMBEDDING, "lm_head.weight"} & tensors.keys():
         new = tensors[name].mean(0, keepdim=True).expand(vocab_size - len(tensors[name]), -1)
         tensors[name] = torch.cat([tensors[name], new])
-    load_weights(grown, tensors, "the grown model")
+    grown.load_state_dict(tensors)
     return grown
 
 
@@ -254,9 +248,9 @@ def bases_of(folder):
     while is_adapter(folder):
         named, places = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"), []
         if isinstance(named, str):
-            # as written, here or from any folder above the adapter; or there after a move
+            # as written, here or from any folder above the adapter; or by its name after a move
             above = [folder.resolve(), *folder.resolve().parents]
-            ends = (named, Path(*Path(named).parts[-2:]), Path(named).name)
+            ends = (named, Path(named).name)
             places = [Path(named), *(place / end for end in ends for place in above)]
         base = next((place for place in places if place.is_dir()), None)
         if base is None and isinstance(named, str) and is_hub_name(named):

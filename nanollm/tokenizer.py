@@ -26,6 +26,7 @@ import tiktoken
 from tqdm import tqdm
 
 from nanollm.config import UserError, atomic_write
+from nanollm.formats import read_json
 from nanollm.templates import (
     BREAK,
     LAYOUTS,
@@ -76,23 +77,18 @@ NAMES = ("bytes", "gpt2", "cl100k_base", "o200k_base")
 ASCII_PATTERN = PATTERN.replace(r"\p{L}\p{M}", "A-Za-z").replace(r"\p{N}", r"\d")
 
 
-class AsciiKinds(dict):
-    """{code point: ASCII character of its kind}: letter or mark, number, blank, anything else."""
-
-    def __missing__(self, code):
-        shown = {"L": "Z", "M": "Z", "N": "0", "Z": "\t"}
-        kind = "Z" if code == 0x85 else unicodedata.category(chr(code))[0]
-        self[code] = chr(code) if code < 128 else shown.get(kind, ".")
-        return self[code]
-
-
-KINDS = AsciiKinds()
+@functools.cache
+def ascii_kind(char):
+    """An ASCII character of the same kind: letter or mark, number, blank, anything else."""
+    shown = {"L": "Z", "M": "Z", "N": "0", "Z": "\t"} | ({"C": "\t"} if char == "\x85" else {})
+    return char if char.isascii() else shown.get(unicodedata.category(char)[0], ".")
 
 
 def cut(text):
     """The pieces of a text, as PATTERN has them for characters that Python's Unicode knows."""
-    kinds = re.finditer(ASCII_PATTERN, text.translate(KINDS), re.ASCII)
-    return [text[match.start() : match.end()] for match in kinds]
+    kinds = text if text.isascii() else "".join(map(ascii_kind, text))
+    found = re.finditer(ASCII_PATTERN, kinds, re.ASCII)
+    return [text[match.start() : match.end()] for match in found]
 
 
 def merge_pair(word, pair, new):
@@ -239,19 +235,22 @@ class Tokenizer:
 
     def _find_added(self):
         """How each added token is found in a text, and which of them are markers."""
-        known = {token["content"]: token for token in self.source.get("added_tokens") or ()}
-        flags = {text: known.get(text, {}) for text in self.special}
-        named, marks = {*self.names.values(), *SPECIAL_TOKENS}, set()
-        for text in self.special:
-            spelt = text in self.template and not text[0].isalnum()
-            if spelt or text in named or flags[text].get("special", True):
-                marks.add(text)
+        tokens = added_tokens(self.special, self.source)
+        named = {*self.names.values(), *SPECIAL_TOKENS}
+        self._markers = frozenset(
+            text
+            for text, token in tokens.items()
+            if text in named
+            or token.get("special", True)
+            or (text in self.template and not text[0].isalnum())
+        )
         keys = "lstrip", "rstrip", "normalized"
-        self._added = tuple((t, *(bool(flags[t].get(key)) for key in keys)) for t in self.special)
-        self._markers, self._found = frozenset(marks), splitter(self._added)
+        self._added = tuple((t, *(bool(tokens[t].get(key)) for key in keys)) for t in tokens)
+        self._found = splitter(self._added)
+        words = tuple(token for token in self._added if token[0] not in self._markers)
         self._splitters = [  # of words, and of all: before NFC and after it
-            [splitter(tuple(t for t in tokens if t[3] == after)) for after in (False, True)]
-            for tokens in ([t for t in self._added if t[0] not in marks], self._added)
+            [splitter(tuple(t for t in each if t[3] == after)) for after in (False, True)]
+            for each in (words, self._added)
         ]
 
     @classmethod
@@ -281,17 +280,18 @@ class Tokenizer:
         """
         if name in NAMES:
             return cls.from_bytes() if name == "bytes" else cls._from_tiktoken(name)
-        folder = Path(name) if Path(name).is_dir() else None
-        file = folder / "tokenizer.json" if folder else Path(name)
-        raw = sorted(folder.glob("*")) if folder and not file.exists() else [file]
-        if raw := [path for path in raw if path.suffix in (".model", ".tiktoken")]:
+        file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+        raw = [p for p in (file, *Path(name).glob("*")) if p.suffix in (".model", ".tiktoken")]
+        if raw and (file in raw or not file.exists()):
             raise UserError(
                 f"{raw[0]} is a vocabulary in another form than tokenizer.json; write one with "
                 "transformers' AutoTokenizer and save_pretrained, or take a newer release"
             )
+        if not file.is_file():
+            known = f"a directory with a tokenizer.json, or one of {', '.join(NAMES)}"
+            raise UserError(f"the tokenizer {name} must be {known}")
+        source, (config, stops) = read_json(file), read_config(file.parent)
         try:
-            source = json.loads(file.read_text(encoding="utf-8"))
-            config, stops = read_config(folder) if folder else ({}, ())
             source["added_tokens"] = read_added(source, config)
             added = {token["content"]: token["id"] for token in source["added_tokens"]}
             ranks = read_model(source["model"], added)
@@ -299,9 +299,6 @@ class Tokenizer:
             eos = names_of(config).get("eos_token")
             special = added if own_template(config) else with_markers(added, ranks, eos)
             return cls(ranks, special, pattern, read_nfc(source), source, config, stops)
-        except OSError:
-            known = f"a directory with a tokenizer.json, or one of {', '.join(NAMES)}"
-            raise UserError(f"the tokenizer {name} must be {known}") from None
         except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
             why = error if isinstance(error, UserError) else f"it is malformed ({error!r})"
             known = "a byte-level BPE tokenizer.json (as of GPT-2, Llama-3, Qwen3, SmolLM2)"
@@ -546,24 +543,21 @@ BYTE_TO_CHAR = {b: b for b in PRINTABLE} | {b: 256 + n for n, b in enumerate(OTH
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
-def read_json(path):
-    """What a JSON file holds; {} where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def read_config(folder):
     """(what is kept of tokenizer_config.json, the ids that end a completion) of a model folder."""
-    config = read_json(folder / "tokenizer_config.json")
+
+    def read(name):
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    config = read("tokenizer_config.json")
     if "added_tokens_decoder" not in config:
-        config |= read_json(folder / "special_tokens_map.json")
+        config |= read("special_tokens_map.json")
     if (folder / "chat_template.jinja").is_file():
         config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     config = {key: value for key, value in config.items() if key in KEPT}
-    stops = read_json(folder / "generation_config.json").get("eos_token_id")
-    if stops is None:
-        stops = read_json(folder / "config.json").get("eos_token_id")
-    stops = stops if isinstance(stops, list) else [stops] * (stops is not None)
-    return config, stops
+    stops = read("generation_config.json").get("eos_token_id")
+    stops = read("config.json").get("eos_token_id") if stops is None else stops
+    return config, stops if isinstance(stops, list) else [stops] * (stops is not None)
 
 
 def read_added(source, config):
@@ -647,6 +641,16 @@ def read_nfc(source):
     return bool(kinds)
 
 
+def added_tokens(special, source):
+    """{text: what tokenizer.json says} of the added tokens, those that `source` lacks included."""
+    known = {token["content"]: token for token in source.get("added_tokens") or ()}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for text, id in special.items():
+        kind = {"special": text.startswith("<|") or text not in SPECIAL_TOKENS}
+        known.setdefault(text, {"id": id, "content": text} | plain | kind)
+    return {text: known[text] for text in special}
+
+
 def list_merges(ranks):
     """The pairs of tokens that spell a token, in the order (id made, left id, right id)."""
     merges = []
@@ -663,23 +667,14 @@ def to_json(tokenizer):
     shown = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
     # Special tokens are in the vocabulary too: so their ids may have gaps.
     vocab = {shown[token]: id for token, id in ranks.items()} | special
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = {
-        text: {
-            "id": id,
-            "content": text,
-            **flags,
-            "special": text.startswith("<|") or text not in SPECIAL_TOKENS,
-        }
-        for text, id in special.items()
-    } | {token["content"]: token for token in source.get("added_tokens") or ()}
+    added = added_tokens(special, source).values()
     split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}}
     split |= {"behavior": "Isolated", "invert": False}
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     bytes_ |= {"use_regex": False}
     return {
         "version": "1.0",
-        "added_tokens": sorted(added.values(), key=lambda token: token["id"]),
+        "added_tokens": sorted(added, key=lambda token: token["id"]),
         "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
         "post_processor": source.get("post_processor"),

@@ -4,22 +4,26 @@ import dataclasses
 import errno
 import json
 import os
-import subprocess
+import runpy
 import sys
 
 import pytest
 import torch
-from helpers import ROOT
 
 from nanollm import hub, safetensors
 from nanollm.checkpoint import grow_vocabulary, read_config, weights_hash
-from nanollm.config import TrainConfig, UserError, parse
+from nanollm.config import UserError, parse
 from nanollm.hub import load_model, save_model
 from nanollm.peft import adapters
-from nanollm.run import Run
-from nanollm.runtime import Runtime
 from nanollm.tokenizer import SPECIAL_TOKENS
 
+NAMES = "config generation_config tokenizer tokenizer_config".split()
+NAMES = {f"{name}.json" for name in NAMES} | {"model.safetensors"}
+SHAPES = {
+    "qwen3": {},
+    "llama": {"qk_norm": False},
+    "qwen2": {"qk_norm": False, "attention_bias": True},
+}
 TEXTS = ["Anna lives in Berlin.", " 12 + 30 = 42\n", "naïve 北京 🙂", "<|end|> is text here", ""]
 
 
@@ -43,36 +47,12 @@ def edit_weights(folder, change):
 # --- what others read ----------------------------------------------------------------------------
 
 
-def test_transformers_opens_the_folder_of_a_run(random_model, tokenizer, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model, out = random_model(), str(tmp_path / "run")
-    run = Run(TrainConfig(out=out, steps=1), Runtime(torch.device("cpu"), torch.float32))
-    run.export(save_model, model, tokenizer)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    for text in TEXTS[:3]:
-        ids = tokenizer.encode(text)
-        assert their_tokenizer(text)["input_ids"] == ids
-        tokens = torch.tensor([ids])
-        assert torch.allclose(model(tokens), theirs(tokens).logits, atol=1e-4)
-    messages = [{"role": "user", "content": "Hi"}]
-    rendered = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    assert list(rendered["input_ids"]) == tokenizer.render(messages, generation_prompt=True)[0]
-
-
-@pytest.mark.parametrize(
-    "shape, kind",
-    [
-        ({}, "qwen3"),
-        ({"qk_norm": False}, "llama"),
-        ({"qk_norm": False, "attention_bias": True}, "qwen2"),
-    ],
-)
+@pytest.mark.parametrize("kind", SHAPES)
 def test_what_we_save_says_what_it_is_and_keeps_its_tokenizer_in_transformers(
-    shape, kind, random_model, tokenizer, tmp_path
+    kind, random_model, tokenizer, tmp_path
 ):
     transformers = pytest.importorskip("transformers")
-    save_model(random_model(rope_theta=5000.0, **shape), tokenizer, tmp_path)
+    save_model(random_model(rope_theta=5000.0, **SHAPES[kind]), tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     said = {"model_type": kind, "rope_theta": 5000.0, "torch_dtype": "float32"}  # as of old
     assert config.items() >= said.items()
@@ -94,8 +74,7 @@ def test_a_folder_gives_back_model_and_tokenizer_and_is_saved_again_byte_by_byte
         assert torch.equal(a, b), name
     save_model(model, loaded, folder)
     assert files(folder) == before
-    names = "config.json generation_config.json model.safetensors tokenizer.json"
-    assert before.keys() == {*names.split(), "tokenizer_config.json"}
+    assert before.keys() == NAMES
 
 
 def test_a_hash_tells_weights_from_others(folder):
@@ -124,22 +103,6 @@ def test_a_failing_write_leaves_the_old_folder_intact(
     assert files(folder) == before
 
 
-def test_a_failure_in_the_middle_of_the_weights_leaves_the_old_ones(
-    folder, random_model, tokenizer, monkeypatch
-):
-    before, numpy, calls = files(folder), torch.Tensor.numpy, []
-
-    def third_fails(tensor):
-        calls.append(tensor)
-        return numpy(tensor) if len(calls) < 3 else 1 / 0
-
-    monkeypatch.setattr(torch.Tensor, "numpy", third_fails)
-    with pytest.raises(ZeroDivisionError):
-        save_model(random_model(seed=1), tokenizer, folder)
-    monkeypatch.undo()
-    assert files(folder) == before  # and nothing half-written lies about
-
-
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -150,10 +113,6 @@ def config(**changes):
         (folder / "config.json").write_text(json.dumps(kept))
 
     return edit
-
-
-def drop(name):
-    return lambda folder: edit_weights(folder, lambda tensors: tensors.pop(name))
 
 
 def put(name, tensor):
@@ -190,28 +149,15 @@ EXTRA = "tensors that the model in config.json has not, such as model.layers"
         (write("config.json", "{"), "config.json is not valid JSON"),
         (write("config.json", "[1]"), "config.json must hold a JSON object"),
         (config(model_type="mamba"), "must be one of llama, qwen2, qwen3, mistral, not 'mamba'"),
-        (config(model_type=...), "model_type must be one of .* not None"),
-        (config(use_sliding_window=True), "use_sliding_window True is not implemented"),
-        (config(mlp_bias=True), "mlp_bias True is not implemented; only False is"),
         (config(rope_scaling="llama3"), BROKEN),
         (config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), BROKEN),
         (config(num_attention_heads=...), BROKEN),
         (config(num_key_value_heads=3), f"{BROKEN}.*can't share"),
-        (config(num_key_value_heads=0), BROKEN),
-        (config(hidden_size="32"), BROKEN),
-        (config(num_hidden_layers=2.5), BROKEN),
-        (config(vocab_size=-1), BROKEN),
         (config(hidden_size=64), r"has shape \[.*32.*\], but config.json says \[.*64.*\]"),
         (config(num_hidden_layers=3), "lacks 11 tensors, such as model.layers.2"),
         (config(num_hidden_layers=1), f"has 11 {EXTRA}.1"),
         (remove("model.safetensors"), "no model.safetensors"),
         (cut_off, "cut off"),
-        (write("model.safetensors", "hello"), "cut off, or not a safetensors file"),
-        (drop("model.norm.weight"), "lacks 1 tensors, such as model.norm.weight"),
-        (put("model.layers.0.gate", torch.zeros(2)), f"has 1 {EXTRA}.0.gate"),
-        (put("model.layers.0.self_attn.o_proj.bias", torch.zeros(32)), "o_proj.bias"),
-        (put("model.norm.weight", torch.zeros(31)), r"\[31\], but config.json says \[32\]"),
-        (put("model.norm.weight", torch.zeros(32, 1)), r"model.norm.weight has shape \[32, 1\]"),
         (remove("tokenizer.json"), "the tokenizer .* must be a directory with a tokenizer.json"),
         (write("tokenizer.json", "{}"), "tokenizer.json"),
         (fewer_rows, "vocabulary mismatch: .*ids up to 255, but .* embedding has 200 rows"),
@@ -310,11 +256,7 @@ def test_an_exported_folder_is_a_plain_model_in_transformers(
     export(run, "--out", tmp_path / "new/model", "--dtype", dtype)
     assert capsys.readouterr().out.startswith(f"{tmp_path}/new/model: opened again; ids are equal")
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"model"}
-    files = "config.json generation_config.json model.safetensors tokenizer.json"
-    assert {path.name for path in (tmp_path / "new/model").iterdir()} == {
-        *files.split(),
-        "tokenizer_config.json",
-    }
+    assert {path.name for path in (tmp_path / "new/model").iterdir()} == NAMES
     auto = "SequenceClassification" if scalar else "CausalLM"
     theirs = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(tmp_path / "new/model")
     assert theirs.dtype == hub.DTYPES[dtype]
@@ -379,11 +321,11 @@ def test_what_is_written_wrongly_is_not_kept(folder, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_the_command_exports(folder, tmp_path):
-    words = ["-m", "nanollm.hub", "export", folder, "--out", tmp_path / "out", "--dtype", "bf16"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+@pytest.mark.filterwarnings("ignore:'nanollm.hub' found")  # it is imported here already
+def test_the_command_exports(folder, tmp_path, monkeypatch):
+    words = ["export", str(folder), "--out", str(tmp_path / "out"), "--dtype", "bf16"]
+    monkeypatch.setattr(sys, "argv", ["nanollm.hub", *words])
+    runpy.run_module("nanollm.hub", run_name="__main__")
     assert safetensors.load_folder(tmp_path / "out")["model.norm.weight"].dtype == torch.bfloat16
 
 
@@ -393,9 +335,7 @@ def test_the_command_says_how_it_is_written(words):
         hub.main(words, hub.Config("out"))
 
 
-@pytest.mark.parametrize(
-    "shape", [{}, {"qk_norm": False}, {"qk_norm": False, "attention_bias": True}]
-)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_an_exported_folder_has_what_llama_cpps_converter_demands(
     shape, random_model, tokenizer, tmp_path, transformers
 ):
@@ -412,7 +352,6 @@ def test_an_exported_folder_has_what_llama_cpps_converter_demands(
     whole += " intermediate_size max_position_embeddings"
     assert all(type(values[name]) is int for name in whole.split())
     assert {values["rms_norm_eps"], values["rope_theta"]} == {1e-6, 10_000.0}
-    names = safetensors.load_folder(tmp_path / "model")  # the names that it maps
-    assert all(
-        name.startswith(("model.layers.", "model.embed_tokens", "model.norm")) for name in names
-    )
+    mapped = "model.layers.", "model.embed_tokens", "model.norm"
+    names = safetensors.load_folder(tmp_path / "model")
+    assert all(name.startswith(mapped) for name in names)

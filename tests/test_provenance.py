@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import command, free_port, in_new_folder, refused, run
+from helpers import WORDS, command, free_port, in_new_folder, refused, run, turns
 
 import distill
 import lora
@@ -34,53 +34,41 @@ from nanollm.hub import load_model, save_model
 from nanollm.optim import build_optimizer
 from nanollm.tokenizer import Tokenizer
 
-WORDS = "owl fox hen cow pig bee ant elk yak emu eel cod bat rat cat dog".split()
-SMALL = "--batch_size 3 --dtype fp32 --device cpu --steps 2 --eval_every 2 --warmup 1".split()
-SHAPE = "--layers 1 --channels 32 --heads 2 --context 64 --tokenizer bytes --sample_tokens 4"
-PRETRAIN = [*SMALL, *SHAPE.split()]
-INIT = [*SMALL, "--init", "runs/base"]
+SMALL = "--batch_size 3 --dtype fp32 --device cpu --steps 2 --eval_every 2 --warmup 1 "
+SHAPE = "--layers 1 --channels 32 --heads 2 "
+PRETRAIN = SMALL + SHAPE + "--context 64 --tokenizer bytes --sample_tokens 4 "
+INIT = SMALL + "--init runs/base "
+LISTED = "--data asked.jsonl --max_new_tokens 8 "
 SCRIPTS = {  # run -> (script, its flags, the settings that name what it reads)
-    "pretrain": (
-        train_pretrain,
-        [*PRETRAIN, "--data", "text.txt", "--val_data", "val.txt"],
-        "data val_data",
-    ),
-    "shards": (train_pretrain, [*PRETRAIN, "--data", "shards", "--val_data", "shards"], "data"),
+    "pretrain": (train_pretrain, f"{PRETRAIN} --data text.txt --val_data val.txt", "data val_data"),
+    "shards": (train_pretrain, f"{PRETRAIN} --data shards --val_data shards", "data"),
     "sft": (
         train_sft,
-        [*INIT, *"--data chats.jsonl --replay_data text.txt --context 48".split()],
+        f"{INIT} --data chats.jsonl --replay_data text.txt --context 48",
         "init data replay_data",
     ),
-    "rm": (train_rm, [*INIT, "--data", "pairs.jsonl"], "init data"),
+    "rm": (train_rm, f"{INIT} --data pairs.jsonl", "init data"),
     "ppo": (
         train_ppo,
-        [*INIT, *"--reward_model runs/rm --data asked.jsonl --max_new_tokens 8".split()]
-        + ["--eval_prompts", "2"],
+        f"{INIT} {LISTED} --reward_model runs/rm --eval_prompts 2",
         "init data reward_model",
     ),
-    "dpo": (
-        train_dpo,
-        [*INIT, *"--data pairs.jsonl --eval_prompts 2 --adapter lora".split()],
-        "init data",
-    ),
-    "grpo": (
-        train_grpo,
-        [*INIT, *"--data asked.jsonl --max_new_tokens 8 --samples 2 --eval_samples 1".split()],
-        "init data",
-    ),
+    "dpo": (train_dpo, f"{INIT} --data pairs.jsonl --eval_prompts 2 --adapter lora", "init data"),
+    "grpo": (train_grpo, f"{INIT} {LISTED} --samples 2 --eval_samples 1", "init data"),
     "distill": (
         distill,
-        [*SMALL, *"--teacher runs/base --layers 1 --channels 32 --heads 2 --mlp 32".split()]
-        + "--data chats.jsonl --max_new_tokens 4 --unlabelled 4 --test_data asked.jsonl".split(),
+        f"{SMALL} {SHAPE} --mlp 32 --teacher runs/base --data chats.jsonl --max_new_tokens 4 "
+        "--unlabelled 4 --test_data asked.jsonl",
         "teacher data test_data",
     ),
     "lora": (
         lora,
-        [*INIT, *"--data chats.jsonl --test_data asked.jsonl --context 48".split()]
-        + "--other_data asked.jsonl --other_text text.txt".split(),
+        f"{INIT} --data chats.jsonl --context 48 --test_data asked.jsonl --other_data asked.jsonl "
+        "--other_text text.txt",
         "init data other_text",
     ),
 }
+SCRIPTS = {name: (module, flags.split(), reads) for name, (module, flags, reads) in SCRIPTS.items()}
 READS = [(name, setting) for name in SCRIPTS for setting in SCRIPTS[name][2].split()]
 
 
@@ -89,16 +77,13 @@ def trained(tmp_path_factory):
     """A directory with data, a model, and a run of each script."""
     with in_new_folder(tmp_path_factory) as folder:
         Path("val.txt").write_text("the cat sat on the log. " * 20)
-        said = [
-            [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}]
-            for w in WORDS * 3
-        ]
+        said = [turns(f"say {word}", word) for word in WORDS * 3]
         write_jsonl("chats.jsonl", [{"messages": messages} for messages in said])
         pairs = [{"prompt": f"say {w}", "chosen": f"{w} please", "rejected": w} for w in WORDS * 3]
         write_jsonl("pairs.jsonl", pairs)
         write_jsonl("asked.jsonl", [{"prompt": f"say {w}", "answer": w} for w in WORDS * 3])
         write_shards(["the cat sat on the mat. " * 99], Tokenizer.from_bytes(), "shards")
-        run(train_pretrain, *PRETRAIN, "--data", "text.txt", out="runs/base")
+        run(train_pretrain, *PRETRAIN.split(), "--data", "text.txt", out="runs/base")
         for name, (module, flags, _) in SCRIPTS.items():
             run(module, *flags, out=f"runs/{name}")
     return folder
@@ -215,15 +200,14 @@ def test_a_folder_that_another_process_writes_is_refused(here, capsys, name):
 
 
 def test_of_two_runs_into_one_folder_one_is_refused(here):
-    flags = [*SCRIPTS["pretrain"][1], "--steps", 300, "--eval_every", 300, "--out", "runs/same"]
+    flags = [*SCRIPTS["pretrain"][1], "--steps", 100, "--eval_every", 100, "--out", "runs/same"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(**command("train_pretrain.py", *flags), **pipes) for _ in range(2)]
     said = {process.wait(): process.stderr.read() for process in both}
     assert said.keys() == {0, 2} and "is being written by another process" in said[2]
     steps = [json.loads(line)["step"] for line in Path("runs/same/metrics.jsonl").open()]
-    assert (
-        steps == sorted(steps) and steps.count(1) == 1 and not Path("runs/same.previous").exists()
-    )
+    assert steps == sorted(steps) and steps.count(1) == 1
+    assert not Path("runs/same.previous").exists()
 
 
 def test_a_lock_is_for_others_until_it_is_given_back(tmp_path):
@@ -349,16 +333,16 @@ def test_downloaded_models_are_trained_by_a_preset_and_a_note_says_so(
     if name != "distill":
         flags += ["--init", "runs/base"]
     monkeypatch.setattr("nanollm.run.LARGE_MODEL", 1000)
-    capsys.readouterr()
     for more, noted in (
-        (["--preset", "downloaded"], False),
-        (["--preset", "tiny"], name != "distill"),  # whose student is new
-        (["--optimizer", "adamw", "--lr", "1e-5"], False),
-    ):
-        cfg = parse(module.Config, module.PRESETS, [*flags, *more])
+        ("--preset downloaded", False),
+        ("--preset tiny", name != "distill"),  # whose student is new
+        ("--optimizer adamw --lr 1e-5", False),
+    )[: 3 if name in ("sft", "distill") else 1]:
+        capsys.readouterr()
+        cfg = parse(module.Config, module.PRESETS, [*flags, *more.split()])
         module.main(cfg)
         assert ("note: " in capsys.readouterr().out) == noted, more
-        if more[1] == "downloaded":
+        if "downloaded" in more:
             assert cfg.optimizer == "adamw" and cfg.lr <= 2e-4 and cfg.checkpoint_activations
 
 

@@ -1,5 +1,6 @@
 """Chat templates of others, as transformers renders them: ids, loss masks, folders and stops."""
 
+import functools
 import itertools
 import json
 import random
@@ -11,6 +12,7 @@ import torch
 from conftest import SMALL, randomise
 from helpers import turns
 from jinja2 import TemplateError
+from test_tokenizer import QWEN_PATTERN
 
 from nanollm.batches import pad_completions
 from nanollm.config import UserError
@@ -26,51 +28,33 @@ AutoTokenizer = transformers.AutoTokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
 TEXT = "the cat sat on the mat, and the user asked: what is 2 + 3? assistant: café 5.\n\n" * 3
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
 LLAMA3 += ["<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
 SENTENCES = ["<s>", "</s>", "<unk>"]
-THOUGHTS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"]
-THOUGHTS += ["</tool_response>"]
-PHI3 = [
-    "<|endoftext|>",
-    "<unk>",
-    *(f"<|{name}|> r" for name in ("user", "assistant", "system", "end")),
-]
+THOUGHTS = "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response>".split()
+PHI3 = ["<|endoftext|>", "<unk>", "<|user|> r", "<|assistant|> r", "<|system|> r", "<|end|> r"]
 PHI4 = [f"<|{name}|> lr" for name in ("endoftext", "im_start", "im_sep", "im_end")]
 R1 = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
 GEMMA = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+END, IM_END = "<|endoftext|>", "<|im_end|>"
 
 # templates/NAME.jinja has the constructs of a real family:
 # NAME: (special tokens, other added tokens, bos_token, eos_token)
 FAMILIES = {
-    "qwen2": (CHATML, THOUGHTS[2:4], None, "<|im_end|>"),  # a default system prompt
-    "qwen3": (CHATML, THOUGHTS, None, "<|im_end|>"),  # drops the thoughts of earlier turns
-    "qwen3_thinking": (
-        CHATML,
-        THOUGHTS[:2],
-        None,
-        "<|im_end|>",
-    ),  # <think> in the generation prompt
+    "qwen2": (CHATML, THOUGHTS[2:4], None, IM_END),  # a default system prompt
+    "qwen3": (CHATML, THOUGHTS, None, IM_END),  # drops the thoughts of earlier turns
+    "qwen3_thinking": (CHATML, THOUGHTS[:2], None, IM_END),  # <think> in the generation prompt
     "r1": (R1[:2], [*R1[2:], *THOUGHTS[:2]], *R1[:2]),  # there, and thoughts are dropped
     "zephyr": (SENTENCES, [], "<s>", "</s>"),  # line ends between statements
-    "phi3": (PHI3, [], None, "<|endoftext|>"),  # ends with another token than a turn
-    "phi4": (PHI4, [], "<|endoftext|>", "<|im_end|>"),  # marks that take the blanks around them
+    "phi3": (PHI3, [], None, END),  # ends with another token than a turn
+    "phi4": (PHI4, [], END, IM_END),  # marks that take the blanks around them
     "llama3": (LLAMA3, [], "<|begin_of_text|>", "<|eot_id|>"),  # the date, ipython, trim
     "llama2": (SENTENCES, [], "<s>", "</s>"),  # the system prompt in the first turn
     "mistral": ([*SENTENCES, "[INST]", "[/INST]"], [], "<s>", "</s>"),  # and in the last one
     "gemma": (GEMMA, [], "<bos>", "<eos>"),  # a model for an assistant, and no system
-    "smollm3": (CHATML, THOUGHTS[:2], None, "<|im_end|>"),  # generation marks, a macro, continue
-    "olmo": (
-        ["<|endoftext|>", "<|padding|>"],
-        [],
-        "<|endoftext|>",
-        "<|endoftext|>",
-    ),  # one token for all
+    "smollm3": (CHATML, THOUGHTS[:2], None, IM_END),  # generation marks, a macro, continue
+    "olmo": ([END, "<|padding|>"], [], END, END),  # one token for all
 }
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"what": "2 + 3 – é"}}}
@@ -92,7 +76,7 @@ def base():
     t = pytest.importorskip("tokenizers")
     peer = t.Tokenizer(t.models.BPE())
     level = t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    steps = [t.pre_tokenizers.Split(t.Regex(SPLIT), "isolated"), level]
+    steps = [t.pre_tokenizers.Split(t.Regex(QWEN_PATTERN), "isolated"), level]
     peer.normalizer, peer.decoder = t.normalizers.NFC(), t.decoders.ByteLevel()
     peer.pre_tokenizer = t.pre_tokenizers.Sequence(steps)
     trainer = {"vocab_size": 330, "initial_alphabet": t.pre_tokenizers.ByteLevel.alphabet()}
@@ -125,12 +109,14 @@ def downloaded(folder, base, family):
     return write(folder, base, special, words, named)
 
 
+peer_of = functools.cache(AutoTokenizer.from_pretrained)
+
+
 def theirs(folder, messages, generation_prompt=False):
     """The ids of transformers, or None where it refuses."""
-    peer = AutoTokenizer.from_pretrained(folder)
     how = {"tokenize": True, "return_dict": False, "add_generation_prompt": generation_prompt}
     try:
-        return peer.apply_chat_template(messages, **how)
+        return peer_of(folder).apply_chat_template(messages, **how)
     except (TemplateError, TypeError):
         return None
 
@@ -200,6 +186,7 @@ def test_no_text_that_spells_a_marker_becomes_one(family, base, tokenizer, tmp_p
 
 # --- what is trained on --------------------------------------------------------------------------
 
+SUM = '{"what": "2 + 3 – é"}'
 Q3, THINK = "<think>\n%s\n</think>\n\n%s<|im_end|>", "begins this answer otherwise"
 TRAINED = [  # family, number of the dialogue, what is trained on, or why it isn't
     ("qwen2", 2, "b<|im_end|>2<|im_end|>5 \n<|im_end|>"),
@@ -213,11 +200,7 @@ TRAINED = [  # family, number of the dialogue, what is trained on, or why it isn
     ("phi3", 2, "b<|end|>2<|end|>5 \n<|end|>"),
     ("phi4", 2, "b<|im_end|>2<|im_end|>5<|im_end|>"),
     ("llama2", 1, " sat </s>"),
-    (
-        "llama3",
-        6,
-        '{"name": "add", "parameters": {"what": "2 + 3 – é"}}<|eot_id|>it is 5<|eot_id|>',
-    ),
+    ("llama3", 6, f'{{"name": "add", "parameters": {SUM}}}<|eot_id|>it is 5<|eot_id|>'),
     ("mistral", 0, "5.</s>"),
     ("mistral", 1, THINK),
     ("gemma", 2, "b<end_of_turn>2<end_of_turn>5<end_of_turn>"),
@@ -352,22 +335,9 @@ def bos(*pieces, base):
     return {"type": "TemplateProcessing", "single": kinds, "pair": kinds, "special_tokens": ids}
 
 
-@pytest.mark.parametrize(
-    "pieces, config",
-    [
-        (["<s>", "A"], {}),
-        (["<s>", "A", "</s>"], {}),
-        (["A"], {}),
-        (
-            ["<s>", "A"],
-            {"add_bos_token": False, "add_eos_token": True},
-        ),  # which transformers ignores
-    ],
-)
-def test_a_document_and_a_cloze_prompt_begin_as_the_post_processor_wants(
-    pieces, config, base, tmp_path
-):
-    config = {"bos_token": "<s>", "eos_token": "</s>", **config}
+@pytest.mark.parametrize("pieces", [["<s>", "A"], ["<s>", "A", "</s>"], ["A"]])
+def test_a_document_and_a_cloze_prompt_begin_as_the_post_processor_wants(pieces, base, tmp_path):
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": "A" == pieces[0]}  # ignored
     spec = {"post_processor": bos(*pieces, base=base)}
     folder = write(tmp_path / "a", base, SENTENCES, own=config, spec=spec)
     tokenizer = Tokenizer.load(folder)
@@ -403,11 +373,9 @@ def test_words_that_were_added_are_found_in_any_text(flags, nfc, base, tmp_path)
     tokenizer, peer = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
     tokenizer.save(tmp_path / "ours")
     after = AutoTokenizer.from_pretrained(tmp_path / "ours")
-    noise, pieces = (
-        random.Random(1),
-        [*words, *" \n\xa0\x1cao", "  ", "o\u0306", "house", "<", "sep>"],
-    )
-    for _ in range(300):
+    noise = random.Random(1)
+    pieces = [*words, *" \n\xa0\x1cao", "  ", "o\u0306", "house", "<", "sep>"]
+    for _ in range(150):
         text = "".join(noise.choices(pieces, k=noise.randrange(1, 12)))
         wanted = peer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.encode(text, special=True) == wanted, text

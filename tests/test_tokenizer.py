@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import regex
 import tiktoken
+from helpers import turns
 
 from nanollm.config import UserError
 from nanollm.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, cut, merge_pair, train_bpe
@@ -50,22 +51,22 @@ def texts():
         low, high = noise.choice(ranges)
         return "".join(chr(noise.randrange(low, high)) for _ in range(noise.randrange(1, 6)))
 
-    made = ["".join(word() for _ in range(noise.randrange(1, 12))) for _ in range(1500)]
+    made = ["".join(word() for _ in range(noise.randrange(1, 12))) for _ in range(800)]
     glue = "'s 'S 'll 't a ab 1 12 . !\n é e\u0301 ſ 中 🙂 ' \u200d K".split(" ")
     glue += [" ", "  ", "\n", "\r\n", "\t", "\u2028", "\u0085", "\x1c"]
-    made += ["".join(noise.choices(glue, k=noise.randrange(1, 15))) for _ in range(2000)]
+    made += ["".join(noise.choices(glue, k=noise.randrange(1, 15))) for _ in range(1200)]
     for name in ("tinystories.txt", "tinyshakespeare.txt"):
         if (SAMPLES / name).exists():
-            made += (SAMPLES / name).read_text(encoding="utf-8")[:100_000].split("\n\n")
+            made += (SAMPLES / name).read_text(encoding="utf-8")[:50_000].split("\n\n")
     if (SAMPLES / "hh_harmless_test.jsonl.gz").exists():
         with gzip.open(SAMPLES / "hh_harmless_test.jsonl.gz", "rt", encoding="utf-8") as lines:
             made += [json.loads(next(lines))["chosen"] for _ in range(100)]
     return made + [TEXT, ""]
 
 
-def assigned():
-    """Every code point that this Python's Unicode tables know, surrogates excepted."""
-    return [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
+def assigned(text):
+    """Does this Python's Unicode know all its characters, none half of a surrogate pair?"""
+    return not {*map(unicodedata.category, text)} & {"Cn", "Cs"}
 
 
 def auto_tokenizer(folder, model_type=None):
@@ -150,12 +151,9 @@ def test_the_pattern_cuts_words_digits_and_line_ends(text, pieces):
     assert cut(text) == regex.findall(PATTERN, text) == pieces
 
 
-def test_every_code_point_survives_in_context(trained):
-    for context in ("{}", " {}a"):
-        text = "".join(
-            context.replace("{}", chr(c)) for c in range(0x110000) if not 0xD800 <= c < 0xE000
-        )
-        assert trained.decode(trained.encode(text)) == text
+def test_every_code_point_survives(trained):
+    text = "".join(f" {chr(c)}a" for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    assert trained.decode(trained.encode(text)) == text
 
 
 def test_the_pattern_cuts_alike_in_the_trainer_tiktoken_regex_and_tokenizers(texts):
@@ -166,7 +164,10 @@ def test_the_pattern_cuts_alike_in_the_trainer_tiktoken_regex_and_tokenizers(tex
     ranks = train_bpe([], 256)  # and every two bytes are a token: a cut between them shows
     ranks |= {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
     encoding = Tokenizer(ranks, {"<|user|>": 10**5, "<|end|>": 10**5 + 1}).encoding
-    chars = assigned()
+    chars = [c for c in map(chr, range(0x110000)) if assigned(c)]
+    large = ("CJK", "HANGUL SYLLABLE", "TANGUT", "no name")  # of these, and private ones, a few
+    names = ((c, unicodedata.name(c, "no name" if ord(c) > 0xE000 else "control")) for c in chars)
+    chars = [c for c, name in names if ord(c) % 64 == 0 or not name.startswith(large)]
     for context in ("{}", " {}a", "'s{}\n", "1 {} \r\n"):
         for part in range(0, len(chars), 200):  # short texts: pre_tokenize_str is quadratic
             text = "".join(context.replace("{}", c) for c in chars[part : part + 200])
@@ -175,9 +176,8 @@ def test_the_pattern_cuts_alike_in_the_trainer_tiktoken_regex_and_tokenizers(tex
             merged = [id for piece in cuts for id in encoding._encode_single_piece(piece)]
             assert encoding.encode_ordinary(text) == merged
             assert cut(text) == cuts
-    known = set(chars)
-    known = [text for text in texts if known.issuperset(text)]
-    assert len(known) > 2000
+    known = list(filter(assigned, texts))
+    assert len(known) > 1000
     assert [cut(text) for text in known] == [regex.findall(PATTERN, text) for text in known]
 
 
@@ -215,9 +215,7 @@ def test_text_that_spells_a_special_token_stays_text_unless_special_tokens_are_a
 
 def test_the_mask_covers_the_answer_and_the_end_of_its_turn(tokenizer):
     user, assistant, end = (tokenizer.special[f"<|{n}|>"] for n in ("user", "assistant", "end"))
-    ids, mask = tokenizer.render(
-        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    )
+    ids, mask = tokenizer.render(turns("hi", "yo"))
     assert ids == [user, 104, 105, end, assistant, 121, 111, end]
     assert mask == [False] * 5 + [True] * 3
 
@@ -227,15 +225,6 @@ def test_what_a_tool_has_answered_in_between_is_not_trained_on(tokenizer):
     ids, mask = tokenizer.render([{"role": "assistant", "content": said}])
     learnt = tokenizer.decode([id for id, trained in zip(ids, mask) if trained])
     assert learnt == "a<tool_call>b</tool_call>d<|end|>"
-
-
-def test_a_prompt_and_its_answer_are_the_ids_of_the_whole_chat(trained):
-    ids, mask = trained.render(CHAT[:2])
-    prompt, prompt_mask = trained.render(CHAT[:2], generation_prompt=True)
-    assert prompt == ids + [trained.special["<|assistant|>"]] and prompt_mask == mask + [False]
-    whole, mask = trained.render(CHAT[:3])
-    assert whole[: len(prompt)] == prompt
-    assert mask == [False] * len(prompt) + [True] * (len(whole) - len(prompt))
 
 
 def test_a_turn_with_loss_false_is_not_trained(trained):
@@ -270,7 +259,6 @@ def test_an_image_takes_so_many_placeholders_where_images_are_meant(trained, tmp
         ({"content": "x"}, "message 1: role None"),
         ({"role": "user"}, "message 1: .*content"),
         ({"role": "user", "content": ["x"]}, "message 1: .*content"),
-        ({"role": ["user"], "content": "x"}, "message 1: role"),
         ("hello", "message 1: "),
     ],
 )
@@ -292,7 +280,7 @@ def test_a_saved_tokenizer_loads_as_itself_and_saves_the_same_bytes(trained, tmp
     assert a == b and sorted(a) == ["tokenizer.json", "tokenizer_config.json"]
 
 
-@pytest.mark.parametrize("model_type", [None, "llama", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_autotokenizer_gives_the_same_ids(trained, texts, tmp_path, model_type):
     trained.save(tmp_path)
     peer = auto_tokenizer(tmp_path, model_type)
@@ -310,18 +298,6 @@ def test_a_token_that_no_merge_makes_is_still_found_as_a_whole_piece(tmp_path):
     tokenizer.save(tmp_path)
     assert tokenizer.encode("cat") == hf_ids(auto_tokenizer(tmp_path), "cat") == [999]
     assert Tokenizer.load(tmp_path) == tokenizer
-
-
-@pytest.mark.parametrize("generation_prompt", [False, True])
-def test_the_chat_template_gives_the_ids_of_render(trained, texts, tmp_path, generation_prompt):
-    trained.save(tmp_path)
-    peer = auto_tokenizer(tmp_path)
-    varied = [[{"role": "user", "content": text}, CHAT[4]] for text in texts[::50]]
-    for chat in [CHAT, CHAT[:2], *varied]:
-        theirs = peer.apply_chat_template(
-            chat, tokenize=True, return_dict=False, add_generation_prompt=generation_prompt
-        )
-        assert theirs == trained.render(chat, generation_prompt=generation_prompt)[0]
 
 
 # --- tokenizer.json, foreign ------------------------------------------------------------------
@@ -376,28 +352,20 @@ def test_a_foreign_tokenizer_gives_its_own_ids_and_keeps_them_when_we_save_it(
         assert n % 3 or after(text)["input_ids"] == peer.encode(text).ids, text
 
 
-RENDERED = {  # kind: (a chat, what is trained on, the end of a text)
-    "qwen": (
-        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n",
-        "yo<|im_end|>",
-        "<|endoftext|>",
-    ),
-    "llama3": (
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nyo<|eot_id|>",
-        "yo<|eot_id|>",
-        "<|end_of_text|>",
-    ),
+IM = "<|im_start|>%s\n%s<|im_end|>\n"
+HEADER = "<|start_header_id|>%s<|end_header_id|>\n\n%s<|eot_id|>"
+RENDERED = {  # kind: (before a chat, a turn, what is trained on, the end of a text)
+    "qwen": ("", IM, "yo<|im_end|>", "<|endoftext|>"),
+    "llama3": ("<|begin_of_text|>", HEADER, "yo<|eot_id|>", "<|end_of_text|>"),
 }
 
 
 @pytest.mark.parametrize("kind", RENDERED)
 def test_foreign_chat_marks_are_used_where_they_exist(kind, tmp_path):
     peer, ours = foreign(tmp_path, kind), Tokenizer.load(tmp_path)
-    whole, learnt, eot = RENDERED[kind]
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    ids, mask = ours.render(chat)
-    assert ours.decode(ids) == whole
+    begin, turn, learnt, eot = RENDERED[kind]
+    ids, mask = ours.render(turns("hi", "yo"))
+    assert ours.decode(ids) == begin + turn % ("user", "hi") + turn % ("assistant", "yo")
     assert ours.decode([id for id, on in zip(ids, mask) if on]) == learnt
     assert (ours.vocab_size, ours.eot_id) == (peer.get_vocab_size(), peer.token_to_id(eot))
     ours.save(tmp_path / "ours")
@@ -480,10 +448,10 @@ def test_what_would_encode_differently_is_refused(tmp_path, path, value, complai
         Tokenizer.load(spoilt(tmp_path, change))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_a_malformed_file_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match="malformed"):
+    with pytest.raises(UserError, match="not valid JSON|must hold a JSON object|malformed"):
         Tokenizer.load(tmp_path)
 
 
