@@ -47,19 +47,30 @@ def edit_weights(folder, change):
 # --- what others read ----------------------------------------------------------------------------
 
 
+WHOLE = "num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_size "
+WHOLE += "intermediate_size max_position_embeddings"
+
+
 @pytest.mark.parametrize("kind", SHAPES)
-def test_what_we_save_says_what_it_is_and_keeps_its_tokenizer_in_transformers(
-    kind, random_model, tokenizer, tmp_path
+def test_what_we_save_says_what_it_is_to_transformers_and_llama_cpp(
+    kind, random_model, tokenizer, tmp_path, transformers
 ):
-    transformers = pytest.importorskip("transformers")
     save_model(random_model(rope_theta=5000.0, **SHAPES[kind]), tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     said = {"model_type": kind, "rope_theta": 5000.0, "torch_dtype": "float32"}  # as of old
+    said |= {"architectures": [f"{kind.title()}ForCausalLM"], "rms_norm_eps": 1e-6}
     assert config.items() >= said.items()
-    assert "lm_head.weight" not in safetensors.load_folder(tmp_path)  # tied: written once
+    assert all(type(config[name]) is int for name in WHOLE.split())
+    tensors = safetensors.load_folder(tmp_path)
+    assert "lm_head.weight" not in tensors  # tied: written once
+    mapped = "model.layers.", "model.embed_tokens", "model.norm"  # by llama.cpp's converter
+    assert all(name.startswith(mapped) for name in tensors)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         assert theirs(text)["input_ids"] == tokenizer.encode(text, special=True)
+    assert max(theirs.get_vocab().values()) < config["vocab_size"]
+    source = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    assert source["type"] == "BPE" and not source.get("byte_fallback")  # then it is read as GPT-2's
     generation = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert generation.eos_token_id == sorted(tokenizer.stop_ids) and len(tokenizer.stop_ids) == 2
     assert (generation.pad_token_id, generation.do_sample) == (tokenizer.pad_id, False)
@@ -242,8 +253,10 @@ def export(folder, *flags):
     hub.main(["export", str(folder)], parse(hub.Config, None, list(map(str, flags))))
 
 
-@pytest.mark.parametrize("dtype, error", [("fp32", 0.0), ("bf16", 2e-2), ("fp16", 3e-3)])
-@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize(
+    "scalar, dtype, error",
+    [(False, "fp32", 0.0), (False, "bf16", 2e-2), (False, "fp16", 3e-3), (True, "bf16", 2e-2)],
+)
 def test_an_exported_folder_is_a_plain_model_in_transformers(
     scalar, dtype, error, random_model, tokenizer, tmp_path, transformers, capsys
 ):
@@ -333,25 +346,3 @@ def test_the_command_exports(folder, tmp_path, monkeypatch):
 def test_the_command_says_how_it_is_written(words):
     with pytest.raises(UserError, match="write python -m nanollm.hub export RUN --out DIR"):
         hub.main(words, hub.Config("out"))
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_an_exported_folder_has_what_llama_cpps_converter_demands(
-    shape, random_model, tokenizer, tmp_path, transformers
-):
-    known = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-    save_model(random_model(**shape), tokenizer, tmp_path / "run")
-    export(tmp_path / "run", "--out", tmp_path / "model", "--dtype", "bf16")
-    values = json.loads((tmp_path / "model/config.json").read_text())
-    assert values["architectures"][0] in known
-    source = json.loads((tmp_path / "model/tokenizer.json").read_text())["model"]
-    assert source["type"] == "BPE" and not source.get("byte_fallback")  # then it is read as GPT-2's
-    vocab = transformers.AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab()
-    assert max(vocab.values()) < values["vocab_size"]
-    whole = "num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_size"
-    whole += " intermediate_size max_position_embeddings"
-    assert all(type(values[name]) is int for name in whole.split())
-    assert {values["rms_norm_eps"], values["rope_theta"]} == {1e-6, 10_000.0}
-    mapped = "model.layers.", "model.embed_tokens", "model.norm"
-    names = safetensors.load_folder(tmp_path / "model")
-    assert all(name.startswith(mapped) for name in names)

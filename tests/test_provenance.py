@@ -148,7 +148,8 @@ def test_a_refused_resume_changes_nothing_on_disk(here, capsys, name):
     module, _, _ = SCRIPTS[name]
     path = Path("runs", name, "state.pt")
     before = path.read_bytes()
-    for damage, flags, why in CAUSES.values():
+    # what is wrong with the file itself is found in one place for all
+    for damage, flags, why in [*CAUSES.values()][0 if name == "sft" else 2 :]:
         now = damage(before)
         path.unlink() if now is None else path.write_bytes(now)
         if flags == ["--optimizer"]:
@@ -200,7 +201,7 @@ def test_a_folder_that_another_process_writes_is_refused(here, capsys, name):
 
 
 def test_of_two_runs_into_one_folder_one_is_refused(here):
-    flags = [*SCRIPTS["pretrain"][1], "--steps", 100, "--eval_every", 100, "--out", "runs/same"]
+    flags = [*SCRIPTS["pretrain"][1], "--steps", 300, "--eval_every", 300, "--out", "runs/same"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(**command("train_pretrain.py", *flags), **pipes) for _ in range(2)]
     said = {process.wait(): process.stderr.read() for process in both}
