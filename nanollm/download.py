@@ -132,7 +132,7 @@ def fetch_model(name, folder):
     say(f"downloading {name} from {endpoint()} into {folder}")
     weights = next((file for file in WEIGHTS if fetch_file(name, revision, part / file)), None)
     if weights is None:
-        part.rmdir()
+        shutil.rmtree(part)
         other = "no model.safetensors; no other file of weights is read here, choose another model"
         raise UserError(f"{endpoint()}/{name} has {other}")
     if weights == INDEX:

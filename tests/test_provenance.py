@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import WORDS, command, free_port, in_new_folder, refused, run, turns
+from helpers import WORDS, as_two_processes, begin, command, in_new_folder, refused, run, turns
 
 import distill
 import lora
@@ -162,13 +162,11 @@ def test_a_refused_resume_changes_nothing_on_disk(here, capsys, name):
 
 
 def test_a_number_of_processes_that_cannot_share_the_batch_changes_nothing(here):
-    both = command("train_sft.py", "--out", "runs/sft", "--resume")
-    where = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
-    both["args"][1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *where]
     before = snapshot()
-    done = subprocess.run(**both, capture_output=True, text=True)
-    assert "3 rows per step can't be shared by 2 processes" in done.stderr
-    assert snapshot() == before
+    said = as_two_processes("train_sft.py", "--out", "runs/sft", "--resume", code=2)
+    assert "3 rows per step can't be shared by 2 processes" in said
+    after = {path: data for path, data in snapshot().items() if path.name[:5] != "said_"}
+    assert after == before
 
 
 # --- one process for a folder --------------------------------------------------------------------
@@ -202,10 +200,12 @@ def test_a_folder_that_another_process_writes_is_refused(here, capsys, name):
 
 def test_of_two_runs_into_one_folder_one_is_refused(here):
     flags = [*SCRIPTS["pretrain"][1], "--steps", 300, "--eval_every", 300, "--out", "runs/same"]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(**command("train_pretrain.py", *flags), **pipes) for _ in range(2)]
-    said = {process.wait(): process.stderr.read() for process in both}
-    assert said.keys() == {0, 2} and "is being written by another process" in said[2]
+    both = [begin("train_pretrain.py", *flags, said="of_two.txt") for _ in range(2)]
+    for process in both:
+        process.join()
+    assert {process.exitcode for process in both} == {0, 2}
+    # the lock is taken, or its owner's first file is there
+    assert "error: runs/same " in Path("of_two.txt").read_text()
     steps = [json.loads(line)["step"] for line in Path("runs/same/metrics.jsonl").open()]
     assert steps == sorted(steps) and steps.count(1) == 1
     assert not Path("runs/same.previous").exists()
