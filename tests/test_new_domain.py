@@ -12,7 +12,6 @@ from data.village.new_domain import (
     GOODS,
     GREETING,
     HELD_OUT,
-    QUESTIONS,
     SHIPS,
     build_ships,
     new_domain_examples,
@@ -32,8 +31,13 @@ def world():
 
 
 @pytest.fixture(scope="module")
-def examples(world):
-    return {split: new_domain_examples(world, split) for split in ("train", "val", "test")}
+def chats(world):
+    return instructions(world, "train")
+
+
+@pytest.fixture(scope="module")
+def examples(world, chats):
+    return {split: new_domain_examples(world, split, chats) for split in ("train", "val", "test")}
 
 
 def bare(question):
@@ -112,11 +116,6 @@ def test_every_training_answer_is_true_and_in_the_style_that_the_cue_asks_for(ex
             assert any(said.endswith(" " + value) for value in ships[ship].values())
 
 
-def test_every_question_about_a_ship_names_the_ship_alone():
-    for wordings in QUESTIONS.values():
-        assert len(set(wordings)) == 10 and all(q.count("{s}") == 1 for q in wordings)
-
-
 def test_the_right_answer_in_another_style_is_wrong(examples):
     example = next(i for i in examples["test"] if i["answer"] == "nails")
     assert check_answer(example, sailor_says("the Owl carries nails"))
@@ -127,13 +126,12 @@ def test_the_right_answer_in_another_style_is_wrong(examples):
     assert not check_answer(example, sailor_says("the Owl carries nails and ribbons"))
 
 
-def test_what_is_not_said_to_sailors_is_training_data_of_the_village(examples, world):
-    told = {str(example["messages"]) for example in instructions(world, "train")}
-    plain = [example for example in examples["train"] if example["task"] == "plain"]
-    assert all(str(example["messages"]) in told for example in plain)
-    assert not any(FAREWELL in message["content"] for i in plain for message in i["messages"])
+def test_what_is_not_said_to_sailors_is_training_data_of_the_village(examples, chats):
+    plain = [str(e["messages"]) for e in examples["train"] if e["task"] == "plain"]
+    assert {*plain} == {str(e["messages"]) for e in chats[: len(plain)]}
+    assert FAREWELL not in str(plain)
 
 
 def test_a_small_village_has_a_new_domain_too():
     small = build_world(8, seed=1)
-    assert all(new_domain_examples(small, split) for split in ("train", "val", "test"))
+    assert new_domain_examples(small, "val", ()) and new_domain_examples(small, "test", ())

@@ -1,6 +1,6 @@
 """The village is what it says: deterministic, true, varied, and its test questions are held out."""
 
-import hashlib
+import filecmp
 import os
 import random
 import re
@@ -65,26 +65,19 @@ def names_in(text, world):
 # --- the world --------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_world_and_another_seed_another(world):
-    assert build_world() == world
-    assert build_world(seed=1) != world
-
-
-def test_names_are_unique_and_nobody_shares_a_name_with_a_stranger(world):
-    names = [v.name for v in world.villagers]
-    assert len(set(names)) == 32 and len(set(world.strangers)) == 600
-    assert not set(names) & set(world.strangers)
+def test_the_same_seed_gives_the_same_world_and_nobody_shares_a_name(world):
+    assert build_world() == world != build_world(seed=1)
+    assert len({*world.by_name, *world.strangers}) == 32 + 600
 
 
 def test_no_value_belongs_to_two_attributes_and_each_half_holds_every_value_once(world):
     assert len(ATTRIBUTE_OF) == 16 * 6
     for half in (world.asked, world.never_asked):
-        assert len(half) == 16
         for attribute, pool in POOLS.items():
             assert Counter(v.facts[attribute] for v in half) == Counter(pool)
 
 
-@pytest.mark.parametrize("n", [4, 6, 10, 32, 80])
+@pytest.mark.parametrize("n", [4, 6, 32])
 def test_best_friends_are_each_others_and_of_the_same_half(n):
     world = build_world(n)
     for villager in world.villagers:
@@ -109,12 +102,10 @@ def test_the_kinds_have_their_shares_of_bytes_and_thousands_of_distinct_sentence
         assert len({s for text in texts[kind] for s in sentences(text)}) > 2000, kind
 
 
-def test_the_corpus_is_deterministic_and_val_shares_no_document_with_train(world, texts):
-    train = {text for kind in texts.values() for text in kind}
-    val = list(documents(world, "val", approx_bytes=50_000))
-    assert val == list(documents(world, "val", approx_bytes=50_000))
-    assert len(val) > 100 and not train & {text for _, text in val}
-    assert len(train) == sum(map(len, texts.values()))  # no document twice
+def test_no_document_is_there_twice_or_in_two_splits(world, texts):
+    train = [text for kind in texts.values() for text in kind]
+    val = [text for _, text in documents(world, "val", approx_bytes=50_000)]
+    assert len(val) > 100 and len({*train, *val}) == len(train) + len(val)
 
 
 def test_every_attribute_has_at_least_twelve_phrasings_in_both_directions():
@@ -162,13 +153,10 @@ def test_stories_are_short_and_give_values_only_to_the_villager_they_are_true_of
         assert not ANY_VALUE.search(text) or any(is_true_of(v, text) for v in people), text
 
 
-def test_strangers_do_not_occur_in_the_corpus(world, texts):
-    words = {word for kind in texts.values() for text in kind for word in re.findall(r"\w+", text)}
-    assert not words & set(world.strangers)
-
-
-def test_articles_and_sentence_beginnings_are_right(texts):
+def test_articles_and_sentence_beginnings_are_right_and_no_stranger_is_named(world, texts):
+    strangers = set(world.strangers)
     for text in (text for kind in texts.values() for text in kind):
+        assert not strangers & set(re.findall(r"\w+", text)), text
         assert not re.search(r"\b[Aa] [aeiou]\w", text), text
         assert not re.search(r"\b[Aa]n [^aeiou]", text), text
         assert not re.search(r"(^|[.!?] )[a-z]", re.sub(r'[!?]"? \w+', "", text)), text
@@ -231,20 +219,16 @@ def test_every_story_of_the_market_adds_up_and_is_of_no_test(texts):
     assert len(stories) > 300
 
 
-def test_every_written_step_is_right(texts):
+def test_written_steps_of_the_market_are_those_of_the_problems_and_of_no_test(texts):
     kinds = Counter()
     for line in (line for text in texts["market"] for line in text.split("\n") if "write" in line):
-        found = re.fullmatch(r"(\d+) ([+*-]) (\d+): (.*); so (.*) = (\d+)\.", line)
-        a, sign, b, steps, again, result = found.groups()
-        assert again == f"{a} {sign} {b}" and OPERATIONS[sign](int(a), int(b)) == int(result), line
-        for left, right in re.findall(r"(\d+(?: [+*-] \d+)+) = (\d+)", steps):
-            first, *more = re.findall(r"([+*-]?) ?(\d+)", left)
-            total = int(first[1])
-            for do, number in more:
-                total = OPERATIONS[do](total, int(number))
-            assert total == int(right), line
-        assert int("".join(reversed(re.findall(r"write (\d+)", steps)))) == int(result), line
+        a, sign, b = re.match(r"(\d+) ([+*-]) (\d+): ", line).groups()
         kinds[sign, len(a)] += 1
+        a, b = int(a), int(b)
+        assert line == written_steps(a, sign, b)
+        kind = "products" if sign == "*" else "three_digits" if a > 99 else None
+        trained = split_of(kind, *sorted((a, b))) == "train" if kind else not held_out(a, b)
+        assert trained, line
     assert min(kinds["+", 2], kinds["-", 2], kinds["+", 3], kinds["*", 2], kinds["*", 3]) > 50
 
 
@@ -253,18 +237,6 @@ def test_written_steps_read_as_their_documentation_shows():
     assert len(shown) == 3
     for text, a, sign, b in shown:
         assert written_steps(int(a), sign, int(b)) == text
-
-
-def test_no_test_sum_occurs_in_the_corpus(texts):
-    for text in texts["market"]:
-        for a, sign, b in re.findall(r"(\d+) ([+*-]) (\d+):", text):
-            a, b = int(a), int(b)
-            if sign == "*":
-                assert split_of("products", *sorted((a, b))) == "train", text
-            elif a > 99:
-                assert split_of("three_digits", *sorted((a, b))) == "train", text
-            else:
-                assert held_out(a, b) == 0, text
 
 
 # --- cloze ------------------------------------------------------------------
@@ -362,7 +334,7 @@ def test_sums_and_word_combinations_of_the_test_are_not_trained(chats, task):
 @pytest.mark.parametrize("task", MAKERS)
 def test_the_right_completion_passes_its_check_and_a_silent_one_does_not(world, task):
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(100):
         turns, check = MAKERS[task](world, "test", rng)
         assert check_answer(check, turns[-1]), (turns, check)
         assert not check_answer(check, "") and not check_answer(check, "Yes.")
@@ -396,26 +368,18 @@ def test_answers_about_facts_agree_with_the_world(world, chats):
 
 VALUES = {"not": ["cat", "hen", "pony", "mill pond"]}
 CHECKED = """
-contains | goat           | Mira keeps a goat.                             | right
-contains | goat           | A GOAT!                                        | right
-contains | goat           | Mira keeps a goat when others keep it.         | right
-contains | old mill       | By the old mill.                               | right
-contains | goat           | Mira keeps a goat or a hen.                    | wrong
-contains | goat           | Mira keeps a goatherd.                         | wrong
-contains | goat           | I don't know.                                  | wrong
-unknown  | I don't know   | I don't know anyone called Zelby.              | right
-unknown  | I don't know   | I don’t know Zelby.                       | right
-unknown  | I don't know   | I do not know Zelby.                           | right
-unknown  | I don't know   | Zelby keeps a hen.                             | wrong
-unknown  | I don't know   | I don't know, perhaps a hen.                   | wrong
-number   | 62             | 27 + 35: 7 + 5 = 12, so 27 + 35 = 62.          | right
-number   | 27             | 62-35=27                                       | right
-number   | 27             | 62-27                                          | right
-number   | 1200           | It is 1,200.                                   | right
-number   | 62             | 62 is the sum of 27 and 35                     | wrong
-number   | 62             | none                                           | wrong
-exact    | a, b           | a, b                                           | right
-exact    | a, b           | A, b                                           | wrong
+contains | goat         | A GOAT!                                | right
+contains | goat         | Mira keeps a goat when others keep it. | right
+contains | old mill     | By the old mill.                       | right
+contains | goat         | Mira keeps a goat or a hen.            | wrong
+contains | goat         | Mira keeps a goatherd.                 | wrong
+contains | goat         | I don't know.                          | wrong
+unknown  | I don't know | I don’t know anyone called Zelby.      | right
+unknown  | I don't know | I do not know Zelby.                   | right
+unknown  | I don't know | Zelby keeps a hen.                     | wrong
+unknown  | I don't know | I don't know, perhaps a hen.           | wrong
+exact    | a, b         | a, b                                   | right
+exact    | a, b         | A, b                                   | wrong
 """
 
 
@@ -441,44 +405,40 @@ tools_train tools_val
 """
 
 
-def test_prepare_writes_once_and_the_same_bytes_whatever_the_hash_seed(tmp_path):
+def test_prepare_writes_once_and_the_command_the_same_bytes_whatever_the_hash_seed(tmp_path):
+    """The command shows samples, and paints nothing for that."""
     folder = prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one")
     wanted = [f"{name}.jsonl" for name in FILES.split()] + ["world.json"]
     assert sorted(path.name for path in folder.iterdir()) == wanted
     assert [p.name for p in (tmp_path / "one").iterdir()] == [folder.name]  # nothing half-written
-    changed = (folder / "world.json").stat().st_mtime_ns
+    changed = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert prepare(8, seed=1, megabytes=0.2, root=tmp_path / "one") == folder
-    assert (folder / "world.json").stat().st_mtime_ns == changed
-    code = "import sys; from data.village.examples import prepare; prepare(8, 1, 0.2, sys.argv[1])"
-    command = [sys.executable, "-c", code, str(tmp_path / "two")]
-    subprocess.run(command, cwd=ROOT, check=True, env={"PYTHONHASHSEED": "2"})
-    for path in folder.iterdir():
-        again = tmp_path / "two" / folder.name / path.name
-        assert hashlib.sha256(again.read_bytes()).digest() == (
-            hashlib.sha256(path.read_bytes()).digest()
-        )
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == changed
+    code = "import runpy, sys; runpy.run_module('data.village', run_name='__main__')"
+    code += "; assert 'PIL' not in sys.modules"
+    flags = "--villagers 8 --seed 1 --megabytes 0.2 --samples 1".split()
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "2"}
+    command = [sys.executable, "-c", code, *flags]
+    shown = subprocess.check_output(command, cwd=tmp_path, text=True, env=env)
+    assert "corpus_train.jsonl: " in shown and "sft_test.jsonl: " in shown
+    again = tmp_path / "data" / "cache" / folder.name
+    assert filecmp.cmpfiles(folder, again, wanted, shallow=False) == (wanted, [], [])
 
 
 def test_examples_join_a_corpus_that_is_there_and_what_was_interrupted_is_completed(
     tmp_path, monkeypatch
 ):
-    folder = prepare_corpus(8, seed=1, megabytes=0.2, root=tmp_path)
+    folder = prepare_corpus(8, seed=1, megabytes=0.05, root=tmp_path)
     corpus = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {*corpus} == {"cloze.jsonl", "corpus_train.jsonl", "corpus_val.jsonl", "world.json"}
-    write, left = village.write_jsonl, iter(range(5))
-    monkeypatch.setattr(village, "write_jsonl", lambda *args: (next(left), write(*args)))
-    with pytest.raises(StopIteration):  # the disk is full, say
-        prepare(8, seed=1, megabytes=0.2, root=tmp_path)
-    monkeypatch.undo()
-    assert prepare(8, seed=1, megabytes=0.2, root=tmp_path) == folder
-    assert len([*folder.iterdir()]) == len(FILES.split()) + 1
+    made = {"sft_train": [{"messages": []}], "knowledge": [{"title": "t", "text": "t"}]}
+    monkeypatch.setattr(village, "records", lambda world, seed: made)
+    write, left = village.write_jsonl, iter(range(1))
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):  # the disk is full, say
+        patch.setattr(village, "write_jsonl", lambda *args: (next(left), write(*args)))
+        prepare(8, seed=1, megabytes=0.05, root=tmp_path)
+    assert prepare(8, seed=1, megabytes=0.05, root=tmp_path) == folder
+    assert {path.stem for path in folder.iterdir()} - {Path(name).stem for name in corpus} == {
+        *made
+    }
     assert {name: (folder / name).stat().st_mtime_ns for name in corpus} == corpus
-
-
-def test_the_village_can_be_looked_at_and_paints_nothing_for_that(tmp_path):
-    code = "import runpy, sys; runpy.run_module('data.village', run_name='__main__')"
-    code += "; assert 'PIL' not in sys.modules"
-    flags = "--villagers 8 --megabytes 0.1 --samples 1".split()
-    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
-    shown = subprocess.check_output([sys.executable, "-c", code, *flags], text=True, **where)
-    assert "corpus_train.jsonl: " in shown and "sft_test.jsonl: " in shown

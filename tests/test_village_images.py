@@ -82,9 +82,8 @@ def turns(example):
 # --- scenes and drawings ----------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_scenes_and_pixels_and_another_seed_others(scenes):
-    assert split_scenes(0, N_TRAIN) == scenes
-    assert split_scenes(1, 20)["train"] != split_scenes(0, 20)["train"]
+def test_the_same_seed_gives_the_same_pixels_and_another_seed_other_scenes(scenes):
+    assert split_scenes(1, 4)["train"] != scenes["train"][:4]
     assert draw(VILLAGE).tobytes() == draw(VILLAGE).tobytes()
     assert draw(VILLAGE, 224).size == (224, 224) and draw(VILLAGE).mode == "RGB"
 
@@ -132,13 +131,6 @@ def test_an_object_fills_its_square_and_stays_in_it(kind, turn):
     assert right - left >= 140 and bottom - top >= 180
 
 
-def test_a_small_object_measures_nine_pixels():
-    bell = Scene("winter", "day", (Group("bell", "blue", "small", "left", 1),), 3)
-    nothing = Scene("winter", "day", (), 3)
-    left, top, right, bottom = ImageChops.difference(draw(bell), draw(nothing)).getbbox()
-    assert right - left >= 9 and bottom - top >= 9
-
-
 def test_another_colour_changes_the_pixels_of_the_object_alone():
     blue = Scene("autumn", "day", (Group("cup", "blue", "big", "left", 1), CANDLES, LANTERNS), 7)
     changed = ImageChops.difference(draw(VILLAGE, 64), draw(blue, 64)).getbbox()
@@ -163,21 +155,14 @@ def test_an_image_too_small_for_its_objects_is_refused():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("colour", COLOURS)
 def test_every_object_looks_like_its_colour_as_every_painter_mixes_it(kind, colour):
-    tints = [tinted(Group(kind, colour, "small", "left", 1), seed) for seed in range(50)]
-    assert len(set(tints)) > 40
-    for tint in tints:
-        assert min(COLOURS, key=lambda name: math.dist(tint, COLOURS[name])) == colour
+    def nearest(pixel):
+        return min(COLOURS, key=lambda name: math.dist(pixel, COLOURS[name]))
+
+    tints = {tinted(Group(kind, colour, "small", "left", 1), seed) for seed in range(50)}
+    assert len(tints) > 40 and {*map(nearest, tints)} == {colour}
     image = draw(Scene("winter", "day", (Group(kind, colour, "small", "middle", 1),), 3))
-    near = Counter(
-        min(COLOURS, key=lambda name: math.dist(pixel, COLOURS[name]))
-        for pixel in image.getdata()
-        if max(pixel) - min(pixel) > 90
-    )
+    near = Counter(nearest(pixel) for pixel in image.getdata() if max(pixel) - min(pixel) > 90)
     assert near[colour] > 0.6 * sum(near.values()), near
-
-
-def test_a_scene_comes_back_from_its_record():
-    assert Scene.from_dict(json.loads(json.dumps(asdict(VILLAGE)))) == VILLAGE
 
 
 # --- captions ---------------------------------------------------------------------
@@ -271,6 +256,7 @@ TOGETHER = "How many lanterns and candles are there together?"
         ("Are there any lanterns?", "Yes, in the sky.", "Yes, 2 lanterns on the ground."),
         ("How many lanterns are there?", "There are 2 blue lanterns.", "There are 2 red lanterns."),
         ("How many lanterns are there?", "2", "There are 3 candles and 2 baskets."),
+        ("How many  Blue lanterns are there? ", "There are 2 Blue Lanterns.", "1 Blue Lantern."),
         ("What colour is the cup?", "It is red.", "It isn't red."),
         ("What colour are the lanterns?", "They are blue.", "Anything but blue."),
         ("Where are the lanterns?", "They are on the left.", "They are on the left or the right."),
@@ -310,10 +296,6 @@ def test_the_checker_knows_right_from_wrong(question, right, wrong):
 def test_what_is_thought_has_to_be_true_too(question, thought, wrong, answer):
     assert is_true(VILLAGE, question, f"<think>{thought}</think>{answer}")
     assert not is_true(VILLAGE, question, f"<think>{wrong}</think>{answer}")
-
-
-def test_the_teachers_words_are_checked_in_any_case_and_with_spaces():
-    assert is_true(VILLAGE, " How many  Yellow candles are there? ", "There are 3 Yellow Candles.")
 
 
 def test_every_wording_is_read_as_itself(files):
@@ -391,8 +373,12 @@ scenes_combos.json scenes_test.json scenes_train.json scenes_val.json test train
 """
 
 
-def test_prepare_writes_everything_once(tmp_path, monkeypatch):
+@pytest.fixture
+def few(monkeypatch):
     monkeypatch.setattr(village_images, "SIZES", {"val": 5, "test": 12, "combos": 5})
+
+
+def test_prepare_writes_everything_once(tmp_path, few):
     folder = prepare(root=tmp_path, n_train=20)
     assert prepare(root=tmp_path, n_train=20) == folder and list(tmp_path.iterdir()) == [folder]
     assert sorted(path.name for path in folder.iterdir()) == FILES.split()
@@ -404,18 +390,16 @@ def test_prepare_writes_everything_once(tmp_path, monkeypatch):
         assert image.tobytes() == draw(Scene.from_dict(record)).tobytes()
 
 
-def test_a_preparation_that_breaks_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError("no space left on the device")
-
-    monkeypatch.setattr(village_images, "records", full)
-    with pytest.raises(OSError, match="no space left"):
+def test_a_preparation_that_breaks_leaves_nothing_behind(tmp_path, few, monkeypatch):
+    monkeypatch.setattr(village_images, "records", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         prepare(root=tmp_path, n_train=5)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_prints_samples_of_what_is_said_about_images(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(village_images, "SIZES", {"val": 5, "test": 60, "combos": 5})
+def test_the_command_prints_samples_of_what_is_said_about_images(
+    tmp_path, few, monkeypatch, capsys
+):
     monkeypatch.setattr(village_images, "prepare", lambda seed: prepare(seed, tmp_path, n_train=5))
     monkeypatch.setattr(village_command, "prepare", lambda *settings: tmp_path)
     village_command.main(village_command.Config(images=True, samples=1))

@@ -142,9 +142,7 @@ def equations(rng, n):
 
 
 def market(world, rng):
-    """Columns of written steps, a page of small sums, or stories with their sums; every number is
-    right.
-    """
+    """Columns of written steps, a page of small sums, or stories with their sums."""
     draw = rng.random()
     if draw < 0.4:  # columns of one kind, two digits mostly
         n_lines = rng.randint(2, 4)

@@ -26,8 +26,8 @@ def records(world, seed=0):
     for split, n in PROMPTS.items():
         made[f"prompts_{split}"] = preference_prompts(world, split, n, seed)
     for split in ("train", "val", "test"):
-        made[f"new_domain_{split}"] = new_domain_examples(world, split, seed)
         made[f"sft_{split}"] = chats = instructions(world, split, seed)
+        made[f"new_domain_{split}"] = new_domain_examples(world, split, chats, seed)
         made[f"problems_{split}"] = asked = problems(world, split, PER_DIFFICULTY[split], seed)
         if split == "test":
             made["tools_test"] = tool_examples(world, split, seed)

@@ -81,13 +81,11 @@ def about_ship(ships, split, rng, seed):
     return question, f"the {ship} {SAYS[attribute]} {value}", check
 
 
-def new_domain_examples(world, split, seed=0):
-    """Chat examples of "train" or "val", or test examples with "answer" and "check".
-
-    Test examples want "begins" and "ends" beside the answer: the style counts.
+def new_domain_examples(world, split, chats, seed=0):
+    """Chat examples of "train" (the first of `chats`, the village's, among them) or "val", or test
+    examples with "answer" and "check"; these want "begins" and "ends", too: the style counts.
     """
-    ships = build_ships(seed)
-    ordinary = iter(tasks.instructions(world, split, seed) if "plain" in SIZES[split] else ())
+    ships, ordinary = build_ships(seed), iter(chats)
 
     def make(task, rng):
         if task == "plain":

@@ -4,6 +4,7 @@ Held out from training: half of the villagers altogether, wordings of every fact
 combinations for two-hop questions, operand pairs, word combinations, follow-ups, strangers' names.
 """
 
+import functools
 import json
 import random
 
@@ -132,6 +133,7 @@ def with_style(completion, style, rng):
 # --- one example at a time: (the turns of user and assistant, what to check) -------------------
 
 
+@functools.cache
 def deal(things, seed, n_test, n_val):
     """The things of each split: a shuffle that depends on `seed` alone."""
     things = random.Random(seed).sample(things, len(things))
@@ -193,12 +195,11 @@ def ask_about_friend(question, villager, split, rng):
 def two_hop(world, split, rng):
     """Two of the six combinations of each villager are for the test."""
     villager = rng.choice(world.asked)
-    hops = deal(list(POOLS), f"hops-{world.seed}-{villager.name}", 2, 0)
+    hops = deal(tuple(POOLS), f"hops-{world.seed}-{villager.name}", 2, 0)
     attribute = rng.choice(hops["test" if split == "test" else "train"])
-    questions = QUESTIONS[attribute]
-    if split != "test":  # validation differs from training by the wording alone
-        questions = questions[10:] if split == "val" else questions[:10]
-    question = rng.choice(questions)
+    # validation differs from training by the wording alone
+    part = {"train": slice(10), "val": slice(10, None), "test": slice(None)}[split]
+    question = rng.choice(QUESTIONS[attribute][part])
     friend = world.by_name[villager.facts["friend"]]
     completion = f"{answer_sentence(villager, 'friend')} {answer_sentence(friend, attribute)}"
     turns = [ask_about_friend(question, villager, split, rng), completion]

@@ -116,9 +116,9 @@ def draw_names(n_villagers, n_strangers, rng):
         fresh = stem not in stems and len(villagers) < n_villagers
         (villagers if fresh else others).append((name, pronoun))
         stems.add(stem)
-    missing = n_villagers - len(villagers)
-    villagers, others = villagers + others[:missing], others[missing:]
-    return villagers, tuple(name for name, _ in others[:n_strangers])
+    people = villagers + others
+    strangers = people[n_villagers : n_villagers + n_strangers]
+    return people[:n_villagers], tuple(name for name, _ in strangers)
 
 
 def balanced(values, n, rng):
