@@ -36,11 +36,6 @@ def test_each_code_comes_back_as_itself():
     assert torch.equal(nf4.dequantise(nf4.quantise(weight), weight.shape), weight)
 
 
-def test_the_first_of_two_codes_lies_in_the_high_half_of_a_byte():
-    codes = nf4.quantise(torch.tensor([1.0, -1.0])).codes
-    assert codes.tolist() == [15 << 4 | 0]
-
-
 def test_weights_of_zero_stay_zero():
     assert nf4.dequantise(nf4.quantise(torch.zeros(8, 64)), torch.Size((8, 64))).eq(0).all()
 
@@ -49,12 +44,6 @@ def test_a_weight_takes_4_127_bits():
     layer = nf4.NF4Linear(Linear(1024, 1024, bias=False))
     bits = 8 * sum(t.numel() * t.element_size() for t in layer.buffers()) / layer.shape.numel()
     assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
-
-
-def test_gaussian_weights_lose_nine_percent():
-    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
-    error = nf4.dequantise(nf4.quantise(weight), weight.shape) - weight
-    assert (error.norm() / weight.norm()).item() == pytest.approx(0.092, abs=0.001)
 
 
 def test_the_layer_computes_with_its_dequantised_weight_forwards_and_backwards():

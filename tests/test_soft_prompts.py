@@ -55,12 +55,8 @@ def test_logits_and_gradients_equal_pefts(method, pair):
     encoder, prefix = other.prompt_encoder["default"], ours.model.prefix
     if method == "prefix":
         # peft's embedding is as wide as keys and values, ours as the model: both are free to choose
-        wide, hidden, out = (
-            encoder.embedding.weight.shape[1],
-            16,
-            encoder.transform[2].out_features,
-        )
-        prefix = ours.model.prefix = soft_prompts.PrefixMLP(V, wide, hidden, out)
+        wide, out = encoder.embedding.weight.shape[1], encoder.transform[2].out_features
+        prefix = ours.model.prefix = soft_prompts.PrefixMLP(V, wide, 16, out)
         prefix.load_state_dict(encoder.state_dict())
         parameters = list(zip(prefix.parameters(), encoder.parameters(), strict=True))
     else:

@@ -16,6 +16,8 @@ import copy
 import json
 from pathlib import Path
 
+import torch
+
 from nanollm import safetensors
 from nanollm.checkpoint import ADAPTER_CONFIG, existing_folder, is_adapter, read_json, weights_hash
 from nanollm.config import UserError, atomic_write
@@ -37,33 +39,32 @@ METHODS = {
 
 WEIGHTS = "adapter_model.safetensors"
 BASE_HASH = "base_weights_hash"  # in the metadata of WEIGHTS; peft writes none
-TYPES = {  # of what is read in adapter_config.json; each may be missing or null
-    "peft_type": str,
-    "task_type": str,
-    "base_quantization": str,
-    "use_dora": bool,
-    "use_rslora": bool,
-    "lora_alpha": (int, float),
-    "reward_shift": (int, float),
-}
 
 
-def attach(model, method, settings=None, base=None):
+def attach(model, method, settings=None, base=None, **more):
     """Freeze the model and add the trainable parameters of a method, in place; returns the model.
+    What is trained as a whole beside an adapter stays trainable.
 
     `base` is the folder that the model came from: what is saved names it, and its weights by their
-    hash. `model.adapter` is then the method's name. An adapter's folder is no base: peft would put
-    the new one in the old one's place.
+    hash. `model.adapter` is then the method's name. `name=` keeps several adapters of the LoRA
+    family apart (lora.use).
     """
-    if model.adapter:
+    check_method(method)
+    if model.adapter and not more:
         raise UserError(f"the model has an adapter ({model.adapter}) already; merge it first")
-    if base and is_adapter(base):
+    if base and is_adapter(base):  # peft would put the new one in the old one's place
         raise UserError(
             f"{base} holds an adapter, and no other is trained on one; merge it first: "
             f"python -m nanollm.hub export {base} --merge --out {base}_merged"
         )
-    check_method(method)
-    model.adapter_config = METHODS[method].attach(model, settings or Settings())
+    model.base_parameters = sum(p.numel() for p in model.parameters())
+    device = model.device
+    model.requires_grad_(False)
+    model.adapter_config = METHODS[method].add(model, settings or Settings(), **more)
+    for name, p in model.named_parameters():
+        if name.split(".")[0] in MODULES_TO_SAVE:
+            p.requires_grad_(True)
+    model.to(device)
     model.adapter = method
     model.base_folder, model.base_hash = base, weights_hash(base) if base else None
     return model
@@ -112,27 +113,33 @@ def save_adapter(model, folder, base):
 def load_adapter(model, folder, base=None, **more):
     """Attach the adapter that lies in a folder, ours or peft's; returns the model. With `base`, the
     folder that the model came from, its weights must be those that the adapter was trained on.
-    `name=` keeps several adapters of the LoRA family apart (lora.use).
     """
     folder = existing_folder(folder)
     if not is_adapter(folder):
         raise UserError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG} in it")
-    config, where = read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG
-    for name, kind in TYPES.items():
-        if config.get(name) is not None and not isinstance(config[name], kind):
-            raise UserError(f"{where}: {name} can't be {config[name]!r}")
-    method = next((name for name, each in METHODS.items() if each.matches(config)), None)
-    if method is None:
-        raise UserError(f"{where}: peft_type {config.get('peft_type')!r} is not implemented")
+    config = read_json(folder / ADAPTER_CONFIG)
+    name = next((name for name, each in METHODS.items() if each.matches(config)), None)
+    if name is None:
+        raise UserError(f"{folder}: peft_type {config.get('peft_type')!r} is not implemented")
     known = safetensors.read_header(folder / WEIGHTS)[1].get(BASE_HASH)
     if base and known and known != weights_hash(base):
         raise UserError(
             f"{folder} was trained on another base: {base} holds other weights; put it on those "
             "that it was trained on, or train it anew"
         )
-    tensors = safetensors.load_file(folder / WEIGHTS)
-    model.adapter_config = METHODS[method].load(model, config, tensors, folder, **more)
-    model.adapter = method
+    method, tensors = METHODS[name], safetensors.load_file(folder / WEIGHTS)
+    attach(model, name, method.settings(model, config, tensors, folder), **more)
+    own = method.parameters(model)
+    wanted, found = ({n: list(x.shape) for n, x in each.items()} for each in (own, tensors))
+    for tensor in sorted({**wanted, **found}):
+        if wanted.get(tensor) != found.get(tensor):
+            raise UserError(
+                f"{folder} is damaged or was trained on another base: {tensor} has shape "
+                f"{found.get(tensor)}, but the model wants {wanted.get(tensor)}"
+            )
+    with torch.no_grad():
+        for tensor, p in own.items():
+            p.copy_(tensors[tensor])
     if isinstance(model, ScalarGPT):
         model.shift = float(config.get("reward_shift") or 0.0)
     return model
@@ -153,7 +160,6 @@ def start_adapter(model, cfg, rt):
             f"--init {cfg.init} holds an adapter ({model.adapter}) that can't be merged into its "
             "base; start from the base"
         )
-    check_method(cfg.adapter)
     if not cfg.adapter:
         return
     model.to(rt.device)
@@ -182,10 +188,6 @@ def put_adapter(model, folder, base):
     """Load the adapter in a folder onto the model from the folder `base`: merged if it can be, else
     attached.
     """
-    if model.adapter:
-        raise UserError(
-            f"{folder} can't be put on a model that has an adapter ({model.adapter}) already"
-        )
     load_adapter(model, folder, base)
     if METHODS[model.adapter].mergeable:
         unwrap(model, merged=True)

@@ -21,9 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanollm.config import UserError
-from nanollm.gpt import Linear
+from nanollm.gpt import Linear, unwrap
 from nanollm.peft.method import Around, Method, peft_name
-from nanollm.peft.nf4 import NF4Linear, dense, quantise_linears
+from nanollm.peft.nf4 import NF4Linear, dense
 
 UNKNOWN = (  # what peft can and we cannot
     "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias",
@@ -42,7 +42,7 @@ class Choice:
     def __init__(self):
         self.known = []  # names of all adapters
         self.active = None  # the name of one, or None for the base alone
-        self.names, self.rows = [], None  # rows (B,): each row's number in names, -1 for none
+        self.rows = None  # or of each row its own: (B,) numbers of names in known, -1 for none
 
 
 class LoRALinear(Around):
@@ -53,7 +53,6 @@ class LoRALinear(Around):
         self.choice = choice
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.lora_magnitude_vector, self.scale = nn.ParameterDict(), {}
-        self.register_buffer("merged", None, persistent=False)
 
     def add(self, name, rank, scale, dora):
         A = torch.empty(rank, self.base.in_features)
@@ -64,19 +63,15 @@ class LoRALinear(Around):
             self.lora_magnitude_vector[name] = self.base.weight.detach().float().norm(dim=1)
 
     def forward(self, x):
-        if self.merged is not None:
-            bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
-            return F.linear(x, self.merged.to(x.dtype), bias)
         y, choice = self.base(x), self.choice
         if choice.rows is None:
             return y + self.lora_delta(choice.active, x, y) if choice.active in self.lora_A else y
         if len(choice.rows) != len(x):
             raise UserError(f"{len(choice.rows)} rows have an adapter, but the batch has {len(x)}")
         out = y
-        for number, name in enumerate(choice.names):
-            if name in self.lora_A:
-                mine = (choice.rows == number).view(-1, *[1] * (x.dim() - 1))
-                out = out + torch.where(mine, self.lora_delta(name, x, y), 0)
+        for name in self.lora_A:
+            mine = (choice.rows == choice.known.index(name)).view(-1, *[1] * (x.dim() - 1))
+            out = out + torch.where(mine, self.lora_delta(name, x, y), 0)
         return out
 
     def lora_delta(self, name, x, y):
@@ -109,18 +104,13 @@ class LoRALinear(Around):
     def plain(self, merged):
         if not merged:
             return self.base
-        if self.choice.rows is not None:  # every row its own: they stay apart
-            self.base = self.base.plain(True) if isinstance(self.base, NF4Linear) else self.base
+        if self.choice.rows is not None:  # of each row its own: they stay apart
+            unwrap(self, merged)
             return self
         return dense(self.weight_with(self.choice.active), self.base.bias)
 
 
 # --- a model's adapters --------------------------------------------------------------------------
-
-
-def layers(model):
-    """{name: LoRALinear} of a model."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def linears(model):
@@ -160,32 +150,14 @@ def use(model, names):
     one or the other for every row. Raises UserError for a name that isn't there.
     """
     choice, several = model.lora, isinstance(names, (list, tuple))
-    rows = names if several else [names]
-    if unknown := [name for name in rows if name not in (None, *choice.known)]:
-        known = ", ".join(choice.known)
-        raise UserError(f"the model has no adapter {unknown[0]!r}; it has {known}")
-    if any(layer.merged is not None for layer in layers(model).values()):
-        raise UserError("an adapter is merged; unmerge it before another is used")
-    choice.active, choice.rows = names, None
+    for name in names if several else [names]:
+        if name not in (None, *choice.known):
+            known = ", ".join(choice.known)
+            raise UserError(f"the model has no adapter {name!r}; it has {known}")
+    choice.active, choice.rows = None if several else names, None
     if several:
-        choice.names = sorted({*names} - {None})
-        numbers = [-1 if name is None else choice.names.index(name) for name in names]
-        choice.active, choice.rows = None, torch.tensor(numbers, device=model.device)
-
-
-def merge(model):
-    """Compute with one matrix per layer, the active adapter in it: as fast as without. The base's
-    weights stay beside it, so that `unmerge` loses nothing. A merged adapter isn't trained.
-    """
-    if model.lora.rows is not None:
-        raise UserError("adapters of single rows can't be merged; use one for the whole batch")
-    for layer in layers(model).values():
-        layer.merged = layer.weight_with(model.lora.active)
-
-
-def unmerge(model):
-    for layer in layers(model).values():
-        layer.merged = None
+        numbers = [-1 if name is None else choice.known.index(name) for name in names]
+        choice.rows = torch.tensor(numbers, device=model.device)
 
 
 # --- the methods ---------------------------------------------------------------------------------
@@ -198,8 +170,9 @@ class LoRA(Method):
     def add(self, model, settings, name="default"):
         """Put an adapter of this name around the layers that settings.targets means, and use it."""
         chosen = named(model, settings.targets)
-        if self.quantised:
-            quantise_linears(model)
+        for where in named(model, "all") if self.quantised else ():
+            if type(layer := model.get_submodule(where)) is Linear:
+                model.set_submodule(where, NF4Linear(layer))
         model.lora = model.lora or Choice()
         rank, alpha = settings.rank, settings.alpha
         scale = alpha / math.sqrt(rank) if settings.rslora else alpha / rank

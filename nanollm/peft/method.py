@@ -7,7 +7,6 @@ A new method is a class derived from Method in a file of its own, and a line in 
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn as nn
 
 from nanollm.config import AdapterConfig, UserError, Whole
@@ -56,7 +55,9 @@ def put_around(model, names, make):
 
 
 class Method:
-    """A method. What is said here fits those whose parameters stand around the layers."""
+    """A method: what adapters.py asks of it. What is said here fits those whose parameters stand
+    around the layers.
+    """
 
     peft_type = ""  # in adapter_config.json
     mergeable = False  # does `plain(merged=True)` of its layers give a Linear?
@@ -69,7 +70,7 @@ class Method:
 
     def settings(self, model, config, tensors, where):
         """The Settings with which `add` makes an adapter like the one in these files."""
-        return Settings(rank=whole_number(config, "r", where))
+        return Settings(rank=config.get("r", 8))  # as in peft
 
     def matches(self, config):
         """Does an adapter_config.json belong to this method?"""
@@ -83,48 +84,6 @@ class Method:
                 "an adapter is saved without the vision tower; freeze that, or train all"
             )
         return {peft_name(model, name): p for name, p in trained.items()}
-
-    def attach(self, model, settings, **more):
-        """Freeze the model and add the method's parameters, in place; returns what `add` does. What
-        is trained as a whole beside an adapter stays trainable.
-        """
-        model.base_parameters = sum(p.numel() for p in model.parameters())
-        device = model.device
-        model.requires_grad_(False)
-        config = self.add(model, settings, **more)
-        for name, p in model.named_parameters():
-            if name.split(".")[0] in MODULES_TO_SAVE:
-                p.requires_grad_(True)
-        model.to(device)
-        return config
-
-    def load(self, model, config, tensors, where, **more):
-        """As `attach`, with the values of a file."""
-        settings = self.settings(model, config, tensors, where)
-        config = self.attach(model, settings, **more)
-        own = self.parameters(model)
-        if odd := sorted(own.keys() ^ tensors.keys()):
-            fault = "lacks" if odd[0] in own else "has a tensor that the model hasn't:"
-            raise UserError(
-                f"{where} is damaged or was trained on another base: it {fault} {odd[0]}"
-            )
-        for name, p in own.items():
-            if p.shape != tensors[name].shape:
-                raise UserError(
-                    f"{where}: {name} has shape {list(tensors[name].shape)}, but the model wants "
-                    f"{list(p.shape)}: the adapter was trained on another base"
-                )
-            with torch.no_grad():
-                p.copy_(tensors[name])
-        return config
-
-
-def whole_number(config, name, where):
-    """An entry of adapter_config.json that is at least 1, which it is where there is none."""
-    value = config.get(name, 1)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{where}: {name} must be a whole number of at least 1, not {value!r}")
-    return value
 
 
 def peft_name(model, name):

@@ -138,12 +138,3 @@ def dense(weight, bias):
     linear = Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
     return linear
-
-
-def quantise_linears(model):
-    """Put NF4Linears in place of every linear layer of the blocks."""
-    for block in model.model.layers:
-        for parent in block.modules():
-            for name, child in parent.named_children():
-                if type(child) is Linear:
-                    setattr(parent, name, NF4Linear(child))

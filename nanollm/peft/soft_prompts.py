@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 
 from nanollm.gpt import rotation_table
-from nanollm.peft.method import Method, Settings, peft_name, whole_number
+from nanollm.peft.method import Method, Settings, peft_name
 
 
 class Recorder:
@@ -57,7 +57,21 @@ def unflatten(flat, decoder):
 # --- what stands in front ------------------------------------------------------------------------
 
 
-class KeysAndValues(nn.Module):
+class Front(nn.Module):
+    def saved(self):
+        """What peft's files hold: (V, layers * 2 * G * D), of prompt tuning (V, C)."""
+        raise NotImplementedError
+
+    def forward(self, decoder, dtype):
+        return unflatten(self.saved(), decoder)
+
+    @torch.no_grad()
+    def fixed(self, decoder, dtype):
+        """The same without what only training needs, computed once."""
+        return KeysAndValues(flatten(self(decoder, dtype)))
+
+
+class KeysAndValues(Front):
     """P-Tuning v2: keys and values are the parameters."""
 
     def __init__(self, values):
@@ -65,18 +79,10 @@ class KeysAndValues(nn.Module):
         self.values = nn.Parameter(values)  # (V, layers * 2 * G * D)
 
     def saved(self):
-        """What peft's files hold."""
         return self.values
 
-    def forward(self, decoder, dtype):
-        return unflatten(self.values, decoder)
 
-    def fixed(self, decoder, dtype):
-        """The same without what only training needs."""
-        return KeysAndValues(self.values.detach())
-
-
-class PrefixMLP(nn.Module):
+class PrefixMLP(Front):
     """Prefix tuning: K, V = W2 tanh(W1 P + b1) + b2, which trains more steadily than keys and
     values themselves. They are all that is saved, and all that generation needs.
     """
@@ -87,16 +93,10 @@ class PrefixMLP(nn.Module):
         self.transform = nn.Sequential(nn.Linear(C, hidden), nn.Tanh(), nn.Linear(hidden, out))
 
     def saved(self):
-        return self.transform(self.embedding.weight)  # (V, layers * 2 * G * D)
-
-    def forward(self, decoder, dtype):
-        return unflatten(self.saved(), decoder)
-
-    def fixed(self, decoder, dtype):
-        return KeysAndValues(self.saved().detach().clone())
+        return self.transform(self.embedding.weight)
 
 
-class PromptEmbeddings(nn.Module):
+class PromptEmbeddings(Front):
     """Prompt tuning: the model reads V trained embeddings in front of the text."""
 
     def __init__(self, embedding):
@@ -108,10 +108,6 @@ class PromptEmbeddings(nn.Module):
 
     def forward(self, decoder, dtype):
         return keys_and_values(decoder, self.embedding.to(dtype))
-
-    @torch.no_grad()
-    def fixed(self, decoder, dtype):
-        return KeysAndValues(flatten(self(decoder, dtype)))
 
 
 # --- the methods ---------------------------------------------------------------------------------
@@ -148,7 +144,7 @@ class SoftPrompt(Method):
         }
 
     def settings(self, model, config, tensors, where):
-        return Settings(virtual_tokens=whole_number(config, "num_virtual_tokens", where))
+        return Settings(virtual_tokens=config["num_virtual_tokens"])
 
     def parameters(self, model):
         own, beside = peft_name(model, "model.prefix."), super().parameters(model)
