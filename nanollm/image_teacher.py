@@ -2,21 +2,19 @@
 
 LLaVA's way to training data (Liu et al. 2023, arXiv:2304.08485, section 3): the teacher reads an
 image in words and writes a question with its answer; then the image takes the caption's place. Our
-teacher is small: it has learnt the form from examples, and not all that it writes is believed. Of
-the village's images is kept what the checker finds true of the scene, and no pair of colour and
-kind that training never sees; of other images an answer that more than half of --agree further
-samples repeat (self-consistency: Wang et al. 2022, arXiv:2203.11171).
+teacher is small: it has learnt the form from examples, and not all that it writes is true. Of the
+village's images is kept what the checker finds true of the scene, and no pair of colour and kind
+that training never sees; of other images, as in LLaVA, every question with an answer.
 
 Run     python train_sft.py --preset reader                       # the teacher, from runs/sft
         python -m nanollm.image_teacher runs/reader --out teacher.jsonl
-        python train_vlm.py --stage instruct --init runs/vlm-align --data teacher.jsonl \\
+        python train_vlm.py --stage instruct --init runs/vlm-align --data teacher.jsonl \
             --test_data village --out runs/vlm-teacher
 Expect  of 16,000 pairs about 2,000 images 99.3% are readable, 55.5% of these true, 46.7% of all
         kept (seed 0); a model that is trained on them alone gets 92.4% of the questions right
 """
 
 import json
-import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -36,6 +34,7 @@ from nanollm.generate import as_text, sample_completions
 from nanollm.hub import load_model
 from nanollm.metrics import table
 from nanollm.records import read_captions
+from nanollm.rollouts import with_room
 from nanollm.run import check_file
 from nanollm.runtime import start
 
@@ -52,63 +51,10 @@ class Config:
     out: str = "teacher.jsonl"  # dialogues with images, for train_vlm.py --data
     samples: Whole[1] = 4  # questions written per caption, at temperature 1
     limit: Whole[0] = 2000  # images, the first of --data; 0: all
-    agree: Whole[0] = 4  # other data: answers that vote on each pair; 0: believe the teacher
     image_size: Whole[1] = 96  # pixels per side of the village's images
     seed: Whole[0] = 0  # of the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers
-
-
-def sift(written, scenes):
-    """(pairs that are kept: (record, question, answer); Counter of what became of all) of (record,
-    text) that the teacher wrote. scenes: {image: Scene}, the truth; without it nothing is false.
-    """
-    kept, counts, known = [], Counter(), set()
-    for record, text in written:
-        found, scene = FORM.fullmatch(text.strip()), scenes.get(record["image"])
-        if not found or IMAGE in text:
-            counts["unreadable"] += 1
-            continue
-        thing, what = normal(found[1]), "kept"
-        if scene and not is_true(scene, *found.groups()):
-            what = "false"
-        elif scene and names_held_out(text):
-            what = "held out"
-        elif scene:  # in other words the same thing: the earlier answer would give away the later
-            thing = read(found[1])._replace(wording=None), truth(scene, read(found[1]))
-        if what == "kept" and (record["image"], thing) in known:
-            what = "twice"
-        counts[what] += 1
-        if what == "kept":
-            known.add((record["image"], thing))
-            kept.append((record, *found.groups()))
-    return kept, dict(counts)
-
-
-def normal(text):
-    return " ".join(text.lower().split())
-
-
-def dialogues(pairs, folder):
-    """Records of up to TURNS questions about an image, whose path counts from the folder of the
-    file that they will stand in.
-    """
-    by_image, made = defaultdict(list), []
-    for record, *turns in pairs:
-        by_image[record["image"]] += turns
-    for image, turns in by_image.items():
-        path = Path(os.path.relpath(Path(image).resolve(), Path(folder).resolve())).as_posix()
-        for i in range(0, len(turns), 2 * TURNS):
-            first, *others = turns[i : i + 2 * TURNS]
-            made.append({"image": path, "messages": chat([f"{IMAGE}\n{first}", *others])})
-    return made
-
-
-def agreeing(pairs, texts, votes):
-    """The pairs whose answer more than half of `votes` further texts each repeat."""
-    said = [normal(text) for text in texts]
-    said = [said[n * votes : (n + 1) * votes] for n in range(len(pairs))]
-    return [p for p, own in zip(pairs, said) if own.count(normal(p[2])) > votes / 2]
 
 
 def load_records(cfg):
@@ -125,6 +71,41 @@ def load_records(cfg):
     return [record for record in records if record["image"] in wanted], scenes
 
 
+def sift(written, scenes):
+    """([(image, question, answer)] that are kept, Counter of what became of all) of (image, text)
+    that the teacher wrote. scenes: {image: Scene}, the truth; without it nothing is false.
+    """
+    kept, counts = {}, Counter()
+    for image, text in written:
+        found, scene = FORM.fullmatch(text.strip()), scenes.get(image)
+        if not found or IMAGE in text:
+            counts["unreadable"] += 1
+        elif scene and not is_true(scene, *found.groups()):
+            counts["false"] += 1
+        elif scene and names_held_out(text):
+            counts["held out"] += 1
+        else:
+            question, answer = found.groups()
+            asked = " ".join(question.lower().split())
+            if scene:  # in other words the same: the earlier answer would give away the later
+                asked = read(question)._replace(wording=None), truth(scene, read(question))
+            counts["twice" if (image, asked) in kept else "kept"] += 1
+            kept.setdefault((image, asked), (image, question, answer))
+    return list(kept.values()), counts
+
+
+def dialogues(pairs):
+    """Records of up to TURNS questions about an image each."""
+    by_image = defaultdict(list)
+    for image, *turns in pairs:
+        by_image[str(Path(image).resolve())] += turns
+    return [
+        {"image": image, "messages": chat([f"{IMAGE}\n{first}", *others])}
+        for image, turns in by_image.items()
+        for first, *others in (turns[i : i + 2 * TURNS] for i in range(0, len(turns), 2 * TURNS))
+    ]
+
+
 def main(cfg):
     check_file(cfg.out, cfg.data)
     rt = start(cfg.device, cfg.dtype, cfg.seed)
@@ -132,35 +113,26 @@ def main(cfg):
     rt.prepare(model, train=False)
     generator = torch.Generator(rt.device).manual_seed(cfg.seed)
 
-    def prompt(record, begin=""):
+    def prompt(record):
         asked = chat([READER.format(c=record["caption"])])
-        return tokenizer.render(asked, generation_prompt=True)[0] + tokenizer.encode(begin)
-
-    def ask(prompts, samples):
-        """Texts, `samples` to each prompt; none where the teacher found no end."""
-        made = sample_completions(model, tokenizer, prompts, LONGEST, samples, generator=generator)
-        return [as_text(tokenizer, ids) if ids[-1] in tokenizer.stop_ids else "" for ids in made]
+        return tokenizer.render(asked, generation_prompt=True)[0]
 
     records, scenes = load_records(cfg)
-    room = model.cfg.max_position_embeddings - LONGEST
-    fitting = [record for record in records if len(prompt(record)) <= room]
-    texts = ask([prompt(record) for record in fitting], cfg.samples)
-    repeated = [record for record in fitting for _ in range(cfg.samples)]
-    pairs, counts = sift(zip(repeated, texts), scenes)
-    counts |= {"captions too long": len(records) - len(fitting)}
-    if not scenes and cfg.agree:
-        begun = [prompt(r, f"Question: {question}\nAnswer:") for r, question, _ in pairs]
-        pairs = agreeing(pairs, ask(begun, cfg.agree), cfg.agree)
-        counts |= {"contradicted": counts.get("kept", 0) - len(pairs), "kept": len(pairs)}
-    print(table(["questions written", f"{len(texts):,}"], counts.items()))
+    records = with_room(records, prompt, model, LONGEST, "captions")
+    how = dict(max_new_tokens=LONGEST, samples=cfg.samples, generator=generator)
+    made = sample_completions(model, tokenizer, list(map(prompt, records)), **how)
+    ended = (ids if ids[-1] in tokenizer.stop_ids else [] for ids in made)
+    images = [record["image"] for record in records for _ in range(cfg.samples)]
+    pairs, counts = sift(zip(images, [as_text(tokenizer, ids) for ids in ended]), scenes)
+    print(table(["questions written", f"{len(made):,}"], counts.items()))
     if not pairs:
         raise UserError(
             f"nothing that {cfg.model} wrote can be kept, so {cfg.out} is not written; a teacher "
             "is made by: python train_sft.py --preset reader"
         )
-    made = dialogues(pairs, Path(cfg.out).parent)
-    write_jsonl(cfg.out, made)
-    print(f"{cfg.out}: {len(pairs):,} questions in {len(made):,} dialogues; train_vlm.py --data")
+    chats = dialogues(pairs)
+    write_jsonl(cfg.out, chats)
+    print(f"{cfg.out}: {len(pairs):,} questions in {len(chats):,} dialogues; train_vlm.py --data")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from data.village import images as village_images
 from data.village.scenes import SEASONS, Group, Scene
 from nanollm import image_teacher
 from nanollm.config import parse
+from nanollm.formats import write_jsonl
 from nanollm.gpt import GPTConfig
 from nanollm.hub import save_model
-from nanollm.image_teacher import FORM, agreeing, dialogues, sift
+from nanollm.image_teacher import FORM, dialogues, sift
 from nanollm.records import read_examples, read_image_chats
 from nanollm.tokenizer import Tokenizer
 from nanollm.vision.images import ImageStore, Preprocessing
@@ -28,7 +29,7 @@ GARDEN = Scene(
     (Group("cup", "red", "big", "left", 1), Group("bell", "blue", "small", "right", 3)),
     7,
 )
-IMAGE = {"image": "a.png", "caption": "A red cup on the left and 3 blue bells on the right."}
+CAPTION = "A red cup on the left and 3 blue bells on the right."
 
 
 def pair(question, answer):
@@ -44,23 +45,25 @@ MORE = pair("Are there more bells than cups?", "Yes, there are more bells than c
 FEWER = pair("Are there fewer bells than cups?", "No, there are not fewer bells than cups.")
 
 
-def counted(*texts, scene=GARDEN):
-    return sift([(IMAGE, text) for text in texts], {"a.png": scene} if scene else {})[1]
-
-
 # --- what is kept --------------------------------------------------------------------------------
 
 
+def counted(*texts, scene=GARDEN):
+    return sift([("a.png", text) for text in texts], {"a.png": scene} if scene else {})[1]
+
+
 def test_a_true_pair_is_kept_and_what_is_wrong_with_the_others_is_counted():
-    texts = [RIGHT, FALSE, HELD_OUT, "Is there a bell? Yes.", SAME, OTHER, MORE, FEWER]
-    kept, counts = sift([(IMAGE, text) for text in texts], {"a.png": GARDEN})
-    assert kept[0] == (IMAGE, "How many bells are there?", "There are 3 bells.")
-    assert counts == {"kept": 3, "false": 2, "held out": 1, "unreadable": 1, "twice": 1}
+    lie = pair("How many bells are there?", "There are 2 bells.")  # keeps no true one out
+    texts = [lie, RIGHT, FALSE, HELD_OUT, "Is there a bell? Yes.", SAME, OTHER, MORE, FEWER]
+    kept, counts = sift([("a.png", text) for text in texts], {"a.png": GARDEN})
+    assert kept[0] == ("a.png", "How many bells are there?", "There are 3 bells.")
+    assert counts == {"kept": 3, "false": 3, "held out": 1, "unreadable": 1, "twice": 1}
+    kept, _ = sift([("a.png", RIGHT), ("b.png", RIGHT)], {"a.png": GARDEN, "b.png": GARDEN})
+    assert [image for image, *_ in kept] == ["a.png", "b.png"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_what_is_no_question_with_one_answer_is_unreadable():
+    texts = [
         "",  # it didn't end
         "Question: How many bells are there?",
         "Question: \nAnswer: There are 3 bells.",
@@ -68,21 +71,8 @@ def test_a_true_pair_is_kept_and_what_is_wrong_with_the_others_is_counted():
         f"{RIGHT}\n{RIGHT}",
         f"Look. {RIGHT}",
         pair("<image> How many bells are there?", "There are 3 bells."),
-    ],
-)
-def test_what_is_no_question_with_one_answer_is_unreadable(text):
-    assert counted(text) == counted(text, scene=None) == {"unreadable": 1}
-
-
-def test_a_false_pair_does_not_keep_the_true_one_out():
-    lie = pair("How many bells are there?", "There are 2 bells.")
-    assert counted(lie, RIGHT) == {"false": 1, "kept": 1}
-
-
-def test_the_same_thing_may_be_asked_of_another_image():
-    other = {**IMAGE, "image": "b.png"}
-    kept, _ = sift([(IMAGE, RIGHT), (other, RIGHT)], {"a.png": GARDEN, "b.png": GARDEN})
-    assert [record["image"] for record, *_ in kept] == ["a.png", "b.png"]
+    ]
+    assert counted(*texts) == counted(*texts, scene=None) == {"unreadable": len(texts)}
 
 
 def test_without_the_truth_nothing_is_false_and_the_same_words_count_once():
@@ -90,18 +80,11 @@ def test_without_the_truth_nothing_is_false_and_the_same_words_count_once():
     assert counted(RIGHT, spaced, SAME, FALSE, OTHER, scene=None) == {"kept": 4, "twice": 1}
 
 
-def test_only_an_answer_that_most_further_samples_repeat_is_believed():
-    pairs = [(IMAGE, "How many?", "There are 3 bells."), (IMAGE, "What colour?", "Blue.")]
-    texts = [" There are 3 bells.", " there are 3  bells.", " 2.", " Red.", " Blue.", " Green."]
-    assert agreeing(pairs, texts, 3) == pairs[:1]
-    assert agreeing(pairs[:1], texts[:4], 4) == [], "2 of 4 are not more than half"
-
-
 # --- the file ------------------------------------------------------------------------------------
 
 
-def test_a_dialogue_has_four_questions_at_most_and_shows_its_image_first(tmp_path):
-    made = dialogues([(IMAGE, f"Q{n}?", f"A{n}.") for n in range(7)], tmp_path)
+def test_a_dialogue_has_four_questions_at_most_and_shows_its_image_first():
+    made = dialogues([("a.png", f"Q{n}?", f"A{n}.") for n in range(7)])
     assert [len(each["messages"]) for each in made] == [8, 6]
     assert made[1]["messages"][0] == {"role": "user", "content": "<image>\nQ4?"}
     assert made[1]["messages"][-1] == {"role": "assistant", "content": "A6."}
@@ -119,20 +102,18 @@ def here(random_model, tokenizer, tmp_path, monkeypatch):
     Path("mine").mkdir()
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8), "red").save(f"mine/{name}")
-    lines = [json.dumps(IMAGE | {"image": name}) for name in ("a.png", "b.png")]
-    lines.append(json.dumps(IMAGE | {"caption": "a long story " * 50}))
-    Path("mine/captions.jsonl").write_text("\n".join(lines))
+    captions = [("a.png", CAPTION), ("b.png", CAPTION), ("b.png", "a long story " * 50)]
+    write_jsonl("mine/captions.jsonl", [{"image": i, "caption": text} for i, text in captions])
 
 
 @pytest.fixture
 def says(monkeypatch):
     """Puts words into the teacher's mouth: the same texts to every prompt, one per sample."""
 
-    def put(*texts, again=()):
-        def sampled(model, tokenizer, prompts, longest, samples, generator):
-            words = again if again and samples == len(again) else texts
+    def put(*texts):
+        def sampled(model, tokenizer, prompts, samples, **how):
             end = next(iter(tokenizer.stop_ids))
-            return [[*tokenizer.encode(text), end] for _ in prompts for text in words[:samples]]
+            return [[*tokenizer.encode(t), end] for _ in prompts for t in texts[:samples]]
 
         monkeypatch.setattr(image_teacher, "sample_completions", sampled)
 
@@ -140,18 +121,16 @@ def says(monkeypatch):
 
 
 def test_own_captions_become_dialogues_that_open_from_anywhere(here, says, monkeypatch, capsys):
-    says(RIGHT, FALSE, again=[" There are 3 bells."] * 3)
+    says(RIGHT, FALSE)
     out, flags = Path("far/away/made.jsonl").resolve(), ["--data", "mine/captions.jsonl"]
-    teach("teacher", *flags, "--out", out, "--samples", 2, "--agree", 3)
-    printed = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[:-1])
-    assert printed == {"questions written": "4", "kept": "2", "contradicted": "2"} | {
-        "captions too long": "1"
-    }
-    teach("teacher", *flags, "--out", "all.jsonl", "--limit", 1, "--samples", 2, "--agree", 0)
-    assert [len(chat["messages"]) for chat in read_image_chats("all.jsonl")] == [4]
+    teach("teacher", *flags, "--out", out, "--samples", 2)
+    printed = capsys.readouterr().out.split()
+    assert [printed[printed.index(word) + 1] for word in ("written", "kept")] == ["4", "4"]
+    teach("teacher", *flags, "--out", "one.jsonl", "--limit", 1, "--samples", 1)
+    assert [len(chat["messages"]) for chat in read_image_chats("one.jsonl")] == [2]
     monkeypatch.chdir("/")
     chats = read_image_chats(out)
-    assert [len(chat["messages"]) for chat in chats] == [2, 2]
+    assert [len(chat["messages"]) for chat in chats] == [4, 4]
     assert chats[0]["messages"][1]["content"] == "There are 3 bells."
 
 
