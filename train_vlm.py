@@ -56,6 +56,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
+from torch.nn.utils.rnn import pad_sequence
 
 from data.village import examples as village
 from data.village import images as village_images
@@ -74,7 +75,7 @@ from nanollm.config import (
     lock,
     save_config,
 )
-from nanollm.formats import IMAGE, need_usable, usable
+from nanollm.formats import IMAGE, need, need_usable, usable
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
 from nanollm.metrics import (
@@ -87,12 +88,11 @@ from nanollm.metrics import (
 from nanollm.optim import PROJECTOR, SCHEDULES, build_optimizer
 from nanollm.peft.adapters import start_adapter
 from nanollm.records import read_captions, read_chats, read_examples, read_image_chats
-from nanollm.rewards import is_right
 from nanollm.rollouts import prompt_of, with_room
 from nanollm.run import Run, check_folders, effect, holds_a_run, move_aside
 from nanollm.runtime import start
 from nanollm.tokenizer import Tokenizer
-from nanollm.vision.clip import CLIP, TextConfig, caption_tokens, save_clip
+from nanollm.vision.clip import CLIP, TextConfig, save_clip
 from nanollm.vision.images import GREY, ImageStore, Preprocessing
 from nanollm.vision.vit import VisionConfig, ViT, load_vision
 from nanollm.vision.vlm import build_vlm
@@ -225,12 +225,6 @@ def split_by_image(records, fraction):
     return parts
 
 
-def short_caption(tokenizer, record, where):
-    few = len(tokenizer.encode(record["caption"])) < CAPTION
-    need_usable(few, where, f"more than {CAPTION} tokens")
-    return record
-
-
 class Pairs:
     """Images and their captions. Every image is opened now, so that a damaged one is found now.
 
@@ -238,23 +232,29 @@ class Pairs:
     """
 
     def __init__(self, records, store, tokenizer):
-        fits = partial(short_caption, tokenizer)
-        records = usable(records, fits, "captions", "shorten or drop them")
-        captions = [record["caption"] for record in records]
-        self.tokens = caption_tokens(tokenizer, captions, CAPTION)  # (N, T)
-        self.used = self.tokens != tokenizer.pad_id
-        self.store = store
-        self.images = torch.tensor(store.numbers([record["image"] for record in records]))
-        self.captions = self.tokens.unique(dim=0, return_inverse=True)[1]  # equal: the same number
+
+        def encoded(record, where):
+            ids = (*tokenizer.encode(record["caption"]), tokenizer.end_id)
+            need_usable(len(ids) <= CAPTION, where, f"more than {CAPTION} tokens")
+            return record["image"], ids
+
+        records = usable(records, encoded, "captions", "shorten or drop them")
+        images, self.tokens = zip(*records)
+        self.store, self.pad_id, numbers = store, tokenizer.pad_id, {}
+        self.images = torch.tensor(store.numbers(images))
+        equal = [numbers.setdefault(ids, len(numbers)) for ids in self.tokens]
+        self.captions = torch.tensor(equal)  # the same number for the same text
         self.known = (self.images * len(self) + self.captions).sort().values
 
     def __len__(self):
         return len(self.tokens)
 
     def batch(self, chosen, device):
-        """Images (B, 3, H, W) and captions (B, T), T that of the longest of these."""
+        """Images (B, 3, H, W) and captions (B, T), padded behind their end token."""
         images = self.store.images(self.images[chosen].tolist())
-        return images.to(device), self.tokens[chosen][:, self.used[chosen].any(0)].to(device)
+        rows = [torch.tensor(self.tokens[i]) for i in chosen]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+        return images.to(device), tokens.to(device)
 
     def positives(self, chosen, device):
         """(B, B) bool: do the data hold the image of row i with the caption of column j?"""
@@ -282,7 +282,6 @@ def load_tests(cfg, model, tokenizer, store):
         tests[name] = with_room(examples, ids_of, model, 1, name)
     for example in tests["images"] + tests["new_pairs"]:
         store.numbers(example.get("images", ()))  # opens them: a damaged one is found
-    store.shown(tests["images"], "shuffled")  # each has another to be swapped with
     return tests
 
 
@@ -371,13 +370,13 @@ def train_clip(cfg, rt):
     check_folders(cfg.out, cfg.init)
     tokenizer = Tokenizer.load(existing_folder(cfg.init))
     preprocessing = Preprocessing(size=cfg.image_size)
-    store, records = ImageStore(preprocessing), load_records(cfg)
+    train, val = load_records(cfg)
     test = painted(cfg) / "captions_test.jsonl" if cfg.data == "village" else cfg.test_data
-    records = (*records, read_captions(test) if test else records[1])
-    train, val, test = (Pairs(each, store, tokenizer) for each in records)
+    test, store = read_captions(test) if test else val, ImageStore(preprocessing)
+    train, val, test = (Pairs(each, store, tokenizer) for each in (train, val, test))
     rt.print(f"{len(train)} captions of {len(train.images.unique())} images")
-    text = dict(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_id)
-    text = TextConfig(**text, max_position_embeddings=CAPTION)
+    ids = dict(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_id)
+    text = TextConfig(**ids, max_position_embeddings=CAPTION)
     model = CLIP(vision_config(cfg), text, sigmoid=cfg.loss == "siglip")
 
     share, K = rt.share(cfg.batch_size), cfg.hard_negatives
@@ -454,7 +453,7 @@ def image_logits(model, rows, store):
 def train_language(cfg, rt):
     check_folders(cfg.out, cfg.init, cfg.vision)
     model, tokenizer = start_model(cfg, rt)
-    store = ImageStore(model.preprocessing)
+    store = model.image_store()
     n_texts = replay_count(cfg, "images") if cfg.stage == "instruct" else 0
     n_plain = round(n_texts / 4)
     chats, val_chats = load_records(cfg)
@@ -520,15 +519,14 @@ def with_others_images(rows):
 
 
 def measure(cfg, model, tokenizer, store, tests):
-    """({column: accuracy by task}, completions to tests["images"]): with the right image, another
-    example's, and with completions that begin with a thought or with the result.
+    """({column: accuracy by task}, completions to tests["images"]): with the model's own beginning,
+    and with completions that begin with a thought or with the result.
     """
     ask, images = partial(accuracy_by_task, model, tokenizer, store=store), tests["images"]
-    shown, columns = "none" if cfg.no_images else "right", {}
-    columns["right"], completions = ask(images, shown=shown)
-    columns["new_pairs"] = ask(tests["new_pairs"], shown=shown)[0]
+    shown = "none" if cfg.no_images else "right"
+    right, completions = ask(images, shown=shown)
+    columns = {"right": right, "new_pairs": ask(tests["new_pairs"], shown=shown)[0]}
     if not cfg.no_images:
-        columns["shuffled"] = ask(images, shown="shuffled")[0]
         sums = [e for e in images if e["check"] == "number" and e["task"] != "count"]
         columns |= {name: ask(sums, begin=begin)[0] for name, begin in BEGINS.items()}
     return columns, completions
@@ -537,9 +535,9 @@ def measure(cfg, model, tokenizer, store, tests):
 def finish(cfg, run, model, tokenizer, store, tests, texts_before, val_rows):
     """Print what was learnt, and keep it in result.json, some of the completions in images.json."""
     columns, completions = measure(cfg, model, tokenizer, store, tests)
-    baseline, guesses = ({}, {}) if cfg.no_images else baseline_of(cfg.out)
-    texts = {"before": texts_before}
-    texts["after"] = accuracy_by_task(model, tokenizer, tests["texts"])[0]
+    baseline, guesses = baseline_of(cfg.out)
+    after = accuracy_by_task(model, tokenizer, tests["texts"])[0]
+    texts = {"before": texts_before, "after": after}
     for table in (columns | {"no_images": baseline}, texts):
         if table := {name: column for name, column in table.items() if column}:
             run.rt.print(accuracy_table(table))
@@ -547,7 +545,7 @@ def finish(cfg, run, model, tokenizer, store, tests, texts_before, val_rows):
     compared = [
         ("questions about images" + against, baseline, columns["right"]),
         ("pairs never seen together", {}, columns["new_pairs"]),
-        ("questions without images", texts["before"], texts["after"]),
+        ("questions without images", texts_before, after),
     ]
     effects = [
         effect(name, mean_accuracy(old), mean_accuracy(new), "share")
@@ -567,12 +565,11 @@ def finish(cfg, run, model, tokenizer, store, tests, texts_before, val_rows):
 
 def baseline_of(out):
     """(accuracy by task, {(image, question): completion}) of the no-image baseline beside a run."""
-    folder = Path(f"{out}-no_images")
-    if not (folder / "result.json").exists() or not (folder / "images.json").exists():
+    result, images = (Path(f"{out}-no_images", name) for name in ("result.json", "images.json"))
+    if not images.exists():
         return {}, {}
-    samples = read_json(folder / "images.json", list)
-    completions = {(s["image"], s["question"]): s["completion"] for s in samples}
-    return read_json(folder / "result.json")["images"]["right"], completions
+    samples = {(s["image"], s["question"]): s["completion"] for s in read_json(images, list)}
+    return read_json(result)["images"]["right"], samples
 
 
 def keep_samples(path, examples, completions, guesses, shown=3):
@@ -583,7 +580,7 @@ def keep_samples(path, examples, completions, guesses, shown=3):
         image, question = example["images"][0], question_of(example).replace(IMAGE, "").strip()
         sample = {"image": image, "question": question, "answer": example["answer"]}
         sample |= {"completion": example["completion"], "no_images": guesses.get((image, question))}
-        samples.append(sample | {"right": is_right(example, example["completion"])})
+        samples.append(sample)
     atomic_write(path, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -593,24 +590,15 @@ def keep_samples(path, examples, completions, guesses, shown=3):
 def complete_settings(cfg):
     """The settings of a stage, its own defaults filled in; UserError for what can't go together."""
     own = BY_STAGE[cfg.stage] | (DOWNLOADED[cfg.stage] if cfg.preset == "downloaded" else {})
-    own = {k: v for k, v in own.items() if getattr(cfg, k) is None}
-    cfg = replace(cfg, **own)
-    if cfg.hard_negatives is None:
-        cfg = replace(cfg, hard_negatives=4 if cfg.data == "village" else 1)
-    if (cfg.stage == "align") != bool(cfg.vision):
-        raise UserError(
-            "--vision, the folder of a tower, is what --stage align needs, and it alone"
-        )
-    if cfg.no_images and cfg.stage != "instruct":
-        raise UserError("--no_images goes with --stage instruct alone")
-    if cfg.stage == "clip" and cfg.batch_size % cfg.hard_negatives:
-        raise UserError(
-            f"--hard_negatives {cfg.hard_negatives} must divide --batch_size {cfg.batch_size}"
-        )
-    if cfg.stage == "instruct":
-        replay_count(cfg, "images")
-    if cfg.adapter and cfg.train_vision:
-        raise UserError("--train_vision goes with no --adapter, whose folder holds no tower")
+    own |= {"hard_negatives": 4 if cfg.data == "village" else 1}
+    cfg = replace(cfg, **{k: v for k, v in own.items() if getattr(cfg, k) is None})
+    K, B, aligns = cfg.hard_negatives, cfg.batch_size, cfg.stage == "align"
+    need(aligns == bool(cfg.vision), "--vision", "a tower's folder, for --stage align alone")
+    instructs = cfg.stage == "instruct"
+    need(instructs or not cfg.no_images, "--no_images", "goes with --stage instruct alone")
+    divides = cfg.stage != "clip" or B % K == 0
+    need(divides, "--hard_negatives", f"{K} must divide --batch_size {B}")
+    need(not (cfg.adapter and cfg.train_vision), "--adapter", "its folder has no room for a tower")
     return cfg
 
 
@@ -632,7 +620,6 @@ def prepare_folders(cfg, stages, rt):
     if rt.main:
         for each in stages:
             lock(each.out)
-        for each in stages:
             move_aside(Path(each.out))
         save_config(cfg, Path(cfg.out) / "train_config.json")
     rt.barrier()

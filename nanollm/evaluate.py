@@ -6,7 +6,7 @@ Run     python -m nanollm.evaluate runs/sft                      # the village's
         python -m nanollm.evaluate runs/zero --data reasoning    # asked as R1-Zero was trained
         python -m nanollm.evaluate runs/tools --data tools --tools
         python -m nanollm.evaluate runs/vlm --data images        # combos: pairs never seen together
-        python -m nanollm.evaluate runs/vlm --data images --images none     # or shuffled: misled
+        python -m nanollm.evaluate runs/vlm --data images --images none     # grey ones instead
         python -m nanollm.evaluate runs/ppo --data preferences --against runs/sft
         python -m nanollm.evaluate runs/sft --data preferences --reward_model runs/rm --best_of 4
 Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json; into a
@@ -77,8 +77,7 @@ class Config:
     template: Literal["chat", "zero", "think"] | None = None
     # how completions begin: "<think>" makes the model think, "The answer is" keeps it from that
     begin: str = ""
-    # which images examples are asked with: right; none: a grey one; shuffled: another example's
-    images: Literal["right", "none", "shuffled"] = "right"
+    images: Literal["right", "none"] = "right"  # examples are asked with; none: with a grey one
     # of the completions; default: 0, greedy. With --samples: of the sampled ones alone (default: 1)
     temperature: NotNegative | None = None
     batch_size: Whole[1] = 256  # completions written side by side

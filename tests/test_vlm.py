@@ -11,13 +11,13 @@ from nanollm import chat, safetensors
 from nanollm.batches import pack, pack_chats, pad_completions
 from nanollm.config import TrainConfig, UserError
 from nanollm.formats import IMAGE
-from nanollm.generate import Engine, generate, sample_completions, stream
+from nanollm.generate import generate, sample_completions, stream
 from nanollm.gpt import GPTConfig, count_parameters, document_mask, unwrap
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import completion_logprobs
 from nanollm.metrics import accuracy_by_task
 from nanollm.optim import PROJECTOR, build_optimizer
-from nanollm.peft import adapters, lora
+from nanollm.peft import adapters
 from nanollm.records import read_captions, read_examples, read_image_chats
 from nanollm.runtime import Runtime
 from nanollm.vision.images import ImageStore, Preprocessing
@@ -126,34 +126,13 @@ def test_pixel_shuffle_puts_neighbouring_patches_side_by_side():
     ]
 
 
-@pytest.mark.parametrize("kind, tokens", [("linear", 16), ("mlp", 16), ("pixel_shuffle", 4)])
-def test_an_image_of_16_patches_takes_so_many_tokens(kind, tokens, tokenizer):
-    vlm = make(tokenizer, kind)
-    assert vlm.tokens_per_image == tokens
-    assert vlm.image_features(some_images(3)).shape == (3, tokens, 32)
-
-
 def test_a_projector_that_does_not_fit_is_refused():
     for patches in (9, 12):
         with pytest.raises(UserError, match=f"not {patches} patches"):
             Projector(8, 8, "pixel_shuffle")(torch.zeros(1, patches, 8))
-    with pytest.raises(UserError, match="unknown projector 'mpl'; there are linear, mlp"):
-        Projector(8, 8, "mpl")
 
 
 # --- placeholders --------------------------------------------------------------------------------
-
-
-def test_each_image_becomes_its_placeholders_and_only_the_answer_is_trained_on(tokenizer):
-    messages = [
-        {"role": "user", "content": "a<image>b"},
-        {"role": "assistant", "content": "c"},
-        {"role": "user", "content": "<image>"},
-        {"role": "assistant", "content": "de"},
-    ]
-    ids, mask = tokenizer.render(messages, image_tokens=4)
-    assert len(ids) == len(mask) and ids.count(tokenizer.special[IMAGE]) == 8
-    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "c<|end|>de<|end|>"
 
 
 @pytest.mark.parametrize("P, places", [(1, 8), (3, 8), (None, 8), (1, 0)])
@@ -173,22 +152,16 @@ def test_another_image_gives_other_logits_behind_it_and_the_same_before_it(vlm, 
     assert (one[place:] - other[place:]).abs().amax(-1).min() > 1e-3
 
 
-def test_rows_of_text_are_the_same_beside_rows_with_images(vlm, tokenizer):
-    shown = ask(vlm, tokenizer, "a <image><image>b")
+def test_images_go_to_the_rows_in_the_order_of_their_placeholders_and_none_to_rows_of_text(
+    vlm, tokenizer
+):
+    shown, images = ask(vlm, tokenizer, "a <image><image>b"), some_images(4)
     text = tokenizer.encode("the rain in spain!" * 3)[: len(shown)]
     with torch.no_grad():
-        both = vlm(torch.tensor([text, shown, text]), images=some_images(2))
-    assert torch.allclose(both[0], logits_of(vlm, text), atol=1e-5)
-    assert torch.allclose(both[2], logits_of(vlm, text), atol=1e-5)
-    assert torch.allclose(both[1], logits_of(vlm, shown, some_images(2)), atol=1e-5)
-
-
-def test_images_go_to_the_rows_in_the_order_of_their_placeholders(vlm, tokenizer):
-    ids, images = ask(vlm, tokenizer, "<image>?"), some_images(3)
-    with torch.no_grad():
-        together = vlm(torch.tensor([ids] * 3), images=images)
-    for row, image in zip(together, images):
-        assert torch.allclose(row, logits_of(vlm, ids, image[None]), atol=1e-5)
+        together = vlm(torch.tensor([shown, text, shown]), images=images)
+    assert torch.allclose(together[0], logits_of(vlm, shown, images[:2]), atol=1e-5)
+    assert torch.allclose(together[1], logits_of(vlm, text), atol=1e-5)
+    assert torch.allclose(together[2], logits_of(vlm, shown, images[2:]), atol=1e-5)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -263,8 +236,9 @@ def test_layer_decay_moves_the_vision_tower_as_little_as_the_embedding(vlm):
 def adapted(vlm):
     adapters.attach(vlm, "lora", adapters.Settings(rank=4, alpha=8.0))
     with torch.no_grad():
-        for layer in lora.layers(vlm).values():
-            layer.lora_B["default"].normal_(std=0.3)
+        for name, p in vlm.named_parameters():
+            if ".lora_B." in name:
+                p.normal_(std=0.3)
         vlm.projector.linear_1.weight.mul_(1.5)
     return vlm
 
@@ -348,20 +322,6 @@ def test_the_vision_tower_runs_once_per_prompt(vlm, tokenizer, monkeypatch):
     prompts, images = four_prompts(vlm, tokenizer)
     generate(vlm, prompts, 6, samples=3, temperature=0, images=images)
     assert seen == [3]
-
-
-def test_cached_logits_equal_uncached_ones(vlm, tokenizer):
-    prompts, images = four_prompts(vlm, tokenizer)
-    shown = torch.cat([x for x in images if x is not None])
-    with torch.no_grad():
-        engine = Engine(vlm, prompts, 4, images=shown)
-        engine.step(torch.tensor([1, 2, 3, 4]))
-        engine.keep(torch.tensor([0, 2]))
-        last = engine.step(torch.tensor([5, 6]))
-    for row, (i, first, second) in enumerate([(0, 1, 5), (2, 3, 6)]):
-        fresh = logits_of(vlm, [*prompts[i], first, second], images[i])[-1]
-        real = torch.arange(270) != vlm.image_id
-        assert torch.allclose(last[row][real], fresh[real], atol=1e-4)
 
 
 def test_a_placeholder_is_never_drawn(vlm, tokenizer):
@@ -535,8 +495,9 @@ def test_a_dialogue_is_cut_between_turns_and_never_inside_an_image(vlm, tokenize
 # --- folders, evaluation and chat ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("projector", ACTIVATIONS)
-@pytest.mark.parametrize("tower", [CLIP_KIND, SIGLIP_KIND])
+@pytest.mark.parametrize(
+    "projector, tower", [*((name, CLIP_KIND) for name in ACTIVATIONS), ("mlp", SIGLIP_KIND)]
+)
 def test_a_folder_gives_back_model_tokenizer_and_preprocessing(
     projector, tower, tokenizer, tmp_path
 ):
@@ -567,11 +528,10 @@ def test_a_vlm_is_joined_from_a_text_model_and_a_vision_tower(random_model, toke
     [
         ({"model_type": "llava_next"}, "model_type must be llava or nanollm_vlm, not 'llava_next'"),
         ({"text_config": None}, "must have a text_config"),
+        ({"projector": "mpl"}, "projector must be linear or mlp or pixel_shuffle, not 'mpl'"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act must be gelu, not 'relu'"),
         ({"multimodal_projector_bias": False}, "multimodal_projector_bias must be True"),
-        ({"vision_feature_select_strategy": "all"}, "must be default or full, not 'all'"),
         ({"vision_feature_layer": [-2, -5]}, r"can't be those of layer \[-2, -5\]"),
-        ({"vision_feature_layer": 9}, "can't be those of layer 9"),
         ({"image_token_index": 3}, "image_token_index must be 269, not 3"),
     ],
 )
@@ -601,18 +561,14 @@ def example(image, **more):
     return {"image": image, "messages": turns, "answer": "x", "task": "colour", **more}
 
 
-def test_examples_are_answered_with_the_right_image_none_or_another(vlm, tokenizer, album):
+def test_examples_are_answered_with_the_right_image_or_a_grey_one(vlm, tokenizer, album):
     text = {"prompt": "2 + 2?", "answer": "4"}
     examples = read_examples(album(example("a.png"), text, example("b.png"), example("c.png")))
-    completions = {
-        shown: accuracy_by_task(vlm, tokenizer, examples, 8, shown=shown)[1]
-        for shown in ("right", "none", "shuffled")
-    }
-    a, plain, b, c = completions["right"]
-    assert len({a, b, c}) == 3
-    assert len({completions["none"][i] for i in (0, 2, 3)}) == 1
-    assert all(completions["right"][i] != completions["shuffled"][i] for i in (0, 2, 3))
-    assert {each[1] for each in completions.values()} == {plain}
+    right, none = (
+        accuracy_by_task(vlm, tokenizer, examples, 8, shown=shown)[1] for shown in ("right", "none")
+    )
+    assert len({right[0], right[2], right[3]}) == 3
+    assert none == [none[0], right[1], none[0], none[0]]
 
 
 def test_a_text_model_can_not_be_asked_about_images(random_model, tokenizer, album):
@@ -677,31 +633,22 @@ def test_chat_keeps_the_image_longer_than_what_was_said_later(
     assert not capsys.readouterr().err
 
 
-def test_chat_says_when_no_room_is_left_for_the_image(folder, vlm, album, monkeypatch, capsys):
+def test_chat_says_when_no_room_is_left_for_the_image(folder, album, monkeypatch, capsys):
     lines = ["x" * 60, "y" * 60]
-    image = str(album().parent / "a.png")
-    asked = run_chat(monkeypatch, lines, model=folder, image=image)
+    asked = run_chat(monkeypatch, lines, model=folder, image=str(album().parent / "a.png"))
     assert [shown for _, shown in asked] == [1, 0]
     assert capsys.readouterr().err.count("no room is left for the image") == 1
 
 
-@pytest.mark.parametrize(
-    "prompt, sentence",
-    [("<image><image>?", "2 times <image>, but 1 images"), ("x" * 130, "shorten it")],
-)
-def test_chat_says_what_is_wrong_with_the_message(prompt, sentence, folder, album, monkeypatch):
-    with pytest.raises(UserError, match=sentence):
-        run_chat(monkeypatch, model=folder, image=str(album().parent / "a.png"), prompt=prompt)
-
-
-def test_chat_with_a_text_model_refuses_images(
-    random_model, tokenizer, tmp_path, album, monkeypatch
+def test_chat_says_what_is_wrong_with_the_message(
+    folder, random_model, tokenizer, tmp_path, album, monkeypatch
 ):
     save_model(random_model(), tokenizer, tmp_path / "text")
-    with pytest.raises(UserError, match="reads text only"):
-        run_chat(
-            monkeypatch,
-            model=str(tmp_path / "text"),
-            image=str(album().parent / "a.png"),
-            prompt="hm",
-        )
+    for model, prompt, sentence in (
+        (folder, "<image><image>?", "2 times <image>, but 1 images"),
+        (folder, "x" * 130, "shorten it"),
+        (str(tmp_path / "text"), "hm", "reads text only"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            image = str(album().parent / "a.png")
+            run_chat(monkeypatch, model=model, image=image, prompt=prompt)

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    Killed,
     as_two_processes,
     first_moments,
     in_new_folder,
+    interrupted_and_resumed,
     kill_and_resume,
+    logged,
     refused,
     result,
     run,
@@ -22,7 +25,6 @@ from PIL import Image, ImageDraw
 import train_pretrain
 import train_vlm
 from nanollm import safetensors
-from nanollm.config import parse
 from nanollm.formats import write_jsonl
 from nanollm.hub import load_model
 from nanollm.records import read_captions
@@ -97,13 +99,6 @@ def trained(tmp_path_factory):
     return folder
 
 
-def resume(out, *flags):
-    torch.manual_seed(99)
-    train_vlm.main(
-        parse(train_vlm.Config, train_vlm.PRESETS, ["--out", out, "--resume", *map(str, flags)])
-    )
-
-
 def effects(out):
     return {each["name"]: (each["before"], each["after"]) for each in result(out)["effects"]}
 
@@ -150,7 +145,6 @@ def test_alignment_lowers_the_loss_by_the_projector_alone(here):
 def test_the_model_names_the_colour_that_it_is_shown_and_the_baseline_cannot(here):
     model, baseline = result("runs/vlm"), result("runs/vlm-no_images")
     assert model["images"]["right"]["colour"] == {"accuracy": 1.0, "n": 12}
-    assert model["images"]["shuffled"]["colour"]["accuracy"] <= 0.5
     assert baseline["images"]["right"]["colour"]["accuracy"] <= 0.25  # always the same of four
     found = effects("runs/vlm")
     name = "questions about images, by the no-image baseline and the model"
@@ -270,7 +264,7 @@ def test_completions_are_kept_with_their_images_and_the_baselines(here):
     files = [Path(f"runs/{name}/images.json") for name in ("vlm", "vlm-no_images")]
     model, baseline = (json.loads(file.read_text()) for file in files)
     assert len(model) == 3 and {each["question"] for each in model} == {"colour?"}
-    assert all(each["right"] and each["completion"] == each["answer"] for each in model)
+    assert all(each["completion"] == each["answer"] for each in model)
     assert [each["no_images"] for each in model] == [each["completion"] for each in baseline]
     assert [each["image"] for each in model] == [each["image"] for each in baseline]
 
@@ -278,34 +272,12 @@ def test_completions_are_kept_with_their_images_and_the_baselines(here):
 # --- kill and resume -----------------------------------------------------------------------------
 
 
-class Killed(Exception):
-    pass
-
-
-def kill(patch, folder, last):
-    """Let the run in this folder end in Killed after step `last`."""
-    advance = Run.advance
-
-    def killed(self, *args, **metrics):
-        advance(self, *args, **metrics)
-        if self.folder == Path(folder) and self.step == last:
-            raise Killed
-
-    patch.setattr(Run, "advance", killed)
-
-
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here, monkeypatch):
-    flags, names = ["--steps", 12, "--eval_every", 4], ("runs/whole", "runs/killed")
-    vlm([*INSTRUCT, *MIXED], *flags, out=names[0])
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch, names[1], 10)  # two steps behind its checkpoint
-        vlm([*INSTRUCT, *MIXED], *flags, out=names[1])
-    resume(names[1])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
+    flags, names = [*INSTRUCT, *MIXED, "--steps", 12, "--eval_every", 4], ("runs/whole", "runs/cut")
+    vlm(flags, out=names[0])
+    interrupted_and_resumed(train_vlm, *flags, out=names[1], last=10)  # two behind its checkpoint
     assert same(*(torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in names))
-    a, b = (
-        [{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(n)] for n in names
-    )
-    assert a == b and len(a) > 3
+    assert logged(names[0]) == logged(names[1]) and len(logged(names[0])) > 3
 
 
 def test_a_process_that_was_killed_is_resumed_to_the_same_weights(here):
@@ -326,20 +298,28 @@ def all_stages(here):
         vlm(ALL, *FOUR_STEPS, out="runs/all")
 
 
-@pytest.mark.parametrize("stage, step", [("-align", 1), ("-align", 3), ("-no_images", 1), ("", 1)])
+@pytest.mark.parametrize("stage, step", [("-align", 3), ("", 1)])  # its first checkpoint is at 2
 def test_all_stages_go_on_where_one_was_killed_and_end_as_without(
     stage, step, all_stages, monkeypatch
 ):
-    shutil.rmtree("runs/cut", ignore_errors=True)
+    advance = Run.advance
+
+    def killed(self, *args, **metrics):
+        advance(self, *args, **metrics)
+        if self.folder == Path(f"runs/some{stage}") and self.step == step:
+            raise Killed
+
+    shutil.rmtree("runs/some", ignore_errors=True)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch, f"runs/cut{stage}", step)
-        vlm(ALL, *FOUR_STEPS, out="runs/cut")
-    done = Path("runs/cut-clip/state.pt").stat().st_mtime_ns
-    resume("runs/cut")
-    assert Path("runs/cut-clip/state.pt").stat().st_mtime_ns == done
+        patch.setattr(Run, "advance", killed)
+        vlm(ALL, *FOUR_STEPS, out="runs/some")
+    done = Path("runs/some-clip/state.pt").stat().st_mtime_ns
+    torch.manual_seed(99)
+    vlm(["--resume"], out="runs/some")
+    assert Path("runs/some-clip/state.pt").stat().st_mtime_ns == done
     for folder in ("", "-align", "-no_images"):
-        assert same(weights(f"runs/all{folder}"), weights(f"runs/cut{folder}")), folder
-    assert same(*(safetensors.load_folder(f"runs/{name}-clip") for name in ("all", "cut")))
+        assert same(weights(f"runs/all{folder}"), weights(f"runs/some{folder}")), folder
+    assert same(*(safetensors.load_folder(f"runs/{name}-clip") for name in ("all", "some")))
 
 
 def test_an_attempt_that_fails_leaves_the_finished_stages_alone(all_stages, capsys):
@@ -360,9 +340,7 @@ def test_all_stages_move_the_earlier_ones_out_of_the_way(here):
 # --- several processes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "own", [TWICE, [*TWICE, "--loss", "siglip"], [*INSTRUCT, *MIXED, "--train_vision"]]
-)
+@pytest.mark.parametrize("own", [TWICE, [*INSTRUCT, *MIXED, "--train_vision"]])
 def test_two_processes_give_the_gradients_of_one(own, here):
     """After one step the optimizers' first moments are the gradients, up to a constant factor. In a
     batch of CLIP's every image has two captions; of the others the second process has texts alone.
@@ -382,50 +360,33 @@ def test_two_processes_give_the_gradients_of_one(own, here):
 
 ONE = json.dumps({"image": "red_left.png", "caption": "red"}) + "\n"
 FILES = {
-    "silent.jsonl": ONE * 3 + '{"image": "red_left.png", "caption": 5}',
-    "gone.jsonl": json.dumps({"image": "nowhere.png", "messages": said("<image>?", "red")}),
     "damaged.jsonl": ONE * 11 + '{"image": "damaged.png", "caption": "a"}',
     "single.jsonl": ONE,
     "long.jsonl": json.dumps({"image": "red_left.png", "caption": "a" * 200}),
-    "same.jsonl": '{"image": "red_left.png", "prompt": "<image>?", "answer": "red"}\n' * 2,
     "long_examples.jsonl": json.dumps(
         {"image": "red_left.png", "prompt": "<image>" + "a" * 60, "answer": "red"}
     ),
     "damaged_examples.jsonl": '{"image": "damaged.png", "prompt": "<image>?", "answer": "red"}',
 }
-SHUFFLED = "--projector pixel_shuffle --image_size".split()
 REFUSED = {
-    "align without a tower": ([*ALIGN, "--vision", "none"], "is what --stage align needs"),
-    "all with a tower": ([*ALL, "--vision", "runs/clip"], "is what --stage align needs"),
+    "align without a tower": ([*ALIGN, "--vision", "none"], "for --stage align alone"),
     "all without images": ([*ALL, "--no_images"], "goes with --stage instruct alone"),
-    "a tower that is none": ([*ALIGN, "--vision", "runs/pretrain"], "'qwen3' is not one of"),
-    "no such tower": ([*ALIGN, "--vision", "runs/none"], "runs/none"),
     "instruct from text": ([*INSTRUCT, "--init", "runs/pretrain"], "without a vision tower"),
-    "align from a VLM": ([*ALIGN, "--init", "runs/align"], "not on one that has a tower"),
-    "missing image": ([*ALIGN, "--data", "gone.jsonl"], "line 1: the image nowhere.png"),
-    "caption without text": ([*CLIP, "--data", "silent.jsonl"], 'line 4: a "caption" is'),
     "long caption": ([*CLIP, "--data", "long.jsonl"], "long.jsonl, line 1): shorten"),
     "captions for align": ([*ALIGN, "--data", "captions.jsonl"], 'needs "messages"'),
-    "damaged image": ([*CLIP, "--data", "damaged.jsonl"], "damaged.png can't be opened"),
+    "damaged image": ([*CLIP, "--data", "damaged.jsonl"], "damaged.png can't be read"),
     "one record": ([*CLIP, "--data", "single.jsonl", "--val_data", "none"], "too few records"),
     "negatives don't divide": ([*CLIP, "--hard_negatives", 5], "must divide --batch_size 12"),
     "negatives of more": (
         [*CLIP, "--hard_negatives", 24, "--batch_size", 24], "needs as many captions; there are 12"
     ),
     "row beyond the model": ([*ALIGN, "--context", 65], "beyond the model's context of 64"),
-    "row within an image": ([*ALIGN, "--context", 4], "beyond 4 tokens, of which an image"),
     "patches leave an edge": ([*CLIP, "--image_size", 20], "or the border is never seen"),
-    "heads don't divide": ([*CLIP, "--vision_channels", 100], "the channels of a head"),
-    "pixel shuffle of nine": ([*ALL, *SHUFFLED, 24, "--no_class_token"], "not 9 patches"),
-    "pixel shuffle of a class token": ([*ALL, *SHUFFLED, 32], "add --no_class_token"),
-    "a layer too deep": ([*ALIGN, "--feature_layer", 5], "can't be those of layer 5"),
+    "pixel shuffle of a class token": ([*ALL, "--projector", "pixel_shuffle"], "add --no_class"),
     "replay of no row": ([*INSTRUCT, "--replay", 0.01], "no row for replay in a batch of 12"),
-    "replay of all rows": ([*INSTRUCT, "--replay", 0.99], "no row for images in a batch of 12"),
-    "one image alone": ([*INSTRUCT, "--test_data", "same.jsonl"], "no other example has 1 im"),
     "long examples": ([*INSTRUCT, "--test_data", "long_examples.jsonl"], "context of 64"),
     "damaged examples": ([*INSTRUCT, "--test_data", "damaged_examples.jsonl"], "damaged.png"),
-    "adapter and tower": ([*INSTRUCT, "--adapter", "lora", "--train_vision"], "no --adapter"),
-    "all with captions": ([*ALL, "--data", "captions.jsonl"], 'needs "messages"'),
+    "adapter and tower": ([*INSTRUCT, "--adapter", "lora", "--train_vision"], "for a tower"),
     "all with damaged examples": ([*ALL, "--test_data", "damaged_examples.jsonl"], "damaged.png"),
     "all from a VLM": ([*ALL, "--init", "runs/align"], "not on one that has a tower"),
     "all beyond the context": ([*ALL, "--context", 65], "beyond the model's context of 64"),
@@ -463,9 +424,8 @@ def test_files_beside_out_that_are_no_run_stay_where_they_are(here, capsys):
     assert Path("mine-align/thesis.txt").exists() and not Path("mine").exists()
 
 
-@pytest.mark.parametrize("own", [CLIP, INSTRUCT])
-def test_weights_that_are_no_numbers_never_replace_a_checkpoint(own, here, capsys):
-    vlm(own, "--steps", 2, out="runs/finite")
+def test_weights_that_are_no_numbers_never_replace_a_checkpoint(here, capsys):
+    vlm(CLIP, "--steps", 2, out="runs/finite")
     capsys.readouterr()
     rates = ["--muon_lr", 1e38, "--lr", 1e38, "--grad_clip", 0]
     flags = ["--out", "runs/finite", "--resume", "--steps", 9, "--eval_every", 1, *rates]

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanollm import safetensors
-from nanollm.config import UserError, atomic_write
+from nanollm.config import atomic_write
 from nanollm.gpt import Linear
 from nanollm.vision.vit import Encoder, LayerNorm, ViT, check_block, init_blocks
 
@@ -68,12 +68,9 @@ class TextTower(nn.Module):
         init_blocks(self.encoder)
 
     def forward(self, tokens):
-        is_end = tokens == self.cfg.eos_token_id
-        if not is_end.any(1).all():
-            raise ValueError(f"a text needs the end token {self.cfg.eos_token_id}")
         x = self.encoder(self.embeddings(tokens).to(self.compute_dtype))
-        rows = torch.arange(len(tokens), device=tokens.device)
-        return self.final_layer_norm(x[rows, is_end.int().argmax(1)])
+        ends = (tokens == self.cfg.eos_token_id).int().argmax(1)
+        return self.final_layer_norm(x[torch.arange(len(tokens), device=tokens.device), ends])
 
 
 class CLIP(nn.Module):
@@ -123,23 +120,6 @@ class CLIP(nn.Module):
     @property
     def device(self):
         return self.logit_scale.device
-
-
-def caption_tokens(tokenizer, texts, context):
-    """Texts -> (B, T) int64, each with the end token, padded behind it to the longest of them.
-
-    Raises UserError for a text of more than `context` tokens: none is cut.
-    """
-    rows = [[*tokenizer.encode(text), tokenizer.end_id] for text in texts]
-    longest = max(rows, key=len)
-    if len(longest) > context:
-        text = texts[rows.index(longest)]
-        raise UserError(
-            f"the caption {text[:40]!r} ... has {len(longest)} tokens, more than {context}; "
-            "shorten it"
-        )
-    padded = [row + [tokenizer.pad_id] * (len(longest) - len(row)) for row in rows]
-    return torch.tensor(padded)
 
 
 def save_clip(clip, tokenizer, folder, preprocessing):

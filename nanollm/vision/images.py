@@ -9,9 +9,7 @@ Resizing and numbers are those of Hugging Face's CLIPImageProcessor and SiglipIm
 
 import hashlib
 import json
-import random
 import warnings
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +19,21 @@ from PIL import Image, ImageOps
 
 from nanollm.checkpoint import read_json
 from nanollm.config import UserError, atomic_write
+from nanollm.formats import need
 
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000: 192 MB as RGB; a file of a few bytes may claim any size
 # Formats that Pillow decodes itself; EPS, for one, is a program that another program would run.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 CONFIG = "preprocessor_config.json"
-# what such a file means where it is silent
-DEFAULTS = {"size": 224, "crop_size": 224, "resample": 3, "rescale_factor": 1 / 255}
-DEFAULTS |= {"do_resize": True, "do_rescale": True, "do_normalize": True}
-CLIP_DEFAULTS = DEFAULTS | {"do_center_crop": True}
-CLIP_DEFAULTS |= {"image_mean": (0.48145466, 0.4578275, 0.40821073)}
-CLIP_DEFAULTS |= {"image_std": (0.26862954, 0.26130258, 0.27577711)}
-SIGLIP_DEFAULTS = DEFAULTS | {"do_center_crop": False}
-SIGLIP_DEFAULTS |= {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+# what such a file of CLIP's and of SigLIP's means where it is silent
+COMMON = dict(size=224, crop_size=224, resample=3, rescale_factor=1 / 255, do_resize=True)
+COMMON |= dict(do_rescale=True, do_normalize=True)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+DEFAULTS = {
+    "CLIP": COMMON | dict(do_center_crop=True, image_mean=CLIP_MEAN, image_std=CLIP_STD),
+    "Siglip": COMMON | dict(do_center_crop=False, image_mean=HALF, image_std=HALF),
+}
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -50,42 +50,28 @@ def open_image(path):
             warnings.simplefilter("ignore")  # of damage: it is an error here, or doesn't matter
             with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:  # nothing is decoded yet
-                    raise Image.DecompressionBombError
+                    raise ValueError(f"it claims more than {MAX_PIXELS:,} pixels; make it smaller")
                 return to_rgb(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError:
-        reason = f"claims more than {MAX_PIXELS:,} pixels, too many to decode; make it smaller"
-    except Image.UnidentifiedImageError:
-        reason = f"is not an image that can be read ({', '.join(FORMATS)})"
     except Exception as e:  # Pillow's decoders raise nearly anything on a damaged file
         said = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
-        reason = f"can't be opened: it is missing, damaged, cut off or of an unknown kind ({said})"
-    raise UserError(f"{path} {reason}")
+    raise UserError(
+        f"{path} can't be read: it is missing, damaged, cut off, or no image of the kinds "
+        f"{', '.join(FORMATS)} ({said})"
+    )
 
 
 def to_rgb(image):
-    """The image as 8-bit RGB: transparency on white, 16-bit grey scaled by 255 / 65535."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return grey_of_16_bits(image).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers; convert it to 8 bits")
+    """The image as 8-bit RGB: transparency on white, 16-bit grey divided by 257."""
+    if image.mode[0] in "IF":  # Pillow's own conversion clips at 255: nearly all would be white
+        grey = image.convert("I")
+        low, high = grey.getextrema()
+        if image.mode == "F" or low < 0 or high > 65535:
+            raise ValueError("its pixels have more than 16 bits; convert it to 8 bits")
+        return grey.point(lambda level: level / 257 + 0.5).convert("L").convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def grey_of_16_bits(image):
-    """Pillow's own conversion would clip at 255, and nearly everything would be white."""
-    grey = np.asarray(image).astype(np.int64)
-    if grey.min() < 0 or grey.max() > 65535:
-        raise ValueError("its pixels have 32 bits; convert it to 8 bits")
-    scaled = (grey * 255 + 32767) // 65535  # rounded to the nearest
-    if isinstance(image.info.get("transparency"), int):
-        scaled[grey == image.info["transparency"]] = 255
-    return Image.fromarray(scaled.astype(np.uint8))
 
 
 # --- preprocessing -------------------------------------------------------------------------------
@@ -93,27 +79,18 @@ def grey_of_16_bits(image):
 
 @dataclass
 class Preprocessing:
-    """How an image becomes what a ViT reads.
+    """How an image becomes the square that a ViT reads.
 
-    Without `shortest_edge` it is resized to exactly `size`, which may stretch it (SigLIP). With it,
+    Without `shortest_edge` it is resized to size x size, which may stretch it (SigLIP). With it,
     its shorter side is resized to so many pixels and the middle is cut out (CLIP).
     """
 
-    size: tuple[int, int] = (64, 64)  # height and width of what comes out; one number: both
+    size: int = 64  # H and W of what comes out
     shortest_edge: int | None = None
     resample: int = 3  # Pillow's number of the filter: 0 nearest, 2 bilinear, 3 bicubic ...
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
     rescale: float = 1 / 255
-
-    def __post_init__(self):
-        self.size = both(self.size)
-        self.mean, self.std = tuple(map(float, self.mean)), tuple(map(float, self.std))
-        self.resample = int(Image.Resampling(self.resample))
-        if min(*self.size, self.shortest_edge or 1) < 1:
-            raise ValueError(f"a size must be at least 1: {self.size}, {self.shortest_edge}")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
-            raise ValueError("image_mean and image_std must hold 3 numbers, and image_std no zero")
 
     def __call__(self, image):
         """A Pillow image of any mode -> (3, H, W) float32."""
@@ -121,20 +98,13 @@ class Preprocessing:
 
     def pixels(self, image):
         """An RGB image in the size that the ViT reads, (3, H, W) uint8."""
-        height, width = self.size
-        if self.shortest_edge is None:
-            image = image.resize((width, height), self.resample)
-        else:
-            short, long = sorted(image.size)
-            edge = self.shortest_edge
-            longer = int(edge * long / short)  # cut, not rounded, as Hugging Face does
-            if edge * longer > MAX_PIXELS:
-                shape = f"{image.width} x {image.height}"
-                raise UserError(f"an image of {shape} is too narrow to resize")
-            portrait = image.width <= image.height
-            image = image.resize((edge, longer) if portrait else (longer, edge), self.resample)
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))  # black beyond the edge
+        width = height = self.size
+        if self.shortest_edge:  # the longer one is cut, not rounded, as Hugging Face does
+            short = min(image.size)
+            width, height = (int(self.shortest_edge * side / short) for side in image.size)
+        image = image.resize((width, height), self.resample)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))  # black beyond the edge
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def normalised(self, pixels):
@@ -147,9 +117,10 @@ class Preprocessing:
         return (scaled - mean[:, None, None]) / std[:, None, None]
 
     @classmethod
-    def from_folder(cls, folder):
-        """From preprocessor_config.json, as CLIPImageProcessor or SiglipImageProcessor write it,
-        or from the part of processor_config.json that CLIPProcessor writes in its place.
+    def from_folder(cls, folder, size):
+        """For a ViT that reads images of this size: from preprocessor_config.json, as
+        CLIPImageProcessor or SiglipImageProcessor write it, or from the part of
+        processor_config.json that CLIPProcessor writes in its place.
         """
         path = Path(folder) / CONFIG
         together = path.with_name("processor_config.json")
@@ -157,25 +128,26 @@ class Preprocessing:
             path, values = together, read_json(together).get("image_processor") or {}
         else:
             values = read_json(path)
-        kind = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
-        if not kind.startswith(("CLIP", "Siglip")):
-            raise UserError(f"{path}: its type {kind} is neither CLIP's nor SigLIP's")
-        defaults = CLIP_DEFAULTS if kind.startswith("CLIP") else SIGLIP_DEFAULTS
+        name = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
+        kind = next((kind for kind in DEFAULTS if name.startswith(kind)), None)
+        need(kind, path, f"its type {name} is neither CLIP's nor SigLIP's")
         given = {name: value for name, value in values.items() if value is not None}
         try:
-            return cls(**settings_of(defaults | given))
+            made = cls(**settings_of(DEFAULTS[kind] | given))
         except (KeyError, TypeError, ValueError) as e:
             raise UserError(f"{path} is incomplete or not implemented: {e}") from None
+        fits = f"it makes {made.size} x {made.size} pixels, but the ViT reads {size} x {size}"
+        need(made.size == size, path, fits)
+        return made
 
     def save(self, folder):
         """Write preprocessor_config.json, which transformers' AutoImageProcessor opens."""
-        height, width = self.size
-        exact, edge = {"height": height, "width": width}, self.shortest_edge
+        square, edge = {"height": self.size, "width": self.size}, self.shortest_edge
         values = {
             "image_processor_type": "CLIPImageProcessor" if edge else "SiglipImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": edge} if edge else exact,
+            "size": {"shortest_edge": edge} if edge else square,
             "resample": self.resample,
             "do_rescale": True,
             "rescale_factor": self.rescale,
@@ -184,38 +156,35 @@ class Preprocessing:
             "image_std": list(self.std),
         }
         if edge:
-            values |= {"do_center_crop": True, "crop_size": exact}
+            values |= {"do_center_crop": True, "crop_size": square}
         atomic_write(Path(folder) / CONFIG, json.dumps(values, indent=2) + "\n")
 
 
-def both(size):
-    """(height, width); a single number stands for both."""
-    if isinstance(size, int):
-        return size, size
-    height, width = (size["height"], size["width"]) if isinstance(size, dict) else size
-    return height, width
+def side_of(size):
+    """The side of a square, which a file gives as one number or as two."""
+    height, width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
+    if height != width:
+        raise ValueError(f"a ViT reads squares, not {height} x {width}")
+    return height
 
 
 def settings_of(values):
     """The fields of a Preprocessing, from all values of a preprocessor_config.json; ValueError
     where images would come out in different sizes, or in another one than we make.
     """
-    size, crops = values["size"], values["do_center_crop"]
+    size, crops, normalise = values["size"], values["do_center_crop"], values["do_normalize"]
     if isinstance(size, int) and crops:  # as old files say it
         size = {"shortest_edge": size}
     edge = size.get("shortest_edge") if isinstance(size, dict) else None
-    exact = both(values["crop_size"] if edge else size)
-    if not values["do_resize"] or (edge and (not crops or size.get("longest_edge"))):
-        raise ValueError("it would make images of different sizes")
-    if not edge and crops and both(values["crop_size"]) != exact:
-        raise ValueError(f"it resizes to {exact} and then crops to {values['crop_size']}")
-    normalise = values["do_normalize"]
+    side = side_of(values["crop_size"] if crops else size)
+    if not values["do_resize"] or not (edge or side_of(size) == side):
+        raise ValueError("it must resize images, to the size of its crop or by their shorter side")
     return {
-        "size": exact,
+        "size": side,
         "shortest_edge": edge,
         "resample": values["resample"],
-        "mean": values["image_mean"] if normalise else (0.0, 0.0, 0.0),
-        "std": values["image_std"] if normalise else (1.0, 1.0, 1.0),
+        "mean": tuple(values["image_mean"]) if normalise else (0.0, 0.0, 0.0),
+        "std": tuple(values["image_std"]) if normalise else (1.0, 1.0, 1.0),
         "rescale": float(values["rescale_factor"]) if values["do_rescale"] else 1.0,
     }
 
@@ -239,8 +208,7 @@ class ImageStore:
         """
         for path in paths:
             if path not in self.known:
-                grey = Image.new("RGB", (64, 64), (128, 128, 128))
-                image = grey if path == GREY else open_image(path)
+                image = Image.new("RGB", (64, 64), "grey") if path == GREY else open_image(path)
                 pixels = self.preprocessing.pixels(image)
                 digest = hashlib.sha256(pixels.numpy().tobytes()).digest()
                 self.known[path] = self.known.setdefault(digest, len(self.kept))
@@ -259,15 +227,11 @@ class ImageStore:
         return self.images(self.numbers(paths))
 
     def shown(self, examples, which="right"):
-        """What each of the examples is shown, for generate: its own images ("right"), a grey one in
-        place of each ("none"), or those of another example ("shuffled").
+        """What each of the examples is shown, for generate: its own images ("right"), or a grey one
+        in place of each ("none").
         """
         paths = [example.get("images", []) for example in examples]
-        if which == "none":
-            paths = [[GREY] * len(own) for own in paths]
-        elif which == "shuffled":
-            paths = shuffled(paths)
-        return Shown(self, paths)
+        return Shown(self, [[GREY] * len(own) if which == "none" else own for own in paths])
 
 
 class Shown:
@@ -281,24 +245,3 @@ class Shown:
 
     def __getitem__(self, i):
         return self.store.of(self.paths[i])
-
-
-def shuffled(paths, seed=0):
-    """For each list of paths another that is as long, at random; for an empty one the same.
-
-    Raises UserError where all of one length are the same.
-    """
-    rng, out = random.Random(seed), []
-    by_length = defaultdict(list)
-    for own in dict.fromkeys(map(tuple, paths)):
-        by_length[len(own)].append(own)
-    for own in map(tuple, paths):
-        others = by_length[len(own)]
-        if own and len(others) < 2:
-            raise UserError(
-                f"no other example has {len(own)} images to show in place of {own[0]}; to shuffle "
-                "them takes two that differ"
-            )
-        i = rng.randrange(len(others))
-        out.append(list(others[i] if others[i] != own else others[i - 1]))
-    return out

@@ -6,8 +6,8 @@
 
 ViT: Dosovitskiy et al. 2021 (arXiv:2010.11929). CLIP (Radford et al. 2021, 2103.00020) puts a class
 token in front, whose last state stands for the image. SigLIP (Zhai et al. 2023, 2303.15343) has
-no such token: a learnt query attends to the patches instead. The stack of blocks, Encoder, is that
-of CLIP's text tower, too.
+no such token: a learnt query attends to the patches instead, which is left out, for a VLM reads the
+patches themselves. The stack of blocks, Encoder, is that of CLIP's text tower, too.
 
 Module names equal those of Hugging Face's CLIPVisionModel and SiglipVisionModel, so a state dict
 needs no mapping. Precision: fp32 master weights; `compute_dtype` says in which precision the layers
@@ -15,6 +15,7 @@ compute. Shapes: B images, P patch size, N patches, T = N or N + 1 tokens, C cha
 head size.
 """
 
+import re
 from dataclasses import dataclass, fields
 
 import torch
@@ -227,27 +228,8 @@ class Embeddings(nn.Module):
         return x + self.position_embedding.weight.to(x.dtype)  # (B, T, C)
 
 
-class PoolingHead(nn.Module):
-    """SigLIP's: a learnt query reads the patches, (B, N, C) -> (B, C). No VLM asks for it, so its
-    attention is torch's, in fp32.
-    """
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.probe = nn.Parameter(torch.randn(1, 1, cfg.hidden_size))
-        heads = cfg.num_attention_heads
-        self.attention = nn.MultiheadAttention(cfg.hidden_size, heads, batch_first=True)
-        self.layernorm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
-        self.mlp = MLP(cfg)
-
-    def forward(self, x):
-        query, exact = self.probe.expand(len(x), -1, -1), x.float()
-        y = self.attention(query, exact, exact, need_weights=False)[0].to(x.dtype)  # (B, 1, C)
-        return (y + self.mlp(self.layernorm(y)))[:, 0]
-
-
 class ViT(nn.Module):
-    """Images (B, 3, size, size) -> one vector each, (B, C); `features` gives one per patch."""
+    """Images (B, 3, size, size) -> one vector per patch by `features`, or one each, (B, C)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -259,15 +241,13 @@ class ViT(nn.Module):
         self.pre_layrnorm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps) if clip else None
         self.encoder = Encoder(cfg)
         self.post_layernorm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
-        self.head = None if clip else PoolingHead(cfg)
         init_blocks(self.encoder)
 
     def forward(self, images):
-        """What Hugging Face calls pooler_output, (B, C) in the compute precision."""
-        x = self.hidden(images)
-        if self.head is None:
-            return self.post_layernorm(x[:, 0])
-        return self.head(self.post_layernorm(x))
+        """The class token's last state (of CLIP's kind of tower), (B, C) in the compute precision:
+        what Hugging Face calls pooler_output.
+        """
+        return self.post_layernorm(self.hidden(images)[:, 0])
 
     def features(self, images, layer=-2, class_token=False):
         """One vector per patch after block `layer`, (B, N, C), rows of the image from the top;
@@ -300,8 +280,6 @@ def vision_config_of(values, path):
         need(isinstance(values, dict), path, "there is no vision_config")
     known = ", ".join((*DEFAULTS_OF, *WHOLE_MODELS))
     need(kind in DEFAULTS_OF, path, f"model_type {kind!r} is not one of {known}")
-    head = "a SigLIP without its pooling head is not implemented"
-    need(values.get("vision_use_head") is not False, path, head)
     names = {field.name for field in fields(VisionConfig)}
     given = {k: v for k, v in values.items() if k in names and v is not None}
     try:
@@ -323,18 +301,13 @@ def load_vision(folder):
     if any(name.startswith(prefix) for name in tensors):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     load_weights(vit, tensors, folder)
-    return vit, load_preprocessing(folder, vit.cfg)
+    return vit, Preprocessing.from_folder(folder, vit.cfg.image_size)
 
 
 def load_tensors(folder):
-    """All tensors but the numbers 0, 1, 2 ... of the positions, which older files hold too."""
-    tensors = safetensors.load_folder(folder)
-    return {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
-
-
-def load_preprocessing(folder, cfg):
-    preprocessing = Preprocessing.from_folder(folder)
-    (height, width), size = preprocessing.size, cfg.image_size
-    fits = f"its preprocessing makes {height} x {width} pixels, its ViT reads {size}"
-    need(height == width == size, folder, fits)
-    return preprocessing
+    """All tensors but SigLIP's pooling head, and the numbers 0, 1, 2 ... of the positions, which
+    older files hold too.
+    """
+    tensors = safetensors.load_folder(folder).items()
+    unread = re.compile(r"(^|vision_model\.|vision_tower\.)head\.|position_ids$")
+    return {name: x for name, x in tensors if not unread.search(name)}

@@ -30,8 +30,8 @@ from nanollm.config import UserError, atomic_write
 from nanollm.formats import IMAGE, need
 from nanollm.gpt import GPT, Linear
 from nanollm.tokenizer import Tokenizer
-from nanollm.vision.images import ImageStore
-from nanollm.vision.vit import CLIP_KIND, ViT, load_preprocessing, load_tensors, vision_config_of
+from nanollm.vision.images import ImageStore, Preprocessing
+from nanollm.vision.vit import CLIP_KIND, ViT, load_tensors, vision_config_of
 
 # projector -> LLaVA's name of what stands between its two layers
 ACTIVATIONS = {"linear": "linear", "mlp": "gelu", "pixel_shuffle": "gelu"}
@@ -51,8 +51,6 @@ class Projector(nn.Module):
 
     def __init__(self, vision_size, text_size, kind="mlp", r=2):
         super().__init__()
-        if kind not in ACTIVATIONS:
-            raise UserError(f"unknown projector {kind!r}; there are {', '.join(ACTIVATIONS)}")
         self.kind, self.r = kind, r if kind == "pixel_shuffle" else 1
         self.linear_1 = Linear(self.r**2 * vision_size, text_size)
         self.linear_2 = None if kind == "linear" else Linear(text_size, text_size)
@@ -283,7 +281,7 @@ def save_vlm(vlm, tokenizer, folder):
         "tie_word_embeddings": vlm.cfg.tie_word_embeddings,
         **{name: text[name] for name in ("eos_token_id", "pad_token_id", "torch_dtype")},
         "text_config": text,
-        "vision_config": dataclasses.asdict(vision),
+        "vision_config": dataclasses.asdict(vision) | ({} if clip else {"vision_use_head": False}),
     }
     processor = {
         "processor_class": "LlavaProcessor",
@@ -328,6 +326,7 @@ def load_vlm(folder):
     kind, clip = values["projector"], vision.model_type == CLIP_KIND
     implemented = {
         "model_type": (LLAVA, OURS),
+        "projector": tuple(ACTIVATIONS),
         "projector_hidden_act": (ACTIVATIONS.get(kind),),
         "multimodal_projector_bias": (True,),
         "vision_feature_select_strategy": ("default", "full") if clip else ("full",),
@@ -349,5 +348,5 @@ def load_vlm(folder):
     if kind == "linear":
         tensors = {name: x for name, x in tensors.items() if ".linear_2." not in name}
     load_weights(vlm, tensors, folder)
-    vlm.preprocessing = load_preprocessing(folder, vision)
+    vlm.preprocessing = Preprocessing.from_folder(folder, vision.image_size)
     return vlm, tokenizer
