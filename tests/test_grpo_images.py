@@ -250,13 +250,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(here, monkeypatch):
 def test_the_villages_images_are_found_by_the_run_that_chose_them(here, monkeypatch):
     asked = []
     monkeypatch.setattr(village_images, "prepare", lambda **how: asked.append(how))
-    chain = {
-        "a": {"init": "runs/sft", "image_size": 32, "images": 7},
-        "b": {"init": "runs/a", "data": "images"},
-    }
-    for name, settings in chain.items():
-        Path("runs", name).mkdir(parents=True)
-        Path("runs", name, "train_config.json").write_text(json.dumps(settings))
+    earlier = {"init": "runs/sft", "image_size": 32, "images": 7}
+    Path("runs/b").mkdir(parents=True)
+    Path("runs/b/train_config.json").write_text(
+        json.dumps({"init": "runs/a", "data": "images", "began_from": earlier})
+    )
     for folder in "runs/b", "runs/guesses":
         village_images.of_run(folder)
     assert asked == [{"size": 32, "n_train": 7}, {}]

@@ -184,16 +184,6 @@ def test_a_missing_file_names_the_status_and_the_mirror_flag(refuses):
     refuses("404: Not Found.*--base_url", "gsm8k", status=404)
 
 
-@pytest.mark.parametrize(
-    "url, why",
-    [("http://127.0.0.1:1", "open http://127.0.0.1:1/.*check the"), ("mirror", "unknown url type")],
-)
-def test_no_network_and_a_mirror_that_is_no_url_are_said(tmp_path, monkeypatch, url, why):
-    monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(UserError, match=why):
-        prepare("gsm8k", tmp_path, base_url=url)
-
-
 @pytest.mark.parametrize("name", ["tinyshakespeare", "alpaca", "dolly", "hh-helpful"])
 def test_a_body_that_ends_early_is_refused_even_where_it_could_be_read(refuses, name):
     refuses(r"broke after [\d,]+ of 3000 bytes", name, claimed=3000)

@@ -179,13 +179,6 @@ def test_a_caption_names_number_colour_and_kind_of_every_group(scenes):
         assert all(season not in text for season in SEASONS if season != scene.season)
 
 
-def test_captions_tell_images_apart_and_vary(files):
-    texts = [row["caption"] for row in files["test"]["captions_test"]]
-    assert len(set(texts)) >= len(texts) - 2
-    rng = random.Random(0)
-    assert len({caption(VILLAGE, rng) for _ in range(200)}) > 150
-
-
 def test_a_description_tells_everything_the_sky_first():
     assert description(VILLAGE) == (
         "It is autumn. In the sky I see small blue lanterns: 2, on the left. On the ground I see "
@@ -244,6 +237,7 @@ def test_recounting_by_hand_gives_the_same_answers(entry):
 
 
 TOGETHER = "How many lanterns and candles are there together?"
+WHERE, SMALL = "Where are the lanterns?", "I see small lanterns: 2, on the left."
 
 
 @pytest.mark.parametrize(
@@ -259,7 +253,7 @@ TOGETHER = "How many lanterns and candles are there together?"
         ("How many  Blue lanterns are there? ", "There are 2 Blue Lanterns.", "1 Blue Lantern."),
         ("What colour is the cup?", "It is red.", "It isn't red."),
         ("What colour are the lanterns?", "They are blue.", "Anything but blue."),
-        ("Where are the lanterns?", "They are on the left.", "They are on the left or the right."),
+        (WHERE, "They are on the left.", "They are on the left or the right."),
         ("Are there fewer lanterns than candles?", "Yes, there are fewer.", "Yes, there are more."),
         ("Are the cups bigger than the lanterns?", "Yes, bigger.", "Yes, they are smaller."),
         ("Which season is it?", "It is autumn.", "It is autumn or winter."),
@@ -279,18 +273,8 @@ def test_the_checker_knows_right_from_wrong(question, right, wrong):
         (TOGETHER, "I see blue lanterns: 2.", "I see red lanterns: 2.", "5."),
         (TOGETHER, "In the sky I see lanterns: 2, on the left.", "In the sky I see nothing.", "5."),
         ("Which season is it?", LOOKS["autumn"], LOOKS["winter"], "It is autumn."),
-        (
-            "Where are the lanterns?",
-            "In the sky I see small lanterns: 2, on the left.",
-            "On the ground I see small lanterns: 2, on the left.",
-            "They are on the left.",
-        ),
-        (
-            "Where are the lanterns?",
-            "In the sky I see blue lanterns: 2, on the left.",
-            "In the sky I see big blue lanterns: 2, on the left.",
-            "They are on the left.",
-        ),
+        (WHERE, f"In the sky {SMALL}", f"On the ground {SMALL}", "They are on the left."),
+        (WHERE, f"In the sky {SMALL}", f"In the sky {SMALL.replace('small', 'big')}", "Left."),
     ],
 )
 def test_what_is_thought_has_to_be_true_too(question, thought, wrong, answer):

@@ -11,7 +11,7 @@ from data.village.problems import DIFFICULTIES, SHARES_WORKED, lessons, problems
 from data.village.tasks import fact_never_asked, instructions
 from data.village.tools import knowledge, newcomers, tool_examples, tool_lessons
 from data.village.world import build_world
-from nanollm.config import BEGAN_FROM, UserError
+from nanollm.config import BEGAN_FROM
 from nanollm.formats import write_jsonl
 from nanollm.records import read_prompts
 
@@ -53,21 +53,12 @@ def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
 def settings_of(run_folder, **names):
     """{argument: setting} for the names {argument: name of the setting}, as the run says that chose
     the first of them: this one, or one that it began from, as it was then; {} where none did.
-    Raises UserError where that one isn't known.
     """
     path, first = Path(run_folder) / "train_config.json", next(iter(names.values()))
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    while first not in known and known.get(BEGAN_FROM):
-        known = known[BEGAN_FROM]
-    init = known.get("init")
-    if first in known or BEGAN_FROM in known or not init:  # from nothing, or a downloaded model
-        return {argument: known[name] for argument, name in names.items() if name in known}
-    if not Path(init).is_dir():
-        raise UserError(
-            f"{run_folder} began from {init}, which isn't there, so nobody knows which village it "
-            f'was trained on; correct "init" in {path}'
-        )
-    return settings_of(init, **names)
+    while known and first not in known:
+        known = known.get(BEGAN_FROM)
+    return {argument: known[name] for argument, name in names.items() if name in (known or ())}
 
 
 def of_run(run_folder):
