@@ -141,12 +141,12 @@ def pick_device(name):
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
-        name = found.type if found is not None and found.type == "cuda" else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
-    if device.type != "cpu" and (found is None or device.type != found.type):
+        device = None
+    if device is None or device.type not in ("cpu", found and found.type):
         raise UserError(f"--device {name}: torch sees no such device here; use cpu or auto")
     return device
 
