@@ -235,7 +235,8 @@ def parser_of(config_class, presets):
         values = {"default": field.default}
         values |= {preset: sets[name] for preset, sets in presets.items() if name in sets}
         values = ", ".join(f"{who}: {value}" for who, value in values.items() if value != "")
-        how = {"default": field.default, "help": f"{comment} ({values})".replace("%", "%%")}
+        text = (comment + f" ({values})" * bool(values)).replace("%", "%%")
+        how = {"default": field.default, "help": text}
         add = groups[group].add_argument
         if hints[name] is bool:
             add(f"--{name}", action="store_true", **how)

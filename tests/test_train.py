@@ -36,7 +36,7 @@ from helpers import (
 
 import train_pretrain
 import train_sft
-from nanollm import chat, evaluate, runtime
+from nanollm import chat, runtime
 from nanollm.batches import Sampler
 from nanollm.config import UserError, comments_of, parse
 from nanollm.formats import write_jsonl
@@ -241,25 +241,6 @@ def test_on_a_terminal_the_lines_of_evaluations_stay(here):
 
 # --- bad input -----------------------------------------------------------------------------------
 
-
-GOOD = json.dumps(say("a", "b")) + "\n"
-BAD_CHATS = [
-    (GOOD + '{"messages": [', "line 2: broken JSON"),
-    (GOOD + GOOD + '{"text": "a"}', 'line 3: a chat record needs "messages"'),
-    ('{"messages": [{"role": "user", "content": "a"}]}\n' * 40,
-     "40 of 40 records can't be used: no answer"),
-]  # fmt: skip
-
-
-def test_wrong_dialogues_are_refused_with_their_line(here, capsys):
-    pretrain("--steps", 1)
-    for text, sentence in BAD_CHATS:
-        Path("bad.jsonl").write_text(text)
-        flags = [*SFT, "--context", 32, "--data", "bad.jsonl"]
-        assert sentence in refused(capsys, train_sft, *flags)
-        assert not Path("runs/sft").exists()
-
-
 BAD_PRETRAINING = [
     (["--batch_size", 0], "--batch_size must be at least 1"),
     (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
@@ -289,24 +270,13 @@ def test_wrong_pretraining_input_is_refused_and_a_finished_run_stays(here, capsy
     assert before == contents("runs/out")
 
 
-WIDER, FEWER = (b'_size": 32', b'_size": 64'), (b'vocab_size": 3', b'vocab_size": 1')
-SAY = ["runs/pretrain", "--max_new_tokens", 8, "--prompt"]
-UNFIT = [  # file, damage to its bytes, what opens the folder
-    ("model.safetensors", lambda b: b[:-100], train_sft, SFT, "model.safetensors"),
-    ("config.json", lambda b: b.replace(*WIDER), evaluate, ["runs/pretrain"], "shape"),
-    ("config.json", lambda b: b.replace(*FEWER), chat, [*SAY, "hi"], ""),
-    ("config.json", lambda b: b, chat, [*SAY, "a" * 90], "shorten"),
-]
-
-
-@pytest.mark.parametrize("name, damage, module, flags, sentence", UNFIT)
-def test_a_damaged_model_folder_and_a_prompt_beyond_the_context_are_refused(
-    name, damage, module, flags, sentence, here, capsys
-):
+def test_a_prompt_beyond_the_context_and_a_damaged_model_folder_are_refused(here, capsys):
     pretrain("--steps", 1)
-    path = Path("runs/pretrain", name)
-    path.write_bytes(damage(path.read_bytes()))
-    assert sentence in refused(capsys, module, *flags)
+    flags = ["runs/pretrain", "--max_new_tokens", 8, "--prompt", "a" * 90]
+    assert "shorten" in refused(capsys, chat, *flags)
+    path = Path("runs/pretrain/model.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "model.safetensors" in refused(capsys, train_sft, *SFT)
 
 
 def test_numbers_that_are_none_end_the_run_and_never_replace_a_checkpoint(here, capsys):
