@@ -26,7 +26,7 @@ import tiktoken
 from tqdm import tqdm
 
 from nanollm.config import UserError, atomic_write
-from nanollm.formats import read_json
+from nanollm.formats import need, read_json
 from nanollm.templates import (
     BREAK,
     LAYOUTS,
@@ -422,13 +422,10 @@ class Tokenizer:
 
     def _read(self, message, where, image_tokens=0):
         """A message as the template is given it, in which no text spells a marker."""
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise UserError(f"{where}: role {role!r:.40} must be one of {', '.join(ROLES)}")
         message = {key: value for key, value in message.items() if value is not None}
         missing = "" if message.get("tool_calls") else None
-        if not isinstance(message.get("content", missing), str):
-            raise UserError(f'{where}: needs a "content" that is text, in a JSON object')
+        is_text = isinstance(message.get("content", missing), str)
+        need("role" in message and is_text, where, 'needs a "role" and a "content" that is text')
         if self.is_layout and "tool_calls" in message:
             message["tool_calls"] = [with_arguments(call, where) for call in message["tool_calls"]]
         free = CONTENT_TOKENS if message["role"] in ("assistant", "tool") else ()
@@ -464,10 +461,8 @@ class Tokenizer:
         for found in self._found.finditer(whole, len(prompt)):
             if self._id(found[0]) in self.stop_ids:
                 return prompt, whole[len(prompt) : found.end()]
-        raise UserError(
-            f"{where}: the model's chat template writes no token that ends an answer, so that none "
-            "can be trained on"
-        )
+        never = "writes no token that ends an answer, so that none can be trained on"
+        raise UserError(f"{where}: the model's chat template {never}")
 
     def _ids(self, text, image_tokens=0):
         """Token ids of what the template wrote."""
@@ -523,7 +518,7 @@ class Tokenizer:
         """Write tokenizer.json, and tokenizer_config.json with the chat template."""
         config = {"chat_template": self.template} | self.config
         config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config |= {"clean_up_tokenization_spaces": False}
+        config["clean_up_tokenization_spaces"] = False
         atomic_write(Path(folder) / "tokenizer.json", self._json)
         text = json.dumps(config, ensure_ascii=False) + "\n"
         atomic_write(Path(folder) / "tokenizer_config.json", text)

@@ -144,6 +144,10 @@ REFUSED = {  # keys of a config.json: what is said; those in ROPES stand in rope
     "another activation": ({"hidden_act": "gelu"}, "hidden_act must be 'silu', not 'gelu'"),
     "biases": ({"attention_bias": True}, "lacks 6 tensors, such as .*bias"),
     "other heads": ({"num_attention_heads": 8}, r"\[32, 32\], but config.json says \[32, 64\]"),
+    "no heads": ({"num_attention_heads": ...}, "incomplete or inconsistent"),
+    "shared heads": ({"num_key_value_heads": 3}, "incomplete or inconsistent.*can't share"),
+    "more layers": ({"num_hidden_layers": 3}, "lacks 9 tensors, such as model.layers.2"),
+    "fewer layers": ({"num_hidden_layers": 1}, "has 9 tensors that the model in config.json has"),
     "no tie": ({"tie_word_embeddings": False}, "lacks 1 tensors, such as lm_head.weight"),
 }
 ROPES = {

@@ -231,8 +231,9 @@ def test_locks_are_given_back_when_the_process_ends(tmp_path):
 # --- where a run comes from ----------------------------------------------------------------------
 
 
-def of_run_without_a_village(monkeypatch):
-    """of_run, which gives (villagers, seed, megabytes) of what it would make."""
+@pytest.fixture
+def of_run(monkeypatch):
+    """examples.of_run, which gives (villagers, seed, megabytes) of what it would make."""
 
     def prepare(n_villagers=32, seed=0, megabytes=8.0):
         return n_villagers, seed, megabytes
@@ -252,14 +253,13 @@ CHAINS = {  # settings of a run -> the village
 
 
 @pytest.mark.parametrize("settings, village", CHAINS.values(), ids=CHAINS)
-def test_a_run_is_asked_about_its_own_village(tmp_path, monkeypatch, settings, village):
+def test_a_run_is_asked_about_its_own_village(tmp_path, of_run, settings, village):
     (tmp_path / "train_config.json").write_text(json.dumps(settings))
-    assert of_run_without_a_village(monkeypatch)(tmp_path) == village
+    assert of_run(tmp_path) == village
 
 
 @pytest.mark.parametrize("name, origin", [("sft", "init"), ("dpo", "init"), ("distill", "teacher")])
-def test_a_run_keeps_the_settings_of_the_one_it_began_from(here, monkeypatch, name, origin):
-    of_run = of_run_without_a_village(monkeypatch)
+def test_a_run_keeps_the_settings_of_the_one_it_began_from(here, of_run, name, origin):
     then = json.loads(Path("runs/base/train_config.json").read_text())
     now = json.loads(Path(f"runs/{name}/train_config.json").read_text())
     assert now[origin] == "runs/base" and now["began_from"] == then

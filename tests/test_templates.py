@@ -12,7 +12,7 @@ import torch
 from conftest import SMALL, randomise
 from helpers import turns
 from jinja2 import TemplateError
-from test_tokenizer import QWEN_PATTERN
+from test_tokenizer import CHATML, QWEN_PATTERN, byte_level
 
 from nanollm.batches import pad_completions
 from nanollm.config import UserError
@@ -28,7 +28,6 @@ AutoTokenizer = transformers.AutoTokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
 TEXT = "the cat sat on the mat, and the user asked: what is 2 + 3? assistant: café 5.\n\n" * 3
-CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
 LLAMA3 += ["<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
 SENTENCES = ["<s>", "</s>", "<unk>"]
@@ -73,15 +72,7 @@ DIALOGUES = [
 @pytest.fixture(scope="module")
 def base():
     """tokenizer.json of a byte-level BPE without added tokens."""
-    t = pytest.importorskip("tokenizers")
-    peer = t.Tokenizer(t.models.BPE())
-    level = t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    steps = [t.pre_tokenizers.Split(t.Regex(QWEN_PATTERN), "isolated"), level]
-    peer.normalizer, peer.decoder = t.normalizers.NFC(), t.decoders.ByteLevel()
-    peer.pre_tokenizer = t.pre_tokenizers.Sequence(steps)
-    trainer = {"vocab_size": 330, "initial_alphabet": t.pre_tokenizers.ByteLevel.alphabet()}
-    peer.train_from_iterator([TEXT], t.trainers.BpeTrainer(show_progress=False, **trainer))
-    return peer.to_str()
+    return byte_level(QWEN_PATTERN, size=330, text=TEXT, nfc=True).to_str()
 
 
 def write(folder, base, special=(), words=(), own=None, spec=None, **files):
