@@ -54,13 +54,12 @@ import torch.nn.functional as F
 
 from data.village import examples as village
 from data.village.preferences import gold_of, rank_completions
-from nanollm.batches import Completions, Sampler
+from nanollm.batches import Completions, Sampler, pad_completions
 from nanollm.config import (
     LARGE,
     AdapterConfig,
     ErrorRate,
     NotNegative,
-    OpenShare,
     Positive,
     TrainConfig,
     UserError,
@@ -72,9 +71,8 @@ from nanollm.logprobs import completion_logprobs
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import reference, start_adapter
 from nanollm.preferences import (
-    change_table,
-    completion_rows,
-    gold_effects,
+    PreferenceConfig,
+    finish,
     in_batches,
     judge,
     load_preferences,
@@ -87,15 +85,8 @@ from nanollm.runtime import start
 
 
 @dataclass
-class Config(AdapterConfig, TrainConfig):
+class Config(PreferenceConfig, AdapterConfig, TrainConfig):
     # -- Data
-    init: str = "runs/sft"  # run folder or model folder to start from; also the reference
-    # village, or JSONL of pairs or rankings (see data/README.md)
-    data: str = "village"
-    val_data: str | None = None  # held-out preferences; default: the last --val_fraction of --data
-    val_fraction: OpenShare = 0.05  # share of --data that is held out
-    prompts: Whole[1] = 3000  # prompts of the village that are ranked
-    disagreement: ErrorRate = 0.15  # share of the village's pairs that are ranked against the gold
     # of a ranking: every pair, or only the best completion with the worst
     pairs: Literal["all", "extremes"] = "extremes"
     # -- Loss
@@ -156,22 +147,17 @@ class Pairs:
         return self.index.T.reshape(-1)
 
 
-def open_pairs(records, cfg, tokenizer, ref):
-    """The pairs of these rankings, with what the reference says of them."""
-    rows, index = completion_rows(records, tokenizer)
+def open_pairs(cfg, ref, records, rows, index):
+    """The pairs of these rankings (preferences.completion_rows), with what the reference says."""
+    K = index.shape[1]
     alone = any(len(record["completions"]) == 1 for record in records)
-    index = pairs_by_label(records) if alone else pairs_of(index, cfg.pairs)
-    pairs = Pairs(rows, index, torch.zeros(len(rows)))
+    pairs = pairs_by_label(records) if alone else pairs_of(index, cfg.pairs)
     if ref is None:
-        return pairs
-    pairs.ref_logps = in_batches(partial(summed_logps, ref), rows, ref.device)
+        return Pairs(rows, pairs, torch.zeros(len(rows)))
+    pairs = Pairs(rows, pairs, in_batches(summed_logps, ref, rows))
     if cfg.loss == "kto":
-        others = [records[-1], *records[:-1]]
-        swapped = [with_completions_of(record, other) for record, other in zip(records, others)]
-        pairs.mismatched, _ = completion_rows(swapped, tokenizer)
-        pairs.mismatched_ref_logps = in_batches(
-            partial(summed_logps, ref), pairs.mismatched, ref.device
-        )
+        pairs.mismatched = mismatched_rows(rows, K, ref.cfg.max_position_embeddings)
+        pairs.mismatched_ref_logps = in_batches(summed_logps, ref, pairs.mismatched)
     return pairs
 
 
@@ -195,12 +181,15 @@ def pairs_by_label(records):
     return torch.tensor([[k[n % len(k)] for k in kinds] for n in range(max(map(len, kinds)))])
 
 
-def with_completions_of(record, other):
-    """The prompt of a record with as many completions, all to another prompt."""
-    texts = other["completions"]
-    return record | {
-        "completions": [texts[k % len(texts)] for k in range(len(record["completions"]))]
-    }
+def mismatched_rows(rows, K, context):
+    """Each row's prompt with the completion of the row K before, which is another prompt's; K is
+    the most that a prompt has.
+    """
+    begins = rows.mask.long().argmax(1).tolist()
+    prompts = [tokens[:n].tolist() for tokens, n in zip(rows.tokens, begins)]
+    completions = [tokens[mask].tolist() for tokens, mask in zip(rows.tokens, rows.mask)]
+    others = zip(prompts, completions[-K:] + completions[:-K])
+    return pad_completions(prompts, [ids[: context - len(prompt)] for prompt, ids in others], 0)
 
 
 # --- algorithm -----------------------------------------------------------------------------------
@@ -313,26 +302,14 @@ def logps_of(model, pairs, device, z=0.0):
     return Logps(*policy.chunk(2), *ref.chunk(2), *rows.mask.sum(1).chunk(2), z)
 
 
-def mean_kl(model, pairs, device, total=float):
+def mean_kl(model, pairs, total=float):
     """KTO's z: the KL to the reference, estimated on completions of other prompts, at least 0. Over
     the whole batch: `total` sums a number over processes.
     """
     numbers = pairs.flat
-    policy = in_batches(partial(summed_logps, model), pairs.mismatched[numbers], device)
+    policy = in_batches(summed_logps, model, pairs.mismatched[numbers])
     kl = total((policy - pairs.mismatched_ref_logps[numbers]).sum()) / total(len(numbers))
     return max(0.0, kl)
-
-
-def implicit_rewards(logps, cfg):
-    """beta (log pi - log ref) of chosen and of rejected completions; of a loss without a reference
-    beta log pi per token (SimPO, eq. 3).
-    """
-    if cfg.loss in WITHOUT_REFERENCE:
-        chosen = logps.policy_chosen_logps / logps.chosen_lengths
-        rejected = logps.policy_rejected_logps / logps.rejected_lengths
-    else:
-        chosen, rejected = logps.chosen_logratios, logps.rejected_logratios
-    return cfg.beta * chosen, cfg.beta * rejected
 
 
 @torch.no_grad()
@@ -340,7 +317,10 @@ def pair_stats(logps, losses, cfg):
     """Sums over these pairs. log pi itself is shown beside the implicit rewards, since that of the
     chosen completions may fall, too.
     """
-    chosen, rejected = implicit_rewards(logps, cfg)
+    chosen, rejected = logps.chosen_logratios, logps.rejected_logratios
+    if cfg.loss in WITHOUT_REFERENCE:  # the reward is beta log pi per token (SimPO, eq. 3)
+        chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
+    chosen, rejected = cfg.beta * chosen, cfg.beta * rejected
     values = {
         "loss": losses,
         "reward_chosen": chosen,
@@ -362,13 +342,11 @@ def main(cfg):
     model, tokenizer = load_model(cfg.init)
     start_adapter(model, cfg, rt)
     ref = rt.prepare(reference(model), train=False)
-    records, val_records = load_preferences(
-        cfg, ref, tokenizer, rt, village.of_run, rank_completions
-    )
+    parts = load_preferences(cfg, ref, tokenizer, rt, village.of_run, rank_completions)
     if cfg.loss in WITHOUT_REFERENCE:
         ref = None
-    train, val = (open_pairs(each, cfg, tokenizer, ref) for each in (records, val_records))
-    rt.print(f"{len(train)} pairs of {len(records)} prompts; held out: {len(val)}")
+    train, val = (open_pairs(cfg, ref, *part) for part in parts)
+    rt.print(f"{len(train)} pairs of {len(parts[0][0])} prompts; held out: {len(val)}")
 
     share = rt.share(cfg.batch_size)
     run = Run(cfg, rt)
@@ -376,7 +354,7 @@ def main(cfg):
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(model, cfg, rt.scaler)
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train), cfg.seed)
-    examples = val_records[: cfg.eval_prompts]
+    examples = parts[1][0][: cfg.eval_prompts]
     measure = partial(evaluate, cfg, model, tokenizer, ref, val, examples)
     saved = run.restore(model, optimizer, sampler)
     if not saved:
@@ -386,7 +364,7 @@ def main(cfg):
     while run.step < cfg.steps:
         batch, sums = train[sampler.take(cfg.batch_size)[share]], Counter()
         num_tokens = rt.sum(batch.rows.mask[batch.flat].sum())
-        z = mean_kl(model, batch, rt.device, rt.sum) if cfg.loss == "kto" else 0.0
+        z = mean_kl(model, batch, rt.sum) if cfg.loss == "kto" else 0.0
         for part in rt.micro_batches(batch, cfg.accumulate, ddp_model):
             logps = logps_of(ddp_model, part, rt.device, z)
             losses = LOSSES[cfg.loss](logps, cfg) + cfg.nll_coef * nll(logps)
@@ -404,7 +382,9 @@ def main(cfg):
             saved["after"] = after
             run.checkpoint(**saved)
     run.close("loss", "val_loss", y_label="loss per pair")
-    finish(rt, run, saved["before"], saved["after"])
+    name, after = "held-out pairs whose chosen completion gained more", saved["after"]
+    gained = effect(name, None, after["val_accuracy"], "share")  # named where nothing has a gold
+    finish(rt, run, saved["before"], after, gained)
 
 
 @torch.no_grad()
@@ -416,25 +396,13 @@ def evaluate(cfg, model, tokenizer, ref, val, examples, ref_golds=None):
     if golds is not None:
         metrics["win_rate"] = win_rate(golds, ref_golds or golds)
     sums = Counter()
-    z = mean_kl(model, val, model.device) if cfg.loss == "kto" else 0.0
+    z = mean_kl(model, val) if cfg.loss == "kto" else 0.0
     for numbers in torch.arange(len(val)).split(128):
         logps = logps_of(model, val[numbers], model.device, z)
         losses = LOSSES[cfg.loss](logps, cfg) + cfg.nll_coef * nll(logps)
         sums.update(pair_stats(logps, losses, cfg))
     means = {f"val_{name}": total / len(val) for name, total in sums.items()}
     return means | metrics, texts, golds
-
-
-def finish(rt, run, before, after):
-    """Print what the preferences have changed, and keep it in result.json."""
-    rt.print(change_table(before, after))
-    if "gold" in after:
-        effects = gold_effects(before, after)
-    else:
-        name = "held-out pairs whose chosen completion gained more"
-        effects = [effect(name, None, after["val_accuracy"], "share")]
-    run.write_result(effects, before=before, after=after)
-    rt.close()
 
 
 if __name__ == "__main__":

@@ -50,23 +50,22 @@ from nanollm.config import (
     OpenShare,
     Positive,
     TrainConfig,
-    UserError,
     Whole,
     cli,
 )
-from nanollm.formats import read_parts
+from nanollm.formats import need, read_parts
 from nanollm.generate import as_text, sample_together
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import batched_logprobs, completion_logprobs
 from nanollm.metrics import accuracy_table, first_of_each_task, sample_by_task, sampled_metrics
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import reference, start_adapter
-from nanollm.records import read_prompts
+from nanollm.records import read_examples, read_prompts
 from nanollm.rewards import accuracy, think_format
-from nanollm.rollouts import RolloutRows, draw_noise, prompt_of, sample_rows, with_room
+from nanollm.rollouts import RolloutRows, prompt_of, sample_rows, with_room
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
-from nanollm.tools import Toolbox, check_knowledge
+from nanollm.tools import Toolbox
 
 LOSSES = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "cispo", "gspo"]
 
@@ -172,50 +171,33 @@ def load_problems(cfg):
     """(training problems, held-out problems): those with an "answer", of the chosen tasks."""
     if cfg.data in ("village", "tools", "images"):
         name = "tools" if cfg.data == "tools" else "problems"
-        folder = images_folder(cfg) if cfg.data == "images" else village.of_run(cfg.init)
+        place = village
+        if cfg.data == "images":
+            from data.village import images as place  # which paints: text alone needs none of it
+        folder = place.of_run(cfg.init)
         parts = [read_prompts(folder / f"{name}_{split}.jsonl") for split in ("train", "test")]
+        parts = [[example for example in part if "answer" in example] for part in parts]
     else:
-        read = partial(read_prompts, answered=True)
-        parts = read_parts(read, cfg.data, None, cfg.val_fraction)
-    parts = [[e | {"task": e.get("task", "all")} for e in part if "answer" in e] for part in parts]
-    wanted = {name.strip() for name in cfg.tasks.split(",")} - {""}
+        parts = read_parts(read_examples, cfg.data, None, cfg.val_fraction)
     known = dict.fromkeys(problem["task"] for part in parts for problem in part)
-    if unknown := wanted - known.keys():
-        raise UserError(
-            f"--tasks {', '.join(sorted(unknown))}: {cfg.data} has only {', '.join(known)}"
-        )
-    parts = [[p for p in part if not wanted or p["task"] in wanted] for part in parts]
-    if not all(parts):
-        raise UserError(
-            f'{cfg.data}: {len(parts[0])} problems with an "answer" to train on and '
-            f"{len(parts[1])} held out; both are needed"
-        )
+    wanted = {name.strip() for name in cfg.tasks.split(",")} - {""} or known.keys()
+    need(wanted <= known.keys(), f"--tasks {cfg.tasks}", f"{cfg.data} has only {', '.join(known)}")
+    parts = [[problem for problem in part if problem["task"] in wanted] for part in parts]
+    need(all(parts), f"--tasks {cfg.tasks}", "problems to train on and held-out ones are needed")
     return parts
-
-
-def images_folder(cfg):
-    from data.village import images  # which paints: text alone needs none of it
-
-    return images.of_run(cfg.init)
 
 
 class Prompts:
     """How problems are put to a policy: as ids, and with what their images show."""
 
-    def __init__(self, cfg, policy, tokenizer, problems):
-        self.cfg, self.policy, self.tokenizer = cfg, policy, tokenizer
+    def __init__(self, cfg, rt, policy, tokenizer, problems):
+        self.cfg, self.rt, self.policy, self.tokenizer = cfg, rt, policy, tokenizer
         self.tools = self.store = None
         if cfg.tools:
             knowledge = village.knowledge_of(cfg.init, cfg.knowledge)
             self.tools = Toolbox.with_knowledge(knowledge, tokenizer)
         if any(problem.get("images") for problem in problems):
-            if cfg.template != "chat":
-                raise UserError(f"--template {cfg.template} shows no images, but problems have")
             self.store = policy.image_store()
-
-    def with_room(self, problems):
-        """The problems that leave room for a completion."""
-        return with_room(problems, self.ids, self.policy, self.cfg.max_new_tokens, "problems")
 
     def ids(self, problem):
         return prompt_of(problem, self.policy, self.tokenizer, self.cfg.template)
@@ -231,18 +213,18 @@ class Prompts:
         images = self.store.of([path for own in paths for path in own]).to(self.policy.device)
         return self.policy.encode_images(images).split([len(own) for own in paths])
 
-    def sample(self, problems, noise):
-        """G completions of each problem, as rows to train on: rollouts.SampledRows."""
+    def sample(self, problems):
+        """G completions of each of this process's problems, to train on: rollouts.SampledRows."""
         ids, images = list(map(self.ids, problems)), self.images(problems)
-        return sample_rows(
-            self.cfg, self.policy, self.tokenizer, problems, ids, noise, self.tools, images
-        )
+        model = self.policy, self.tokenizer
+        return sample_rows(self.cfg, self.rt, *model, problems, ids, self.tools, images)
 
-    def complete(self, rt, problems, **sampling):
-        """Texts of completions, which the processes share."""
-        sampling |= {"tools": self.tools, "images": self.images(problems[rt.mine(len(problems))])}
-        ids, longest = list(map(self.ids, problems)), self.cfg.max_new_tokens
-        completions = sample_together(rt, self.policy, self.tokenizer, ids, longest, **sampling)
+    def complete(self, problems, **sampling):
+        """Texts of completions; the processes share the work."""
+        ids, mine = list(map(self.ids, problems)), self.rt.mine(len(problems))
+        sampling |= {"tools": self.tools, "images": self.images(problems[mine])}
+        model, longest = (self.policy, self.tokenizer), self.cfg.max_new_tokens
+        completions = sample_together(self.rt, *model, ids, longest, **sampling)
         return [as_text(self.tokenizer, each) for each in completions]
 
 
@@ -425,12 +407,14 @@ def reward_of(cfg, problem, text, length, ended):
     return reward + overlong_penalty(length, cfg.max_new_tokens, cfg.overlong_buffer)
 
 
-def sample_rollout(cfg, prompts, problems, noise):
-    """Sample G completions of each problem with this noise (B, max_new_tokens); reward them."""
-    sampled = prompts.sample(problems, noise)
-    rewards = [reward_of(cfg, *each) for each in sampled.each()]
-    correct = [accuracy(p, text) if ended else 0.0 for p, text, _, ended in sampled.each()]
-    rewards, correct = (torch.tensor(x, device=noise.device) for x in (rewards, correct))
+def sample_rollout(cfg, prompts, problems):
+    """Sample G completions of each of this process's problems; reward them."""
+    sampled = prompts.sample(problems)
+    ended = sampled.ended.tolist()
+    each = [*zip(sampled.examples, sampled.texts, map(len, sampled.completions), ended)]
+    rewards = [reward_of(cfg, *of_one) for of_one in each]
+    correct = [accuracy(problem, text) if ended else 0.0 for problem, text, _, ended in each]
+    rewards, correct = (torch.tensor(x, device=sampled.ended.device) for x in (rewards, correct))
     return Rollout(sampled.rows, rewards, correct, sampled.ended)
 
 
@@ -441,7 +425,7 @@ def sample_batch(cfg, rt, prompts, train, sampler):
     G, missing, rounds = cfg.samples, cfg.batch_size, []
     while missing > 0 and len(rounds) < (ROUNDS if cfg.dynamic_sampling else 1):
         problems = [train[i] for i in sampler.take(cfg.batch_size)[rt.share(cfg.batch_size)]]
-        rounds.append(sample_rollout(cfg, prompts, problems, draw_noise(cfg, rt)))
+        rounds.append(sample_rollout(cfg, prompts, problems))
         missing -= rt.sum((~equal_groups(rounds[-1].rewards, G)).sum())
     rollout = Rollout.join(rounds)
     stats = rollout_stats(rollout, G, rt.sum)
@@ -476,7 +460,6 @@ def rollout_stats(rollout, G, total=float):
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.out, cfg.init)
-    check_knowledge(cfg)
     policy, tokenizer = load_model(cfg.init)
     start_adapter(policy, cfg, rt)
     if policy.tokens_per_image and not cfg.adapter:
@@ -485,8 +468,9 @@ def main(cfg):
     if cfg.data == "images":
         policy.image_store()  # refuses a model of text before images are painted
     train, val = load_problems(cfg)
-    prompts = Prompts(cfg, policy, tokenizer, train + val)
-    train, val = map(prompts.with_room, (train, val))
+    prompts = Prompts(cfg, rt, policy, tokenizer, train + val)
+    room = prompts.ids, policy, cfg.max_new_tokens, "problems"
+    train, val = (with_room(problems, *room) for problems in (train, val))
     val = first_of_each_task(val, cfg.eval_problems)
 
     run = Run(cfg, rt)
@@ -495,7 +479,7 @@ def main(cfg):
     optimizer = build_optimizer(policy, cfg, rt.scaler)
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train), cfg.seed)
     saved = run.restore(policy, optimizer, sampler)
-    measure = partial(evaluate, cfg, rt, run, prompts, val)
+    measure = partial(evaluate, cfg, run, prompts, val)
     if not saved:
         before = measure(cfg.eval_samples)
         saved = {"before": before, "after": before}
@@ -561,13 +545,13 @@ def update_stats(part, old, rho, sizes, clip):
     return stats
 
 
-def evaluate(cfg, rt, run, prompts, problems, samples=1):
+def evaluate(cfg, run, prompts, problems, samples=1):
     """Greedy accuracy on held-out problems; with `samples` also pass@k and maj@k."""
     sampled = None
     prompts.policy.eval()
-    greedy = prompts.complete(rt, problems, temperature=0.0)
+    greedy = prompts.complete(problems, temperature=0.0)
     if samples > 1:
-        sampled = prompts.complete(rt, problems, samples=samples, seed=cfg.seed)
+        sampled = prompts.complete(problems, samples=samples, seed=cfg.seed)
     prompts.policy.train()
     metrics = sampled_metrics(problems, greedy, sampled)
     run.evaluated(val_accuracy=metrics["all"]["accuracy"])
@@ -577,16 +561,12 @@ def evaluate(cfg, rt, run, prompts, problems, samples=1):
 
 def finish(rt, run, before, after):
     """Print what the rewards have changed, and keep it in result.json."""
-    keys = ("accuracy", "sampled", "maj", "pass")
     for name, metrics in (("before", before), ("after", after)):
         rt.print(f"\n{name}: greedy, one sample, maj@k and pass@k of k = {metrics['all']['k']}")
-        rt.print(accuracy_table({"": metrics}, keys))
+        rt.print(accuracy_table({"": metrics}, ("accuracy", "sampled", "maj", "pass")))
     names = {"accuracy": "right answers to held-out problems", "sampled": "right samples"}
-    effects = [
-        effect(name, before["all"][key], after["all"][key], "share")
-        for key, name in names.items()
-        if key in after["all"]
-    ]
+    pairs = {name: (before["all"].get(key), after["all"].get(key)) for key, name in names.items()}
+    effects = [effect(name, *pair, "share") for name, pair in pairs.items() if None not in pair]
     run.write_result(effects, before=before, after=after)
     rt.close()
 

@@ -70,19 +70,17 @@ from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import reference, start_adapter
 from nanollm.plot import line_chart
 from nanollm.preferences import (
-    change_table,
-    finish_turns,
-    gold_effects,
+    dialogue_rows,
+    finish,
     judge,
     load_scorer,
-    prompt_ids,
     sample_text,
     scores,
     win_rate,
 )
 from nanollm.records import read_prompts
 from nanollm.rewards import accuracy, reft_reward
-from nanollm.rollouts import RolloutRows, chat_prompt, draw_noise, sample_rows, with_room
+from nanollm.rollouts import RolloutRows, chat_prompt, sample_rows, with_room
 from nanollm.run import Run, check_folders, effect, read_metrics
 from nanollm.runtime import start
 
@@ -167,16 +165,11 @@ PRESETS = {
 def load_prompts(cfg):
     """(training prompts, held-out prompts); with rules those that have an answer to check."""
     read = partial(read_prompts, answered=cfg.reward == "rules")
-    if cfg.data in ("village", "problems"):
-        name = "prompts" if cfg.data == "village" else "problems"
-        folder = village.of_run(cfg.init)
-        train, val = (read(folder / f"{name}_{s}.jsonl") for s in ("train", "test"))
-        train = train[: cfg.prompts]
-    else:
-        train, val = read_parts(read, cfg.data, None, cfg.val_fraction, cfg.prompts)
-    if any(example.get("images") for example in train + val):
-        raise UserError(f"{cfg.data} has images, which PPO doesn't read; use train_grpo.py")
-    return train, val
+    if cfg.data not in ("village", "problems"):
+        return read_parts(read, cfg.data, None, cfg.val_fraction, cfg.prompts)
+    name, folder = "prompts" if cfg.data == "village" else "problems", village.of_run(cfg.init)
+    train, val = (read(folder / f"{name}_{split}.jsonl") for split in ("train", "test"))
+    return train[: cfg.prompts], val
 
 
 # --- algorithm: B completions, T tokens; entry t of (B, T - 1) belongs to tokens[:, t + 1] --------
@@ -240,17 +233,12 @@ def value_loss(values, old_values, returns, eps):
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-class AdaptiveKL:
-    """Ziegler et al.'s proportional controller of beta; a target of 0 leaves beta as it is."""
-
-    def __init__(self, coef, target, horizon):
-        self.coef, self.target, self.horizon = coef, target, horizon
-
-    def update(self, kl, n):
-        """kl: nats per completion, over n completions."""
-        if self.target:
-            error = min(0.2, max(-0.2, kl / self.target - 1))
-            self.coef *= 1 + error * n / self.horizon
+def adapted_beta(beta, kl, n, target, horizon):
+    """Ziegler et al.'s proportional controller: kl nats per completion, over n completions. A
+    target of 0 leaves beta as it is.
+    """
+    error = min(0.2, max(-0.2, kl / target - 1)) if target else 0.0
+    return beta * (1 + error * n / horizon)
 
 
 class ActorCritic(nn.Module):
@@ -294,18 +282,19 @@ class Rollout(RolloutRows):
 
 
 @torch.no_grad()
-def sample_rollout(cfg, actor, ref, reward_model, tokenizer, gold, examples, noise):
-    """Sample completions of the prompts with this noise (B, max_new_tokens), and score them."""
-    prompts = prompt_ids(examples, tokenizer)
-    sampled = sample_rows(cfg, actor.policy, tokenizer, examples, prompts, noise)
+def sample_rollout(cfg, rt, actor, ref, reward_model, tokenizer, gold, examples):
+    """Sample completions of this process's prompts, and score them."""
+    prompts = [chat_prompt(example, tokenizer) for example in examples]
+    sampled = sample_rows(cfg, rt, actor.policy, tokenizer, examples, prompts)
     rows, said, golds = sampled.rows, [*zip(sampled.examples, sampled.texts)], None
     if cfg.reward == "rules":
-        raw_scores = torch.tensor([reft_reward(*each) for each in said], device=noise.device)
+        raw_scores = torch.tensor([reft_reward(*each) for each in said], device=rt.device)
     else:
-        context = reward_model.cfg.max_position_embeddings
-        raw_scores = scores(reward_model, finish_turns(rows, tokenizer, context))
+        ids, context = (sampled.prompts, sampled.completions), reward_model.cfg
+        dialogues = dialogue_rows(*ids, tokenizer, context.max_position_embeddings)
+        raw_scores = scores(reward_model, dialogues.to(rt.device))
     if gold is not None:
-        golds = torch.tensor([gold(*each)["gold"] for each in said], device=noise.device)
+        golds = torch.tensor([gold(*each)["gold"] for each in said], device=rt.device)
     (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)
     return Rollout(
         rows,
@@ -326,14 +315,14 @@ def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.out, cfg.init, cfg.reward_model if cfg.reward == "model" else None)
     policy, tokenizer = load_model(cfg.init)
-    if policy.tokens_per_image:
-        raise UserError(f"{cfg.init} looks at images, which PPO doesn't read; use train_grpo.py")
     start_adapter(policy, cfg, rt)
     ref = rt.prepare(reference(policy), train=False)
     reward_model = critic = None
     if cfg.reward == "model":
         reward_model = load_scorer(cfg.reward_model, tokenizer, cfg.init, rt)
     train, val = load_prompts(cfg)
+    if policy.tokens_per_image or any(example.get("images") for example in train + val):
+        raise UserError(f"PPO reads no images, as {cfg.init} or {cfg.data} has; use train_grpo.py")
     room = policy, cfg.max_new_tokens, "prompts"
     train, val = (with_room(x, lambda e: chat_prompt(e, tokenizer), *room) for x in (train, val))
     if cfg.critic == "separate":
@@ -349,47 +338,57 @@ def main(cfg):
         each.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(model, cfg, rt.scaler, eps=1e-5)  # as public PPO implementations
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train), cfg.seed)
-    control = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     gold, examples = gold_of(train + val), val[: cfg.eval_prompts]
     measure = partial(evaluate, cfg, run, policy, tokenizer, ref, reward_model, gold, examples)
     saved = run.restore(model, optimizer, sampler)
-    control.coef = saved.get("kl_coef", control.coef)
     if not saved:
         before, golds = measure()
-        saved = {"before": before, "golds": golds, "after": before}
+        saved = {"before": before, "golds": golds, "beta": cfg.kl_coef}
 
     while run.step < cfg.steps:
-        prompts = [train[i] for i in sampler.take(cfg.batch_size)[share]]
-        noise = draw_noise(cfg, rt)
-        rollout = sample_rollout(cfg, model, ref, reward_model, tokenizer, gold, prompts, noise)
-        estimate_advantages(cfg, rollout, control.coef, rt.sum)
-        stats, sums, grad_norms = rollout_stats(cfg, rollout, rt.sum), Counter(), []
+        prompts, beta = [train[i] for i in sampler.take(cfg.batch_size)[share]], saved["beta"]
+        rollout = sample_rollout(cfg, rt, model, ref, reward_model, tokenizer, gold, prompts)
+        estimate_advantages(cfg, rollout, beta, rt.sum)
+        stats, n = rollout_stats(cfg, rollout, rt.sum), cfg.batch_size * cfg.samples
         factor = schedule(run.step, cfg.steps, cfg.warmup)
-        for _ in range(cfg.epochs):
-            for numbers in torch.randperm(len(rollout)).chunk(cfg.minibatches):
-                minibatch = rollout[numbers]
-                num_tokens = rt.sum(minibatch.mask.sum())
-                for part in rt.micro_batches(minibatch, cfg.accumulate, ddp_model):
-                    logprobs, values = ddp_model(part.rows, cfg.temperature)
-                    losses = policy_loss(logprobs, part.logprobs, part.advantages, cfg.clip_range)
-                    value_losses = value_loss(values, part.values, part.returns, cfg.value_clip)
-                    per_token = losses + cfg.value_coef * value_losses
-                    rt.backward((per_token * part.mask).sum() / num_tokens)
-                    sums.update(update_stats(cfg, part, logprobs, losses, value_losses))
-                grad_norms.append(optimizer.step(factor, cfg.grad_clip))
-        num_tokens = stats["length"] * cfg.batch_size * cfg.samples
-        stats |= {name: rt.sum(x) / num_tokens / cfg.epochs for name, x in sums.items()}
-        control.update(stats["kl"], cfg.batch_size * cfg.samples)
-        stats |= {"grad_norm": sum(grad_norms) / len(grad_norms), "kl_coef": control.coef}
-        run.advance(num_tokens * cfg.epochs, every=1, show=("reward", "kl"), **stats)
+        stats |= update(cfg, rt, ddp_model, optimizer, rollout, factor)
+        saved["beta"] = adapted_beta(beta, stats["kl"], n, cfg.kl_target, cfg.kl_horizon)
+        num_tokens = stats["length"] * n * cfg.epochs
+        run.advance(num_tokens, every=1, show=("reward", "kl"), kl_coef=saved["beta"], **stats)
 
         if run.due(cfg.eval_every):
             saved["after"], _ = measure(saved["golds"])
             run.export(save_model, policy, tokenizer)
-            run.checkpoint(**saved | {"kl_coef": control.coef})
+            run.checkpoint(**saved)
     curves = ("reward", "gold", "val_accuracy", "kl")
     run.close(*curves, x_label="update", y_label="per completion")
-    finish(cfg, rt, run, saved["before"], saved["after"])
+    if gold and rt.main:
+        atomic_write(run.folder / "reward_over_kl.svg", over_optimisation_chart(cfg, run))
+    before, after = saved["before"], saved["after"]
+    reached = effect("reward of sampled completions", before["reward"], after["reward"])
+    if cfg.reward == "rules":
+        name = "right answers to held-out problems, sampled"
+        reached = effect(name, before["accuracy"], after["accuracy"], "share")
+    finish(rt, run, before, after, reached)
+
+
+def update(cfg, rt, ddp_model, optimizer, rollout, factor):
+    """The passes over one batch; means over its tokens, of all processes."""
+    sums, grad_norms, all_tokens = Counter(), [], rt.sum(rollout.mask.sum())
+    for _ in range(cfg.epochs):
+        for numbers in torch.randperm(len(rollout)).chunk(cfg.minibatches):
+            minibatch = rollout[numbers]
+            num_tokens = rt.sum(minibatch.mask.sum())
+            for part in rt.micro_batches(minibatch, cfg.accumulate, ddp_model):
+                logprobs, values = ddp_model(part.rows, cfg.temperature)
+                losses = policy_loss(logprobs, part.logprobs, part.advantages, cfg.clip_range)
+                value_losses = value_loss(values, part.values, part.returns, cfg.value_clip)
+                per_token = losses + cfg.value_coef * value_losses
+                rt.backward((per_token * part.mask).sum() / num_tokens)
+                sums.update(update_stats(cfg, part, logprobs, losses, value_losses))
+            grad_norms.append(optimizer.step(factor, cfg.grad_clip))
+    stats = {name: rt.sum(x) / all_tokens / cfg.epochs for name, x in sums.items()}
+    return stats | {"grad_norm": sum(grad_norms) / len(grad_norms)}
 
 
 def estimate_advantages(cfg, rollout, beta, total):
@@ -465,22 +464,6 @@ def evaluate(cfg, run, policy, tokenizer, ref, reward_model, gold, examples, ref
     run.evaluated(shown, **{f"val_{name}": value for name, value in stats.items()})
     run.write_sample(sample_text(examples, texts))
     return stats, golds
-
-
-def finish(cfg, rt, run, before, after):
-    """Print what the rewards have changed, and keep it in result.json."""
-    rt.print(change_table(before, after))
-    if "gold" in after:
-        effects = gold_effects(before, after)
-        if rt.main:
-            atomic_write(run.folder / "reward_over_kl.svg", over_optimisation_chart(cfg, run))
-    elif cfg.reward == "rules":
-        name = "right answers to held-out problems, sampled"
-        effects = [effect(name, before["accuracy"], after["accuracy"], "share")]
-    else:
-        effects = [effect("reward of sampled completions", before["reward"], after["reward"])]
-    run.write_result(effects, before=before, after=after)
-    rt.close()
 
 
 def over_optimisation_chart(cfg, run):

@@ -22,7 +22,6 @@ Watch   loss, log_loss      per pair, from about log 2 = 0.69 to 0.5, on held-ou
                             is the best that can be reached
         gold_accuracy       accuracy against the gold score (village only); exceeds accuracy once
                             the model sees through the label noise
-        calibration_error   expected calibration error of sigmoid(r_i - r_j): below 0.1
         grad_norm           about 2 at first, then below 0.5
 """
 
@@ -30,54 +29,35 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from data.village import examples as village
 from data.village.preferences import rank_completions
-from nanollm.batches import Completions, Sampler, pad_completions
-from nanollm.config import (
-    LARGE,
-    AdapterConfig,
-    ErrorRate,
-    NotNegative,
-    OpenShare,
-    TrainConfig,
-    UserError,
-    Whole,
-    atomic_write,
-    cli,
-)
+from nanollm.batches import Completions, Sampler
+from nanollm.config import LARGE, AdapterConfig, NotNegative, TrainConfig, cli
+from nanollm.formats import need, place_of
 from nanollm.generate import sample_together
 from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import start_adapter
-from nanollm.plot import line_chart
 from nanollm.preferences import (
-    change_table,
-    completion_rows,
-    finish_turns,
+    PreferenceConfig,
+    dialogue_rows,
+    finish,
     in_batches,
     load_preferences,
     pair_index,
-    prompt_ids,
     scores,
 )
+from nanollm.rollouts import chat_prompt
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
 
 
 @dataclass
-class Config(AdapterConfig, TrainConfig):
-    # -- Data
-    init: str = "runs/sft"  # run folder or model folder to start from; its completions are ranked
-    # village, or JSONL of pairs or rankings (see data/README.md)
-    data: str = "village"
-    val_data: str | None = None  # held-out preferences; default: the last --val_fraction of --data
-    val_fraction: OpenShare = 0.05  # share of --data that is held out
-    prompts: Whole[1] = 3000  # prompts of the village that are ranked
-    # share of the village's pairs that annotators rank against the gold
-    disagreement: ErrorRate = 0.15
+class Config(PreferenceConfig, AdapterConfig, TrainConfig):
     # -- Loss
     # ranking: all pairs of a prompt in one batch element; bradley_terry: shuffled pairs; margin:
     # the same, less the margin that the data states
@@ -127,12 +107,10 @@ class Rankings:
         return self.rows[self.index[self.index >= 0]]
 
 
-def open_rankings(records, cfg, tokenizer):
+def open_rankings(records, rows, index, loss):
     """What is trained on, as --loss wants it: whole rankings, or every pair on its own."""
-    rows, index = completion_rows(records, tokenizer)
-    if cfg.loss != "ranking":
-        index = pair_index(index)
-    margins = margins_of(records) if cfg.loss == "margin" else torch.zeros(len(index))
+    index = index if loss == "ranking" else pair_index(index)
+    margins = margins_of(records) if loss == "margin" else torch.zeros(len(index))
     return Rankings(rows, index, margins)
 
 
@@ -141,30 +119,14 @@ def margins_of(records):
     annotator's ratings are, as a share of their scale.
     """
     margins = []
-    for number, record in enumerate(records, 1):
+    for record in records:
         ratings, margin = record.get("ratings"), record.get("margin")
-        if ratings is None and margin is None:
-            raise UserError(
-                f"--loss margin needs a margin in every record, and record {number} has none; add "
-                '"margin", or use --loss bradley_terry'
-            )
+        stated = ratings is not None or margin is not None
+        need(stated, place_of(record), '--loss margin needs a "margin"; or use bradley_terry')
         for i, j in itertools.combinations(range(len(record["completions"])), 2):
             rated = max(0.0, ratings[i] - ratings[j]) / SCALE if margin is None else margin
             margins.append(rated)
     return torch.tensor(margins)
-
-
-class HeldOut:
-    """Rankings that are not trained on: every completion, every pair, gold scores if present."""
-
-    def __init__(self, records, tokenizer):
-        self.rows, index = completion_rows(records, tokenizer)
-        self.pairs, self.golds = pair_index(index), None
-        if all("gold" in record for record in records):
-            self.golds = torch.tensor([gold for record in records for gold in record["gold"]])
-
-    def metrics(self, rewards):
-        return pair_metrics(rewards, self.pairs, self.golds)
 
 
 # --- algorithm -----------------------------------------------------------------------------------
@@ -175,10 +137,13 @@ def bradley_terry_loss(chosen, rejected, margin=0.0):
     return -F.logsigmoid(chosen - rejected - margin)
 
 
-def ranking_loss(rewards, real):
-    """InstructGPT's eq. 1 per prompt: rewards (N, K), best first, real (N, K) bool -> (N,)."""
+def ranking_loss(rewards, real, margins):
+    """InstructGPT's eq. 1 per prompt: rewards (N, K), best first, real (N, K) bool, margins (N,) ->
+    (N,). Of a pair (K = 2) it is the loss above.
+    """
     chosen, rejected, pairs = every_pair(rewards, real)
-    return (bradley_terry_loss(chosen, rejected) * pairs).sum(1) / pairs.sum(1)
+    losses = bradley_terry_loss(chosen, rejected, margins[:, None])
+    return (losses * pairs).sum(1) / pairs.sum(1)
 
 
 def centering_loss(rewards, real):
@@ -202,27 +167,16 @@ def rewards_of(model, rankings, device):
     return torch.zeros(real.shape, device=device).masked_scatter(real, flat), real
 
 
-def calibration_error(confidence, hit, bins=10):
-    """Expected calibration error: in bins of the confidence, how far it is from the share of hits.
-
-    confidence (n,): from 0.5 to 1; hit (n,) bool. Guo et al. 2017, arXiv:1706.04599, eq. 3.
-    """
-    number = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins).index_add(0, number, confidence - hit.float())
-    return (gap.abs().sum() / len(hit)).item()
-
-
 def pair_metrics(rewards, pairs, golds=None):
     """How well rewards (B,) order pairs (P, 2), of which the annotators prefer the first.
 
-    accuracy, log_loss and calibration_error by the annotators; with golds (B,) gold_accuracy, over
-    pairs of unequal gold, and the annotators' own.
+    accuracy and log_loss by the annotators; with golds (B,) gold_accuracy, over pairs of unequal
+    gold, and the annotators' own.
     """
     delta = rewards[pairs[:, 0]] - rewards[pairs[:, 1]]
     metrics = {
         "accuracy": (delta > 0).float().mean().item(),
         "log_loss": bradley_terry_loss(delta, 0.0).mean().item(),
-        "calibration_error": calibration_error(torch.sigmoid(delta.abs()), delta > 0),
     }
     if golds is not None:
         gold = golds[pairs[:, 0]] - golds[pairs[:, 1]]
@@ -242,11 +196,10 @@ def main(cfg):
     start_adapter(model, cfg, rt)
     ref, _ = load_model(cfg.init)
     rt.prepare(ref, train=False)
-    records, val_records = load_preferences(
-        cfg, ref, tokenizer, rt, village.of_run, rank_completions
-    )
-    train, val = open_rankings(records, cfg, tokenizer), HeldOut(val_records, tokenizer)
-    rt.print(f"{len(train)} rankings of {len(train.rows)} completions; held out: {len(val.rows)}")
+    preferences = load_preferences(cfg, ref, tokenizer, rt, village.of_run, rank_completions)
+    (records, rows, index), (val_records, val_rows, val_index) = preferences
+    train, golds = open_rankings(records, rows, index, cfg.loss), golds_of(val_records)
+    rt.print(f"{len(train)} rankings of {len(rows)} completions; held out: {len(val_rows)}")
     own = own_samples(ref, tokenizer, records[:256], cfg.seed, rt)
     del ref  # frees its memory
 
@@ -256,7 +209,11 @@ def main(cfg):
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(model, cfg, rt.scaler)
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train), cfg.seed)
-    before = run.restore(model, optimizer, sampler) or val.metrics(row_rewards(model, val.rows))
+
+    def measure():
+        return pair_metrics(in_batches(scores, model, val_rows), pair_index(val_index), golds)
+
+    saved = run.restore(model, optimizer, sampler) or {"before": measure()}
 
     while run.step < cfg.steps:
         batch = train[sampler.take(cfg.batch_size)[share]]
@@ -265,64 +222,40 @@ def main(cfg):
         loss = 0.0
         for part in rt.micro_batches(batch, cfg.accumulate, ddp_model):
             rewards, real = rewards_of(ddp_model, part, rt.device)
-            if cfg.loss == "ranking":
-                losses = ranking_loss(rewards, real)
-            else:
-                losses = bradley_terry_loss(*rewards.unbind(1), part.margins.to(rt.device))
+            losses = ranking_loss(rewards, real, part.margins.to(rt.device))
             centering = centering_loss(rewards, real).sum() / num_pairs
             loss += rt.backward(losses.sum() / cfg.batch_size + cfg.centering * centering)
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
         run.advance(num_tokens, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
         if run.due(cfg.eval_every):
-            run.evaluated(**val.metrics(row_rewards(model, val.rows)))
-            model.shift = row_rewards(model, own).mean().item()  # to mean 0 on these
+            saved["after"] = measure()
+            run.evaluated(**saved["after"])
+            model.shift = in_batches(scores, model, own).mean().item()  # to mean 0 on these
             run.export(save_model, model, tokenizer)
             model.shift = 0.0
-            run.checkpoint(**before)
+            run.checkpoint(**saved)
     run.close("loss", "log_loss", y_label="loss per pair")
-    model.shift = row_rewards(model, own).mean().item()
-    finish(rt, run, before, row_rewards(model, val.rows), val)
+    key, name, line = "accuracy", "held-out pairs in the order of the annotators", {}
+    if golds is not None:
+        key, name = "gold_accuracy", "held-out pairs in the order of their gold score"
+        slope, origin = np.polyfit(in_batches(scores, model, val_rows), golds, 1)
+        line["gold_line"] = [origin, slope]  # of train_ppo.py's chart
+    before, after = saved["before"], saved["after"]
+    finish(rt, run, before, after, effect(name, before[key], after[key], "share"), **line)
 
 
 def own_samples(ref, tokenizer, records, seed, rt):
     """Rows of the reference's own completions, on which a finished reward model's mean is 0."""
-    prompts = prompt_ids(records, tokenizer)
+    prompts = [chat_prompt(record, tokenizer) for record in records]
     completions = sample_together(rt, ref, tokenizer, prompts, 64, seed=seed)
-    rows = pad_completions(prompts, completions, tokenizer.pad_id)
-    return finish_turns(rows, tokenizer, ref.cfg.max_position_embeddings)
+    return dialogue_rows(prompts, completions, tokenizer, ref.cfg.max_position_embeddings)
 
 
-def row_rewards(model, rows):
-    """The reward of every row, (B,)."""
-    return in_batches(lambda part: scores(model, part), rows, model.device)
-
-
-def gold_line(rewards, golds):
-    """(a, b, correlation) of gold ~ a + b * score, by least squares."""
-    x, y = rewards.double(), golds.double()
-    b = ((x - x.mean()) * (y - y.mean())).mean() / x.var(unbiased=False)
-    correlation = b * x.std(unbiased=False) / y.std(unbiased=False)
-    return (y.mean() - b * x.mean()).item(), b.item(), correlation.item()
-
-
-def finish(rt, run, before, rewards, val):
-    """Print how well held-out completions are ordered, and draw score against gold."""
-    after = val.metrics(rewards)
-    rt.print(change_table(before, after))
-    key, name = "accuracy", "held-out pairs in the order of the annotators"
-    if val.golds is not None:
-        key, name = "gold_accuracy", "held-out pairs in the order of their gold score"
-        a, b, correlation = gold_line(rewards, val.golds)
-        rt.print(f"gold = {a:.2f} + {b:.3f} score, correlation {correlation:.3f}")
-        after |= {"gold_line": [a, b], "gold_correlation": correlation}
-        if rt.main:
-            points = {"completion": list(zip(val.golds.tolist(), rewards.tolist()))[:600]}
-            title = "Held-out completions: score against gold"
-            chart = line_chart(points, title, "gold score", "reward", join=False)
-            atomic_write(run.folder / "score_against_gold.svg", chart)
-    run.write_result([effect(name, before[key], after[key], "share")], before=before, **after)
-    rt.close()
+def golds_of(records):
+    """The gold score of every completion, (B,), where all have one, as the village's do."""
+    if all("gold" in record for record in records):
+        return torch.tensor([gold for record in records for gold in record["gold"]])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from nanollm.metrics import LONGEST_COMPLETION
 from nanollm.records import check_markers
 from nanollm.rollouts import template_of
 from nanollm.runtime import start
-from nanollm.tools import Toolbox, check_knowledge
+from nanollm.tools import Toolbox
 
 HELP = """/image FILE  show an image with the next message
 /reset       begin anew
@@ -140,7 +140,6 @@ class Conversation:
 
 
 def main(cfg):
-    check_knowledge(cfg)
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     template = template_of(cfg.adapter or cfg.model)
     talk = Conversation(cfg, rt)

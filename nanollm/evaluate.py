@@ -47,7 +47,7 @@ from nanollm.rewards import is_right
 from nanollm.rollouts import prompt_of, template_of, with_room
 from nanollm.run import check_file, effect
 from nanollm.runtime import start
-from nanollm.tools import Toolbox, check_knowledge
+from nanollm.tools import Toolbox
 
 
 @dataclass
@@ -101,7 +101,6 @@ OF_IMAGES = {  # of its images
 
 def check_flags(cfg):
     """Refuse what would measure something else than was asked for."""
-    check_knowledge(cfg)
     if cfg.out:
         check_file(cfg.out)
     if cfg.best_of > 1 and not cfg.reward_model:

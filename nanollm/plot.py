@@ -21,9 +21,9 @@ def text(x, y, content, anchor="middle", fill="#555", more=""):
     return f"<text {place} {more}>{escape(content)}</text>"
 
 
-def line_chart(series, title="", x_label="step", y_label="", join=True):
+def line_chart(series, title="", x_label="step", y_label=""):
     """An SVG document as str. series: {name: [(x, y), ...]}; points that aren't finite are left
-    out. join=False: dots alone.
+    out.
     """
     finite = {name: [p for p in points if math.isfinite(p[1])] for name, points in series.items()}
     series = {name: points for name, points in finite.items() if points}
@@ -55,12 +55,11 @@ def line_chart(series, title="", x_label="step", y_label="", join=True):
     out.append(text(14, middle, y_label, more=f'transform="rotate(-90 14 {middle})"'))
     legend = right
     for i, (name, points) in reversed(list(enumerate(series.items()))):
-        colour, dot = COLOURS[i % len(COLOURS)], 1 if join else 0.35
-        if join:
-            path = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
-            out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        if not join or len(points) < 25:
-            shape = f'r="2.6" fill="{colour}" fill-opacity="{dot}"'
+        colour = COLOURS[i % len(COLOURS)]
+        path = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
+        out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
+        if len(points) < 25:
+            shape = f'r="2.6" fill="{colour}"'
             out += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" {shape}/>' for x, y in points]
         out.append(text(legend, 18, name, "end", colour, 'font-weight="600"'))
         legend -= 7 * len(name) + 18

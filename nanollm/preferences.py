@@ -5,16 +5,17 @@ The library knows no village: whoever calls passes its folder, its annotators an
 """
 
 import hashlib
+import itertools
 import json
-from dataclasses import replace
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from nanollm.batches import pad_completions
 from nanollm.checkpoint import existing_folder, is_scalar, weights_hash
-from nanollm.config import UserError
+from nanollm.config import ErrorRate, OpenShare, UserError, Whole
 from nanollm.formats import need, need_usable, read_parts, usable, write_jsonl
 from nanollm.generate import as_text, sample_completions, sample_together
 from nanollm.hub import load_scalar
@@ -30,32 +31,39 @@ K = 4  # completions of each prompt that the village's annotators rank
 # --- data ----------------------------------------------------------------------------------------
 
 
-def load_preferences(cfg, model, tokenizer, rt, village_of, annotate):
-    """(training, held-out) rankings as --data says: those of a file, or `village_rankings`. What
-    doesn't fit the model's context is dropped, and counted.
+@dataclass
+class PreferenceConfig:
+    """Options of what learns from preferences, as `load_preferences` reads them."""
 
-    Reads cfg.init, data, val_data, val_fraction, prompts, disagreement, loss and seed.
+    # -- Data
+    init: str = "runs/sft"  # run folder or model folder to start from; also the reference
+    # village, or JSONL of pairs or rankings (see data/README.md)
+    data: str = "village"
+    val_data: str | None = None  # held-out preferences; default: the last --val_fraction of --data
+    val_fraction: OpenShare = 0.05  # share of --data that is held out
+    prompts: Whole[1] = 3000  # prompts of the village that are ranked
+    disagreement: ErrorRate = 0.15  # share of the village's pairs that are ranked against the gold
+
+
+def load_preferences(cfg, model, tokenizer, rt, village_of, annotate):
+    """[training, held-out] rankings as --data says, those of a file or `village_rankings`; of each
+    part what `completion_rows` gives.
+
+    cfg: a PreferenceConfig with a loss and a seed.
     """
     if cfg.data == "village":
         parts = village_rankings(cfg, model, tokenizer, rt, village_of(cfg.init), annotate)
     else:
         parts = read_parts(read_preferences, cfg.data, cfg.val_data, cfg.val_fraction)
-    most = model.cfg.max_position_embeddings
-
-    def fitting(record, where):
-        for text in record["completions"]:
-            prompt, completion = tokenizer.completion(record["messages"], text)
-            long = len(prompt + completion + tokenizer.turn_end) > most
-            need_usable(not long, where, f"longer than the model's {most} tokens")
-        pair = len(record["completions"]) > 1
-        need(pair or cfg.loss == "kto", where, "one completion and its label are for --loss kto")
-        return record
-
-    return [usable(records, fitting, "rankings") for records in parts]
+    for record in itertools.chain(*parts):
+        fine = len(record["completions"]) > 1 or cfg.loss == "kto"
+        need(fine, record.where, "one completion and its label are for --loss kto")
+    context = model.cfg.max_position_embeddings
+    return [completion_rows(records, tokenizer, context) for records in parts]
 
 
 def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
-    """(training, held-out) rankings of what the model itself says to the village's prompts, and of
+    """[training, held-out] rankings of what the model itself says to the village's prompts, and of
     composed completions beside it: annotate is data/village/preferences.py's rank_completions.
 
     Made once for a model and kept in data/cache/, where the files can be read.
@@ -67,7 +75,7 @@ def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
         if rt.sum(path.exists()) == rt.world:
             continue
         examples = read_prompts(folder / f"prompts_{path.stem}.jsonl")[:most]
-        prompts = prompt_ids(examples, tokenizer)
+        prompts = [chat_prompt(example, tokenizer) for example in examples]
         ids = sample_together(rt, model, tokenizer, prompts, 64, K, cfg.seed)
         texts = [as_text(tokenizer, i) if i[-1] in tokenizer.stop_ids else None for i in ids]
         own = [list(filter(None, texts[i : i + K])) for i in range(0, len(texts), K)]
@@ -81,44 +89,36 @@ def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def prompt_ids(examples, tokenizer):
-    """Each example's messages as ids, up to where the assistant begins."""
-    return [chat_prompt(example, tokenizer) for example in examples]
-
-
-def completion_rows(records, tokenizer):
-    """(Completions with a row for each completion of each record, in order; index (N, K): the row
-    of each record's completions, -1 where it has fewer than K). A row ends as a dialogue does: in
-    some templates behind the end of turn, the last that a policy is trained on.
+def completion_rows(records, tokenizer, context=math.inf):
+    """(records, Completions with a row for each completion of each record, in order; index (N, K):
+    the row of each record's completions, -1 where it has fewer than K). What is longer than the
+    model's context is dropped, and counted.
     """
-    prompts, completions = [], []
-    counts = torch.tensor([len(record["completions"]) for record in records])
-    for record in records:
-        for text in record["completions"]:
-            prompt, completion = tokenizer.completion(record["messages"], text)
-            prompts.append(prompt)
-            completions.append(completion)
+
+    def rendered(record, where):
+        ids = [tokenizer.completion(record["messages"], text) for text in record["completions"]]
+        longest = max(len(prompt + completion + tokenizer.turn_end) for prompt, completion in ids)
+        need_usable(longest <= context, where, f"longer than the model's {context} tokens")
+        return record, ids
+
+    records, ids = zip(*usable(records, rendered, "rankings"))
+    counts = torch.tensor([len(each) for each in ids])
     columns = torch.arange(counts.max())
     index = (counts.cumsum(0) - counts)[:, None] + columns
     index = torch.where(columns < counts[:, None], index, -1)
-    return finish_turns(pad_completions(prompts, completions, tokenizer.pad_id), tokenizer), index
+    return records, dialogue_rows(*zip(*itertools.chain(*ids)), tokenizer), index
 
 
-def finish_turns(rows, tokenizer, context=None):
-    """Rows whose completions end as the template ends a dialogue, which is where a reward model is
-    read: those that have ended with the end of turn and what follows it, which isn't trained on,
-    as far as `context` tokens hold it.
+def dialogue_rows(prompts, completions, tokenizer, context=None):
+    """Completions (batches.py) from lists of ids that end as the template ends a dialogue, which is
+    where a reward model is read: those that have ended with the end of turn and what follows it,
+    which isn't trained on, as far as `context` tokens hold it.
     """
-    tail = torch.tensor([tokenizer.end_id, *tokenizer.turn_end], device=rows.tokens.device)
-    room, last = len(tail) - 1, rows.last()
-    tokens = F.pad(rows.tokens, (0, room), value=tokenizer.pad_id)
-    mask, real = (F.pad(x, (0, room)) for x in (rows.mask, rows.real))
-    stops = torch.tensor(sorted(tokenizer.stop_ids), device=tokens.device)
-    ended = torch.isin(tokens.gather(1, last[:, None])[:, 0], stops).nonzero()  # (E, 1)
-    columns = last[ended] + torch.arange(len(tail), device=tokens.device)  # (E, len(tail))
-    tokens[ended, columns], real[ended, columns] = tail, True
-    tokens, mask, real = (x[:, :context] for x in (tokens, mask, real))
-    return replace(rows, tokens=tokens, mask=mask, real=real)
+    tail, stops = [tokenizer.end_id, *tokenizer.turn_end], tokenizer.stop_ids
+    whole = [[*ids[:-1], *tail] if ids[-1] in stops else ids for ids in completions]
+    own = [[i < len(ids) for i in range(len(all_ids))] for ids, all_ids in zip(completions, whole)]
+    rows = pad_completions(prompts, whole, tokenizer.pad_id, own)
+    return rows.each(lambda tensor: tensor[:, :context])
 
 
 def pair_index(index):
@@ -130,7 +130,7 @@ def pair_index(index):
 
 def scores(reward_model, rows):
     """The reward of each row, (B,): what the model says at the last real token, which is the one
-    that the template ends with, after `finish_turns`.
+    that the template ends with in `dialogue_rows`.
     """
     return reward_model(*rows.inputs()).gather(1, rows.last()[:, None])[:, 0]
 
@@ -145,17 +145,17 @@ def load_scorer(folder, tokenizer, model_folder, rt):
             f"the reward model {folder} has another tokenizer than {model_folder}: it would score "
             "other text; train it from the same run"
         )
-    rt.prepare(scorer, train=False)
-    return scorer
+    return rt.prepare(scorer, train=False)
 
 
-def in_batches(function, rows, device, batch=128):
-    """function(rows) over batches of similar length, without gradients; results in row order."""
-    order = rows.real.sum(1).argsort()
+def in_batches(function, model, rows, batch=128):
+    """function(model, rows), a number of each row, over batches of similar length, without
+    gradients: (B,) on the CPU, in the order of the rows.
+    """
+    results = torch.empty(len(rows))
     with torch.no_grad():
-        parts = [function(rows[part].to(device)).cpu() for part in order.split(batch)]
-    results = torch.empty(len(rows), *parts[0].shape[1:])
-    results[order] = torch.cat(parts)
+        for part in rows.real.sum(1).argsort().split(batch):
+            results[part] = function(model, rows[part].to(model.device)).cpu()
     return results
 
 
@@ -181,26 +181,27 @@ def judge(
     "gold" and its parts; golds holds the gold of each. With `best_of` n the completion is that of n
     which the reward model scores highest: rejection sampling (Stiennon et al. 2020, 2009.01325).
     """
-    prompts = prompt_ids(examples, tokenizer)
+    prompts = [chat_prompt(example, tokenizer) for example in examples]
     generator = torch.Generator(model.device).manual_seed(seed)
     ids = sample_completions(
         model, tokenizer, prompts, max_new_tokens, best_of, generator=generator
     )
-    repeated = [prompt for prompt in prompts for _ in range(best_of)]
-    rows = pad_completions(repeated, ids, tokenizer.pad_id)
-    best, stats = torch.arange(len(examples)) * best_of, {}
+    best, stats = [*range(0, len(ids), best_of)], {}
     if reward_model is not None:
-        dialogues = finish_turns(rows, tokenizer, reward_model.cfg.max_position_embeddings)
-        rewards = in_batches(lambda part: scores(reward_model, part), dialogues, model.device)
-        best = best + rewards.view(-1, best_of).argmax(1)
+        repeated = [prompt for prompt in prompts for _ in range(best_of)]
+        context = reward_model.cfg.max_position_embeddings
+        rows = dialogue_rows(repeated, ids, tokenizer, context)
+        rewards = in_batches(scores, reward_model, rows)
+        best = [first + int(rewards[first : first + best_of].argmax()) for first in best]
         stats["reward"] = rewards[best].mean().item()
-    ids, rows = [ids[i] for i in best], rows[best]
+    ids = [ids[i] for i in best]
     if ref is not None:
+        rows = pad_completions(prompts, ids, tokenizer.pad_id)
 
-        def kl(part):
+        def kl(model, part):
             return (completion_logprobs(model, part) - completion_logprobs(ref, part)).sum(1)
 
-        stats["kl"] = in_batches(kl, rows, model.device).mean().item()
+        stats["kl"] = in_batches(kl, model, rows).mean().item()
     stats["length"] = sum(map(len, ids)) / len(ids)
     stats["ended"] = sum(each[-1] in tokenizer.stop_ids for each in ids) / len(ids)
     completions, golds = [as_text(tokenizer, each) for each in ids], None
@@ -217,19 +218,20 @@ def sample_text(examples, completions, n=5):
     return "\n".join(f"{example['messages'][-1]['content']}\n    {text}" for example, text in pairs)
 
 
-def change_table(before, after):
-    """Text table of held-out metrics before and after training."""
+def finish(rt, run, before, after, *effects, **more):
+    """Print what training has changed of held-out metrics, and keep it in result.json. Effects: on
+    the gold score, where there is one, or else those that are given.
+    """
     lines = [[name, f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in before]
-    return table(["held-out", "before", "after"], lines)
-
-
-def gold_effects(before, after):
-    """The effects of a policy's training, where completions have a gold score."""
-    name = "better than the completion of the model before, by gold"
-    return [
-        effect("gold score of sampled completions", before["gold"], after["gold"]),
-        effect(name, before["win_rate"], after["win_rate"], "share"),
-    ]
+    rt.print(table(["held-out", "before", "after"], lines))
+    if "win_rate" in after:
+        better = "better than the completion of the model before, by gold"
+        effects = (
+            effect("gold score of sampled completions", before["gold"], after["gold"]),
+            effect(better, before["win_rate"], after["win_rate"], "share"),
+        )
+    run.write_result(effects, before=before, after=after, **more)
+    rt.close()
 
 
 def win_rate(golds, others):

@@ -1,7 +1,6 @@
 """From prompts to sampled completions, for PPO and GRPO: how a problem is put, rows to train on.
 
     TEMPLATES, prompt_of    a problem as the ids that a completion follows
-    draw_noise              what a batch is sampled with, the same for any number of processes
     sample_rows             SampledRows: G completions of each prompt
     RolloutRows             those rows, and beside them what an update needs to know
 
@@ -24,14 +23,11 @@ class SampledRows:
     """G completions of each of N prompts; row n G + g is completion g of prompt n."""
 
     examples: list  # B records: each example G times
+    prompts: list  # of ids
+    completions: list  # of ids as generated, what tools have written included
     rows: Completions  # their mask leaves out what tools have written
-    texts: list
-    lengths: list  # tokens of each completion, what tools have written included
+    texts: list  # of the completions
     ended: torch.Tensor  # (B,) bool: the last token is one that stops
-
-    def each(self):
-        """(example, text, length, ended) of every completion."""
-        return zip(self.examples, self.texts, self.lengths, self.ended.tolist())
 
 
 @dataclass
@@ -57,17 +53,14 @@ class RolloutRows:
         return self.rows.mask[:, 1:]
 
 
-def draw_noise(cfg, rt):
-    """What this process samples the next batch with, (B, max_new_tokens)."""
-    shape = cfg.batch_size, cfg.samples, cfg.max_new_tokens
-    return shared_noise(rt, shape, rt.share(cfg.batch_size)).flatten(0, 1)
-
-
-def sample_rows(cfg, policy, tokenizer, examples, prompts, noise, tools=None, images=None):
-    """Sample G completions of each prompt with this noise: SampledRows on the policy's device.
+def sample_rows(cfg, rt, policy, tokenizer, examples, prompts, tools=None, images=None):
+    """Sample G completions of each of this process's prompts: SampledRows on the policy's device.
+    What comes out doesn't depend on how many processes share the batch.
 
     prompts: each example's list of ids; images: what each shows, as generate takes it, or None.
     """
+    n = len(examples) * rt.world
+    noise = shared_noise(rt, (n, cfg.samples, cfg.max_new_tokens), rt.share(n))
     out = generate(
         policy,
         prompts,
@@ -76,19 +69,18 @@ def sample_rows(cfg, policy, tokenizer, examples, prompts, noise, tools=None, im
         cfg.temperature,
         stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
-        noise=noise,
+        noise=noise.flatten(0, 1),
         tools=tools,
         images=images,
     )
-    completions = out.lists()  # ids as generated, never made from text again
+    completions, stops = out.lists(), tokenizer.stop_ids  # ids are never made from text again
     examples, prompts, images = (
         xs and [x for x in xs for _ in range(cfg.samples)] for xs in (examples, prompts, images)
     )
     rows = pad_completions(prompts, completions, tokenizer.pad_id, out.owned(), images)
-    device = out.tokens.device
-    ended = torch.tensor([ids[-1] in tokenizer.stop_ids for ids in completions], device=device)
     texts = [as_text(tokenizer, ids) for ids in completions]
-    return SampledRows(examples, rows.to(device), texts, list(map(len, completions)), ended)
+    ended = torch.tensor([ids[-1] in stops for ids in completions], device=rt.device)
+    return SampledRows(examples, prompts, completions, rows.to(rt.device), texts, ended)
 
 
 # --- how a problem is put -------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 
 from data.village import examples as village
 from nanollm.batches import pad_completions
-from nanollm.config import UserError, Whole, cli
+from nanollm.config import Whole, cli
 from nanollm.formats import write_jsonl
 from nanollm.generate import sample_completions
 from nanollm.hub import load_model
@@ -48,7 +48,7 @@ class Config:
 def answer_losses(model, tokenizer, prompts, answers):
     """Nats per token of each answer after its prompt (lists of ids), (N,)."""
     rows = pad_completions(prompts, answers, tokenizer.pad_id)
-    logprobs = in_batches(lambda part: completion_logprobs(model, part).sum(1), rows, model.device)
+    logprobs = in_batches(lambda *part: completion_logprobs(*part).sum(1), model, rows)
     return -logprobs / rows.mask.sum(1)
 
 
@@ -74,8 +74,8 @@ def filter_calls(model, tokenizer, tools, chats, samples=4, threshold=0.5, gener
         answer = tokenizer.render(chat["messages"])[0][len(prompt) :]
         if len(prompt + answer) < context and not {tools.call, tools.result} & {*answer}:
             rows.append((chat, prompt, answer))
-    tried = []  # (number of the row, the dialogue with a call, prompt, answer, call, result)
-    prompts = [prompt for _, prompt, _ in rows]
+    tried = []  # (number of the row, the dialogue with a call, its answer, what may stand before)
+    prompts, empty = [prompt for _, prompt, _ in rows], [tools.result, tools.result_end]
     for n, call, result in sampled_calls(model, tokenizer, tools, prompts, samples, generator):
         chat, prompt, answer = rows[n]
         *before, last = chat["messages"]
@@ -83,24 +83,17 @@ def filter_calls(model, tokenizer, tools, chats, samples=4, threshold=0.5, gener
         chat = {**chat, "messages": [*before, {**last, "content": content}]}
         ids = prompt + call + result + answer
         if len(ids) <= context and tokenizer.render(chat["messages"])[0] == ids:
-            tried.append((n, chat, prompt, answer, call, result))
+            tried.append((n, chat, answer, (prompt, prompt + call + empty, prompt + call + result)))
     if not tried:
         return []
-    numbers, chats, prompts, answers, calls, results = zip(*tried)
-    empty = [tools.result, tools.result_end]
-    nothing, alone, both = (
-        answer_losses(model, tokenizer, [p + z for p, z in zip(prompts, prefixes)], answers)
-        for prefixes in (
-            [[]] * len(tried),
-            [call + empty for call in calls],
-            [call + result for call, result in zip(calls, results)],
-        )
-    )
-    best = {}  # number of the row: (gain, dialogue)
-    for n, chat, gain in zip(numbers, chats, (torch.minimum(nothing, alone) - both).tolist()):
-        if gain >= threshold and gain > best.get(n, (-torch.inf,))[0]:
-            best[n] = gain, chat
-    return [best[n][1] for n in sorted(best)]
+    numbers, chats, answers, befores = zip(*tried)
+    losses = (answer_losses(model, tokenizer, before, answers) for before in zip(*befores))
+    nothing, alone, both = losses
+    gains, best = (torch.minimum(nothing, alone) - both).tolist(), {}
+    for gain, n, chat in sorted(zip(gains, numbers, chats), key=lambda each: -each[0]):
+        if gain >= threshold:
+            best.setdefault(n, chat)
+    return [best[n] for n in sorted(best)]
 
 
 def main(cfg):
@@ -111,14 +104,8 @@ def main(cfg):
     chats = [c for c in read_chats(cfg.data) if c["messages"][-1]["role"] == "assistant"]
     knowledge = village.knowledge_of(cfg.model, cfg.knowledge)
     tools = Toolbox.with_knowledge(knowledge, tokenizer)
-    generator = torch.Generator(rt.device).manual_seed(cfg.seed)
-    sampling = cfg.samples, cfg.threshold, generator
+    sampling = cfg.samples, cfg.threshold, torch.Generator(rt.device).manual_seed(cfg.seed)
     kept = filter_calls(model, tokenizer, tools, chats, *sampling)
-    if not kept:
-        raise UserError(
-            f"a call helps in none of {len(chats)} dialogues that end with an answer; {cfg.out} is "
-            "not written; raise --samples or lower --threshold"
-        )
     write_jsonl(cfg.out, kept)
     print(f"{cfg.out}: a call helps in {len(kept)} of {len(chats)} dialogues")
     rt.close()

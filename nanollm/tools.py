@@ -19,7 +19,7 @@ from nanollm.config import UserError
 from nanollm.formats import need, read_records
 
 NOTHING = "nothing found"
-LONGEST = 200  # characters of a call's argument
+LONGEST = 200  # characters of a call's argument, and the largest power
 LARGEST = 10**40  # of any number on the way
 LONGEST_RESULT = 48  # tokens that a result may have; the rest is cut
 
@@ -43,15 +43,13 @@ def calculator(expression):
     """The value of an arithmetic expression as text: exact for integers, else rounded to six
     places, or between -1 and 1 to six digits.
 
-    The text is parsed, never run. Numbers beyond LARGEST and long texts are errors, so that 9**9**9
-    and its like end at once.
+    The text, of at most LONGEST characters, is parsed, never run. Numbers beyond LARGEST are
+    errors, so that 9**9**9 and its like end at once.
     """
-    if len(expression) > LONGEST:
-        return f"error: longer than {LONGEST} characters"
+    source = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", expression.strip())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's own, about odd expressions
-            source = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", expression.strip())
             tree = ast.parse(source, mode="eval")
         return _as_text(_value(tree.body, source))
     except ZeroDivisionError:
@@ -73,39 +71,30 @@ def _as_text(value):
 
 def _value(node, source):
     """The Fraction that a syntax tree stands for."""
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return _bounded(Fraction(node.value))
-    if isinstance(node, ast.Constant) and type(node.value) is float:
-        return _bounded(_decimal(ast.get_source_segment(source, node)))
-    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](_value(node.operand, source))
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        value = _number(ast.get_source_segment(source, node))
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        value = OPERATORS[type(node.op)](_value(node.operand, source))
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left, right = _value(node.left, source), _value(node.right, source)
         if isinstance(node.op, ast.Pow):
             if right.denominator != 1:
                 raise ValueError("a power that isn't a whole number")
-            size = max(left.numerator.bit_length(), left.denominator.bit_length())
-            if abs(right) * max(0, size - 1) > LARGEST.bit_length():
+            if abs(right) > LONGEST:
                 raise OverflowError
-            if size == 1:  # any power of -1, 0 and 1 is as small
-                right = max(-1, min(1, right)) if left == 0 else int(right) % 2
-            right = int(right)
-        return _bounded(Fraction(OPERATORS[type(node.op)](left, right)))
-    raise ValueError("not arithmetic")
-
-
-def _decimal(text):
-    """The number as it is written, of which a float holds the first 15 digits: 0.1 is a tenth."""
-    digits, _, exponent = text.replace("_", "").lower().partition("e")
-    if abs(int(exponent or 0)) > LONGEST:
-        raise OverflowError
-    return Fraction(digits) * Fraction(10) ** int(exponent or 0)
-
-
-def _bounded(value):
-    if abs(value.numerator) > LARGEST or value.denominator > LARGEST:
+        value = Fraction(OPERATORS[type(node.op)](left, right))
+    else:
+        raise ValueError("not arithmetic")
+    if max(abs(value.numerator), value.denominator) > LARGEST:
         raise OverflowError
     return value
+
+
+def _number(text):
+    """The number as it is written, of which a float holds the first 15 digits: 0.1 is a tenth."""
+    if abs(int(text.lower().partition("e")[2] or 0)) > LONGEST:
+        raise OverflowError
+    return Fraction(text)
 
 
 # --- search --------------------------------------------------------------------------------------
@@ -116,10 +105,10 @@ class KnowledgeBase:
 
     def __init__(self, entries):
         self.texts = [entry["text"] for entry in entries]
-        self.titles = [set(self.words(entry["title"])) for entry in entries]
+        self.titles = [words(entry["title"]) for entry in entries]
         self.index = defaultdict(list)  # word -> numbers of the entries that hold it
         for number, entry in enumerate(entries):
-            for word in set(self.words(f"{entry['title']} {entry['text']}")):
+            for word in words(f"{entry['title']} {entry['text']}"):
                 self.index[word].append(number)
 
     @classmethod
@@ -131,34 +120,26 @@ class KnowledgeBase:
             need(textual, entry.where, 'an entry needs a "title" and a "text"')
         return cls(entries)
 
-    @staticmethod
-    def words(text):
-        return re.findall(r"\w+", text.lower())
-
-    def weight(self, word):
-        """Inverse document frequency (Spärck Jones 1972): rare words say most."""
-        return math.log((1 + len(self.texts)) / (1 + len(self.index.get(word, ()))))
-
     def search(self, query):
         """The text of the entry that holds most of the query's weight, if that is half or more; of
-        several the one whose title holds most of its words, then the first.
+        several the one whose title holds most of its words, then the first. A word's weight is its
+        inverse document frequency (Spärck Jones 1972): rare words say most.
         """
-        weights = {word: self.weight(word) for word in sorted(set(self.words(query[:LONGEST])))}
-        found = Counter()
-        for word, weight in weights.items():
-            for number in self.index.get(word, ()):
-                found[number] += weight
+        found, total, asked = Counter(), 0.0, words(query)
+        for word in sorted(asked):
+            holders = self.index.get(word, ())
+            weight = math.log((1 + len(self.texts)) / (1 + len(holders)))
+            found.update(dict.fromkeys(holders, weight))
+            total += weight
         most = max(found.values(), default=0.0)
-        if not found or most < sum(weights.values()) / 2:
+        if not found or most < total / 2:
             return NOTHING
         best = [number for number in found if found[number] == most]
-        return self.texts[max(best, key=lambda n: (len(weights.keys() & self.titles[n]), -n))]
+        return self.texts[max(best, key=lambda n: (len(asked & self.titles[n]), -n))]
 
 
-def check_knowledge(cfg):
-    """Refuse a --knowledge that nothing would search in."""
-    if cfg.knowledge and not cfg.tools:
-        raise UserError("--knowledge is what tools search in; add --tools")
+def words(text):
+    return set(re.findall(r"\w+", text.lower()))
 
 
 # --- calls in a stream of tokens -----------------------------------------------------------------
@@ -196,10 +177,8 @@ class Toolbox:
 
     def respond(self, ids):
         """The ids of the result that follows `ids`, a completion up to its </tool_call>."""
-        text, begun = "", None
-        for i, id in enumerate(ids[:-1]):  # a call ends with the first end after it
-            begun = i + 1 if id == self.call else None if id == self.call_end else begun
-        if begun is not None:
-            text = self.tokenizer.decode(ids[begun:-1])
+        last = {id: place for place, id in enumerate(ids[:-1])}  # where each id stands last
+        begin, end = last.get(self.call, -1), last.get(self.call_end, -1)
+        text = self.tokenizer.decode(ids[begin + 1 : -1]) if begin > end else ""
         content = self.tokenizer.encode(self.run(text))[:LONGEST_RESULT]
         return [self.result, *content, self.result_end]

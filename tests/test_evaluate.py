@@ -90,7 +90,6 @@ def test_what_evaluate_cannot_do_is_refused(here, capsys):
         (["--reward_model", "runs/rm"], ["go with --data preferences alone"]),
         (["--data", "tools", "--against", "runs/a"], ["go with --data preferences alone"]),
         (["--best_of", 4], ["--best_of needs a --reward_model"]),
-        (["--knowledge", "people.jsonl"], ["--knowledge is what tools search in; add --tools"]),
     ):
         said = refused(capsys, evaluate, "runs/model", *flags)
         assert all(sentence in said for sentence in sentences), said

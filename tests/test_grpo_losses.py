@@ -20,7 +20,6 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 import train_grpo
 import train_ppo
 from nanollm.batches import pad_completions
-from nanollm.config import UserError
 from nanollm.formats import write_jsonl
 from nanollm.gpt import GPT, GPTConfig
 from nanollm.optim import Optimizer
@@ -175,13 +174,6 @@ def test_equal_rewards_give_exactly_zero_advantage_and_are_counted(reward, funct
         assert train_grpo.rollout_stats(rollout, G)["equal_groups"] == 1.0
 
 
-def test_returns_to_go_by_hand():
-    kl = torch.tensor([[0.5, 1.0, 9.0, 2.0], [1.0, 1.0, 1.0, 9.0]])
-    mask = torch.tensor([[True, True, False, True], [False, True, True, False]])
-    got = train_grpo.returns_to_go(torch.tensor([1.0, -1.0]), kl, mask, 0.1)
-    close(got, [[0.65, 0.7, 0.0, 0.8], [0.0, -1.2, -1.1, 0.0]])
-
-
 def test_whitening_is_that_of_ppo():
     assert inspect.getsource(train_grpo.whiten) == inspect.getsource(train_ppo.whiten)
 
@@ -212,24 +204,6 @@ def test_advantages_of_reinforce_pp_equal_a_slow_loop(beta):
     rewards = torch.randn(len(mask))
     A = advantages(Config(loss="reinforce_pp", kl_coef=beta), rewards, mask, old, ref)
     close(A, reinforce_pp_by_loop(rewards, old, ref, mask, beta))
-
-
-def test_reinforce_pp_by_hand():
-    mask, zeros = torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2)
-    cfg = Config(loss="reinforce_pp", kl_coef=0.0)
-    A = advantages(cfg, torch.tensor([1.0, 0.0]), mask, zeros, None)
-    close(A, [[1.0, 1.0], [-1.0, -1.0]])  # mean and std of the four returns are a half
-    rho, sizes = torch.tensor([[1.5, 1.0], [1.5, 0.5]]), Sizes(2, 4, 2)
-    loss = loss_of("reinforce_pp", rho.log(), zeros, A, mask, sizes)
-    close(loss, (-1.2 - 1.0 + 1.5 + 0.8) / 4)
-
-
-def test_in_rloo_the_kl_of_a_whole_answer_is_taken_off_its_reward():
-    mask = torch.tensor([[True, True], [True, False]])
-    old, ref = torch.tensor([[-1.0, -2.0], [-1.0, -9.0]]), torch.tensor([[-2.0, -4.0], [-1.5, 0]])
-    cfg = Config(loss="rloo", kl_coef=0.1, samples=2)
-    A = advantages(cfg, torch.tensor([1.0, 0.0]), mask, old, ref)
-    close(A[:, 0], [0.7 + 0.05, -0.05 - 0.7])  # rewards 1 - 0.1 (1 + 2) and 0 - 0.1 (0.5)
 
 
 # --- KL ------------------------------------------------------------------------------------------
@@ -287,50 +261,6 @@ def test_the_clip_by_hand_on_a_completion_of_one_token(losses, clip, A, rho, val
         got = loss_of(name, logprobs, 0 * one, A * one, one.bool(), Sizes(1, 1, 1), clip=clip)
         close(got, value)
         close(torch.autograd.grad(got, logprobs)[0], [[gradient]])
-
-
-WEIGHED = {  # losses: value, for answers of 1 and of 3 tokens, with advantages 2 and 1
-    ("grpo", "gspo", "rloo"): -(2 + 1) / 2,
-    ("dr_grpo",): -(2 + 3) / (2 * 10),
-    ("dapo", "reinforce_pp"): -(2 + 3) / 4,
-    ("cispo",): -(2 + 3) * -0.5 / 4,
-}
-
-
-@pytest.mark.parametrize("losses", WEIGHED)
-def test_what_a_short_and_a_long_answer_weigh_by_hand(losses):
-    mask = torch.tensor([[True, False, False], [True, True, True]])
-    same, A = torch.full((2, 3), -0.5), torch.tensor([[2.0], [1.0]])
-    for loss in losses:
-        close(loss_of(loss, same, same, A, mask, Sizes(2, 4, 10)), WEIGHED[losses])
-
-
-@pytest.mark.parametrize("loss, value", [("grpo", 2.5), ("gspo", 2.0), ("rloo", 4.0)])
-def test_the_ratio_is_of_a_token_or_the_answers_geometric_mean_or_the_answers(loss, value):
-    rho, zeros = torch.tensor([[4.0, 1.0, 0.25, 7.0]]), torch.zeros(1, 4)
-    mask = torch.tensor([[True, True, False, False]])
-    A, sizes = torch.tensor([[-1.0]]), Sizes(1, 2, 4)
-    close(loss_of(loss, rho.log(), zeros, A, mask, sizes, clip=(0.2, 0.2)), value)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_padding_changes_nothing(loss):
-    logprobs, old, A, mask, sizes, ref = batch(0.5)
-
-    def wider(x):
-        fill = -torch.rand(len(x), 3)
-        return torch.cat([fill > 0, x, fill > 0] if x.dtype == torch.bool else [fill, x, -fill], 1)
-
-    def with_kl(logprobs, old, mask, ref):
-        penalty = 0.3 * train_grpo.kl_k3(logprobs, ref)
-        return loss_of(loss, logprobs, old, A, mask, sizes, penalty)
-
-    rows = logprobs, old, mask, ref
-    equal(with_kl(*map(wider, rows)), with_kl(*rows), logprobs)
-    rewards, kl = A[:, 0], old - ref
-    narrow = train_grpo.whiten(train_grpo.returns_to_go(rewards, kl, mask, 0.3), mask)
-    wide = train_grpo.returns_to_go(rewards, wider(kl), wider(mask), 0.3)
-    close(train_grpo.whiten(wide, wider(mask))[:, 3:-3], narrow)
 
 
 # --- update: a tiny policy and answers made up ---------------------------------------------------
@@ -440,13 +370,12 @@ def test_the_first_update_follows_reinforces_gradient(loss, beta):
     assert seen["grad_norm"] == pytest.approx(wanted.norm().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [4, 5])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_accumulating_over_parts_changes_nothing(loss, accumulate):
+def test_accumulating_over_parts_changes_nothing(loss):
     (policy, ref), rollout = two_models(), made_up()
     flags = {"loss": loss, "kl_coef": 0.1, "inner_updates": 2, "lr": 0.01}
     whole, gradients, seen = update(policy, rollout, ref, **flags)
-    parts, others, seen_in_parts = update(policy, rollout, ref, accumulate=accumulate, **flags)
+    parts, others, seen_in_parts = update(policy, rollout, ref, accumulate=5, **flags)
     for g, other in zip(gradients, others, strict=True):
         close(other, g, 1e-6 * max(1, g.abs().max().item()))
     close(vector(parts), vector(whole), 1e-6)
@@ -470,9 +399,8 @@ def sampled(random_model, tokenizer, monkeypatch):
         monkeypatch.setattr(train_grpo, "REWARDS", ((1.0, lambda problem, text: reward),))
         cfg = Config(samples=8, max_new_tokens=40)
         policy = random_model(max_position_embeddings=128)
-        prompts = Prompts(cfg, policy, tokenizer, [SUM])
-        noise = torch.rand(32, 40, dtype=torch.float64)
-        return sample_rollout(cfg, prompts, [SUM] * 4, noise), prompts.ids(SUM)
+        prompts = Prompts(cfg, CPU, policy, tokenizer, [SUM])
+        return sample_rollout(cfg, prompts, [SUM] * 4), prompts.ids(SUM)
 
     return make
 
@@ -491,11 +419,12 @@ def test_the_end_token_belongs_to_the_completion_and_without_one_there_is_no_rew
 
 
 def test_what_a_tool_writes_into_a_completion_is_left_out_of_the_mask(random_model, tokenizer):
-    prompts = Prompts(Config(samples=4, max_new_tokens=12), random_model(), tokenizer, [SUM])
-    first, noise = len(prompts.ids(SUM)), torch.rand(4, 12, dtype=torch.float64)
-    call_end = prompts.sample([SUM], noise).rows.tokens[0, first].item()  # taken for a call's end
+    prompts = Prompts(Config(samples=4, max_new_tokens=12), CPU, random_model(), tokenizer, [SUM])
+    first, state = len(prompts.ids(SUM)), torch.get_rng_state()
+    call_end = prompts.sample([SUM]).rows.tokens[0, first].item()  # taken for a call's end
     prompts.tools = SimpleNamespace(call_end=call_end, respond=lambda ids: [65, 66])
-    rows = prompts.sample([SUM], noise).rows
+    torch.set_rng_state(state)
+    rows = prompts.sample([SUM]).rows
     assert rows.tokens[0, first : first + 3].tolist() == [call_end, 65, 66]
     assert rows.mask[0, first : first + 4].tolist() == [True, False, False, True]
 
@@ -532,23 +461,6 @@ def test_entropy_and_kl_are_read_off_the_sampled_tokens():
 # --- problems ------------------------------------------------------------------------------------
 
 
-def problems_in(path, records, **flags):
-    write_jsonl(path, records)
-    return train_grpo.load_problems(Config(data=str(path), **flags))
-
-
-def test_gsm8k_records_are_problems_and_the_last_of_them_held_out(tmp_path):
-    records = [
-        {"question": f"What is {n} more than 4?", "answer": f"4 + {n} = {n + 4}\n#### {n + 4:,}"}
-        for n in [3, 2000, *range(5, 23)]
-    ]
-    train, val = problems_in(tmp_path / "gsm8k.jsonl", records, val_fraction=0.1)
-    assert [example["answer"] for example in train[:2]] == ["7", "2004"]
-    assert train[0]["messages"] == [{"role": "user", "content": "What is 3 more than 4?"}]
-    assert {(example["task"], example["check"]) for example in train + val} == {("all", "number")}
-    assert [example["answer"] for example in val] == ["25", "26"] and len(train) == 18
-
-
 def tasks(count=40):
     names = "add", "subtract", "count", None
     return [
@@ -559,25 +471,13 @@ def tasks(count=40):
 
 @pytest.mark.parametrize("wanted", ["add,subtract,count,all", "add", "add,count,"])
 def test_only_the_wanted_tasks_are_kept_and_no_problem_is_in_both_parts(wanted, tmp_path):
-    train, val = problems_in(tmp_path / "p.jsonl", tasks(), tasks=wanted, val_fraction=0.25)
+    write_jsonl(tmp_path / "p.jsonl", tasks())
+    cfg = Config(data=str(tmp_path / "p.jsonl"), tasks=wanted, val_fraction=0.25)
+    train, val = train_grpo.load_problems(cfg)
     for part in train, val:
         assert {example["task"] for example in part} == {*wanted.strip(",").split(",")}
     train, val = ({int(example["answer"]) for example in part} for part in (train, val))
     assert not train & val and max(train) < min(val)
-
-
-def test_too_few_problems_and_unknown_tasks_are_refused(tmp_path):
-    for records, flags, sentence in (
-        (
-            [{"prompt": f"say {n}"} for n in range(20)],
-            {},
-            "20 of 20 records can't be used: it needs an .answer.",
-        ),
-        ([{"prompt": "2 + 5?", "answer": 7}], {}, "1 records leave none to train on"),
-        (tasks(), {"tasks": "divide"}, "--tasks divide: .* has only add"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            problems_in(tmp_path / "p.jsonl", records, **flags)
 
 
 @pytest.mark.parametrize(
@@ -587,7 +487,8 @@ def test_the_villages_own_problems_come_in_two_files(data, name, tmp_path, monke
     place = "data.village.images.of_run" if data == "images" else "data.village.examples.of_run"
     monkeypatch.setattr(place, lambda run_folder: tmp_path)
     for part, answer in ("train", "3"), ("test", "4"):
-        write_jsonl(tmp_path / f"{name}_{part}.jsonl", [{"prompt": "?", "answer": answer}])
+        record = {"prompt": "?", "answer": answer, "task": "sum"}
+        write_jsonl(tmp_path / f"{name}_{part}.jsonl", [record])
     train, val = train_grpo.load_problems(Config(data=data))
     assert [example["answer"] for example in train + val] == ["3", "4"]
 

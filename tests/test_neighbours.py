@@ -11,7 +11,7 @@ from conftest import SMALL, randomise
 from helpers import some_prompts, turns
 
 from nanollm import preferences
-from nanollm.batches import pad_completions
+from nanollm.batches import Completions, pad_completions
 from nanollm.generate import generate, sample_completions
 from nanollm.gpt import GPTConfig, ScalarGPT
 from nanollm.logprobs import batched_logprobs, completion_logprobs
@@ -51,7 +51,7 @@ def sampled(numbers, batch, model, tokenizer, **_):
 
 def scored(numbers, batch, scalar, **_):
     rows = pad_completions([PROMPTS[i] for i in numbers], [COMPLETIONS[i] for i in numbers], 0)
-    return in_batches(lambda part: scores(scalar, part), rows, "cpu", batch).tolist()
+    return in_batches(scores, scalar, rows, batch).tolist()
 
 
 def judged(numbers, batch, model, tokenizer, scalar, monkeypatch, **_):
@@ -114,11 +114,20 @@ def test_what_stands_beside_an_example_changes_nothing_about_it(
                 assert found == nearly(alone[i]), (numbers, batch, i)
 
 
+def moved_left(rows):
+    """The same rows, padded on the left."""
+    shift = (~rows.real).sum(1)
+    columns = (torch.arange(rows.real.shape[1]) - shift[:, None]) % rows.real.shape[1]
+    return Completions(*(x.gather(1, columns) for x in (rows.tokens, rows.mask, rows.real)))
+
+
 def test_padding_changes_no_logprob_and_no_score(random_model):
     scalar, model = randomise(ScalarGPT(GPTConfig(**SMALL)).eval(), seed=5), random_model()
     wide = pad_completions([*PROMPTS, [1] * 30], [*COMPLETIONS, [1] * 30], 0)[torch.arange(N)]
     with torch.no_grad():
         for function in (partial(scores, scalar), partial(completion_logprobs, model)):
-            narrow, padded = function(ROWS), function(wide)
-            narrow, padded = ([x[x != 0] for x in found] for found in (narrow, padded))
-            torch.testing.assert_close(padded, narrow, atol=1e-4, rtol=0)
+            narrow, *padded = function(ROWS), function(wide), function(moved_left(ROWS))
+            for found in padded:
+                torch.testing.assert_close(
+                    found[found != 0], narrow[narrow != 0], atol=1e-4, rtol=0
+                )

@@ -32,7 +32,7 @@ from data.village.preferences import (
 )
 from data.village.tasks import instructions, user_turns
 from data.village.world import build_world
-from nanollm.batches import Completions, pad_completions
+from nanollm.batches import pad_completions
 from nanollm.generate import sample_together
 from nanollm.gpt import GPTConfig, ScalarGPT
 from nanollm.hub import load_scalar, save_model
@@ -71,17 +71,12 @@ def test_bradley_terry_margin_and_centering_equal_trl(margin):
 def test_ranking_loss_equals_a_loop_over_pairs_and_for_two_completions_bradley_terry():
     rewards, sizes = torch.randn(5, 4), [4, 2, 3, 4, 2]
     real = torch.arange(4) < torch.tensor(sizes)[:, None]
-    for row, K, loss in zip(rewards, sizes, train_rm.ranking_loss(rewards, real)):
+    for row, K, loss in zip(rewards, sizes, train_rm.ranking_loss(rewards, real, torch.zeros(5))):
         pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
         close(loss, -sum(F.logsigmoid(row[i] - row[j]) for i, j in pairs) / len(pairs))
-    two = train_rm.ranking_loss(rewards[:, :2], torch.ones(5, 2, dtype=torch.bool))
-    close(two, train_rm.bradley_terry_loss(rewards[:, 0], rewards[:, 1]))
-
-
-def test_calibration_error_of_a_coin_called_certain_is_a_half():
-    happened = torch.tensor([True, False] * 50)
-    assert train_rm.calibration_error(torch.ones(100), happened) == pytest.approx(0.5)
-    assert train_rm.calibration_error(torch.full((100,), 0.5), happened) == pytest.approx(0.0)
+    two, margins = torch.ones(5, 2, dtype=torch.bool), torch.rand(5)
+    losses = train_rm.ranking_loss(rewards[:, :2], two, margins)
+    close(losses, train_rm.bradley_terry_loss(rewards[:, 0], rewards[:, 1], margins))
 
 
 def test_pair_metrics_count_by_annotators_and_by_gold():
@@ -124,7 +119,7 @@ RANKINGS = [
 
 
 def test_rankings_become_rows_and_pairs(tokenizer):
-    rows, index = completion_rows(RANKINGS, tokenizer)
+    _, rows, index = completion_rows(RANKINGS, tokenizer)
     assert index.tolist() == [[0, 1, -1], [2, 3, 4]] and len(rows) == 5
     assert tokenizer.decode(rows.tokens[3][rows.mask[3]].tolist()[:-1]) == "e"
     assert train_dpo.pairs_of(index, "all").tolist() == [[0, 1], [2, 3], [2, 4], [3, 4]]
@@ -134,6 +129,13 @@ def test_rankings_become_rows_and_pairs(tokenizer):
 def test_margins_are_the_records_or_follow_from_its_ratings():
     records = [RANKINGS[0] | {"margin": 2.0}, RANKINGS[1] | {"ratings": [7, 1, 4]}]
     assert train_rm.margins_of(records).tolist() == [2.0, 1.0, 0.5, 0.0]
+
+
+def test_in_kto_a_prompt_meets_the_completions_of_another_as_far_as_the_context_holds_them():
+    rows = pad_completions([[1], [1], [2, 2], [2, 2]], [[3], [4, 5, 6], [7], [8, 9]], pad_id=0)
+    mismatched = train_dpo.mismatched_rows(rows, K=2, context=4)
+    assert mismatched.tokens.tolist() == [[1, 7, 0, 0], [1, 8, 9, 0], [2, 2, 3, 0], [2, 2, 4, 5]]
+    assert mismatched.mask.sum(1).tolist() == [1, 2, 1, 2]
 
 
 # --- DPO and its relatives -----------------------------------------------------------------------
@@ -229,32 +231,9 @@ def test_kto_and_its_kl_equal_trl(monkeypatch):
     rows = pad_completions([[]] * 2 * P, [[i] for i in range(2 * P)], pad_id=0)
     monkeypatch.setattr(train_dpo, "summed_logps", lambda _, rows: policy_kl[rows.tokens[:, 0]])
     index = torch.arange(2 * P).view(P, 2)
-    kl = train_dpo.mean_kl(None, train_dpo.Pairs(rows, index, None, rows, ref_kl), "cpu")
+    pairs, policy = train_dpo.Pairs(rows, index, None, rows, ref_kl), SimpleNamespace(device="cpu")
+    kl = train_dpo.mean_kl(policy, pairs)
     close(our_loss("kto", logps, kl, beta=0.1, **weights).mean() / 2, theirs)
-
-
-def test_where_policy_and_reference_agree_plain_dpo_is_log_two_exactly():
-    same = torch.full((P,), -3.0)
-    for rejected in (same, same - 1):
-        loss = our_loss("sigmoid", (same, rejected, same, rejected))
-        assert (loss == F.softplus(torch.tensor(0.0))).all()
-    assert train_dpo.Config().nll_coef == 0  # or it would be no plain DPO
-
-
-@pytest.mark.parametrize("loss", train_dpo.LOSSES)
-def test_every_loss_pushes_chosen_up_and_rejected_down(loss):
-    same = -3.0 * torch.stack([N_W, N_L])
-    logps = same.clone().requires_grad_()
-    our_loss(loss, (*logps, *same)).sum().backward()
-    assert (logps.grad[0] < 0).all() and (logps.grad[1] > 0).all()
-
-
-def test_robust_loss_under_flips_is_the_clean_loss_in_expectation():
-    (chosen, rejected), zeros = torch.randn(2, P), torch.zeros(2, P)
-    robust = {"beta": 0.5, "label_smoothing": 0.2}
-    loss = our_loss("robust", (chosen, rejected, *zeros), **robust)
-    flipped = our_loss("robust", (rejected, chosen, *zeros), **robust)
-    close(0.8 * loss + 0.2 * flipped, our_loss("sigmoid", (chosen, rejected, *zeros), beta=0.5))
 
 
 # --- PPO -----------------------------------------------------------------------------------------
@@ -282,15 +261,6 @@ def test_rewards_gae_and_whitening_equal_slow_loops():
     close(white[mask], (seen - seen.mean()) / seen.std(unbiased=False), 1e-4)
 
 
-def test_gae_by_hand():
-    rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.25, 0.75]])
-    mask = torch.ones(1, 3, dtype=torch.bool)
-    advantages, returns = train_ppo.gae(rewards, values, mask, 1.0, 1.0)
-    close(advantages, [[0.5, 0.75, 0.25]])  # what came, less what was expected
-    close(returns, [[1.0, 1.0, 1.0]])
-    close(train_ppo.gae(rewards, values, mask, 1.0, 0.0)[0], [[-0.25, 0.5, 0.25]])
-
-
 def test_without_a_critic_the_baseline_is_the_mean_of_the_others():
     rewards, mask = torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 5.0], [0.0, 5.0]]), torch.ones(4, 2)
     whole = train_ppo.baseline_advantages(rewards, mask.bool(), 1)
@@ -311,14 +281,10 @@ def test_policy_and_value_losses_by_hand():
 
 
 def test_the_kl_controller_by_hand():
-    control = train_ppo.AdaptiveKL(0.1, 6.0, 1000)
-    control.update(6.6, 100)  # 10% too much: beta * (1 + 0.1 * 100 / 1000)
-    close(control.coef, 0.101)
-    control.update(60.0, 100)  # clipped at 20%
-    close(control.coef, 0.101 * 1.02)
-    still = train_ppo.AdaptiveKL(0.1, 0.0, 1000)
-    still.update(60.0, 100)
-    assert still.coef == 0.1
+    # 10% too much: beta * (1 + 0.1 * 100 / 1000); clipped at 20%; without a target
+    close(train_ppo.adapted_beta(0.1, 6.6, 100, 6.0, 1000), 0.101)
+    close(train_ppo.adapted_beta(0.1, 60.0, 100, 6.0, 1000), 0.102)
+    assert train_ppo.adapted_beta(0.1, 60.0, 100, 0.0, 1000) == 0.1
 
 
 def test_explained_variance_of_a_perfect_and_of_a_constant_critic():
@@ -327,37 +293,9 @@ def test_explained_variance_of_a_perfect_and_of_a_constant_critic():
     close(train_ppo.explained_variance(torch.zeros(3, 4), G, mask), 0.0)
 
 
-# --- padding and composition of the batch --------------------------------------------------------
-
-
-def moved_left(rows):
-    """The same rows, padded on the left."""
-    shift = (~rows.real).sum(1)
-    columns = (torch.arange(rows.real.shape[1]) - shift[:, None]) % rows.real.shape[1]
-    return Completions(*(x.gather(1, columns) for x in (rows.tokens, rows.mask, rows.real)))
-
-
-def some_rows():
-    prompts, completions = some_prompts((3, 6, 2, 5)), some_prompts((4, 2, 9, 5))
-    return pad_completions(prompts, completions, pad_id=0)
-
-
-def test_neither_padding_nor_company_nor_order_change_scores_and_logprobs(random_model):
-    policy, reward_model, rows = random_model(), scalar_model(), some_rows()
-    order = torch.tensor([2, 0, 3, 1])
-
-    @torch.no_grad()
-    def of(rows):
-        return torch.stack([completion_logprobs(policy, rows).sum(1), scores(reward_model, rows)])
-
-    alone = [of(rows[torch.tensor([i])]) for i in range(len(rows))]
-    close(torch.cat(alone, 1), of(rows))
-    close(of(moved_left(rows)), of(rows))
-    close(of(moved_left(rows[order])), of(rows)[:, order])
-
-
 def test_entropy_comes_with_the_logprobs_and_where_nothing_is_said_both_are_zero(random_model):
-    policy, rows = random_model(), some_rows()
+    policy = random_model()
+    rows = pad_completions(some_prompts((3, 6, 2, 5)), some_prompts((4, 2, 9, 5)), pad_id=0)
     logprobs, entropy = completion_logprobs(policy, rows, temperature=0.7, with_entropy=True)
     trained = rows.mask[:, 1:]
     logp = (policy(rows.tokens)[:, :-1] / 0.7).log_softmax(-1)
@@ -410,10 +348,9 @@ def test_annotators_prefer_as_often_as_the_model_says_and_disagree_at_the_stated
 
 
 def test_no_held_out_prompt_is_in_training():
-    asked = {user_turns(example) for example in instructions(WORLD, "train")}
-    asked |= {user_turns(example) for example in preference_prompts(WORLD, "train", 3000)}
-    held_out = preference_prompts(WORLD, "test", 400)
-    assert len(held_out) == 400 and not asked & {user_turns(example) for example in held_out}
+    examples = instructions(WORLD, "train") + preference_prompts(WORLD, "train", 3000)
+    held_out = set(map(user_turns, preference_prompts(WORLD, "test", 400)))
+    assert len(held_out) == 400 and not held_out & set(map(user_turns, examples))
 
 
 def test_references_are_right_and_wrong_completions_are_wrong():

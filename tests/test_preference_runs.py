@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 from helpers import (
     ON_CPU,
     TINY,
@@ -18,7 +16,6 @@ from helpers import (
     refused,
     result,
     say,
-    turns,
     weights,
 )
 from helpers import run as run_module
@@ -89,19 +86,9 @@ def test_the_reward_model_learns_which_completion_is_better(loss, here):
     metrics = run("train_rm.py", "--loss", loss, *steps, *data, out="runs/rm_loss")
     assert metrics[-1]["accuracy"] == 1.0 and metrics[-1]["log_loss"] < 0.4
     found = result("runs/rm_loss")
-    assert found["before"]["log_loss"] > found["log_loss"]
-    assert found["log_loss"] == pytest.approx(metrics[-1]["log_loss"])  # shifted by their mean
+    assert found["before"]["log_loss"] > found["after"]["log_loss"] == metrics[-1]["log_loss"]
     assert [effect["after"] for effect in found["effects"]] == [1.0]
-
-
-def test_rewards_have_mean_zero_on_the_references_samples_and_open_in_transformers(here):
-    model, tokenizer = load_scalar("runs/rm")
-    assert model.shift != 0
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
-        "runs/rm", dtype=torch.float32
-    )
-    tokens = torch.tensor([tokenizer.render(turns("say owl", "owl please"))[0]])
-    close(model(tokens)[:, -1] + model.shift, theirs(tokens).logits[:, 0])
+    assert load_scalar("runs/rm_loss")[0].shift != 0  # to mean 0 on the reference's samples
 
 
 @pytest.mark.parametrize("loss", train_dpo.LOSSES)
@@ -110,11 +97,9 @@ def test_every_dpo_loss_makes_the_chosen_completion_win(loss, here):
     flags = ["--loss", loss, "--beta", beta, "--steps", 20, "--eval_every", 20, "--warmup", 2]
     metrics = run("train_dpo.py", *flags, out="runs/dpo")
     assert metrics[-1]["val_accuracy"] > 0.9 and metrics[-1]["val_margin"] > 0
-
-
-def test_at_the_first_step_the_dpo_loss_is_log_two(here):
-    first = run("train_dpo.py", "--steps", 1, out="runs/dpo")[0]
-    assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    if loss == "sigmoid":  # policy and reference are the same at first
+        assert metrics[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)  # log 2
+    assert weights("runs/sft").keys() == weights("runs/dpo").keys()
 
 
 @pytest.mark.parametrize("loss", train_dpo.WITHOUT_REFERENCE)
@@ -143,13 +128,6 @@ def test_ppo_raises_the_learned_reward(critic, here):
     assert set(wanted.split()) <= set(metrics[1])
 
 
-def test_with_one_minibatch_the_first_ratio_is_one(here):
-    flags = ["--steps", 1, "--epochs", 1, "--minibatches", 1]
-    first = [m for m in run("train_ppo.py", *flags, out="runs/ppo") if "approximate_kl" in m][0]
-    assert first["approximate_kl"] == 0.0 and first["clip_fraction"] == 0.0
-    assert first["policy_loss"] == pytest.approx(0.0, abs=1e-6)  # minus the mean of white noise
-
-
 def test_rules_reward_the_right_answer(here):
     flags = ["--reward", "rules", "--critic", "shared", "--steps", 2, "--eval_every", 2]
     metrics = run("train_ppo.py", *flags, out="runs/ppo_rules")
@@ -159,10 +137,12 @@ def test_rules_reward_the_right_answer(here):
 
 
 def test_a_policy_that_never_ends_its_turn_is_penalised_and_visible(here):
-    flags = ["--max_new_tokens", 1, "--steps", 1, "--truncation_reward", -7]
+    flags = "--max_new_tokens 1 --steps 1 --truncation_reward -7 --epochs 1 --minibatches 1".split()
     metrics = run("train_ppo.py", *flags, out="runs/ppo_cut")
     update = [m for m in metrics if "ended" in m][0]
     assert update["ended"] == 0 and update["reward"] == -7
+    assert update["approximate_kl"] == update["clip_fraction"] == 0  # with one minibatch
+    assert update["policy_loss"] == pytest.approx(0.0, abs=1e-6)  # minus the mean of white noise
 
 
 def test_the_separate_critic_recomputes_its_activations_too(here, monkeypatch):
@@ -182,16 +162,13 @@ def test_the_separate_critic_recomputes_its_activations_too(here, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script, here):
-    flags = [*SCRIPTS[script][1], "--steps", 12, "--eval_every", 2]
-    assert_resumes(script, flags, (2, 4, 5, 6, 8))
+    assert_resumes(script, [*SCRIPTS[script][1], "--steps", 8, "--eval_every", 2], (2, 4, 5, 6))
 
 
 WHOLE_BATCH = {  # losses in which more than a sum over rows is of the whole batch
     "centred rankings": ("train_rm.py", "--data rankings.jsonl --centering 1"),
-    "sigmoid": ("train_dpo.py", "--data rankings.jsonl --pairs all"),
-    "kto": ("train_dpo.py", "--loss kto"),
+    "kto": ("train_dpo.py", "--loss kto --data rankings.jsonl --pairs all"),
     "ppo": ("train_ppo.py", "--epochs 1 --minibatches 1"),
-    "ppo without a critic": ("train_ppo.py", "--epochs 1 --minibatches 1 --critic none"),
 }
 
 
@@ -223,20 +200,8 @@ def turned_down(capsys, script, *flags):
     return said
 
 
-@pytest.mark.parametrize("script", ["train_rm.py", "train_dpo.py"])
-def test_preferences_that_do_not_fit_are_dropped_and_most_of_them_are_refused(script, here, capsys):
-    long, good = {"prompt": "a" * 200, "chosen": "b", "rejected": "c"}, PAIRS[0]
-    write_jsonl("long.jsonl", [good] * 20 + [long] + [good] * 20)
-    run(script, "--data", "long.jsonl", "--steps", 1, out="runs/long")
-    dropped = "1 of 38 records can't be used: longer than the model's 64 tokens (1: long.jsonl, "
-    assert dropped + "line 21)" in capsys.readouterr().out
-    write_jsonl("long.jsonl", [long] * 20 + [good])
-    said = turned_down(capsys, script, "--data", "long.jsonl")
-    assert "19 of 19 records can't be used: longer" in said
-
-
 REFUSED = [
-    ("train_rm.py", "--loss margin", "needs a margin"),
+    ("train_rm.py", "--loss margin", "pairs.jsonl, line 1: --loss margin needs"),
     ("train_rm.py", "--disagreement 0.5", "--disagreement must be"),
     ("train_ppo.py", "--max_new_tokens 60", "the model's context of 64"),
     ("train_ppo.py", "--reward_model runs/sft", "is no reward model"),
@@ -254,7 +219,7 @@ def test_what_cannot_be_done_is_refused(script, flags, sentence, here, capsys):
 
 def test_ppo_refuses_a_model_that_looks_at_images(here, capsys, monkeypatch):
     monkeypatch.setattr(GPT, "tokens_per_image", 4)
-    assert "PPO doesn't read" in turned_down(capsys, "train_ppo.py")
+    assert "PPO reads no images" in turned_down(capsys, "train_ppo.py")
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(here, capsys):
@@ -269,8 +234,3 @@ def test_a_reward_model_with_another_tokenizer_is_refused(here, capsys):
 def test_a_reward_model_is_not_opened_as_a_language_model(here):
     with pytest.raises(UserError, match="writes none"):
         load_model("runs/rm")
-
-
-def test_a_trained_policy_is_a_model_like_the_one_it_began_as(here):
-    run("train_dpo.py", "--steps", 1, out="runs/dpo_short")
-    assert weights("runs/sft").keys() == weights("runs/dpo_short").keys()

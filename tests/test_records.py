@@ -50,7 +50,7 @@ def as_chat(record, tokenizer):
 
 
 def as_preference(record, tokenizer):
-    rows, _ = completion_rows([record], tokenizer)
+    _, rows, _ = completion_rows([record], tokenizer)
     first = marked(tokenizer, rows.tokens[0][rows.real[0]], rows.mask[0][rows.real[0]])
     others = [f" | {text}" for text in record["completions"][1:]]
     note = [f" {record[key]}" for key in ("margin", "label") if record.get(key) is not None]
@@ -446,7 +446,7 @@ def test_rankings_that_are_too_long_are_dropped_with_their_line(
     path = write(TWO, TWO | {"rejected": "o" * 60}, TWO, TWO)
     cfg = train_dpo.Config(data=path, val_fraction=0.25, loss=loss)
     train, val = load_preferences(cfg, random_model(), tokenizer, CPU, None, None)
-    assert (len(train), len(val)) == (2, 1)
+    assert (len(train[0]), len(val[0])) == (2, 1)
     assert f"longer than the model's 64 tokens (1: {path}, line 2)" in capsys.readouterr().out
 
 
@@ -455,13 +455,13 @@ def test_completions_with_a_label_are_paired_by_it_for_kto(write, tokenizer, ran
     cfg = train_dpo.Config(data=write(*labelled, *labelled), val_fraction=0.5, loss="kto")
     model = random_model()
     train, _ = load_preferences(cfg, model, tokenizer, CPU, None, None)
-    pairs = train_dpo.open_pairs(train, cfg, tokenizer, model)
+    pairs = train_dpo.open_pairs(cfg, model, *train)
     assert pairs.index.tolist() == [[1, 0], [1, 2], [1, 3]]
     assert len(pairs.mismatched) == len(pairs.rows) == 4
     with pytest.raises(UserError, match="line 1: one completion and its label are for --loss kto"):
         load_preferences(replace(cfg, loss="ipo"), model, tokenizer, CPU, None, None)
     with pytest.raises(UserError, match="both true and false"):
-        train_dpo.open_pairs(train[:1], cfg, tokenizer, model)
+        train_dpo.open_pairs(cfg, model, train[0][:1], *train[1:])
 
 
 def test_what_the_tokenizer_refuses_is_told_with_its_line(write, tokenizer):

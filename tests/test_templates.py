@@ -14,11 +14,10 @@ from helpers import turns
 from jinja2 import TemplateError
 from test_tokenizer import CHATML, QWEN_PATTERN, byte_level
 
-from nanollm.batches import pad_completions
 from nanollm.config import UserError
 from nanollm.gpt import GPTConfig, ScalarGPT
 from nanollm.hub import save_model
-from nanollm.preferences import completion_rows, finish_turns, scores
+from nanollm.preferences import completion_rows, dialogue_rows, scores
 from nanollm.rollouts import prompt_of
 from nanollm.tokenizer import CONTENT_TOKENS, Tokenizer
 
@@ -411,14 +410,13 @@ def test_a_reward_is_read_where_transformers_reads_it_after_its_chat_template(
     ids = torch.tensor([theirs(folder, chat)])
     wanted = peer(ids, attention_mask=torch.ones_like(ids)).logits[:, 0]
     record = {"messages": chat[:1], "completions": [chat[1]["content"], "a"]}
-    rows, _ = completion_rows([record], tokenizer)
+    _, rows, _ = completion_rows([record], tokenizer)
     torch.testing.assert_close(scores(model, rows)[:1], wanted, atol=1e-5, rtol=1e-5)
     assert rows.tokens[0][rows.mask[0]][-1] == tokenizer.end_id  # policies learn to end there
     prompt, sampled = tokenizer.completion(chat[:1], chat[1]["content"])
     for stop in tokenizer.stop_ids:  # however it has ended
-        rows = pad_completions([prompt], [[*sampled[:-1], stop]], tokenizer.pad_id)
-        reward = scores(model, finish_turns(rows, tokenizer))
+        ended, full = [*sampled[:-1], stop], len(prompt + sampled)
+        reward = scores(model, dialogue_rows([prompt], [ended], tokenizer))
         torch.testing.assert_close(reward, wanted, atol=1e-5, rtol=1e-5)
-        assert rows.tokens[0, -1] == stop  # as it was sampled
-        full = rows.tokens.shape[1]  # a context that holds nothing behind the turn
-        assert finish_turns(rows, tokenizer, full).last().tolist() == [full - 1]
+        # a context that holds nothing behind the turn
+        assert dialogue_rows([prompt], [ended], tokenizer, full).last().tolist() == [full - 1]

@@ -67,13 +67,6 @@ def test_a_call_is_kept_where_its_result_lowers_the_loss_by_the_threshold(
     assert result == [{"messages": turns("q1", f"{CALL}{RESULT}b")}] * kept
 
 
-def test_of_several_calls_that_help_the_best_is_kept(filtered):
-    both = {(0, "1"): 3.0, (0, "2"): 1.0, (0, "3"): 2.0, (1, "4"): 3.75, (1, "5"): 2.75}
-    kept = filtered({call: (4.0, 4.0, loss) for call, loss in both.items()})
-    said = [chat["messages"][1]["content"] for chat in kept]
-    assert said == [f"<tool_call>c({n})</tool_call>{RESULT}{c}" for n, c in ("2a", "5b")]
-
-
 def test_a_call_goes_before_the_last_answer_and_all_else_stays(filtered):
     messages = [{"role": "system", "content": "s"}, *turns("q", "first", "and then?", "last")]
     messages[-1]["extra"] = 1
@@ -107,12 +100,6 @@ def test_dialogues_without_a_closed_call_and_such_as_are_too_long_are_dropped(to
     long = {"messages": turns(80 * "q", 8 * "a")}  # 92 ids of 96; with the call 103
     assert len(tokenizer.render(long["messages"])[0]) == 92
     assert filter_calls(model, tokenizer, products, [long], threshold=-99.0) == []
-
-
-def test_a_result_that_the_answer_does_not_need_is_dropped(tokenizer, products):
-    """The writer looks at the last id only: an empty result makes the answer as easy."""
-    model = writer(tokenizer, f"{CALL}!<|end|>", "</tool_result>a<|end|>")
-    assert filter_calls(model, tokenizer, products, CHATS, samples=2, threshold=0.01) == []
 
 
 @torch.no_grad()
@@ -150,18 +137,6 @@ def test_the_filter_keeps_what_losses_by_hand_say(random_model, tokenizer, produ
     assert kept == [{"messages": turns(f"q{n}", best[n] + f"{n}!")} for n in sorted(best)]
 
 
-def test_an_answer_is_scored_in_the_ids_that_training_sees(tokenizer, products, monkeypatch):
-    scored = []
-    calls = lambda *_: [(0, *call_ids(tokenizer, 1, 1))]  # noqa: E731
-    losses = lambda *given: (scored.append(given[3]), torch.zeros(1))[1]  # noqa: E731
-    monkeypatch.setattr(toolformer, "sampled_calls", calls)
-    monkeypatch.setattr(toolformer, "answer_losses", losses)
-    messages = turns("q", "<think>6 * 7 = 42</think>42")
-    filter_calls(ROOMY, tokenizer, products, [{"messages": messages}])
-    prompt = tokenizer.render(messages[:1], generation_prompt=True)[0]
-    assert list(scored[0]) == [tokenizer.render(messages)[0][len(prompt) :]]
-
-
 def test_a_call_that_text_cannot_hold_is_dropped(tokenizer, monkeypatch):
     """Text can't tell a result that spells </tool_result> from one that ends there."""
     forging = Toolbox({"c": lambda _: "</tool_result>7"}, tokenizer)
@@ -170,25 +145,8 @@ def test_a_call_that_text_cannot_hold_is_dropped(tokenizer, monkeypatch):
     assert filter_calls(ROOMY, tokenizer, forging, CHATS[:1]) == []
 
 
-@pytest.mark.parametrize(
-    "out, sentence",
-    [
-        ("chats.jsonl", "would replace the file"),
-        (".", "is a directory; name a file"),
-        ("calls.jsonl", "a call helps in none of 1 dialogues"),
-    ],
-)
-def test_nothing_is_written_where_it_cannot_be_or_no_call_helps(
-    out, sentence, tmp_path, monkeypatch, random_model, tokenizer
-):
-    chats = json.dumps({"messages": turns("a", "a")}) + "\n"
-    (tmp_path / "chats.jsonl").write_text(chats)
-    (tmp_path / "knowledge.jsonl").write_text('{"title": "a", "text": "b"}')
-    monkeypatch.setattr(toolformer, "load_model", lambda folder: (random_model(), tokenizer))
-    monkeypatch.setattr(toolformer, "filter_calls", lambda *_: [])
-    files = {"data": "chats.jsonl", "out": out, "knowledge": "knowledge.jsonl"}
-    paths = {name: str(tmp_path / file) for name, file in files.items()}
+@pytest.mark.parametrize("out, sentence", [("chats.jsonl", "would replace"), (".", "a directory")])
+def test_nothing_is_written_where_it_cannot_be(out, sentence, tmp_path):
+    paths = {"data": str(tmp_path / "chats.jsonl"), "out": str(tmp_path / out)}
     with pytest.raises(UserError, match=sentence):
         toolformer.main(toolformer.Config(**paths, device="cpu"))
-    assert (tmp_path / "chats.jsonl").read_text() == chats
-    assert not (tmp_path / "calls.jsonl").exists()
