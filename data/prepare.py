@@ -68,10 +68,6 @@ def read_stories(text, end="<|endoftext|>"):
         story += rest
 
 
-def read_jsonl(text):
-    yield from (json.loads(line) for line in text if line.strip())
-
-
 def read_array(text):
     """The objects of one JSON array, one at a time: 2 GB need not fit into memory."""
     decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
@@ -160,10 +156,10 @@ IMAGES = "http://images.cocodataset.org/zips/train2017.zip (18 GB)"  # llava-ins
 
 def records_of(text, url, path):
     """The records of a download, to be written to `path`: lines of text, or what JSON holds."""
-    if path.suffix == ".txt":
-        return text
-    readers = {".txt": read_stories, ".json": read_array}
-    return readers.get(Path(urlsplit(url).path).suffix, read_jsonl)(text)
+    ending = Path(urlsplit(url).path).suffix
+    if ending == ".txt":
+        return text if path.suffix == ".txt" else read_stories(text)
+    return read_array(text) if ending == ".json" else map(json.loads, filter(str.strip, text))
 
 
 def fetch(url, path, check, limit=None):

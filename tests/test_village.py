@@ -14,7 +14,7 @@ import pytest
 from data.village import examples as village
 from data.village.corpus import SHARES, documents, prepare_corpus
 from data.village.examples import prepare
-from data.village.facts import PHRASES, cloze
+from data.village.facts import cloze
 from data.village.preferences import politeness
 from data.village.sums import SUMS, held_out, written_steps
 from data.village.tasks import MAKERS, QUESTIONS, STYLES, instructions, user_turns
@@ -106,13 +106,6 @@ def test_no_document_is_there_twice_or_in_two_splits(world, texts):
     train = [text for kind in texts.values() for text in kind]
     val = [text for _, text in documents(world, "val", approx_bytes=50_000)]
     assert len(val) > 100 and len({*train, *val}) == len(train) + len(val)
-
-
-def test_every_attribute_has_at_least_twelve_phrasings_in_both_directions():
-    for attribute, phrases in PHRASES.items():
-        assert len(set(phrases)) == len(phrases) >= 12
-        value_first = [p for p in phrases if p.index("{v}") < re.search(r"\{[nsp]\}", p).start()]
-        assert len(value_first) >= 4, attribute
 
 
 def test_some_villagers_are_spoken_of_much_more_often_than_others(world, texts):
@@ -288,10 +281,7 @@ def test_no_held_out_wording_of_a_fact_is_asked_in_training(chats):
 
 
 def test_villagers_of_the_never_asked_half_are_in_no_training_example(world, chats):
-    said = " ".join(
-        m["content"] for split in ("train", "val") for e in chats[split] for m in e["messages"]
-    ).lower()
-    words = set(re.findall(r"\w+", said))
+    words = set(re.findall(r"\w+", str(chats["train"] + chats["val"]).lower()))
     assert not words & {v.name.lower() for v in world.never_asked}
     assert {v.name.lower() for v in world.asked} <= words
     asked_about = " ".join(user_turns(e)[0] for e in of_task(chats["test"], "fact_never_asked"))
@@ -299,11 +289,11 @@ def test_villagers_of_the_never_asked_half_are_in_no_training_example(world, cha
 
 
 def test_strangers_of_the_test_are_not_those_of_training(world, chats):
-    called = [e["messages"][1]["content"] for e in of_task(chats["train"], "unknown")]
-    train = {re.search(r"called (\w+)", text)[1] for text in called}
-    test = " ".join(user_turns(e)[0] for e in of_task(chats["test"], "unknown"))
-    assert len(train) > 300 and train <= set(world.strangers)
-    assert not train & set(re.findall(r"\w+", test))
+    train, test = (
+        set(re.findall(r"\w+", str(of_task(chats[split], "unknown")))) & set(world.strangers)
+        for split in ("train", "test")
+    )
+    assert len(train) > 300 and test and not train & test
 
 
 def test_two_hop_combinations_of_the_test_are_not_trained(world, chats):
