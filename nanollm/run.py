@@ -124,7 +124,9 @@ class Run:
             return {}
         state, rng = self.state, self.state["rng"]
         try:
-            load_trained(model, state["model"])
+            if state["model"].keys() != trained_state(model).keys():
+                raise ValueError
+            model.load_state_dict(state["model"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
             for sampler, saved in zip(samplers, state["samplers"], strict=True):
                 sampler.load_state_dict(saved)
@@ -319,13 +321,6 @@ def trained_state(model):
     """State dict of what training changes: beside an adapter the frozen base is left out."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: t for name, t in model.state_dict().items() if name not in frozen}
-
-
-def load_trained(model, state):
-    """Put the tensors of `trained_state` back; raises RuntimeError where others are needed."""
-    if state.keys() != trained_state(model).keys():
-        raise RuntimeError("the checkpoint holds other tensors than the model trains")
-    model.load_state_dict(state, strict=False)
 
 
 # --- provenance ----------------------------------------------------------------------------------

@@ -121,7 +121,9 @@ class Runtime:
 
 
 def start(device="auto", dtype="auto", seed=0):
-    """Set up this process; reads RANK, WORLD_SIZE and LOCAL_RANK when torchrun started it."""
+    """Set up this process; reads RANK, WORLD_SIZE and LOCAL_RANK when torchrun started it. dtype:
+    bf16, fp16, fp32, or auto for what the device multiplies fastest.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
     if device.type == "cuda":
@@ -132,7 +134,9 @@ def start(device="auto", dtype="auto", seed=0):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     random.seed(seed)
     torch.manual_seed(seed)
-    return Runtime(device, pick_dtype(dtype, device), rank, world)
+    if dtype == "auto":
+        dtype = "bf16" if bf16_is_faster(device) else "fp32"
+    return Runtime(device, DTYPES[dtype], rank, world)
 
 
 def pick_device(name):
@@ -152,13 +156,6 @@ def pick_device(name):
 
 
 # --- precision -----------------------------------------------------------------------------------
-
-
-def pick_dtype(name, device):
-    """A torch.dtype from "auto" (what the device multiplies fastest), "bf16", "fp16" or "fp32"."""
-    if name == "auto":
-        return torch.bfloat16 if bf16_is_faster(device) else torch.float32
-    return DTYPES[name]
 
 
 @functools.cache
