@@ -203,6 +203,8 @@ def test_every_real_gsm8k_answer_is_what_stands_behind_its_marks():
     solved = 0
     for steps, mark, answer in answers:
         value = int(answer.replace(",", ""))
+        problem = as_prompt({"question": "?", "answer": steps + mark + answer}, "here")
+        assert (problem["answer"], problem["check"]) == (str(value), "number")
         assert as_number(answer) == last_number(steps + mark + answer) == value
         solved += last_number(steps) == value
     assert len(answers) == 8792 and solved == 8554  # the others end "... in 7 days"
@@ -295,12 +297,6 @@ def test_choices_that_are_none_are_refused(record, sentence):
         as_prompt(record, "here")
 
 
-def test_only_a_table_that_begins_with_a_question_and_its_choices_has_their_columns():
-    assert choice_columns(["Q?", "w", "x", "y", "z", "D"]) == ["question", *"ABCD", "answer"]
-    for cells in (["question", *"ABCD", "answer"], ["Q?", "x", "y", "C"], ["a", "A"], [], ["x"]):
-        assert choice_columns(cells) is None
-
-
 def test_numbers_of_thirty_digits_that_differ_by_one_differ():
     n = 10**29 + 7
     example = {"answer": str(n), "check": "number"}
@@ -343,3 +339,5 @@ def test_a_table_of_choices_needs_no_line_that_names_its_columns(tmp_path):
     path = tmp_path / "mmlu.csv"
     path.write_text('"Two, or three?",1,2,3,4,B\nFour?,4,5,6,7,A\n', encoding="utf-8")
     assert [p["answer"] for p in read_prompts(path)] == ["B", "A"]
+    for cells in (["question", *"ABCD", "answer"], ["Q?", "x", "y", "C"], ["a", "A"], [], ["x"]):
+        assert choice_columns(cells) is None
