@@ -84,7 +84,7 @@ from nanollm.distillation import (
 )
 from nanollm.formats import read_parts
 from nanollm.generate import generate, shared_noise
-from nanollm.gpt import GPT, count_parameters, document_mask
+from nanollm.gpt import GPT, count_parameters, document_mask, shape_of
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import token_logprobs
 from nanollm.metrics import (
@@ -98,7 +98,7 @@ from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.records import read_examples
 from nanollm.rollouts import chat_prompt
 from nanollm.run import Run, check_folders, effect
-from nanollm.runtime import clock, start
+from nanollm.runtime import start
 from train_sft import validation_loss
 
 
@@ -124,8 +124,6 @@ class Config(TrainConfig):
     # problems (see data/README.md)
     data: str = "village"
     labels: Whole[0] = 1000  # so many of --data are labelled examples
-    # label of a problem: its worked solution, or the answer alone
-    label: Literal["worked", "answer"] = "worked"
     unlabelled: Whole[0] = 4000  # so many of the others are prompts for the teacher
     # file of the teacher's completions: another run's teacher.jsonl; default: it is asked
     completions: str | None = None
@@ -216,7 +214,7 @@ def load_examples(cfg):
         parts, tests = read_parts(read_completions, cfg.data, None, cfg.val_fraction), []
     tests = read_examples(cfg.test_data) if cfg.test_data else tests
     tests = first_of_each_task(tests, cfg.test_examples)
-    train, val = ([with_label(example, cfg.label) for example in part] for part in parts)
+    train, val = (list(map(with_label, part)) for part in parts)
     labelled, val = ([e for e in part if "completion" in e] for part in (train, val))
     if cfg.data == "village":
         unlabelled = village.prompts_about_people(folder)
@@ -225,15 +223,15 @@ def load_examples(cfg):
     return labelled[: cfg.labels], unlabelled[: cfg.unlabelled], val, tests
 
 
-def with_label(example, label):
-    """An example and its label, if there is one: of a problem its steps and answer, or the answer
+def with_label(example):
+    """An example and its label, if there is one: of a problem its worked solution, or the answer
     alone.
     """
     if "completion" in example or "answer" not in example:
         return example
-    if label == "worked" and "steps" in example:
-        return example | {"completion": worked(example)["messages"][-1]["content"]}
-    return example | {"completion": answer_of(example)}
+    is_worked = "steps" in example
+    label = worked(example)["messages"][-1]["content"] if is_worked else answer_of(example)
+    return example | {"completion": label}
 
 
 def teacher_completions(cfg, rt, teacher, tokenizer, prompts):
@@ -241,15 +239,15 @@ def teacher_completions(cfg, rt, teacher, tokenizer, prompts):
     them.
     """
     file = Path(cfg.out) / "teacher.jsonl"
-    if cfg.resume and file.exists():
-        return read_completions(file) if file.stat().st_size else []
     if cfg.method == "labels" or not prompts:
         return []
+    if cfg.resume and file.exists() and file.stat().st_size:
+        return read_completions(file)
     if cfg.completions:
         completed = [e for e in read_completions(cfg.completions) if "completion" in e]
     else:
-        how = cfg.max_new_tokens, cfg.samples, cfg.sample_temperature, cfg.seed
-        completed = ask_teacher(rt, teacher, tokenizer, prompts, *how)
+        how = dict(samples=cfg.samples, temperature=cfg.sample_temperature, seed=cfg.seed)
+        completed = ask_teacher(rt, teacher, tokenizer, prompts, cfg.max_new_tokens, **how)
     kept, counts = filtered(completed, cfg.method not in UNCHECKED)
     rt.print(f"the teacher's completions: {counts}")
     return kept
@@ -261,27 +259,21 @@ def pack_rows(cfg, rt, tokenizer, T, labelled, completed, val):
     labels = tokenize(labels, True, tokenizer, T, "labelled examples")
     checked = cfg.method not in UNCHECKED
     taught = tokenize(completed, checked, tokenizer, T, "the teacher's completions")
-    train_rows = pack_labelled(labels + taught, T, tokenizer)
     val = tokenize(val, True, tokenizer, T, "held-out examples")
-    val_rows = pack_labelled(val, T, tokenizer)
-    rt.print(
-        f"{len(labels)} labelled examples and {len(taught)} completions of the teacher in "
-        f"{len(train_rows)} rows of {T} tokens"
-    )
-    if not len(train_rows) or not len(val_rows) or cfg.method == "hard" and not taught:
+    train_rows, val_rows = (pack_labelled(each, T, tokenizer) for each in (labels + taught, val))
+    counts = f"{len(labels)} labelled examples and {len(taught)} completions of the teacher"
+    rt.print(f"{counts} in {len(train_rows)} rows of {T} tokens")
+    if not train_rows or not val_rows or cfg.method == "hard" and not taught:
         raise UserError(
-            f"nothing to learn from: {len(labels)} labels, {len(taught)} of the teacher's "
-            f"completions and {len(val_rows)} rows of held-out labels have at most {T} tokens; "
-            f"raise --context or --max_new_tokens, or see whether {cfg.teacher} ends its turns"
+            f"nothing to learn from: {counts}, and {len(val_rows)} rows of held-out labels, have "
+            f"at most {T} tokens; raise --context or --max_new_tokens, or see whether "
+            f"{cfg.teacher} ends its turns"
         )
-    if cfg.method == "step_by_step":
-        n = sum("<think>" in example["completion"] for example in completed)
-        rt.print(f"{n} of these completions have a rationale")
-        if not train_rows.rationale.any():
-            raise UserError(
-                f"--teacher {cfg.teacher} gives no rationale, <think>...</think>; step_by_step "
-                "needs one that reasons, such as --teacher runs/grpo --data problems"
-            )
+    if cfg.method == "step_by_step" and not train_rows.rationale.any():
+        raise UserError(
+            f"--teacher {cfg.teacher} gives no rationale, <think>...</think>; step_by_step needs "
+            "one that reasons, such as --teacher runs/grpo --data problems"
+        )
     return train_rows, val_rows
 
 
@@ -300,19 +292,7 @@ def open_student(cfg, teacher, tokenizer):
         return student
     if cfg.method == "compress":
         return every_other_layer(teacher)
-    if cfg.channels % (2 * cfg.heads):
-        raise UserError(
-            f"--channels {cfg.channels} must be an even multiple of --heads {cfg.heads}"
-        )
-    shape = {
-        "hidden_size": cfg.channels,
-        "intermediate_size": cfg.mlp,
-        "num_hidden_layers": cfg.layers,
-        "num_attention_heads": cfg.heads,
-        "num_key_value_heads": cfg.heads,
-        "head_dim": cfg.channels // cfg.heads,
-    }
-    return GPT(dataclasses.replace(teacher.cfg, **shape))
+    return GPT(dataclasses.replace(teacher.cfg, **shape_of(cfg)))
 
 
 def every_other_layer(teacher):
@@ -328,22 +308,19 @@ def every_other_layer(teacher):
     return student
 
 
-def outputs(model, rows):
-    """(logits (n, V), last hidden states (n, C)) at the n trained tokens of LabelledRows."""
-    hidden = model.hidden(rows.tokens, rows.positions, document_mask(rows.documents))
-    hidden = hidden[rows.where()]
-    return model.head(hidden), hidden
-
-
-class Student(nn.Module):
-    """`outputs` as a forward pass: data-parallel training and torch.compile wrap modules alone."""
+class Outputs(nn.Module):
+    """(logits (n, V), last hidden states (n, C)) at the n trained tokens of LabelledRows: a module,
+    for data-parallel training and torch.compile wrap modules alone.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, rows):
-        return outputs(self.model, rows)
+        hidden = self.model.hidden(rows.tokens, rows.positions, document_mask(rows.documents))
+        hidden = hidden[rows.where()]
+        return self.model.head(hidden), hidden
 
 
 # --- algorithm: log-probabilities (..., V) of student and teacher -> (...) in nats ---------------
@@ -401,7 +378,7 @@ def with_top_k(rows, teacher, K, V, temperature, batch=16):
     R, T = rows.tokens.shape
     ids, logprobs = torch.zeros(R, T, K, dtype=torch.int32), torch.zeros(R, T, K + 1)
     for part in (slice(i, i + batch) for i in range(0, R, batch)):
-        logits, _ = outputs(teacher, rows[part].to(teacher.device))
+        logits, _ = Outputs(teacher)(rows[part].to(teacher.device))
         every, where = tempered(logits[:, :V], temperature), rows[part].where()
         top = every.topk(K).indices
         ids[part][where], logprobs[part][where] = top.int().cpu(), coarse(every, top).cpu()
@@ -445,7 +422,7 @@ def distillation_loss(cfg, student, teacher, rows, num_tokens, num_labelled, num
     student_logprobs = tempered(logits, cfg.temperature)
     if rows.top_ids is None:
         with torch.no_grad():
-            teacher_logits, teacher_hidden = outputs(teacher, rows)
+            teacher_logits, teacher_hidden = Outputs(teacher)(rows)
         teacher_logprobs = tempered(teacher_logits[:, : logits.shape[1]], cfg.temperature)
     else:
         teacher_logprobs = rows.top_logprobs[rows.where()]
@@ -481,12 +458,9 @@ def own_completions(cfg, rt, student, tokenizer, prompts):
 
 
 def measure(cfg, model, tokenizer, tests, val_rows):
-    """({"val_loss", "tasks": accuracy by task, "per_second": tests answered}, a sample)."""
-    begin, tasks, completions = clock(model.device), {}, []
-    if tests:
-        tasks, completions = accuracy_by_task(model, tokenizer, tests, cfg.max_new_tokens)
-    speed = len(tests) / (clock(model.device) - begin)
-    found = {"val_loss": validation_loss(model, val_rows), "tasks": tasks, "per_second": speed}
+    """({"val_loss", "tasks": accuracy by task}, a sample of completions)."""
+    tasks, completions = accuracy_by_task(model, tokenizer, tests, cfg.max_new_tokens)
+    found = {"val_loss": validation_loss(model, val_rows), "tasks": tasks}
     return found, sample_by_task(tests, completions)
 
 
@@ -512,7 +486,7 @@ def main(cfg):
     if rt.main and not cfg.resume:
         write_completions(completed, run.folder / "teacher.jsonl")
     student.compute_dtype = rt.dtype
-    ddp_model = rt.prepare(Student(student), cfg.compile)
+    ddp_model = rt.prepare(Outputs(student), cfg.compile)
     student.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(student, cfg, rt.scaler)
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train_rows), cfg.seed)
@@ -552,24 +526,19 @@ def main(cfg):
 
 def finish(rt, run, known, teacher, student):
     """Print what the student has learnt, and keep it in result.json."""
-    sizes = [count_parameters(model)[0] for model in (student, teacher)]
-    rt.print(f"{sizes[0]:,} parameters, the teacher has {sizes[1]:,}")
-    before, after, of_teacher = (known[name] for name in ("before", "after", "teacher"))
-    if after["tasks"]:
-        rt.print(accuracy_table({name: each["tasks"] for name, each in known.items()}))
-        speeds = of_teacher["per_second"], after["per_second"]
-        rt.print(
-            "questions answered per second, by teacher and student: {:.0f}, {:.0f}".format(*speeds)
-        )
-        first, last, best = (mean_accuracy(m["tasks"]) for m in (before, after, of_teacher))
-        effects = [effect("right answers to held-out questions", first, last, "share")]
-        if best:
-            shares = first / best, last / best
-            effects.append(effect("share of the teacher's accuracy", *shares, "share"))
-    else:
-        losses = before["val_loss"], after["val_loss"]
+    models = {"parameters": student, "teacher_parameters": teacher}
+    sizes = {name: count_parameters(model)[0] for name, model in models.items()}
+    rt.print("{:,} parameters, the teacher has {:,}".format(*sizes.values()))
+    before, after, best = (mean_accuracy(known[n]["tasks"]) for n in ("before", "after", "teacher"))
+    if after is None:
+        losses = known["before"]["val_loss"], known["after"]["val_loss"]
         effects = [effect("loss on held-out labels", *losses, "nats per token", False)]
-    sizes = dict(zip(("parameters", "teacher_parameters"), sizes))
+    else:
+        rt.print(accuracy_table({name: each["tasks"] for name, each in known.items()}))
+        effects = [effect("right answers to held-out questions", before, after, "share")]
+    if best:
+        shares = before / best, after / best
+        effects.append(effect("share of the teacher's accuracy", *shares, "share"))
     run.write_result(effects, method=run.cfg.method, **sizes, **known)
     rt.close()
 

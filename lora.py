@@ -55,17 +55,16 @@ Watch   loss, val_loss  nats per trained token of the new domain; both fall. A l
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from data.village import examples as village
-from nanollm.batches import Sampler, Windows, pack_chats, row_length, text_shards
+from nanollm.batches import Sampler, Windows, open_corpus, pack_chats, row_length
 from nanollm.config import LARGE, NotNegative, OpenShare, TrainConfig, UserError, Whole, cli
 from nanollm.formats import read_parts
 from nanollm.hub import load_model, save_model
-from nanollm.logprobs import bits_per_byte, token_lengths
+from nanollm.logprobs import bits_per_byte
 from nanollm.metrics import (
     accuracy_by_task,
     accuracy_table,
@@ -163,13 +162,13 @@ def load_domain(cfg):
 
 def load_elsewhere(cfg, tokenizer, T):
     """(test examples, windows of held-out text) of what the model knew before."""
-    examples, text = Path(cfg.other_data), Path(cfg.other_text)
-    if cfg.other_data == "village":
-        examples = village.of_run(cfg.init) / "sft_test.jsonl"
-    if cfg.other_text == "village":
-        text = village.of_run(cfg.init) / "corpus_val.jsonl"
-    windows = Windows(text_shards(text, tokenizer), T)
-    return first_of_each_task(read_examples(examples), cfg.test_examples), windows
+
+    def file(named, own):
+        return village.of_run(cfg.init) / own if named == "village" else named
+
+    examples = read_examples(file(cfg.other_data, "sft_test.jsonl"))
+    corpus = open_corpus(tokenizer, file(cfg.other_text, "corpus_val.jsonl"))
+    return first_of_each_task(examples, cfg.test_examples), Windows(corpus, T)
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -180,12 +179,8 @@ def measure(model, tokenizer, examples, other_examples, windows):
 
     An answer in the new domain is right where its facts and its style are.
     """
-    model.eval()
     tasks, completions = accuracy_by_task(model, tokenizer, examples)
     other_tasks, _ = accuracy_by_task(model, tokenizer, other_examples)
-    token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
-    bits = bits_per_byte(model, windows, token_bytes, tokenizer.begin[0])[1]
-    model.train()
     pairs = list(zip(examples, completions))
     in_any_style = [{k: e[k] for k in e if k not in ("begins", "ends")} for e in examples]
     metrics = {
@@ -195,7 +190,7 @@ def measure(model, tokenizer, examples, other_examples, windows):
         "style": sum(in_style(*pair) for pair in pairs) / len(pairs),
         "other_tasks": other_tasks,
         "elsewhere": mean_accuracy(other_tasks),
-        "bits_per_byte": bits,
+        "bits_per_byte": bits_per_byte(model, tokenizer, windows)[1],
     }
     return metrics, sample_by_task(examples, completions)
 
@@ -207,8 +202,7 @@ def state_bytes(model, optimizer):
     gradients = [p for p in model.parameters() if p.requires_grad]
     states = [state for each in optimizer.optimizers for state in each.state.values()]
     moments = [value for state in states for value in state.values() if torch.is_tensor(value)]
-    held = (*model.parameters(), *model.buffers(), *gradients, *moments)
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return sum(x.nbytes for x in (*model.parameters(), *model.buffers(), *gradients, *moments))
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -256,34 +250,25 @@ def main(cfg):
     run.close("loss", "val_loss", y_label="nats per token")
     after, sample = measure(model, tokenizer, *known)
     run.write_sample(sample)
-    finish(cfg, rt, run, before, after, trainable(model), state_bytes(model, optimizer))
+    finish(run, model, before, after, state_bytes=state_bytes(model, optimizer))
 
 
-def finish(cfg, rt, run, before, after, trained, held):
+def finish(run, model, before, after, **costs):
     """Print what was gained and what forgotten, and keep it in result.json."""
     columns = {"before": before, "after": after}
-    rt.print(accuracy_table({name: c["tasks"] | c["other_tasks"] for name, c in columns.items()}))
-    rt.print(f"facts right {after['facts']:.1%}, style right {after['style']:.1%}")
-
-    def both(name):
-        return before[name], after[name]
-
-    effects = [
-        effect("right answers in the new domain", *both("accuracy"), "share"),
-        effect("right answers elsewhere", *both("elsewhere"), "share"),
-        effect("held-out text", *both("bits_per_byte"), "bits per byte", False),
+    table = accuracy_table({name: c["tasks"] | c["other_tasks"] for name, c in columns.items()})
+    run.rt.print(f"{table}\nfacts right {after['facts']:.1%}, style right {after['style']:.1%}")
+    compared = [
+        ("right answers in the new domain", "accuracy", "share", True),
+        ("right answers elsewhere", "elsewhere", "share", True),
+        ("held-out text", "bits_per_byte", "bits per byte", False),
     ]
-    weights = run.folder / (WEIGHTS if cfg.adapter else "model.safetensors")
-    run.write_result(
-        effects,
-        before=before,
-        after=after,
-        trained_parameters=trained[0],
-        trained_share=trained[1],
-        state_bytes=held,
-        file_bytes=weights.stat().st_size if rt.main else 0,
-    )
-    rt.close()
+    effects = [effect(name, before[key], after[key], *unit) for name, key, *unit in compared]
+    weights = run.folder / (WEIGHTS if model.adapter else "model.safetensors")
+    costs |= dict(zip(("trained_parameters", "trained_share"), trainable(model)))
+    costs["file_bytes"] = weights.stat().st_size if run.rt.main else 0
+    run.write_result(effects, before=before, after=after, **costs)
+    run.rt.close()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     bits per byte = total nats / (ln 2 * bytes of text)        comparable across tokenizers
 
 The text is the village by default (data/village/), or any .txt or .jsonl file, or a folder of .txt
-files or of token shards. Rows of T tokens tile the text; each token is predicted once per epoch. A
-new model is initialised by init_weights (nanollm/gpt.py); --init continues from a run folder or a
-downloaded one.
+files. Rows of T tokens tile the text; each token is predicted once per epoch. A new model is
+initialised by init_weights (nanollm/gpt.py); --init continues from a run folder or a downloaded
+one.
 
 Run     python train_pretrain.py
         python train_pretrain.py --data book.txt --vocab_size 1024 --steps 300 --out runs/book
@@ -23,22 +23,20 @@ Watch   loss, val_loss  nats per token, 7.6 at first (ln of the vocabulary), 0.7
 import lzma
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from data.village.corpus import prepare_corpus
-from nanollm.batches import Sampler, TokenShards, Windows, load_shards, row_length
-from nanollm.checkpoint import load_gpt, load_weights, save_gpt
-from nanollm.config import LARGE, OpenShare, Positive, TrainConfig, UserError, Whole, cli
-from nanollm.formats import identity, read_documents, split_documents
+from nanollm.batches import Sampler, Windows, documents_of, open_corpus, row_length
+from nanollm.checkpoint import load_gpt, save_gpt
+from nanollm.config import LARGE, OpenShare, Positive, TrainConfig, Whole, cli
 from nanollm.generate import generate
-from nanollm.gpt import GPT, GPTConfig, count_parameters
-from nanollm.logprobs import bits_per_byte, next_token_logits, token_lengths, token_logprobs
+from nanollm.gpt import GPT, GPTConfig, count_parameters, shape_of
+from nanollm.logprobs import bits_per_byte, next_token_logits, token_logprobs
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.run import Run, check_folders, checkpoint_of, effect
 from nanollm.runtime import start
-from nanollm.safetensors import load_folder
 from nanollm.tokenizer import Tokenizer
 
 
@@ -48,8 +46,7 @@ class Config(TrainConfig):
     # downloaded: to go on with a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
-    # village, a .txt file or a folder of them, records of {"text"}, or a folder of token shards
-    data: str = "village"
+    data: str = "village"  # village, a .txt file or a folder of them, or records of {"text"}
     # held-out text in the same formats; default: the last --val_fraction of --data
     val_data: str | None = None
     # share of --data that is held out (the village has held-out text of its own)
@@ -129,57 +126,27 @@ PRESETS = {
 # --- data ----------------------------------------------------------------------------------------
 
 
-def load_corpus(cfg):
-    """(texts, source) of the training and of the held-out part; texts are functions, called only
-    when needed.
-    """
+def sources(cfg):
+    """What documents_of reads the training text from, and the held-out text."""
     if cfg.data == "village":
         folder = prepare_corpus(cfg.villagers, cfg.seed, cfg.megabytes)
-        paths = [folder / "corpus_train.jsonl", folder / "corpus_val.jsonl"]
-        return [(lambda p=p: read_documents(p), identity(p)) for p in paths]
-    if not Path(cfg.data).exists():
-        raise UserError(
-            f"--data {cfg.data} does not exist; give a .txt or .jsonl file, a directory of .txt "
-            "files or of token shards, or village"
-        )
+        return [(folder / f"corpus_{part}.jsonl",) for part in ("train", "val")]
     if cfg.val_data:
-        paths = [cfg.data, cfg.val_data]
-        return [(lambda p=p: read_documents(p), identity(p)) for p in paths]
-    return [
-        (
-            lambda part=part: split_documents(read_documents(cfg.data), part, cfg.val_fraction),
-            [*identity(cfg.data), part, cfg.val_fraction],
-        )
-        for part in ("train", "val")
-    ]
+        return [(cfg.data,), (cfg.val_data,)]
+    return [(cfg.data, part, cfg.val_fraction) for part in ("train", "val")]
 
 
 def get_tokenizer(cfg):
-    """The tokenizer that --tokenizer names, or one trained on about four million characters of the
-    text.
+    """The one that --tokenizer names, or one trained on about four million characters of the text;
+    of a run that is resumed its own, for the text may have moved since.
     """
+    if cfg.resume:
+        return Tokenizer.load(checkpoint_of(cfg.out).parent)
     if cfg.tokenizer != "train":
         return Tokenizer.load(cfg.tokenizer)
-    texts, _ = load_corpus(cfg)[0]
-    documents, budget = texts(), 4_000_000
+    documents, budget = documents_of(*sources(cfg)[0]), 4_000_000
     stride = max(1, sum(map(len, documents)) // budget)
     return Tokenizer.train([d[:budget] for d in documents[::stride]], cfg.vocab_size)
-
-
-def holds_shards(folder):
-    return (Path(folder) / "meta.json").exists()
-
-
-def load_shards_of(cfg, tokenizer):
-    """Training and held-out TokenShards of --data."""
-    if holds_shards(cfg.data):
-        if not cfg.val_data:
-            raise UserError(
-                "--data names a directory of token shards, so --val_data must name another for the "
-                "held-out text"
-            )
-        return TokenShards.open(cfg.data, tokenizer), TokenShards.open(cfg.val_data, tokenizer)
-    return [load_shards(texts, source, tokenizer) for texts, source in load_corpus(cfg)]
 
 
 def xz_bits_per_byte(train_texts, val_texts):
@@ -189,12 +156,11 @@ def xz_bits_per_byte(train_texts, val_texts):
     A compressor is a language model that needs no training (Shannon 1948): the baseline that ours
     must beat.
     """
-    texts = (
+    seen, unseen = (
         "\n".join(texts).encode("utf-8", "surrogatepass") for texts in (train_texts, val_texts)
     )
-    seen, unseen = texts
-    extra = len(lzma.compress(seen + b"\n" + unseen, preset=9)) - len(lzma.compress(seen, preset=9))
-    return 8 * extra / len(unseen)
+    before, after = (len(lzma.compress(text, preset=9)) for text in (seen, seen + b"\n" + unseen))
+    return 8 * (after - before) / len(unseen)
 
 
 # --- algorithm -----------------------------------------------------------------------------------
@@ -212,27 +178,13 @@ def build_model(cfg):
     """(GPT, Tokenizer): fresh with a tokenizer of its own, or from --init."""
     if cfg.init:
         return load_gpt(cfg.init)
-    if cfg.resume:  # the tokenizer of the run itself: the data may have moved since
-        tokenizer = Tokenizer.load(checkpoint_of(cfg.out).parent)
-    elif holds_shards(cfg.data) and cfg.tokenizer == "train":
-        raise UserError("token shards need the --tokenizer that they were made with")
-    else:
-        tokenizer = get_tokenizer(cfg)
-    if cfg.channels % cfg.heads:
-        raise UserError(f"--channels {cfg.channels} must be a multiple of --heads {cfg.heads}")
-    if cfg.heads % (cfg.kv_heads or cfg.heads):
-        raise UserError(f"--heads {cfg.heads} must be a multiple of --kv_heads {cfg.kv_heads}")
+    tokenizer = get_tokenizer(cfg)
     shape = GPTConfig(
         vocab_size=-(-tokenizer.vocab_size // 64) * 64,  # matrix products like multiples of 64
-        hidden_size=cfg.channels,
-        intermediate_size=cfg.mlp or -(-cfg.channels * 8 // 3 // 64) * 64,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.kv_heads or cfg.heads,
-        head_dim=cfg.channels // cfg.heads,
         max_position_embeddings=cfg.context,
         tie_word_embeddings=cfg.tied,
         qk_norm=cfg.qk_norm,
+        **shape_of(cfg),
     )
     torch.manual_seed(cfg.seed)
     return GPT(shape), tokenizer
@@ -243,10 +195,11 @@ def main(cfg):
     check_folders(cfg.out, cfg.init)
     model, tokenizer = build_model(cfg)
     T = row_length(cfg.context, model)
-    train, val = load_shards_of(cfg, tokenizer)
+    train, val = (open_corpus(tokenizer, *source) for source in sources(cfg))
     windows, val_windows = Windows(train, T), Windows(val, T)
-    eot_id = tokenizer.begin[0] if cfg.document_mask and train.documents > 1 else None
-    token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
+    separate = cfg.document_mask and train.documents > 1
+    eot_id = tokenizer.begin[0] if separate else None
+    measure = partial(bits_per_byte, tokenizer=tokenizer, mask_documents=separate)
 
     share, tokens_per_step = rt.share(cfg.batch_size), cfg.batch_size * T
     run = Run(cfg, rt)
@@ -257,15 +210,9 @@ def main(cfg):
     best = {"bits_per_byte": math.inf, "misses": 0} | run.restore(model, optimizer, sampler)
     rt.print(
         f"{count_parameters(model)[0]:,} parameters on {rt.device} in {rt.dtype_name}; "
-        f"{train.tokens:,} training tokens of {train.text_bytes / train.tokens:.2f} bytes; "
-        f"{tokens_per_step:,} tokens per step"
+        f"{len(train.tokens):,} training tokens of {train.text_bytes / len(train.tokens):.2f} "
+        f"bytes; {tokens_per_step:,} tokens per step"
     )
-
-    def evaluate(most=None):
-        model.eval()
-        measured = bits_per_byte(model, val_windows, token_bytes, eot_id, most)
-        model.train()
-        return measured
 
     while run.step < cfg.steps and not (cfg.patience and best["misses"] >= cfg.patience):
         rows = windows[sampler.take(cfg.batch_size)[share]].to(rt.device)  # (B, T + 1)
@@ -278,7 +225,7 @@ def main(cfg):
         run.advance(tokens_per_step, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
         if run.due(cfg.eval_every):
-            nats, bpb = evaluate(cfg.eval_tokens)
+            nats, bpb = measure(model, windows=val_windows, most=cfg.eval_tokens)
             run.evaluated(val_loss=nats, bits_per_byte=bpb)
             if cfg.sample_tokens and rt.main:
                 run.write_sample(sample_text(model, tokenizer, cfg, run.step))
@@ -293,8 +240,8 @@ def main(cfg):
         rt.print(f"stopped early: no better for {cfg.patience} evaluations; {cfg.out} has the best")
     if cfg.patience:
         rt.barrier()  # until the best weights are written
-        load_weights(model, load_folder(cfg.out), cfg.out)
-    finish(cfg, rt, run, *evaluate())
+        model = rt.prepare(load_gpt(cfg.out)[0], train=False)
+    finish(cfg, run, *measure(model, windows=val_windows))
 
 
 def sample_text(model, tokenizer, cfg, step):
@@ -306,17 +253,14 @@ def sample_text(model, tokenizer, cfg, step):
     return tokenizer.decode(out.lists()[0])
 
 
-def finish(cfg, rt, run, nats, bpb):
-    """Print what the run has reached on all of the held-out text."""
-    rt.print(f"held-out: {nats:.4f} nats per token, {bpb * math.log(2):.4f} nats per byte")
-    result = {"nats_per_token": nats, "bits_per_byte": bpb}
-    name, baseline = "held-out text", None
-    if cfg.compare_xz and rt.main:
-        (train_texts, _), (val_texts, _) = load_corpus(cfg)
-        baseline = result["xz_bits_per_byte"] = xz_bits_per_byte(train_texts(), val_texts())
-        name += ", before: xz -9"
-    run.write_result([effect(name, baseline, bpb, "bits per byte", False)], **result)
-    rt.close()
+def finish(cfg, run, nats, bpb):
+    """Keep what the run has reached on all of the held-out text."""
+    name, result, xz = "held-out text", {"nats_per_token": nats, "bits_per_byte": bpb}, None
+    if cfg.compare_xz and run.rt.main:
+        xz = xz_bits_per_byte(*(documents_of(*source) for source in sources(cfg)))
+        name, result["xz_bits_per_byte"] = f"{name}, before: xz -9", xz
+    run.write_result([effect(name, xz, bpb, "bits per byte", False)], **result)
+    run.rt.close()
 
 
 if __name__ == "__main__":

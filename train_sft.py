@@ -33,15 +33,7 @@ from functools import partial
 import torch
 
 from data.village import examples as village
-from nanollm.batches import (
-    Packed,
-    Sampler,
-    Windows,
-    load_shards,
-    pack_chats,
-    row_length,
-    text_shards,
-)
+from nanollm.batches import Packed, Sampler, Windows, open_corpus, pack_chats, row_length
 from nanollm.config import (
     LARGE,
     AdapterConfig,
@@ -52,10 +44,10 @@ from nanollm.config import (
     Whole,
     cli,
 )
-from nanollm.formats import identity, read_documents, read_parts
+from nanollm.formats import read_parts
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
-from nanollm.logprobs import bits_per_byte, token_lengths, token_logprobs
+from nanollm.logprobs import bits_per_byte, token_logprobs
 from nanollm.metrics import (
     accuracy_by_task,
     accuracy_table,
@@ -182,33 +174,26 @@ def images_folder():
     return images.prepare()
 
 
-def load_text(cfg, tokenizer, model, T):
-    """(training rows, held-out rows, bytes per token, id that begins documents) of plain text, for
-    replay and to measure forgetting; None where it is wanted for neither.
+def load_text(cfg, tokenizer, T):
+    """(training rows, held-out rows) of plain text, for replay and to measure forgetting; None
+    where it is wanted for neither.
     """
     if not cfg.replay and not cfg.replay_data:
         return None
-    if cfg.replay_data:
-        parts = zip(read_parts(read_documents, cfg.replay_data), ("train", "val"))
-        source = identity(cfg.replay_data)
-        shards = [load_shards(lambda d=d: d, [*source, p], tokenizer) for d, p in parts]
-    else:
+    sources = [(cfg.replay_data, part) for part in ("train", "val")]
+    if not cfg.replay_data:
         folder = village.of_run(cfg.init)
-        parts = ("train", "val")
-        shards = [text_shards(folder / f"corpus_{part}.jsonl", tokenizer) for part in parts]
-    token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
-    return Windows(shards[0], T - 1), Windows(shards[1], T), token_bytes, tokenizer.begin[0]
+        sources = [(folder / f"corpus_{part}.jsonl",) for part in ("train", "val")]
+    train, val = (open_corpus(tokenizer, *source) for source in sources)
+    return Windows(train, T - 1), Windows(val, T)
 
 
-def replay_count(cfg, others="dialogues"):
+def replay_count(cfg):
     """How many rows of a batch are replay; UserError for a share that leaves none to either."""
     n = round(cfg.replay * cfg.batch_size)
     if n == cfg.batch_size or cfg.replay and not n:
-        none = others if n else "replay"
-        raise UserError(
-            f"--replay {cfg.replay} leaves no row for {none} in a batch of {cfg.batch_size}; "
-            "change it, or --batch_size"
-        )
+        rows = f"{n} of {cfg.batch_size} rows"
+        raise UserError(f"--replay {cfg.replay} would be {rows}; change it, or --batch_size")
     return n
 
 
@@ -243,12 +228,10 @@ def packed_logits(model, rows):
 @torch.no_grad()
 def validation_loss(model, rows, batch=32, logits_of=packed_logits):
     """Nats per trained token on held-out packed rows."""
-    total, training = 0.0, model.training
-    model.eval()
+    total = 0.0
     for numbers in torch.arange(len(rows)).split(batch):
         part = rows[numbers].to(model.device)
         total += sft_loss(logits_of(model, part), part.tokens, part.mask).item()
-    model.train(training)
     return total / rows.mask[:, 1:].sum().item()
 
 
@@ -266,7 +249,7 @@ def main(cfg):
     train_rows = pack_chats(chats, tokenizer, length, "training", rt)
     T = train_rows.tokens.shape[1]
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)
-    text = load_text(cfg, tokenizer, model, T)
+    text = load_text(cfg, tokenizer, T)
     tools = None
     if cfg.data == "tools":
         tools = Toolbox.with_knowledge(village.knowledge_of(cfg.init), tokenizer)
@@ -283,7 +266,8 @@ def main(cfg):
     while run.step < cfg.steps:
         rows = train_rows[chat_sampler.take(cfg.batch_size - n_replay)]
         if n_replay:
-            rows = rows.join(replay_rows(text[0], text_sampler.take(n_replay), tokenizer.begin[0]))
+            numbers = text_sampler.take(n_replay)
+            rows = Packed.join([rows, replay_rows(text[0], numbers, tokenizer.begin[0])])
         rows = rows[share].to(rt.device)
         num_tokens = rt.sum(rows.mask[:, 1:].sum())  # trained on, in the whole batch
         loss = 0.0
@@ -296,7 +280,7 @@ def main(cfg):
         if run.due(cfg.eval_every):
             metrics = {"val_loss": validation_loss(model, val_rows)}
             if text:
-                metrics["bits_per_byte"] = held_out_bits(model, text, 32768)
+                metrics["bits_per_byte"] = bits_per_byte(model, tokenizer, text[1], 32768)[1]
             run.evaluated(**metrics)
             if examples and rt.main:
                 _, sample = measure(model, tokenizer, tools, first_of_each_task(examples, 1), None)
@@ -306,49 +290,31 @@ def main(cfg):
     run.close("loss", "val_loss", y_label="nats per token")
     after = measure(model, tokenizer, tools, examples, text)[0]
     if cfg.data in ("reasoning", "mixed"):
-        after |= with_and_without_steps(model, tokenizer, examples)
+        for name, begin in BEGINS.items():
+            after[name] = accuracy_by_task(model, tokenizer, examples, begin=begin)[0]
     finish(rt, run, before, after)
-
-
-def held_out_bits(model, text, most=None):
-    """Bits per byte of held-out text: what fine-tuning forgets."""
-    _, windows, token_bytes, eot_id = text
-    training = model.training
-    model.eval()
-    bpb = bits_per_byte(model, windows, token_bytes, eot_id, most)[1]
-    model.train(training)
-    return bpb
 
 
 def measure(model, tokenizer, tools, examples, text):
     """({"tasks": accuracy by task, "bits_per_byte"}, a sample of completions)."""
-    accuracies, completions = {}, []
-    if examples:
-        accuracies, completions = accuracy_by_task(model, tokenizer, examples, tools=tools)
-    found = {"tasks": accuracies, "bits_per_byte": held_out_bits(model, text) if text else None}
-    return found, sample_by_task(examples, completions)
-
-
-def with_and_without_steps(model, tokenizer, examples):
-    """Accuracy by task where every answer has to begin with a thought, or with the result."""
-    return {
-        name: accuracy_by_task(model, tokenizer, examples, begin=begin)[0]
-        for name, begin in BEGINS.items()
-    }
+    tasks, completions = accuracy_by_task(model, tokenizer, examples, tools=tools)
+    bits = bits_per_byte(model, tokenizer, text[1])[1] if text else None
+    return {"tasks": tasks, "bits_per_byte": bits}, sample_by_task(examples, completions)
 
 
 def finish(rt, run, before, after):
     """Print what fine-tuning has changed, and keep it in result.json."""
     columns = {"before": before["tasks"], "after": after["tasks"]}
-    columns |= {n: after[n] for n in ("with_steps", "without_steps") if n in after}
+    columns |= {name: after[name] for name in BEGINS if name in after}
     effects = []
     if after["tasks"]:
         rt.print(accuracy_table(columns))
-        means = mean_accuracy(before["tasks"]), mean_accuracy(after["tasks"])
-        effects.append(effect("right answers to held-out questions", *means, "share"))
+        means = {name: mean_accuracy(tasks) for name, tasks in columns.items()}
+        right = "right answers to held-out questions", means["before"], means["after"]
+        effects.append(effect(*right, "share"))
     if "with_steps" in after:
-        means = (mean_accuracy(after[name]) for name in ("without_steps", "with_steps"))
-        effects.append(effect("right answers without and with steps", *means, "share"))
+        right = "right answers without and with steps", means["without_steps"], means["with_steps"]
+        effects.append(effect(*right, "share"))
     if after["bits_per_byte"] is not None:
         bits = before["bits_per_byte"], after["bits_per_byte"]
         effects.append(effect("held-out text", *bits, "bits per byte", False))

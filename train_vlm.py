@@ -60,7 +60,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.village import examples as village
 from data.village import images as village_images
-from nanollm.batches import Sampler, pack_chats, row_length
+from nanollm.batches import Packed, Sampler, pack_chats, row_length
 from nanollm.checkpoint import existing_folder, read_json
 from nanollm.config import (
     LARGE,
@@ -454,7 +454,7 @@ def train_language(cfg, rt):
     check_folders(cfg.out, cfg.init, cfg.vision)
     model, tokenizer = start_model(cfg, rt)
     store = model.image_store()
-    n_texts = replay_count(cfg, "images") if cfg.stage == "instruct" else 0
+    n_texts = replay_count(cfg) if cfg.stage == "instruct" else 0
     n_plain = round(n_texts / 4)
     chats, val_chats = load_records(cfg)
     how = dict(rt=rt, image_tokens=model.tokens_per_image, store=store)
@@ -467,7 +467,7 @@ def train_language(cfg, rt):
         texts = village.of_run(cfg.init) / "sft_train.jsonl"
         texts = read_chats(texts if cfg.text_data == "village" else cfg.text_data)
         text_rows = pack_chats(texts, tokenizer, T, "text", **how)
-        windows = load_text(cfg, tokenizer, model, T)[0]
+        windows = load_text(cfg, tokenizer, T)[0]
         sizes += [len(text_rows), len(windows)]
     tests = load_tests(cfg, model, tokenizer, store)
 
@@ -489,8 +489,9 @@ def train_language(cfg, rt):
     while run.step < cfg.steps:
         rows = train_rows[samplers[0].take(cfg.batch_size - n_texts)]
         if n_texts:
-            rows = rows.join(text_rows[samplers[1].take(n_texts - n_plain)])
-            rows = rows.join(replay_rows(windows, samplers[2].take(n_plain), tokenizer.begin[0]))
+            text = text_rows[samplers[1].take(n_texts - n_plain)]
+            plain = replay_rows(windows, samplers[2].take(n_plain), tokenizer.begin[0])
+            rows = Packed.join([rows, text, plain])
         rows = rows[share].to(rt.device)
         num_tokens = rt.sum(rows.mask[:, 1:].sum())  # trained on, in the whole batch
         loss = 0.0

@@ -1,10 +1,9 @@
-"""From records to batches: token shards on disk, windows for pretraining, packed rows for chat,
-padded rows for preferences and reinforcement. T is the length of a row in tokens.
+"""From records to batches: a corpus as tokens on disk, windows for pretraining, packed rows for
+chat, padded rows for preferences and reinforcement. T is the length of a row in tokens.
 """
 
 import functools
 import hashlib
-import itertools
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,86 +13,81 @@ import torch
 import torch.nn.functional as F
 
 from nanollm.config import UserError, atomic_folder, atomic_write
-from nanollm.formats import Unusable, identity, images_in, read_documents, usable
+from nanollm.formats import (
+    DEFAULT_VAL_FRACTION,
+    Unusable,
+    identity,
+    images_in,
+    need,
+    read_documents,
+    split_documents,
+    usable,
+)
 from nanollm.gpt import document_mask
 
-CACHE = Path("data/cache/tokens")
-SHARD_TOKENS = 2**27  # tokens per shard file
+CACHE = Path("data/cache/corpora")
 LONGEST_ROW = 2048  # tokens of a row, unless --context says more
 
 
-# --- token shards --------------------------------------------------------------------------------
+# --- corpora -------------------------------------------------------------------------------------
 
 
 @dataclass
-class TokenShards:
-    """A corpus as tokens on disk: a folder with meta.json and shard_*.bin (little-endian uint16 or
+class Corpus:
+    """Texts as tokens on disk: a folder with meta.json and tokens.bin (little-endian uint16 or
     uint32).
     """
 
-    arrays: list  # memory maps
-    tokens: int
+    tokens: np.ndarray  # a memory map
     text_bytes: int  # UTF-8 bytes of the text behind the tokens
     documents: int  # each begins with <|endoftext|>
 
     @classmethod
-    def open(cls, folder, tokenizer):
-        """From a folder of shards; UserError where it is damaged, or of another tokenizer."""
-        folder = Path(folder)
+    def open(cls, folder):
+        """From such a folder; UserError where it is damaged."""
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            arrays = [np.memmap(folder / n, dtype=meta["dtype"], mode="r") for n in meta["shards"]]
-            shards = cls(arrays, meta["tokens"], meta["text_bytes"], meta["documents"])
-            made_with = meta["tokenizer"]
-        except (FileNotFoundError, KeyError, TypeError, ValueError) as e:
-            wanted = "must be a directory of token shards; delete it to have it made anew"
-            raise UserError(f"{folder} {wanted} ({e})") from None
-        if made_with != tokenizer.fingerprint():
-            raise UserError(
-                f"the tokens in {folder} were made with another tokenizer; tokenize the text again"
-            )
-        if sum(map(len, arrays)) != shards.tokens:
-            raise UserError(f"{folder} is truncated; delete it to have it made anew")
-        return shards
+            tokens = np.memmap(folder / "tokens.bin", meta["dtype"], "r", shape=meta["tokens"])
+            return cls(tokens, meta["text_bytes"], meta["documents"])
+        except (OSError, KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{folder} is damaged ({e}); delete it to have it made anew") from None
 
 
-def write_shards(documents, tokenizer, folder):
-    """Tokenise documents (str) into a new folder of shards, <|endoftext|> before each."""
+def write_corpus(documents, tokenizer, folder):
+    """Tokenise documents (str) into a new folder, <|endoftext|> before each."""
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    names, pending, tokens, text_bytes, count = [], [], 0, 0, 0
-    with atomic_folder(folder) as new:
-        documents = iter(documents)
-        batches = iter(lambda: list(itertools.islice(documents, 1024)), [])
-        for batch in itertools.chain(batches, [[]]):  # the empty one writes the rest
+    tokens = text_bytes = 0
+    with atomic_folder(folder) as new, open(new / "tokens.bin", "wb") as file:
+        for start in range(0, len(documents), 1024):
+            batch = documents[start : start + 1024]
             for text, ids in zip(batch, tokenizer.documents(batch)):
-                pending.append(np.array(ids, dtype=dtype))
+                np.array(ids, dtype=dtype).tofile(file)
                 tokens += len(ids)
                 text_bytes += len(text.encode())
-            count += len(batch)
-            if pending and (not batch or sum(map(len, pending)) >= SHARD_TOKENS):
-                names.append(f"shard_{len(names):05d}.bin")
-                np.concatenate(pending).tofile(new / names[-1])
-                pending = []
-        meta = {"dtype": dtype, "tokenizer": tokenizer.fingerprint(), "shards": names}
-        meta |= {"tokens": tokens, "text_bytes": text_bytes, "documents": count}
-        atomic_write(new / "meta.json", json.dumps(meta))
+        meta = {"dtype": dtype, "tokens": tokens, "text_bytes": text_bytes}
+        atomic_write(new / "meta.json", json.dumps(meta | {"documents": len(documents)}))
 
 
-def load_shards(documents, source, tokenizer):
-    """TokenShards of a corpus, made once and found again by the identity of source and tokenizer.
-
-    documents: a function that returns the texts; source: what identifies them (path, size, part).
+def documents_of(path, part=None, fraction=DEFAULT_VAL_FRACTION):
+    """The texts of a corpus; `part`: the last `fraction` of it, "val", or what comes before,
+    "train".
     """
-    identity = json.dumps([*map(str, source), tokenizer.fingerprint()])
-    folder = CACHE / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    documents = read_documents(path)
+    documents = split_documents(documents, part, fraction) if part else documents
+    need(documents, path, "there are too few texts to hold some out; more are needed")
+    return documents
+
+
+def open_corpus(tokenizer, *source):
+    """The Corpus of what documents_of(*source) reads: made once, and found again as long as neither
+    files nor tokenizer change.
+    """
+    path, *part = source
+    key = json.dumps([*map(str, [*identity(path), *part]), tokenizer.fingerprint()])
+    folder = CACHE / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.is_dir():
-        write_shards(documents(), tokenizer, folder)
-    return TokenShards.open(folder, tokenizer)
-
-
-def text_shards(path, tokenizer):
-    """TokenShards of a corpus, as read_documents reads it."""
-    return load_shards(lambda: read_documents(path), identity(path), tokenizer)
+        write_corpus(documents_of(*source), tokenizer, folder)
+    return Corpus.open(folder)
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -152,57 +146,66 @@ def row_length(context, model, lengths=()):
 
 
 class Windows:
-    """Rows of T + 1 tokens that tile the shards, so that each token is predicted once per epoch."""
+    """Rows of T + 1 tokens that tile a corpus, so that each token is predicted once per epoch."""
 
-    def __init__(self, shards, T):
-        self.arrays, self.T = shards.arrays, T
-        counts = [max(0, (len(a) - 1) // T) for a in self.arrays]
-        self.ends = np.cumsum(counts)
-        self.n = sum(counts)
-        if self.n == 0:
-            few = f"{shards.tokens} tokens are too few for one row of {T + 1}"
+    def __init__(self, corpus, T):
+        self.tokens, self.T = corpus.tokens, T
+        if len(self.tokens) <= T:
+            few = f"{len(self.tokens)} tokens are too few for one row of {T + 1}"
             raise UserError(f"{few}; use more text or a shorter --context")
 
     def __len__(self):
-        return self.n
+        return (len(self.tokens) - 1) // self.T
 
     def __getitem__(self, numbers):
         """int64 tensor (len(numbers), T + 1)."""
-        out = np.empty((len(numbers), self.T + 1), dtype=np.int64)
-        for row, number in enumerate(np.asarray(numbers)):
-            shard = int(np.searchsorted(self.ends, number, side="right"))
-            start = (int(number) - (int(self.ends[shard - 1]) if shard else 0)) * self.T
-            out[row] = self.arrays[shard][start : start + self.T + 1]
-        return torch.from_numpy(out)
-
-
-def picked(images, numbers):
-    """The images of these rows, of a list with an entry for each row; None of None."""
-    if images is None:
-        return None
-    rows = torch.arange(len(images), device=getattr(numbers, "device", None))
-    return [images[i] for i in rows[numbers].tolist()]
+        starts = np.asarray(numbers)[:, None] * self.T
+        return torch.from_numpy(self.tokens[starts + np.arange(self.T + 1)].astype(np.int64))
 
 
 class Rows:
     """What Packed and Completions have in common: tensors of B rows each, and images of some. What
-    derives from it is a dataclass; a tensor that isn't there is None.
+    derives from it is a dataclass; a tensor that isn't there is None, and so are images where all
+    is text.
     """
 
     def __len__(self):
         return len(self.tokens)
 
     def tensors(self):
-        return [getattr(self, field.name) for field in fields(self) if field.name != "images"]
+        """{name: tensor}."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: x for name, x in values.items() if x is not None and name != "images"}
 
     def each(self, change):
         """The same with `change` applied to each tensor."""
-        names = (field.name for field in fields(self) if field.name != "images")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{n: change(x) for n, x in tensors.items() if x is not None})
+        return replace(self, **{name: change(x) for name, x in self.tensors().items()})
+
+    def __getitem__(self, numbers):
+        """These rows; numbers: an index tensor or a slice."""
+        rows = self.each(lambda x: x[numbers])
+        if self.images is not None:
+            kept = torch.arange(len(self), device=self.tokens.device)[numbers].tolist()
+            rows.images = [self.images[i] for i in kept]
+        return rows
 
     def to(self, device):
         return self.each(lambda x: x.to(device, non_blocking=True))
+
+    @classmethod
+    def join(cls, parts):
+        """The rows of several, padded on the right to the longest."""
+        width = max(part.tokens.shape[1] for part in parts)
+        columns = {name: [part.tensors()[name] for part in parts] for name in parts[0].tensors()}
+        rows = cls(
+            **{
+                name: torch.cat([F.pad(x, (0, width - x.shape[1])) for x in xs])
+                for name, xs in columns.items()
+            }
+        )
+        if any(part.images is not None for part in parts):
+            rows.images = [each for part in parts for each in part.images or [None] * len(part)]
+        return rows
 
 
 @dataclass
@@ -213,23 +216,11 @@ class Packed(Rows):
     mask: torch.Tensor  # (B, T) bool: True where the token is trained on
     documents: torch.Tensor  # (B, T) int64: the example of a token; attention stays inside
     positions: torch.Tensor  # (B, T) int64: counted from 0 in each example
-    # per row the numbers of its images, in the order of their placeholders; None: all is text
-    images: list | None = None
-
-    def __getitem__(self, numbers):
-        """These rows; numbers: an index tensor or a slice."""
-        return Packed(*(x[numbers] for x in self.tensors()), picked(self.images, numbers))
-
-    def join(self, other):
-        """The rows of both."""
-        images = None
-        if self.images is not None or other.images is not None:
-            images = [p for rows in (self, other) for p in rows.images or [[]] * len(rows)]
-        return Packed(*map(torch.cat, zip(self.tensors(), other.tensors())), images)
+    images: list | None = None  # per row the numbers of its images, in order, or None
 
     def image_numbers(self):
         """The numbers of all images, row after row."""
-        return [number for row in self.images or () for number in row]
+        return [number for row in self.images or () for number in row or ()]
 
 
 def pack(examples, T, pad_id, images=None):
@@ -240,15 +231,15 @@ def pack(examples, T, pad_id, images=None):
     """
     rows, room, open_rows = [], [], []  # row -> its examples, row -> tokens left, rows to fill
     for i in sorted(range(len(examples)), key=lambda i: -len(examples[i][0])):
-        need = len(examples[i][0])
-        row = next((r for r in open_rows if room[r] >= need), None)
+        length = len(examples[i][0])
+        row = next((r for r in open_rows if room[r] >= length), None)
         if row is None:
             row = len(rows)
             rows.append([])
             room.append(T)
             open_rows.append(row)
         rows[row].append(i)
-        room[row] -= need
+        room[row] -= length
         if room[row] < 8:
             open_rows.remove(row)
         elif len(open_rows) > 64:  # the oldest has little room: bounds the search
@@ -281,27 +272,14 @@ class Completions(Rows):
     tokens: torch.Tensor  # (B, T) int64: prompt, completion, padding
     mask: torch.Tensor  # (B, T) bool: True on the completion's tokens, its end of turn included
     real: torch.Tensor  # (B, T) bool: False on padding
-    # per row what a VLM takes as images, a tensor (n, ...), or None; None: all is text
-    images: list | None = None
+    images: list | None = None  # per row what a VLM takes as images, a tensor (n, ...), or None
 
     def __getitem__(self, numbers):
         """These rows, without columns that are padding in all of them."""
-        real = self.real[numbers]
-        used = real.any(0).nonzero()[:, 0]
+        rows = super().__getitem__(numbers)
+        used = rows.real.any(0).nonzero()[:, 0]
         columns = slice(int(used[0]), int(used[-1]) + 1)
-        tensors = (x[numbers][:, columns] for x in self.tensors())
-        return Completions(*tensors, picked(self.images, numbers))
-
-    @classmethod
-    def join(cls, parts):
-        """The rows of several, padded on the right to the longest."""
-        width = max(part.tokens.shape[1] for part in parts)
-        columns = zip(*(part.tensors() for part in parts))
-        padded = ([F.pad(x, (0, width - x.shape[1])) for x in xs] for xs in columns)
-        images = None
-        if any(part.images is not None for part in parts):
-            images = [p for part in parts for p in part.images or [None] * len(part)]
-        return cls(*map(torch.cat, padded), images)
+        return rows.each(lambda x: x[:, columns])
 
     def last(self):
         """Column of each row's last real token, (B,): found by the mask, not by comparing ids."""

@@ -35,7 +35,7 @@ from nanollm.batches import pad_completions
 from nanollm.checkpoint import config_json, save_gpt
 from nanollm.config import TrainConfig, UserError, Whole, cli
 from nanollm.generate import as_text, generate
-from nanollm.gpt import GPT, GPTConfig, count_parameters
+from nanollm.gpt import GPT, GPTConfig, count_parameters, shape_of
 from nanollm.logprobs import batched_logprobs, completion_logprobs, token_logprobs
 from nanollm.optim import build_optimizer
 from nanollm.runtime import bf16_is_faster, clock, flop_per_token, peak_memory, start
@@ -306,13 +306,8 @@ def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     shape = GPTConfig(
         vocab_size=cfg.vocab_size,
-        hidden_size=cfg.channels,
-        intermediate_size=cfg.mlp,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.heads,
-        head_dim=cfg.channels // cfg.heads,
         max_position_embeddings=max(cfg.context, cfg.prompt_tokens + cfg.new_tokens),
+        **shape_of(cfg),
     )
     model = GPT(shape)
     ddp_model = rt.prepare(model, cfg.compile)

@@ -7,18 +7,18 @@ where it is known, "completion" (a label, or what a teacher has written); other 
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from nanollm.batches import Rows, pack
+from nanollm.batches import Packed, pack
 from nanollm.formats import need_usable, read_usable, usable, write_jsonl
 from nanollm.generate import as_text, sample_together
 from nanollm.records import as_chat, as_dialogue, as_prompt, plain_text, shape_of
 from nanollm.rewards import is_right
 from nanollm.rollouts import chat_prompt, with_room
-from nanollm.runtime import clock
 
 # --- files ---------------------------------------------------------------------------------------
 
@@ -53,27 +53,22 @@ def write_completions(examples, path):
 # --- the teacher's completions -------------------------------------------------------------------
 
 
-def ask_teacher(
-    rt, teacher, tokenizer, examples, max_new_tokens, samples=1, temperature=1.0, seed=0
-):
-    """The examples with what the teacher writes, `samples` completions of each, without those that
-    don't end, which are counted. Where an answer is known, "right" is what the checker says.
+def ask_teacher(rt, teacher, tokenizer, examples, max_new_tokens, **how):
+    """The examples with what the teacher writes, how["samples"] completions of each, without those
+    that don't end, which are counted. Where an answer is known, "right" is what the checker says.
     """
-    begin = clock(teacher.device)
     examples = with_room(examples, lambda e: chat_prompt(e, tokenizer), teacher, 1, "prompts")
     prompts = [chat_prompt(example, tokenizer) for example in examples]
-    how = {"samples": samples, "temperature": temperature, "seed": seed}
     completions = sample_together(rt, teacher, tokenizer, prompts, max_new_tokens, **how)
     completed = []
-    for n, ids in enumerate(completions):
-        example, text = examples[n // samples], as_text(tokenizer, ids)
+    for example, ids in zip((e for e in examples for _ in range(how["samples"])), completions):
         if ids[-1] in tokenizer.stop_ids:
+            text = as_text(tokenizer, ids)
             right = is_right(example, text) if "answer" in example else None
             completed.append(example | {"completion": text, "right": right})
-    asked = len(examples) * samples
     rt.print(
-        f"the teacher was asked {len(examples)} prompts in {clock(teacher.device) - begin:.0f} s; "
-        f"{asked - len(completed)} of {asked} completions don't end within {max_new_tokens} tokens"
+        f"the teacher was asked {len(examples)} prompts; {len(completions) - len(completed)} of "
+        f"{len(completions)} completions don't end within {max_new_tokens} tokens"
     )
     return completed
 
@@ -82,47 +77,38 @@ def filtered(examples, checked):
     """(examples to learn from, a sentence that counts the others): none is empty, no two of them
     are equal, and with `checked` none is wrong.
     """
-    seen, kept, twice, wrong, empty = set(), [], 0, 0, 0
+    kept, dropped = {}, Counter()
     for example in examples:
         key = json.dumps([example["messages"], example["completion"]])
         if checked and example.get("right") is False:
-            wrong += 1
+            dropped["found wrong by the checker"] += 1
         elif not example["completion"].strip():
-            empty += 1
-        elif key in seen:
-            twice += 1
+            dropped["empty"] += 1
+        elif key in kept:
+            dropped["equal to another"] += 1
         else:
-            seen.add(key)
-            kept.append(example)
-    unchecked = sum(example.get("right") is None for example in kept)
-    note = f", {unchecked} of them unchecked: no answer is known" if unchecked else ""
-    return kept, (
-        f"{wrong} found wrong by the checker, {twice} equal to another, "
-        + f"{empty} empty, " * bool(empty)
-        + f"{len(kept)} kept{note}"
-    )
+            kept[key] = example
+    counts = [f"{n} {reason}" for reason, n in dropped.items()] + [f"{len(kept)} kept"]
+    unchecked = sum(example.get("right") is None for example in kept.values())
+    if unchecked:
+        counts.append(f"{unchecked} of them unchecked: no answer is known")
+    return list(kept.values()), ", ".join(counts)
 
 
 # --- rows ----------------------------------------------------------------------------------------
 
 
 @dataclass
-class LabelledRows(Rows):
-    """Packed rows (as batches.Packed) with two more masks; all (R, T)."""
+class LabelledRows(Packed):
+    """Packed rows of which more is known; a mask is True on completions."""
 
-    tokens: torch.Tensor
-    mask: torch.Tensor  # True on completions
-    documents: torch.Tensor
-    positions: torch.Tensor
-    labelled: torch.Tensor  # True on the completions that are labels
-    rationale: torch.Tensor  # True inside of <think>...</think>, the two marks included
+    labelled: torch.Tensor | None = None  # (R, T): True on the completions that are labels
+    # (R, T): True inside of <think>...</think>, the two marks included
+    rationale: torch.Tensor | None = None
     # what the teacher says of the next token, where it was asked beforehand: its K most likely ids
     # (R, T, K), their log-probabilities and that of all others together (R, T, K + 1)
     top_ids: torch.Tensor | None = None
     top_logprobs: torch.Tensor | None = None
-
-    def __getitem__(self, numbers):
-        return self.each(lambda x: x[numbers])
 
     def where(self):
         """Positions whose next token is trained on, (R, T); n of them are True."""
@@ -157,14 +143,11 @@ def rationale_mask(ids, tokenizer):
 
 def pack_labelled(tokenized, T, tokenizer):
     """LabelledRows of T tokens from what `tokenize` gives."""
-    examples, labels, rationales = [], [], []
+    masks = [[], [], []]  # of what is trained on, of labels, of rationales
     for prompt, completion, labelled in tokenized:
-        ids, before, n = prompt + completion, [False] * len(prompt), len(completion)
-        examples.append((ids, before + [True] * n))
-        labels.append((ids, before + [labelled] * n))
-        rationales.append((ids, before + rationale_mask(completion, tokenizer)))
+        n, thought = len(completion), rationale_mask(completion, tokenizer)
+        for examples, mask in zip(masks, ([True] * n, [labelled] * n, thought)):
+            examples.append((prompt + completion, [False] * len(prompt) + mask))
     # where an example goes depends on lengths alone, so that all three are packed alike
-    rows, labels, rationales = (
-        pack(each, T, tokenizer.pad_id) for each in (examples, labels, rationales)
-    )
-    return LabelledRows(*rows.tensors(), labels.mask, rationales.mask)
+    rows, labels, rationales = (pack(examples, T, tokenizer.pad_id) for examples in masks)
+    return LabelledRows(**vars(rows), labelled=labels.mask, rationale=rationales.mask)

@@ -27,11 +27,11 @@ import torch
 
 from data.village import examples as village
 from data.village.preferences import gold_of
-from nanollm.batches import Windows, text_shards
+from nanollm.batches import Windows, open_corpus
 from nanollm.config import NotNegative, UserError, Whole, atomic_write, cli
 from nanollm.formats import read_records
 from nanollm.hub import load_model
-from nanollm.logprobs import bits_per_byte, token_lengths
+from nanollm.logprobs import bits_per_byte
 from nanollm.metrics import (
     LONGEST_COMPLETION,
     accuracy_by_task,
@@ -129,10 +129,9 @@ def load_examples(cfg, model):
 def held_out_text(cfg, model, tokenizer):
     """Loss on the village's held-out text."""
     path = village.of_run(cfg.model) / "corpus_val.jsonl"
-    shards = text_shards(path, tokenizer)
-    windows = Windows(shards, min(256, model.cfg.max_position_embeddings))
-    lengths = token_lengths(tokenizer, model.cfg.vocab_size)
-    nats, bpb = bits_per_byte(model, windows, lengths, tokenizer.begin[0])
+    corpus = open_corpus(tokenizer, path)
+    windows = Windows(corpus, min(256, model.cfg.max_position_embeddings))
+    nats, bpb = bits_per_byte(model, tokenizer, windows)
     print(f"held-out text: {bpb:.4f} bits per byte")
     return {"nats_per_token": nats, "bits_per_byte": bpb}
 

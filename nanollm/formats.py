@@ -279,7 +279,7 @@ def read_documents(path):
     """
     if Path(path).is_dir():
         files = texts_in(path)
-        need(files, path, "this directory has neither .txt files nor token shards (meta.json)")
+        need(files, path, "this directory has no .txt files")
         return [text for file in files for text in read_documents(file)]
     text = read_text(path)
     tabular = ending(path) in (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".jsonlines")

@@ -11,7 +11,7 @@ Of a model it knows `merged` (a copy to sample with), `hidden`, `head`, `gather_
 N prompts, G samples each, B = N * G rows; P longest prompt, L new tokens, S slots of the cache.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,17 +56,12 @@ def keep_top_p(logits, p):
     return logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
 
 
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
+def sample(logits, u=None, temperature=1.0, top_k=0, top_p=1.0):
     """Draw one token per row: logits (B, V) -> tokens (B,), logprobs (B,) at this temperature.
 
-    temperature 0 takes the largest. The logprobs are those of the full distribution, before top-k
-    and top-p. `u` (B,) in [0, 1) takes the place of the generator's random numbers.
+    u (B,) are random numbers in [0, 1); temperature 0 needs none, it takes the largest. The
+    logprobs are those of the full distribution, before top-k and top-p.
     """
-    if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
-        raise UserError(
-            f"can't sample with temperature {temperature}, top_k {top_k} and top_p {top_p}: the "
-            "first two must be at least 0, top_p between 0 and 1"
-        )
     logits = logits.float()
     if temperature == 0:
         tokens = logits.argmax(-1)
@@ -77,9 +72,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, u=None):
         logits = keep_top_k(logits, min(top_k, logits.shape[1])) if top_k else logits
         kept = (keep_top_p(logits, top_p) if top_p < 1 else logits).softmax(-1)
     cdf = kept.cumsum(-1, dtype=cdf_dtype(kept.device))
-    u = uniform(len(cdf), cdf.device, generator) if u is None else u
-    # the inverse of the CDF at u
-    tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # the CDF's inverse at u
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
@@ -88,28 +81,17 @@ def cdf_dtype(device):
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-def uniform(shape, device, generator=None):
-    """Random numbers in [0, 1)."""
-    return torch.rand(shape, dtype=cdf_dtype(device), device=device, generator=generator)
-
-
-def check_room(model, prompts, new_tokens, examples=()):
-    """Raise UserError where a prompt (list of ids) and new tokens exceed the context. `examples`,
-    the prompts' records, let it say which one is the longest.
-    """
+def check_room(model, prompts):
+    """Raise UserError where a prompt (list of ids) is empty, or leaves no room for a token."""
     context, lengths = model.cfg.max_position_embeddings, list(map(len, prompts))
-    beyond = sum(length + new_tokens > context for length in lengths)
+    beyond = sum(length >= context for length in lengths)
     if beyond:
-        longest, asked = max(lengths), ""
-        if examples:
-            example = examples[lengths.index(longest)]
-            turns = example.get("messages") or [{"content": example.get("prompt")}]
-            asked = f", {turns[-1]['content'][:40]!r},"
         raise UserError(
-            f"{beyond} of {len(prompts)} prompts, the longest of {longest} tokens{asked} and "
-            f"{new_tokens} to write don't fit the model's context of {context}; shorten or drop "
-            "them" + ", or lower --max_new_tokens" * (new_tokens > 1)
+            f"{beyond} of {len(prompts)} prompts, the longest of {max(lengths)} tokens, don't fit "
+            f"the model's context of {context} with a token to write; shorten or drop them"
         )
+    if not all(lengths):
+        raise UserError("give at least one token as a prompt")
 
 
 # --- the engine ----------------------------------------------------------------------------------
@@ -124,11 +106,8 @@ class Engine:
         A row may write as much as its own prompt leaves room for, whatever stands beside it.
         """
         lengths = [len(p) for p in prompts]
-        if min(lengths) == 0 or new_tokens < 1:
-            raise UserError("give at least one token as a prompt, and ask for at least one")
-        check_room(model, prompts, 1)
+        check_room(model, prompts)
         self.P, device = max(lengths), model.device
-        size = self.P + new_tokens
         self.model, self.cuda = model, device.type == "cuda"
         padded = [[pad_id] * (self.P - len(p)) + list(p) for p in prompts]
         self.prompts = torch.tensor(padded, device=device)  # (N, P)
@@ -136,17 +115,19 @@ class Engine:
         self.pads = self.P - lengths  # (N,)
         self.room = model.cfg.max_position_embeddings - lengths  # (N,) new tokens at most
         dtype = attention_dtype(device, model.compute_dtype)
-        self.cache = KVCache(model.cfg, len(prompts), self.P, device, dtype)
         self.never = getattr(model, "image_id", None)  # nobody writes a placeholder
-        self.last_logits = self._prefill(images)  # (N, V)
-        self._spread(samples, size)
-        slots = torch.arange(size, device=device)
-        seen = (slots >= self.pads[:, None]) & (slots < self.P)  # (B, S)
+        slots = torch.arange(self.P + new_tokens, device=device)
+        self.cache = KVCache(model.cfg, len(prompts), len(slots), device, dtype)
+        seen = (slots >= self.pads[:, None]) & (slots < self.P)  # (N, S)
         self.allowed = seen[:, None, None] if self.cuda or self.pads.any() else None
+        self.last_logits = self._prefill(slots[: self.P], images)  # (N, V)
         self.length, self.graph = self.P, None
+        if samples > 1:  # each prompt's keys and values for its G rows
+            rows = torch.arange(len(prompts), device=device).repeat_interleave(samples)
+            self.keep(rows)
+            self.prompts, self.last_logits = self.prompts[rows], self.last_logits[rows]
 
-    def _prefill(self, images):
-        slots = torch.arange(self.P, device=self.prompts.device)
+    def _prefill(self, slots, images):
         self.cache.slots, self.cache.visible = slots, self.P
         positions = mask = None
         if self.pads.any():
@@ -163,19 +144,8 @@ class Engine:
             logits[:, self.never] = float("-inf")
         return logits
 
-    def _spread(self, samples, size):
-        """Copy each prompt's keys and values to its G rows, and make room for the new tokens."""
-        rows = torch.arange(len(self.pads), device=self.pads.device).repeat_interleave(samples)
-        old, cfg = self.cache, self.model.cfg
-        self.cache = KVCache(cfg, len(rows), size, rows.device, old.k.dtype)
-        self.cache.k[:, :, :, : self.P] = old.k[:, rows]
-        self.cache.v[:, :, :, : self.P] = old.v[:, rows]
-        self.prompts, self.pads, self.room = self.prompts[rows], self.pads[rows], self.room[rows]
-        self.model.select_rows(rows)
-        self.last_logits = self.last_logits[rows]
-
     def keep(self, rows):
-        """Go on with these rows of the batch only."""
+        """Go on with these rows of the batch (int64, may repeat)."""
         self.cache.select(rows)
         self.model.select_rows(rows)
         self.pads, self.room = self.pads[rows], self.room[rows]
@@ -222,7 +192,7 @@ class Engine:
 
 
 @torch.no_grad()
-def generate(
+def decode(
     model,
     prompts,
     max_new_tokens,
@@ -238,7 +208,8 @@ def generate(
     images=None,
 ):
     """Continue each of N prompts (lists of ids) G = `samples` times, until a stop id, the end of
-    the context or max_new_tokens; Generated.
+    the context or max_new_tokens. Yields (t, Generated) behind the t-th of the new tokens: the same
+    Generated each time, filled up to there.
 
     `noise` (B, max_new_tokens), uniform in [0, 1), takes the place of the generator: each row draws
     by its own.
@@ -249,27 +220,26 @@ def generate(
     """
     shown = model.gather_images(prompts, images)
     engine = Engine(model.merged(), prompts, max_new_tokens, samples, pad_id, shown)
-    B, device = len(engine.pads), model.device
+    shape, device = (len(engine.pads), max_new_tokens), model.device
     if noise is None and temperature > 0:
-        noise = uniform((B, max_new_tokens), device, generator)
-    tokens = torch.full((B, max_new_tokens), pad_id, device=device)
-    mask = torch.zeros((B, max_new_tokens), dtype=torch.bool, device=device)
-    own = torch.zeros_like(mask)
-    logprobs = torch.zeros((B, max_new_tokens), device=device)
+        noise = torch.rand(shape, dtype=cdf_dtype(device), device=device, generator=generator)
+    prompt_mask = torch.arange(engine.P, device=device) >= engine.pads[:, None]
+    tokens, logprobs = torch.full(shape, pad_id, device=device), torch.zeros(shape, device=device)
+    mask, own = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))
+    out = Generated(engine.prompts, prompt_mask, tokens, mask, own, logprobs)
     results = {}  # row -> ids of a result that are still to be written
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
-    rows = torch.arange(B, device=device)  # the rows of the result that the engine still works on
-    alive = torch.ones(B, dtype=torch.bool, device=device)
-    prompt_mask = torch.arange(engine.P, device=device) >= engine.pads[:, None]
-    prompt_rows, logits = engine.prompts, engine.last_logits
+    rows = torch.arange(len(tokens), device=device)  # those that the engine still works on
+    alive, logits = torch.ones_like(rows, dtype=torch.bool), engine.last_logits
     for t in range(max_new_tokens):
         u = None if noise is None else noise[rows, t]
-        new, logprob = sample(logits, temperature, top_k, top_p, u=u)
+        new, logprob = sample(logits, u, temperature, top_k, top_p)
         new, chosen = torch.where(alive, new, pad_id), alive
         if results:
             new, chosen = insert_results(new, alive, rows, results)
         tokens[rows, t], mask[rows, t], own[rows, t] = new, alive, chosen
         logprobs[rows, t] = logprob * chosen
+        yield t, out
         if tools is not None:
             for row in rows[(new == tools.call_end) & chosen].tolist():
                 results[row] = tools.respond(tokens[row, : t + 1].tolist())
@@ -277,14 +247,29 @@ def generate(
         wait = engine.cuda and t % 16 != 15  # asking a GPU makes it wait
         left = 1 if wait else int(alive.sum())
         if left == 0 or t + 1 == max_new_tokens:
-            break
+            return
         if not engine.cuda and left <= len(rows) // 2:
             keep = alive.nonzero()[:, 0]
             engine.keep(keep)
             rows, alive, new = rows[keep], alive[keep], new[keep]
         logits = engine.step(new)
-    made = (x[:, : t + 1] for x in (tokens, mask, own, logprobs))
-    return Generated(prompt_rows, prompt_mask, *made)
+
+
+def generate(*inputs, **how):
+    """What `decode` gives in the end: Generated, as wide as the longest of its rows."""
+    *_, (t, out) = decode(*inputs, **how)
+    new = {name: getattr(out, name)[:, : t + 1] for name in ("tokens", "mask", "own", "logprobs")}
+    return replace(out, **new)
+
+
+def stream(model, prompt, max_new_tokens, stop_ids=(), images=None, **how):
+    """Continue one prompt and yield each id as it is drawn, those of tools' results included; a
+    stop id ends the stream and is not yielded. `images`: (n, 3, H, W), or None.
+    """
+    how |= {"stop_ids": stop_ids, "images": [images]}
+    for t, out in decode(model, [prompt], max_new_tokens, **how):
+        if out.mask[0, t] and int(out.tokens[0, t]) not in stop_ids:
+            yield int(out.tokens[0, t])
 
 
 def insert_results(new, alive, rows, results):
@@ -297,30 +282,6 @@ def insert_results(new, alive, rows, results):
             if not results[row]:
                 del results[row]
     return new, chosen
-
-
-@torch.no_grad()
-def stream(model, prompt, max_new_tokens, stop_ids=(), tools=None, images=None, **sampling):
-    """Continue one prompt and yield each id as it is drawn, those of tools' results included; a
-    stop id ends the stream and is not yielded. `images`: (n, 3, H, W), or None; sampling: what
-    `sample` takes.
-    """
-    shown = model.gather_images([prompt], [images])
-    engine = Engine(model.merged(), [prompt], max_new_tokens, images=shown)
-    logits, written, result = engine.last_logits, [], []
-    most = min(max_new_tokens, int(engine.room))
-    for t in range(most):
-        new, _ = sample(logits, **sampling)
-        if result:
-            new[0], result = result[0], result[1:]
-        elif int(new) in stop_ids:
-            return
-        elif tools is not None and int(new) == tools.call_end:
-            result = tools.respond([*written, tools.call_end])
-        written.append(int(new))
-        yield int(new)
-        if t + 1 < most:
-            logits = engine.step(new)
 
 
 # --- completions ---------------------------------------------------------------------------------
@@ -345,6 +306,7 @@ def sample_completions(
     `noise` (N, samples, max_new_tokens) takes the place of the generator's, as in `generate`.
     `images`: a tensor (n, 3, H, W) or None for each prompt, in a list or what is indexed like it.
     """
+    check_room(model, prompts)
     model, G = model.merged(), samples
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions = [None] * len(prompts) * G

@@ -55,6 +55,23 @@ class GPTConfig:
             raise ValueError(f"head size {self.head_dim} is odd, but RoPE rotates pairs")
 
 
+def shape_of(cfg):
+    """The flags of a script that makes a model, as GPTConfig names them."""
+    C, H, G = cfg.channels, cfg.heads, getattr(cfg, "kv_heads", None) or cfg.heads
+    if C % (2 * H) or H % G:
+        raise UserError(
+            f"--channels {C} must be an even multiple of --heads {H}, and that of --kv_heads {G}"
+        )
+    return {
+        "hidden_size": C,
+        "intermediate_size": cfg.mlp or -(-C * 8 // 3 // 64) * 64,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": H,
+        "num_key_value_heads": G,
+        "head_dim": C // H,
+    }
+
+
 # --- positions and masks -------------------------------------------------------------------------
 
 

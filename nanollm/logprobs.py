@@ -111,17 +111,15 @@ def next_token_logits(model, tokens, eot_id=None):
 
 
 @torch.no_grad()
-def bits_per_byte(model, windows, token_bytes, eot_id=None, most=None, batch=32):
-    """(nats per token, bits per byte) on held-out rows of T + 1 tokens; token_bytes as
-    token_lengths gives it.
-
-    With eot_id each document is read on its own, as in training with a document mask. `most` bounds
-    the number of tokens. In data-parallel training every process computes the same rows, so that
-    all agree on when to stop.
+def bits_per_byte(model, tokenizer, windows, most=math.inf, mask_documents=True, batch=32):
+    """(nats per token, bits per byte) on held-out rows of T + 1 tokens, of which `most` bounds the
+    number, each document read on its own unless mask_documents is False. In data-parallel training
+    every process computes the same rows, so that all agree on when to stop.
     """
+    token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
+    eot_id = tokenizer.begin[0] if mask_documents else None
     nats = tokens = text_bytes = 0
-    rows_wanted = windows.n if most is None else min(windows.n, -(-most // windows.T))
-    for part in torch.arange(rows_wanted).split(batch):
+    for part in torch.arange(math.ceil(min(len(windows), most / windows.T))).split(batch):
         rows = windows[part].to(model.device)
         targets = rows[:, 1:]
         logits = next_token_logits(model, rows[:, :-1], eot_id)

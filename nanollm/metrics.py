@@ -4,7 +4,7 @@ that shows it.
 
 from collections import defaultdict
 
-from nanollm.generate import check_room, complete
+from nanollm.generate import complete
 from nanollm.rewards import extracted, final_answer, is_right
 from nanollm.rollouts import prompt_of
 
@@ -35,7 +35,6 @@ def accuracy_by_task(
     if any(example.get("images") for example in examples):
         images = (store or model.image_store()).shown(examples, shown)
     prompts = [prompt_of(example, model, tokenizer, template) + begun for example in examples]
-    check_room(model, prompts, 1, examples)
     completions = complete(model, tokenizer, prompts, max_new_tokens, images=images, **sampling)
     completions = [begin + completion for completion in completions]
     right = defaultdict(list)
@@ -67,7 +66,7 @@ def sampled_metrics(examples, greedy, sampled=None):
             several = sampled[n * k : (n + 1) * k]
             right = sum(is_right(example, each) for each in several)
             vote = float(is_right(example, majority(example, several)))
-            found |= {"sampled": right / k, "maj": vote, "pass": pass_at_k(k, right, k)}
+            found |= {"sampled": right / k, "maj": vote, "pass": float(right > 0)}
         by_task[example["task"]].append(found)
     by_task["all"] = [found for rows in list(by_task.values()) for found in rows]
     return {
@@ -75,16 +74,6 @@ def sampled_metrics(examples, greedy, sampled=None):
         | {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
         for name, rows in by_task.items()
     }
-
-
-def pass_at_k(n, right, k):
-    """Chance that one of k answers is right, estimated without bias from n answers of which
-    `right` are: 1 - C(n - right, k) / C(n, k)  (Chen et al. 2021, arXiv:2107.03374, eq. 1).
-    """
-    chance_of_none = 1.0
-    for i in range(k):
-        chance_of_none *= max(0, n - right - i) / (n - i)
-    return 1.0 - chance_of_none
 
 
 def majority(example, completions):

@@ -1,4 +1,4 @@
-"""Shards, windows, samplers, packing and padding: nothing is lost, and nothing is counted twice."""
+"""From records to batches: corpora on disk, windows, the sampler, packed rows, completions."""
 
 import json
 import random
@@ -11,19 +11,20 @@ import torch
 from nanollm import batches
 from nanollm.batches import (
     Completions,
+    Corpus,
+    Packed,
     Sampler,
-    TokenShards,
     Windows,
     fit_chat,
-    load_shards,
+    open_corpus,
     pack,
     pack_chats,
     pad_completions,
     row_length,
-    write_shards,
+    write_corpus,
 )
 from nanollm.config import UserError
-from nanollm.formats import Unusable
+from nanollm.formats import Unusable, write_jsonl
 from nanollm.runtime import Runtime
 from nanollm.tokenizer import Tokenizer
 
@@ -36,147 +37,107 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-# --- shards --------------------------------------------------------------------------------------
+# --- corpora -------------------------------------------------------------------------------------
 
 
-def written(documents, tokenizer, folder):
-    write_shards(documents, tokenizer, folder)
-    return TokenShards.open(folder, tokenizer)
+def test_a_corpus_holds_every_token_and_end_of_text_before_each_document(tokenizer, tmp_path):
+    write_corpus(["ab", "", "né"], tokenizer, tmp_path / "s")
+    corpus, eot = Corpus.open(tmp_path / "s"), tokenizer.eot_id
+    assert corpus.tokens.tolist() == [eot, 97, 98, eot, eot, 110, 195, 169]
+    assert (corpus.text_bytes, corpus.documents) == (5, 3)
 
 
-def test_shards_hold_every_token_and_end_of_text_before_each_document(tokenizer, tmp_path):
-    shards, eot = written(["ab", "", "né"], tokenizer, tmp_path / "s"), tokenizer.eot_id
-    assert np.concatenate(shards.arrays).tolist() == [eot, 97, 98, eot, eot, 110, 195, 169]
-    assert (shards.tokens, shards.text_bytes, shards.documents) == (8, 5, 3)
-
-
-@pytest.mark.parametrize("count, files", [(2500, 3), (2048, 2), (1, 1), (0, 0)])
-def test_long_corpora_go_on_in_further_files(count, files, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "SHARD_TOKENS", 1000)  # documents are tokenised 1024 at a time
-    documents = [f"text {n}" for n in range(count)]
-    shards = written(iter(documents), tokenizer, tmp_path / "s")
+def test_long_corpora_are_tokenised_part_by_part(tokenizer, tmp_path):
+    documents = [f"text {n}" for n in range(2500)]  # 1024 at a time
+    write_corpus(documents, tokenizer, tmp_path / "s")
     wanted = [id for text in documents for id in (tokenizer.eot_id, *tokenizer.encode(text))]
-    assert len(shards.arrays) == files and shards.documents == count
-    assert [id for array in shards.arrays for id in array.tolist()] == wanted
+    assert Corpus.open(tmp_path / "s").tokens.tolist() == wanted
 
 
 @pytest.mark.parametrize("vocab_size, dtype", [(2**16, "<u2"), (2**16 + 1, "<u4")])
 def test_ids_beyond_two_bytes_get_four(vocab_size, dtype, tmp_path):
-    large = SimpleNamespace(
-        vocab_size=vocab_size,
-        fingerprint=lambda: "large",
-        documents=lambda texts: [[vocab_size - 1, 0, vocab_size - 1] for _ in texts],
-    )
-    shards = written(["a"], large, tmp_path / "s")
-    assert shards.arrays[0].dtype == np.dtype(dtype)
-    assert Windows(shards, 2)[[0]].tolist() == [[vocab_size - 1, 0, vocab_size - 1]]
+    ids = [vocab_size - 1, 40000, 1]
+    large = SimpleNamespace(vocab_size=vocab_size, documents=lambda texts: [ids for _ in texts])
+    write_corpus(["a"], large, tmp_path / "s")
+    corpus = Corpus.open(tmp_path / "s")
+    assert corpus.tokens.dtype == np.dtype(dtype) and Windows(corpus, 2)[[0]].tolist() == [ids]
 
 
-def test_tokens_made_once_are_found_again_and_another_source_or_tokenizer_is_tokenised_anew(
-    tokenizer, cache
+def test_tokens_made_once_are_found_again_until_file_part_or_tokenizer_change(
+    tokenizer, cache, tmp_path, monkeypatch
 ):
-    first = load_shards(lambda: ["Once upon a time"], ["a.txt", 16], tokenizer)
-    again = load_shards(lambda: pytest.fail("read again"), ["a.txt", 16], tokenizer)
-    assert np.array_equal(first.arrays[0], again.arrays[0]) and again.text_bytes == 16
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [{"text": "Once upon a time"}, {"text": "Twice"}])
+    assert open_corpus(tokenizer, path).text_bytes == 21
+    with monkeypatch.context() as patch:
+        patch.setattr(batches, "read_documents", lambda path: pytest.fail("read again"))
+        assert open_corpus(tokenizer, path).documents == 2
+    assert open_corpus(tokenizer, path, "val", 0.5).text_bytes == 5
     trained = Tokenizer.train(["aaaa bbbb aaaa"], 272)
-    others = (["b.txt", 16], tokenizer), (["a.txt", 17], tokenizer), (["a.txt", 16], trained)
-    for source, other in others:
-        assert load_shards(lambda: ["Twice"], source, other).text_bytes == 5
-    assert len(list(cache.iterdir())) == 4
+    assert open_corpus(trained, path, "train", 0.5).text_bytes == 16
+    write_jsonl(path, [{"text": "Changed"}])
+    assert open_corpus(tokenizer, path).text_bytes == 7 and len(list(cache.iterdir())) == 4
+    with pytest.raises(UserError, match="too few texts to hold some out"):
+        write_jsonl(path, [{"text": "a"}, {"text": "b"}])
+        open_corpus(tokenizer, path, "train", 0.9)
 
 
-def meta(**changes):
-    def edit(folder):
-        path = folder / "meta.json"
-        values = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
-
-    return edit
-
-
-def cut(size):
-    def edit(folder):
-        path = folder / "shard_00000.bin"
-        path.write_bytes(path.read_bytes()[:size])
-
-    return edit
+@pytest.mark.parametrize("name, kept", [("tokens.bin", 21), ("tokens.bin", 0), ("meta.json", 9)])
+def test_a_damaged_corpus_is_refused(name, kept, tokenizer, tmp_path):
+    write_corpus(["Once upon a time"], tokenizer, tmp_path / "s")
+    path = tmp_path / "s" / name
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match="is damaged .*; delete it to have it made anew"):
+        Corpus.open(tmp_path / "s")
 
 
-ANEW = "must be a directory of token shards; delete it"
+def test_a_tokenisation_that_fails_leaves_nothing_behind(cache, tmp_path):
+    def fail(texts):
+        raise UserError("broken")
 
-
-@pytest.mark.parametrize(
-    "spoil, sentence",
-    [
-        (meta(tokenizer="other"), "were made with another tokenizer"),
-        (cut(20), "is truncated; delete it"),
-        (cut(21), ANEW),
-        (cut(0), ANEW),
-        (lambda folder: (folder / "shard_00000.bin").unlink(), ANEW),
-        (lambda folder: (folder / "meta.json").unlink(), ANEW),
-        (lambda folder: (folder / "meta.json").write_text("{"), ANEW),
-        (lambda folder: (folder / "meta.json").write_text("[]"), ANEW),
-        (meta(dtype="<zz"), ANEW),
-        *((meta(**{k: ...}), ANEW) for k in ("shards", "tokens", "text_bytes", "documents")),
-    ],
-)
-def test_damaged_shards_are_refused(spoil, sentence, tokenizer, tmp_path):
-    write_shards(["Once upon a time"], tokenizer, tmp_path / "s")
-    spoil(tmp_path / "s")
-    with pytest.raises(UserError, match=sentence) as error:
-        TokenShards.open(tmp_path / "s", tokenizer)
-    assert str(tmp_path / "s") in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_tokenisation_that_fails_leaves_nothing_behind(tokenizer, cache):
-    def documents():
-        yield from ["text"] * 2000
-        raise UserError("line 2001: broken")
-
-    with pytest.raises(UserError):
-        load_shards(documents, ["a"], tokenizer)
+    (tmp_path / "a.txt").write_text("text")
+    broken = SimpleNamespace(vocab_size=9, documents=fail, fingerprint=str)
+    with pytest.raises(UserError, match="broken"):
+        open_corpus(broken, tmp_path / "a.txt")
     assert not cache.exists() or not list(cache.iterdir())
 
 
 # --- windows -------------------------------------------------------------------------------------
 
 
-def shards_of(*lengths):
-    """Arrays of consecutive numbers, 0, 1, 2 ..., the second array from 1000 on."""
-    arrays = [np.arange(1000 * i, 1000 * i + n, dtype="<u2") for i, n in enumerate(lengths)]
-    return TokenShards(arrays, tokens=sum(lengths), text_bytes=0, documents=len(lengths))
+def count_to(n):
+    return Corpus(np.arange(n, dtype="<u2"), text_bytes=0, documents=1)
 
 
-def test_windows_by_hand():
-    windows = Windows(shards_of(9), 4)
+def test_windows_tile_the_tokens_so_that_each_but_the_first_is_predicted_once():
+    windows = Windows(count_to(11), 4)  # a rest shorter than T is left out
     assert len(windows) == 2
     assert windows[[1, 0]].tolist() == [[4, 5, 6, 7, 8], [0, 1, 2, 3, 4]]
     assert windows[torch.tensor([0])].dtype == torch.int64
 
 
-@pytest.mark.parametrize("lengths", [(41,), (21, 41), (5, 3, 9), (41, 1, 6)])
-def test_windows_predict_every_token_exactly_once(lengths):
-    windows = Windows(shards_of(*lengths), T := 4)
-    targets = windows[range(len(windows))][:, 1:].flatten().tolist()
-    wanted = [1000 * i + t for i, n in enumerate(lengths) for t in range(1, 1 + (n - 1) // T * T)]
-    assert targets == wanted  # all but the first of a file, and a rest shorter than T
-
-
-@pytest.mark.parametrize("lengths", [(4,), (4, 4), ()])
-def test_too_few_tokens_for_one_row_are_refused(lengths):
+@pytest.mark.parametrize("n", [0, 4])
+def test_too_few_tokens_for_one_row_are_refused(n):
     with pytest.raises(UserError, match="too few for one row of 5"):
-        Windows(shards_of(*lengths), 4)
+        Windows(count_to(n), 4)
 
 
-def test_a_token_beyond_32767_stays_positive():
-    shards = TokenShards([np.array([65535, 40000, 1], dtype="<u2")], 3, 0, 1)
-    assert Windows(shards, 2)[[0]].tolist() == [[65535, 40000, 1]]
-
-
-@pytest.mark.parametrize("context, limit, T", [(None, 512, 256), (None, 64, 64), (512, 512, 512)])
-def test_a_row_is_as_long_as_asked_for_or_as_the_model_can_read(context, limit, T):
+@pytest.mark.parametrize(
+    "context, lengths, limit, T",
+    [
+        (512, (), 512, 512),
+        (None, (), 64, 64),
+        (None, [90] * 99 + [900], 1024, 256),  # 99% need so much
+        (None, [90] * 98 + [300, 900], 1024, 320),
+        (None, [3000], 4096, 2048),
+        (None, [300], 310, 310),
+    ],
+)
+def test_a_row_is_as_long_as_asked_for_or_holds_ninety_nine_of_a_hundred_dialogues(
+    context, lengths, limit, T
+):
     model = SimpleNamespace(cfg=SimpleNamespace(max_position_embeddings=limit))
-    assert row_length(context, model) == T
+    assert row_length(context, model, lengths) == T
     beyond = f"--context {limit + 1} is beyond the model's context of {limit}"
     with pytest.raises(UserError, match=beyond):
         row_length(limit + 1, model)
@@ -254,9 +215,9 @@ def test_packed_rows_are_chosen_by_number_and_joined():
     assert chosen.tokens[:, 0].tolist() == [300, 100] and chosen.images == [[1, 2], []]
     assert rows[slice(0, 1)].mask.shape == (1, 8)
     text = pack([example(8, 400)], 8, pad_id=9)
-    both = text.join(rows)
+    both = Packed.join([text, rows])
     assert both.tokens[:, 0].tolist() == [400, 100, 200, 300] and both.image_numbers() == [0, 1, 2]
-    assert text.join(text).images is None
+    assert Packed.join([text, text]).images is None
 
 
 # --- completions ---------------------------------------------------------------------------------
@@ -304,34 +265,24 @@ BY_THREES = SimpleNamespace(render=render, pad_id=0)
 TWO = dialogue("user", "assistant", "user", "assistant")  # 12 tokens, 6 after the first answer
 
 
-@pytest.mark.parametrize(
-    "chat, T, turns, shortened",
-    [
-        (TWO, 12, [4], 0),
-        (TWO, 11, [2], 1),
-        (TWO, 6, [2], 1),
-        (dialogue("user", "assistant", "user"), 12, [2], 0),  # an open question is no loss
-    ],
-)
-def test_a_dialogue_is_cut_after_the_last_answer_that_fits(chat, T, turns, shortened):
-    kept, (ids, _), cut = fit_chat(T, BY_THREES, 0, chat, "")
-    assert [len(kept["messages"])] == turns and cut == shortened
-    assert [len(ids)] == [3 * n for n in turns]
-    assert kept["from"] == "a file" and len(TWO["messages"]) == 4
+def test_a_dialogue_is_cut_after_the_last_answer_that_fits():
+    open_question = dialogue("user", "assistant", "user")  # the last turn is no loss
+    for chat, T, turns in ((TWO, 12, 4), (TWO, 11, 2), (TWO, 6, 2), (open_question, 12, 2)):
+        kept, (ids, _), cut = fit_chat(T, BY_THREES, 0, chat, "")
+        assert len(kept["messages"]) == turns and len(ids) == 3 * turns
+        assert cut == (chat is TWO and turns < 4)
+        assert kept["from"] == "a file" and len(TWO["messages"]) == 4
 
 
-@pytest.mark.parametrize(
-    "chat, T, learnt, reason",
-    [
-        (TWO, 5, True, "its first answer ends beyond 5 tokens"),
-        (dialogue("user"), 12, True, "no answer that is trained on"),
-        (TWO, 12, False, "no answer that is trained on"),
-    ],
-)
-def test_a_dialogue_without_anything_to_learn_is_unusable(chat, T, learnt, reason):
-    masked = SimpleNamespace(render=lambda m, **_: (render(m)[0], [learnt] * 3 * len(m)))
-    with pytest.raises(Unusable, match=reason):
-        fit_chat(T, masked, 0, chat, "")
+def test_a_dialogue_without_anything_to_learn_is_unusable():
+    silent = SimpleNamespace(render=lambda m, **_: (render(m)[0], [False] * 3 * len(m)))
+    for chat, T, tokenizer, reason in (
+        (TWO, 5, BY_THREES, "its first answer ends beyond 5 tokens"),
+        (dialogue("user"), 12, BY_THREES, "no answer that is trained on"),
+        (TWO, 12, silent, "no answer that is trained on"),
+    ):
+        with pytest.raises(Unusable, match=reason):
+            fit_chat(T, tokenizer, 0, chat, "")
 
 
 def test_what_was_cut_and_dropped_is_said_and_most_dropped_is_an_error(capsys):
@@ -345,16 +296,6 @@ def test_what_was_cut_and_dropped_is_said_and_most_dropped_is_an_error(capsys):
     )
     with pytest.raises(UserError, match="1 of 1 records can't be used: .*: raise --context"):
         pack_chats([TWO], BY_THREES, 5, "held-out", CPU)
-
-
-@pytest.mark.parametrize(
-    "lengths, limit, T",
-    [([90] * 99 + [900], 1024, 256), ([90] * 98 + [300, 900], 1024, 320), ([3000], 4096, 2048)]
-    + [([300], 310, 310), ([300], 256, 256)],
-)
-def test_a_row_holds_ninety_nine_of_a_hundred_dialogues(lengths, limit, T):
-    model = SimpleNamespace(cfg=SimpleNamespace(max_position_embeddings=limit))
-    assert row_length(None, model, lengths) == T
 
 
 def test_rows_are_as_long_as_the_dialogues_say_and_each_is_rendered_once():

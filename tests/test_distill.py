@@ -60,8 +60,8 @@ def asked(prompt, *completion, **more):
 # --- divergences ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 1])
+@pytest.mark.parametrize("temperature", [0.7, 2.5])
 def test_jsd_and_its_gradients_equal_trls_with_masks_and_temperature(beta, temperature):
     teacher, student, mask = logits(2), logits(1).requires_grad_(), logits(3)[..., 0] < 0.5
     both = tempered(student, temperature), tempered(teacher, temperature)
@@ -82,16 +82,11 @@ def test_forward_and_reverse_kl_by_hand():
     assert forward_kl(logp(0.5, 0.5), sure).item() == pytest.approx(math.log(2))
 
 
-def test_nothing_diverges_from_itself():
-    same = tempered(logits())
-    for divergence in (forward_kl, reverse_kl, generalised_jsd):
-        close(divergence(same, same), torch.zeros(3, 7), 1e-6, 0)
-
-
-def test_jsd_is_symmetric_in_the_middle_and_at_most_a_bit():
+def test_jsd_is_symmetric_in_the_middle_at_most_a_bit_and_zero_between_equals():
     a, b = tempered(logits(1, spread=20.0)), tempered(logits(2, spread=20.0))
     torch.testing.assert_close(generalised_jsd(a, b), generalised_jsd(b, a))
     assert 0.3 < generalised_jsd(a, b).max() <= math.log(2) + 1e-6
+    close(generalised_jsd(a, a), torch.zeros(3, 7), 1e-6, 0)
 
 
 def test_towards_its_ends_jsd_becomes_the_two_kls():
@@ -173,7 +168,7 @@ def test_the_teacher_says_the_same_beforehand_and_on_the_fly(tokenizer, random_m
     plain = teacher(rows.tokens, rows.positions, document_mask(rows.documents))
     for numbers in (torch.arange(len(rows)), torch.tensor([1, 0])):
         part = cached[numbers]
-        whole = tempered(distill.outputs(teacher, part)[0], 2.0)
+        whole = tempered(distill.Outputs(teacher)(part)[0], 2.0)
         expected = (plain[numbers][part.where()] / 2).log_softmax(-1)
         close(whole, expected)
         ids = part.top_ids[part.where()]
@@ -208,7 +203,7 @@ def test_the_checker_filters_and_every_completion_is_counted():
     kept, counts = filtered(examples, checked=True)
     assert [example["completion"] for example in kept] == ["1", "?"]
     assert counts == (
-        "1 found wrong by the checker, 1 equal to another, 2 kept, 1 of them unchecked: no answer "
+        "1 equal to another, 1 found wrong by the checker, 2 kept, 1 of them unchecked: no answer "
         "is known"
     )
     kept, _ = filtered(examples, checked=False)
@@ -278,8 +273,8 @@ def test_a_compiled_student_gives_its_hidden_states_too(tokenizer, random_model)
     """Without a hook, which torch.compile might never call."""
     student = random_model()
     rows = pack_labelled(tokenize([asked("q", "abc")], True, tokenizer, 32), 32, tokenizer)
-    found, hidden = torch.compile(distill.Student(student), backend="aot_eager")(rows)
-    for ours, plain in zip((found, hidden), distill.outputs(student, rows), strict=True):
+    found, hidden = torch.compile(distill.Outputs(student), backend="aot_eager")(rows)
+    for ours, plain in zip((found, hidden), distill.Outputs(student)(rows), strict=True):
         close(ours, plain)
     close(student.head(hidden), found, rtol=1e-6)
     distill.hidden_cosine_loss(hidden, logits(1, hidden.shape)).sum().backward()
@@ -339,51 +334,44 @@ def test_a_student_says_words_that_only_the_teacher_knows(here):
     """Four of the sixteen words have a label, so labels alone can't give more than a quarter."""
     labels = distil("--method", "labels", "--steps", 150)
     assert labels["teacher"]["tasks"]["all"]["accuracy"] == 1.0 and right(labels) <= 0.3
-    taught = distil("--method", "hard", "--steps", 150, "--samples", 2)
-    assert right(taught) >= 0.9
-    share = taught["effects"][1]
-    assert share["unit"] == "share" and share["after"] == right(taught)
+    for method in ("hard", "soft"):  # soft by the teacher's eight most likely tokens alone
+        taught = distil("--method", method, "--steps", 150, "--samples", 2)
+        share = taught["effects"][1]
+        assert right(taught) >= 0.9 and share["after"] == right(taught)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_lowers_its_loss(method, here, capsys):
+def test_every_method_lowers_its_loss(method, here):
     after = distil("--method", method, "--steps", 40, "--on_policy_start", 0.25)
     losses = [m["loss"] for m in read_metrics("runs/distill") if "loss" in m]
     assert losses[-1] < 0.7 * losses[0]
     if method not in ("labels", "step_by_step"):  # those have not seen the held-out word
         assert after["after"]["val_loss"] < after["before"]["val_loss"]
     assert after["method"] == method and Path("runs/distill/curves.svg").exists()
-    if method == "step_by_step":
-        assert "4 of these completions have a rationale" in capsys.readouterr().out
     if method == "compress":
         student, _ = load_model("runs/distill")
         assert student.cfg.num_hidden_layers == 1 and student.cfg.hidden_size == 32
         assert after["parameters"] < after["teacher_parameters"]
 
 
-@pytest.mark.parametrize("beta", [0, 0.5, 1])
+@pytest.mark.parametrize("beta", [0.5, 1])
 def test_every_divergence_draws_the_student_to_the_teacher(beta, here):
-    after = distil("--jsd_beta", beta, "--alpha", 1, "--cache_top_k", 0, "--steps", 60)
-    assert after["after"]["val_loss"] < 0.6 * after["before"]["val_loss"]
-
-
-@pytest.mark.parametrize("K", [0, 8])
-def test_the_most_likely_tokens_teach_almost_as_well_as_all(K, here):
-    assert right(distil("--cache_top_k", K, "--steps", 150, "--samples", 2)) >= 0.9
+    after = distil("--jsd_beta", beta, "--alpha", 1, "--cache_top_k", 0, "--steps", 40)
+    assert after["after"]["val_loss"] < 0.75 * after["before"]["val_loss"]
 
 
 def test_the_teachers_completions_are_dialogues_that_other_runs_read(here, capsys):
     distil("--method", "hard", "--steps", 2, "--samples", 3)
     said = capsys.readouterr().out
     kept = read_chats("runs/distill/teacher.jsonl")
-    assert f"{len(kept)} kept" in said and "found wrong by the checker" in said
+    assert f"{len(kept)} kept" in said and "equal to another" in said
     assert all(chat["right"] for chat in kept)
     flags = [*ON_CPU, *"--init runs/pretrain --data runs/distill/teacher.jsonl".split()]
     flags += "--val_data chats.jsonl --replay 0 --steps 1 --context 48".split()
     run(train_sft, *flags, out="runs/again")
     flags = "--method both --steps 1 --completions runs/distill/teacher.jsonl".split()
     distil(*flags, out="runs/b")
-    assert f", {len(kept)} kept" in capsys.readouterr().out
+    assert f"completions: {len(kept)} kept" in capsys.readouterr().out
     assert read_chats("runs/b/teacher.jsonl") == kept
 
 
@@ -419,7 +407,7 @@ REFUSED = [
     ("--context 8", "raise --context"),  # completions longer than the rows
     ("--init runs/other", "another tokenizer"),
     ("--teacher runs/none", "runs/none"),
-    ("--method labels --data prompts.jsonl", "0 labels"),
+    ("--method labels --data prompts.jsonl", "0 labelled examples"),
     ("--temperature 0", "--temperature must be at least 0.01"),
     ("--heads 5", "--heads 5"),
     ("--method step_by_step --max_new_tokens 2", "or --max_new_tokens"),  # none ends

@@ -6,6 +6,7 @@ import json
 import pytest
 
 import train_pretrain
+from nanollm.batches import documents_of
 from nanollm.config import UserError
 from nanollm.formats import identity, read_documents, read_records, read_text, split_documents
 from nanollm.records import read_chats
@@ -100,7 +101,7 @@ def test_a_separator_inside_a_line_divides_nothing_and_is_said(tmp_path, capsys)
 
 
 def test_a_folder_is_the_texts_in_it(tmp_path):
-    with pytest.raises(UserError, match="neither .txt files nor token shards"):
+    with pytest.raises(UserError, match="has no .txt files"):
         read_documents(tmp_path)
     (tmp_path / "b").mkdir()
     for name, text in {"b/c.txt": "3", "a.TXT": "1", "b.txt": "2\n<|endoftext|>\n4"}.items():
@@ -108,10 +109,11 @@ def test_a_folder_is_the_texts_in_it(tmp_path):
     (tmp_path / "README.md").write_text("about")
     assert read_documents(tmp_path) == ["1", "3", "2", "4"]
     cfg = train_pretrain.Config(data=str(tmp_path), val_fraction=0.5)
-    assert [texts() for texts, _ in train_pretrain.load_corpus(cfg)] == [["1", "3"], ["2", "4"]]
-    before = train_pretrain.load_corpus(cfg)[0][1]
+    parts = [documents_of(*source) for source in train_pretrain.sources(cfg)]
+    assert parts == [["1", "3"], ["2", "4"]]
+    before = identity(tmp_path)
     (tmp_path / "b" / "c.txt").write_text("changed")
-    assert train_pretrain.load_corpus(cfg)[0][1] != before
+    assert identity(tmp_path) != before
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import same, some_prompts, watch_batches
 
-from nanollm import generate as module
 from nanollm.config import UserError
 from nanollm.generate import (
     complete,
@@ -71,18 +70,16 @@ def test_greedy_equals_an_uncached_loop_and_transformers_generate(
     assert ours.mask[0].sum() <= 4
 
 
-# --- the shape of the result -------------------------------------------------------------------
-def test_prompts_are_padded_on_the_left_and_masked(random_model):
-    out = generate(random_model(), [[5, 6, 7], [8]], 2, temperature=0, pad_id=3)
-    assert out.prompts.tolist() == [[5, 6, 7], [3, 3, 8]]
-    assert out.prompt_mask.tolist() == [[True, True, True], [False, False, True]]
+# --- the shape of the result ---------------------------------------------------------------------
 
 
-def test_each_prompt_is_continued_by_its_own_samples(random_model):
+def test_each_prompt_is_padded_on_the_left_and_continued_by_its_own_samples(random_model):
     model, prompts = random_model(), some_prompts()
-    out = generate(model, prompts, 6, samples=3, temperature=0)
+    out = generate(model, prompts, 6, samples=3, temperature=0, pad_id=3)
     assert out.tokens.shape == (12, 6)
     assert out.lists() == [slow_greedy(model, p, 6) for p in prompts for _ in range(3)]
+    padded = [[3] * (9 - len(p)) + p for p in prompts for _ in range(3)]
+    assert out.prompts.tolist() == padded
     shown = [row[mask].tolist() for row, mask in zip(out.prompts, out.prompt_mask)]
     assert shown == [p for p in prompts for _ in range(3)]
 
@@ -110,25 +107,17 @@ def test_a_row_ends_with_its_stop_token_and_is_padding_after_it(random_model):
     assert 10 < ended < 32  # some by stop token, some by the limit
 
 
-def test_decoding_ends_when_all_rows_have(random_model):
-    model = random_model()
-    first = slow_greedy(model, [1, 2, 3], 5)
-    out = generate(model, [[1, 2, 3]], 40, samples=2, temperature=0, stop_ids={first[-1]})
-    assert out.tokens.shape == (2, 1 + first.index(first[-1]))
-    assert out.mask.all()
-
-
 # --- rows don't depend on their neighbours -------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_neighbours_batches_and_padding_change_no_completion(
     temperature, seed, random_model, tokenizer
 ):
     model, chance = random_model(), random.Random(seed)
     prompts = some_prompts([chance.randint(1, 40) for _ in range(6)], seed=seed)
-    how = {"temperature": temperature, "samples": 2, "tools": None}
+    how = {"temperature": temperature, "samples": 2}
 
     def sampled(prompts, batch_size=256):
         how["generator"] = seeded(seed)
@@ -157,12 +146,11 @@ def test_one_long_prompt_shortens_no_other_completion(random_model, tokenizer):
 # --- logprobs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("how", [{}, {"top_k": 3, "top_p": 0.8}])
-def test_logprobs_are_those_of_a_fresh_forward(how, samples, temperature, random_model):
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("how", [{"samples": 3}, {"top_k": 3, "top_p": 0.8}])
+def test_logprobs_are_those_of_a_fresh_forward(how, temperature, random_model):
     """Of the full distribution, where samples are drawn from a part of it, too."""
-    model, how = random_model(), how | {"samples": samples, "temperature": temperature}
+    model, how = random_model(), how | {"temperature": temperature}
     out = generate(model, some_prompts(), 10, generator=seeded(), **how)
     assert torch.cat([*differences(model, out, temperature)]).max() < 1e-4
     assert not out.logprobs.requires_grad
@@ -172,7 +160,7 @@ def test_logprobs_stay_right_after_finished_rows_have_left_the_batch(random_mode
     batches = watch_batches(monkeypatch)
     model, how = random_model(), {"samples": 8, "stop_ids": set(range(30))}
     out = generate(model, some_prompts(), 40, generator=seeded(3), **how)
-    assert len(batches) >= 3 and batches == sorted(batches, reverse=True) and batches[0] <= 16
+    assert len(batches) >= 4 and batches == sorted(batches, reverse=True) and batches[1] <= 16
     assert torch.cat([*differences(model, out)]).max() < 1e-4
 
 
@@ -187,15 +175,6 @@ def test_in_bf16_logprobs_are_near_those_of_a_fresh_forward_and_weights_stay_fp3
 # --- samplers ----------------------------------------------------------------------------------
 P = [0.1, 0.4, 0.2, 0.3]
 LOGITS = torch.tensor([P]).log()
-KEPT = [1], [1, 3], [1, 2, 3], [0, 1, 2, 3]
-
-
-def test_top_k_keeps_the_k_largest_and_top_p_the_fewest_that_reach_p():
-    for keep, values in (keep_top_k, (1, 2, 3, 4)), (keep_top_p, (0.3, 0.6, 0.75, 0.95)):
-        for value, kept in zip(values, KEPT):
-            logits = keep(LOGITS.clone(), value)
-            assert (logits > -INF)[0].nonzero()[:, 0].tolist() == kept
-            assert torch.equal(logits[0, kept], LOGITS[0, kept])
 
 
 def test_top_k_and_top_p_equal_transformers():
@@ -205,6 +184,10 @@ def test_top_k_and_top_p_equal_transformers():
         assert torch.equal(keep_top_k(logits, k), theirs.TopKLogitsWarper(k)(None, logits))
     for p in (0.1, 0.5, 0.9, 0.99):
         assert torch.equal(keep_top_p(logits, p), theirs.TopPLogitsWarper(p)(None, logits))
+
+
+def random_numbers(n):
+    return torch.rand(n, dtype=torch.float64, generator=seeded())
 
 
 SQUARES = [1 / 30, 16 / 30, 4 / 30, 9 / 30]
@@ -223,11 +206,13 @@ SQUARES = [1 / 30, 16 / 30, 4 / 30, 9 / 30]
 )
 def test_tokens_are_drawn_as_often_as_their_probability_says(settings, probabilities):
     n = 20_000
-    tokens, _ = sample(LOGITS.expand(n, 4), generator=seeded(), **settings)
+    tokens, logprobs = sample(LOGITS.expand(n, 4), random_numbers(n), **settings)
     counts = tokens.bincount(minlength=4).tolist()
     assert all(c == 0 for c, p in zip(counts, probabilities) if p == 0)
     chi_square = sum((c - n * p) ** 2 / (n * p) for c, p in zip(counts, probabilities) if p)
     assert chi_square < 16.3  # exceeded by one seed in a thousand, at 3 degrees of freedom
+    full = torch.tensor(SQUARES if "temperature" in settings else P)  # before top-k and top-p
+    assert torch.allclose(logprobs.exp(), full[tokens], atol=1e-6)
 
 
 def test_temperature_zero_takes_the_largest():
@@ -236,15 +221,10 @@ def test_temperature_zero_takes_the_largest():
     assert logprobs.exp().tolist() == pytest.approx([0.4] * 5)
 
 
-@pytest.mark.parametrize("temperature, p", [(1.0, P), (0.5, SQUARES)])
-def test_sample_reports_the_logprob_at_its_temperature(temperature, p):
-    tokens, logprobs = sample(LOGITS.expand(50, 4), temperature, generator=seeded())
-    assert logprobs.exp().tolist() == pytest.approx([p[i] for i in tokens.tolist()], abs=1e-6)
-
-
 def test_a_token_of_zero_probability_is_never_drawn():
     logits = torch.tensor([[-INF, 0.0, -INF, 0.0, -INF]]).expand(5000, 5)
-    assert set(sample(logits, generator=seeded())[0].tolist()) == {1, 3}
+    for u in (random_numbers(5000), torch.zeros(5000)):
+        assert set(sample(logits, u)[0].tolist()) <= {1, 3}
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -253,8 +233,8 @@ def test_a_token_of_zero_probability_is_never_drawn():
 @pytest.mark.parametrize(
     "prompts, sentence",
     [
-        ([[1], [1] * 64], "1 of 2 prompts, the longest of 64 tokens and 1 to write don't fit"),
-        ([[1] * 70], "the model's context of 64; shorten or drop them"),
+        ([[1], [1] * 64], "1 of 2 prompts, the longest of 64 tokens, don't fit the model"),
+        ([[1] * 70], "context of 64 with a token to write; shorten or drop them"),
         ([[1, 2], []], "give at least one token as a prompt"),
     ],
 )
@@ -266,23 +246,12 @@ def test_a_prompt_that_does_not_fit_is_the_users_error(prompts, sentence, random
         list(stream(random_model(), prompts[-1], 4))
 
 
-def test_the_longest_prompt_is_named_by_its_record(random_model):
-    records = [{"messages": [{"content": text}]} for text in ("Why?", "Remember this list.")]
-    with pytest.raises(UserError, match="'Remember this list.', and 9 .* lower --max_new_tokens"):
-        module.check_room(random_model(), [[1], [1] * 60], 9, records)
-
-
 # --- stream ------------------------------------------------------------------------------------
-def test_stream_yields_what_generate_returns(random_model):
+def test_stream_yields_what_generate_returns_up_to_the_stop_token(random_model):
     model, prompt = random_model(), some_prompts()[0]
     for temperature in (0, 0.9):
         [row] = generate(model, [prompt], 10, 1, temperature, generator=seeded()).lists()
-        how = {"temperature": temperature, "generator": seeded()}
-        assert list(stream(model, prompt, 10, **how)) == row
-
-
-def test_stream_ends_before_the_stop_token(random_model):
-    model, prompt = random_model(), some_prompts()[0]
-    tokens = slow_greedy(model, prompt, 10)
-    until = tokens.index(tokens[6])
-    assert list(stream(model, prompt, 10, temperature=0, stop_ids={tokens[6]})) == tokens[:until]
+        for stops in (set(), {row[6]}):
+            how = {"temperature": temperature, "generator": seeded(), "stop_ids": stops}
+            until = row.index(row[6]) if stops else 10
+            assert list(stream(model, prompt, 10, **how)) == row[:until]

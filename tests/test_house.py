@@ -3,6 +3,7 @@ that several scripts show in full are the same, and text is UTF-8 everywhere.
 """
 
 import ast
+import functools
 import re
 from dataclasses import fields
 from importlib import import_module
@@ -26,6 +27,7 @@ def module_of(path):
 SOURCES = {module_of(path): path.read_text(encoding="utf-8") for path in FILES}
 
 
+@functools.cache
 def imports_of(module, top_only=False):
     """The project's modules that one imports, those inside of functions as well."""
     tree, found = ast.parse(SOURCES[module]), set()

@@ -16,19 +16,17 @@ def some_logits(dtype=torch.float32, shape=(2, 5, 7)):
     return logits, torch.randint(shape[-1], shape[:-1], generator=generator)
 
 
-@pytest.mark.parametrize("logits, p", [([0.0, 0.0], 0.5), ([math.log(3.0), 0.0], 0.75)])
-def test_logprobs_by_hand(logits, p):
-    assert token_logprobs(torch.tensor([logits]), torch.tensor([0])).exp().item() == pytest.approx(
-        p
-    )
+def test_logprobs_by_hand():
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
+    p = token_logprobs(logits, torch.tensor([0, 0])).exp()
+    assert p.tolist() == pytest.approx([0.5, 0.75])
 
 
 # 10 rows of 7 logits, hence in parts of 1 (2 ways), 3 (the last part being shorter), 5, and all
 @pytest.mark.parametrize("chunk", [1, 7, 22, 35, 2**21])
-@pytest.mark.parametrize("shape", [(2, 5, 7), (10, 7)])
-def test_values_and_gradients_equal_cross_entropys(shape, chunk, monkeypatch):
+def test_values_and_gradients_equal_cross_entropys(chunk, monkeypatch):
     monkeypatch.setitem(logprobs.CHUNK, "cpu", chunk)
-    (ours, targets), (theirs, _) = some_logits(shape=shape), some_logits(shape=shape)
+    (ours, targets), (theirs, _) = some_logits(), some_logits()
     weights = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
     a = token_logprobs(ours, targets)
     losses = F.cross_entropy(theirs.reshape(-1, 7), targets.reshape(-1), reduction="none")
@@ -38,6 +36,7 @@ def test_values_and_gradients_equal_cross_entropys(shape, chunk, monkeypatch):
     (a * weights).sum().backward()
     (b * weights).sum().backward()
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+    assert torch.equal(ours, theirs)  # the logits are left as they were
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
@@ -54,15 +53,6 @@ def test_half_precision_logits_are_reduced_in_fp32(dtype, tolerance):
     assert torch.allclose(logits.grad.float(), exact.grad, atol=1e-6, rtol=tolerance)
 
 
-def test_a_slice_of_the_logits_gets_its_gradient_and_the_rest_none():
-    (ours, _), (theirs, _) = some_logits(), some_logits()
-    targets = torch.tensor([[0, 1, 2, 3, 4], [6, 5, 4, 3, 2]])
-    token_logprobs(ours[:, :-1], targets[:, 1:]).sum().backward()
-    theirs[:, :-1].log_softmax(-1).gather(-1, targets[:, 1:, None]).sum().backward()
-    assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
-    assert ours.grad[:, -1].eq(0).all()
-
-
 def test_the_gradient_is_onehot_minus_probabilities():
     logits = torch.zeros(1, 4, requires_grad=True)
     token_logprobs(logits, torch.tensor([2])).sum().backward()
@@ -75,13 +65,6 @@ def test_huge_logits_neither_overflow_nor_vanish():
     value.sum().backward()
     assert value.item() == pytest.approx(-math.log(1 + math.e), abs=1e-3)
     assert logits.grad[0].tolist() == pytest.approx([-0.7311, 0.7311, 0.0], abs=1e-3)
-
-
-def test_the_logits_are_left_as_they_were():
-    logits, targets = some_logits()
-    before = logits.detach().clone()
-    token_logprobs(logits, targets).sum().backward()
-    assert torch.equal(logits.detach(), before)
 
 
 @pytest.mark.parametrize(

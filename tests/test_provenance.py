@@ -26,13 +26,11 @@ import train_sft
 import train_vlm
 from data.village import examples
 from nanollm import config, evaluate, safetensors
-from nanollm.batches import write_shards
 from nanollm.compare import settings_of
 from nanollm.config import lock, lock_of, parse, save_config, unlock
 from nanollm.formats import write_jsonl
 from nanollm.hub import load_model, save_model
 from nanollm.optim import build_optimizer
-from nanollm.tokenizer import Tokenizer
 
 SMALL = "--batch_size 3 --dtype fp32 --device cpu --steps 2 --eval_every 2 --warmup 1 "
 SHAPE = "--layers 1 --channels 32 --heads 2 "
@@ -41,7 +39,6 @@ INIT = SMALL + "--init runs/base "
 LISTED = "--data asked.jsonl --max_new_tokens 8 "
 SCRIPTS = {  # run -> (script, its flags, the settings that name what it reads)
     "pretrain": (train_pretrain, f"{PRETRAIN} --data text.txt --val_data val.txt", "data val_data"),
-    "shards": (train_pretrain, f"{PRETRAIN} --data shards --val_data shards", "data"),
     "sft": (
         train_sft,
         f"{INIT} --data chats.jsonl --replay_data text.txt --context 48",
@@ -82,7 +79,6 @@ def trained(tmp_path_factory):
         pairs = [{"prompt": f"say {w}", "chosen": f"{w} please", "rejected": w} for w in WORDS * 3]
         write_jsonl("pairs.jsonl", pairs)
         write_jsonl("asked.jsonl", [{"prompt": f"say {w}", "answer": w} for w in WORDS * 3])
-        write_shards(["the cat sat on the mat. " * 99], Tokenizer.from_bytes(), "shards")
         run(train_pretrain, *PRETRAIN.split(), "--data", "text.txt", out="runs/base")
         for name, (module, flags, _) in SCRIPTS.items():
             run(module, *flags, out=f"runs/{name}")

@@ -1,6 +1,5 @@
 """Rewards by rules: exact, and a number in bounded time whatever a model may write."""
 
-import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +9,7 @@ from helpers import random_strings, seconds
 
 from nanollm.config import UserError
 from nanollm.formats import choice_columns
-from nanollm.metrics import majority, pass_at_k
+from nanollm.metrics import majority
 from nanollm.records import as_prompt, read_prompts
 from nanollm.rewards import (
     accuracy,
@@ -96,14 +95,6 @@ def test_the_reward_of_reft_gives_a_tenth_for_an_answer_of_the_right_kind(
     example, completion, reward
 ):
     assert reft_reward(example, completion) == reward
-
-
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one():
-    for n in range(1, 8):
-        for right, k in itertools.product(range(n + 1), range(1, n + 1)):
-            subsets = list(itertools.combinations([True] * right + [False] * (n - right), k))
-            assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-    assert pass_at_k(1000, 1, 100) == pytest.approx(0.1)  # without large factorials
 
 
 @pytest.mark.parametrize(

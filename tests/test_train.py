@@ -247,7 +247,7 @@ BAD_PRETRAINING = [
     (["--data", "broken.jsonl"], "broken.jsonl, line 2: broken JSON"),
     (["--data", "short.txt"], "too few for one row"),
     (["--tokenizer", "nothing"], "nothing"),
-    (["--heads", 3], "must be a multiple of --heads 3"),
+    (["--heads", 3], "must be an even multiple of --heads 3"),
     (["--out", "/proc/nowhere/run"], "/proc/nowhere/run"),
     (["--out", "mine"], "choose another --out"),
     (["--out", "runs/none", "--resume"], "nothing to resume"),

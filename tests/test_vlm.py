@@ -8,7 +8,7 @@ from conftest import SMALL, randomise
 from PIL import Image
 
 from nanollm import chat, safetensors
-from nanollm.batches import pack, pack_chats, pad_completions
+from nanollm.batches import Packed, pack, pack_chats, pad_completions
 from nanollm.config import TrainConfig, UserError
 from nanollm.formats import IMAGE
 from nanollm.generate import generate, sample_completions, stream
@@ -442,9 +442,9 @@ def test_packed_rows_know_their_images_in_order_and_rows_of_text_join_them():
     assert rows[torch.tensor([1, 0])].image_numbers() == [4, 7, 8, 9]
     assert rows[slice(1, 2)].image_numbers() == [4, 7]
     text = pack([([2] * 40, [True] * 40)], 40, 0)
-    assert text.images is None and text.join(text).images is None
-    assert rows.join(text).images == [[8, 9], [4, 7], []]
-    assert text.join(rows).to("cpu").image_numbers() == [8, 9, 4, 7]
+    assert text.images is None and Packed.join([text, text]).images is None
+    assert Packed.join([rows, text]).images == [[8, 9], [4, 7], None]
+    assert Packed.join([text, rows]).to("cpu").image_numbers() == [8, 9, 4, 7]
 
 
 def test_packed_dialogues_give_the_loss_of_each_alone(vlm, tokenizer, album, capsys):
