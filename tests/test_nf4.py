@@ -9,6 +9,13 @@ from nanollm.peft import nf4
 SHAPES = [(64, 64), (8, 2048), (256, 384), (3, 64), (96, 40), (5, 7), (1, 64 * 256 * 3 + 64)]
 
 
+@pytest.fixture(autouse=True)
+def eager():
+    """bitsandbytes compiles what it computes on a CPU, for longer than it then takes."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_codes_absmax_and_values_equal_those_of_bitsandbytes(shape):
     functional = pytest.importorskip("bitsandbytes").functional
