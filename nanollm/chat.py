@@ -63,11 +63,6 @@ class Conversation:
         model, self.tokenizer = load_model(cfg.model, cfg.adapter)
         self.model = rt.prepare(model, train=False).merged()  # once for all messages
         self.room = model.cfg.max_position_embeddings - cfg.max_new_tokens
-        if self.room < 1:
-            raise UserError(
-                f"--max_new_tokens {cfg.max_new_tokens} leaves no room for a prompt in the model's "
-                f"context of {model.cfg.max_position_embeddings}; lower it"
-            )
         self.tools = None
         if cfg.tools:
             knowledge = village.knowledge_of(cfg.model, cfg.knowledge)
@@ -109,8 +104,8 @@ class Conversation:
             asked = [i for i, m in enumerate(messages[:-1]) if m["role"] == "user"]
             if not asked:
                 raise UserError(
-                    f"the message is {len(ids)} tokens long, but the model can read {self.room}; "
-                    "shorten it"
+                    f"the message is {len(ids)} tokens long, but the model can read {self.room} "
+                    "and answer; shorten it, or lower --max_new_tokens"
                 )
             oldest = min(asked, key=lambda i: bool(messages[i]["images"]))
             if messages[oldest]["images"]:

@@ -105,15 +105,24 @@ def execute(script, flags, folder, said, env):
     runpy.run_path(script, run_name="__main__")
 
 
-def kill_and_resume(script, flags, out, steps):
-    """Run a script, kill it once it has passed one of `steps` and a checkpoint, and resume it."""
-    process, last, random_step = begin(script, *flags, "--out", out), 0, random.choice(steps)
-    while process.is_alive() and (last < random_step or not Path(out, "state.pt").exists()):
-        last = max([m["step"] for m in read_metrics(out)], default=0)
-        time.sleep(0.005)
-    process.kill()
-    process.join()
-    run(importlib.import_module(Path(script).stem), "--resume", out=out)
+class Killed(Exception):
+    pass
+
+
+def interrupted_and_resumed(module, *flags, out, last):
+    """Train in this process until step `last`, then anew with --resume to the end."""
+    advance = Run.advance
+
+    def until_last(self, *args, **metrics):
+        advance(self, *args, **metrics)
+        if self.step == last:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "advance", until_last)
+        run(module, *flags, out=out)
+    torch.manual_seed(99)
+    run(module, "--resume", out=out)
 
 
 def logged(out):
@@ -121,13 +130,16 @@ def logged(out):
     return [{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(out)]
 
 
-def assert_resumes(script, flags, steps):
-    """A killed and resumed run has the weights and metrics of an uninterrupted one, bit for bit."""
-    whole, killed = f"runs/whole_{script}", f"runs/killed_{script}"
-    run(importlib.import_module(Path(script).stem), *flags, out=whole)
-    kill_and_resume(script, flags, killed, steps)
-    assert same(*(torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in (whole, killed)))
-    assert logged(whole) == logged(killed)
+def assert_resumes(script, flags, last):
+    """A run that ended after step `last` and is resumed has the weights and metrics of an
+    uninterrupted one, bit for bit. Returns the folders of both.
+    """
+    module, folders = importlib.import_module(Path(script).stem), ("runs/whole", "runs/killed")
+    run(module, *flags, out=folders[0])
+    interrupted_and_resumed(module, *flags, out=folders[1], last=last)
+    assert same(*(torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in folders))
+    assert logged(folders[0]) == logged(folders[1])
+    return folders
 
 
 def moments_of_two_processes(script, flags, one, two):
@@ -182,26 +194,6 @@ def refused(capsys, module, *flags):
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
-
-
-class Killed(Exception):
-    pass
-
-
-def interrupted_and_resumed(module, *flags, out, last):
-    """Train in this process until step `last`, then anew with --resume to the end."""
-    advance = Run.advance
-
-    def until_last(self, *args, **metrics):
-        advance(self, *args, **metrics)
-        if self.step == last:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "advance", until_last)
-        run(module, *flags, out=out)
-    torch.manual_seed(99)
-    module.main(parse(module.Config, module.PRESETS, ["--out", out, "--resume"]))
 
 
 # --- texts and models by hand --------------------------------------------------------------------

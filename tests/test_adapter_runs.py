@@ -10,9 +10,9 @@ import torch
 from helpers import (
     ON_CPU,
     TINY,
+    assert_resumes,
     close,
     in_new_folder,
-    interrupted_and_resumed,
     moments_of_two_processes,
     refused,
     result,
@@ -28,7 +28,6 @@ from nanollm.hub import load_model, load_scalar
 from nanollm.metrics import accuracy_by_task
 from nanollm.peft.adapters import METHODS
 from nanollm.records import read_examples
-from nanollm.run import read_metrics
 
 WORDS = "owl fox hen cow pig bee ant elk".split()
 LORA = "--adapter lora --rank 4 --alpha 8".split()
@@ -218,14 +217,10 @@ def test_chat_and_evaluate_take_an_adapter(here, capsys):
 ])  # fmt: skip
 def test_an_interrupted_and_resumed_run_equals_a_whole_one_bit_for_bit(script, method, here):
     flags = ["--adapter", method, "--rank", 4, "--steps", 6, "--eval_every", 2]
-    folders = whole, killed = f"runs/whole_{script}", f"runs/killed_{script}"
-    run(script, *flags, out=whole)
-    module, flags = import_module(script), flags_of(script, *flags)
-    interrupted_and_resumed(module, *flags, out=killed, last=5)  # a step after the checkpoint
-    assert same(*(torch.load(f"{f}/state.pt", weights_only=True)["model"] for f in folders))
+    folders = assert_resumes(script, flags_of(script, *flags), last=5)
     assert same(*(safetensors.load_file(f"{f}/adapter_model.safetensors") for f in folders))
-    steps = [[m["step"] for m in read_metrics(folder)] for folder in folders]
-    assert steps[0] == steps[1] and result(whole)["effects"] == result(killed)["effects"]
+    whole, killed = map(result, folders)
+    assert whole["effects"] == killed["effects"]
 
 
 @pytest.mark.parametrize("script,method", [("train_rm", "dora"), ("lora", "prompt")])

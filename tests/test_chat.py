@@ -1,11 +1,14 @@
 """Chat: what is a command, what is sent to the model, and what Ctrl-C stops."""
 
 import io
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from helpers import refused
 
 from nanollm import chat
+from nanollm.gpt import GPT
 from nanollm.hub import save_model
 
 
@@ -30,7 +33,7 @@ def talk(random_model, tokenizer, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     save_model(random_model(max_position_embeddings=256), tokenizer, folder)
 
-    def talk(text, stdin=Typed, answers=()):
+    def talk(text, stdin=Typed, answers=(), **settings):
         prompts, left = [], iter(answers)
 
         def stream(model, prompt, *rest, **how):
@@ -42,7 +45,7 @@ def talk(random_model, tokenizer, tmp_path, monkeypatch):
 
         monkeypatch.setattr(chat, "stream", stream)
         monkeypatch.setattr("sys.stdin", stdin(text))
-        chat.main(chat.Config(model=str(folder), max_new_tokens=4, dtype="fp32"))
+        chat.main(chat.Config(model=str(folder), max_new_tokens=4, dtype="fp32", **settings))
         return prompts
 
     talk.folder = str(folder)
@@ -50,12 +53,31 @@ def talk(random_model, tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stdin", [Typed, io.StringIO])
-def test_commands_are_not_sent_to_the_model(stdin, talk, capsys):
-    prompts = talk("one\n/help\ntwo\n /reset \nis /usr here?\n/usr/bin?\n/quit\nlost\n", stdin)
+def test_commands_are_not_sent_to_the_model_which_is_merged_once(stdin, talk, capsys, monkeypatch):
+    merged = Mock(side_effect=GPT.merged)
+    monkeypatch.setattr(GPT, "merged", lambda model: merged(model))
+    text = "one\n/help\ntwo\n /reset \nis /usr here?\n/usr/bin?\n/quit\nlost\n"
+    prompts = talk(text, stdin, system="be kind")
     assert [prompt.count("<|user|>") for prompt in prompts] == [1, 2, 1, 2]
+    assert all(prompt.startswith("<|system|>be kind<|end|>") for prompt in prompts)
     said = capsys.readouterr().out
-    assert said.count("/reset       begin anew") == 1 and "> " in said or stdin is io.StringIO
+    assert said.count("/reset       begin anew") == 1 and ("> " in said) == (stdin is Typed)
     assert not any(word in "".join(prompts) for word in ("/help", "/reset", "/quit", "lost"))
+    assert merged.call_count == 1
+
+
+def test_what_does_not_fit_any_more_is_left_out_and_a_longer_message_refused(talk, capsys):
+    prompts = talk(f"{'a' * 150}\n{'b' * 150}\n{'c' * 300}\n")
+    assert ["aa" in prompt for prompt in prompts] == [True, False] and "bb" in prompts[1]
+    assert "shorten it" in capsys.readouterr().out
+
+
+def test_chat_says_that_a_model_has_not_learnt_to(talk, capsys):
+    talk("", prompt="Hi")
+    assert not capsys.readouterr().err
+    Path(talk.folder, "train_config.json").write_text('{"template": "zero"}')
+    talk("", prompt="Hi")
+    assert "was trained with --template zero, not on chats" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["/hlep", "/exit now", "/", "/image", "/image "])

@@ -384,7 +384,7 @@ def test_a_student_that_exists_goes_on_from_where_it_is(here):
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
     """With on_policy, which has most to remember: noise, whose turn it is to write."""
     flags = "--method on_policy --on_policy_start 0.2 --steps 24 --eval_every 4".split()
-    assert_resumes("distill.py", [*OWN, *flags], (4, 8, 12, 16, 20))
+    assert_resumes("distill.py", [*OWN, *flags], last=10)
 
 
 @pytest.mark.parametrize("method", ["on_policy", "compress"])

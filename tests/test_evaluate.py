@@ -1,18 +1,15 @@
-"""The commands evaluate and chat: examples as training reads them, samples, votes, talk."""
+"""The command evaluate: examples as training reads them, samples, votes, tables."""
 
-import io
 import json
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-import torch
 from helpers import refused, turns
 
-from nanollm import chat, evaluate, metrics
+from nanollm import evaluate, metrics
 from nanollm.config import parse
 from nanollm.formats import write_jsonl
-from nanollm.gpt import GPT
 from nanollm.hub import load_model, save_model
 from nanollm.metrics import accuracy_by_task, accuracy_table, majority, sampled_metrics, table
 from nanollm.records import read_examples, read_prompts
@@ -96,6 +93,12 @@ def test_what_evaluate_cannot_do_is_refused(here, capsys):
     assert not Path("data").exists()  # no image was painted
 
 
+def test_a_question_that_does_not_fit_is_dropped_and_counted(here, capsys):
+    write("long.jsonl", *({"prompt": text, "answer": "1"} for text in ("a", "b", "c " * 90)))
+    assert evaluated("--data", "long.jsonl")["tasks"]["all"]["n"] == 2
+    assert "1 of 3 records can't be used: no room for 1 more" in capsys.readouterr().out
+
+
 def test_questions_for_tools_without_tools_are_answered_and_that_is_said(capsys):
     evaluate.check_flags(evaluate.Config(data="tools", tools=True))
     assert not capsys.readouterr().out
@@ -143,25 +146,6 @@ def test_with_samples_the_temperature_is_theirs_alone(flags, temperatures, here,
     assert [call.kwargs["temperature"] for call in complete.call_args_list] == temperatures
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.0}])
-def test_what_a_model_says_to_a_question_depends_on_no_other_question(how, here):
-    """Nor on the batch size; a prompt that leaves little room cuts its own completion only."""
-    model, tokenizer = load_model("runs/model")
-    known = {"answer": "1", "task": "a", "check": "number"}
-    texts = [f"say {n}" for n in range(7)] + ["word " * 28]
-    examples = [{"messages": turns(text), **known} for text in texts]
-
-    def said(examples, batch_size):
-        more = how | ({"generator": torch.Generator().manual_seed(0)} if how else {})
-        return accuracy_by_task(model, tokenizer, examples, 24, batch_size=batch_size, **more)[1]
-
-    together = said(examples, 256)
-    assert said(examples, 1) == said(examples, 3) == together
-    assert said(examples[:7], 256) == together[:7]
-    assert how or said(examples[::-1], 3) == together[::-1]  # a sample draws by its place
-    assert len(together[0]) > len(together[-1])
-
-
 def test_a_completion_can_be_made_to_begin_as_asked(here):
     model, tokenizer = load_model("runs/model")
     write("e.jsonl", *HAND_MADE[:2])
@@ -185,53 +169,6 @@ def test_a_run_is_asked_as_it_was_trained(here, complete, tokenizer, capsys):
     assert asked == [TEMPLATES[name](example, tokenizer) for name in ("chat", "zero", "think")]
     write("runs/model/train_config.json", {"template": "riddle"})
     assert template_of("runs/model") == "chat"
-
-
-# --- chat ----------------------------------------------------------------------------------------
-
-
-def talk(monkeypatch, text, *flags):
-    """Chat with lines from a pipe."""
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    flags = ["runs/model", "--dtype", "fp32", "--max_new_tokens", "4", *flags]
-    chat.main(parse(chat.Config, None, flags))
-
-
-def test_a_conversation_goes_on_until_it_is_reset_with_one_merged_model(
-    here, monkeypatch, tokenizer
-):
-    stream, merged = Mock(wraps=chat.stream), Mock(wraps=load_model("runs/model")[0].merged)
-    monkeypatch.setattr(chat, "stream", stream)
-    monkeypatch.setattr(GPT, "merged", merged)
-    talk(monkeypatch, "one\ntwo\n/reset\nthree\n", "--system", "be kind")
-    prompts = [tokenizer.decode(call.args[1]) for call in stream.call_args_list]
-    assert [prompt.count("<|user|>") for prompt in prompts] == [1, 2, 1]
-    assert all(prompt.startswith("<|system|>be kind<|end|>") for prompt in prompts)
-    assert merged.call_count == 1
-
-
-def test_what_does_not_fit_any_more_is_left_out_and_a_longer_message_refused(
-    here, monkeypatch, capsys
-):
-    talk(monkeypatch, "a" * 90 + "\n" + "b" * 90 + "\n")
-    assert len(capsys.readouterr().out.splitlines()) == 2
-    monkeypatch.setattr("sys.stdin", io.StringIO("c" * 200))
-    assert "shorten it" in refused(capsys, chat, "runs/model")
-    assert "reads text only" in refused(capsys, chat, "runs/model", "--image", "a.png")
-
-
-def test_a_question_that_does_not_fit_is_dropped_and_counted(here, capsys):
-    write("long.jsonl", *({"prompt": text, "answer": "1"} for text in ("a", "b", "c " * 90)))
-    assert evaluated("--data", "long.jsonl")["tasks"]["all"]["n"] == 2
-    assert "1 of 3 records can't be used: no room for 1 more" in capsys.readouterr().out
-
-
-def test_chat_says_that_a_model_has_not_learnt_to(here, monkeypatch, capsys):
-    talk(monkeypatch, "", "--prompt", "Hi")
-    assert not capsys.readouterr().err
-    write("runs/model/train_config.json", {"template": "zero"})
-    talk(monkeypatch, "", "--prompt", "Hi")
-    assert "was trained with --template zero, not on chats" in capsys.readouterr().err
 
 
 # --- tables --------------------------------------------------------------------------------------

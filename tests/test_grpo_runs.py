@@ -105,7 +105,7 @@ def test_where_all_groups_are_equal_one_stays_that_teaches_nothing(monkeypatch):
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
     flags = [*OWN, "--steps", 8, "--eval_every", 2, "--kl_coef", 0.1, "--inner_updates", 2]
-    assert_resumes("train_grpo.py", flags, (2, 4, 5, 6))
+    assert_resumes("train_grpo.py", flags, last=5)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "reinforce_pp"])

@@ -162,7 +162,7 @@ def test_the_separate_critic_recomputes_its_activations_too(here, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script, here):
-    assert_resumes(script, [*SCRIPTS[script][1], "--steps", 8, "--eval_every", 2], (2, 4, 5, 6))
+    assert_resumes(script, [*SCRIPTS[script][1], "--steps", 8, "--eval_every", 2], last=5)
 
 
 WHOLE_BATCH = {  # losses in which more than a sum over rows is of the whole batch
