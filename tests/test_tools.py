@@ -320,17 +320,6 @@ def test_with_tools_greedy_equals_an_uncached_loop_and_other_rows_are_as_without
     assert out.lists()[row][: len(called) + 3] == [*called, 250, 251, 252][:14]
 
 
-def test_other_samples_are_as_without_tools(random_model):
-    model, prompts = random_model(), some_prompts((3, 6))
-    noise = torch.rand(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    settings = {"samples": 3, "temperature": 1.0, "noise": noise}
-    plain = generate(model, prompts, 12, **settings).lists()
-    tools = Parrot(only_in(4, plain))
-    out = generate(model, prompts, 12, tools=tools, **settings)
-    assert [r for r in range(6) if out.lists()[r] != plain[r]] == [4]
-    assert [r for r in range(6) if not all(out.owned()[r])] == [4]
-
-
 def test_logprobs_are_the_models_own_and_zero_on_results(four):
     model, prompts, plain = four
     out = generate(model, prompts, 14, temperature=0, tools=Parrot(only_in(2, plain)))
