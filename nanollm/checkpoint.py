@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from nanollm import safetensors
-from nanollm.config import UserError, atomic_write, say
+from nanollm.config import UserError, atomic_write, read_json, say
 from nanollm.download import hub_folder, is_hub_name
-from nanollm.formats import need, read_json
+from nanollm.formats import need
 from nanollm.gpt import GPT, MLP, GPTConfig, ScalarGPT, rope_frequencies, yarn_scale
 from nanollm.tokenizer import Tokenizer
 

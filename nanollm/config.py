@@ -263,14 +263,9 @@ def as_flags(values):
 
 def saved_settings(path, known):
     """What the run to resume was started with."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"nothing to resume in {path.parent}; start without --resume") from None
-    except ValueError:
-        saved = None
-    if not isinstance(saved, dict):
-        raise UserError(f"{path} must be a JSON object; fix it or start without --resume")
+    if not path.exists():
+        raise UserError(f"nothing to resume in {path.parent}; start without --resume")
+    saved = read_json(path)
     if gone := sorted(saved.keys() - known - {BEGAN_FROM}):
         raise UserError(
             f"{path} was written by another version: it sets {', '.join(gone)}, which this "
@@ -403,6 +398,32 @@ def atomic_write(path, data):
 def save_config(config, path, **more):
     """Writes the settings as JSON: <out>/train_config.json is what --resume reads."""
     atomic_write(path, json.dumps(dataclasses.asdict(config) | more, indent=2) + "\n")
+
+
+def parse_json(text, where, kind=dict):
+    """The JSON object, or array, in a text of a model's or a run's file; raises UserError."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where} is not valid JSON ({e})") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{where} must hold a JSON {'object' if kind is dict else 'array'}")
+    return value
+
+
+def _unique(pairs):
+    """A JSON object's dict. Of two equal keys Python keeps the last; we refuse both."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key is there twice, among {[name for name, _ in pairs]}"[:200])
+    return dict(pairs)
+
+
+def read_json(path, kind=dict):
+    """The JSON object, or array, in a file; raises UserError."""
+    try:
+        return parse_json(Path(path).read_bytes(), path, kind)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
 
 
 LOCKS = {}  # open files by their paths; the system gives up a lock when its process ends

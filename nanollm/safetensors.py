@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from nanollm.config import UserError, atomic_file
-from nanollm.formats import need, parse_json, read_json
+from nanollm.config import UserError, atomic_file, parse_json, read_json
+from nanollm.formats import need
 
 DTYPES = {
     "F64": torch.float64,

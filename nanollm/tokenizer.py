@@ -25,8 +25,8 @@ from pathlib import Path
 import tiktoken
 from tqdm import tqdm
 
-from nanollm.config import UserError, atomic_write
-from nanollm.formats import need, read_json
+from nanollm.config import UserError, atomic_write, read_json
+from nanollm.formats import need
 from nanollm.templates import (
     BREAK,
     LAYOUTS,

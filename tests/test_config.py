@@ -208,8 +208,8 @@ def test_a_resumed_run_keeps_its_settings_save_typed_ones_and_says_so(
 
 MISFITS = [
     (None, "^nothing to resume in .*; start without --resume"),
-    ("{", "must be a JSON object"),
-    ("[]", "must be a JSON object"),
+    ("{", "train_config.json is not valid JSON"),
+    ("[]", "must hold a JSON object"),
     ('{"adam_lr": 1e-3}', "written by another version: it sets adam_lr"),
     ('{"steps": "x"}', "train_config.json: --steps must be a whole number, got 'x'; fix it or"),
     ('{"steps": 0}', "--steps must be at least 1"),
