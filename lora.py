@@ -135,9 +135,7 @@ PRESETS = {
 # know.
 RATES = {
     None: dict(lr=1e-4, weight_decay=0.0),
-    "lora": dict(lr=5e-3, weight_decay=6.0),
-    "dora": dict(lr=5e-3, weight_decay=6.0),
-    "qlora": dict(lr=5e-3, weight_decay=6.0),
+    "lora": dict(lr=5e-3, weight_decay=6.0),  # and of those that are not named
     "bottleneck": dict(lr=1e-2, weight_decay=0.0),
     "prefix": dict(lr=1e-2, weight_decay=0.0),
     "ptuning": dict(lr=5e-2, weight_decay=0.0),

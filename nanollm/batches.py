@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from nanollm.config import UserError, atomic_folder, atomic_write
 from nanollm.formats import (
@@ -307,9 +308,8 @@ def pad_completions(prompts, completions, pad_id, own=None, images=None):
     `images`: those of each prompt, as Completions keeps them.
     """
     lengths = torch.tensor([[len(p), len(p) + len(r)] for p, r in zip(prompts, completions)])
-    tokens = torch.full((len(prompts), int(lengths.max())), pad_id)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
-        tokens[row, : lengths[row, 1]] = torch.tensor([*prompt, *completion])
+    ids = [torch.tensor([*p, *r]) for p, r in zip(prompts, completions)]
+    tokens = pad_sequence(ids, batch_first=True, padding_value=pad_id)
     columns = torch.arange(tokens.shape[1])
     real = columns < lengths[:, 1:]
     mask = real & (columns >= lengths[:, :1])

@@ -290,7 +290,7 @@ OWN = [
     *"--max_new_tokens 24 --context 48 --layers 1 --channels 32 --heads 2 --mlp 64".split(),
     *"--cache_top_k 8 --eval_every 400 --sample_temperature 0.5 --temperature 1".split(),
 ]
-METHODS = ("soft", "hard", "both", "on_policy", "step_by_step", "compress", "labels")
+METHODS = ("both", "on_policy", "step_by_step", "compress")  # the others learn more, below
 
 
 def spelt(word):
@@ -345,7 +345,7 @@ def test_every_method_lowers_its_loss(method, here):
     after = distil("--method", method, "--steps", 40, "--on_policy_start", 0.25)
     losses = [m["loss"] for m in read_metrics("runs/distill") if "loss" in m]
     assert losses[-1] < 0.7 * losses[0]
-    if method not in ("labels", "step_by_step"):  # those have not seen the held-out word
+    if method != "step_by_step":  # which has not seen the held-out word
         assert after["after"]["val_loss"] < after["before"]["val_loss"]
     assert after["method"] == method and Path("runs/distill/curves.svg").exists()
     if method == "compress":
