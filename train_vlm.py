@@ -593,13 +593,16 @@ def complete_settings(cfg):
     own = BY_STAGE[cfg.stage] | (DOWNLOADED[cfg.stage] if cfg.preset == "downloaded" else {})
     own |= {"hard_negatives": 4 if cfg.data == "village" else 1}
     cfg = replace(cfg, **{k: v for k, v in own.items() if getattr(cfg, k) is None})
-    K, B, aligns = cfg.hard_negatives, cfg.batch_size, cfg.stage == "align"
-    need(aligns == bool(cfg.vision), "--vision", "a tower's folder, for --stage align alone")
-    instructs = cfg.stage == "instruct"
-    need(instructs or not cfg.no_images, "--no_images", "goes with --stage instruct alone")
-    divides = cfg.stage != "clip" or B % K == 0
-    need(divides, "--hard_negatives", f"{K} must divide --batch_size {B}")
-    need(not (cfg.adapter and cfg.train_vision), "--adapter", "its folder has no room for a tower")
+    fits = (cfg.stage == "align") == bool(cfg.vision)
+    need(fits, "--vision", "the folder of a tower is what --stage align needs, and it alone")
+    fits = cfg.stage == "instruct" or not cfg.no_images
+    need(fits, "--no_images", "goes with --stage instruct alone")
+    fits = cfg.stage != "clip" or cfg.batch_size % cfg.hard_negatives == 0
+    need(
+        fits, "--hard_negatives", f"{cfg.hard_negatives} must divide --batch_size {cfg.batch_size}"
+    )
+    fits = not (cfg.adapter and cfg.train_vision)
+    need(fits, "--train_vision", "goes with no --adapter, whose folder has no room for a tower")
     return cfg
 
 

@@ -362,7 +362,7 @@ FILES = {
     "damaged_examples.jsonl": '{"image": "damaged.png", "prompt": "<image>?", "answer": "red"}',
 }
 REFUSED = {
-    "align without a tower": ([*ALIGN, "--vision", "none"], "for --stage align alone"),
+    "align without a tower": ([*ALIGN, "--vision", "none"], "is what --stage align needs"),
     "all without images": ([*ALL, "--no_images"], "goes with --stage instruct alone"),
     "instruct from text": ([*INSTRUCT, "--init", "runs/pretrain"], "without a vision tower"),
     "long caption": ([*CLIP, "--data", "long.jsonl"], "long.jsonl, line 1): shorten"),
