@@ -9,10 +9,9 @@ import torch
 from helpers import (
     Killed,
     as_two_processes,
+    assert_resumes,
     first_moments,
     in_new_folder,
-    interrupted_and_resumed,
-    logged,
     refused,
     result,
     run,
@@ -272,13 +271,7 @@ def test_completions_are_kept_with_their_images_and_the_baselines(here):
 
 @pytest.mark.parametrize("own", [CLIP, [*INSTRUCT, *MIXED]])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(own, here):
-    stage = own[own.index("--stage") + 1]
-    names = [f"runs/{how}_{stage}" for how in ("whole", "cut")]
-    flags = [*own, "--steps", 12, "--eval_every", 4]
-    vlm(flags, out=names[0])
-    interrupted_and_resumed(train_vlm, *flags, out=names[1], last=10)  # two behind its checkpoint
-    assert same(*(torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in names))
-    assert logged(names[0]) == logged(names[1]) and len(logged(names[0])) > 3
+    assert_resumes("train_vlm.py", [*own, "--steps", 12, "--eval_every", 4], last=10)
 
 
 FOUR_STEPS = ["--steps", 4, "--eval_every", 2]
