@@ -109,22 +109,6 @@ class Killed(Exception):
     pass
 
 
-def interrupted_and_resumed(module, *flags, out, last):
-    """Train in this process until step `last`, then anew with --resume to the end."""
-    advance = Run.advance
-
-    def until_last(self, *args, **metrics):
-        advance(self, *args, **metrics)
-        if self.step == last:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "advance", until_last)
-        run(module, *flags, out=out)
-    torch.manual_seed(99)
-    run(module, "--resume", out=out)
-
-
 def logged(out):
     """Metrics of a run, without what the clock says."""
     return [{k: v for k, v in m.items() if "second" not in k} for m in read_metrics(out)]
@@ -134,9 +118,20 @@ def assert_resumes(script, flags, last):
     """A run that ended after step `last` and is resumed has the weights and metrics of an
     uninterrupted one, bit for bit. Returns the folders of both.
     """
+    advance = Run.advance
+
+    def until_last(self, *args, **metrics):
+        advance(self, *args, **metrics)
+        if self.step == last:
+            raise Killed
+
     module, folders = importlib.import_module(Path(script).stem), ("runs/whole", "runs/killed")
     run(module, *flags, out=folders[0])
-    interrupted_and_resumed(module, *flags, out=folders[1], last=last)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "advance", until_last)
+        run(module, *flags, out=folders[1])
+    torch.manual_seed(99)
+    run(module, "--resume", out=folders[1])
     assert same(*(torch.load(f"{n}/state.pt", weights_only=True)["model"] for n in folders))
     assert logged(folders[0]) == logged(folders[1])
     return folders
