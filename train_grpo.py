@@ -225,7 +225,9 @@ class Prompts:
         sampling |= {"tools": self.tools, "images": self.images(problems[mine])}
         model, longest = (self.policy, self.tokenizer), self.cfg.max_new_tokens
         completions = sample_together(self.rt, *model, ids, longest, **sampling)
-        return [as_text(self.tokenizer, each) for each in completions]
+        prompts = [p for p in ids for _ in range(len(completions) // len(ids))]
+        begins = map(self.tokenizer.begun, prompts)
+        return [begin + as_text(self.tokenizer, each) for begin, each in zip(begins, completions)]
 
 
 # --- algorithm: N problems, G completions each, B = N G; entry t of (B, T - 1) is tokens[:, t + 1]

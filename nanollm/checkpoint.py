@@ -49,6 +49,10 @@ IRRELEVANT = """architectures model_type dtype torch_dtype transformers_version 
 rope_scaling original_max_position_embeddings sliding_window max_window_layers pretraining_tp
 use_cache initializer_range bos_token_id eos_token_id pad_token_id id2label label2id problem_type
 _name_or_path _attn_implementation is_llama_config transformers.js_config reward_shift""".split()
+# of generation_config.json: what changes even greedy completions in transformers, but none here
+PENALTIES = """repetition_penalty no_repeat_ngram_size suppress_tokens begin_suppress_tokens
+bad_words_ids sequence_bias min_length min_new_tokens forced_bos_token_id forced_eos_token_id
+stop_strings""".split()
 ADAPTER_CONFIG, EMBEDDING = "adapter_config.json", "model.embed_tokens.weight"
 
 
@@ -159,9 +163,11 @@ def save_gpt(model, tokenizer, folder):
 
 
 def write_configs(config, tokenizer, folder):
-    """Write config.json, and generation_config.json with what ends a completion."""
-    generation = {"eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
-    generation["do_sample"] = False
+    """Write config.json, and generation_config.json with what ends a completion; what its makers
+    said of sampling stays.
+    """
+    generation = {"do_sample": False} | tokenizer.generation
+    generation |= {"eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
     atomic_write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
@@ -175,6 +181,10 @@ def load_gpt(folder):
     """
     folder = existing_folder(folder)
     model, tokenizer = GPT(read_config(folder)), Tokenizer.load(folder)
+    odd = [k for k in PENALTIES if tokenizer.generation.get(k) not in (None, 0, 1, [], {})]
+    if odd:
+        what = f"generation_config.json sets {', '.join(odd)}"
+        tell(f"note: {folder}/{what}: kept there; completions here are the model's own, without it")
     load_weights(model, safetensors.load_folder(folder), folder)
     known = max(tokenizer.ranks.values(), default=0)
     if known >= model.cfg.vocab_size:

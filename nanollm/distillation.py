@@ -64,7 +64,8 @@ def ask_teacher(rt, teacher, tokenizer, examples, max_new_tokens, **how):
     for example, ids in zip((e for e in examples for _ in range(how["samples"])), completions):
         if ids[-1] in tokenizer.stop_ids:
             text = as_text(tokenizer, ids)
-            right = is_right(example, text) if "answer" in example else None
+            said = tokenizer.begun(chat_prompt(example, tokenizer)) + text
+            right = is_right(example, said) if "answer" in example else None
             completed.append(example | {"completion": text, "right": right})
     rt.print(
         f"the teacher was asked {len(examples)} prompts; {len(completions) - len(completed)} of "

@@ -34,9 +34,11 @@ def accuracy_by_task(
     begun, images = tokenizer.encode(begin, special=True), None
     if any(example.get("images") for example in examples):
         images = (store or model.image_store()).shown(examples, shown)
-    prompts = [prompt_of(example, model, tokenizer, template) + begun for example in examples]
+    prompts = [prompt_of(example, model, tokenizer, template) for example in examples]
+    begins = [tokenizer.begun(prompt) + begin for prompt in prompts]
+    prompts = [prompt + begun for prompt in prompts]
     completions = complete(model, tokenizer, prompts, max_new_tokens, images=images, **sampling)
-    completions = [begin + completion for completion in completions]
+    completions = [begin + completion for begin, completion in zip(begins, completions)]
     right = defaultdict(list)
     for example, completion in zip(examples, completions):
         right[example["task"]].append(is_right(example, completion))

@@ -14,7 +14,7 @@ import torch
 
 from nanollm.batches import Completions, pad_completions
 from nanollm.checkpoint import read_json
-from nanollm.formats import need_usable, usable
+from nanollm.formats import need_usable, place_of, usable
 from nanollm.generate import as_text, generate, shared_noise
 
 
@@ -78,7 +78,7 @@ def sample_rows(cfg, rt, policy, tokenizer, examples, prompts, tools=None, image
         xs and [x for x in xs for _ in range(cfg.samples)] for xs in (examples, prompts, images)
     )
     rows = pad_completions(prompts, completions, tokenizer.pad_id, out.owned(), images)
-    texts = [as_text(tokenizer, ids) for ids in completions]
+    texts = [tokenizer.begun(p) + as_text(tokenizer, ids) for p, ids in zip(prompts, completions)]
     ended = torch.tensor([ids[-1] in stops for ids in completions], device=rt.device)
     return SampledRows(examples, prompts, completions, rows.to(rt.device), texts, ended)
 
@@ -97,12 +97,19 @@ def chat_prompt(example, tokenizer):
     return tokenizer.render(example["messages"], generation_prompt=True)[0]
 
 
+def only_question(example):
+    """The question of a problem that is put without a chat template."""
+    *before, question = example["messages"]
+    need_usable(not before, place_of(example), "its template has no place for what comes before it")
+    return question["content"]
+
+
 def zero_prompt(example, tokenizer):
     """For a base model, which follows examples instead of instructions: a question thought through,
     then the problem. Without tags, which no text has shown to our base model: it would never close
     one.
     """
-    text = f"{EXAMPLE} {example['messages'][-1]['content']}"
+    text = f"{EXAMPLE} {only_question(example)}"
     return [*tokenizer.begin, *tokenizer.encode(text)]
 
 
@@ -110,7 +117,7 @@ def think_prompt(example, tokenizer):
     """For a base model that has read much of the internet: as in DeepSeek-R1-Zero's template
     (2501.12948, table 1), the thought and its tags are described, and rewarded by `think_format`.
     """
-    question = f"User: {example['messages'][-1]['content']}\nAssistant:"
+    question = f"User: {only_question(example)}\nAssistant:"
     described = tokenizer.encode(DESCRIPTION, special=True)
     return [*tokenizer.begin, *described, *tokenizer.encode(question)]
 

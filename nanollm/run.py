@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -344,17 +345,29 @@ def inputs_of(cfg):
     return {name: content_hash(Path(n)) for name, n in named.items() if n and Path(n).exists()}
 
 
+# What decides a model's ids and logits beside its weights: a run folder gets other files later.
+MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES += ("chat_template.jinja", "generation_config.json", "preprocessor_config.json")
+IMAGE_NAMES = re.compile(rb'"([^"\n]+\.(?:png|jpe?g|webp|bmp|gif))"', re.IGNORECASE)
+
+
 def content_hash(path):
-    """SHA-256 of what is in a file, or in all files of a directory; of a model's its weights_hash,
-    as a run folder gets files long after its training.
+    """SHA-256 of what is in a file, or in all files of a directory: those of a model that decide
+    what it computes, and the images that a file of records names.
     """
-    if path.is_dir() and ((path / "config.json").exists() or is_adapter(path)):
-        return weights_hash(path)
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with open(file, "rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    if path.is_dir() and ((path / "config.json").exists() or is_adapter(path)):
+        digest.update(weights_hash(path).encode())
+        files = [place / name for place in (path, *bases_of(path)) for name in MODEL_FILES]
+    else:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in (file for file in files if file.is_file()):
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+            opened.seek(0)
+            named = [name for line in opened for name in IMAGE_NAMES.findall(line)]
+        for image in sorted({file.parent / os.fsdecode(name) for name in named}):
+            digest.update(image.read_bytes() if image.is_file() else b"")
     return digest.hexdigest()
 
 

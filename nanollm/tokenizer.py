@@ -26,7 +26,7 @@ import tiktoken
 from tqdm import tqdm
 
 from nanollm.config import UserError, atomic_write, read_json
-from nanollm.formats import need
+from nanollm.formats import Unusable, need
 from nanollm.templates import (
     BREAK,
     LAYOUTS,
@@ -187,7 +187,7 @@ class Tokenizer:
     nfc         bring text to Unicode's NFC first (Qwen); decoding then gives that form
     source      the tokenizer.json that it came from; its added tokens and post-processor are kept
     config      the tokenizer_config.json beside it: names of tokens, the chat template
-    stops       ids that end a completion, as a generation_config.json says
+    generation  the generation_config.json beside it: what ends a completion; the rest is kept
 
     Markers are the tokens that only a template writes: special ones, and what the template spells.
     Other added tokens are words, found in any text. `end_id` ends a turn of the assistant, and the
@@ -197,10 +197,10 @@ class Tokenizer:
     """
 
     def __init__(
-        self, ranks, special, pattern=PATTERN, nfc=False, source=None, config=None, stops=()
+        self, ranks, special, pattern=PATTERN, nfc=False, source=None, config=None, generation=None
     ):
         self.ranks, self.special, self.pattern, self.nfc = ranks, special, pattern, nfc
-        self.source, self.config, self.stops = source or {}, config or {}, tuple(stops)
+        self.source, self.config, self.generation = source or {}, config or {}, generation or {}
         self.vocab_size = 1 + max(*ranks.values(), *special.values())
         # Some foreign vocabularies lack bytes. tiktoken needs all 256: private ids, refused later.
         absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
@@ -226,12 +226,16 @@ class Tokenizer:
         pads = [special.get(name) for name in (self.names.get("pad_token"), *PAD_NAMES)]
         ends = None, self.end_id, *self.turn_end  # which transformers would take for padding
         self.pad_id = next((id for id in pads if id not in ends), self.end_id)
-        self.stop_ids = {*(self.stops or [self.eot_id]), self.end_id}
+        stops = self.generation.get("eos_token_id")
+        stops = stops if isinstance(stops, list) else [stops] * (stops is not None)
+        self.stop_ids = {*(stops or [self.eot_id]), self.end_id}
         self.begin = before or [self.eot_id]
+        self.thought = self._begun_thought()
+        spelt = {id: text for text, id in special.items()}
         if not self.config:
-            spelt = {id: text for text, id in special.items()}
-            self.config = {"eos_token": spelt[self.end_id], "pad_token": spelt[self.pad_id]}
-            self.names = names_of(self.config)
+            self.config = {"eos_token": spelt[self.end_id]}
+            self.names = {"eos_token": spelt[self.end_id], "pad_token": spelt[self.pad_id]}
+        self.config = self.config | {"pad_token": spelt[self.pad_id]}  # as config.json says it
 
     def _find_added(self):
         """How each added token is found in a text, and which of them are markers."""
@@ -290,7 +294,7 @@ class Tokenizer:
         if not file.is_file():
             known = f"a directory with a tokenizer.json, or one of {', '.join(NAMES)}"
             raise UserError(f"the tokenizer {name} must be {known}")
-        source, (config, stops) = read_json(file), read_config(file.parent)
+        source, (config, generation) = read_json(file), read_config(file.parent)
         try:
             source["added_tokens"] = read_added(source, config)
             added = {token["content"]: token["id"] for token in source["added_tokens"]}
@@ -298,7 +302,7 @@ class Tokenizer:
             pattern = read_pattern(source.get("pre_tokenizer") or {})
             eos = names_of(config).get("eos_token")
             special = added if own_template(config) else with_markers(added, ranks, eos)
-            return cls(ranks, special, pattern, read_nfc(source), source, config, stops)
+            return cls(ranks, special, pattern, read_nfc(source), source, config, generation)
         except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
             why = error if isinstance(error, UserError) else f"it is malformed ({error!r})"
             known = "a byte-level BPE tokenizer.json (as of GPT-2, Llama-3, Qwen3, SmolLM2)"
@@ -369,13 +373,15 @@ class Tokenizer:
 
         Markers in a content are plain text, but for <think>, <tool_call> and their like in what the
         assistant and the tools say, and <image>, which becomes `image_tokens` placeholders, where
-        that is not 0. Raises UserError on a malformed message, one that the template refuses, and
-        an answer to train on that it writes otherwise in the whole chat.
+        that is not 0. Raises UserError on a malformed message, and Unusable on one that the
+        template refuses or leaves out, and an answer to train on that it writes otherwise in the
+        whole chat.
         """
         if image_tokens and "<image>" not in self.special:
             raise UserError("this tokenizer has no token <image>, as a vision-language model's has")
         messages = [self._read(m, f"message {n}", image_tokens) for n, m in enumerate(messages)]
         text = self._text(messages, generation_prompt)
+        self._check_shown(messages, train=not generation_prompt)
         ids, mask, at = [], [], 0
         for n, message in enumerate(messages):
             trained = message.get("loss") is not False and not generation_prompt
@@ -391,10 +397,11 @@ class Tokenizer:
             if not text.startswith(start + said):
                 if not trained:
                     continue
-                raise UserError(
-                    f"message {n}: the model's chat template writes this answer otherwise when "
-                    "more follows (without its thoughts, perhaps), so it can't be trained on "
-                    'here: end the dialogue with it, or give it "loss": false'
+                raise Unusable(
+                    f"message {n}",
+                    "the model's chat template writes this answer otherwise when more follows "
+                    "(without its thoughts, perhaps), so it can't be trained on here: end the "
+                    'dialogue with it, or give it "loss": false',
                 )
             before = self._ids(text[at : len(start)], image_tokens)
             ids += before + own
@@ -411,13 +418,14 @@ class Tokenizer:
         turns = [*messages, {"role": "assistant", "content": text}]
         turns = [self._read(turn, f"message {n}") for n, turn in enumerate(turns)]
         prompt, said = self._turn(turns[:-1], self._text(turns), f"message {len(messages)}")
+        self._check_shown(turns, train=True)
         return self._ids(prompt), self._ids(said)
 
     def with_tokens(self, names):
         """This tokenizer, with those of the tokens `names` that it lacks after its last id."""
         new = [name for name in names if name not in self.special]
         special = self.special | {name: self.vocab_size + n for n, name in enumerate(new)}
-        kept = self.source, self.config | {"chat_template": self.template}, self.stops
+        kept = self.source, self.config | {"chat_template": self.template}, self.generation
         return Tokenizer(self.ranks, special, self.pattern, self.nfc, *kept)
 
     def _read(self, message, where, image_tokens=0):
@@ -446,7 +454,30 @@ class Tokenizer:
             return self._compiled.render(messages=messages, **self.names, **how)
         except Exception as error:  # a program from elsewhere: it may raise anything
             why = str(error).replace(BREAK, "")
-            raise UserError(f"the model's chat template refuses this dialogue: {why}") from None
+            raise Unusable(
+                "prompt", f"the model's chat template refuses this dialogue: {why}"
+            ) from None
+
+    def _check_shown(self, messages, train):
+        """Raise Unusable where the model's own template leaves out what a message says: a system
+        prompt, a tool's call or result, or the thoughts of an answer to `train` on, which it may
+        leave out once more has followed.
+        """
+        for n, message in enumerate([] if self.is_layout else messages):
+            learnt = train and message.get("loss") is not False
+            if message["role"] in ("system", "tool") and message["content"].strip():
+                parts = {f"what the {message['role']} says": (len(messages), [])}
+            else:
+                keys = ["reasoning_content"] * learnt + ["tool_calls"]
+                less = {key: {k: message[k] for k in message if k != key} for key in keys}
+                parts = {f"its {key}": (n + 1, [less[key]]) for key in keys if message.get(key)}
+            for what, (end, instead) in parts.items():
+                try:
+                    without = self._text([*messages[:n], *instead, *messages[n + 1 : end]])
+                except Unusable:  # what it can't do without, it shows
+                    continue
+                if without == self._text(messages[:end]):
+                    raise Unusable(f"message {n}", f"the model's chat template leaves out {what}")
 
     def _turn(self, messages, whole, where):
         """(prompt, completion) as texts: what the messages make, and what the next one, with which
@@ -454,15 +485,32 @@ class Tokenizer:
         """
         prompt = self._text(messages, True)
         if not whole.startswith(prompt):
-            raise UserError(
-                f"{where}: the model's chat template begins this answer otherwise than it prompts "
-                f"for one ({prompt[-30:].replace(BREAK, '')!r}), so that it can't be trained on"
+            raise Unusable(
+                where,
+                "the model's chat template begins this answer otherwise than it prompts for one "
+                f"({prompt[-30:].replace(BREAK, '')!r}), so that it can't be trained on",
             )
         for found in self._found.finditer(whole, len(prompt)):
             if self._id(found[0]) in self.stop_ids:
                 return prompt, whole[len(prompt) : found.end()]
         never = "writes no token that ends an answer, so that none can be trained on"
-        raise UserError(f"{where}: the model's chat template {never}")
+        raise Unusable(where, f"the model's chat template {never}")
+
+    def _begun_thought(self):
+        """What a reasoning model's template begins its answer with, from <think> on; else ""."""
+        try:
+            prompt = self._text([{"role": "user", "content": "?"}], True)
+        except UserError:  # it wants other turns
+            return ""
+        before, begun, after = prompt.rpartition("<think>")
+        return "" if "</think>" in after else begun + after
+
+    def begun(self, prompt):
+        """The thought that a prompt's ids begin for the assistant, which is a part of what the
+        completion says; "" where it writes that itself.
+        """
+        ends = self.thought and self.decode(prompt[-16:]).endswith(self.thought)
+        return self.thought if ends else ""
 
     def _ids(self, text, image_tokens=0):
         """Token ids of what the template wrote."""
@@ -539,7 +587,9 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
 def read_config(folder):
-    """(what is kept of tokenizer_config.json, the ids that end a completion) of a model folder."""
+    """(what is kept of tokenizer_config.json, generation_config.json) of a model folder; where the
+    latter doesn't say what ends a completion, config.json does.
+    """
 
     def read(name):
         return read_json(folder / name) if (folder / name).is_file() else {}
@@ -550,9 +600,10 @@ def read_config(folder):
     if (folder / "chat_template.jinja").is_file():
         config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     config = {key: value for key, value in config.items() if key in KEPT}
-    stops = read("generation_config.json").get("eos_token_id")
-    stops = read("config.json").get("eos_token_id") if stops is None else stops
-    return config, stops if isinstance(stops, list) else [stops] * (stops is not None)
+    generation = read("generation_config.json")
+    if generation.get("eos_token_id") is None:
+        generation["eos_token_id"] = read("config.json").get("eos_token_id")
+    return config, generation
 
 
 def read_added(source, config):

@@ -242,6 +242,19 @@ def test_keys_that_nothing_reads_are_named_once(download, capsys):
     assert notes == [f"{said} {n}, which nothing here reads" for n in UNREAD]
 
 
+def test_what_makers_say_of_sampling_is_kept_and_what_would_change_greedy_answers_is_said(
+    download, tmp_path, capsys
+):
+    folder = download("Qwen2.5")
+    path = folder / "generation_config.json"
+    said = {"repetition_penalty": 1.1, "top_p": 0.8, "do_sample": True, "no_repeat_ngram_size": 0}
+    path.write_text(json.dumps(said))
+    save_model(*load_model(folder), tmp_path)
+    [note] = capsys.readouterr().out.splitlines()
+    assert "generation_config.json sets repetition_penalty: kept" in note
+    assert said.items() <= json.loads((tmp_path / path.name).read_text()).items()
+
+
 # --- adapters on them ----------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from nanollm.config import lock, lock_of, parse, save_config, unlock
 from nanollm.formats import write_jsonl
 from nanollm.hub import load_model, save_model
 from nanollm.optim import build_optimizer
+from nanollm.run import content_hash
 
 SMALL = "--batch_size 3 --dtype fp32 --device cpu --steps 2 --eval_every 2 --warmup 1 "
 SHAPE = "--layers 1 --channels 32 --heads 2 "
@@ -129,6 +130,26 @@ def test_a_resume_with_other_data_or_another_model_is_refused(here, capsys, name
     with changed(named):
         said = refused_without_a_trace(capsys, module, "--out", f"runs/{name}", "--resume")
     assert f"--{setting} {named} holds something else than when the checkpoint" in said
+
+
+def test_what_a_run_reads_is_known_by_all_that_decides_what_it_computes(here, tmp_path):
+    base = shutil.copytree("runs/base", tmp_path / "base")
+    records = tmp_path / "shown.jsonl"
+    records.write_text('{"image": "a.png", "caption": "a"}')
+    for path, changes in {
+        base: ["config.json", "tokenizer_config.json", "tokenizer.json"],
+        records: ["a.png"],
+    }.items():
+        known = content_hash(path)
+        for name in changes:
+            before = (tmp_path / "base" / name) if path == base else tmp_path / name
+            text = before.read_text() if before.exists() else ""
+            before.write_text(text + " ")
+            assert content_hash(path) != known, name
+            before.write_text(text)
+    (base / "evaluation.json").write_text("{}")
+    (base / "config.json").touch()
+    assert content_hash(base) == content_hash(Path("runs/base"))
 
 
 CAUSES = {  # what happens to state.pt, further flags, what is said

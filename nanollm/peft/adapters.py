@@ -132,10 +132,12 @@ def load_adapter(model, folder, base=None, **more):
     own = method.parameters(model)
     wanted, found = ({n: list(x.shape) for n, x in each.items()} for each in (own, tensors))
     for tensor in sorted({**wanted, **found}):
-        if wanted.get(tensor) != found.get(tensor):
+        if tensor not in wanted:
+            raise UserError(f"{folder} changes {tensor}, which no adapter of this project does")
+        if wanted[tensor] != found.get(tensor):
             raise UserError(
                 f"{folder} is damaged or was trained on another base: {tensor} has shape "
-                f"{found.get(tensor)}, but the model wants {wanted.get(tensor)}"
+                f"{found.get(tensor)}, but the model wants {wanted[tensor]}"
             )
     with torch.no_grad():
         for tensor, p in own.items():
