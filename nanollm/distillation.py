@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from nanollm.batches import Packed, pack
 from nanollm.formats import need_usable, read_usable, usable, write_jsonl
 from nanollm.generate import as_text, sample_together
-from nanollm.records import as_chat, as_dialogue, as_prompt, plain_text, shape_of
+from nanollm.records import ANSWERS, as_chat, as_dialogue, as_prompt, plain_text
 from nanollm.rewards import is_right
 from nanollm.rollouts import chat_prompt, with_room
 
@@ -30,7 +30,7 @@ def read_completions(path):
 
     def as_example(record, where):
         example = as_prompt(record, where)
-        if shape_of(record) and "chosen" not in record:
+        if record.keys() & {"messages", "conversations", *ANSWERS} and "chosen" not in record:
             *_, last = as_dialogue(record, where)["messages"]
             if last["role"] == "assistant" and "loss" not in last:
                 as_chat(record, where)  # is its answer one to learn?

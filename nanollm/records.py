@@ -40,7 +40,14 @@ def shown(record):
 
 def as_chat(record, where):
     """One record as {"messages", other keys}, with answers to learn; errors begin with `where`."""
-    need(shape_of(record) != "prompt" or "completion" in record, where, CHAT_WANTED)
+    record = present(record)
+    key = shape_of(record)
+    choices = key in ("prompt", "question") and as_choice(record, where) is not record
+    need(not choices, where, "its choices would be ignored; such a record is a problem, no chat")
+    if key == "question" and "answer" in record:
+        record = _as_solved(record, where)
+    answered = record.keys() & {*ANSWERS} or key not in ("prompt", "question")
+    need(answered, where, CHAT_WANTED + keys_of(record))
     chat = as_dialogue(record, where)
     answers = [m for m in chat["messages"] if m["role"] == "assistant"]
     need_usable(answers, where, "no answer")
@@ -48,47 +55,95 @@ def as_chat(record, where):
     need_usable(trained, where, "no answer that is trained on")
     said = (m["content"].strip() or m.keys() & {"tool_calls", "reasoning_content"} for m in trained)
     need_usable(all(said), where, "an answer is empty")
-    wanted = label_of(record, where) if {"completion", "label"} <= record.keys() else True
+    wanted = label_of(record, where) if key == "prompt" and "label" in record else True
     need_usable(wanted, where, "its label says that it isn't wanted")
     return chat
 
 
-# Where a record has its dialogue, or its question: behind the first of these keys that it has; and
-# which others then belong to it (Alpaca's, Dolly's). CONTEXT may stand beside each of them.
-SHAPES = {
-    "messages": (),
-    "conversations": (),
-    "instruction": ("input", "context", "output", "response"),
-    "prompt": ("completion",),
-}
-CONTEXT = ("system", "system_prompt", "history")
-ANSWERS = ("output", "response", "completion")
+def _as_solved(record, where):
+    """A question with its answer as prompt and completion. GSM8K's worked steps, those before ####,
+    become thoughts, without the marks of its calculator: <<48/2=24>>.
+    """
+    asked, answer = record["question"], record["answer"]
+    steps, mark, number = str(answer).rpartition("####")
+    if mark:
+        number = _with_check({"answer": number, "check": "number"}, where)["answer"]
+        thoughts = re.sub("<<.*?>>", "", steps).strip()
+        answer = [{"role": "assistant", "content": number, "reasoning_content": thoughts}]
+    kept = {k: v for k, v in record.items() if k not in ("question", "answer")}
+    return {**kept, "prompt": asked, "completion": answer}
+
+
+# Where a record has its dialogue, or its question: behind the first of these keys that it has.
+QUESTIONS = ("instruction", "prompt", "question")
+SHAPES = ("messages", "conversations", *QUESTIONS)
+ANSWERS = ("output", "response", "completion")  # to a question, beside it
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of an answer
+PASSAGES = ("context", "passage", "article")  # before a question, or behind an instruction
+SYSTEM = ("system", "system_prompt")
+READ = (*SYSTEM, "history", *PASSAGES, "input", *ANSWERS, *THOUGHTS)
+# What a model should see, or say: refused where no message holds it.
+CARRIED = (*PASSAGES, "input", "instruction", *THOUGHTS)
+CARRIED += ("tools", "functions", "documents", "chat_template_kwargs")
 CHAT_WANTED = 'a chat record needs "messages", a list of {"role", "content"}'
 PROMPT_WANTED = 'a "prompt" (text) or "messages" are wanted'
 
 
+def present(record):
+    """A record without the keys that are null; an answer that is null is empty."""
+    answers = (*ANSWERS, "answer", "chosen", "rejected")
+    return {k: "" if v is None else v for k, v in record.items() if v is not None or k in answers}
+
+
+def keys_of(record):
+    """For a refusal: the keys that a record of no known shape has."""
+    return f"; it has {', '.join(map(repr, record)) or 'no key':.80}"
+
+
 def shape_of(record):
     """The key that holds a record's dialogue, or its question; None where it has neither."""
-    return next((key for key in SHAPES if key in record), None)
+    return next((key for key in SHAPES if record.get(key) is not None), None)
+
+
+def one_of(record, keys, where):
+    """What a record has behind one of these keys, which mean the same; None where it has none."""
+    values = {key: record[key] for key in keys if record.get(key) not in (None, "")}
+    differ = f"{' and '.join(values)} mean the same, and differ"
+    need(all(value == [*values.values()][0] for value in values.values()), where, differ)
+    return [*values.values(), *(record[key] for key in keys if key in record), None][0]
 
 
 def as_dialogue(record, where, wanted=CHAT_WANTED):
     """One record as {"messages", other keys}, whichever its shape; the messages may end with an
     answer, or a question.
     """
-    key = shape_of(record)
-    turns, beside = record.get(key), SHAPES.get(key, ())
-    if key == "instruction":
-        asked = [turns, record.get("input", record.get("context"))]
-        turns = "\n\n".join(str(text) for text in asked if text)
-    if key in ("instruction", "prompt"):
-        turns = as_turns(turns, "user")
-    if answer := [k for k in ANSWERS if k in record and k in beside]:
-        turns = turns + as_turns(record[answer[0]], "assistant")
-    need(isinstance(turns, list) and turns, where, wanted)
-    messages = [as_message(turn, i, where, shown(record)) for i, turn in enumerate(turns)]
-    kept = {k: v for k, v in record.items() if k not in (key, *beside, *CONTEXT)}
+    key, images, answer = shape_of(record), shown(record), one_of(record, ANSWERS, where)
+    turns = record.get(key)
+    if key in QUESTIONS:
+        turns = as_turns(_asked(record, key), "user")
+        thoughts = {k: record[k] for k in THOUGHTS if k in record}
+        if isinstance(answer, str) and "</think>" not in answer:
+            answer = [{"role": "assistant", "content": answer} | thoughts]
+        turns = turns + as_turns(answer, "assistant") * (answer is not None)
+    need(isinstance(turns, list) and turns, where, wanted + keys_of(record))
+    images = iter(images if isinstance(images, list) else [images])
+    messages = [as_message(turn, i, where, images) for i, turn in enumerate(turns)]
+    fine = key in QUESTIONS or not answer or answer == messages[-1]["content"]
+    need(fine, where, "an answer stands beside the messages that isn't their last")
+    kept = {k: v for k, v in record.items() if k not in (key, *READ)}
     return {**kept, "messages": in_context(messages, record, where)}
+
+
+def _asked(record, key):
+    """The question behind this key, with the passages and the input that stand beside it."""
+    asked = record[key]
+    if not isinstance(asked, str):
+        return asked
+    if HH.match(asked) and asked.rstrip().endswith("\n\nAssistant:"):
+        return _hh_turns(asked)[:-1]
+    passages, given = [record.get(k) for k in PASSAGES], record.get("input")
+    texts = [asked, given, *passages] if key == "instruction" else [*passages, asked, given]
+    return "\n\n".join(text for text in texts if text and isinstance(text, str))
 
 
 def as_turns(said, role):
@@ -98,9 +153,7 @@ def as_turns(said, role):
 
 def in_context(messages, record, where):
     """The messages behind the system prompt and the earlier turns that stand beside them."""
-    tools = record.get("tools") or record.get("functions")
-    need(not tools, where, 'the model would not see the "tools"; describe them in a system message')
-    system = record.get("system") or record.get("system_prompt") or ""
+    system = one_of(record, SYSTEM, where) or ""
     need(isinstance(system, str), where, '"system" must be text')
     own = messages[:1] if messages[0]["role"] == "system" else []
     same = not system or not own or own[0]["content"] == system
@@ -112,32 +165,41 @@ def in_context(messages, record, where):
     for asked, answer in history:
         turns += as_turns(asked, "user") + as_turns(answer, "assistant")
     turns = [as_message(turn, f"{i} of the history", where) for i, turn in enumerate(turns)]
-    return [*first, *turns, *messages[len(own) :]]
+    messages = [*first, *turns, *messages[len(own) :]]
+    answers = [m for m in messages if m["role"] == "assistant"]
+    said = [m["content"] + m.get("reasoning_content", "") for m in answers]
+    seen = [m["content"] for m in messages if m["role"] != "assistant"]
+    for key in CARRIED:
+        value, texts = record.get(key), said if key in THOUGHTS else seen
+        there = not value or isinstance(value, str) and any(value.strip() in text for text in texts)
+        need(there, where, f'the model would not see the "{key}"; say it in a message')
+    return messages
 
 
 # Keys of a message that as_message reads, and keys that would be lost.
-LOSS_KEYS = ("loss", "train", "training", "weight")  # of axolotl, OpenAI and others
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-READ = ("from", "value", "role", "content", "tool_calls", "function_call", *LOSS_KEYS, *THOUGHTS)
+LOSS_KEYS = ("loss", "loss_mask", "train", "training", "trainable", "train_on_turn", "weight")
+TURN = ("from", "value", "role", "content", "tool_calls", "function_call", *LOSS_KEYS, *THOUGHTS)
 LOST = ("image", "images", "audio", "video", "refusal")
 
 
-def as_message(turn, i, where, shows=False):
+def as_message(turn, i, where, images=None):
     """A turn as {"role", "content"} and, where it has them, "loss": False, "reasoning_content" and
-    "tool_calls"; other keys are kept. `shows`: may it hold images?
+    "tool_calls"; other keys are kept. `images`: an iterator of those that its parts may show.
     """
     named = isinstance(turn, dict) and ("role" in turn or "from" in turn)
     need(named, where, f'message {i} has no "role"')
-    role, known = turn.get("role", turn.get("from")), ", ".join(ROLES)
-    role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
+    roles = {k: ROLE_NAMES.get(str(turn[k]), turn[k]) for k in ("role", "from") if k in turn}
+    role, known = one_of(roles, ("role", "from"), where), ", ".join(ROLES)
     need(role in ROLES, where, f"message {i} has the unknown role {role!r:.40}; roles are {known}")
-    message = {"role": role, "content": turn.get("content", turn.get("value"))}
-    message |= {key: value for key, value in turn.items() if key not in READ}
+    message = {"role": role, "content": one_of(turn, ("content", "value"), where)}
+    if role == "assistant" and message["content"] is None and turn.keys() & {"content", "value"}:
+        message["content"] = ""
+    message |= {key: value for key, value in turn.items() if key not in TURN}
     if lost := [key for key in LOST if turn.get(key)]:
         raise UserError(f'{where}: message {i} has "{lost[0]}", which would be ignored')
     if not trained_on(turn, where, role == "assistant"):
         message["loss"] = False
-    thoughts = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
+    thoughts = one_of(turn, THOUGHTS, where)
     calls = turn.get("tool_calls") or []
     if turn.get("function_call"):  # OpenAI's older form
         calls = [{"type": "function", "function": turn["function_call"]}]
@@ -150,20 +212,24 @@ def as_message(turn, i, where, shows=False):
         need(isinstance(calls, list), where, f'message {i}: "tool_calls" must be a list')
         message |= {"tool_calls": calls, "content": message["content"] or ""}
     if isinstance(message["content"], list):
-        parts = [_text_of_part(part, i, where, shows) for part in message["content"]]
+        parts = [_text_of_part(part, i, where, images) for part in message["content"]]
         message["content"] = "".join(parts)
     need(isinstance(message["content"], str), where, f'message {i} has no text in "content"')
     return message
 
 
-def _text_of_part(part, i, where, shows):
+def _text_of_part(part, i, where, images):
     """The text of one of a content's parts, of OpenAI's kinds; an image is its marker."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return part["text"]
     image = kind in ("image", "image_url", "input_image")
-    need(not image or shows, where, f'message {i} shows an image, but the record names no "image"')
     need(image, where, f"message {i} has a part that is neither text nor an image: {part!r:.40}")
+    shown = next(images or iter(()), None)
+    need(shown, where, f'message {i} shows an image, but the record names no "image" for it')
+    named = part.get("image") or part.get("image_url")
+    named = named.get("url") if isinstance(named, dict) else named
+    need(named in (None, shown), where, f"message {i} shows {named!r:.40}, not {shown!r:.40}")
     return IMAGE
 
 
@@ -176,7 +242,9 @@ def _flag(value):
 
 def trained_on(turn, where, answers=True):
     """What "loss", "train" or "weight" say of a turn: is it learnt? Only answers ever are."""
-    flags = {key: _flag(turn[key]) for key in LOSS_KEYS if turn.get(key) is not None}
+    masks = [key for key in ("mask", "masks", "masked") if turn.get(key) is not None]
+    need(not masks, where, f'"{masks and masks[0]}" may mean either; "loss": false is understood')
+    flags = {key: _flag(turn[key]) for key in LOSS_KEYS if turn.get(key) not in (None, "")}
     for key, flag in flags.items():
         need(flag is not None, where, f'"{key}" must be true or false, not {turn[key]!r:.40}')
         alone = f"\"{key}\" is true of a message that the assistant doesn't write: it isn't learnt"
@@ -197,13 +265,14 @@ def read_preferences(path):
 
 def as_ranking(record, where):
     """One record in the form of read_preferences, or an error that begins with `where`."""
+    record = present(record)
     need(not shown(record), where, "its image would be ignored; preferences are of text alone")
     need_usable(trained_on(record, where), where, "it is marked as not trained on")
     keys = ("completion",) if {"completion", "label"} <= record.keys() else ("chosen", "rejected")
     completions = record.get("ranking", [record.get(key) for key in keys])
     there = "ranking" in record or record.keys() >= {*keys}
     wanted = 'a preference record needs "chosen" and "rejected", or a "ranking", a list'
-    need(there and isinstance(completions, list), where, wanted)
+    need(there and isinstance(completions, list), where, wanted + keys_of(record))
     label = {"label": label_of(record, where)} if keys == ("completion",) else {}
     few = f"a ranking needs two completions or more, not {len(completions)}"
     need_usable(len(completions) > 1 or label, where, few)
@@ -216,7 +285,7 @@ def as_ranking(record, where):
         listed = isinstance(values, list) and len(values) == len(completions)
         fine = values is None or listed and all(map(_is_number, values))
         need(fine, where, f'"{key}" must hold a number for each completion')
-    used = {"chosen", "rejected", "ranking", *SHAPES, *CONTEXT}.union(*SHAPES.values())
+    used = {"chosen", "rejected", "ranking", *SHAPES, *READ}
     kept = {k: v for k, v in record.items() if k not in used}
     margin = margin_of(record, where)
     return {**kept, **label, "messages": messages, "completions": completions, "margin": margin}
@@ -224,13 +293,22 @@ def as_ranking(record, where):
 
 def margin_of(record, where):
     """By how much the chosen completion is better, a float, or None."""
-    margin = record.get("margin")
-    scores = [record.get(key) for key in ("score_chosen", "score_rejected")]  # UltraFeedback's
+    keys = ("margin", "score_chosen", "score_rejected")  # the latter are UltraFeedback's
+    margin, *scores = (_from_cell(record.get(key)) for key in keys)
     if margin is None and all(map(_is_number, scores)):
-        margin = max(0, scores[0] - scores[1])
+        margin = scores[0] - scores[1]
+        need_usable(margin >= 0, where, "the rejected completion has the higher score")
     fine = margin is None or _is_number(margin) and margin >= 0
     need(fine, where, f'"margin" must be a number of at least 0, not {margin!r:.40}')
     return None if margin is None else float(margin)
+
+
+def _from_cell(value):
+    """The number that a table's cell holds, None where it is empty; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value or None
 
 
 def _is_number(value):
@@ -250,13 +328,16 @@ def _prompt_and_completions(completions, record, where):
     share theirs: then a prompt that stands beside them, too, must be said by them.
     """
     alone = shape_of(record) is None
-    dialogues = [_turns_of(completion, alone, where) for completion in completions]
+    hh = alone or all(isinstance(each, str) and HH.match(each) for each in completions)
+    if HH.match(str(record.get("prompt"))):  # what follows it begins with a blank
+        completions = [each.strip() if isinstance(each, str) else each for each in completions]
+    dialogues = [_turns_of(completion, hh, where) for completion in completions]
     answered = all(turns[-1]["role"] == "assistant" for turns in dialogues)
     need_usable(answered, where, "a dialogue must end with the assistant's answer")
     messages = dialogues[0][:-1]
     shared = all(turns[:-1] == messages for turns in dialogues)
     need_usable(shared, where, "chosen and rejected answer different prompts")
-    context = (*ANSWERS, *CONTEXT) if messages else ANSWERS
+    context = (*ANSWERS, *SYSTEM, "history") if messages else ANSWERS
     beside = {key: value for key, value in record.items() if key not in context}
     beside = [] if alone else as_dialogue(beside, where, PROMPT_WANTED)["messages"]
     if messages:
@@ -268,11 +349,11 @@ def _prompt_and_completions(completions, record, where):
     return messages, [plain_text(turns[-1], where) for turns in dialogues]
 
 
-def _turns_of(completion, alone, where):
-    """The messages that a completion is given by: text, which is an HH-RLHF dialogue where no
-    prompt stands beside it, one message, or a list of them.
+def _turns_of(completion, hh, where):
+    """The messages that a completion is given by: text, which may be an HH-RLHF dialogue, one
+    message, or a list of them.
     """
-    if alone and isinstance(completion, str):
+    if hh and isinstance(completion, str):
         turns = _hh_turns(completion, where)
     else:
         turns = [completion] if isinstance(completion, dict) else as_turns(completion, "assistant")
@@ -293,7 +374,10 @@ def plain_text(message, where):
     return message["content"]
 
 
-def _hh_turns(text, where):
+HH = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)  # how an HH-RLHF dialogue begins
+
+
+def _hh_turns(text, where=""):
     """Messages of an HH-RLHF dialogue: turns begin with an empty line and Human: or Assistant:."""
     before, *pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     wanted = r'without a "prompt" a dialogue is wanted, as in "\n\nHuman: ...\n\nAssistant: ..."'
@@ -329,11 +413,12 @@ def read_examples(path):
 
 def as_prompt(record, where):
     """One record in the form of read_prompts, or an error that begins with `where`."""
+    record = {k: v for k, v in present(record).items() if k not in THOUGHTS}  # not the prompt's
     record = as_choice(record, where)
     if "ranking" in record or "chosen" in record:
         record = as_ranking(record, where)
         record = {k: v for k, v in record.items() if k not in ("completions", "margin")}
-    elif shape_of(record) is None and "question" in record:  # here problems become prompts
+    elif shape_of(record) == "question" and record.get("answer"):  # here problems become prompts
         record = _as_problem(record, where)
     prompt = as_dialogue(record, where, PROMPT_WANTED)
     while prompt["messages"] and prompt["messages"][-1]["role"] == "assistant":
@@ -365,7 +450,8 @@ def _with_check(prompt, where):
     need(textual, where, 'an "answer" must be text or a number')
     answer = answer.strip()
     value = as_number(answer)
-    default = "contains" if value is None else "number"
+    letter = re.fullmatch(r"\(?([A-Z]|[a-h])[).]?", answer)  # of a choice that the prompt lists
+    default = "choice" if letter else "contains" if value is None else "number"
     check = prompt.get("check", "choice" if "choices" in prompt else default)
     known = ", ".join(CHECKS)
     need(check in CHECKS, where, f"unknown check {check!r:.40}; checks are {known}")
@@ -373,7 +459,7 @@ def _with_check(prompt, where):
         need(value is not None, where, f'the "answer" must be a number, not {answer!r:.40}')
         answer = str(value) if value.denominator == 1 else answer
     if check == "choice":
-        choices = prompt.get("choices")
+        answer, choices = letter[1].upper() if letter else answer, prompt.get("choices", [*LETTERS])
         listed = isinstance(choices, list) and all(isinstance(each, str) for each in choices)
         fine = listed and answer in [*LETTERS[: len(choices)]]
         need(fine, where, 'the "answer" must be the letter of one of "choices", a list of texts')
@@ -391,16 +477,17 @@ def as_choice(record, where):
     letter, its "check" "choice"; any other record as it is.
 
     Reads {"question", "choices": [...], "answer": place from 0, letter or text} (MMLU; ScienceQA,
-    with a "hint"), MMLU's columns question, A, B, C, D, answer, and ARC's {"question": {"stem",
-    "choices": [{"text", "label"}]}, "answerKey"}, also flat, with {"text": [...], "label": [...]}.
+    with a "hint"; "options" as well), MMLU's columns question, A, B, C, D, answer, and ARC's
+    {"question": {"stem", "choices": [{"text", "label"}]}, "answerKey"}, also flat, with {"text":
+    [...], "label": [...]}. Labels win over places: of "1", "2" and "3" the answer 1 is the first.
     """
     asked = "question" if "question" in record or "check" in record else "prompt"
-    question, choices = record.get(asked), record.get("choices")
-    columns = [letter for letter in LETTERS if letter in record]
+    question, choices = record.get(asked), one_of(record, ("choices", "options"), where)
+    columns = [letter for letter in LETTERS if record.get(letter, "") != ""]
     if isinstance(question, dict):
         question, choices = question.get("stem"), question.get("choices")
     elif columns and choices is None:
-        choices = [record[letter] for letter in columns]
+        choices = [{"text": record[letter], "label": letter} for letter in columns]
     if question is None or choices is None:
         return record
     labels, hint = [*LETTERS], record.get("hint") or ""
@@ -416,7 +503,7 @@ def as_choice(record, where):
     shows = bool(record.get("image")) and IMAGE not in hint + question
     lines = [IMAGE * shows, hint, question, *map("{}. {}".format, LETTERS, choices)]
     prompt = "\n".join(filter(None, [*lines, "Answer with the letter of the right choice."]))
-    used = {asked, "choices", "hint", "answer", "answerKey", *columns}
+    used = {asked, "choices", "options", "hint", "answer", "answerKey", *columns}
     problem = {key: value for key, value in record.items() if key not in used}
     if isinstance(record.get("subject"), str):
         problem = {"task": record["subject"]} | problem  # accuracy is shown by subject
@@ -424,7 +511,8 @@ def as_choice(record, where):
     answer = record.get("answerKey", record.get("answer"))
     if answer in (None, ""):
         return problem
-    answer, n = answer.strip() if isinstance(answer, str) else answer, len(choices)
+    n, named = len(choices), isinstance(answer, str) or "1" in labels
+    answer = str(answer).strip() if named else answer
     names = [range(n)] if type(answer) is int else [labels[:n], choices]
     places = [each.index(answer) for each in names if answer in each]
     need(places, where, f"the answer {answer!r:.40} is none of the {n} choices")
@@ -470,7 +558,7 @@ def with_images(record, folder, where):
 
 def image_paths(record, folder, where):
     """The paths that a record's "image" names, relative to the folder; each is a file."""
-    named = shown(record)
+    named = one_of(record, ("image", "images"), where) or []
     named = [named] if isinstance(named, str) else named
     listed = isinstance(named, list) and all(isinstance(name, str) for name in named)
     need(listed, where, f'"image" must be a file name or a list of them, not {named!r:.80}')

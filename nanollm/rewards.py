@@ -11,14 +11,16 @@ from fractions import Fraction
 
 # How numbers are read, in answers, completions and votes: exactly, and from ASCII digits.
 #   sign        - − or –, glued to digits or their currency, and not behind a word, a digit or a
-#               bracket: COVID-19 is 19, and the difference 5-3 and the range 3–5 end with 3 and 5
+#               bracket: COVID-19 is 19, and the difference 5-3 and the range 3–5 end with 3 and 5;
+#               Chinese and the like have no blanks: 答案是-5 is -5
 #   thousands   groups of three behind a comma, apostrophe, underscore or blank: 1,000, 1 000, 1'000
 #   decimals    behind a point: .5, 0.50, 5.; a comma never begins decimals
 #   fractions   3/4, 1 1/2, 1 and 1/2, \frac{3}{4}
 #   powers      1e3, 10^3, 2.5 x 10^3
 #   units       are left out: $5, 5 EUR and 5% are 5
-# Dates, times and versions (2024-05-12, 10:30, 1.2.3) are no numbers, and passed over. What may
-# mean two things (1,5 and 1,2,3) or is written otherwise (10³, 4½) is unclear, and never right.
+# Dates, times and versions (2024-05-12, 10:30, 1.2.3) are no numbers, and passed over, as is what
+# belongs to a word or unit (H2O, m2, cm^2). What may mean two things (1,5 and 1,2,3), is written
+# otherwise (10³, 4½, 42k) or still to be worked out (2√3, (-2)^2, x/2) is unclear, and never right.
 LONGEST = 2000  # characters at a text's end in which its answer is looked for
 DIGITS = 100  # that a number may have
 BLANK = r"[ \xa0\u2009\u202f]"
@@ -27,16 +29,20 @@ DECIMAL = rf"(?:(?:[0-9]{{1,3}}(?:{GROUPS})|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![\
 CURRENCY = r"(?:(?:[A-Z]{0,2}\\?[$€£¥₹]|\b(?:USD|EUR|GBP|JPY|CHF|CNY|INR)\b) ?)"
 EXPONENT = r"[+−-]?[0-9]+"
 NUMBER = (
-    rf"(?:(?<![\w)\]}}%−–-])(?P<sign>[−–-])|\+)?{CURRENCY}?"
+    rf"(?:(?<![^\W\u2e80-\uffff])(?<![)\]}}%−–-])(?P<sign>[−–-])|\+)?{CURRENCY}?"
     rf"(?:(?P<whole>[0-9]+)(?:{BLANK}| and )(?=[0-9]+ ?/))?(?P<above>{DECIMAL})"
     rf"(?: ?/ ?(?P<below>{DECIMAL})|[eE](?P<e>{EXPONENT})(?!\w)|"
     rf"(?P<ten> ?(?:[x×*·]|\\times|\\cdot) ?10)? ?(?:\^|\*\*) ?\{{?(?P<power>{EXPONENT})\}}?)?"
-    r"(?![0-9⁰¹²³⁴-⁹¼-¾⅐-⅞]|[.,][0-9])"
+    r"(?![0-9⁰¹²³⁴-⁹¼-¾⅐-⅞]|[.,][0-9]|[kKMB](?!\w)|x(?![A-Za-z])|\^\{?[a-z](?![a-z])|"
+    r" ?(?:\\sqrt|\\pi|[√π]))"
 )
 OTHER = r"[0-9]+(?:(?::[0-9]+)+|(?:-[0-9]+){2,}|(?:/[0-9]+){2,}|(?:\.[0-9]+){2,})(?:[.,][0-9]+)*"
-UNCLEAR = r"[0-9](?:[0-9.,]*[0-9])?"
-BEGINS = r"(?=[0-9.+−–A-Z\\$€£¥₹-])"  # quick, for nowhere else need be tried
-IN_TEXT = re.compile(rf"{BEGINS}(?:{OTHER}|(?P<number>{NUMBER})|(?P<unclear>{UNCLEAR}))")
+OTHER += r"|(?:(?<=[A-Za-z])|(?<=[A-Za-z}$]\^)[+−-]?|(?<=[A-Za-z}$]\^\{)[+−-]?)[0-9][0-9.,]*"
+ROOT = r"(?:\\[dt]?frac ?\{)?[0-9.]*(?:\\sqrt|\\pi(?![a-z])|[√π])[^\s$=]*(?: [+−*/-] [^\s$=]+)*"
+UNCLEAR = rf"{ROOT}|[)\]] ?(?:\^|\*\*)\{{?[0-9a-z+−-]+|(?<=[A-Za-z)}}]/)[0-9.]+"
+BEGINS = r"(?=[0-9.+−–A-Z\\$€£¥₹√π)\]-])"  # quick, for nowhere else need be tried
+IN_TEXT = rf"{BEGINS}(?:(?P<other>{OTHER})|{UNCLEAR}|(?P<number>{NUMBER})|[0-9](?:[0-9.,]*[0-9])?)"
+IN_TEXT = re.compile(IN_TEXT)
 ALONE = re.compile(rf"{CURRENCY}?{NUMBER} ?(?:\\?%|{CURRENCY})?\.?")
 
 
@@ -48,7 +54,7 @@ def last_number(text):
     _, mark, line = text.rpartition("####")
     if mark and (value := as_number(line.partition("\n")[0])) is not None:  # else it's a heading
         return value
-    found = [m for m in IN_TEXT.finditer(_plain(text[-LONGEST:])) if m["number"] or m["unclear"]]
+    found = [m for m in IN_TEXT.finditer(_plain(text[-LONGEST:])) if not m["other"]]
     return _value(found[-1]) if found and found[-1]["number"] else None
 
 
@@ -71,7 +77,7 @@ def boxed(text):
 
 def _plain(text):
     """LaTeX's thousands and fractions as plain text has them."""
-    text = text.replace("{,}", ",").replace("\\,", "\u2009")
+    text = re.sub(r"\\[ ,;:]", "\u2009", text.replace("{,}", ",").replace("\\!", ""))
     text = re.sub(r"(?<=[0-9]) ?(?=\\[dt]?frac)", " ", text)  # 1\frac{1}{2} is 1 1/2
     fraction = r"\\[dt]?frac ?(?:\{([^{}]*)\} ?\{([^{}]*)\}|([0-9]) ?([0-9]))"
     return re.sub(fraction, r"\1\3/\2\4", text)
@@ -96,10 +102,10 @@ def _value(match):
 
 
 def says(completion, words):
-    """Does the completion hold these words, as whole words, in upper or lower case?"""
+    """Does the completion hold these words, as whole words? The case counts for one letter only."""
     if words.lower() not in completion.lower():  # quick, for there may be a thousand to look for
         return False
-    return re.search(_whole(words), completion, re.IGNORECASE) is not None
+    return re.search(_whole(words), completion, re.IGNORECASE * (len(words) > 1)) is not None
 
 
 def _whole(words):
@@ -144,7 +150,7 @@ def check_answer(example, completion):
 
     exact     equals the answer, blanks around it aside
     number    its last number equals the answer
-    choice    names one of example["choices"], the answer's letter or text, and no other
+    choice    names one of example["choices"], where there are any, the answer's, and no other
     contains  holds the answer as whole words, and no value of example["not"]
     unknown   says "I don't know", and holds no value of example["not"]
 
@@ -174,7 +180,8 @@ def extracted(example, completion):
     if example["check"] == "number":
         return last_number(completion)
     if example["check"] == "choice":
-        return chosen(example["choices"], completion)
+        several = max(8, LETTERS.find(example["answer"]) + 1)  # I is mostly a word
+        return chosen(example.get("choices", [""] * several), completion)
     return boxed(completion).strip() or None
 
 

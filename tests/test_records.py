@@ -125,7 +125,42 @@ CHATS = [
     *(({key: bad}, 'refused: a chat record needs "messages"')
       for key in ("messages", "conversations") for bad in ([], "hi")),
     ({"prompt": "Hi", "answer": "7"}, 'refused: a chat record needs "messages"'),
+    ({"text": "Hi", "meta": 1}, "refused: it has 'text', 'meta'"),
+    ({"prompt": "Hi", "response": "Yo"}, HI),
+    ({"instruction": "Hi", "completion": "Yo"}, HI),
+    ({"system_prompt": "Be", "question": "Hi", "response": "Yo", "id": "x"}, "S Be. U Hi. A [Yo.]"),
+    ({"question": "Hi", "answer": "Yo"}, HI),
+    ({"question": "Hi", "answer": "48/2 = <<48/2=24>>24\n#### 1,072"},
+     "U Hi. A [<think>48/2 = 24</think>1072.]"),
+    ({"question": "Hi", "answer": "#### so"}, "refused: must be a number, not 'so'"),
+    *(({"question": "Hi", "answer": "A", key: ["a", "b"]}, "refused: its choices would be ignored")
+      for key in ("choices", "options")),
+    (ALPACA | {"response": "No"}, 'refused: output and response mean the same, and differ'),
+    # null is absent, and an empty answer
+    ({"messages": None, "conversations": None} | ALPACA, HI),
+    (chat(U, A, prompt=None, tools=None, image=None, weight=None), HI),
+    (ALPACA | {"output": None, "response": "Yo"}, HI),
+    *((record | {key: None}, "dropped: an answer is empty") for record, key in (
+        (ALPACA, "output"), (PAIR, "completion"), ({"question": "Hi"}, "answer"))),
+    (chat(U, said("assistant", None)), "dropped: an answer is empty"),
     # what stands beside them
+    *((record | {key: "now"}, "U now\n\nHi. A [Yo.]") for key in ("context", "passage", "article")
+      for record in (PAIR, {"question": "Hi", "answer": "Yo"})),
+    (PAIR | {"input": "now"}, "U Hi\n\nnow. A [Yo.]"),
+    (ALPACA | {"input": "", "context": "now"}, "U Hi\n\nnow. A [Yo.]"),
+    (ALPACA | {"input": {"x": 1}}, 'refused: the model would not see the "input"'),
+    *((record | {key: "now"}, f'refused: the model would not see the "{key}"')
+      for record in (chat(U, A), {"conversations": [U, A]}, {"prompt": [U], "completion": "Yo"})
+      for key in ("context", "input", "instruction", "passage", "reasoning")
+      if "prompt" not in record or key not in ("instruction", "reasoning")),
+    (chat(U, A, context="Hi", instruction="Hi"), HI),
+    *((record | {key: "hm"}, THINK) for record in (ALPACA, PAIR)
+      for key in ("reasoning", "reasoning_content", "thinking")),
+    (PAIR | {"completion": "<think>hm</think>Yo", "reasoning": "hm"}, THINK),
+    *((chat(U, A, **{key: [{"x": 1}]}), f'refused: the model would not see the "{key}"')
+      for key in ("documents", "chat_template_kwargs", "functions")),
+    (chat(U, completion="Yo"), "refused: an answer stands beside the messages"),
+    (chat(U, A, system="Be", system_prompt="No"), "refused: mean the same, and differ"),
     (sharegpt(("human", "Hi"), ("gpt", "Yo"), system="Be"), "S Be. U Hi. A [Yo.]"),
     (chat(S, U, A, system="Be"), "S Be. U Hi. A [Yo.]"),
     (chat(S, U, A, system="No"), "refused: different system prompts"),
@@ -133,7 +168,7 @@ CHATS = [
     (ALPACA | {"system": "Be", "history": [["a", "b"]]}, "S Be. U a. A [b.] U Hi. A [Yo.]"),
     (chat(S, U, A, history=[["a", "b"]]), "S Be. U a. A [b.] U Hi. A [Yo.]"),
     (ALPACA | {"history": "a: b"}, 'refused: "history" must be a list of [question, answer]'),
-    (ALPACA | {"history": [["a", None]]}, "refused: message 1 of the history has no text"),
+    (ALPACA | {"history": [[None, "a"]]}, "refused: message 0 of the history has no text"),
     (chat(U, A, tools=[{"name": "add"}]), 'refused: the model would not see the "tools"'),
     (chat(U, A, image="a.png"), "refused: train_vlm.py looks at images"),
     # roles
@@ -149,7 +184,9 @@ CHATS = [
     (chat(said("user", [PAINTED, PART]), A), "refused: message 0 shows an image"),
     (chat(said("user", None), A), "refused: message 0 has no text"),
     (chat(U, {"role": "assistant"}), "refused: message 1 has no text"),
-    (ALPACA | {"output": None}, "refused: message 1 has no text"),
+    (chat(U | {"value": "No"}, A), 'refused: content and value mean the same, and differ'),
+    (chat(U | {"from": "gpt"}, A), 'refused: role and from mean the same, and differ'),
+    (chat(U | {"from": "human", "value": "Hi"}, A), HI),
     (chat(U, said("assistant", {"text": "Yo"})), "refused: message 1 has no text"),
     (chat(U, A | {"audio": {"id": "x"}}), 'refused: message 1 has "audio", which would be'),
     (chat(U, A | {"audio": None, "refusal": None}), HI),
@@ -165,7 +202,10 @@ CHATS = [
     (chat(U, A | {"tool_calls": "add"}), 'refused: "tool_calls" must be a list'),
     # what is learnt
     *((chat(U, A | {key: no}, U, A), "U Hi. A Yo. U Hi. A [Yo.]")
-      for key, no in {"loss": 0.0, "train": False, "weight": 0, "training": "False"}.items()),
+      for key, no in {"loss": 0.0, "train": False, "weight": 0, "training": "False",
+                      "loss_mask": 0, "trainable": False, "train_on_turn": False}.items()),
+    *((chat(U, A | {key: flag}), f'refused: "{key}" may mean either')
+      for key in ("mask", "masked") for flag in (True, 0)),
     *((chat(U, A | {"loss": yes}), HI) for yes in (True, 1, "true", None)),
     (chat(U | {"loss": False}, A), HI),
     (chat(U, A | {"loss": 0.5}), 'refused: "loss" must be true or false, not 0.5'),
@@ -199,18 +239,34 @@ PREFERENCES = [
     (TWO | {"ratings": [1]}, 'refused: "ratings" must hold a number for each completion'),
     *((TWO | {"margin": margin}, f"{BEST} {float(margin)}") for margin in (0, 2)),
     *((TWO | {"margin": margin}, 'refused: "margin" must be a number of at least 0')
-      for margin in (-1, float("nan"), float("inf"), 10**400, True, "2")),
+      for margin in (-1, float("nan"), float("inf"), 10**400, True, "two")),
+    (TWO | {"margin": "2", "weight": ""}, f"{BEST} 2.0"),
+    (TWO | {"margin": "", "score_chosen": "8", "score_rejected": "6.5"}, f"{BEST} 1.5"),
+    (TWO | {"score_chosen": 1, "score_rejected": 2}, "dropped: rejected completion has the higher"),
+    (TWO | {"context": "now"}, "U now\n\nHi. A [Yo.] | No"),
+    ({"question": "Hi", "input": "now", "chosen": "Yo", "rejected": "No"},
+     "U Hi\n\nnow. A [Yo.] | No"),
+    *((TWO | {key: "now"}, f'refused: the model would not see the "{key}"')
+      for key in ("reasoning", "documents")),
     ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, BEST),
     ({"chosen": hh("Hi", "Yo", "One\n\ntwo\nHuman: 3", "A\n\nB"),
       "rejected": hh("Hi", "Yo", "One\n\ntwo\nHuman: 3", "Human: B")},
      "U Hi. A Yo. U One\n\ntwo\nHuman: 3. A [A\n\nB.] | Human: B"),
+    ({"prompt": hh("Hi", ""), "response": "Yo", "chosen": " Yo", "rejected": " No"}, BEST),
+    *(({"prompt": asked, "chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, BEST)
+      for asked in ("Hi", hh("Hi", ""))),
+    ({"prompt": "Ho", "chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")},
+     "refused: don't answer the prompt that stands beside them"),
+    ({"context": "now", "chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")},
+     'refused: the model would not see the "context"'),
     ({"chosen": "So" + hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, "refused: dialogue is wanted"),
     ({"chosen": "b", "rejected": "c"}, r'refused: a dialogue is wanted, as in "\n\nHuman: ...'),
     ({"chosen": hh("Hi", "Yo"), "rejected": [A]}, "dropped: answer different prompts"),
     ({"prompt": "Hi", "chosen": "Yo"}, 'refused: needs "chosen" and "rejected", or a "ranking"'),
     ({"prompt": "Hi", "ranking": "Yo"}, 'refused: needs "chosen" and "rejected", or a "ranking"'),
     *((TWO | {"rejected": bad}, "refused: message 0 has no text")
-      for bad in (None, 5, [{"role": "user"}])),
+      for bad in (5, [{"role": "user"}])),
+    (TWO | {"rejected": None}, "dropped: a completion is empty"),
     (TWO | {"rejected": []}, "refused: a completion must be text, or messages"),
     (TWO | {"prompt": []}, 'refused: a "prompt" (text) or "messages" are wanted'),
     (chat(U, A, ranking=["Yo", "No"]), "refused: the prompt ends with an answer"),
@@ -234,7 +290,8 @@ PREFERENCES = [
     # KTO
     (PAIR | {"label": True}, "U Hi. A [Yo.] True"),
     (PAIR | {"label": "false", "system": "Be"}, "S Be. U Hi. A [Yo.] False"),
-    (PAIR | {"label": None}, 'refused: "label" must be true or false'),
+    (PAIR | {"context": "now", "label": True}, "U now\n\nHi. A [Yo.] True"),
+    (PAIR | {"label": "so"}, 'refused: "label" must be true or false'),
     (PAIR, 'refused: needs "chosen" and "rejected"'),
 ]  # fmt: skip
 
@@ -250,26 +307,34 @@ PROMPTS = [
     (chat(U, A, A), "U Hi."),
     (chat(U, said("assistant", "")), "U Hi."),
     (sharegpt(("human", "Hi"), ("gpt", "Yo")), "U Hi."),
-    (chat(U, instruction="x", question="x"), "U Hi."),
+    (chat(U, instruction="x"), 'refused: the model would not see the "instruction"'),
+    (chat(U, question="x"), "U Hi."),
+    ({"question": "Hi", "response": "Yo"}, "U Hi."),
+    ({"prompt": hh("a", "b", "Hi", "")}, "U a. A [b.] U Hi."),
     (chat(A), "dropped: the prompt is empty"),
     ({}, 'refused: a "prompt" (text) or "messages" are wanted'),
     # answers
     ({"prompt": "Hi", "answer": None}, "U Hi."),
     *(({"prompt": "Hi", "answer": given}, f"U Hi. -> number {read}")
       for given, read in ((0, "0"), ("-3", "-3"), (" 0.5 ", "0.5"), ("1,072", "1072"))),
+    ({"prompt": "Hi", "input": "now", "answer": "7"}, "U Hi\n\nnow. -> number 7"),
+    ({"prompt": "Hi", "reasoning": "hm", "answer": "7"}, "U Hi. -> number 7"),
+    *(({"prompt": "Hi", "answer": text}, "U Hi. -> choice B") for text in ("B", " (b) ", "b.")),
     *(({"prompt": "Hi", "answer": text}, f"U Hi. -> contains {text.strip()}")
       for text in (" a goat\n", "1,2,3", ",", "7 goats")),
     ({"prompt": "Hi", "answer": 62, "check": "exact"}, "U Hi. -> exact 62"),
     *(({"prompt": "Hi", "answer": bad}, 'refused: "answer" must be text or a number')
       for bad in (["7"], True)),
-    ({"prompt": "Hi", "answer": "b", "check": "number"}, "refused: must be a number, not 'b'"),
+    ({"prompt": "Hi", "answer": "so", "check": "number"}, "refused: must be a number, not 'so'"),
     *(({"prompt": "Hi", "answer": "b", "check": bad}, f"refused: unknown check {bad!r}")
       for bad in ("regex", [])),
     *(({"prompt": "Hi", "answer": "b", "not": bad}, 'refused: "not" must be a list')
-      for bad in (5, [5], "banana", None, ["c", ""])),
-    *(({"prompt": "Hi", "answer": "b", key: bad}, f'refused: "{key}" must be text')
-      for key in ("begins", "ends", "task") for bad in (5, None)),
+      for bad in (5, [5], "banana", ["c", ""])),
+    *(({"prompt": "Hi", "answer": "b", key: 5}, f'refused: "{key}" must be text')
+      for key in ("begins", "ends", "task")),
     # GSM8K
+    ({"context": "now", "question": "Hi", "answer": "#### 7"}, "U now\n\nHi. -> number 7"),
+    ({"question": "Hi"}, "U Hi."),
     ({"question": "Hi", "answer": "3 + 4 = <<3+4=7>>7\n#### 1,072", "system": "Be"},
      "S Be. U Hi. -> number 1072"),
     ({"question": "Hi", "answer": "7"}, "refused: must end with ####"),
@@ -286,6 +351,12 @@ IMAGE_CHATS = [
     (SHOWN, "U <image>Hi. A [Yo.] (a.png)"),
     (chat(said("user", [PAINTED, PART]), A, images=["a.png"]), "U <image>Hi. A [Yo.] (a.png)"),
     (chat(U, A), HI),
+    (
+        chat(said("user", [PAINTED, PART]), A, images=["b.png"]),
+        "refused: shows 'a.png', not 'b.png'",
+    ),
+    (chat(said("user", [PAINTED, PAINTED]), A, image="a.png"), 'refused: names no "image" for it'),
+    (SHOWN | {"images": ["b.png"]}, "refused: image and images mean the same, and differ"),
     (SHOWN | {"image": 5}, 'refused: "image" must be a file name or a list of them'),
     (SHOWN | {"image": "b.png"}, "refused: b.png does not exist"),
     (SHOWN | {"image": None}, "refused: 1 times <image>, but 0 images"),
@@ -308,6 +379,14 @@ COMPLETIONS = [
     (chat(U, said("assistant", " ")), "dropped: an answer is empty"),
     (PAIR | {"label": False}, "dropped: its label says that it isn't wanted"),
     ({"prompt": "Hi", "answer": "7"}, "U Hi. -> number 7"),
+    ({"question": "Hi", "answer": "3 + 4\n#### 7"}, "U Hi. -> number 7"),
+    (
+        {
+            "question": {"stem": "Hi", "choices": [{"text": c, "label": c} for c in "12"]},
+            "answerKey": 1,
+        },
+        "U Hi\nA. 1\nB. 2\nAnswer with the letter of the right choice.. -> choice A",
+    ),
 ]
 READERS = [
     (read_chats, as_chat, {"messages": [U, A]}, CHATS),
@@ -384,6 +463,26 @@ def test_of_the_real_hh_rlhf_pairs_nine_are_dropped_and_the_others_split_into_tu
         "...); chosen and rejected answer different prompts (5: line 1255, line 1689, line 1951, "
         "...); dropped\n"
     )
+
+
+def test_gsm8k_is_learnt_as_thoughts_and_an_answer(tokenizer, tmp_path):
+    steps = "In May 48/2 = <<48/2=24>>24.\nNatalia sold 48+1024 = <<48+1024=1072>>1,072 clips."
+    write_jsonl(tmp_path / "a.jsonl", [{"question": "Hi", "answer": f"{steps}\n#### 1,072"}])
+    [record] = read_chats(tmp_path / "a.jsonl")
+    ids, mask = tokenizer.render(record["messages"])
+    begin, end, stop = (tokenizer.special[name] for name in ("<think>", "</think>", "<|end|>"))
+    worked = "In May 48/2 = 24.\nNatalia sold 48+1024 = 1,072 clips."
+    learnt = [begin, *tokenizer.encode(worked), end, *tokenizer.encode("1072"), stop]
+    assert [token for token, trained in zip(ids, mask) if trained] == learnt
+
+
+def test_every_real_gsm8k_record_is_a_chat_and_a_problem():
+    chats, problems = (read(sample("gsm8k/train.jsonl")) for read in (read_chats, read_prompts))
+    assert len(chats) == len(problems) == 7473
+    for chat, problem in zip(chats, problems):
+        asked, answer = chat["messages"]
+        assert [asked] == problem["messages"] and answer["content"] == problem["answer"]
+        assert answer["reasoning_content"] and "<<" not in answer["reasoning_content"]
 
 
 def test_the_real_alpaca_instructions_are_chats_and_prompts():
