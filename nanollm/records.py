@@ -79,12 +79,14 @@ QUESTIONS = ("instruction", "prompt", "question")
 SHAPES = ("messages", "conversations", *QUESTIONS)
 ANSWERS = ("output", "response", "completion")  # to a question, beside it
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of an answer
-PASSAGES = ("context", "passage", "article")  # before a question, or behind an instruction
+# before a question, or behind an instruction
+PASSAGES = ("context", "passage", "article", "document", "paragraph", "story", "background")
 SYSTEM = ("system", "system_prompt")
 READ = (*SYSTEM, "history", *PASSAGES, "input", *ANSWERS, *THOUGHTS)
 # What a model should see, or say: refused where no message holds it.
 CARRIED = (*PASSAGES, "input", "instruction", *THOUGHTS)
 CARRIED += ("tools", "functions", "documents", "chat_template_kwargs")
+NOTHING = (None, "", [], {}, "[]", "{}", "null")
 CHAT_WANTED = 'a chat record needs "messages", a list of {"role", "content"}'
 PROMPT_WANTED = 'a "prompt" (text) or "messages" are wanted'
 
@@ -166,12 +168,12 @@ def in_context(messages, record, where):
         turns += as_turns(asked, "user") + as_turns(answer, "assistant")
     turns = [as_message(turn, f"{i} of the history", where) for i, turn in enumerate(turns)]
     messages = [*first, *turns, *messages[len(own) :]]
-    answers = [m for m in messages if m["role"] == "assistant"]
-    said = [m["content"] + m.get("reasoning_content", "") for m in answers]
-    seen = [m["content"] for m in messages if m["role"] != "assistant"]
+    said = {True: "", False: ""}  # by the assistant, by others
+    for m in messages:
+        said[m["role"] == "assistant"] += "\n".join([m["content"], m.get("reasoning_content", "")])
     for key in CARRIED:
-        value, texts = record.get(key), said if key in THOUGHTS else seen
-        there = not value or isinstance(value, str) and any(value.strip() in text for text in texts)
+        value, text = record.get(key), said[key in THOUGHTS]
+        there = value in NOTHING or isinstance(value, str) and value.strip() in text
         need(there, where, f'the model would not see the "{key}"; say it in a message')
     return messages
 
@@ -242,8 +244,9 @@ def _flag(value):
 
 def trained_on(turn, where, answers=True):
     """What "loss", "train" or "weight" say of a turn: is it learnt? Only answers ever are."""
-    masks = [key for key in ("mask", "masks", "masked") if turn.get(key) is not None]
-    need(not masks, where, f'"{masks and masks[0]}" may mean either; "loss": false is understood')
+    for key in ("mask", "masks", "masked"):
+        unclear = f'"{key}" may mean that it is learnt, or that it is not; say "loss": false'
+        need(turn.get(key) is None, where, unclear)
     flags = {key: _flag(turn[key]) for key in LOSS_KEYS if turn.get(key) not in (None, "")}
     for key, flag in flags.items():
         need(flag is not None, where, f'"{key}" must be true or false, not {turn[key]!r:.40}')
@@ -374,7 +377,7 @@ def plain_text(message, where):
     return message["content"]
 
 
-HH = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)  # how an HH-RLHF dialogue begins
+HH = re.compile(r"(?:\n\n)?Human:.*\n\nAssistant:", re.DOTALL)  # how an HH-RLHF dialogue begins
 
 
 def _hh_turns(text, where=""):
@@ -493,6 +496,8 @@ def as_choice(record, where):
     labels, hint = [*LETTERS], record.get("hint") or ""
     if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
         choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
+    if isinstance(choices, dict) and "text" not in choices:  # {"A": "a hen", "B": "a goat"}
+        choices = {"text": [*choices.values()], "label": [*choices]}
     if isinstance(choices, dict):
         choices, labels = choices.get("text"), choices.get("label")
     listed = isinstance(choices, list) and isinstance(labels, list)

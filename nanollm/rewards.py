@@ -20,7 +20,8 @@ from fractions import Fraction
 #   units       are left out: $5, 5 EUR and 5% are 5
 # Dates, times and versions (2024-05-12, 10:30, 1.2.3) are no numbers, and passed over, as is what
 # belongs to a word or unit (H2O, m2, cm^2). What may mean two things (1,5 and 1,2,3), is written
-# otherwise (10³, 4½, 42k) or still to be worked out (2√3, (-2)^2, x/2) is unclear, and never right.
+# otherwise (10³, 4½, 42k) or still to be worked out (2√3, (-2)^2, x/2, \boxed{2 + 3}) is unclear,
+# and never right.
 LONGEST = 2000  # characters at a text's end in which its answer is looked for
 DIGITS = 100  # that a number may have
 BLANK = r"[ \xa0\u2009\u202f]"
@@ -50,12 +51,13 @@ def last_number(text):
     r"""The number that a text ends with, a Fraction: that of its last \boxed{}, of a last line
     "#### 42" (GSM8K), or else its last one. None without any, and where it is unclear.
     """
-    text = boxed(text)
+    whole, text = text, boxed(text)
     _, mark, line = text.rpartition("####")
     if mark and (value := as_number(line.partition("\n")[0])) is not None:  # else it's a heading
         return value
     found = [m for m in IN_TEXT.finditer(_plain(text[-LONGEST:])) if not m["other"]]
-    return _value(found[-1]) if found and found[-1]["number"] else None
+    several = len(found) > 1 and text != whole and "=" not in text  # in a box
+    return _value(found[-1]) if found and found[-1]["number"] and not several else None
 
 
 def as_number(text):

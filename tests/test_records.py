@@ -144,7 +144,7 @@ CHATS = [
         (ALPACA, "output"), (PAIR, "completion"), ({"question": "Hi"}, "answer"))),
     (chat(U, said("assistant", None)), "dropped: an answer is empty"),
     # what stands beside them
-    *((record | {key: "now"}, "U now\n\nHi. A [Yo.]") for key in ("context", "passage", "article")
+    *((record | {key: "now"}, "U now\n\nHi. A [Yo.]") for key in ("context", "passage", "story")
       for record in (PAIR, {"question": "Hi", "answer": "Yo"})),
     (PAIR | {"input": "now"}, "U Hi\n\nnow. A [Yo.]"),
     (ALPACA | {"input": "", "context": "now"}, "U Hi\n\nnow. A [Yo.]"),
@@ -153,7 +153,9 @@ CHATS = [
       for record in (chat(U, A), {"conversations": [U, A]}, {"prompt": [U], "completion": "Yo"})
       for key in ("context", "input", "instruction", "passage", "reasoning")
       if "prompt" not in record or key not in ("instruction", "reasoning")),
-    (chat(U, A, context="Hi", instruction="Hi"), HI),
+    (chat(U, A, context="Hi", instruction="Hi", tools="[]", documents=[]), HI),
+    (chat(U, A, context="Yo"), 'refused: the model would not see the "context"'),
+    (chat(U, A, reasoning="Hi"), 'refused: the model would not see the "reasoning"'),
     *((record | {key: "hm"}, THINK) for record in (ALPACA, PAIR)
       for key in ("reasoning", "reasoning_content", "thinking")),
     (PAIR | {"completion": "<think>hm</think>Yo", "reasoning": "hm"}, THINK),
@@ -204,7 +206,7 @@ CHATS = [
     *((chat(U, A | {key: no}, U, A), "U Hi. A Yo. U Hi. A [Yo.]")
       for key, no in {"loss": 0.0, "train": False, "weight": 0, "training": "False",
                       "loss_mask": 0, "trainable": False, "train_on_turn": False}.items()),
-    *((chat(U, A | {key: flag}), f'refused: "{key}" may mean either')
+    *((chat(U, A | {key: flag}), f'refused: "{key}" may mean that it is learnt')
       for key in ("mask", "masked") for flag in (True, 0)),
     *((chat(U, A | {"loss": yes}), HI) for yes in (True, 1, "true", None)),
     (chat(U | {"loss": False}, A), HI),

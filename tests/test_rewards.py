@@ -150,6 +150,8 @@ LAST = [
     ("42 at 10:30", 42), ("42 at 10:30:05.5", 42), ("42 of version 1.2.3", 42), ("42-1-23", None),
     ("2024-05-12", None), ("10:30", None), ("1.2.3", None), ("1:1,000", None),
     # unclear, not worked out, or not to be had
+    (r"\boxed{5, 6}", None), (r"\boxed{(3+4)*2}", None), (r"\boxed{5-3}", None),
+    (r"\boxed{3 + 4 = 7}", 7), (r"\boxed{x=5}", 5), (r"\boxed{1 and 1/2}", Fraction(3, 2)),
     ("7 is 42k", None), ("4.5K.", None), ("5M", None), ("3x", None), ("2x3", None), ("2x3=6", 6),
     ("7 is (-2)^2", None), ("(-2)**2", None), ("(-2)^2 = 4", 4), ("2^n", None), ("x/2", None),
     (r"\boxed{2\sqrt{3}} of 8", None), (r"\boxed{3\pi}", None), (r"\sqrt{16} - 3 = 1", 1),
@@ -267,6 +269,7 @@ FORMS = [  # as published: MMLU, its table, ScienceQA, ARC's two, and with the a
     PET | {"id": "x", "choices": {"text": PETS, "label": ["A", "B"]}, "answerKey": "B"},
     PET | {"choices": PETS, "answer": "a cat"},
     PET | {"options": PETS, "answer": "B", "answer_index": 1},
+    PET | {"options": {"A": "a cow", "B": "a cat"}, "answer": "B"},
     PET | {"A": "a cow", "B": "", "C": "a cat", "D": "", "answer": "C"},
     {"id": "x", "question": {"stem": "Which pet?", "choices": [
         {"text": "a cow", "label": "1"}, {"text": "a cat", "label": "2"}]}, "answerKey": 2},
