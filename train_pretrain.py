@@ -1,7 +1,13 @@
-"""Pretraining: learn to predict the next token of raw text.
+"""Pretraining: learn to predict the next token of raw text, or with --objective mlm those left out.
 
     loss = - mean_t log p(x_t | x_<t)           Bengio et al. 2003; Radford et al. 2018 (GPT)
+    loss = - mean_{t in M} log p(x_t | x~)      masked language modelling: Devlin et al. 2019
+                                                (BERT, arXiv:1810.04805, section 3.1, task 1)
     bits per byte = total nats / (ln 2 * bytes of text)        comparable across tokenizers
+
+x~ is the text with 15% of its tokens, M, blanked out; attention then sees both sides. Such a model
+fills in blanks and can't write on: the other scripts refuse it. Next sentence prediction, BERT's
+second task, is left out (Liu et al. 2019, RoBERTa, 1907.11692, found no use in it).
 
 The text is the village by default (data/village/), or any .txt or .jsonl file, or a folder of .txt
 files. Rows of T tokens tile the text; each token is predicted once per epoch. A new model is
@@ -9,6 +15,7 @@ initialised by init_weights (nanollm/gpt.py); --init continues from a run folder
 one.
 
 Run     python train_pretrain.py
+        python train_pretrain.py --objective mlm --out runs/mlm
         python train_pretrain.py --data book.txt --vocab_size 1024 --steps 300 --out runs/book
         torchrun --nproc_per_node 8 train_pretrain.py --preset gpu --data text.jsonl
 Needs   nothing
@@ -24,20 +31,24 @@ import lzma
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 
 from data.village.corpus import prepare_corpus
-from nanollm.batches import Sampler, Windows, documents_of, open_corpus, row_length
+from nanollm.batches import Sampler, Windows, documents_of, open_corpus, pad_completions, row_length
 from nanollm.checkpoint import load_gpt, save_gpt
 from nanollm.config import LARGE, OpenShare, Positive, TrainConfig, Whole, cli
+from nanollm.formats import read_records
 from nanollm.generate import generate
-from nanollm.gpt import GPT, GPTConfig, count_parameters, shape_of
-from nanollm.logprobs import bits_per_byte, next_token_logits, token_logprobs
+from nanollm.gpt import GPT, GPTConfig, count_parameters, document_mask, shape_of
+from nanollm.logprobs import bits_per_byte, next_token_logits, token_lengths, token_logprobs
 from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.run import Run, check_folders, checkpoint_of, effect
 from nanollm.runtime import start
 from nanollm.tokenizer import Tokenizer
+
+MASK = "<|mask|>"
 
 
 @dataclass
@@ -58,6 +69,8 @@ class Config(TrainConfig):
     tokenizer: str = "train"
     vocab_size: Whole[1] = 2048  # size of a trained tokenizer, special tokens included
     # -- Model
+    # causal: predict the next token (GPT); mlm: fill in blanks, seeing both sides (BERT)
+    objective: Literal["causal", "mlm"] = "causal"
     # run folder or model folder to continue from; its shape and tokenizer are kept
     init: str | None = None
     layers: Whole[1] = 4  # number of blocks
@@ -143,10 +156,12 @@ def get_tokenizer(cfg):
     if cfg.resume:
         return Tokenizer.load(checkpoint_of(cfg.out).parent)
     if cfg.tokenizer != "train":
-        return Tokenizer.load(cfg.tokenizer)
+        return Tokenizer.load(cfg.tokenizer).with_tokens([MASK] * (cfg.objective == "mlm"))
     documents, budget = documents_of(*sources(cfg)[0]), 4_000_000
     stride = max(1, sum(map(len, documents)) // budget)
-    return Tokenizer.train([d[:budget] for d in documents[::stride]], cfg.vocab_size)
+    special = [MASK] * (cfg.objective == "mlm")
+    size = cfg.vocab_size - len(special)
+    return Tokenizer.train([d[:budget] for d in documents[::stride]], size).with_tokens(special)
 
 
 def xz_bits_per_byte(train_texts, val_texts):
@@ -171,19 +186,86 @@ def next_token_loss(logits, targets):
     return -token_logprobs(logits, targets).mean()
 
 
+def blank_out(tokens, seed, ordinary, mask_id):
+    """BERT's corruption of rows (B, T): (B, 3, T) of what the model is shown, the tokens, and 1
+    where it has to predict them.
+
+    15% of each row are chosen; `ordinary`, (V,) bool, is False of special tokens, which are never
+    asked for. Of these 80% become <|mask|>, 10% any ordinary token and 10% stay, so that what the
+    model makes of a token that it sees is of use, too: later nothing is masked.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chance = torch.rand(tokens.shape, generator=generator)
+    chance = chance.masked_fill(~ordinary[tokens], 2.0)
+    kth = chance.kthvalue(round(0.15 * tokens.shape[1]), 1, keepdim=True).values
+    chosen = chance <= kth
+    kind = torch.rand(tokens.shape, generator=generator)
+    ids = ordinary.nonzero()[:, 0]
+    others = ids[torch.randint(len(ids), tokens.shape, generator=generator)]
+    shown = tokens.where(~chosen | (kind >= 0.9), others.where(kind >= 0.8, mask_id))
+    return torch.stack((shown, tokens, chosen.long()), 1)
+
+
+def masked_loss(model, rows, eot_id):
+    """Mean of -log p over the tokens that blank_out has chosen: rows (B, 3, T) -> scalar."""
+    shown, tokens, chosen = rows.unbind(1)
+    chosen, seen = chosen.bool(), None
+    if eot_id is not None:
+        seen = document_mask((tokens == eot_id).cumsum(1), causal=False)
+    return next_token_loss(model(shown, mask=seen, where=chosen), tokens[chosen])
+
+
+@torch.no_grad()
+def fill_blanks(model, tokens, mask_id, seen=None):
+    """The rows (B, T) with each <|mask|> filled in: in every row the most certain one first, as a
+    token that is there makes the others easier. seen: the mask of attention, or None.
+    """
+    tokens = tokens.clone()
+    while (blank := tokens == mask_id).any():
+        logits = model(tokens, mask=seen).float()  # (B, T, V)
+        logits[..., mask_id] = -torch.inf
+        certain, best = logits.softmax(-1).max(-1)  # (B, T)
+        at = certain.masked_fill(~blank, -1.0).argmax(1)
+        rows = blank.any(1).nonzero()[:, 0]
+        tokens[rows, at[rows]] = best[rows, at[rows]]
+    return tokens
+
+
+@torch.no_grad()
+def facts_known(model, tokenizer, examples):
+    """Share of the village's facts of which the model knows the value: each of its tokens is the
+    likeliest one behind those before it, or is filled in where the value is blanked out.
+    """
+    prompts = [[*tokenizer.begin, *tokenizer.encode(e["prompt"])] for e in examples]
+    values, stop = [tokenizer.encode(e["answer"]) for e in examples], tokenizer.encode(".")
+    rows = pad_completions(prompts, [value + stop for value in values], tokenizer.pad_id)
+    known, mask_id = 0, tokenizer.special.get(MASK)
+    for numbers in torch.arange(len(rows)).split(64):
+        part = rows[numbers].to(model.device)
+        value = part.mask & part.mask.roll(-len(stop), 1)  # without the full stop
+        if model.cfg.is_causal:
+            said = model(part.tokens).argmax(-1).roll(1, 1)
+        else:
+            seen = document_mask(part.real.long(), causal=False)
+            said = fill_blanks(model, part.tokens.masked_fill(value, mask_id), mask_id, seen)
+        known += ((said == part.tokens) | ~value).all(1).sum().item()
+    return known / len(rows)
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
 def build_model(cfg):
     """(GPT, Tokenizer): fresh with a tokenizer of its own, or from --init."""
     if cfg.init:
-        return load_gpt(cfg.init)
+        return load_gpt(cfg.init, cfg.objective == "causal")
     tokenizer = get_tokenizer(cfg)
     shape = GPTConfig(
         vocab_size=-(-tokenizer.vocab_size // 64) * 64,  # matrix products like multiples of 64
         max_position_embeddings=cfg.context,
         tie_word_embeddings=cfg.tied,
         qk_norm=cfg.qk_norm,
+        is_causal=cfg.objective == "causal",
         **shape_of(cfg),
     )
     torch.manual_seed(cfg.seed)
@@ -199,7 +281,10 @@ def main(cfg):
     windows, val_windows = Windows(train, T), Windows(val, T)
     separate = cfg.document_mask and train.documents > 1
     eot_id = tokenizer.begin[0] if separate else None
-    measure = partial(bits_per_byte, tokenizer=tokenizer, mask_documents=separate)
+    causal, ordinary = cfg.objective == "causal", token_lengths(tokenizer, model.cfg.vocab_size) > 0
+    blanks = partial(blank_out, ordinary=ordinary, mask_id=tokenizer.special.get(MASK))
+    measure = partial(held_out, tokenizer=tokenizer, windows=val_windows, blanks=blanks)
+    measure = partial(measure, eot_id=eot_id)
 
     share, tokens_per_step = rt.share(cfg.batch_size), cfg.batch_size * T
     run = Run(cfg, rt)
@@ -207,7 +292,7 @@ def main(cfg):
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(model, cfg, rt.scaler)
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(windows), cfg.seed)
-    best = {"bits_per_byte": math.inf, "misses": 0} | run.restore(model, optimizer, sampler)
+    best = {"val_loss": math.inf, "misses": 0} | run.restore(model, optimizer, sampler)
     rt.print(
         f"{count_parameters(model)[0]:,} parameters on {rt.device} in {rt.dtype_name}; "
         f"{len(train.tokens):,} training tokens of {train.text_bytes / len(train.tokens):.2f} "
@@ -215,23 +300,28 @@ def main(cfg):
     )
 
     while run.step < cfg.steps and not (cfg.patience and best["misses"] >= cfg.patience):
-        rows = windows[sampler.take(cfg.batch_size)[share]].to(rt.device)  # (B, T + 1)
+        rows = windows[sampler.take(cfg.batch_size)]  # (B, T + 1)
+        if not causal:
+            rows = blanks(rows[:, :T], (cfg.seed << 20) + run.step)  # (B, 3, T)
         loss = 0.0
-        for part in rt.micro_batches(rows, cfg.accumulate, ddp_model):
-            logits = next_token_logits(ddp_model, part[:, :-1], eot_id)
-            part_loss = next_token_loss(logits, part[:, 1:]) * len(part) / cfg.batch_size
-            loss += rt.backward(part_loss)
+        for part in rt.micro_batches(rows[share].to(rt.device), cfg.accumulate, ddp_model):
+            if causal:
+                logits = next_token_logits(ddp_model, part[:, :-1], eot_id)
+                part_loss = next_token_loss(logits, part[:, 1:])
+            else:
+                part_loss = masked_loss(ddp_model, part, eot_id)
+            loss += rt.backward(part_loss * len(part) / cfg.batch_size)
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
         run.advance(tokens_per_step, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
         if run.due(cfg.eval_every):
-            nats, bpb = measure(model, windows=val_windows, most=cfg.eval_tokens)
-            run.evaluated(val_loss=nats, bits_per_byte=bpb)
+            metrics = measure(model, most=cfg.eval_tokens)
+            run.evaluated(**metrics)
             if cfg.sample_tokens and rt.main:
-                run.write_sample(sample_text(model, tokenizer, cfg, run.step))
-            better = bpb < best["bits_per_byte"]
+                run.write_sample(sample_text(model, tokenizer, val_windows, blanks, cfg, run.step))
+            better = metrics["val_loss"] < best["val_loss"]
             best["misses"] = 0 if better else best["misses"] + 1
-            best["bits_per_byte"] = min(bpb, best["bits_per_byte"])
+            best["val_loss"] = min(metrics["val_loss"], best["val_loss"])
             if better or not cfg.patience:
                 run.export(save_gpt, model, tokenizer)
             run.checkpoint(**best)
@@ -240,12 +330,39 @@ def main(cfg):
         rt.print(f"stopped early: no better for {cfg.patience} evaluations; {cfg.out} has the best")
     if cfg.patience:
         rt.barrier()  # until the best weights are written
-        model = rt.prepare(load_gpt(cfg.out)[0], train=False)
-    finish(cfg, run, *measure(model, windows=val_windows))
+        model = rt.prepare(load_gpt(cfg.out, causal)[0], train=False)
+    finish(cfg, run, model, tokenizer, measure(model))
 
 
-def sample_text(model, tokenizer, cfg, step):
-    """A document sampled from scratch."""
+@torch.no_grad()
+def held_out(model, tokenizer, windows, blanks, eot_id, most=math.inf):
+    """Nats per token of at most so many held-out ones, the same ones at each call: of all, with
+    bits per byte, or of those that are blanked out.
+    """
+    if model.cfg.is_causal:
+        separate = eot_id is not None
+        nats, bpb = bits_per_byte(model, tokenizer, windows, most, mask_documents=separate)
+        return {"val_loss": nats, "bits_per_byte": bpb}
+    n, loss = math.ceil(min(len(windows), most / windows.T)), 0.0
+    for numbers in torch.arange(n).split(32):
+        rows = blanks(windows[numbers][:, :-1], int(numbers[0])).to(model.device)
+        loss += masked_loss(model, rows, eot_id).item() * len(rows) / n
+    return {"val_loss": loss}
+
+
+def sample_text(model, tokenizer, windows, blanks, cfg, step):
+    """A document sampled from scratch; of a model that fills in blanks held-out text with what it
+    says in [brackets].
+    """
+    if not model.cfg.is_causal:
+        shown, tokens, _ = blanks(windows[[0]][:, : cfg.sample_tokens], step)[0].to(model.device)
+        mask_id = tokenizer.special[MASK]
+        filled = fill_blanks(model, shown[None], mask_id)[0].tolist()
+        pieces = zip(shown.tolist(), filled)
+        return "".join(
+            f"[{tokenizer.decode([said])}]" if id == mask_id else tokenizer.decode([id])
+            for id, said in pieces
+        )
     generator = torch.Generator(model.device).manual_seed(cfg.seed + step)
     stop = {tokenizer.eot_id, tokenizer.begin[0]}
     prompt, how = tokenizer.begin, {"temperature": 0.8, "generator": generator}
@@ -253,13 +370,20 @@ def sample_text(model, tokenizer, cfg, step):
     return tokenizer.decode(out.lists()[0])
 
 
-def finish(cfg, run, nats, bpb):
-    """Keep what the run has reached on all of the held-out text."""
-    name, result, xz = "held-out text", {"nats_per_token": nats, "bits_per_byte": bpb}, None
+def finish(cfg, run, model, tokenizer, measured):
+    """Keep what the run has reached on all of the held-out text, and of the village's facts."""
+    effects, xz = [], None
     if cfg.compare_xz and run.rt.main:
         xz = xz_bits_per_byte(*(documents_of(*source) for source in sources(cfg)))
-        name, result["xz_bits_per_byte"] = f"{name}, before: xz -9", xz
-    run.write_result([effect(name, xz, bpb, "bits per byte", False)], **result)
+        measured["xz_bits_per_byte"] = xz
+    if "bits_per_byte" in measured:
+        name = "held-out text" + ", before: xz -9" * (xz is not None)
+        effects.append(effect(name, xz, measured["bits_per_byte"], "bits per byte", False))
+    if cfg.data == "village":
+        examples = read_records(sources(cfg)[0][0].with_name("cloze.jsonl"))
+        measured["facts_known"] = facts_known(model, tokenizer, examples)
+        effects.append(effect("facts about villagers", None, measured["facts_known"], "share"))
+    run.write_result(effects, **measured)
     run.rt.close()
 
 

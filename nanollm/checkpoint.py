@@ -56,14 +56,16 @@ stop_strings""".split()
 ADAPTER_CONFIG, EMBEDDING = "adapter_config.json", "model.embed_tokens.weight"
 
 
-def read_config(folder):
+def read_config(folder, causal=True):
     """config.json -> GPTConfig; shapes that GPT doesn't have raise UserError."""
     path = Path(folder) / "config.json"
-    return config_of(read_json(path), path)
+    return config_of(read_json(path), path, causal)
 
 
-def config_of(values, path):
-    """The GPTConfig that these values of a config.json mean; `path` is where they stand."""
+def config_of(values, path, causal=True):
+    """The GPTConfig that these values of a config.json mean; `path` is where they stand. UserError
+    for a model that fills in blanks where one that writes on is wanted, or the other way round.
+    """
     kind = values.get("model_type")
     need(kind in KINDS, path, f"model_type must be one of {', '.join(KINDS)}, not {kind!r}")
     act = values.get("hidden_act") or "silu"
@@ -77,6 +79,9 @@ def config_of(values, path):
         known["rope_theta"], scaling = rope_of(values, path)
         known["attention_bias"] = kind == "qwen2" or bool(values.get("attention_bias"))
         cfg = GPTConfig(**known, qk_norm=kind == "qwen3", rope_scaling=scaling)
+        wanted = "predicts the next token (causal)" if causal else "fills in blanks (mlm)"
+        why = f"is_causal is {cfg.is_causal}, but a model that {wanted} is wanted"
+        need(cfg.is_causal == causal, path, why)
         context = cfg.max_position_embeddings
         if scaling and scaling["rope_type"] != "linear":
             scaling.setdefault(CONTEXT, context)
@@ -172,7 +177,7 @@ def write_configs(config, tokenizer, folder):
     atomic_write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
-def load_gpt(folder):
+def load_gpt(folder, causal=True):
     """(GPT in fp32 on the CPU, Tokenizer) from the folder of a whole language model; adapters and
     vision-language models are opened by hub.load_model.
 
@@ -180,7 +185,7 @@ def load_gpt(folder):
     mean of the others.
     """
     folder = existing_folder(folder)
-    model, tokenizer = GPT(read_config(folder)), Tokenizer.load(folder)
+    model, tokenizer = GPT(read_config(folder, causal)), Tokenizer.load(folder)
     odd = [k for k in PENALTIES if tokenizer.generation.get(k) not in (None, 0, 1, [], {})]
     if odd:
         what = f"generation_config.json sets {', '.join(odd)}"

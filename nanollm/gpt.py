@@ -46,6 +46,7 @@ class GPTConfig:
     tie_word_embeddings: bool = True
     qk_norm: bool = True  # Qwen3's: RMSNorm on every query and key head
     attention_bias: bool = False  # Qwen2's: biases on q, k, v
+    is_causal: bool = True  # False: a token sees what comes after it, too (BERT)
 
     def __post_init__(self):
         H, G = self.num_attention_heads, self.num_key_value_heads
@@ -134,8 +135,9 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def document_mask(documents):
-    """The attention mask of packed rows: a token sees itself and what came before in its document.
+def document_mask(documents, causal=True):
+    """The attention mask of packed rows: a token sees itself and what came before in its document,
+    without `causal` also what comes after.
 
     documents (B, T): the number of the document that each token belongs to. Returns (B, 1, T, T)
     bool, True where attention is allowed; on CUDA a BlockMask, with which flex attention skips
@@ -145,11 +147,12 @@ def document_mask(documents):
     if documents.is_cuda:
 
         def allowed(b, h, q, k):
-            return (q >= k) & (documents[b, q] == documents[b, k])
+            same = documents[b, q] == documents[b, k]
+            return same & (q >= k) if causal else same
 
         return create_block_mask(allowed, B, None, T, T, documents.device)
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    return (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]
+    same = documents[:, :, None] == documents[:, None, :]
+    return (same.tril() if causal else same)[:, None]
 
 
 def see_prefix(mask, V, T, device):
@@ -177,8 +180,10 @@ def compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(D)) v; q (B, H, T, D), k and v (B, G, S, D); mask None means causal."""
+def attend(q, k, v, mask, causal=True):
+    """softmax(q k^T / sqrt(D)) v; q (B, H, T, D), k and v (B, G, S, D). Without a mask a token sees
+    what came before it, unless `causal` is False.
+    """
     shared = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         compiled = torch.compiler.is_compiling()  # as a part of the whole model
@@ -187,7 +192,7 @@ def attend(q, k, v, mask):
     if shared and not q.is_cuda:  # torch's CPU kernel knows no shared heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         shared = False
-    causal = mask is None and q.shape[2] > 1
+    causal = causal and mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared
     )
@@ -252,7 +257,7 @@ class Attention(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
         C, H, G, D = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-        self.head_dim, self.layer = D, layer
+        self.head_dim, self.layer, self.causal = D, layer, cfg.is_causal
         self.q_proj = Linear(C, H * D, bias=cfg.attention_bias)
         self.k_proj = Linear(C, G * D, bias=cfg.attention_bias)
         self.v_proj = Linear(C, G * D, bias=cfg.attention_bias)
@@ -281,7 +286,7 @@ class Attention(nn.Module):
         if prefix is not None:
             front = prefix.to(k.dtype)[:, None].expand(-1, B, -1, -1, -1)
             k, v = torch.cat((front[0], k), dim=2), torch.cat((front[1], v), dim=2)
-        y = attend(q, k, v, mask).to(x.dtype)  # (B, H, T, D)
+        y = attend(q, k, v, mask, self.causal).to(x.dtype)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
