@@ -269,9 +269,10 @@ def read_documents(path):
 
 def _document(record, where):
     wanted = 'a corpus record needs a "text", as in {"text": "Once upon..."}'
-    need(isinstance(record.get("text"), str), where, wanted)
-    need_usable(record["text"].strip(), where, "the text is empty")
-    return record["text"]
+    text = record.get("text", 0) or ""  # null is empty
+    need(isinstance(text, str) and "text" in record, where, wanted)
+    need_usable(text.strip(), where, "the text is empty")
+    return text
 
 
 def images_in(messages):

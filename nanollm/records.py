@@ -143,8 +143,10 @@ def _asked(record, key):
         return asked
     if HH.match(asked) and asked.rstrip().endswith("\n\nAssistant:"):
         return _hh_turns(asked)[:-1]
-    passages, given = [record.get(k) for k in PASSAGES], record.get("input")
-    texts = [asked, given, *passages] if key == "instruction" else [*passages, asked, given]
+    passages, given = [record.get(k) for k in PASSAGES], [record.get("input")]
+    if str(record.get("question")) not in asked:  # it stands beside an instruction
+        given = [record.get("question"), *given]
+    texts = [asked, *given, *passages] if key == "instruction" else [*passages, asked, *given]
     return "\n\n".join(text for text in texts if text and isinstance(text, str))
 
 
@@ -484,7 +486,8 @@ def as_choice(record, where):
     {"question": {"stem", "choices": [{"text", "label"}]}, "answerKey"}, also flat, with {"text":
     [...], "label": [...]}. Labels win over places: of "1", "2" and "3" the answer 1 is the first.
     """
-    asked = "question" if "question" in record or "check" in record else "prompt"
+    asked = "instruction" if "instruction" in record else "prompt"
+    asked = "question" if "question" in record or "check" in record else asked
     question, choices = record.get(asked), one_of(record, ("choices", "options"), where)
     columns = [letter for letter in LETTERS if record.get(letter, "") != ""]
     if isinstance(question, dict):
@@ -512,7 +515,8 @@ def as_choice(record, where):
     problem = {key: value for key, value in record.items() if key not in used}
     if isinstance(record.get("subject"), str):
         problem = {"task": record["subject"]} | problem  # accuracy is shown by subject
-    problem |= {"prompt": prompt, "choices": choices, "check": "choice"}
+    key = asked if "instruction" in problem else "prompt"  # behind an instruction, or alone
+    problem |= {key: prompt, "choices": choices, "check": "choice"}
     answer = record.get("answerKey", record.get("answer"))
     if answer in (None, ""):
         return problem

@@ -26,6 +26,7 @@ FILES = [  # (name, bytes, the documents or what is said)
     ("a.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n\n"), ["a", "b"]),
     ("a.jsonl", SEPARATORS, ["é\u2028b\x85c", "b"]),
     ("a.jsonl", b'{"text": "\\ud83d\\ude00"}', ["\U0001f600"]),  # both halves of a surrogate pair
+    ("a.jsonl", LINES + b'{"text": null}', ["a", "b"]),
     ("a.csv", CSV, ["a", "b"]),
     ("a.CSV.gz", gzip.compress(CSV), ["a", "b"]),
     ("a.csv", QUOTED, ['a, "b"\nc']),

@@ -147,6 +147,7 @@ CHATS = [
     *((record | {key: "now"}, "U now\n\nHi. A [Yo.]") for key in ("context", "passage", "story")
       for record in (PAIR, {"question": "Hi", "answer": "Yo"})),
     (PAIR | {"input": "now"}, "U Hi\n\nnow. A [Yo.]"),
+    *((record | {"question": "now"}, "U Hi\n\nnow. A [Yo.]") for record in (ALPACA, PAIR)),
     (ALPACA | {"input": "", "context": "now"}, "U Hi\n\nnow. A [Yo.]"),
     (ALPACA | {"input": {"x": 1}}, 'refused: the model would not see the "input"'),
     *((record | {key: "now"}, f'refused: the model would not see the "{key}"')
@@ -321,6 +322,8 @@ PROMPTS = [
       for given, read in ((0, "0"), ("-3", "-3"), (" 0.5 ", "0.5"), ("1,072", "1072"))),
     ({"prompt": "Hi", "input": "now", "answer": "7"}, "U Hi\n\nnow. -> number 7"),
     ({"prompt": "Hi", "reasoning": "hm", "answer": "7"}, "U Hi. -> number 7"),
+    ({"instruction": "Say", "context": "now", "question": "Hi", "options": ["a", "b"], "answer": 1},
+     "U Say\n\nHi\nA. a\nB. b\nAnswer with the letter of the right choice.\n\nnow. -> choice B"),
     *(({"prompt": "Hi", "answer": text}, "U Hi. -> choice B") for text in ("B", " (b) ", "b.")),
     *(({"prompt": "Hi", "answer": text}, f"U Hi. -> contains {text.strip()}")
       for text in (" a goat\n", "1,2,3", ",", "7 goats")),

@@ -274,6 +274,7 @@ FORMS = [  # as published: MMLU, its table, ScienceQA, ARC's two, and with the a
     {"id": "x", "question": {"stem": "Which pet?", "choices": [
         {"text": "a cow", "label": "1"}, {"text": "a cat", "label": "2"}]}, "answerKey": 2},
     {"prompt": "Which pet?", "choices": PETS, "answer": "B"},
+    {"instruction": "Which pet?", "options": PETS, "answer": "B"},
     {"messages": [{"role": "user", "content": LISTED}], "choices": PETS, "answer": "B"},
 ]  # fmt: skip
 
