@@ -186,7 +186,7 @@ def comments_of(config_class):
     """
     found = {}
     for base in reversed(config_class.__mro__[:-1]):
-        group, above = None, []
+        group, above, before = None, [], None
         try:
             lines = inspect.getsource(base).splitlines()
         except (OSError, TypeError):  # a class typed at a prompt has no source to read
@@ -196,12 +196,15 @@ def comments_of(config_class):
             name = code.partition(":")[0]
             if comment.startswith("--"):
                 group, above = comment.strip("- "), []
+            elif before and comment:  # a value on a line of its own, with the comment behind it
+                found[before] = f"{found[before][0]} {comment}".strip(), found[before][1]
             elif name in base.__annotations__:
                 known = found.get(name, ("", "settings"))
                 text = " ".join([*above, comment]).strip()
                 found[name], above = (text or known[0], group or known[1]), []
             else:
                 above = [] if code or not comment else [*above, comment]
+            before = name if name in base.__annotations__ and code.endswith("(") else None
     return found
 
 

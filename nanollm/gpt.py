@@ -291,7 +291,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU. Whoever puts another one here says in `hidden_act` what Hugging Face calls it."""
+    """SwiGLU. Whoever puts another one here says in `hidden_act` what Hugging Face calls it; one
+    with other matrices opens here alone: transformers would make up those that it misses.
+    """
 
     hidden_act = "silu"
 

@@ -246,6 +246,20 @@ HELP = (
 )
 
 
+@dataclass
+class Formatted(TrainConfig):
+    loss: Literal["one", "two"] = (
+        "one"  # a comment that the formatter has moved
+    )  # fmt: skip
+    other: int = 3  # of its own
+
+
+def test_a_comment_behind_a_value_on_its_own_line_is_the_fields():
+    comments = comments_of(Formatted)
+    assert comments["loss"][0] == "a comment that the formatter has moved"
+    assert comments["other"][0] == "of its own"
+
+
 def test_help_shows_groups_comments_defaults_and_presets(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as leaving:
