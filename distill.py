@@ -27,7 +27,9 @@ distributions is a lower bound of KL between the whole ones, and approaches it a
 
 Differs from the papers: rationale and answer of step_by_step are one sequence, not two tasks, and
 the rationales are sampled and checked by the label; on_policy first trains on given completions for
---on_policy_start of the steps, so that the student learns to stop; tau^2 scales every divergence.
+--on_policy_start of the steps, so that the student learns to stop; tau^2 scales every divergence;
+losses are means over a batch's tokens (GKD averages over each sequence first); hard samples what
+Kim & Rush take from beam search.
 
 Run     python distill.py                          # soft; the village's questions about people
         python distill.py --method hard --samples 4 --out runs/hard
@@ -104,8 +106,8 @@ from train_sft import validation_loss
 
 @dataclass
 class Config(TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: the gpu preset of pretraining;
-    # downloaded: for a model of 0.1 to 1B parameters
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: for the model that
+    # train_pretrain.py --preset gpu makes; downloaded: for one of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Teacher and student
     teacher: str = "runs/sft"  # run folder or model folder of the teacher

@@ -4,7 +4,8 @@
                 --rslora: s = alpha / sqrt(r)               Kalajdzievski 2023, 2312.03732
                 --lora_plus 16: B learns 16 times as fast   Hayou et al. 2024, 2402.12354
     dora        y = m * (W + s B A) x / |W + s B A|,        Liu et al. 2024, 2402.09353, eq. 5
-                |.| the norm of each output row, m one number for each
+                |.| the norm of each output row, m one number for each; the paper has
+                columns instead, as it writes W transposed
     qlora       lora on W in four bits (NF4)                Dettmers et al. 2023, 2305.14314, eq. 5
     bottleneck  h + U gelu(D h) behind every branch         Houlsby et al. 2019, 1902.00751
     prefix      softmax(q [K_p; K]) [V_p; V],               Li & Liang 2021, 2101.00190
@@ -13,10 +14,10 @@
     prompt      embeddings [P; E(x)] before the text        Lester et al. 2021, 2104.08691
     none        every parameter is trained, to compare with
 
-The layers behind the equations are in nanollm/peft/; the loss is that of train_sft.py. The domain
-is the village's harbour: sailors speak of what the model knows in a style of their own, and of
-ships that are new to it. Two fifths of the dialogues are old ones; without them every method uses
-the sailors' style everywhere.
+The layers behind the equations, and what differs from the papers, are in nanollm/peft/; the loss is
+that of train_sft.py. The domain is the village's harbour: sailors speak of what the model knows in
+a style of their own, and of ships that are new to it. Two fifths of the dialogues are old ones;
+without them every method uses the sailors' style everywhere.
 
 Run     python lora.py                                # LoRA of rank 3 on all matrices of the blocks
         for adapter in none lora dora qlora bottleneck prefix ptuning prompt; do

@@ -10,17 +10,19 @@ h = r_w - r_l, p = log pi(y|x), and n the lengths in tokens:
     ipo       (r_w/n_w - r_l/n_l - 1/(2 beta))^2                          2310.12036, eq. 17
     simpo     -log sigmoid(beta (p_w/n_w - p_l/n_l) - gamma)              2405.14734, eq. 6
     orpo      -p_w/n_w - lambda log sigmoid(log odds_w - log odds_l)      2403.07691, eq. 6
-    kto       1 - sigmoid(beta (r_w - z)) + 1 - sigmoid(beta (z - r_l))   2402.01306, eq. 8
+    kto       d (1 - sigmoid(beta (r_w - z))) + u (1 - sigmoid(beta (z - r_l)))   2402.01306, eq. 8
 
-where e is --label_smoothing, gamma --gamma, lambda --orpo_lambda, log odds = p/n - log(1 - exp p/n)
-and z the KL to the reference, estimated on the batch. nll_coef * NLL, NLL = -p_w/n_w, adds to each.
+where e is --label_smoothing, gamma --gamma, lambda --orpo_lambda, d --desirable_weight, u
+--undesirable_weight, log odds = p/n - log(1 - exp(p/n)) and z the KL to the reference, estimated on
+the batch. nll_coef * NLL, NLL = -p_w/n_w, adds to each.
 
 The reference is the model before training. The reference log-probabilities are computed once,
 before training; simpo and orpo use no reference. From a ranking, the best and the worst completion
 form one pair (--pairs extremes), or every two do (--pairs all). Differs from the papers: ipo
 averages over tokens, as most implementations now do; kto's desirable and undesirable examples are
-the two sides of a pair, of one prompt, or with records of {"prompt", "completion", "label"} of two:
-there the rarer side is taken again until there are as many (section 4.2 weighs it more likewise).
+the two sides of a pair. From records of {"prompt", "completion", "label"} a pair takes one of each
+label, whatever their prompts, and the rarer label's are repeated until there are as many of both
+(section 4.2 gives it a larger weight instead).
 
 These losses push down the rejected completions and, with them, whatever the chosen ones share with
 them; on the village this costs right answers. --nll_coef counters it by adding the chosen
@@ -90,7 +92,7 @@ class Config(PreferenceConfig, AdapterConfig, TrainConfig):
     # of a ranking: every pair, or only the best completion with the worst
     pairs: Literal["all", "extremes"] = "extremes"
     # -- Loss
-    # from completions' log-probabilities; each is a function below
+    # of the log-probabilities of both completions; the formulas stand above
     loss: Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
     beta: Positive = 0.1  # how closely to stay at the reference; simpo wants about 2
     label_smoothing: ErrorRate = 0.15  # e: share of flipped labels that cdpo and robust assume
@@ -302,7 +304,7 @@ def logps_of(model, pairs, device, z=0.0):
     return Logps(*policy.chunk(2), *ref.chunk(2), *rows.mask.sum(1).chunk(2), z)
 
 
-def mean_kl(model, pairs, total=float):
+def kto_z(model, pairs, total=float):
     """KTO's z: the KL to the reference, estimated on completions of other prompts, at least 0. Over
     the whole batch: `total` sums a number over processes.
     """
@@ -364,7 +366,7 @@ def main(cfg):
     while run.step < cfg.steps:
         batch, sums = train[sampler.take(cfg.batch_size)[share]], Counter()
         num_tokens = rt.sum(batch.rows.mask[batch.flat].sum())
-        z = mean_kl(model, batch, rt.sum) if cfg.loss == "kto" else 0.0
+        z = kto_z(model, batch, rt.sum) if cfg.loss == "kto" else 0.0
         for part in rt.micro_batches(batch, cfg.accumulate, ddp_model):
             logps = logps_of(ddp_model, part, rt.device, z)
             losses = LOSSES[cfg.loss](logps, cfg) + cfg.nll_coef * nll(logps)
@@ -383,7 +385,7 @@ def main(cfg):
             run.checkpoint(**saved)
     run.close("loss", "val_loss", y_label="loss per pair")
     name, after = "held-out pairs whose chosen completion gained more", saved["after"]
-    gained = effect(name, None, after["val_accuracy"], "share")  # named where nothing has a gold
+    gained = effect(name, None, after["val_accuracy"], "share")  # finish shows it without a gold
     finish(rt, run, saved["before"], after, gained)
 
 
@@ -396,7 +398,7 @@ def evaluate(cfg, model, tokenizer, ref, val, examples, ref_golds=None):
     if golds is not None:
         metrics["win_rate"] = win_rate(golds, ref_golds or golds)
     sums = Counter()
-    z = mean_kl(model, val) if cfg.loss == "kto" else 0.0
+    z = kto_z(model, val) if cfg.loss == "kto" else 0.0
     for numbers in torch.arange(len(val)).split(128):
         logps = logps_of(model, val[numbers], model.device, z)
         losses = LOSSES[cfg.loss](logps, cfg) + cfg.nll_coef * nll(logps)

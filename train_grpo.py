@@ -9,7 +9,8 @@ line). --loss selects a relative: dr_grpo (2503.20783), dapo (2503.14476), rloo 
 reinforce_pp (2501.03262), cispo (2506.13585), gspo (2507.18071). std divides by G - 1, as in public
 implementations. pi_old are the logprobs of the first pass over a batch, so that rho starts at
 exactly 1. k3's gradient is the forward KL's; rloo and reinforce_pp put k1 into the reward, which
-gives the reverse KL's. An unfinished completion gets 0, or its own reward if that is negative.
+gives the reverse KL's. An unfinished completion gets 0, or its own reward if that is negative, less
+the overlong penalty. DeepSeekMath adds no 1e-4, and its beta is 0.04; here --kl_coef is 0.
 
 Run     python train_grpo.py
         python train_grpo.py --preset zero           # R1-Zero: from runs/pretrain, without SFT
@@ -29,7 +30,7 @@ Watch   reward, accuracy   of the sampled completions, rise from 0.5 to 1.0; fla
         clip_fraction      share of tokens beyond the clip range: 0 with one inner update
         loss               says little (for grpo, rloo and gspo without KL it is 0 at rho = 1)
         grad_norm          below 1
-        val_accuracy       greedy, on held-out problems
+        val_accuracy       greedy, on held-out problems, whether a completion has ended or not
 """
 
 import math
@@ -67,14 +68,14 @@ from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
 from nanollm.tools import Toolbox
 
-LOSSES = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "cispo", "gspo"]
+LossName = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "cispo", "gspo"]
 
 
 @dataclass
 class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; zero: R1-Zero, from the base model;
-    # images: a vision-language model counts; gpu: the gpu preset of pretraining; downloaded: for a
-    # model of 0.1 to 1B parameters
+    # images: a vision-language model counts; gpu: for the model that train_pretrain.py
+    # --preset gpu makes; downloaded: for one of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
     init: str = "runs/cot"  # run folder or model folder to start from; also the reference
@@ -83,15 +84,15 @@ class Config(AdapterConfig, TrainConfig):
     data: str = "village"
     tasks: str = ""  # only these kinds of problems, separated by commas; default: all
     val_fraction: OpenShare = 0.05  # share of --data that is held out
-    # chat: a user's question; for base models (R1-Zero) zero: an example, then the problem; think:
-    # a description of <think>, as DeepSeek's
+    # how a problem is put. chat: as a user's question; for base models (R1-Zero) zero: after a
+    # worked example; think: after a description of <think>, as DeepSeek does
     template: Literal["chat", "zero", "think"] = "chat"
     tools: bool = False  # run the calls that the model writes
     knowledge: str | None = None  # with tools: JSONL of {"title", "text"}; default: the village's
     # -- Loss
-    loss: LOSSES = "grpo"  # one line each in VARIANTS below
-    clip_low: NotNegative | None = None  # default: as in the loss's paper
-    # default: as in the loss's paper; cispo: the largest weight, less 1
+    loss: LossName = "grpo"  # GRPO or a relative; one line each in VARIANTS
+    clip_low: NotNegative | None = None  # default: by loss, see VARIANTS
+    # default: by loss, see VARIANTS; cispo: the largest weight, less 1
     clip_high: NotNegative | None = None
     kl_coef: NotNegative = 0.0  # beta, the price of a nat of KL to the reference; 0: no reference
     # -- Sampling
@@ -188,7 +189,7 @@ def load_problems(cfg):
 
 
 class Prompts:
-    """How problems are put to a policy: as ids, and with what their images show."""
+    """How problems are put to a policy, with what their images show, and what it then completes."""
 
     def __init__(self, cfg, rt, policy, tokenizer, problems):
         self.cfg, self.rt, self.policy, self.tokenizer = cfg, rt, policy, tokenizer
@@ -216,21 +217,21 @@ class Prompts:
     def sample(self, problems):
         """G completions of each of this process's problems, to train on: rollouts.SampledRows."""
         ids, images = list(map(self.ids, problems)), self.images(problems)
-        model = self.policy, self.tokenizer
-        return sample_rows(self.cfg, self.rt, *model, problems, ids, self.tools, images)
+        policy, tokenizer = self.policy, self.tokenizer
+        return sample_rows(self.cfg, self.rt, policy, tokenizer, problems, ids, self.tools, images)
 
     def complete(self, problems, **sampling):
         """Texts of completions; the processes share the work."""
         ids, mine = list(map(self.ids, problems)), self.rt.mine(len(problems))
         sampling |= {"tools": self.tools, "images": self.images(problems[mine])}
-        model, longest = (self.policy, self.tokenizer), self.cfg.max_new_tokens
-        completions = sample_together(self.rt, *model, ids, longest, **sampling)
+        policy, tokenizer, longest = self.policy, self.tokenizer, self.cfg.max_new_tokens
+        completions = sample_together(self.rt, policy, tokenizer, ids, longest, **sampling)
         prompts = [p for p in ids for _ in range(len(completions) // len(ids))]
-        begins = map(self.tokenizer.begun, prompts)
-        return [begin + as_text(self.tokenizer, each) for begin, each in zip(begins, completions)]
+        begins = map(tokenizer.begun, prompts)
+        return [begin + as_text(tokenizer, each) for begin, each in zip(begins, completions)]
 
 
-# --- algorithm: N problems, G completions each, B = N G; entry t of (B, T - 1) is tokens[:, t + 1]
+# --- algorithm: B = N G completions of N problems; t of (B, T - 1) belongs to tokens[:, t + 1] ---
 
 
 def group_advantages(rewards):
@@ -352,7 +353,9 @@ class Variant:
     loss: Callable
     ratio: Callable
     advantages: Callable | None  # from rewards (N, G); None: of each token, by `returns_to_go`
-    clip: tuple  # (low, high) of its paper; rloo's is this project's choice
+    # (low, high): dapo's and gspo's are those of their papers, and 0.2 is PPO's; cispo's paper has
+    # none below and doesn't name the one above, which is this project's choice
+    clip: tuple
     kl_in_reward: bool = False
 
 
@@ -389,7 +392,7 @@ class Rollout(RolloutRows):
     rewards: torch.Tensor  # (B,)
     correct: torch.Tensor  # (B,) accuracy
     ended: torch.Tensor  # (B,) bool
-    old_logprobs: torch.Tensor | None = None  # (B, T - 1), as the three below
+    old_logprobs: torch.Tensor | None = None  # (B, T - 1), as the two below
     ref_logprobs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None  # or (B, 1)
 

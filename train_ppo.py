@@ -13,12 +13,13 @@ rules on the text (ReFT, 2401.08967). The critic is a copy of the reward model (
 --init, with a new head), a value head on the policy (shared), or none: then gamma and lambda are
 unused, and the baseline is the mean over the prompt's other samples, or over the batch where a
 prompt has one. The KL term (k1) is part of the reward, so its gradient is that of the reverse KL.
+InstructGPT's mixing in of pretraining gradients (PPO-ptx) is left out.
 
 Run     python train_ppo.py
         python train_ppo.py --kl_coef 0 --kl_target 0 --lr 1e-3 --steps 60 --out runs/too_far
         python train_ppo.py --preset reft                           # from runs/cot, rule rewards
 Needs   runs/sft and runs/rm                       (python train_sft.py && python train_rm.py)
-Expect  gold score 0.68 -> 0.94 on held-out prompts, at a KL of 6 nats (README.md). The second
+Expect  gold score 0.68 -> 0.94 on held-out prompts (README.md), at a KL near kl_target. The second
         command goes too far on purpose: the learned reward goes on rising while the gold falls
 Watch   reward      mean score, rises; the gold, where there is one, must rise with it, or the
                     policy has found the reward model's errors (reward_over_kl.svg)
@@ -27,13 +28,14 @@ Watch   reward      mean score, rises; the gold, where there is one, must rise w
         entropy     nats per token; near 0: nothing is explored any more
         length, ended    tokens of a completion, and the share that ends its turn: near 1
         explained_variance   of the returns by the critic: rises above 0.5; below 0 for long: the
-                    critic doesn't learn, raise --value_coef or --lr. So it is with --preset
-                    reft (down to -0.7), whose policy learns nevertheless
+                    critic doesn't learn, raise --value_coef or --lr. With --preset reft it falls
+                    to -0.7, and the policy learns all the same
         policy_loss near 0, since advantages have mean 0; value_loss falls
         clip_fraction, approximate_kl   share of tokens beyond the clip range, and how far the
                     update has gone (k3): below 0.2 and 0.05; above: lower --lr, fewer --epochs
         grad_norm   mean over the minibatches: about 1; spikes: lower --lr
-        val_...     the same of sampled completions to held-out prompts; win_rate over the reference
+        val_...     of completions of held-out prompts, sampled at temperature 1, unfinished ones
+                    scored as they are; val_win_rate: over the reference, by gold
 """
 
 import math
@@ -88,7 +90,8 @@ from nanollm.runtime import start
 @dataclass
 class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; reft: problems, rewarded by rules;
-    # gpu: the gpu preset of pretraining; downloaded: for a model of 0.1 to 1B parameters
+    # gpu: for the model that train_pretrain.py --preset gpu makes; downloaded: for one of 0.1 to
+    # 1B parameters
     preset: str = "tiny"
     # -- Data
     init: str = "runs/sft"  # run folder or model folder to start from; also the reference
@@ -257,6 +260,7 @@ class ActorCritic(nn.Module):
         if self.value_head is not None:  # both heads read the same hidden states
             hidden = policy.hidden(*rows.inputs())
             values = self.value_head(hidden.float())[:, :-1, 0]
+            # what completion_logprobs calls as a model: the head alone, on states already there
             policy = lambda *_, where: self.policy.head(hidden[where])  # noqa: E731
         elif self.critic is not None:
             values = self.critic(*rows.inputs())[:, :-1]
@@ -290,8 +294,8 @@ def sample_rollout(cfg, rt, actor, ref, reward_model, tokenizer, gold, examples)
     if cfg.reward == "rules":
         raw_scores = torch.tensor([reft_reward(*each) for each in said], device=rt.device)
     else:
-        ids, context = (sampled.prompts, sampled.completions), reward_model.cfg
-        dialogues = dialogue_rows(*ids, tokenizer, context.max_position_embeddings)
+        context = reward_model.cfg.max_position_embeddings
+        dialogues = dialogue_rows(sampled.prompts, sampled.completions, tokenizer, context)
         raw_scores = scores(reward_model, dialogues.to(rt.device))
     if gold is not None:
         golds = torch.tensor([gold(*each)["gold"] for each in said], device=rt.device)
@@ -326,8 +330,9 @@ def main(cfg):
     room = policy, cfg.max_new_tokens, "prompts"
     train, val = (with_room(x, lambda e: chat_prompt(e, tokenizer), *room) for x in (train, val))
     if cfg.critic == "separate":
-        critic = load_scalar(cfg.reward_model if cfg.reward == "model" else cfg.init)[0]
-        start_adapter(critic, cfg, rt)
+        origin = cfg.reward_model if cfg.reward == "model" else cfg.init
+        critic, _ = load_scalar(origin)
+        start_adapter(critic, cfg, rt, origin)
 
     share = rt.share(cfg.batch_size)
     run = Run(cfg, rt)
@@ -336,7 +341,7 @@ def main(cfg):
     for each in filter(None, (policy, critic)):  # prepare has set its precision on `model` alone
         each.compute_dtype = rt.dtype
         each.model.checkpoint_activations = cfg.checkpoint_activations
-    optimizer = build_optimizer(model, cfg, rt.scaler, eps=1e-5)  # as public PPO implementations
+    optimizer = build_optimizer(model, cfg, rt.scaler, eps=1e-5)  # as in public PPO implementations
     schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(train), cfg.seed)
     gold, examples = gold_of(train + val), val[: cfg.eval_prompts]
     measure = partial(evaluate, cfg, run, policy, tokenizer, ref, reward_model, gold, examples)
@@ -369,7 +374,7 @@ def main(cfg):
     if cfg.reward == "rules":
         name = "right answers to held-out problems, sampled"
         reached = effect(name, before["accuracy"], after["accuracy"], "share")
-    finish(rt, run, before, after, reached)
+    finish(rt, run, before, after, reached)  # which shows `reached` without a gold
 
 
 def update(cfg, rt, ddp_model, optimizer, rollout, factor):

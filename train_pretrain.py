@@ -5,9 +5,10 @@
                                                 (BERT, arXiv:1810.04805, section 3.1, task 1)
     bits per byte = total nats / (ln 2 * bytes of text)        comparable across tokenizers
 
-x~ is the text with 15% of its tokens, M, blanked out; attention then sees both sides. Such a model
-fills in blanks and can't write on: the other scripts refuse it. Next sentence prediction, BERT's
-second task, is left out (Liu et al. 2019, RoBERTa, 1907.11692, found no use in it).
+x_<t is what comes before in the document (with --no_document_mask: in the row). x~ is the text with
+15% of its tokens, M, blanked out; attention then sees both sides. Such a model fills in blanks and
+can't write on: the other scripts refuse it. Next sentence prediction, BERT's second task, is left
+out (Liu et al. 2019, RoBERTa, 1907.11692, found no use in it).
 
 The text is the village by default (data/village/), or any .txt or .jsonl file, or a folder of .txt
 files. Rows of T tokens tile the text; each token is predicted once per epoch. A new model is
@@ -206,12 +207,12 @@ def blank_out(tokens, seed, ordinary, mask_id):
     return torch.stack((shown, tokens, chosen.long()), 1)
 
 
-def masked_loss(model, rows, eot_id):
+def masked_loss(model, rows, begin_id):
     """Mean of -log p over the tokens that blank_out has chosen: rows (B, 3, T) -> scalar."""
     shown, tokens, chosen = rows.unbind(1)
     chosen, seen = chosen.bool(), None
-    if eot_id is not None:
-        seen = document_mask((tokens == eot_id).cumsum(1), causal=False)
+    if begin_id is not None:
+        seen = document_mask((tokens == begin_id).cumsum(1), causal=False)
     return next_token_loss(model(shown, mask=seen, where=chosen), tokens[chosen])
 
 
@@ -280,11 +281,11 @@ def main(cfg):
     train, val = (open_corpus(tokenizer, *source) for source in sources(cfg))
     windows, val_windows = Windows(train, T), Windows(val, T)
     separate = cfg.document_mask and train.documents > 1
-    eot_id = tokenizer.begin[0] if separate else None
+    begin_id = tokenizer.begin[0] if separate else None
     causal, ordinary = cfg.objective == "causal", token_lengths(tokenizer, model.cfg.vocab_size) > 0
     blanks = partial(blank_out, ordinary=ordinary, mask_id=tokenizer.special.get(MASK))
     measure = partial(held_out, tokenizer=tokenizer, windows=val_windows, blanks=blanks)
-    measure = partial(measure, eot_id=eot_id)
+    measure = partial(measure, begin_id=begin_id)
 
     share, tokens_per_step = rt.share(cfg.batch_size), cfg.batch_size * T
     run = Run(cfg, rt)
@@ -306,10 +307,10 @@ def main(cfg):
         loss = 0.0
         for part in rt.micro_batches(rows[share].to(rt.device), cfg.accumulate, ddp_model):
             if causal:
-                logits = next_token_logits(ddp_model, part[:, :-1], eot_id)
+                logits = next_token_logits(ddp_model, part[:, :-1], begin_id)
                 part_loss = next_token_loss(logits, part[:, 1:])
             else:
-                part_loss = masked_loss(ddp_model, part, eot_id)
+                part_loss = masked_loss(ddp_model, part, begin_id)
             loss += rt.backward(part_loss * len(part) / cfg.batch_size)
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
         run.advance(tokens_per_step, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
@@ -335,18 +336,18 @@ def main(cfg):
 
 
 @torch.no_grad()
-def held_out(model, tokenizer, windows, blanks, eot_id, most=math.inf):
+def held_out(model, tokenizer, windows, blanks, begin_id, most=math.inf):
     """Nats per token of at most so many held-out ones, the same ones at each call: of all, with
     bits per byte, or of those that are blanked out.
     """
     if model.cfg.is_causal:
-        separate = eot_id is not None
+        separate = begin_id is not None
         nats, bpb = bits_per_byte(model, tokenizer, windows, most, mask_documents=separate)
         return {"val_loss": nats, "bits_per_byte": bpb}
     n, loss = math.ceil(min(len(windows), most / windows.T)), 0.0
     for numbers in torch.arange(n).split(32):
         rows = blanks(windows[numbers][:, :-1], int(numbers[0])).to(model.device)
-        loss += masked_loss(model, rows, eot_id).item() * len(rows) / n
+        loss += masked_loss(model, rows, begin_id).item() * len(rows) / n
     return {"val_loss": loss}
 
 

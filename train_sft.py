@@ -7,18 +7,18 @@ elsewhere, on the results of tools and on messages with "loss": false, too. It i
 InstructGPT (Ouyang et al. 2022, arXiv:2203.02155); the mask is common practice.
 
 Dialogues are packed into rows of T tokens; attention stays inside a dialogue, and positions restart
-in each document (Krell et al. 2021, arXiv:2107.02027). A dialogue longer than T loses its last
-turns until it fits, and is dropped when not even its first answer does; both are counted and
-printed. Two options work against forgetting: rows of pretraining text in every batch (--replay;
-Ouyang et al. mix it in likewise) and smaller learning rates for lower layers (--layer_decay; Howard
-& Ruder 2018, arXiv:1801.06146).
+in each (Krell et al. 2021, arXiv:2107.02027); in a replay row they run on, as in pretraining. A
+dialogue longer than T loses its last turns until it fits, and is dropped when not even its first
+answer does; both are counted and printed. Two options work against forgetting: rows of pretraining
+text in every batch (--replay; Ouyang et al. mix it in likewise) and smaller learning rates for
+lower layers (--layer_decay; Howard & Ruder 2018, arXiv:1801.06146).
 
 Run     python train_sft.py
         python train_sft.py --preset cot             # from runs/sft: think first, then answer;
                                                      # prints accuracy with and without steps
         python train_sft.py --preset tools           # from runs/grpo: call a calculator, or search
         python train_sft.py --preset reader          # from runs/sft: write questions from captions
-        python train_sft.py --init path/to/SmolLM2-135M --data chats.jsonl --replay 0
+        python train_sft.py --init path/to/SmolLM2-135M --preset downloaded --data chats.jsonl
 Needs   runs/pretrain                                     (python train_pretrain.py)
 Expect  right answers about villagers absent from the training questions, and "I don't know"
         (README.md)
@@ -66,8 +66,8 @@ from nanollm.tools import Toolbox
 @dataclass
 class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; cot: chain of thought; tools: calls
-    # of tools; reader: a teacher about images; gpu: the gpu preset of pretraining; downloaded: for
-    # a model of 0.1 to 1B parameters
+    # of tools; reader: a teacher about images; gpu: for the model that train_pretrain.py
+    # --preset gpu makes; downloaded: for one of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
     init: str = "runs/pretrain"  # run folder or model folder to start from
@@ -175,11 +175,11 @@ def images_folder():
 
 
 def load_text(cfg, tokenizer, T):
-    """(training rows, held-out rows) of plain text, for replay and to measure forgetting; None
-    where it is wanted for neither.
+    """(training rows, held-out rows) of plain text, for replay and to measure forgetting; (None,
+    None) where it is wanted for neither.
     """
     if not cfg.replay and not cfg.replay_data:
-        return None
+        return None, None
     sources = [(cfg.replay_data, part) for part in ("train", "val")]
     if not cfg.replay_data:
         folder = village.of_run(cfg.init)
@@ -197,13 +197,13 @@ def replay_count(cfg):
     return n
 
 
-def replay_rows(windows, numbers, eot_id):
-    """Rows of plain text in the form of packed dialogues: documents begin with <|endoftext|>, all
-    is trained on.
+def replay_rows(windows, numbers, begin_id):
+    """Rows of plain text in the form of packed dialogues: documents begin with `begin_id`, all is
+    trained on.
     """
     # positions run on through the row, as in pretraining; attention stays inside a document
     tokens = windows[numbers]  # (R, T)
-    documents = (tokens == eot_id).cumsum(1)
+    documents = (tokens == begin_id).cumsum(1)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     return Packed(tokens, mask, documents, torch.arange(tokens.shape[1]).expand_as(tokens))
 
@@ -249,7 +249,7 @@ def main(cfg):
     train_rows = pack_chats(chats, tokenizer, length, "training", rt)
     T = train_rows.tokens.shape[1]
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)
-    text = load_text(cfg, tokenizer, T)
+    text, val_text = load_text(cfg, tokenizer, T)
     tools = None
     if cfg.data == "tools":
         tools = Toolbox.with_knowledge(village.knowledge_of(cfg.init), tokenizer)
@@ -259,15 +259,15 @@ def main(cfg):
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(model, cfg, rt.scaler, layer_decay=cfg.layer_decay)
     schedule, chat_sampler = SCHEDULES[cfg.schedule], Sampler(len(train_rows), cfg.seed)
-    text_sampler = Sampler(len(text[0]) if text else 0, cfg.seed + 1)
+    text_sampler = Sampler(len(text) if text else 0, cfg.seed + 1)
     before = run.restore(model, optimizer, chat_sampler, text_sampler)
-    before = before or measure(model, tokenizer, tools, examples, text)[0]
+    before = before or measure(model, tokenizer, tools, examples, val_text)[0]
 
     while run.step < cfg.steps:
         rows = train_rows[chat_sampler.take(cfg.batch_size - n_replay)]
         if n_replay:
             numbers = text_sampler.take(n_replay)
-            rows = Packed.join([rows, replay_rows(text[0], numbers, tokenizer.begin[0])])
+            rows = Packed.join([rows, replay_rows(text, numbers, tokenizer.begin[0])])
         rows = rows[share].to(rt.device)
         num_tokens = rt.sum(rows.mask[:, 1:].sum())  # trained on, in the whole batch
         loss = 0.0
@@ -279,8 +279,8 @@ def main(cfg):
 
         if run.due(cfg.eval_every):
             metrics = {"val_loss": validation_loss(model, val_rows)}
-            if text:
-                metrics["bits_per_byte"] = bits_per_byte(model, tokenizer, text[1], 32768)[1]
+            if val_text:
+                metrics["bits_per_byte"] = bits_per_byte(model, tokenizer, val_text, 32768)[1]
             run.evaluated(**metrics)
             if examples and rt.main:
                 _, sample = measure(model, tokenizer, tools, first_of_each_task(examples, 1), None)
@@ -288,17 +288,17 @@ def main(cfg):
             run.export(save_model, model, tokenizer)
             run.checkpoint(**before)
     run.close("loss", "val_loss", y_label="nats per token")
-    after = measure(model, tokenizer, tools, examples, text)[0]
+    after = measure(model, tokenizer, tools, examples, val_text)[0]
     if cfg.data in ("reasoning", "mixed"):
         for name, begin in BEGINS.items():
             after[name] = accuracy_by_task(model, tokenizer, examples, begin=begin)[0]
     finish(rt, run, before, after)
 
 
-def measure(model, tokenizer, tools, examples, text):
+def measure(model, tokenizer, tools, examples, val_text):
     """({"tasks": accuracy by task, "bits_per_byte"}, a sample of completions)."""
     tasks, completions = accuracy_by_task(model, tokenizer, examples, tools=tools)
-    bits = bits_per_byte(model, tokenizer, text[1])[1] if text else None
+    bits = bits_per_byte(model, tokenizer, val_text)[1] if val_text else None
     return {"tasks": tasks, "bits_per_byte": bits}, sample_by_task(examples, completions)
 
 

@@ -1,8 +1,8 @@
 """A vision-language model: a language model learns to see, in three stages.
 
     clip      both towers: images and captions become vectors that lie close together
-              loss = (CE(s, diagonal) + CE(s^T, diagonal)) / 2,  s_ij = t x_i . y_j
-              Radford et al. 2021, CLIP, arXiv:2103.00020, figure 3
+              loss = (CE(s, diagonal) + CE(s^T, diagonal)) / 2,  s_ij = t x_i . y_j,
+              t = exp(logit_scale); Radford et al. 2021, CLIP, arXiv:2103.00020, figure 3
               or --loss siglip: -1/B sum_ij log sigmoid(z_ij (s_ij + b)),  z_ii = 1, else -1
               Zhai et al. 2023, 2303.15343, algorithm 1
               an image may have several captions (Flickr30k and COCO: five): another of its own is
@@ -13,9 +13,9 @@
               Liu et al. 2023, LLaVA, 2304.08485, section 4.2; Liu et al. 2023, 2310.03744
 
 The model is nanollm/vision/vlm.py, its towers are in vit.py and clip.py there. Against forgetting,
-rows of text alone (--replay) stand in the batches of the last stage; LLaVA has none. To show that
-the model uses the image, compare it with one that cannot see: the no-image baseline (--no_images)
-is trained in the same way on grey images; what it gets right can be guessed.
+rows of text alone (--replay) stand in the batches of the last stage; LLaVA (2304.08485) has none.
+To show that the model uses the image, compare it with one that cannot see: the no-image baseline
+(--no_images) is trained in the same way on grey images; what it gets right can be guessed.
 
 Differs from the papers: a new projector is calibrated and learns at a tenth of the rate
 (optim.PROJECTOR), a batch of clip has hard negatives, and the projector reads the features of the
@@ -26,8 +26,8 @@ Run     python train_vlm.py                           # all three, and the basel
         python train_vlm.py --stage clip --out runs/clip
         python train_vlm.py --stage align --vision runs/clip --out runs/align
         python train_vlm.py --stage instruct --init runs/align --out runs/instruct
-        python train_vlm.py --stage align --init path/to/SmolLM2-360M-Instruct \\
-            --vision path/to/clip-vit-base-patch32 --data llava.jsonl --out runs/align
+        python train_vlm.py --stage align --preset downloaded --data llava.jsonl --out runs/align \\
+            --init path/to/SmolLM2-360M-Instruct --vision path/to/clip-vit-base-patch32
         python -m nanollm.chat runs/vlm --image scene.png
 Needs   runs/sft                                             (python train_sft.py)
 Expect  seed 0, CPU with bf16: the right one of 64 captions for 99% of the images; questions about
@@ -60,6 +60,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.village import examples as village
 from data.village import images as village_images
+from data.village.scenes import SMALLEST
 from nanollm.batches import Packed, Sampler, pack_chats, row_length
 from nanollm.checkpoint import existing_folder, read_json
 from nanollm.config import (
@@ -117,8 +118,8 @@ class Config(AdapterConfig, TrainConfig):
     images: Whole[1] = 6000  # how many the village paints for training
     val_data: str | None = None  # held-out records; default: the last --val_fraction of --data
     val_fraction: OpenShare = 0.05  # share of --data that is held out
-    # images to be tested on: test examples, each with an "image" (instruct), or captions (clip), or
-    # village; default: the village's own, and for another --data no test
+    # to test on: examples with an "image" (instruct), captions (clip), or village; default: the
+    # village's own, and for another --data nothing (instruct) or the held-out captions (clip)
     test_data: str | None = None
     test_examples: Whole[0] = 48  # examples per task, of text and of images; 0: all
     # for instruct, against forgetting: share of the rows without images, a quarter of them plain
@@ -128,7 +129,8 @@ class Config(AdapterConfig, TrainConfig):
     text_data: str = "village"  # those dialogues: the village's, or a JSONL file
     replay_data: str | None = None  # that plain text, .txt or .jsonl; default: the village's
     no_images: bool = False  # for instruct: grey in place of each image, in training and tests
-    # row length T; default: 256, or the model's context where that is shorter
+    # row length T; default: what 99% of the dialogues need, from 256 to 2048 and as far as the
+    # model can read
     context: Whole[1] | None = None
     # -- Model
     image_size: Whole[1] = 96  # pixels per side that the vision tower reads
@@ -185,7 +187,7 @@ DATA = {
     "align": (read_image_chats, "describe"),
     "instruct": (read_image_chats, "questions"),
 }
-CAPTION = 128  # tokens of the longest caption
+LONGEST_CAPTION = 128  # in tokens
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -193,6 +195,8 @@ CAPTION = 128  # tokens of the longest caption
 
 def painted(cfg):
     """The folder of the village's images and what is said about them."""
+    wanted = f"the village's images take at least {SMALLEST} pixels, not {cfg.image_size}"
+    need(cfg.image_size >= SMALLEST, "--image_size", wanted)
     return village_images.prepare(size=cfg.image_size, n_train=cfg.images)
 
 
@@ -235,7 +239,7 @@ class Pairs:
 
         def encoded(record, where):
             ids = (*tokenizer.encode(record["caption"]), tokenizer.end_id)
-            need_usable(len(ids) <= CAPTION, where, f"more than {CAPTION} tokens")
+            need_usable(len(ids) <= LONGEST_CAPTION, where, f"more than {LONGEST_CAPTION} tokens")
             return record["image"], ids
 
         records = usable(records, encoded, "captions", "shorten or drop them")
@@ -371,12 +375,14 @@ def train_clip(cfg, rt):
     tokenizer = Tokenizer.load(existing_folder(cfg.init))
     preprocessing = Preprocessing(size=cfg.image_size)
     train, val = load_records(cfg)
-    test = painted(cfg) / "captions_test.jsonl" if cfg.data == "village" else cfg.test_data
+    test = cfg.test_data
+    if (test or cfg.data) == "village":
+        test = painted(cfg) / "captions_test.jsonl"
     test, store = read_captions(test) if test else val, ImageStore(preprocessing)
     train, val, test = (Pairs(each, store, tokenizer) for each in (train, val, test))
     rt.print(f"{len(train)} captions of {len(train.images.unique())} images")
     ids = dict(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_id)
-    text = TextConfig(**ids, max_position_embeddings=CAPTION)
+    text = TextConfig(**ids, max_position_embeddings=LONGEST_CAPTION)
     model = CLIP(vision_config(cfg), text, sigmoid=cfg.loss == "siglip")
 
     share, K = rt.share(cfg.batch_size), cfg.hard_negatives
@@ -413,8 +419,11 @@ def train_clip(cfg, rt):
     run.close("loss", y_label="contrastive loss")
     after, among = held_out_retrieval(model, test), min(64, len(test.images.unique()))
     effects = [
-        effect(f"the right {found} among {among}", before[key], after[key], "share")
-        for key, found in (("image_to_text", "caption"), ("text_to_image", "image"))
+        effect(f"the right {found}", before[key], after[key], "share")
+        for key, found in (
+            ("image_to_text", f"caption among those of {among} images"),
+            ("text_to_image", f"image among {among}"),
+        )
     ]
     images_per_second = cfg.steps * cfg.batch_size / run.elapsed
     run.write_result(effects, before=before, after=after, images_per_second=images_per_second)
@@ -467,7 +476,7 @@ def train_language(cfg, rt):
         texts = village.of_run(cfg.init) / "sft_train.jsonl"
         texts = read_chats(texts if cfg.text_data == "village" else cfg.text_data)
         text_rows = pack_chats(texts, tokenizer, T, "text", **how)
-        windows = load_text(cfg, tokenizer, T)[0]
+        windows, _ = load_text(cfg, tokenizer, T)
         sizes += [len(text_rows), len(windows)]
     tests = load_tests(cfg, model, tokenizer, store)
 
@@ -526,6 +535,7 @@ def measure(cfg, model, tokenizer, store, tests):
     ask, images = partial(accuracy_by_task, model, tokenizer, store=store), tests["images"]
     shown = "none" if cfg.no_images else "right"
     right, completions = ask(images, shown=shown)
+    # "right": shown the right image; the no-image baseline is shown a grey one
     columns = {"right": right, "new_pairs": ask(tests["new_pairs"], shown=shown)[0]}
     if not cfg.no_images:
         sums = [e for e in images if e["check"] == "number" and e["task"] != "count"]
@@ -612,12 +622,12 @@ def prepare_folders(cfg, stages, rt):
     """
     for each in stages:
         check_folders(each.out, cfg.init)
-        holds_a_run(Path(each.out))
-        load_records(each)
+        holds_a_run(Path(each.out))  # raises where --out holds other files
+        load_records(each)  # raises where records are unusable, or too few
     tower = ViT(vision_config(cfg)), Preprocessing(cfg.image_size)
     how = (cfg.projector, cfg.feature_layer, cfg.class_token)
     model, tokenizer = build_vlm(*load_model(cfg.init), *tower, *how)
-    row_length(cfg.context, model)
+    row_length(cfg.context, model)  # raises where --context is beyond the model's
     last = replace(stages[-1], init=cfg.init)  # whose own is still to be trained
     load_tests(last, model, tokenizer, model.image_store())
     rt.barrier()  # before folders are moved, every process has looked at them

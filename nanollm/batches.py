@@ -271,7 +271,7 @@ class Completions(Rows):
     """Prompts with a completion each, one per row: what preferences and reinforcement train on."""
 
     tokens: torch.Tensor  # (B, T) int64: prompt, completion, padding
-    mask: torch.Tensor  # (B, T) bool: True on the completion's tokens, its end of turn included
+    mask: torch.Tensor  # (B, T) bool: True on those of the completion that the model chose
     real: torch.Tensor  # (B, T) bool: False on padding
     images: list | None = None  # per row what a VLM takes as images, a tensor (n, ...), or None
 

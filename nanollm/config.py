@@ -194,7 +194,7 @@ def comments_of(config_class):
         for line in lines:
             code, _, comment = map(str.strip, line.partition("  # "))
             name = code.partition(":")[0]
-            if comment.startswith("--"):
+            if comment.startswith("-- "):
                 group, above = comment.strip("- "), []
             elif before and comment:  # a value on a line of its own, with the comment behind it
                 found[before] = f"{found[before][0]} {comment}".strip(), found[before][1]

@@ -3,10 +3,10 @@
     x = x + Attention(RMSNorm(x))        grouped-query attention, rotary positions, causal
     x = x + SwiGLU(RMSNorm(x))           SwiGLU(x) = W_down (silu(W_gate x) * W_up x)
 
-Pre-norm decoder: Vaswani et al. 2017 (arXiv:1706.03762); RMSNorm: Zhang & Sennrich 2019
-(1910.07467); RoPE: Su et al. 2021 (2104.09864); SwiGLU: Shazeer 2020 (2002.05202); grouped-query
-attention: Ainslie et al. 2023 (2305.13245); QK-norm: Henry et al. 2020 (2010.04245), placed as in
-Qwen3.
+Decoder: Vaswani et al. 2017 (arXiv:1706.03762); norms before each branch, as in GPT-2: Xiong et al.
+2020 (2002.04745); RMSNorm: Zhang & Sennrich 2019 (1910.07467); RoPE: Su et al. 2021 (2104.09864);
+SwiGLU: Shazeer 2020 (2002.05202); grouped-query attention: Ainslie et al. 2023 (2305.13245);
+QK-norm: Henry et al. 2020 (2010.04245), placed as in Qwen3.
 
 Module names equal those of Hugging Face's Llama and Qwen3, so a state dict needs no mapping.
 Precision: parameters are fp32 masters; `model.compute_dtype` says in which precision the layers
@@ -497,10 +497,10 @@ class ScalarGPT(nn.Module):
 def init_weights(model):
     """The one place where a fresh GPT's weights are set; norms start at one and biases at zero.
 
-    Embedding and head: N(0, 0.02^2), so that logits start near zero. Matrices: N(0, 1/fan_in),
-    which keeps the size of activations. The last matrix of each branch (o_proj, down_proj): zero,
-    so that every block starts as the identity (Zhang et al. 2019, arXiv:1901.09321; Yang et al.
-    2022, 2203.03466).
+    Embedding and head: N(0, std^2), std 0.02, or 2.56 / C where C > 128, so that logits start near
+    zero at every width. Matrices: N(0, 1/fan_in), which keeps the size of activations. The last
+    matrix of each branch (o_proj, down_proj): zero, so that every block starts as the identity
+    (Zhang et al. 2019, arXiv:1901.09321; Yang et al. 2022, 2203.03466, also for the 1 / C).
     """
     for name, p in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):

@@ -102,11 +102,11 @@ def token_lengths(tokenizer, vocab_size):
     return lengths
 
 
-def next_token_logits(model, tokens, eot_id=None):
-    """Logits (B, T, V) of plain rows; with eot_id attention stays inside the documents that
-    <|endoftext|> begins.
+def next_token_logits(model, tokens, begin_id=None):
+    """Logits (B, T, V) of plain rows; with begin_id attention stays inside the documents that this
+    token begins.
     """
-    inside = None if eot_id is None else document_mask((tokens == eot_id).cumsum(1))
+    inside = None if begin_id is None else document_mask((tokens == begin_id).cumsum(1))
     return model(tokens, mask=inside)
 
 
@@ -117,12 +117,12 @@ def bits_per_byte(model, tokenizer, windows, most=math.inf, mask_documents=True,
     every process computes the same rows, so that all agree on when to stop.
     """
     token_bytes = token_lengths(tokenizer, model.cfg.vocab_size)
-    eot_id = tokenizer.begin[0] if mask_documents else None
+    begin_id = tokenizer.begin[0] if mask_documents else None
     nats = tokens = text_bytes = 0
     for part in torch.arange(math.ceil(min(len(windows), most / windows.T))).split(batch):
         rows = windows[part].to(model.device)
         targets = rows[:, 1:]
-        logits = next_token_logits(model, rows[:, :-1], eot_id)
+        logits = next_token_logits(model, rows[:, :-1], begin_id)
         nats -= token_logprobs(logits, targets).double().sum().item()
         tokens += targets.numel()
         text_bytes += token_bytes[targets.cpu()].sum().item()

@@ -164,7 +164,7 @@ def check_answer(example, completion):
     check, answer, completion = example["check"], example["answer"], boxed(completion)
     if check in ("exact", "number", "choice"):
         wanted = as_number(answer) if check == "number" else answer.strip()
-        return extracted(example, completion) == wanted is not None
+        return wanted is not None and extracted(example, completion) == wanted
     if check not in ("contains", "unknown"):
         raise ValueError(f"unknown check {check!r}: exact, number, choice, contains or unknown")
     if any(says(completion, wrong) for wrong in example.get("not", ())):

@@ -1,8 +1,9 @@
-"""From prompts to sampled completions, for PPO and GRPO: how a problem is put, rows to train on.
+"""From prompts to sampled completions: rows for PPO and GRPO to train on, and how a problem is put.
 
-    TEMPLATES, prompt_of    a problem as the ids that a completion follows
     sample_rows             SampledRows: G completions of each prompt
-    RolloutRows             those rows, and beside them what an update needs to know
+    RolloutRows             the rows of these, and beside them what PPO or GRPO adds
+    TEMPLATES, prompt_of    a problem as the ids that a completion follows
+    with_room               the problems that leave room for one
 
 N prompts, G = cfg.samples completions each, B = N G rows.
 """
@@ -32,8 +33,8 @@ class SampledRows:
 
 @dataclass
 class RolloutRows:
-    """Completions to train on; PPO and GRPO each add what they need of them: tensors with a row for
-    each, (B,) or (B, T - 1), or None.
+    """Completions to train on. PPO and GRPO each add what an update needs to know of them: tensors
+    (B,), (B, 1) or (B, T - 1), or None.
     """
 
     rows: Completions

@@ -57,7 +57,7 @@ class Run:
         self.cfg = replace(cfg, dtype=names[rt.dtype])
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # spent in earlier sessions of this run
-        self.tokens = 0  # trained on since the last logged line
+        self.tokens = 0  # since the last logged line
         self.state = self._load_state() if cfg.resume else None
         self.parts = {}  # what a checkpoint holds: model, optimizer, samplers
         if rt.main:
@@ -101,7 +101,7 @@ class Run:
                         "without --resume"
                     )
             return
-        holds_a_run(self.folder)
+        holds_a_run(self.folder)  # raises where it holds other files
         try:
             lock(self.folder)
             move_aside(self.folder)
@@ -179,8 +179,9 @@ class Run:
         return self.step % every == 0 or self.step == self.steps
 
     def advance(self, tokens=0, every=LOG_EVERY, show=("loss",), **metrics):
-        """One optimizer step is done; its metrics are logged now and then. `tokens` counts those
-        that all processes have trained on.
+        """One optimizer step is done; its metrics are logged now and then. `tokens` count over all
+        processes: of packed rows all that they hold, padding included, of a reward model's those
+        that it reads, elsewhere those trained on, once for each pass.
         """
         self.step += 1
         self.tokens += tokens
@@ -232,8 +233,8 @@ class Run:
     # --- the end
 
     def export(self, save, model, tokenizer):
-        """Write the model folder by `save` (checkpoint.save_gpt or hub.save_model): what --init,
-        chat, evaluate and transformers open.
+        """Write the model folder by `save` (checkpoint.save_gpt, hub.save_model or
+        vision.clip.save_clip): what --init or --vision, chat, evaluate and transformers open.
         """
         if self.rt.main:
             save(model, tokenizer, self.folder)

@@ -193,6 +193,8 @@ def test_what_cannot_be_merged_opens_attached_and_nothing_is_trained_on_it(metho
         assert "can't be merged into its base" in said
     run("train_rm", *flags, out=f"{out}_rm")
     assert load_scalar(f"{out}_rm")[0].adapter
+    said = turned_down(capsys, "train_ppo", "--reward_model", f"{out}_rm")
+    assert f"{out}_rm holds an adapter" in said  # of which the critic is a copy
 
 
 def test_chat_and_evaluate_take_an_adapter(here, capsys):

@@ -232,7 +232,7 @@ def test_kto_and_its_kl_equal_trl(monkeypatch):
     monkeypatch.setattr(train_dpo, "summed_logps", lambda _, rows: policy_kl[rows.tokens[:, 0]])
     index = torch.arange(2 * P).view(P, 2)
     pairs, policy = train_dpo.Pairs(rows, index, None, rows, ref_kl), SimpleNamespace(device="cpu")
-    kl = train_dpo.mean_kl(policy, pairs)
+    kl = train_dpo.kto_z(policy, pairs)
     close(our_loss("kto", logps, kl, beta=0.1, **weights).mean() / 2, theirs)
 
 

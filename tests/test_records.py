@@ -573,7 +573,7 @@ def test_what_the_tokenizer_refuses_is_told_with_its_line(write, tokenizer):
 
 def test_a_caption_that_is_too_long_for_clip_is_dropped(tokenizer, capsys):
     store = SimpleNamespace(numbers=lambda images: [0] * len(images))
-    said = ("a", "a " * train_vlm.CAPTION, "b")
+    said = ("a", "a " * train_vlm.LONGEST_CAPTION, "b")
     records = [{"image": "a.png", "caption": text} for text in said]
     assert len(train_vlm.Pairs(records, store, tokenizer)) == 2
     assert "more than 128 tokens (1: " in capsys.readouterr().out

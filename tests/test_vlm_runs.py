@@ -360,6 +360,7 @@ REFUSED = {
     "instruct from text": ([*INSTRUCT, "--init", "runs/pretrain"], "without a vision tower"),
     "long caption": ([*CLIP, "--data", "long.jsonl"], "long.jsonl, line 1): shorten"),
     "captions for align": ([*ALIGN, "--data", "captions.jsonl"], 'needs "messages"'),
+    "tests of clip on the village": ([*CLIP, "--test_data", "village"], "take at least 32 pixels"),
     "damaged image": ([*CLIP, "--data", "damaged.jsonl"], "damaged.png can't be read"),
     "one record": ([*CLIP, "--data", "single.jsonl", "--val_data", "none"], "too few records"),
     "negatives don't divide": ([*CLIP, "--hard_negatives", 5], "must divide --batch_size 12"),

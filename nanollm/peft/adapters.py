@@ -150,23 +150,23 @@ def load_adapter(model, folder, base=None, **more):
 # --- in training and sampling ---------------------------------------------------------------------
 
 
-def start_adapter(model, cfg, rt):
+def start_adapter(model, cfg, rt, folder=None):
     """With --adapter: freeze the model and attach an adapter; only that is trained and saved, and
     beside it a reward model's head or a VLM's projector.
 
-    Raises UserError where --init holds an adapter of a kind that can't be merged, on which nothing
-    else can be trained.
+    `folder` is where the model came from; default: --init. Raises UserError where it holds an
+    adapter of a kind that can't be merged, on which nothing else can be trained.
     """
     if model.adapter:
         raise UserError(
-            f"--init {cfg.init} holds an adapter ({model.adapter}) that can't be merged into its "
-            "base; start from the base"
+            f"{folder or cfg.init} holds an adapter ({model.adapter}) that can't be merged into "
+            "its base; start from the base"
         )
     if not cfg.adapter:
         return
     model.to(rt.device)
     settings = cfg if isinstance(cfg, Settings) else Settings(rank=cfg.rank, alpha=cfg.alpha)
-    attach(model, cfg.adapter, settings, cfg.init)
+    attach(model, cfg.adapter, settings, cfg.init)  # the base of what is saved: never a critic
     trained, share = trainable(model)
     rt.print(f"{cfg.adapter}: {trained:,} parameters are trained, {share:.2%} of the model's")
 

@@ -3,8 +3,9 @@
     y = h + U gelu(D h),  h = W x            D (r, C), U (C, r)
 
 W is the last linear layer of the branch, and y goes on to the residual. U starts at zero, so that
-nothing changes at first. Houlsby et al. 2019 (arXiv:1902.00751), figure 2. peft has no such method;
-the names of the tensors are those of our parameters.
+nothing changes at first. Houlsby et al. 2019 (arXiv:1902.00751), figure 2; they also train layer
+norms, which stay frozen here. peft has no such method; the names of the tensors are those of our
+parameters.
 """
 
 import torch.nn as nn

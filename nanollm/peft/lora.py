@@ -6,8 +6,9 @@
     QLoRA    W in four bits (nf4.py)                     Dettmers et al. 2023, 2305.14314
     LoRA+    B learns faster than A                      Hayou et al. 2024, 2402.12354; see optim.py
 
-A (r, in) starts as a linear layer of torch does, B (out, r) at zero, m at the norm of each row of
-W: at first nothing changes. The norm counts as a constant in backward. Files are peft's.
+A (r, in) starts as a linear layer of torch does (as in peft; in the paper Gaussian), B (out, r) at
+zero, m at the norm of each row of W (DoRA's paper writes W transposed): at first nothing changes.
+The norm counts as a constant in backward. Files are peft's.
 
 A model may carry several adapters by name. `use` says which one speaks: one, none, or one for each
 row of the batch.

@@ -121,9 +121,9 @@ class SoftPrompt(Method):
     def add(self, model, settings):
         """Put V = settings.virtual_tokens virtual tokens in front.
 
-        Embeddings start as those of random tokens of the vocabulary, and the keys and values of
-        ptuning as what the model makes of such: words do better than noise (Li & Liang 2021,
-        section 7.4; Lester et al. 2021, section 3.2).
+        Those of prompt start as the embeddings of random tokens of the vocabulary, and the keys and
+        values of ptuning as what the model makes of such: words do better than noise (Li & Liang
+        2021, section 7.4; Lester et al. 2021, section 3.2). Prefix starts from noise.
         """
         V, cfg, decoder = settings.virtual_tokens, model.cfg, model.model
         # longer tables of RoPE, so that texts may be as long as before

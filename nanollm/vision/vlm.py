@@ -187,7 +187,7 @@ class VLM(GPT):
 
     def encode_images(self, images):
         """(P, 3, H, W) -> what the projector reads, (P, N, C_v). A frozen tower needs to encode an
-        image but once, however often it is read.
+        image but once, however often it is read; train_vlm.py encodes it anew at every step.
         """
         self.vision.compute_dtype = self.compute_dtype
         features = self.vision.features(images, self.feature_layer, self.class_token)
