@@ -31,7 +31,8 @@ completion's own negative log-likelihood (Pang et al. 2024, arXiv:2404.19733).
 Run     python train_dpo.py --nll_coef 0.3
         python train_dpo.py --loss simpo --beta 2 --data pairs.jsonl --out runs/mine
 Needs   runs/sft                                          (python train_sft.py)
-Expect  gold score 0.68 -> 0.88 on held-out prompts, better than the SFT model in 79% of them
+Expect  gold score 0.68 -> 0.88 on held-out prompts, better than the SFT model in 79% of them, with
+        bf16; in fp32 0.69 -> 0.92, 84% (seed 0, with --nll_coef 0.3, as README.md has it)
 Watch   loss, val_loss   per pair; sigmoid: starts at log 2 = 0.69 (plus nll_coef x NLL)
         reward_chosen, reward_rejected   beta r, DPO's implicit rewards; all falling far below 0:
                          lower the learning rate, raise beta
