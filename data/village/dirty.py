@@ -1,0 +1,121 @@
+"""The village's corpus as the web would hand it over, each fault planted at a known rate and named
+in the record: {"text", "planted"}, so that cleaning (data/clean.py) can be measured.
+
+    exact     an earlier document once more          near      the same, some words replaced
+    page      menus and notices, nothing else        shuffled  the words in random order
+    garbled   one character in 20 is lost            false     wrong values: nobody's truth
+    leak      a test question with its answer
+
+Two faults can be mended; these records keep as "was" what the text should become:
+
+    footer    lines of a web site below the text     mojibake  UTF-8 that was read as Windows-1252
+"""
+
+import random
+import re
+from pathlib import Path
+
+from data.village.corpus import documents
+from data.village.tasks import fact_never_asked
+from data.village.world import POOLS, build_world, wordings
+from nanollm.formats import write_jsonl
+
+RATES = {"": 0.48, "exact": 0.1, "near": 0.1, "page": 0.05, "shuffled": 0.05, "garbled": 0.05}
+RATES |= {"false": 0.05, "leak": 0.02, "footer": 0.05, "mojibake": 0.05}
+MADE = ("exact", "near", "page", "leak")  # not of a document's own text
+MENDED = ("footer", "mojibake")
+SITE = wordings("""
+Home - News - Shop - Contact | Please enable JavaScript to read this page. | Tags: village, baking
+We use cookies to make this site better. | Older posts | Share on: Post, Mail, Print
+Read our privacy policy and the terms of use. | Lorem ipsum dolor sit amet. | Log in to comment
+Click here to subscribe to our letters! | Copyright 2021 Village Online | Back to the top
+""")
+TYPOGRAPHY = {'"': "”", "'": "’", " - ": " – ", ". ": ". – ", "o": "ö"}  # the first that it has
+VALUE = re.compile(rf"\b({'|'.join(value for pool in POOLS.values() for value in pool)})\b")
+
+
+def near(text, rng):
+    """One word in 25, and at least one, becomes another word of the text."""
+    words = text.split(" ")
+    for at in rng.sample(range(len(words)), max(1, len(words) // 25)):
+        words[at] = rng.choice(words)
+    return " ".join(words)
+
+
+def false(text, rng):
+    """Every value becomes another of its kind."""
+
+    def other(found):
+        pool = next(pool for pool in POOLS.values() if found[0] in pool)
+        return rng.choice([value for value in pool if value != found[0]])
+
+    return VALUE.sub(other, text)
+
+
+def typeset(text):
+    """The text as a careful typesetter writes it, with characters outside of ASCII."""
+    plain = next(plain for plain in TYPOGRAPHY if plain in text)
+    return text.replace(plain, TYPOGRAPHY[plain])
+
+
+def mojibake(text):
+    """UTF-8 that was read as Windows-1252, as browsers read it."""
+    read = text.encode().decode("cp1252", "surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda c: chr(ord(c[0]) - 0xDC00), read)
+
+
+def damaged(kind, text, earlier, tests, rng):
+    """The record of this kind that is made of a document, of an earlier one, or of a test."""
+    site = "\n".join(rng.sample(SITE, rng.randint(2, 4)))
+    if kind == "footer":
+        return {"text": f"{text}\n{site}", "planted": kind, "was": text}
+    if kind == "mojibake":
+        was = typeset(text)
+        return {"text": mojibake(was), "planted": kind, "was": was}
+    if kind in ("exact", "near"):
+        text = rng.choice(earlier)
+        text = near(text, rng) if kind == "near" else text
+    elif kind == "page":
+        text = site
+    elif kind == "shuffled":
+        text = " ".join(rng.sample(text.split(), len(text.split())))
+    elif kind == "garbled":
+        text = "".join("\ufffd" if rng.random() < 0.05 else c for c in text)
+    elif kind == "false":
+        text = false(text, rng)
+    elif kind == "leak":
+        text = rng.choice(tests)
+    return {"text": text, "planted": kind}
+
+
+def dirty(world, n_bytes, seed=0, n_tests=100):
+    """The dirty records, the texts that a perfect cleaning would leave of them (`truth`), held-out
+    text (`val`), and the texts of a test, of which one half has leaked.
+    """
+    rng, asked = random.Random(f"dirty-{world.seed}-{seed}"), {}
+    while len(asked) < n_tests:
+        (question, answer), _ = fact_never_asked(world, "test", rng)
+        asked[f"{question} {answer}"] = None
+    tests, records, truth = [*asked], [], []
+    for written, text in documents(world, "train", n_bytes, seed):
+        kind = rng.choices([*RATES], RATES.values())[0]
+        while kind in MADE and truth:  # these use up no document
+            records.append(damaged(kind, text, truth, tests[::2], rng))
+            kind = rng.choices([*RATES], RATES.values())[0]
+        if kind == "false" and written != "biography" or kind in MADE:
+            kind = ""  # nothing in it could be false; or there is none to copy yet
+        records.append(damaged(kind, text, truth, tests, rng))
+        if kind in ("", *MENDED):
+            truth.append(records[-1].get("was", text))
+    val = [text for _, text in documents(world, "val", n_bytes * 0.08, seed)]
+    made = {"dirty": records, "truth": truth, "val": val}
+    return made | {"leaked": tests[::2], "not_leaked": tests[1::2]}
+
+
+def write_dirty(out, megabytes, seed=0):
+    """Paths of what `dirty` returns, as files of records in a directory."""
+    made = dirty(build_world(seed=seed), int(megabytes * 1e6), seed)
+    for name, texts in made.items():
+        records = (text if isinstance(text, dict) else {"text": text} for text in texts)
+        write_jsonl(Path(out, f"{name}.jsonl"), records)
+    return {name: Path(out, f"{name}.jsonl") for name in made}
