@@ -48,7 +48,9 @@ class Config:
     top_k: Whole[0] = 0  # draw from the k most likely tokens; 0: from all
     top_p: Share = 1.0  # draw from the smallest set with this probability
     tools: bool = False  # run the calls that the model writes
-    knowledge: str | None = None  # with tools: JSONL of {"title", "text"}; default: the village's
+    # with tools: files to look in, with commas: of {"title", "text"} to search, of other records to
+    # query by SQL; default: the village's
+    knowledge: str | None = None
     seed: Whole[0, 2**40] = 0  # of the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers

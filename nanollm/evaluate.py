@@ -4,7 +4,7 @@ Run     python -m nanollm.evaluate runs/sft                      # the village's
         python -m nanollm.evaluate runs/sft --data problems.jsonl
         python -m nanollm.evaluate runs/grpo --data reasoning --samples 8     # pass@8 and maj@8
         python -m nanollm.evaluate runs/zero --data reasoning    # asked as R1-Zero was trained
-        python -m nanollm.evaluate runs/tools --data tools --tools
+        python -m nanollm.evaluate runs/tools --data tools --tools    # or sql, of runs/sql
         python -m nanollm.evaluate runs/vlm --data images        # combos: pairs never seen together
         python -m nanollm.evaluate runs/vlm --data images --images none     # grey ones instead
         python -m nanollm.evaluate runs/ppo --data preferences --against runs/sft
@@ -55,12 +55,15 @@ class Config:
     # run folder or model folder
     model: str = field(default="runs/sft", metadata={"positional": True})
     adapter: str | None = None  # folder of an adapter to put on it
-    # village; its problems (reasoning) or questions for tools (tools); about its images questions
-    # (images), those on combinations held out (combos) or problems (counting); a JSONL file of test
-    # examples; or preferences: what sampled completions of the village's prompts are worth
+    # village; its problems (reasoning) or questions for tools (tools, sql); about its images
+    # questions (images), those on combinations held out (combos) or problems (counting); a JSONL
+    # file of test examples; or preferences: what sampled completions of the village's prompts are
+    # worth
     data: str = "village"
     tools: bool = False  # run the calls that the model writes
-    knowledge: str | None = None  # with tools: JSONL of {"title", "text"}; default: the village's
+    # with tools: files to look in, with commas: of {"title", "text"} to search, of other records to
+    # query by SQL; default: the village's
+    knowledge: str | None = None
     # k: beside a greedy completion of each example so many sampled ones, for pass@k and maj@k
     samples: Whole[1] = 1
     # with preferences: run folder of train_rm.py, to score completions
@@ -91,6 +94,7 @@ FILES = {  # of the village
     "village": "sft_test.jsonl",
     "reasoning": "problems_test.jsonl",
     "tools": "tools_test.jsonl",
+    "sql": "sql_test.jsonl",
 }
 OF_IMAGES = {  # of its images
     "images": "questions_test.jsonl",
@@ -107,7 +111,7 @@ def check_flags(cfg):
         raise UserError("--best_of needs a --reward_model that says which completion is best")
     if (cfg.reward_model or cfg.against) and cfg.data != "preferences":
         raise UserError("--reward_model and --against go with --data preferences alone")
-    if cfg.data == "tools" and not cfg.tools:
+    if cfg.data in ("tools", "sql") and not cfg.tools:
         print("without --tools: the calls that the model writes aren't run")
 
 

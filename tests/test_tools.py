@@ -172,7 +172,7 @@ def test_an_entry_without_title_or_text_is_the_users_error_with_its_line(bad, tm
 
 def test_a_toolbox_reads_its_knowledge_from_a_file(tokenizer, tmp_path):
     write_jsonl(tmp_path / "knowledge.jsonl", ENTRIES)
-    tools = Toolbox.with_knowledge(tmp_path / "knowledge.jsonl", tokenizer)
+    tools = Toolbox.with_knowledge([tmp_path / "knowledge.jsonl"], tokenizer)
     assert tools.run("search(hat of Bara)") == "The hat of Bara is red."
     assert tools.run("calculator(6 * 7)") == "42"
 

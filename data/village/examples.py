@@ -8,6 +8,7 @@ from data.village.corpus import prepare_corpus
 from data.village.new_domain import new_domain_examples
 from data.village.preferences import preference_prompts
 from data.village.problems import DIFFICULTIES, SHARES_WORKED, lessons, problems, worked
+from data.village.sql import sql_examples, sql_lessons, table_of
 from data.village.tasks import fact_never_asked, instructions
 from data.village.tools import knowledge, newcomers, tool_examples, tool_lessons
 from data.village.world import build_world
@@ -17,7 +18,7 @@ from nanollm.records import read_prompts
 
 PROMPTS = {"train": 3000, "test": 400}  # for preferences
 PER_DIFFICULTY = {"train": 1500, "val": 40, "test": 200}  # problems
-LAST = "knowledge"  # file that `records` ends with: where it is, all are
+LAST = "people"  # file that `records` ends with: where it is, all are
 
 
 def records(world, seed=0):
@@ -31,12 +32,14 @@ def records(world, seed=0):
         made[f"problems_{split}"] = asked = problems(world, split, PER_DIFFICULTY[split], seed)
         if split == "test":
             made["tools_test"] = tool_examples(world, split, seed)
+            made["sql_test"] = sql_examples(world, split, seed)
             continue
-        made[f"tools_{split}"] = tool_lessons(world, split, map(worked, asked), chats, seed)
+        calls = tool_lessons(world, split, map(worked, asked), chats, seed)
+        made |= {f"tools_{split}": calls, f"sql_{split}": sql_lessons(world, split, calls, seed)}
         all_worked, none = dict.fromkeys(DIFFICULTIES, 1.0), dict.fromkeys(DIFFICULTIES, 0.0)
         for name, shares in ("reasoning", all_worked), ("mixed", SHARES_WORKED), ("answers", none):
             made[f"{name}_{split}"] = lessons(asked, chats, shares, seed)
-    return made | {LAST: knowledge(newcomers(world))}
+    return made | {"knowledge": knowledge(newcomers(world)), LAST: table_of(world)}
 
 
 def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
@@ -68,8 +71,10 @@ def of_run(run_folder):
 
 
 def knowledge_of(run_folder, named=None):
-    """The file that a search looks in: the one named, or that of the run's village."""
-    return named or of_run(run_folder) / "knowledge.jsonl"
+    """The files that tools look in: those named, with commas, or those of the run's village."""
+    if named:
+        return named.split(",")
+    return [of_run(run_folder) / name for name in ("knowledge.jsonl", "people.jsonl")]
 
 
 def prompts_about_people(folder, n_never_asked=1500):

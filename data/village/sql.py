@@ -1,0 +1,128 @@
+"""Questions that no single fact answers: people are counted, grouped and joined by a query.
+
+    How many bakers come from Ashmoor?
+    <tool_call>sql(SELECT COUNT(*) FROM people WHERE job = ? AND town = ? | baker | Ashmoor)
+    </tool_call><tool_result>4</tool_result>4.
+
+Values stand behind the query and are bound to its "?", as a program should do it. A small model
+needs that, too: with 'baker' in quotes, which has other tokens than the word in a question, 200
+steps taught it all of the syntax and hardly any of the values (10% of its answers were right).
+The table holds villagers and newcomers. Held out for the test are a quarter of the combinations of
+values; new_pairs are questions of every task about pairs of attributes that training never joins,
+so that the query has to be composed, not remembered.
+"""
+
+import itertools
+import random
+from collections import Counter, defaultdict
+
+from data.village import tasks
+from data.village.facts import VERBS
+from data.village.tools import TOPICS, call, newcomers
+from data.village.world import POOLS, article, capitalise, split_of, table
+from nanollm.tools import Database
+
+SHARES = {"count": 0.35, "common": 0.15, "befriended": 0.3, "friend": 0.2, "new_pairs": 0}
+SIZES = {"train": 4000, "val": 150, "test": 200}  # test: of each task
+DO = table("""
+job     work as {v}s | are {v}s
+home    live by the {v} | have a house by the {v}
+pet     keep {a} {v} | own {a} {v}
+food    like {v} best | could eat {v} every day
+colour  have {a} {v} door | live behind {a} {v} door
+town    come from {v} | were born in {v}
+""")
+QUESTIONS = table("""
+count       How many {who} {do}? | How many people {did} and {do}?
+            Of all {who}, how many {do}? | Count the people who {did} and {do}.
+common      Which {topic} is most common among {who}?
+            Among {who}, which {topic} is most common?
+befriended  How many {who} have a best friend who {does}?
+            Of all {who}, how many have a best friend who {does}?
+friend      Who is the best friend of the only {one} {does}?
+            Name the best friend of the only {one} {does}.
+""")
+QUERIES = {
+    "count": "SELECT COUNT(*) FROM people WHERE {A} = ? AND {B} = ? | {a} | {b}",
+    "common": "SELECT {B} FROM people WHERE {A} = ? "
+    "GROUP BY {B} ORDER BY COUNT(*) DESC LIMIT 1 | {a}",
+    "befriended": "SELECT COUNT(*) FROM people a JOIN people b ON a.friend = b.name "
+    "WHERE a.{A} = ? AND b.{B} = ? | {a} | {b}",
+    "friend": "SELECT friend FROM people WHERE {A} = ? AND {B} = ? | {a} | {b}",
+}
+
+
+def table_of(world):
+    """The table `people`: a record for everybody, villagers and newcomers."""
+    people = (*world.villagers, *newcomers(world).villagers)
+    return [{"name": person.name, **person.facts} for person in people]
+
+
+def counted(people):
+    """How many people with A = a have which B: {(A, a, B): {b: number}}."""
+    counts = defaultdict(Counter)
+    for person in people:
+        for A, B in itertools.permutations(POOLS, 2):
+            counts[A, person[A], B][person[B]] += 1
+    return counts
+
+
+def group(task, counts, seed, split, rng):
+    """(A, a, B, b): the people with A = a, and the B of themselves or of their best friends. Three
+    of the fifteen pairs of attributes are for the split "new" alone.
+    """
+    pairs = tasks.deal(tuple(itertools.combinations(POOLS, 2)), f"sql-pairs-{seed}", 3, 0)
+    while True:
+        A, B = rng.sample(rng.choice(pairs["test" if split == "new" else "train"]), 2)
+        a, b = rng.choice(POOLS[A]), rng.choice(POOLS[B])
+        (_, most), (_, second) = counts[A, a, B].most_common(2)
+        if task == "common" and most == second or task == "friend" and counts[A, a, B][b] != 1:
+            continue  # nothing is most common, or there isn't just one
+        key = [f"{A} {a}", B if task == "common" else f"{B} {b}"]
+        if task in ("count", "friend"):
+            key.sort()  # no order of the same two is in another split
+        if split in ("new", split_of(task, *key)):
+            return A, a, B, b
+
+
+def said_of(A, a, B, b, rng):
+    """The slots of a question about this group."""
+
+    def clause(forms, attribute, value):
+        return rng.choice(forms[attribute]).format(v=value, a=article(value))
+
+    did, does = clause(DO, A, a), clause(VERBS, A, a)
+    slots = {"did": did, "do": clause(DO, B, b), "does": clause(VERBS, B, b), "topic": TOPICS[B]}
+    if A == "job":
+        return slots | {"who": f"{a}s", "one": f"{a} who"}
+    return slots | {"who": f"people who {did}", "one": f"person who {does} and"}
+
+
+def sql_examples(world, split, seed=0):
+    """Chat examples with queries of "train", "val" or "test"; those of the test end with the user's
+    turn and carry "answer" and "check".
+    """
+    people = table_of(world)
+    counts, database = counted(people), Database({"people": people})
+
+    def make(task, rng):
+        kind, part = (rng.choice(list(QUESTIONS)), "new") if task == "new_pairs" else (task, split)
+        A, a, B, b = group(kind, counts, world.seed, part, rng)
+        question = rng.choice(QUESTIONS[kind]).format(**said_of(A, a, B, b, rng))
+        query = QUERIES[kind].format(A=A, a=a, B=B, b=b)
+        result = database.query(query)
+        check = {"answer": result, "check": "number" if result.isdigit() else "contains"}
+        check["not"] = [v for v in POOLS[B] if kind == "common" and v != result]
+        turns = [capitalise(question), f"{call('sql', query, result)}{result}."]
+        return tasks.as_example(task, turns, check, split)
+
+    sizes = tasks.task_sizes(split, SHARES, SIZES)
+    return tasks.distinct_examples(f"sql-{split}-{world.seed}-{seed}", sizes, make)
+
+
+def sql_lessons(world, split, lessons, seed=0):
+    """Dialogues for SFT: those with queries, and as many of the other `lessons` about tools."""
+    examples = sql_examples(world, split, seed)
+    examples += lessons[: len(examples)]
+    random.Random(f"sql-lessons-{split}-{seed}").shuffle(examples)
+    return examples
