@@ -11,17 +11,25 @@ can't write on: the other scripts refuse it. Next sentence prediction, BERT's se
 out (Liu et al. 2019, RoBERTa, 1907.11692, found no use in it).
 
 The text is the village by default (data/village/), or any .txt or .jsonl file, or a folder of .txt
-files. Rows of T tokens tile the text; each token is predicted once per epoch. A new model is
-initialised by init_weights (nanollm/gpt.py); --init continues from a run folder or a downloaded
-one.
+files, or a mixture of several. It is read document by document into a file of tokens, never into
+memory. Rows of T tokens tile it; each token is predicted once per epoch, of a mixture once per
+epoch of its source. A new model is initialised by init_weights (nanollm/gpt.py); --init continues
+from a run folder or a downloaded one.
 
 Run     python train_pretrain.py
         python train_pretrain.py --objective mlm --out runs/mlm
         python train_pretrain.py --data book.txt --vocab_size 1024 --steps 300 --out runs/book
+        python train_pretrain.py --data village:0.8,book.txt:0.2 --out runs/both
         torchrun --nproc_per_node 8 train_pretrain.py --preset gpu --data text.jsonl
 Needs   nothing
 Expect  0.30 bits per byte of held-out text, where `xz -9` that has seen the training text needs
         0.86; all 672 facts about the villagers can be completed (README.md)
+        --data big.txt --val_fraction 1e-4 --steps 2 takes at most 672 MiB of memory for 992 MB as
+        one text, 648 MiB for the first 8 MB of it (--val_fraction 0.0125); made by
+        python -c "from nanollm.formats import read_documents; open('big.txt', 'w',
+            encoding='utf-8').writelines(['\\n'.join([*read_documents(
+            'data/cache/village-32-0-8mb-v22/corpus_train.jsonl'), ''])] * 124)"
+        (2 cores AMD EPYC, AVX2, fp32; seed 0)
 Watch   loss, val_loss  nats per token, 7.6 at first (ln of the vocabulary), 0.7 at the end;
                         val_loss rising while loss falls: too many epochs, see --patience
         bits_per_byte   the same, comparable across tokenizers
@@ -37,10 +45,18 @@ from typing import Literal
 import torch
 
 from data.village.corpus import prepare_corpus
-from nanollm.batches import Sampler, Windows, documents_of, open_corpus, pad_completions, row_length
+from nanollm.batches import (
+    MixedWindows,
+    Windows,
+    by_share,
+    open_corpus,
+    pad_completions,
+    row_length,
+    sampler_of,
+)
 from nanollm.checkpoint import load_gpt, save_gpt
 from nanollm.config import LARGE, OpenShare, Positive, TrainConfig, Whole, cli
-from nanollm.formats import read_records
+from nanollm.formats import mixture, read_documents, read_records, stream_pieces
 from nanollm.generate import generate
 from nanollm.gpt import GPT, GPTConfig, count_parameters, document_mask, shape_of
 from nanollm.logprobs import bits_per_byte, next_token_logits, token_lengths, token_logprobs
@@ -58,7 +74,9 @@ class Config(TrainConfig):
     # downloaded: to go on with a model of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
-    data: str = "village"  # village, a .txt file or a folder of them, or records of {"text"}
+    # village, a .txt file or a folder of them, or records of {"text"}; or several of these, each
+    # with its share of the rows: a.jsonl:0.7,b.txt:0.3
+    data: str = "village"
     # held-out text in the same formats; default: the last --val_fraction of --data
     val_data: str | None = None
     # share of --data that is held out (the village has held-out text of its own)
@@ -141,13 +159,18 @@ PRESETS = {
 
 
 def sources(cfg):
-    """What documents_of reads the training text from, and the held-out text."""
-    if cfg.data == "village":
+    """What stream_pieces reads the training texts from, and the held-out texts: one per source."""
+    return list(zip(*(parts_of(name, cfg) for name, _ in mixture(cfg.data))))
+
+
+def parts_of(name, cfg):
+    """What stream_pieces reads the training text of a source from, and its held-out text."""
+    if name == "village":
         folder = prepare_corpus(cfg.villagers, cfg.seed, cfg.megabytes)
         return [(folder / f"corpus_{part}.jsonl",) for part in ("train", "val")]
     if cfg.val_data:
-        return [(cfg.data,), (cfg.val_data,)]
-    return [(cfg.data, part, cfg.val_fraction) for part in ("train", "val")]
+        return [(name,), (cfg.val_data,)]
+    return [(name, part, cfg.val_fraction) for part in ("train", "val")]
 
 
 def get_tokenizer(cfg):
@@ -158,11 +181,25 @@ def get_tokenizer(cfg):
         return Tokenizer.load(checkpoint_of(cfg.out).parent)
     if cfg.tokenizer != "train":
         return Tokenizer.load(cfg.tokenizer).with_tokens([MASK] * (cfg.objective == "mlm"))
-    documents, budget = documents_of(*sources(cfg)[0]), 4_000_000
-    stride = max(1, sum(map(len, documents)) // budget)
     special = [MASK] * (cfg.objective == "mlm")
     size = cfg.vocab_size - len(special)
-    return Tokenizer.train([d[:budget] for d in documents[::stride]], size).with_tokens(special)
+    return Tokenizer.train(sample_of_text(cfg), size).with_tokens(special)
+
+
+def sample_of_text(cfg, most=4_000_000):
+    """About so many characters of the training text, of every source its share of them: every n-th
+    document, or how that begins.
+    """
+    for (_, share), source in zip(mixture(cfg.data), sources(cfg)[0]):
+        budget = max(1, int(most * share))
+        stride = max(1, sum(len(text) for text, _ in stream_pieces(*source)) // budget)
+        number, left = -1, 0
+        for text, first in stream_pieces(*source):
+            if first:
+                number, left = number + 1, budget
+            if number % stride == 0 and left > 0:
+                yield text[:left]
+                left -= len(text)
 
 
 def xz_bits_per_byte(train_texts, val_texts):
@@ -278,25 +315,31 @@ def main(cfg):
     check_folders(cfg.out, cfg.init)
     model, tokenizer = build_model(cfg)
     T = row_length(cfg.context, model)
-    train, val = (open_corpus(tokenizer, *source) for source in sources(cfg))
-    windows, val_windows = Windows(train, T), Windows(val, T)
-    separate = cfg.document_mask and train.documents > 1
+    train, val = ([open_corpus(tokenizer, *each) for each in part] for part in sources(cfg))
+    windows = MixedWindows([Windows(corpus, T) for corpus in train])
+    val_windows = [Windows(corpus, T) for corpus in val]
+    num_tokens = sum(len(corpus.tokens) for corpus in train)
+    num_bytes = sum(corpus.text_bytes for corpus in train)
+    separate = cfg.document_mask and sum(corpus.documents for corpus in train) > 1
     begin_id = tokenizer.begin[0] if separate else None
     causal, ordinary = cfg.objective == "causal", token_lengths(tokenizer, model.cfg.vocab_size) > 0
     blanks = partial(blank_out, ordinary=ordinary, mask_id=tokenizer.special.get(MASK))
-    measure = partial(held_out, tokenizer=tokenizer, windows=val_windows, blanks=blanks)
-    measure = partial(measure, begin_id=begin_id)
+    mixed = mixture(cfg.data)
+
+    def measure(model, most=math.inf):
+        how = {"blanks": blanks, "begin_id": begin_id, "most": most}
+        return by_share(mixed, [held_out(model, tokenizer, part, **how) for part in val_windows])
 
     share, tokens_per_step = rt.share(cfg.batch_size), cfg.batch_size * T
     run = Run(cfg, rt)
     ddp_model = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(model, cfg, rt.scaler)
-    schedule, sampler = SCHEDULES[cfg.schedule], Sampler(len(windows), cfg.seed)
+    schedule, sampler = SCHEDULES[cfg.schedule], sampler_of(windows.parts, mixed, cfg.seed)
     best = {"val_loss": math.inf, "misses": 0} | run.restore(model, optimizer, sampler)
     rt.print(
         f"{count_parameters(model)[0]:,} parameters on {rt.device} in {rt.dtype_name}; "
-        f"{len(train.tokens):,} training tokens of {train.text_bytes / len(train.tokens):.2f} "
+        f"{num_tokens:,} training tokens of {num_bytes / num_tokens:.2f} "
         f"bytes; {tokens_per_step:,} tokens per step"
     )
 
@@ -319,7 +362,9 @@ def main(cfg):
             metrics = measure(model, most=cfg.eval_tokens)
             run.evaluated(**metrics)
             if cfg.sample_tokens and rt.main:
-                run.write_sample(sample_text(model, tokenizer, val_windows, blanks, cfg, run.step))
+                run.write_sample(
+                    sample_text(model, tokenizer, val_windows[0], blanks, cfg, run.step)
+                )
             better = metrics["val_loss"] < best["val_loss"]
             best["misses"] = 0 if better else best["misses"] + 1
             best["val_loss"] = min(metrics["val_loss"], best["val_loss"])
@@ -375,13 +420,14 @@ def finish(cfg, run, model, tokenizer, measured):
     """Keep what the run has reached on all of the held-out text, and of the village's facts."""
     effects, xz = [], None
     if cfg.compare_xz and run.rt.main:
-        xz = xz_bits_per_byte(*(documents_of(*source) for source in sources(cfg)))
+        texts = ([d for each in part for d in read_documents(*each)] for part in sources(cfg))
+        xz = xz_bits_per_byte(*texts)
         measured["xz_bits_per_byte"] = xz
     if "bits_per_byte" in measured:
         name = "held-out text" + ", before: xz -9" * (xz is not None)
         effects.append(effect(name, xz, measured["bits_per_byte"], "bits per byte", False))
     if cfg.data == "village":
-        examples = read_records(sources(cfg)[0][0].with_name("cloze.jsonl"))
+        examples = read_records(sources(cfg)[0][0][0].with_name("cloze.jsonl"))
         measured["facts_known"] = facts_known(model, tokenizer, examples)
         effects.append(effect("facts about villagers", None, measured["facts_known"], "share"))
     run.write_result(effects, **measured)

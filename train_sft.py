@@ -20,6 +20,7 @@ Run     python train_sft.py
         python train_sft.py --preset sql             # from runs/tools: query a database as well
         python train_sft.py --preset reader          # from runs/sft: write questions from captions
         python train_sft.py --init path/to/SmolLM2-135M --preset downloaded --data chats.jsonl
+        python train_sft.py --data village:0.7,chats.jsonl:0.3    # shares of the rows of dialogues
 Needs   runs/pretrain                                     (python train_pretrain.py)
 Expect  right answers about villagers absent from the training questions, and "I don't know"
         (README.md). --preset sql, seed 0, combinations of values held out, 64 questions a task:
@@ -38,7 +39,16 @@ from functools import partial
 import torch
 
 from data.village import examples as village
-from nanollm.batches import Packed, Sampler, Windows, open_corpus, pack_chats, row_length
+from nanollm.batches import (
+    Packed,
+    Sampler,
+    Windows,
+    by_share,
+    open_corpus,
+    pack_chats,
+    row_length,
+    sampler_of,
+)
 from nanollm.config import (
     LARGE,
     AdapterConfig,
@@ -49,7 +59,7 @@ from nanollm.config import (
     Whole,
     cli,
 )
-from nanollm.formats import read_parts
+from nanollm.formats import mixture, read_parts
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import bits_per_byte, token_logprobs
@@ -78,7 +88,8 @@ class Config(AdapterConfig, TrainConfig):
     init: str = "runs/pretrain"  # run folder or model folder to start from
     # village; its problems with worked solutions (reasoning), with the answers alone (answers) or
     # some of each (mixed); dialogues with calls (tools), those of SQL among them (sql); captions of
-    # images, and a question about each (reader); or JSONL of dialogues (see data/README.md)
+    # images, and a question about each (reader); or JSONL of dialogues (see data/README.md); or
+    # several of these, each with its share of the rows of dialogues: a.jsonl:0.7,tools:0.3
     data: str = "village"
     val_data: str | None = None  # held-out dialogues; default: the last --val_fraction of --data
     # share of --data that is held out (the village has held-out dialogues of its own)
@@ -171,17 +182,20 @@ BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
 
 
 def load_chats(cfg):
-    """(training dialogues, held-out dialogues, test examples)."""
-    if cfg.data in VILLAGE:
-        chats, test = VILLAGE[cfg.data]
-        folder = images_folder() if cfg.data == "reader" else village.of_run(cfg.init)
-        train, val = (read_chats(folder / f"{chats}_{split}.jsonl") for split in ("train", "val"))
-        test = cfg.test_data or (test and folder / f"{test}.jsonl")
-    else:
-        train, val = read_parts(read_chats, cfg.data, cfg.val_data, cfg.val_fraction)
-        test = cfg.test_data
-    examples = read_examples(test) if test else []
-    return train, val, first_of_each_task(examples, cfg.test_examples)
+    """(training dialogues of each source, held-out dialogues of each, test examples)."""
+    parts, tests = [], []
+    for name, _ in mixture(cfg.data):
+        if name in VILLAGE:
+            chats, test = VILLAGE[name]
+            folder = images_folder() if name == "reader" else village.of_run(cfg.init)
+            files = (folder / f"{chats}_{split}.jsonl" for split in ("train", "val"))
+            parts.append(map(read_chats, files))
+            tests += [folder / f"{test}.jsonl"] if test else []
+        else:
+            parts.append(read_parts(read_chats, name, cfg.val_data, cfg.val_fraction))
+    tests = [cfg.test_data] if cfg.test_data else dict.fromkeys(tests)
+    examples = [example for test in tests for example in read_examples(test)]
+    return *zip(*parts), first_of_each_task(examples, cfg.test_examples)
 
 
 def images_folder():
@@ -262,19 +276,21 @@ def main(cfg):
     start_adapter(model, cfg, rt)
     chats, val_chats, examples = load_chats(cfg)
     length = partial(row_length, cfg.context, model)
-    train_rows = pack_chats(chats, tokenizer, length, "training", rt)
+    parts = [pack_chats(each, tokenizer, length, "training", rt) for each in chats]
+    train_rows = Packed.join(parts)  # as wide as the widest source
     T = train_rows.tokens.shape[1]
-    val_rows = pack_chats(val_chats, tokenizer, T, "held-out", rt)
+    val_rows = [pack_chats(each, tokenizer, T, "held-out", rt) for each in val_chats]
     text, val_text = load_text(cfg, tokenizer, T)
     tools = None
-    if cfg.data in ("tools", "sql"):
+    mixed = mixture(cfg.data)
+    if {"tools", "sql"}.intersection(dict(mixed)):
         tools = Toolbox.with_knowledge(village.knowledge_of(cfg.init), tokenizer)
 
     run = Run(cfg, rt)
     ddp_model = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(model, cfg, rt.scaler, layer_decay=cfg.layer_decay)
-    schedule, chat_sampler = SCHEDULES[cfg.schedule], Sampler(len(train_rows), cfg.seed)
+    schedule, chat_sampler = SCHEDULES[cfg.schedule], sampler_of(parts, mixed, cfg.seed)
     text_sampler = Sampler(len(text) if text else 0, cfg.seed + 1)
     before = run.restore(model, optimizer, chat_sampler, text_sampler)
     before = before or measure(model, tokenizer, tools, examples, val_text)[0]
@@ -294,7 +310,8 @@ def main(cfg):
         run.advance(cfg.batch_size * T, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
         if run.due(cfg.eval_every):
-            metrics = {"val_loss": validation_loss(model, val_rows)}
+            losses = [{"val_loss": validation_loss(model, each)} for each in val_rows]
+            metrics = by_share(mixed, losses)
             if val_text:
                 metrics["bits_per_byte"] = bits_per_byte(model, tokenizer, val_text, 32768)[1]
             run.evaluated(**metrics)
@@ -305,7 +322,7 @@ def main(cfg):
             run.checkpoint(**before)
     run.close("loss", "val_loss", y_label="nats per token")
     after = measure(model, tokenizer, tools, examples, val_text)[0]
-    if cfg.data in ("reasoning", "mixed"):
+    if {"reasoning", "mixed"}.intersection(dict(mixed)):
         for name, begin in BEGINS.items():
             after[name] = accuracy_by_task(model, tokenizer, examples, begin=begin)[0]
     finish(rt, run, before, after)

@@ -5,6 +5,7 @@ chat, padded rows for preferences and reinforcement. T is the length of a row in
 import functools
 import hashlib
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -14,16 +15,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from nanollm.config import UserError, atomic_folder, atomic_write
-from nanollm.formats import (
-    DEFAULT_VAL_FRACTION,
-    Unusable,
-    identity,
-    images_in,
-    need,
-    read_documents,
-    split_documents,
-    usable,
-)
+from nanollm.formats import Unusable, identity, images_in, stream_pieces, usable
 from nanollm.gpt import document_mask
 
 CACHE = Path("data/cache/corpora")
@@ -54,40 +46,49 @@ class Corpus:
             raise UserError(f"{folder} is damaged ({e}); delete it to have it made anew") from None
 
 
-def write_corpus(documents, tokenizer, folder):
-    """Tokenise documents (str) into a new folder, <|endoftext|> before each."""
-    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    tokens = text_bytes = 0
+def write_corpus(pieces, tokenizer, folder):
+    """Tokenise a corpus, (text, does a document begin with it?) of each piece, into a new folder,
+    <|endoftext|> before each document.
+    """
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    tokens = text_bytes = documents = 0
     with atomic_folder(folder) as new, open(new / "tokens.bin", "wb") as file:
-        for start in range(0, len(documents), 1024):
-            batch = documents[start : start + 1024]
-            for text, ids in zip(batch, tokenizer.documents(batch)):
-                np.array(ids, dtype=dtype).tofile(file)
+        for batch in groups(pieces):
+            texts = [text for text, _ in batch]
+            for (text, first), ids in zip(batch, tokenizer.documents(texts)):
+                if not first:  # the same document goes on: it has not ended, and does not begin
+                    ids = ids[len(tokenizer.begin) :]
+                    tokens -= len(tokenizer.close)
+                    file.seek(tokens * dtype.itemsize)
+                file.write(np.array(ids, dtype=dtype).tobytes())
                 tokens += len(ids)
                 text_bytes += len(text.encode())
-        meta = {"dtype": dtype, "tokens": tokens, "text_bytes": text_bytes}
-        atomic_write(new / "meta.json", json.dumps(meta | {"documents": len(documents)}))
+                documents += first
+        meta = {"dtype": dtype.str, "tokens": tokens, "text_bytes": text_bytes}
+        atomic_write(new / "meta.json", json.dumps(meta | {"documents": documents}))
 
 
-def documents_of(path, part=None, fraction=DEFAULT_VAL_FRACTION):
-    """The texts of a corpus; `part`: the last `fraction` of it, "val", or what comes before,
-    "train".
-    """
-    documents = read_documents(path)
-    documents = split_documents(documents, part, fraction) if part else documents
-    need(documents, path, "there are too few texts to hold some out; more are needed")
-    return documents
+def groups(pieces, most=1024, characters=2**23):
+    """Lists of pieces to be tokenised together, on all cores: as many as fit in little memory."""
+    group, size = [], 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece[0])
+        if len(group) == most or size >= characters:
+            yield group
+            group, size = [], 0
+    yield group
 
 
 def open_corpus(tokenizer, *source):
-    """The Corpus of what documents_of(*source) reads: made once, and found again as long as neither
-    files nor tokenizer change.
+    """The Corpus of what stream_pieces(*source) reads: made once, and found again as long as
+    neither files nor tokenizer change.
     """
     path, *part = source
     key = json.dumps([*map(str, [*identity(path), *part]), tokenizer.fingerprint()])
     folder = CACHE / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.is_dir():
-        write_corpus(documents_of(*source), tokenizer, folder)
+        write_corpus(stream_pieces(*source), tokenizer, folder)
     return Corpus.open(folder)
 
 
@@ -131,6 +132,57 @@ class Sampler:
         self._order = self._permutation()
 
 
+class MixedSampler:
+    """Numbers of rows of several sources, counted from the first row of the first one on. Each
+    source has a Sampler of its own, and gives its share of the rows.
+
+    Row n is of the source in whose part of [0, 1), as long as its share, frac(u + n golden) lies: a
+    sequence (Weyl 1916) that fills all parts as evenly as can be, and needs no memory but n.
+    """
+
+    GOLDEN = (math.sqrt(5) - 1) / 2
+
+    def __init__(self, sizes, shares, seed=0):
+        self.samplers = [Sampler(n, seed + 1000 * i) for i, n in enumerate(sizes)]
+        self.bounds, self.u, self.taken = np.cumsum(shares)[:-1], seed * math.sqrt(2), 0
+
+    def take(self, k):
+        """The next k numbers, as an int64 tensor (k,)."""
+        points = (self.u + np.arange(self.taken, self.taken + k) * self.GOLDEN) % 1
+        source = torch.from_numpy(np.searchsorted(self.bounds, points, side="right"))
+        numbers, begin = torch.zeros(k, dtype=torch.int64), 0
+        for i, sampler in enumerate(self.samplers):
+            numbers[source == i] = begin + sampler.take(int((source == i).sum()))
+            begin += sampler.n
+        self.taken += k
+        return numbers
+
+    def state_dict(self):
+        return {"taken": self.taken, "samplers": [each.state_dict() for each in self.samplers]}
+
+    def load_state_dict(self, state):
+        self.taken = state["taken"]
+        for sampler, saved in zip(self.samplers, state["samplers"], strict=True):
+            sampler.load_state_dict(saved)
+
+
+def sampler_of(parts, mixed, seed):
+    """A sampler of the rows in `parts`, of the sources that formats.mixture has found."""
+    sizes, shares = list(map(len, parts)), [share for _, share in mixed]
+    return Sampler(*sizes, seed) if len(sizes) == 1 else MixedSampler(sizes, shares, seed)
+
+
+def by_share(mixed, metrics):
+    """Of the metrics {name: value} of each source their means, weighted by the shares, and where
+    there are several sources those of each.
+    """
+    if len(metrics) == 1:
+        return metrics[0]
+    each = {f"{key} of {file}": m[key] for (file, _), m in zip(mixed, metrics) for key in m}
+    means = {k: sum(share * m[k] for (_, share), m in zip(mixed, metrics)) for k in metrics[0]}
+    return means | each
+
+
 def row_length(context, model, lengths=()):
     """T, the tokens of a row: --context, or what 99% of the dialogues need, rounded up to 64. That
     is at least 256 and at most LONGEST_ROW, or what the model can read where that is less. Raises
@@ -162,6 +214,22 @@ class Windows:
         """int64 tensor (len(numbers), T + 1)."""
         starts = np.asarray(numbers)[:, None] * self.T
         return torch.from_numpy(self.tokens[starts + np.arange(self.T + 1)].astype(np.int64))
+
+
+class MixedWindows:
+    """The rows of several Windows, counted from the first row of the first one on."""
+
+    def __init__(self, parts):
+        self.parts, self.T = parts, parts[0].T
+
+    def __getitem__(self, numbers):
+        """int64 tensor (len(numbers), T + 1)."""
+        rows = torch.zeros(len(numbers), self.T + 1, dtype=torch.int64)
+        for part in self.parts:
+            here = (0 <= numbers) & (numbers < len(part))
+            rows[here] = part[numbers[here]]
+            numbers = numbers - len(part)
+        return rows
 
 
 class Rows:

@@ -37,6 +37,7 @@ from nanollm.config import (
     say,
     unlock,
 )
+from nanollm.formats import mixture
 from nanollm.plot import line_chart
 from nanollm.runtime import DTYPES, peak_memory, rng_state, set_rng_state
 
@@ -275,7 +276,9 @@ class Run:
             known = read_json(path) if path.exists() else {}
             result = known | {"effects": list(effects)} | values | speed
             atomic_write(path, json.dumps(result, indent=2) + "\n")
-        self.rt.print(f"{self.folder}: {self.step} steps in {self.elapsed:.0f} s")
+        most = peak_memory(self.rt.device)
+        memory = f", at most {most / 2**20:,.0f} MiB of memory" if most else ""
+        self.rt.print(f"{self.folder}: {self.step} steps in {self.elapsed:.0f} s{memory}")
         unlock(self.folder)
         self.rt.barrier()  # until all of it is written
 
@@ -342,8 +345,12 @@ def inputs_of(cfg):
     """{setting: a hash of what it names} of the settings that name a file or a directory."""
     elsewhere = ("preset", "out", "device", "adapter", "tokenizer")
     names = [f.name for f in fields(cfg) if f.type in (str, str | None) and f.name not in elsewhere]
-    named = {name: getattr(cfg, name) for name in names}
-    return {name: content_hash(Path(n)) for name, n in named.items() if n and Path(n).exists()}
+    found = {}
+    for name in names:
+        files = [Path(file) for file, _ in mixture(getattr(cfg, name) or "") if file]
+        if hashes := [content_hash(file) for file in files if file.exists()]:
+            found[name] = " ".join(hashes)
+    return found
 
 
 # What decides a model's ids and logits beside its weights: a run folder gets other files later.
@@ -366,7 +373,10 @@ def content_hash(path):
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
             opened.seek(0)
-            named = [name for line in opened for name in IMAGE_NAMES.findall(line)]
+            named, before = [], b""
+            while line := opened.readline(2**20):  # some files are one line
+                named += IMAGE_NAMES.findall(before + line)
+                before = b"" if line.endswith(b"\n") else line[-4096:]
         for image in sorted({file.parent / os.fsdecode(name) for name in named}):
             digest.update(image.read_bytes() if image.is_file() else b"")
     return digest.hexdigest()

@@ -8,25 +8,29 @@ import numpy as np
 import pytest
 import torch
 
-from nanollm import batches
+from nanollm import batches, formats
 from nanollm.batches import (
     Completions,
     Corpus,
+    MixedSampler,
+    MixedWindows,
     Packed,
     Sampler,
     Windows,
+    by_share,
     fit_chat,
     open_corpus,
     pack,
     pack_chats,
     pad_completions,
     row_length,
+    sampler_of,
     write_corpus,
 )
 from nanollm.config import UserError
 from nanollm.formats import Unusable, write_jsonl
 from nanollm.runtime import Runtime
-from nanollm.tokenizer import Tokenizer
+from nanollm.tokenizer import DIGITS_PATTERN, GPT2_PATTERN, PATTERN, Tokenizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -41,7 +45,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_a_corpus_holds_every_token_and_end_of_text_before_each_document(tokenizer, tmp_path):
-    write_corpus(["ab", "", "né"], tokenizer, tmp_path / "s")
+    write_corpus([("ab", True), ("", True), ("né", True)], tokenizer, tmp_path / "s")
     corpus, eot = Corpus.open(tmp_path / "s"), tokenizer.eot_id
     assert corpus.tokens.tolist() == [eot, 97, 98, eot, eot, 110, 195, 169]
     assert (corpus.text_bytes, corpus.documents) == (5, 3)
@@ -49,16 +53,66 @@ def test_a_corpus_holds_every_token_and_end_of_text_before_each_document(tokeniz
 
 def test_long_corpora_are_tokenised_part_by_part(tokenizer, tmp_path):
     documents = [f"text {n}" for n in range(2500)]  # 1024 at a time
-    write_corpus(documents, tokenizer, tmp_path / "s")
+    write_corpus([(text, True) for text in documents], tokenizer, tmp_path / "s")
     wanted = [id for text in documents for id in (tokenizer.eot_id, *tokenizer.encode(text))]
     assert Corpus.open(tmp_path / "s").tokens.tolist() == wanted
+
+
+PATTERNS = {
+    "ours": PATTERN,
+    "gpt2": GPT2_PATTERN,
+    "digits": DIGITS_PATTERN % r"\p{N}+",
+    "o200k": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_long_text_has_the_same_ids_in_pieces_as_whole(pattern, tmp_path, monkeypatch):
+    rng = random.Random(1)
+    words = [
+        "owl",
+        "it's",
+        "42",
+        " ",
+        "\n",
+        "\n\n",
+        "\t",
+        ".",
+        "/x",
+        "é",
+        "e\u0301",
+        "水",
+        " " * 70,
+    ]
+    text = "".join(rng.choice(words) + rng.choice(["", "", " ", "\n"]) for _ in range(20_000))
+    ranks = Tokenizer.train([text, "the owl\n\n\nit's"], 330).ranks
+    end = {"id": 900, "content": "<|endoftext|>"}
+    after = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {}}, {"SpecialToken": {"id": "e"}}],
+    }
+    after |= {"special_tokens": {"e": {"ids": [900]}}}  # such a token behind each document
+    source = {"added_tokens": [end], "post_processor": after}
+    tokenizer = Tokenizer(
+        ranks, {"<|endoftext|>": 900, "<|end|>": 901}, PATTERNS[pattern], source=source
+    )
+    for name, size in {"CHUNK": 97, "HEAD": 90, "PIECE": 100}.items():
+        monkeypatch.setattr(formats, name, size)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert len(list(formats.stream_pieces(tmp_path / "a.txt"))) > 100
+    cut = int(0.7 * len(text))
+    for source, kept in {(): text, ("train", 0.3): text[:cut], ("val", 0.3): text[cut:]}.items():
+        corpus = open_corpus(tokenizer, tmp_path / "a.txt", *source)
+        assert corpus.tokens.tolist() == tokenizer.documents([kept])[0]
+        assert (corpus.documents, corpus.text_bytes) == (1, len(kept.encode()))
 
 
 @pytest.mark.parametrize("vocab_size, dtype", [(2**16, "<u2"), (2**16 + 1, "<u4")])
 def test_ids_beyond_two_bytes_get_four(vocab_size, dtype, tmp_path):
     ids = [vocab_size - 1, 40000, 1]
     large = SimpleNamespace(vocab_size=vocab_size, documents=lambda texts: [ids for _ in texts])
-    write_corpus(["a"], large, tmp_path / "s")
+    write_corpus([("a", True)], large, tmp_path / "s")
     corpus = Corpus.open(tmp_path / "s")
     assert corpus.tokens.dtype == np.dtype(dtype) and Windows(corpus, 2)[[0]].tolist() == [ids]
 
@@ -70,7 +124,7 @@ def test_tokens_made_once_are_found_again_until_file_part_or_tokenizer_change(
     write_jsonl(path, [{"text": "Once upon a time"}, {"text": "Twice"}])
     assert open_corpus(tokenizer, path).text_bytes == 21
     with monkeypatch.context() as patch:
-        patch.setattr(batches, "read_documents", lambda path: pytest.fail("read again"))
+        patch.setattr(batches, "stream_pieces", lambda path: pytest.fail("read again"))
         assert open_corpus(tokenizer, path).documents == 2
     assert open_corpus(tokenizer, path, "val", 0.5).text_bytes == 5
     trained = Tokenizer.train(["aaaa bbbb aaaa"], 272)
@@ -84,7 +138,7 @@ def test_tokens_made_once_are_found_again_until_file_part_or_tokenizer_change(
 
 @pytest.mark.parametrize("name, kept", [("tokens.bin", 21), ("tokens.bin", 0), ("meta.json", 9)])
 def test_a_damaged_corpus_is_refused(name, kept, tokenizer, tmp_path):
-    write_corpus(["Once upon a time"], tokenizer, tmp_path / "s")
+    write_corpus([("Once upon a time", True)], tokenizer, tmp_path / "s")
     path = tmp_path / "s" / name
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match="is damaged .*; delete it to have it made anew"):
@@ -164,6 +218,47 @@ def test_a_saved_position_continues_alike_in_the_same_data(taken):
     assert resumed.take(25).tolist() == sampler.take(25).tolist()
     with pytest.raises(UserError, match="10 rows then, 11 now"):
         Sampler(11).load_state_dict(sampler.state_dict())
+
+
+# --- mixtures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares", [(0.7, 0.3), (0.05, 0.9, 0.05), (1 / 3, 2 / 3)])
+@pytest.mark.parametrize("k", [2, 8])
+def test_every_source_gives_its_share_of_the_rows_and_each_row_once_per_epoch(shares, k):
+    sizes = [40, 300, 25][: len(shares)]
+    sampler = MixedSampler(sizes, shares, seed=3)
+    drawn = torch.cat([sampler.take(k) for _ in range(800 // k)])
+    assert drawn.tolist() == MixedSampler(sizes, shares, seed=3).take(800).tolist()
+    assert drawn.tolist() != MixedSampler(sizes, shares, seed=4).take(800).tolist()
+    begin = 0
+    for i, (n, share) in enumerate(zip(sizes, shares)):
+        own = drawn[(begin <= drawn) & (drawn < begin + n)] - begin
+        assert abs(len(own) - 800 * share) < 4
+        assert own.tolist() == Sampler(n, 3 + 1000 * i).take(len(own)).tolist()
+        begin += n
+
+
+def test_a_mixture_goes_on_from_a_saved_position_and_one_source_is_a_sampler():
+    sampler, resumed = (MixedSampler([9, 4], [0.6, 0.4]) for _ in range(2))
+    sampler.take(17)
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert resumed.take(30).tolist() == sampler.take(30).tolist()
+    with pytest.raises(UserError, match="4 rows then, 5 now"):
+        MixedSampler([9, 5], [0.6, 0.4]).load_state_dict(sampler.state_dict())
+    assert isinstance(sampler_of([[0] * 9], [("a", 1.0)], 5), Sampler)
+
+
+def test_rows_of_several_corpora_are_counted_one_after_the_other_and_measured_by_share():
+    windows = MixedWindows(
+        [Windows(count_to(9), 4), Windows(count_to(6), 4)]
+    )  # rows 0 and 1, row 2
+    assert windows[torch.tensor([2, 0, 1])][:, 0].tolist() == [0, 0, 4]
+    assert windows[torch.tensor([2, 1])][:, -1].tolist() == [4, 8]
+    mixed = [("a", 0.75), ("b", 0.25)]
+    assert by_share(mixed[:1], [{"loss": 1.0}]) == {"loss": 1.0}
+    measured = by_share(mixed, [{"loss": 1.0}, {"loss": 3.0}])
+    assert measured == {"loss": 1.5, "loss of a": 1.0, "loss of b": 3.0}
 
 
 # --- packed rows ---------------------------------------------------------------------------------

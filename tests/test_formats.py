@@ -1,15 +1,27 @@
 """Files: a file is what it holds, each mistake has its line, and a corpus is its documents."""
 
 import gzip
+import itertools
 import json
+import random
+import tracemalloc
 
 import pytest
 
 import train_pretrain
-from nanollm.batches import documents_of
+from nanollm import formats
 from nanollm.config import UserError
-from nanollm.formats import identity, read_documents, read_records, read_text, split_documents
+from nanollm.formats import (
+    identity,
+    mixture,
+    read_documents,
+    read_records,
+    stream_pieces,
+    stream_text,
+    write_jsonl,
+)
 from nanollm.records import read_chats
+from nanollm.tokenizer import cut
 
 LINES = b'{"text": "a"}\n{"text": "b"}\n'
 PRETTY = b'{\n  "text": "a"\n}\n{\n  "text":\n    "b"\n}\n'
@@ -47,6 +59,13 @@ FILES = [  # (name, bytes, the documents or what is said)
     ("a.json", b'[{"text": "a"}, {"txt": "b"}]', "record 2: a corpus record needs a"),
     ("a.json", PRETTY + b'{\n "txt": 3}', "line 8: a corpus record needs a"),
     ("a.json", b"[]", "there is no record in it"),
+    ("a.json", ARRAY[:-1], "broken JSON (Expecting ',' delimiter: line 2)"),
+    ("a.json", b'[{"text": "a"},]', "broken JSON (Expecting value: line 1)"),
+    ("a.json", b'[{"text": "a"}\n{"text": "b"}]', "line 2: broken JSON (Expecting ',' delimiter"),
+    ("a.json", b'[,{"text": "a"}]', "broken JSON (Expecting value"),
+    ("a.json", ARRAY + b'\n{"text": "c"}', ["a", "b", "c"]),
+    ("a.jsonl", b'{"text": "a", "n": [-1.5, {"b": null}, "\xe2\x82\xac \\u20ac"]}', ["a"]),
+    ("a.txt", b"a\r\n <|endoftext|>\t\r\n\r\nb <|endoftext|>\r\nc", ["a", "b <|endoftext|>\nc"]),
     ("a.csv", b"text\n", "there is no record in it"),
     ("a.csv", b"text,text\na,b\n", "line 1: the first line must name the columns, each once"),
     ("a.csv", b"text,n\na,1\nb\n", "line 3: 1 cells, but 2 columns"),
@@ -61,8 +80,16 @@ FILES = [  # (name, bytes, the documents or what is said)
 ]
 
 
+@pytest.fixture(params=[None, 4, 7], ids=["whole", "by 4 bytes", "by 7 bytes"])
+def reading(request, monkeypatch):
+    """A file read at once, or in parts of so few bytes that everything is cut somewhere."""
+    sizes = {"CHUNK": request.param, "HEAD": 24, "PIECE": request.param} if request.param else {}
+    for name, size in sizes.items():
+        monkeypatch.setattr(formats, name, size)
+
+
 @pytest.mark.parametrize("name, data, outcome", FILES)
-def test_a_file_is_what_it_holds(name, data, outcome, tmp_path):
+def test_a_file_is_what_it_holds(name, data, outcome, reading, tmp_path):
     (tmp_path / name).write_bytes(data)
     if isinstance(outcome, list):
         assert read_documents(tmp_path / name) == outcome
@@ -76,7 +103,7 @@ def test_a_file_is_what_it_holds(name, data, outcome, tmp_path):
 @pytest.mark.parametrize("name, sentence", [("no.txt", "does not exist"), ("", "is a directory")])
 def test_a_path_without_file_is_refused(name, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
-        read_text(tmp_path / name)
+        list(stream_text(tmp_path / name))
 
 
 def test_blank_lines_count_and_a_record_keeps_its_place_when_a_key_is_added(tmp_path):
@@ -110,7 +137,7 @@ def test_a_folder_is_the_texts_in_it(tmp_path):
     (tmp_path / "README.md").write_text("about")
     assert read_documents(tmp_path) == ["1", "3", "2", "4"]
     cfg = train_pretrain.Config(data=str(tmp_path), val_fraction=0.5)
-    parts = [documents_of(*source) for source in train_pretrain.sources(cfg)]
+    parts = [read_documents(*source) for [source] in train_pretrain.sources(cfg)]
     assert parts == [["1", "3"], ["2", "4"]]
     before = identity(tmp_path)
     (tmp_path / "b" / "c.txt").write_text("changed")
@@ -118,16 +145,78 @@ def test_a_folder_is_the_texts_in_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "documents, train, val",
+    "text, train, val",
     [
-        (["0123456789"], ["01234567"], ["89"]),
-        (["a", "b", "c", "d", "e"], ["a", "b", "c", "d"], ["e"]),
-        ([{"n": 1}], [], [{"n": 1}]),
+        ("0123456789", ["01234567"], ["89"]),
+        ('{"text": "0123456789"}', ["01234567"], ["89"]),
+        ("a\n<|endoftext|>\nb\n<|endoftext|>\nc", ["a", "b"], ["c"]),
+        ("a", [""], ["a"]),
     ],
 )
-def test_a_corpus_is_split_by_hand(documents, train, val):
-    assert split_documents(documents, "train", 0.2) == train
-    assert split_documents(documents, "val", 0.2) == val
+def test_a_corpus_is_split_by_hand(text, train, val, tmp_path):
+    (tmp_path / "a.txt").write_text(text)
+    assert read_documents(tmp_path / "a.txt", "train", 0.2) == train
+    assert read_documents(tmp_path / "a.txt", "val", 0.2) == val
+
+
+@pytest.mark.parametrize("part", [None, "train", "val"])
+@pytest.mark.parametrize("name", ["lone.txt", "stories.txt", "records.jsonl", "records.jsonl.gz"])
+def test_a_large_corpus_is_read_in_little_memory(name, part, tmp_path, monkeypatch):
+    for size in ("CHUNK", "PIECE", "HEAD"):
+        monkeypatch.setattr(formats, size, 2**14)
+    text = "Mira keeps a goat. She lives by the old mill, and greets who comes.\n" * 80
+    texts = {"lone.txt": text, "stories.txt": text + "<|endoftext|>\n"}
+    data = texts.get(name, json.dumps({"text": text}) + "\n").encode() * 400
+    (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
+    size = len(data)
+    del data
+    tracemalloc.start()
+    characters = sum(len(text) for text, _ in stream_pieces(tmp_path / name, part, 0.5))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 2_000_000 and characters > 0.45 * size and most < 250_000
+
+
+@pytest.mark.parametrize(
+    "data, sources",
+    [
+        ("a.jsonl:0.7,b.txt:0.3", [("a.jsonl", 0.7), ("b.txt", 0.3)]),
+        ("a:3, b:1", [("a", 0.75), ("b", 0.25)]),
+        (r"C:\x\a.jsonl:0.5,D:\b.txt:.5", [(r"C:\x\a.jsonl", 0.5), (r"D:\b.txt", 0.5)]),
+        (r"C:\x\a.jsonl", [(r"C:\x\a.jsonl", 1.0)]),
+        ("C:7", [("C:7", 1.0)]),
+        ("a.jsonl:2", [("a.jsonl", 1.0)]),
+        ("a, b.txt", [("a, b.txt", 1.0)]),
+        ("notes:1,b:2", [("notes:1,b:2", 1.0)]),  # a file that is there
+        ("a.jsonl:0.7,b.txt", "each of several files needs a share"),
+        ("a.jsonl:0.7,b.txt:0", "each of several files needs a share"),
+        ("a.jsonl:1,:2", "each of several files needs a share"),
+    ],
+)
+def test_several_files_have_shares_and_a_path_may_hold_colons(data, sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes:1,b:2").write_text("text")
+    if isinstance(sources, str):
+        with pytest.raises(UserError, match=sources):
+            mixture(data)
+    else:
+        assert mixture(data) == sources
+
+
+def test_a_tokenizer_is_trained_on_the_same_text_as_from_documents_in_memory(tmp_path, monkeypatch):
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("a bc d\n\n e'll 12 f".split(" "), k=50)) for _ in range(90)]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    (tmp_path / "b.txt").write_text("\n".join(texts))
+    monkeypatch.setattr(formats, "PIECE", 100)
+    monkeypatch.setattr(formats, "CHUNK", 64)
+    for name, budget in itertools.product(("a.jsonl", "b.txt"), (50, 700, 10**6)):
+        cfg = train_pretrain.Config(data=str(tmp_path / name))
+        documents = read_documents(tmp_path / name, "train", cfg.val_fraction)
+        stride = max(1, sum(map(len, documents)) // budget)
+        wanted = [cut(text[:budget]) for text in documents[::stride]]
+        given = [cut(text) for text in train_pretrain.sample_of_text(cfg, budget)]
+        assert list(itertools.chain(*given)) == list(itertools.chain(*wanted))
 
 
 def test_a_changed_file_has_another_identity(tmp_path):

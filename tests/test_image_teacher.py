@@ -164,7 +164,7 @@ def test_the_preset_reader_learns_from_captions_in_the_teachers_form(tmp_path, m
     prepare = village_images.prepare
     monkeypatch.setattr(village_images, "prepare", lambda: prepare(0, tmp_path, 32, n_train=3))
     cfg = parse(train_sft.Config, train_sft.PRESETS, ["--preset", "reader"])
-    train, val, examples = train_sft.load_chats(cfg)
+    [train], [val], examples = train_sft.load_chats(cfg)
     assert 0 < len(train) <= 3 and len(val) > 100 and examples == []
     for chat in train:
         assert "<image>" not in chat["messages"][0]["content"]

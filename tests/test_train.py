@@ -41,9 +41,9 @@ import train_sft
 from nanollm import chat, runtime
 from nanollm.batches import Sampler
 from nanollm.config import UserError, comments_of, parse
-from nanollm.formats import write_jsonl
+from nanollm.formats import mixture, write_jsonl
 from nanollm.hub import load_model
-from nanollm.run import Run, effect, effect_line
+from nanollm.run import Run, effect, effect_line, read_metrics
 from nanollm.runtime import Runtime, peak_memory, start
 
 SFT = [*ON_CPU, *"--context 48 --replay_data text.txt --data chats.jsonl".split()]
@@ -130,6 +130,29 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script
     pretrain("--steps", 24, "--eval_every", 24)
     flags = [*(SFT if script == "train_sft.py" else TINY), "--steps", 24, "--eval_every", 4]
     assert_resumes(script, flags, last=22)  # two steps after a checkpoint
+
+
+@pytest.mark.parametrize("script", ["train_pretrain.py", "train_sft.py"])
+def test_a_mixture_of_files_resumes_bit_for_bit_unless_one_has_changed(script, here, capsys):
+    Path("b.txt").write_text("a goat by the mill. " * 300)
+    write_jsonl("b.jsonl", [say(w, w.upper()) for w in WORDS * 3])
+    pretrain("--steps", 4)
+    data = {
+        "train_pretrain.py": "text.txt:3,b.txt:1",
+        "train_sft.py": "chats.jsonl:0.6,b.jsonl:0.4",
+    }
+    flags = [*(SFT if script == "train_sft.py" else TINY), "--steps", 12, "--eval_every", 4]
+    flags += ["--data", data[script], "--accumulate", 2]
+    _, killed = assert_resumes(script, flags, last=10)
+    last, names = read_metrics(killed)[-1], [name for name, _ in mixture(data[script])]
+    shares = zip((share for _, share in mixture(data[script])), names)
+    each = sum(share * last[f"val_loss of {name}"] for share, name in shares)
+    assert last["val_loss"] == pytest.approx(each)
+    Path(names[1]).write_text(
+        Path(names[1]).read_text().replace("mill", "pond").replace("OWL", "owl")
+    )
+    with pytest.raises(UserError, match="holds something else"):
+        run(importlib.import_module(Path(script).stem), "--resume", out=killed)
 
 
 def test_a_process_that_was_killed_is_resumed_to_the_same_weights(here):
@@ -260,6 +283,9 @@ BAD_PRETRAINING = [
     (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
     (["--data", "broken.jsonl"], "broken.jsonl, line 2: broken JSON"),
     (["--data", "short.txt"], "too few for one row"),
+    (["--data", "text.txt:0.5,broken.jsonl:0.5"], "broken.jsonl, line 2: broken JSON"),
+    (["--data", "text.txt:0.5,nowhere.txt:0.5"], "nowhere.txt does not exist"),
+    (["--data", "text.txt:0.5,text.txt"], "each of several files needs a share"),
     (["--tokenizer", "nothing"], "nothing"),
     (["--heads", 3], "must be an even multiple of --heads 3"),
     (["--out", "/proc/nowhere/run"], "/proc/nowhere/run"),
