@@ -30,6 +30,8 @@ Expect  0.30 bits per byte of held-out text, where `xz -9` that has seen the tra
             encoding='utf-8').writelines(['\\n'.join([*read_documents(
             'data/cache/village-32-0-8mb-v22/corpus_train.jsonl'), ''])] * 124)"
         (2 cores AMD EPYC, AVX2, fp32; seed 0)
+        Masked language modelling asks for 15% of the tokens at a step: after the same 1500 steps
+        the model fills in 77% of these facts, where the causal one completes 100% (seed 0, fp32)
 Watch   loss, val_loss  nats per token, 7.6 at first (ln of the vocabulary), 0.7 at the end;
                         val_loss rising while loss falls: too many epochs, see --patience
         bits_per_byte   the same, comparable across tokenizers
