@@ -12,10 +12,9 @@ with A = exp(a), B = exp(b), E = exp(e). N counts every parameter: the embedding
 and so is multiplied with every token. D is tokens, each seen once; C = 6 N D FLOP. L-BFGS starts
 from the 16 best points of a grid instead of from all of them, in terms of ln N and ln D less their
 means, where it converges; Huber terms are summed, for their mean ends the search too early
-(Besiroglu et al. 2024, 2404.10102).
-
-Learning rates, batch and warm-up are the same for every model: train_pretrain.py's default rates,
-of which Muon's is meant to serve every width, and 512 tokens a step.
+(Besiroglu et al. 2024, 2404.10102). Models have one layer: two can copy from the context what one
+cannot (Olsson et al. 2022, 2209.11895), and such a jump is no power law. Rates and batch are the
+same for all.
 
 Run     python -m nanollm.scaling                         # half an hour on a busy core
         python -m nanollm.scaling --parameters 7e9 --tokens 1e12 --gpu H100 --days 30
@@ -23,16 +22,12 @@ Needs   nothing; models that an earlier call has trained are not trained again
 Expect  seed 0, one thread, fp32, on an AMD EPYC that ten others used: 1,423 s of training in all.
         The law is within 1.8% of each of its 12 models. The 13th, held back, with 1.7 times the
         parameters and twice the FLOP of the largest: 1.160 predicted, 1.210 measured, 4.1% less.
-        Best size of 1e11, 2e11 and 4e11 FLOP: 39k, 57k and 85k. E came out as 0, so that this
-        little text does not tell the floor: trust the law between its models, and not far beyond
+        Best size of 1e11, 2e11 and 4e11 FLOP: 39k, 57k and 85k (of 1e11 the least model, 33k, was
+        best). E came out as 0, so that this little text does not tell the floor: trust the law
+        between its models, and not far beyond
 Watch   E, alpha, beta    E near 0: nothing has come near the floor yet; alpha or beta near 0 or
                           above 1: too few sizes, or too few tokens for them; --budget
         isoflop.svg       each budget's curve must have its minimum inside, not at an end
-
-The napkin counts nanollm's own training, parameter by parameter and tensor by tensor: weights and
-gradients in fp32, AdamW's two moments (Muon: one for the matrices), and what autograd keeps of each
-layer. Time is 6 N D and attention's share, at the given share of the GPU's rate (MFU, Chowdhery et
-al. 2022, 2204.02311).
 """
 
 import itertools
@@ -56,49 +51,28 @@ from nanollm.metrics import table
 from nanollm.plot import line_chart
 from nanollm.runtime import flop_per_token
 
-# bf16 TFLOP/s of dense matrices, and GB, from NVIDIA's and AMD's data sheets, where TFLOP/s "with
-# sparsity" are twice as many; the 4090's with fp32 sums (Ada architecture white paper)
-GPUS = {
-    "L4": (121, 24),
-    "RTX4090": (165, 24),
-    "A100": (312, 80),
-    "H100": (989, 80),
-    "H200": (989, 141),
-    "B200": (2250, 180),
-    "MI300X": (1307, 192),
-}
+# bf16 TFLOP/s of dense matrices, and GB, from NVIDIA's data sheets, where TFLOP/s "with sparsity"
+# are twice as many; the 4090's with fp32 sums (Ada architecture white paper)
+GPUS = {"RTX4090": (165, 24), "A100": (312, 80), "H100": (989, 80), "B200": (2250, 180)}
 
 
 @dataclass
 class Config:
-    # smoke: seconds, to see that it runs; tiny: minutes on a laptop CPU
-    preset: str = "tiny"
     # -- Scaling law
     out: str = "runs/scaling"  # folder of the run folders, the chart and result.json
     # village, or what train_pretrain.py --data reads: 8 MB or more, or models see a text twice
     data: str = "village"
-    villagers: Whole[1] = 512  # many, so that facts are learnt one by one and not all at once
-    megabytes: Positive = 16.0  # size of the village's corpus
     # FLOP of the least-trained models; others get 2 and 4 times as many, the one held back 8
     budget: Positive = 1e11
-    # of every model: two can copy from the context what one cannot (Olsson et al. 2022,
-    # arXiv:2209.11895), and such a jump is no power law
-    layers: Whole[1] = 1
     seed: Whole[0] = 0  # of weights and data
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
     # -- Napkin
     parameters: Positive | None = None  # N of the model to reckon for; no model is trained then
     tokens: Positive = 1e12  # D
     gpu: Literal[tuple(GPUS)] = "H100"  # its rate and memory stand in GPUS
     mfu: OpenShare = 0.4  # share of the GPU's rate that training reaches
     days: Positive = 30.0  # time that training may take
-    context: Whole[1] = 4096  # T
-    rows: Whole[1] = 1  # rows of T tokens that a GPU computes at a time
-    vocab_size: Whole[1] = 32000  # V
+    context: Whole[1] = 4096  # T, and the tokens that a GPU computes at a time
     optimizer: Literal["muon", "adamw"] = "adamw"
-
-
-PRESETS = {"smoke": dict(budget=5e9, villagers=32, megabytes=1.0, out="runs/scaling-smoke")}
 
 
 # --- the law -------------------------------------------------------------------------------------
@@ -109,7 +83,7 @@ def predict(law, N, D):
     return law["E"] + law["A"] / N ** law["alpha"] + law["B"] / D ** law["beta"]
 
 
-def fit(N, D, L, starts=16, delta=1e-3):
+def fit(N, D, L, starts=16):
     """The law of n models, equation 3: sequences of parameters, tokens and losses."""
     N, D, L = (torch.tensor(values, dtype=torch.float64).log() for values in (N, D, L))
     n, d = N.mean(), D.mean()
@@ -119,7 +93,7 @@ def fit(N, D, L, starts=16, delta=1e-3):
         a, b, e, alpha, beta = x.unsqueeze(-1).unbind(-2)
         terms = (a - alpha * (N - n), b - beta * (D - d), e.expand_as(a - N))
         error = torch.stack(terms).logsumexp(0) - L  # (..., n)
-        return F.huber_loss(error, 0 * error, reduction="none", delta=delta).sum(-1) / delta
+        return F.huber_loss(error, 0 * error, reduction="none", delta=1e-3).sum(-1) / 1e-3
 
     axes = [(-4, -3, -2, -1, 0, 1)] * 2 + [(-1, -0.5, 0, 0.5, 1)] + [(0, 0.5, 1, 1.5, 2)] * 2
     grid = torch.tensor([*itertools.product(*axes)], dtype=torch.float64)  # (4500, 5)
@@ -160,66 +134,59 @@ LARGEST = 112  # 215k: held back
 VOCAB, CONTEXT, ROWS = 512, 128, 4  # of tokens, tokens in a row, rows in a step
 
 
-def parameters_of(layers, channels):
-    flags = SimpleNamespace(layers=layers, channels=channels, heads=channels // 16, mlp=None)
-    return count_parameters(GPT(GPTConfig(vocab_size=VOCAB, **shape_of(flags))))[0]
+def shape_with(layers, heads, head_dim, vocab_size):
+    flags = SimpleNamespace(layers=layers, channels=heads * head_dim, heads=heads, mlp=None)
+    return GPTConfig(vocab_size, **shape_of(flags))
 
 
 def train(cfg, channels, C):
     """Train a model with C FLOP, unless that is done; returns {"N", "D", "C", "loss"}."""
-    layers, N = cfg.layers, parameters_of(cfg.layers, channels)
-    steps = max(1, round(C / (6 * N * CONTEXT * ROWS)))
-    folder = Path(cfg.out) / f"{layers}x{channels}_{steps}"
-    command = (
-        f"train_pretrain.py --layers {layers} --channels {channels} --heads {channels // 16} "
-        f"--vocab_size {VOCAB} --context {CONTEXT} --batch_size {ROWS} --steps {steps} "
-        f"--eval_every {steps} --sample_tokens 0 --villagers {cfg.villagers} "
-        f"--megabytes {cfg.megabytes} --seed {cfg.seed} --device {cfg.device}"
+    heads = channels // 16
+    N = count_parameters(GPT(shape_with(1, heads, 16, VOCAB)))[0]
+    steps = round(C / (6 * N * CONTEXT * ROWS))
+    folder = Path(cfg.out) / f"{channels}_{steps}"
+    words = (
+        f"train_pretrain.py --layers 1 --channels {channels} --heads {heads} --vocab_size {VOCAB} "
+        f"--context {CONTEXT} --batch_size {ROWS} --steps {steps} --eval_every {steps} "
+        f"--sample_tokens 0 --villagers 512 --megabytes 16 --seed {cfg.seed}"
     ).split() + ["--data", cfg.data, "--out", folder.as_posix()]
-    done = folder / "command.json"
-    if not done.exists() or read_json(done, list) != command:
-        print(f"\n$ {shlex.join(['python', *command])}", flush=True)
-        if code := subprocess.call([sys.executable, *command]):
+    command, done = shlex.join(["python", *words]), folder / "command.txt"
+    if not done.exists() or done.read_text(encoding="utf-8") != command:
+        print(f"\n$ {command}", flush=True)
+        if code := subprocess.call([sys.executable, *words]):
             raise UserError(f"train_pretrain.py ended with exit code {code}; fix it and call again")
-        atomic_write(done, json.dumps(command) + "\n")
-    if read_json(folder / "config.json")["vocab_size"] != VOCAB:
-        raise UserError(f"{cfg.data} is too short a text for a vocabulary of {VOCAB} tokens")
+        atomic_write(done, command)
     loss = read_json(folder / "result.json")["val_loss"]
     return {"N": N, "D": steps * CONTEXT * ROWS, "C": C, "loss": loss}
 
 
 def chart(models, law):
-    """Loss over the size: a line per budget, and what the law says for it."""
-    series = {}
+    """Loss over size: what was measured, and the law's for the largest and for the best sizes."""
+    series, largest = {}, models[-1]
     for C in sorted({model["C"] for model in models}):
-        points = [(math.log10(m["N"]), m["loss"]) for m in models if m["C"] == C]
-        series[f"{C:.0e} FLOP"] = points
-        low, high = points[0][0], points[-1][0]
-        sizes = [low + (high - low) * i / 40 for i in range(41)] * (len(points) > 1)
-        series[f"law, {C:.0e}"] = [(n, predict(law, 10**n, C / (6 * 10**n))) for n in sizes]
+        series[f"{C:.0e} FLOP"] = [(math.log10(m["N"]), m["loss"]) for m in models if m["C"] == C]
+    predicted = predict(law, largest["N"], largest["D"])
+    series[f"law, {largest['C']:.0e}"] = [(math.log10(largest["N"]), predicted)]
+    best = [optimum(law, largest["C"] / 2 ** (k / 10)) for k in range(31)]
+    series["law, best size"] = [(math.log10(N), predict(law, N, D)) for N, D in best]
     return line_chart(series, "", "log10 of parameters N", "nats per token")
 
 
 def scaling_law(cfg):
-    if not Path("train_pretrain.py").exists():
-        raise UserError("call this in the directory that holds train_pretrain.py")
     budgets = [cfg.budget, 2 * cfg.budget, 4 * cfg.budget]
     models = [train(cfg, width, C) for C in budgets for width in WIDTHS]
     largest = train(cfg, LARGEST, 8 * cfg.budget)
     law = fit(*([model[key] for model in models] for key in ("N", "D", "loss")))
     rows = []
-    for model in [*models, largest]:
-        law_says = predict(law, model["N"], model["D"])
-        error = f"{100 * (law_says / model['loss'] - 1):+.1f}%"
-        rows.append([f"{model['N']:,}", f"{model['D']:,}", f"{model['C']:.1e}"])
-        rows[-1] += [f"{model['loss']:.3f}", f"{law_says:.3f}", error]
+    for N, D, C, loss in (model.values() for model in [*models, largest]):
+        said = predict(law, N, D)
+        error = f"{said / loss - 1:+.1%}"
+        rows.append([f"{N:,}", f"{D:,}", f"{C:.1e}", f"{loss:.3f}", f"{said:.3f}", error])
     print(table(["N", "D", "FLOP", "loss", "law", "error"], rows))
     print("the last one was held back from the fit\n")
     print("L = {E:.3f} + {A:.3g} / N^{alpha:.3f} + {B:.3g} / D^{beta:.3f}".format(**law))
     for C in [*budgets, 8 * cfg.budget]:
-        N, D = optimum(law, C)
-        best = predict(law, N, D)
-        print(f"{C:.1e} FLOP: best with N = {N:,.0f}, D = {D:,.0f}: {best:.3f} nats per token")
+        print("{:.1e} FLOP: best with N = {:,.0f}, D = {:,.0f}".format(C, *optimum(law, C)))
     result = {"law": law, "models": models, "held_back": largest}
     atomic_write(Path(cfg.out) / "result.json", json.dumps(result, indent=2) + "\n")
     atomic_write(Path(cfg.out) / "isoflop.svg", chart([*models, largest], law))
@@ -230,7 +197,7 @@ def scaling_law(cfg):
 # --- the napkin ----------------------------------------------------------------------------------
 
 
-def memory(shape, N, tokens, optimizer="adamw", size=2, checkpointed=False):
+def memory(shape, N, tokens, optimizer="adamw", size=2):
     """Bytes that training a model of N parameters takes, by part; `tokens` go through it at a time.
     size: bytes per number in the layers' precision, 2 of bf16 and 4 of fp32.
 
@@ -239,69 +206,48 @@ def memory(shape, N, tokens, optimizer="adamw", size=2, checkpointed=False):
     its two norms' inputs in fp32, what those are divided to, and the outputs; the same of queries
     and keys (QK-norm), with rotated ones as outputs; the values, and what attention returns; the
     MLP's gate, silu(gate), up and their product. Attention keeps no T x T matrix (Dao et al. 2022,
-    arXiv:2205.14135). The logits stay to the end, and backward begins with their gradient. With
-    `checkpointed` only the layers' inputs stay, and one layer at a time is computed again (Chen et
-    al. 2016, 1604.06174), beside which the gradients of gate, up and output stand.
+    arXiv:2205.14135). The logits stay to the end, and backward begins with their gradient.
     """
     C, M, L = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     heads = (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
     matrices = L * (2 * C * heads + 3 * C * M)
     norm = 4 + 2 * size  # bytes per channel
     layer = 2 * C * norm + heads * (norm + size) + 4 * M * size
-    logits = shape.vocab_size * size
-    if checkpointed:
-        again = max(layer + (2 * M + C) * size, C * norm + logits)
-        kept = L * C * size + again + logits
-    else:
-        kept = L * layer + C * norm + 2 * logits
     return {
         "weights": 4 * N,
         "gradients": 4 * N,
         "moments": 8 * N - 4 * matrices * (optimizer == "muon"),
-        "16-bit weights": 2 * N / (L if checkpointed else 1) if size == 2 else 0,
-        "activations": tokens * kept,
+        "16-bit weights": 2 * N if size == 2 else 0,
+        "activations": tokens * (L * layer + C * norm + 2 * shape.vocab_size * size),
     }
 
 
-def shape_for(cfg):
-    """The shape of N parameters: C = 128 L, as Llama's 7B has it, and 12 C^2 parameters a layer."""
-    L = max(1, round((cfg.parameters / (12 * 128**2)) ** (1 / 3)))
-    H = max(1, round(math.sqrt(cfg.parameters / (12 * L)) / 128))
-    C = 128 * H
-    return GPTConfig(cfg.vocab_size, C, -(-C * 8 // 3 // 64) * 64, L, H, H, 128, cfg.context)
-
-
 def napkin(cfg):
-    """Prints memory, time and number of GPUs, with activations kept and with checkpointed ones."""
-    shape, N, (tflops, gigabytes) = shape_for(cfg), cfg.parameters, GPUS[cfg.gpu]
+    """Prints memory, time and number of GPUs for 6 N D FLOP and attention's share, at the given
+    share of the GPU's rate (MFU, Chowdhery et al. 2022, arXiv:2204.02311).
+    """
+    N, (tflops, gigabytes) = cfg.parameters, GPUS[cfg.gpu]
+    # C = 128 L, as Llama's 7B has it, and 12 C^2 parameters a layer
+    layers = max(1, round((N / (12 * 128**2)) ** (1 / 3)))
+    shape = shape_with(layers, max(1, round(math.sqrt(N / (12 * layers)) / 128)), 128, 32000)
+    parts = memory(shape, N, cfg.context, cfg.optimizer)
+    gigabytes_of = {f"{name}, GB": size / 1e9 for name, size in parts.items()}
+    total, own = sum(gigabytes_of.values()), gigabytes_of["activations, GB"]
+    room = 0.9 * gigabytes - own  # a tenth for the allocator, and the layer that is gathered
+    if room <= 0:
+        raise UserError(f"activations alone take {own:.0f} GB: a shorter --context, or larger GPUs")
+    needed = math.ceil((total - own) / room)  # all but the activations is shared out among them
     flop = cfg.tokens * flop_per_token(shape, N, cfg.context)
-    columns = {}
-    for how, checkpointed in (("kept", False), ("checkpointed", True)):
-        parts = memory(shape, N, cfg.rows * cfg.context, cfg.optimizer, 2, checkpointed)
-        column = {f"{name}, GB": size / 1e9 for name, size in parts.items()}
-        own = column["activations, GB"]  # of each GPU; all else is shared out among them
-        column["all, GB"] = sum(column.values())
-        room = 0.9 * gigabytes - own  # a tenth for the allocator, and the layer that is gathered
-        needed = math.ceil((column["all, GB"] - own) / room) if room > 0 else None
-        column[f"{cfg.gpu}s that hold it"] = needed
-        # a second forward pass: 8 FLOP in place of 6
-        days = flop * (4 / 3 if checkpointed else 1) / (cfg.mfu * tflops * 1e12 * 86400)
-        column[f"{cfg.gpu}-days"] = days
-        column[f"{cfg.gpu}s for {cfg.days:g} days"] = needed and max(
-            needed, math.ceil(days / cfg.days)
-        )
-        columns[how] = column
-    print(
-        f"{N:.3g} parameters, {shape.num_hidden_layers} layers of {shape.hidden_size} channels, on "
-        f"{cfg.tokens:.3g} tokens: {flop:.2e} FLOP. A {cfg.gpu} has {gigabytes} GB and {tflops} "
-        f"TFLOP/s, of which {cfg.mfu:.0%} are reached; {cfg.rows} x {cfg.context} tokens at a time"
-    )
-    rows = []
-    for name in columns["kept"]:
-        cells = [column[name] for column in columns.values()]
-        rows.append([name, *(f"{x:,.1f}" if isinstance(x, float) else x for x in cells)])
-    print(table(["activations", *columns], rows))
-    return columns
+    days = flop / (cfg.mfu * tflops * 1e12 * 86400)
+    found = gigabytes_of | {
+        "all, GB": total,
+        f"{cfg.gpu}s that hold it": needed,
+        f"{cfg.gpu}-days": days,
+        f"{cfg.gpu}s for {cfg.days:g} days": max(needed, math.ceil(days / cfg.days)),
+    }
+    print(f"{layers} layers of {shape.hidden_size} channels, {flop:.2e} FLOP")
+    print(table(["", cfg.gpu], [[name, f"{round(value, 1):,}"] for name, value in found.items()]))
+    return found
 
 
 def main(cfg):
@@ -309,4 +255,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    cli(main, Config, PRESETS)
+    cli(main, Config)
