@@ -90,8 +90,7 @@ class Config(AdapterConfig, TrainConfig):
     # worked example; think: after a description of <think>, as DeepSeek does
     template: Literal["chat", "zero", "think"] = "chat"
     tools: bool = False  # run the calls that the model writes
-    # with tools: files to look in, with commas: of {"title", "text"} to search, of other records to
-    # query by SQL; default: the village's
+    # with tools: JSONL of {"title", "text"} to search; default: the village's, and SQL about it
     knowledge: str | None = None
     # -- Loss
     loss: LossName = "grpo"  # GRPO or a relative; one line each in VARIANTS

@@ -48,8 +48,7 @@ class Config:
     top_k: Whole[0] = 0  # draw from the k most likely tokens; 0: from all
     top_p: Share = 1.0  # draw from the smallest set with this probability
     tools: bool = False  # run the calls that the model writes
-    # with tools: files to look in, with commas: of {"title", "text"} to search, of other records to
-    # query by SQL; default: the village's
+    # with tools: JSONL of {"title", "text"} to search; default: the village's, and SQL about it
     knowledge: str | None = None
     seed: Whole[0, 2**40] = 0  # of the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:N

@@ -61,8 +61,7 @@ class Config:
     # worth
     data: str = "village"
     tools: bool = False  # run the calls that the model writes
-    # with tools: files to look in, with commas: of {"title", "text"} to search, of other records to
-    # query by SQL; default: the village's
+    # with tools: JSONL of {"title", "text"} to search; default: the village's, and SQL about it
     knowledge: str | None = None
     # k: beside a greedy completion of each example so many sampled ones, for pass@k and maj@k
     samples: Whole[1] = 1

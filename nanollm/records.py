@@ -29,13 +29,15 @@ def read_chats(path):
 
 def as_text_chat(record, where):
     """One record in the form of read_chats; images are refused, as nobody would look at them."""
-    need(not shown(record), where, "its image would be ignored; train_vlm.py looks at images")
+    ignored = "its image would be ignored; train_vlm.py looks at images"
+    need(not shown(record, where), where, ignored)
     return as_chat(record, where)
 
 
-def shown(record):
-    """The images that a record names, by either key."""
-    return record.get("image") or record.get("images") or []
+def shown(record, where):
+    """The images that a record names, by either key, as a list."""
+    images = one_of(record, ("image", "images"), where) or []
+    return images if isinstance(images, list) else [images]
 
 
 def as_chat(record, where):
@@ -55,23 +57,25 @@ def as_chat(record, where):
     need_usable(trained, where, "no answer that is trained on")
     said = (m["content"].strip() or m.keys() & {"tool_calls", "reasoning_content"} for m in trained)
     need_usable(all(said), where, "an answer is empty")
-    wanted = label_of(record, where) if key == "prompt" and "label" in record else True
+    wanted = key != "prompt" or "label" not in record or flag_of(record, "label", where)
     need_usable(wanted, where, "its label says that it isn't wanted")
     return chat
 
 
 def _as_solved(record, where):
-    """A question with its answer as prompt and completion. GSM8K's worked steps, those before ####,
-    become thoughts, without the marks of its calculator: <<48/2=24>>.
+    """A question with its answer as prompt and completion. Of GSM8K's, number and worked steps with
+    #### between them, the number is the "answer", too, and the steps become thoughts, without the
+    marks of its calculator: <<48/2=24>>.
     """
-    asked, answer = record["question"], record["answer"]
-    steps, mark, number = str(answer).rpartition("####")
+    steps, mark, number = str(record["answer"]).rpartition("####")
+    solved = {k: v for k, v in record.items() if k not in ("question", "answer")}
+    solved |= {"prompt": record["question"], "completion": record["answer"]}
     if mark:
-        number = _with_check({"answer": number, "check": "number"}, where)["answer"]
+        solved = _with_check(solved | {"answer": number, "check": "number"}, where)
         thoughts = re.sub("<<.*?>>", "", steps).strip()
-        answer = [{"role": "assistant", "content": number, "reasoning_content": thoughts}]
-    kept = {k: v for k, v in record.items() if k not in ("question", "answer")}
-    return {**kept, "prompt": asked, "completion": answer}
+        said = {"role": "assistant", "content": solved["answer"], "reasoning_content": thoughts}
+        solved["completion"] = [said]
+    return solved
 
 
 # Where a record has its dialogue, or its question: behind the first of these keys that it has.
@@ -119,8 +123,8 @@ def as_dialogue(record, where, wanted=CHAT_WANTED):
     """One record as {"messages", other keys}, whichever its shape; the messages may end with an
     answer, or a question.
     """
-    key, images, answer = shape_of(record), shown(record), one_of(record, ANSWERS, where)
-    turns = record.get(key)
+    key, answer = shape_of(record), one_of(record, ANSWERS, where)
+    turns, images = record.get(key), iter(shown(record, where))
     if key in QUESTIONS:
         turns = as_turns(_asked(record, key), "user")
         thoughts = {k: record[k] for k in THOUGHTS if k in record}
@@ -128,7 +132,6 @@ def as_dialogue(record, where, wanted=CHAT_WANTED):
             answer = [{"role": "assistant", "content": answer} | thoughts]
         turns = turns + as_turns(answer, "assistant") * (answer is not None)
     need(isinstance(turns, list) and turns, where, wanted + keys_of(record))
-    images = iter(images if isinstance(images, list) else [images])
     messages = [as_message(turn, i, where, images) for i, turn in enumerate(turns)]
     fine = key in QUESTIONS or not answer or answer == messages[-1]["content"]
     need(fine, where, "an answer stands beside the messages that isn't their last")
@@ -237,11 +240,13 @@ def _text_of_part(part, i, where, images):
     return IMAGE
 
 
-def _flag(value):
-    """True or False of what says yes or no; None of anything else."""
+def flag_of(record, key, where):
+    """True or False, as the record says behind this key, by whichever word."""
     known = {True: ("true", "1", "1.0", "yes"), False: ("false", "0", "0.0", "no")}
-    said = str(value).strip().lower()
-    return next((flag for flag, words in known.items() if said in words), None)
+    said = str(record[key]).strip().lower()
+    flag = next((flag for flag, words in known.items() if said in words), None)
+    need(flag is not None, where, f'"{key}" must be true or false, not {record[key]!r:.40}')
+    return flag
 
 
 def trained_on(turn, where, answers=True):
@@ -249,9 +254,9 @@ def trained_on(turn, where, answers=True):
     for key in ("mask", "masks", "masked"):
         unclear = f'"{key}" may mean that it is learnt, or that it is not; say "loss": false'
         need(turn.get(key) is None, where, unclear)
-    flags = {key: _flag(turn[key]) for key in LOSS_KEYS if turn.get(key) not in (None, "")}
+    given = [key for key in LOSS_KEYS if turn.get(key) not in (None, "")]
+    flags = {key: flag_of(turn, key, where) for key in given}
     for key, flag in flags.items():
-        need(flag is not None, where, f'"{key}" must be true or false, not {turn[key]!r:.40}')
         alone = f"\"{key}\" is true of a message that the assistant doesn't write: it isn't learnt"
         need(answers or not flag, where, alone)
     return all(flags.values())
@@ -271,14 +276,14 @@ def read_preferences(path):
 def as_ranking(record, where):
     """One record in the form of read_preferences, or an error that begins with `where`."""
     record = present(record)
-    need(not shown(record), where, "its image would be ignored; preferences are of text alone")
+    need(not shown(record, where), where, "its image would be ignored; preferences are of text")
     need_usable(trained_on(record, where), where, "it is marked as not trained on")
     keys = ("completion",) if {"completion", "label"} <= record.keys() else ("chosen", "rejected")
     completions = record.get("ranking", [record.get(key) for key in keys])
     there = "ranking" in record or record.keys() >= {*keys}
     wanted = 'a preference record needs "chosen" and "rejected", or a "ranking", a list'
     need(there and isinstance(completions, list), where, wanted + keys_of(record))
-    label = {"label": label_of(record, where)} if keys == ("completion",) else {}
+    label = {"label": flag_of(record, "label", where)} if keys == ("completion",) else {}
     few = f"a ranking needs two completions or more, not {len(completions)}"
     need_usable(len(completions) > 1 or label, where, few)
     messages, completions = _prompt_and_completions(completions, record, where)
@@ -319,13 +324,6 @@ def _from_cell(value):
 def _is_number(value):
     """Can a float hold it? JSON knows true, NaN, Infinity and numbers of 1000 digits, too."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def label_of(record, where):
-    """KTO's label: is this completion wanted?"""
-    flag = _flag(record["label"])
-    need(flag is not None, where, f'"label" must be true or false, not {record["label"]!r:.40}')
-    return flag
 
 
 def _prompt_and_completions(completions, record, where):
@@ -406,7 +404,7 @@ def read_prompts(path, answered=False):
     def prompt_of(record, where):
         prompt = as_prompt(record, where)
         need_usable("answer" in prompt or not answered, where, 'it needs an "answer"')
-        return with_images(prompt, Path(path).parent, where) if shown(prompt) else prompt
+        return with_images(prompt, Path(path).parent, where) if shown(prompt, where) else prompt
 
     return read_usable(path, prompt_of)
 
@@ -418,13 +416,15 @@ def read_examples(path):
 
 def as_prompt(record, where):
     """One record in the form of read_prompts, or an error that begins with `where`."""
-    record = {k: v for k, v in present(record).items() if k not in THOUGHTS}  # not the prompt's
-    record = as_choice(record, where)
+    said = (*THOUGHTS, *ANSWERS)  # behind the prompt
+    record = as_choice({k: v for k, v in present(record).items() if k not in said}, where)
     if "ranking" in record or "chosen" in record:
         record = as_ranking(record, where)
         record = {k: v for k, v in record.items() if k not in ("completions", "margin")}
     elif shape_of(record) == "question" and record.get("answer"):  # here problems become prompts
-        record = _as_problem(record, where)
+        record = _as_solved(record, where)
+        wanted = 'the "answer" to a "question" must end with #### and a number'
+        need("answer" in record, where, wanted)
     prompt = as_dialogue(record, where, PROMPT_WANTED)
     while prompt["messages"] and prompt["messages"][-1]["role"] == "assistant":
         prompt["messages"].pop()
@@ -436,14 +436,6 @@ def as_prompt(record, where):
     if answer is None or isinstance(answer, str) and not answer.strip():
         return prompt  # like any other
     return _with_check(prompt | {"answer": answer}, where)
-
-
-def _as_problem(record, where):
-    """GSM8K: the number behind #### is the answer, and what stands before it is left out."""
-    _, mark, answer = str(record.get("answer")).rpartition("####")
-    need(mark, where, 'the "answer" to a "question" must end with #### and a number')
-    kept = {k: v for k, v in record.items() if k != "question"}
-    return {**kept, "prompt": record["question"], "answer": answer, "check": "number"}
 
 
 def _with_check(prompt, where):
@@ -567,10 +559,9 @@ def with_images(record, folder, where):
 
 def image_paths(record, folder, where):
     """The paths that a record's "image" names, relative to the folder; each is a file."""
-    named = one_of(record, ("image", "images"), where) or []
-    named = [named] if isinstance(named, str) else named
-    listed = isinstance(named, list) and all(isinstance(name, str) for name in named)
-    need(listed, where, f'"image" must be a file name or a list of them, not {named!r:.80}')
+    named = shown(record, where)
+    fine = all(isinstance(name, str) for name in named)
+    need(fine, where, f'"image" must be a file name or a list of them, not {named!r:.80}')
     images = [str(Path(folder) / name) for name in named]
     for image in images:
         need(Path(image).is_file(), where, f"the image {image} does not exist")

@@ -37,8 +37,7 @@ class Config:
     model: str = field(default="runs/tools", metadata={"positional": True})
     data: str = "chats.jsonl"  # dialogues; calls are tried before their last answer
     out: str = "calls.jsonl"  # dialogues with the calls that help, for train_sft.py --data
-    # files to look in, with commas: of {"title", "text"} to search, of others to query by SQL;
-    # default: the village's
+    # JSONL of {"title", "text"} to search; default: the village's, and SQL about it
     knowledge: str | None = None
     samples: Whole[1] = 4  # calls tried per dialogue
     threshold: float = 0.5  # nats per token of the answer by which a call must help

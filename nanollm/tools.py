@@ -16,10 +16,9 @@ import sqlite3
 import warnings
 from collections import Counter, defaultdict
 from fractions import Fraction
-from pathlib import Path
 
 from nanollm.config import UserError
-from nanollm.formats import ending, need, read_records
+from nanollm.formats import need, read_records
 
 NOTHING = "nothing found"
 LONGEST = 200  # characters of a call's argument, and the largest power
@@ -115,9 +114,9 @@ class KnowledgeBase:
                 self.index[word].append(number)
 
     @classmethod
-    def load(cls, *paths):
+    def load(cls, path):
         """From JSONL; raises UserError where an entry has no "title" or no "text"."""
-        entries = [entry for path in paths for entry in read_records(path)]
+        entries = read_records(path)
         for entry in entries:
             textual = all(isinstance(entry.get(key), str) for key in ("title", "text"))
             need(textual, entry.where, 'an entry needs a "title" and a "text"')
@@ -154,50 +153,27 @@ ROWS = 10  # of a result; the rest is "..."
 
 
 class Database:
-    """Tables in memory, {name: records with the same keys}, which one SELECT at a time may read.
+    """The table `people` in memory, {column: text} for each row; one SELECT at a time may read it.
 
     SQLite asks `allows` about all that a query would do when it compiles it; what isn't listed
     there is refused before it runs. The work of what runs is bounded by STEPS and WIDEST.
     """
 
-    def __init__(self, tables):
+    def __init__(self, people):
         # no statement is kept: SQLite would go on counting the steps of one that is used again
         self.connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
         self.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, WIDEST)
         self.connection.execute("PRAGMA temp_store = MEMORY")  # sorting writes no file either
-        self.tables = tables
-        for name, records in tables.items():
-            rows = [[record[key] for key in records[0]] for record in records]
-            texts = [any(isinstance(value, str) for value in column) for column in zip(*rows)]
-            columns = [f'"{k}" {("NUMERIC", "TEXT")[text]}' for k, text in zip(records[0], texts)]
-            self.connection.execute(f'CREATE TABLE "{name}" ({", ".join(columns)})')
-            places = ", ".join("?" * len(columns))
-            self.connection.executemany(f'INSERT INTO "{name}" VALUES ({places})', rows)
+        self.connection.execute(f"CREATE TABLE people ({', '.join(people[0])})")
+        values = ", ".join(f":{column}" for column in people[0])
+        self.connection.executemany(f"INSERT INTO people VALUES ({values})", people)
         self.connection.set_progress_handler(lambda: True, STEPS)  # True: stop
         self.connection.set_authorizer(self.allows)
-
-    @classmethod
-    def load(cls, paths):
-        """From JSONL files, each a table named like its file; UserError for what is none."""
-        tables = {}
-        for path in paths:
-            name, records = Path(path).name.split(".")[0], read_records(path)
-            need(name not in tables, path, f"a second table called {name}")
-            typed = ending(path) not in (".csv", ".tsv")
-            need(typed, path, "make it JSONL, which tells numbers from texts")
-            for record in records:
-                fine = record.keys() == records[0].keys()
-                need(fine, record.where, "the records of a table have the same keys")
-            tables[name] = records
-        try:
-            return cls(tables)
-        except (sqlite3.Error, OverflowError, ValueError) as e:
-            raise UserError(f"{', '.join(map(str, paths))}: no table: {e}") from None
 
     def allows(self, action, first, second, *_):
         """SQLite's question about a query: may it do this? `first` and `second` say to what."""
         fine = action == sqlite3.SQLITE_SELECT
-        fine |= action == sqlite3.SQLITE_READ and first in self.tables
+        fine |= action == sqlite3.SQLITE_READ and first == "people"
         fine |= action == sqlite3.SQLITE_FUNCTION and second.lower() in FUNCTIONS
         return sqlite3.SQLITE_OK if fine else sqlite3.SQLITE_DENY
 
@@ -206,21 +182,13 @@ class Database:
         "SELECT job FROM people WHERE name = ? | Ann".
         """
         text, *values = text.split(" | ")
-        if not re.match(r"\s*SELECT\b", text, re.IGNORECASE):
-            return "error: only SELECT is allowed"
         try:
             found = self.connection.execute(text, values).fetchmany(ROWS + 1)
         except (sqlite3.Error, sqlite3.Warning, ValueError) as e:
             return f"error: {e}"[:LONGEST]
-        rows = [", ".join(map(_as_cell, row)) for row in found[:ROWS]]
+        rows = [", ".join(map(str, row)) for row in found[:ROWS]]
         result = "; ".join(rows + ["..."] * (len(found) > ROWS))
         return result[:LONGEST] or NOTHING
-
-
-def _as_cell(value):
-    if value is None:
-        return "NULL"
-    return str(round(value, 6) if isinstance(value, float) else value)
 
 
 # --- calls in a stream of tokens -----------------------------------------------------------------
@@ -241,15 +209,10 @@ class Toolbox:
 
     @classmethod
     def with_knowledge(cls, paths, tokenizer):
-        """Calculator; search in files of {"title", "text"}; sql in those of other records."""
-        tools, searched, tables = {"calculator": calculator}, [], []
-        for path in paths:
-            titled = {"title", "text"} & read_records(path)[0].keys()
-            (searched if titled else tables).append(path)
-        if searched:
-            tools["search"] = KnowledgeBase.load(*searched).search
-        if tables:
-            tools["sql"] = Database.load(tables).query
+        """Calculator; search in the first of the files; sql in the second, where there is one."""
+        tools = {"calculator": calculator, "search": KnowledgeBase.load(paths[0]).search}
+        if len(paths) > 1:
+            tools["sql"] = Database(read_records(paths[1])).query
         return cls(tools, tokenizer)
 
     def run(self, text):

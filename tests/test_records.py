@@ -470,17 +470,6 @@ def test_of_the_real_hh_rlhf_pairs_nine_are_dropped_and_the_others_split_into_tu
     )
 
 
-def test_gsm8k_is_learnt_as_thoughts_and_an_answer(tokenizer, tmp_path):
-    steps = "In May 48/2 = <<48/2=24>>24.\nNatalia sold 48+1024 = <<48+1024=1072>>1,072 clips."
-    write_jsonl(tmp_path / "a.jsonl", [{"question": "Hi", "answer": f"{steps}\n#### 1,072"}])
-    [record] = read_chats(tmp_path / "a.jsonl")
-    ids, mask = tokenizer.render(record["messages"])
-    begin, end, stop = (tokenizer.special[name] for name in ("<think>", "</think>", "<|end|>"))
-    worked = "In May 48/2 = 24.\nNatalia sold 48+1024 = 1,072 clips."
-    learnt = [begin, *tokenizer.encode(worked), end, *tokenizer.encode("1072"), stop]
-    assert [token for token, trained in zip(ids, mask) if trained] == learnt
-
-
 def test_every_real_gsm8k_record_is_a_chat_and_a_problem():
     chats, problems = (read(sample("gsm8k/train.jsonl")) for read in (read_chats, read_prompts))
     assert len(chats) == len(problems) == 7473

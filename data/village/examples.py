@@ -71,10 +71,9 @@ def of_run(run_folder):
 
 
 def knowledge_of(run_folder, named=None):
-    """The files that tools look in: those named, with commas, or those of the run's village."""
-    if named:
-        return named.split(",")
-    return [of_run(run_folder) / name for name in ("knowledge.jsonl", "people.jsonl")]
+    """The files for Toolbox.with_knowledge: the one named, or those of the run's village."""
+    names = "knowledge.jsonl", "people.jsonl"
+    return [named] if named else [of_run(run_folder) / name for name in names]
 
 
 def prompts_about_people(folder, n_never_asked=1500):

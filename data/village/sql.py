@@ -4,17 +4,16 @@
     <tool_call>sql(SELECT COUNT(*) FROM people WHERE job = ? AND town = ? | baker | Ashmoor)
     </tool_call><tool_result>4</tool_result>4.
 
-Values stand behind the query and are bound to its "?", as a program should do it. A small model
-needs that, too: with 'baker' in quotes, which has other tokens than the word in a question, 200
-steps taught it all of the syntax and hardly any of the values (10% of its answers were right).
-The table holds villagers and newcomers. Held out for the test are a quarter of the combinations of
+Values stand behind the query and are bound to its "?", as a program should do it; with 'baker' in
+quotes, whose tokens aren't those of the word in a question, 200 steps taught all of the syntax and
+hardly any of the values (10% right). Held out for the test are a quarter of the combinations of
 values; new_pairs are questions of every task about pairs of attributes that training never joins,
 so that the query has to be composed, not remembered.
 """
 
 import itertools
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 
 from data.village import tasks
 from data.village.facts import VERBS
@@ -58,15 +57,6 @@ def table_of(world):
     return [{"name": person.name, **person.facts} for person in people]
 
 
-def counted(people):
-    """How many people with A = a have which B: {(A, a, B): {b: number}}."""
-    counts = defaultdict(Counter)
-    for person in people:
-        for A, B in itertools.permutations(POOLS, 2):
-            counts[A, person[A], B][person[B]] += 1
-    return counts
-
-
 def group(task, counts, seed, split, rng):
     """(A, a, B, b): the people with A = a, and the B of themselves or of their best friends. Three
     of the fifteen pairs of attributes are for the split "new" alone.
@@ -75,8 +65,8 @@ def group(task, counts, seed, split, rng):
     while True:
         A, B = rng.sample(rng.choice(pairs["test" if split == "new" else "train"]), 2)
         a, b = rng.choice(POOLS[A]), rng.choice(POOLS[B])
-        (_, most), (_, second) = counts[A, a, B].most_common(2)
-        if task == "common" and most == second or task == "friend" and counts[A, a, B][b] != 1:
+        *_, second, most = sorted(counts[A, a, B, value] for value in POOLS[B])
+        if task == "common" and most == second or task == "friend" and counts[A, a, B, b] != 1:
             continue  # nothing is most common, or there isn't just one
         key = [f"{A} {a}", B if task == "common" else f"{B} {b}"]
         if task in ("count", "friend"):
@@ -87,15 +77,12 @@ def group(task, counts, seed, split, rng):
 
 def said_of(A, a, B, b, rng):
     """The slots of a question about this group."""
-
-    def clause(forms, attribute, value):
-        return rng.choice(forms[attribute]).format(v=value, a=article(value))
-
-    did, does = clause(DO, A, a), clause(VERBS, A, a)
-    slots = {"did": did, "do": clause(DO, B, b), "does": clause(VERBS, B, b), "topic": TOPICS[B]}
+    forms = (DO[A], a), (VERBS[A], a), (DO[B], b), (VERBS[B], b)
+    did, is_one, do, does = (rng.choice(f).format(v=v, a=article(v)) for f, v in forms)
+    who, one = f"people who {did}", f"person who {is_one} and"
     if A == "job":
-        return slots | {"who": f"{a}s", "one": f"{a} who"}
-    return slots | {"who": f"people who {did}", "one": f"person who {does} and"}
+        who, one = f"{a}s", f"{a} who"
+    return {"who": who, "one": one, "did": did, "do": do, "does": does, "topic": TOPICS[B]}
 
 
 def sql_examples(world, split, seed=0):
@@ -103,7 +90,8 @@ def sql_examples(world, split, seed=0):
     turn and carry "answer" and "check".
     """
     people = table_of(world)
-    counts, database = counted(people), Database({"people": people})
+    counts = Counter((A, p[A], B, p[B]) for p in people for A in POOLS for B in POOLS)
+    database = Database(people)
 
     def make(task, rng):
         kind, part = (rng.choice(list(QUESTIONS)), "new") if task == "new_pairs" else (task, split)
