@@ -24,11 +24,9 @@ Run     python train_pretrain.py
 Needs   nothing
 Expect  0.30 bits per byte of held-out text, where `xz -9` that has seen the training text needs
         0.86; all 672 facts about the villagers can be completed (README.md)
-        --data big.txt --val_fraction 1e-4 --steps 2 takes at most 672 MiB of memory for 992 MB as
-        one text, 648 MiB for the first 8 MB of it (--val_fraction 0.0125); made by
-        python -c "from nanollm.formats import read_documents; open('big.txt', 'w',
-            encoding='utf-8').writelines(['\\n'.join([*read_documents(
-            'data/cache/village-32-0-8mb-v22/corpus_train.jsonl'), ''])] * 124)"
+        --data big.txt --val_fraction 1e-4 --steps 2, 992 MB as one text, takes at most 672 MiB of
+        memory; its first 8 MB (--val_fraction 0.0125) take 648 MiB. big.txt is 124 times
+        jq -r .text data/cache/village-32-0-8mb-v22/corpus_train.jsonl
         (2 cores AMD EPYC, AVX2, fp32; seed 0)
         Masked language modelling asks for 15% of the tokens at a step: after the same 1500 steps
         the model fills in 77% of these facts, where the causal one completes 100% (seed 0, fp32)
@@ -38,6 +36,7 @@ Watch   loss, val_loss  nats per token, 7.6 at first (ln of the vocabulary), 0.7
         grad_norm       below 1 after warm-up; rising: lower the learning rates
 """
 
+import itertools
 import lzma
 import math
 from dataclasses import dataclass
@@ -48,13 +47,12 @@ import torch
 
 from data.village.corpus import prepare_corpus
 from nanollm.batches import (
-    MixedWindows,
+    MixedSampler,
     Windows,
     by_share,
     open_corpus,
     pad_completions,
     row_length,
-    sampler_of,
 )
 from nanollm.checkpoint import load_gpt, save_gpt
 from nanollm.config import LARGE, OpenShare, Positive, TrainConfig, Whole, cli
@@ -162,17 +160,16 @@ PRESETS = {
 
 def sources(cfg):
     """What stream_pieces reads the training texts from, and the held-out texts: one per source."""
-    return list(zip(*(parts_of(name, cfg) for name, _ in mixture(cfg.data))))
-
-
-def parts_of(name, cfg):
-    """What stream_pieces reads the training text of a source from, and its held-out text."""
-    if name == "village":
-        folder = prepare_corpus(cfg.villagers, cfg.seed, cfg.megabytes)
-        return [(folder / f"corpus_{part}.jsonl",) for part in ("train", "val")]
-    if cfg.val_data:
-        return [(name,), (cfg.val_data,)]
-    return [(name, part, cfg.val_fraction) for part in ("train", "val")]
+    parts, pairs = ("train", "val"), []
+    for name in mixture(cfg.data):
+        if name == "village":
+            folder = prepare_corpus(cfg.villagers, cfg.seed, cfg.megabytes)
+            pairs.append([(folder / f"corpus_{part}.jsonl",) for part in parts])
+        elif cfg.val_data:
+            pairs.append([(name,), (cfg.val_data,)])
+        else:
+            pairs.append([(name, part, cfg.val_fraction) for part in parts])
+    return list(zip(*pairs))
 
 
 def get_tokenizer(cfg):
@@ -181,27 +178,21 @@ def get_tokenizer(cfg):
     """
     if cfg.resume:
         return Tokenizer.load(checkpoint_of(cfg.out).parent)
-    if cfg.tokenizer != "train":
-        return Tokenizer.load(cfg.tokenizer).with_tokens([MASK] * (cfg.objective == "mlm"))
     special = [MASK] * (cfg.objective == "mlm")
-    size = cfg.vocab_size - len(special)
-    return Tokenizer.train(sample_of_text(cfg), size).with_tokens(special)
+    if cfg.tokenizer != "train":
+        return Tokenizer.load(cfg.tokenizer).with_tokens(special)
+    return Tokenizer.train(sample_of_text(cfg), cfg.vocab_size - len(special)).with_tokens(special)
 
 
 def sample_of_text(cfg, most=4_000_000):
     """About so many characters of the training text, of every source its share of them: every n-th
-    document, or how that begins.
+    document, or piece of a long one.
     """
-    for (_, share), source in zip(mixture(cfg.data), sources(cfg)[0]):
+    for share, source in zip(mixture(cfg.data).values(), sources(cfg)[0]):
         budget = max(1, int(most * share))
         stride = max(1, sum(len(text) for text, _ in stream_pieces(*source)) // budget)
-        number, left = -1, 0
-        for text, first in stream_pieces(*source):
-            if first:
-                number, left = number + 1, budget
-            if number % stride == 0 and left > 0:
-                yield text[:left]
-                left -= len(text)
+        for text, _ in itertools.islice(stream_pieces(*source), 0, None, stride):
+            yield text[:budget]
 
 
 def xz_bits_per_byte(train_texts, val_texts):
@@ -221,9 +212,10 @@ def xz_bits_per_byte(train_texts, val_texts):
 # --- algorithm -----------------------------------------------------------------------------------
 
 
-def next_token_loss(logits, targets):
-    """Mean of -log p(target): logits (B, T, V), targets (B, T) -> scalar, in nats per token."""
-    return -token_logprobs(logits, targets).mean()
+def next_token_loss(model, rows, begin_id):
+    """Mean of -log p of each token but the first: rows (B, T + 1) -> scalar, in nats per token."""
+    logits = next_token_logits(model, rows[:, :-1], begin_id)  # (B, T, V)
+    return -token_logprobs(logits, rows[:, 1:]).mean()
 
 
 def blank_out(tokens, seed, ordinary, mask_id):
@@ -252,7 +244,7 @@ def masked_loss(model, rows, begin_id):
     chosen, seen = chosen.bool(), None
     if begin_id is not None:
         seen = document_mask((tokens == begin_id).cumsum(1), causal=False)
-    return next_token_loss(model(shown, mask=seen, where=chosen), tokens[chosen])
+    return -token_logprobs(model(shown, mask=seen, where=chosen), tokens[chosen]).mean()
 
 
 @torch.no_grad()
@@ -316,105 +308,87 @@ def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.out, cfg.init)
     model, tokenizer = build_model(cfg)
-    T = row_length(cfg.context, model)
+    T, shares, causal = row_length(cfg.context, model), mixture(cfg.data), model.cfg.is_causal
     train, val = ([open_corpus(tokenizer, *each) for each in part] for part in sources(cfg))
-    windows = MixedWindows([Windows(corpus, T) for corpus in train])
-    val_windows = [Windows(corpus, T) for corpus in val]
-    num_tokens = sum(len(corpus.tokens) for corpus in train)
-    num_bytes = sum(corpus.text_bytes for corpus in train)
+    windows, val_windows = ([Windows(each, T) for each in part] for part in (train, val))
     separate = cfg.document_mask and sum(corpus.documents for corpus in train) > 1
     begin_id = tokenizer.begin[0] if separate else None
-    causal, ordinary = cfg.objective == "causal", token_lengths(tokenizer, model.cfg.vocab_size) > 0
+    ordinary = token_lengths(tokenizer, model.cfg.vocab_size) > 0
     blanks = partial(blank_out, ordinary=ordinary, mask_id=tokenizer.special.get(MASK))
-    mixed = mixture(cfg.data)
-
-    def measure(model, most=math.inf):
-        how = {"blanks": blanks, "begin_id": begin_id, "most": most}
-        return by_share(mixed, [held_out(model, tokenizer, part, **how) for part in val_windows])
-
+    measured_on = tokenizer, val_windows, shares, blanks, begin_id
     share, tokens_per_step = rt.share(cfg.batch_size), cfg.batch_size * T
     run = Run(cfg, rt)
     ddp_model = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(model, cfg, rt.scaler)
-    schedule, sampler = SCHEDULES[cfg.schedule], sampler_of(windows.parts, mixed, cfg.seed)
+    schedule, sampler = SCHEDULES[cfg.schedule], MixedSampler(windows, shares.values(), cfg.seed)
     best = {"val_loss": math.inf, "misses": 0} | run.restore(model, optimizer, sampler)
-    rt.print(
-        f"{count_parameters(model)[0]:,} parameters on {rt.device} in {rt.dtype_name}; "
-        f"{num_tokens:,} training tokens of {num_bytes / num_tokens:.2f} "
-        f"bytes; {tokens_per_step:,} tokens per step"
-    )
+    num_tokens = sum(len(corpus.tokens) for corpus in train)
+    rt.print(f"{count_parameters(model)[0]:,} parameters on {rt.device} in {rt.dtype_name}")
+    rt.print(f"{num_tokens:,} training tokens, {tokens_per_step:,} per step")
 
     while run.step < cfg.steps and not (cfg.patience and best["misses"] >= cfg.patience):
-        rows = windows[sampler.take(cfg.batch_size)]  # (B, T + 1)
+        rows = torch.cat(sampler.take(cfg.batch_size))  # (B, T + 1)
         if not causal:
             rows = blanks(rows[:, :T], (cfg.seed << 20) + run.step)  # (B, 3, T)
         loss = 0.0
         for part in rt.micro_batches(rows[share].to(rt.device), cfg.accumulate, ddp_model):
-            if causal:
-                logits = next_token_logits(ddp_model, part[:, :-1], begin_id)
-                part_loss = next_token_loss(logits, part[:, 1:])
-            else:
-                part_loss = masked_loss(ddp_model, part, begin_id)
+            part_loss = (next_token_loss if causal else masked_loss)(ddp_model, part, begin_id)
             loss += rt.backward(part_loss * len(part) / cfg.batch_size)
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
         run.advance(tokens_per_step, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
         if run.due(cfg.eval_every):
-            metrics = measure(model, most=cfg.eval_tokens)
+            metrics = held_out(model, *measured_on, cfg.eval_tokens)
             run.evaluated(**metrics)
             if cfg.sample_tokens and rt.main:
-                run.write_sample(
-                    sample_text(model, tokenizer, val_windows[0], blanks, cfg, run.step)
-                )
+                row = val_windows[0][[0]][:, : cfg.sample_tokens]
+                run.write_sample(sample_text(model, tokenizer, row, blanks, cfg.seed + run.step))
             better = metrics["val_loss"] < best["val_loss"]
-            best["misses"] = 0 if better else best["misses"] + 1
-            best["val_loss"] = min(metrics["val_loss"], best["val_loss"])
+            misses = 0 if better else best["misses"] + 1
+            best = {"val_loss": min(metrics["val_loss"], best["val_loss"]), "misses": misses}
             if better or not cfg.patience:
                 run.export(save_gpt, model, tokenizer)
             run.checkpoint(**best)
     run.close("loss", "val_loss", y_label="nats per token")
-    if run.step < cfg.steps:
-        rt.print(f"stopped early: no better for {cfg.patience} evaluations; {cfg.out} has the best")
     if cfg.patience:
+        rt.print(f"stopped at step {run.step}; {cfg.out} has the best weights")
         rt.barrier()  # until the best weights are written
         model = rt.prepare(load_gpt(cfg.out, causal)[0], train=False)
-    finish(cfg, run, model, tokenizer, measure(model))
+    finish(cfg, run, model, tokenizer, held_out(model, *measured_on))
 
 
 @torch.no_grad()
-def held_out(model, tokenizer, windows, blanks, begin_id, most=math.inf):
-    """Nats per token of at most so many held-out ones, the same ones at each call: of all, with
-    bits per byte, or of those that are blanked out.
+def held_out(model, tokenizer, sources, shares, blanks, begin_id, most=math.inf):
+    """Nats per token of at most so many held-out ones of each source, the same ones at each call:
+    of all, with bits per byte, or of those that are blanked out.
     """
-    if model.cfg.is_causal:
-        separate = begin_id is not None
-        nats, bpb = bits_per_byte(model, tokenizer, windows, most, mask_documents=separate)
-        return {"val_loss": nats, "bits_per_byte": bpb}
-    n, loss = math.ceil(min(len(windows), most / windows.T)), 0.0
-    for numbers in torch.arange(n).split(32):
-        rows = blanks(windows[numbers][:, :-1], int(numbers[0])).to(model.device)
-        loss += masked_loss(model, rows, begin_id).item() * len(rows) / n
-    return {"val_loss": loss}
+    metrics = []
+    for windows in sources:
+        if model.cfg.is_causal:
+            nats, bits = bits_per_byte(model, tokenizer, windows, most, begin_id is not None)
+            metrics.append({"val_loss": nats, "bits_per_byte": bits})
+            continue
+        n, loss = math.ceil(min(len(windows), most / windows.T)), 0.0
+        for numbers in torch.arange(n).split(32):
+            rows = blanks(windows[numbers][:, :-1], int(numbers[0])).to(model.device)
+            loss += masked_loss(model, rows, begin_id).item() * len(rows) / n
+        metrics.append({"val_loss": loss})
+    return by_share(shares, metrics)
 
 
-def sample_text(model, tokenizer, windows, blanks, cfg, step):
-    """A document sampled from scratch; of a model that fills in blanks held-out text with what it
-    says in [brackets].
+def sample_text(model, tokenizer, row, blanks, seed):
+    """A document sampled from scratch, as long as the row (1, T); of a model that fills in blanks
+    the row with what it says in [brackets].
     """
     if not model.cfg.is_causal:
-        shown, tokens, _ = blanks(windows[[0]][:, : cfg.sample_tokens], step)[0].to(model.device)
-        mask_id = tokenizer.special[MASK]
-        filled = fill_blanks(model, shown[None], mask_id)[0].tolist()
-        pieces = zip(shown.tolist(), filled)
-        return "".join(
-            f"[{tokenizer.decode([said])}]" if id == mask_id else tokenizer.decode([id])
-            for id, said in pieces
-        )
-    generator = torch.Generator(model.device).manual_seed(cfg.seed + step)
-    stop = {tokenizer.eot_id, tokenizer.begin[0]}
-    prompt, how = tokenizer.begin, {"temperature": 0.8, "generator": generator}
-    out = generate(model, [prompt], cfg.sample_tokens, stop_ids=stop, **how)
+        shown = blanks(row, seed)[:, 0].to(model.device)
+        filled = fill_blanks(model, shown, tokenizer.special[MASK])
+        pairs = zip(map(tokenizer.decode, filled.T.tolist()), shown[0] == filled[0])
+        return "".join(text if given else f"[{text}]" for text, given in pairs)
+    how = {"generator": torch.Generator(model.device).manual_seed(seed), "temperature": 0.8}
+    how["stop_ids"] = {tokenizer.eot_id, tokenizer.begin[0]}
+    out = generate(model, [tokenizer.begin], row.shape[1], **how)
     return tokenizer.decode(out.lists()[0])
 
 
@@ -423,8 +397,7 @@ def finish(cfg, run, model, tokenizer, measured):
     effects, xz = [], None
     if cfg.compare_xz and run.rt.main:
         texts = ([d for each in part for d in read_documents(*each)] for part in sources(cfg))
-        xz = xz_bits_per_byte(*texts)
-        measured["xz_bits_per_byte"] = xz
+        xz = measured["xz_bits_per_byte"] = xz_bits_per_byte(*texts)
     if "bits_per_byte" in measured:
         name = "held-out text" + ", before: xz -9" * (xz is not None)
         effects.append(effect(name, xz, measured["bits_per_byte"], "bits per byte", False))

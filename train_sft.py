@@ -40,6 +40,7 @@ import torch
 
 from data.village import examples as village
 from nanollm.batches import (
+    MixedSampler,
     Packed,
     Sampler,
     Windows,
@@ -47,7 +48,6 @@ from nanollm.batches import (
     open_corpus,
     pack_chats,
     row_length,
-    sampler_of,
 )
 from nanollm.config import (
     LARGE,
@@ -184,7 +184,7 @@ BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
 def load_chats(cfg):
     """(training dialogues of each source, held-out dialogues of each, test examples)."""
     parts, tests = [], []
-    for name, _ in mixture(cfg.data):
+    for name in mixture(cfg.data):
         if name in VILLAGE:
             chats, test = VILLAGE[name]
             folder = images_folder() if name == "reader" else village.of_run(cfg.init)
@@ -276,31 +276,29 @@ def main(cfg):
     start_adapter(model, cfg, rt)
     chats, val_chats, examples = load_chats(cfg)
     length = partial(row_length, cfg.context, model)
-    parts = [pack_chats(each, tokenizer, length, "training", rt) for each in chats]
-    train_rows = Packed.join(parts)  # as wide as the widest source
-    T = train_rows.tokens.shape[1]
+    train_rows = [pack_chats(each, tokenizer, length, "training", rt) for each in chats]
+    T = max(rows.tokens.shape[1] for rows in train_rows)
     val_rows = [pack_chats(each, tokenizer, T, "held-out", rt) for each in val_chats]
     text, val_text = load_text(cfg, tokenizer, T)
-    tools = None
-    mixed = mixture(cfg.data)
-    if {"tools", "sql"}.intersection(dict(mixed)):
+    shares, tools = mixture(cfg.data), None
+    if {"tools", "sql"} & shares.keys():
         tools = Toolbox.with_knowledge(village.knowledge_of(cfg.init), tokenizer)
 
     run = Run(cfg, rt)
     ddp_model = rt.prepare(model, cfg.compile)
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(model, cfg, rt.scaler, layer_decay=cfg.layer_decay)
-    schedule, chat_sampler = SCHEDULES[cfg.schedule], sampler_of(parts, mixed, cfg.seed)
+    schedule = SCHEDULES[cfg.schedule]
+    chat_sampler = MixedSampler(train_rows, shares.values(), cfg.seed)
     text_sampler = Sampler(len(text) if text else 0, cfg.seed + 1)
     before = run.restore(model, optimizer, chat_sampler, text_sampler)
     before = before or measure(model, tokenizer, tools, examples, val_text)[0]
 
     while run.step < cfg.steps:
-        rows = train_rows[chat_sampler.take(cfg.batch_size - n_replay)]
+        rows = chat_sampler.take(cfg.batch_size - n_replay)
         if n_replay:
-            numbers = text_sampler.take(n_replay)
-            rows = Packed.join([rows, replay_rows(text, numbers, tokenizer.begin[0])])
-        rows = rows[share].to(rt.device)
+            rows += [replay_rows(text, text_sampler.take(n_replay), tokenizer.begin[0])]
+        rows = Packed.join(rows)[share].to(rt.device)
         num_tokens = rt.sum(rows.mask[:, 1:].sum())  # trained on, in the whole batch
         loss = 0.0
         for part in rt.micro_batches(rows, cfg.accumulate, ddp_model):
@@ -311,7 +309,7 @@ def main(cfg):
 
         if run.due(cfg.eval_every):
             losses = [{"val_loss": validation_loss(model, each)} for each in val_rows]
-            metrics = by_share(mixed, losses)
+            metrics = by_share(shares, losses)
             if val_text:
                 metrics["bits_per_byte"] = bits_per_byte(model, tokenizer, val_text, 32768)[1]
             run.evaluated(**metrics)
@@ -322,7 +320,7 @@ def main(cfg):
             run.checkpoint(**before)
     run.close("loss", "val_loss", y_label="nats per token")
     after = measure(model, tokenizer, tools, examples, val_text)[0]
-    if {"reasoning", "mixed"}.intersection(dict(mixed)):
+    if {"reasoning", "mixed"} & shares.keys():
         for name, begin in BEGINS.items():
             after[name] = accuracy_by_task(model, tokenizer, examples, begin=begin)[0]
     finish(rt, run, before, after)

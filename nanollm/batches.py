@@ -4,6 +4,7 @@ chat, padded rows for preferences and reinforcement. T is the length of a row in
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 from dataclasses import dataclass, fields, replace
@@ -47,13 +48,13 @@ class Corpus:
 
 
 def write_corpus(pieces, tokenizer, folder):
-    """Tokenise a corpus, (text, does a document begin with it?) of each piece, into a new folder,
+    """Tokenise a corpus, an iterator of (text, does a document begin with it?), into a new folder,
     <|endoftext|> before each document.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     tokens = text_bytes = documents = 0
     with atomic_folder(folder) as new, open(new / "tokens.bin", "wb") as file:
-        for batch in groups(pieces):
+        while batch := list(itertools.islice(pieces, 128)):
             texts = [text for text, _ in batch]
             for (text, first), ids in zip(batch, tokenizer.documents(texts)):
                 if not first:  # the same document goes on: it has not ended, and does not begin
@@ -66,18 +67,6 @@ def write_corpus(pieces, tokenizer, folder):
                 documents += first
         meta = {"dtype": dtype.str, "tokens": tokens, "text_bytes": text_bytes}
         atomic_write(new / "meta.json", json.dumps(meta | {"documents": documents}))
-
-
-def groups(pieces, most=1024, characters=2**23):
-    """Lists of pieces to be tokenised together, on all cores: as many as fit in little memory."""
-    group, size = [], 0
-    for piece in pieces:
-        group.append(piece)
-        size += len(piece[0])
-        if len(group) == most or size >= characters:
-            yield group
-            group, size = [], 0
-    yield group
 
 
 def open_corpus(tokenizer, *source):
@@ -133,29 +122,24 @@ class Sampler:
 
 
 class MixedSampler:
-    """Numbers of rows of several sources, counted from the first row of the first one on. Each
-    source has a Sampler of its own, and gives its share of the rows.
-
-    Row n is of the source in whose part of [0, 1), as long as its share, frac(u + n golden) lies: a
-    sequence (Weyl 1916) that fills all parts as evenly as can be, and needs no memory but n.
+    """Rows of one or several sources, each of which gives its share of them: row n is of the source
+    in whose part of [0, 1), as long as its share, n golden mod 1 lies (Weyl 1916), a sequence that
+    fills all parts as evenly as can be.
     """
 
     GOLDEN = (math.sqrt(5) - 1) / 2
 
-    def __init__(self, sizes, shares, seed=0):
-        self.samplers = [Sampler(n, seed + 1000 * i) for i, n in enumerate(sizes)]
-        self.bounds, self.u, self.taken = np.cumsum(shares)[:-1], seed * math.sqrt(2), 0
+    def __init__(self, sources, shares, seed=0):
+        self.sources, self.bounds, self.taken = sources, np.cumsum([*shares])[:-1], 0
+        self.samplers = [Sampler(len(rows), seed + 1000 * i) for i, rows in enumerate(sources)]
 
     def take(self, k):
-        """The next k numbers, as an int64 tensor (k,)."""
-        points = (self.u + np.arange(self.taken, self.taken + k) * self.GOLDEN) % 1
-        source = torch.from_numpy(np.searchsorted(self.bounds, points, side="right"))
-        numbers, begin = torch.zeros(k, dtype=torch.int64), 0
-        for i, sampler in enumerate(self.samplers):
-            numbers[source == i] = begin + sampler.take(int((source == i).sum()))
-            begin += sampler.n
+        """The next k rows: a list of those of each source."""
+        points = np.arange(self.taken, self.taken + k) * self.GOLDEN % 1
+        counts = np.bincount(np.searchsorted(self.bounds, points, "right"), None, len(self.sources))
         self.taken += k
-        return numbers
+        drawn = zip(self.sources, self.samplers, counts.tolist())
+        return [rows[sampler.take(count)] for rows, sampler, count in drawn]
 
     def state_dict(self):
         return {"taken": self.taken, "samplers": [each.state_dict() for each in self.samplers]}
@@ -166,20 +150,14 @@ class MixedSampler:
             sampler.load_state_dict(saved)
 
 
-def sampler_of(parts, mixed, seed):
-    """A sampler of the rows in `parts`, of the sources that formats.mixture has found."""
-    sizes, shares = list(map(len, parts)), [share for _, share in mixed]
-    return Sampler(*sizes, seed) if len(sizes) == 1 else MixedSampler(sizes, shares, seed)
-
-
-def by_share(mixed, metrics):
-    """Of the metrics {name: value} of each source their means, weighted by the shares, and where
-    there are several sources those of each.
+def by_share(shares, metrics):
+    """Of the metrics {name: value} of each source their means, weighted by {source: its share}, and
+    where there are several sources those of each.
     """
     if len(metrics) == 1:
         return metrics[0]
-    each = {f"{key} of {file}": m[key] for (file, _), m in zip(mixed, metrics) for key in m}
-    means = {k: sum(share * m[k] for (_, share), m in zip(mixed, metrics)) for k in metrics[0]}
+    each = {f"{key} of {file}": m[key] for file, m in zip(shares, metrics) for key in m}
+    means = {k: sum(w * m[k] for w, m in zip(shares.values(), metrics)) for k in metrics[0]}
     return means | each
 
 
@@ -214,22 +192,6 @@ class Windows:
         """int64 tensor (len(numbers), T + 1)."""
         starts = np.asarray(numbers)[:, None] * self.T
         return torch.from_numpy(self.tokens[starts + np.arange(self.T + 1)].astype(np.int64))
-
-
-class MixedWindows:
-    """The rows of several Windows, counted from the first row of the first one on."""
-
-    def __init__(self, parts):
-        self.parts, self.T = parts, parts[0].T
-
-    def __getitem__(self, numbers):
-        """int64 tensor (len(numbers), T + 1)."""
-        rows = torch.zeros(len(numbers), self.T + 1, dtype=torch.int64)
-        for part in self.parts:
-            here = (0 <= numbers) & (numbers < len(part))
-            rows[here] = part[numbers[here]]
-            numbers = numbers - len(part)
-        return rows
 
 
 class Rows:

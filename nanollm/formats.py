@@ -1,7 +1,7 @@
 """Reading files: text, records of JSON or tables, corpora. What records mean is in records.py.
 
-Text is read part by part, and a corpus document by document, so that one of any size takes little
-memory: that of its longest document, or where it is all one text, of some millions of characters.
+Text is read line by line and a corpus document by document, a long one in pieces, so that one of
+any size takes little memory. Only JSON that isn't one object per line is read whole.
 
 data/README.md documents the formats. Two things may be wrong with a record, in every reader alike:
 
@@ -9,14 +9,12 @@ data/README.md documents the formats. Two things may be wrong with a record, in 
     Unusable    it is, but nothing can be learnt from it: it is dropped, counted, and named
 """
 
-import codecs
 import csv
 import functools
 import gzip
 import io
 import itertools
 import json
-import math
 import re
 import string
 import zlib
@@ -27,13 +25,12 @@ from nanollm.config import UserError, atomic_write, say
 DEFAULT_VAL_FRACTION = 0.1
 IMAGE = "<image>"
 DOCUMENT_END = "<|endoftext|>"  # between the texts of a .txt, alone on its line
-SEPARATOR = re.compile(rf"\n[ \t]*{re.escape(DOCUMENT_END)}[ \t]*(?=\n|$)")
-CHUNK = 2**20  # bytes of a file that are read at a time
-HEAD = 2**16  # characters in which a file shows what it holds
-PIECE = 2**20  # characters of a long text that are made into tokens at a time
+PIECE = 2**16  # characters of a long text that are made into tokens at a time
 # Where a long text can be cut without changing its tokens: behind a line and before a word, or
 # between two words. No tokenizer's pattern that we know joins what is on both sides.
 SAFE_CUT = re.compile(r"(?<=\S\n)(?=\w)|(?<=\w)(?= [^\W\d_])")
+# a first line that is an object of its own, or has no end in sight: so are the others
+OBJECT_PER_LINE = re.compile(r"\{[^\n]*(\}[^\S\n]*\n|\Z)")
 # what is no text begins with: what unpacks or converts it
 PACKED = {
     b"PAR1": "python -c \"import pandas; pandas.read_parquet('{0}').to_json('data.jsonl', "
@@ -118,47 +115,40 @@ def stream_usable(records, use, name, advice="mend or drop them"):
 # --- text and records ----------------------------------------------------------------------------
 
 
-def stream_text(path):
-    """The parts of a UTF-8 text file, unpacked where it is gzip, all line ends the same; missing,
-    empty or other files raise UserError.
+def stream_text(path, most=-1):
+    """The lines of a UTF-8 text file, unpacked where it is gzip, each with "\\n" as its end, one of
+    more than `most` characters in parts. Missing, empty or other files raise UserError.
     """
-    path = Path(path)
-    if path.is_dir():
+    if Path(path).is_dir():
         raise UserError(f"{path} is a directory; name a file")
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-    decoder, size, blank = io.IncrementalNewlineDecoder(utf8, translate=True), 0, True
+    blank = True
     try:
         with open(path, "rb") as file:
             file = gzip.open(file) if file.peek(2).startswith(b"\x1f\x8b") else file
-            while data := file.read(CHUNK):
-                for magic, command in PACKED.items():
-                    if not size and data.startswith(magic):
-                        command = command.format(path)
-                        raise UserError(f"{path} is no text file; convert it first: {command}")
-                size += len(data)
-                text = decoder.decode(data)
-                if "\0" in text:
+            for magic, command in PACKED.items():
+                if file.peek(4).startswith(magic):
+                    command = command.format(path)
+                    raise UserError(f"{path} is no text file; convert it first: {command}")
+            text = io.TextIOWrapper(file, encoding="utf-8-sig")
+            while line := text.readline(most):
+                if "\0" in line:
                     raise UserError(f"{path} is not text: it holds the byte 0")
-                blank = blank and not text.strip()
-                yield text
-            yield decoder.decode(b"", final=True)
+                blank = blank and not line.strip()
+                yield line
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist") from None
     except UnicodeDecodeError as e:
-        at = size - len(e.object) + e.start
-        raise UserError(f"{path} is not UTF-8 text (byte {at})") from None
+        wrong = e.object[max(0, e.start - 20) : e.start + 1]
+        raise UserError(f"{path} is not UTF-8 text, but holds {wrong!r}") from None
     except (EOFError, OSError, zlib.error) as e:
         raise UserError(f"{path} is a damaged gzip file ({e}); fetch it anew") from None
     if blank:
         raise UserError(f"{path} is empty")
 
 
-def head_and_parts(path):
-    """(how the text of a file begins, all of its parts)."""
-    parts, head = stream_text(path), ""
-    while len(head.lstrip()) < HEAD and (part := next(parts, None)) is not None:
-        head += part
-    return head, itertools.chain([head], parts)
+def beginning(path):
+    """How the text of a file begins: enough of it to see what the file holds."""
+    return "".join(itertools.islice(stream_text(path, 1024), 64)).lstrip()
 
 
 def ending(path):
@@ -170,81 +160,59 @@ def read_records(path):
     """The records of a file: objects of JSON (one per line, one array, or printed over several
     lines), or the lines of a .csv or .tsv, whose first one names their keys.
     """
-    return list(stream_records(path, *head_and_parts(path)))
+    return list(stream_records(path))
 
 
-def stream_records(path, head, parts):
+def stream_records(path):
     """The records of a file one after the other."""
-    table, place = ending(path) in (".csv", ".tsv") and head.lstrip()[0] not in "[{", None
-    for place, value in (_rows_of_table if table else _json_values)(parts, path):
+    head, lines, place = beginning(path), stream_text(path), None
+    if ending(path) in (".csv", ".tsv") and not head.startswith(("[", "{")):
+        values = _rows_of_table(lines, path)
+    else:
+        values = _json_values(lines if OBJECT_PER_LINE.match(head) else ["".join(lines)], path)
+    for place, value in values:
         where, kind = f"{path}, {place}", type(value).__name__
         need(isinstance(value, dict), where, f"a record must be a JSON object, not {kind}")
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: half of a surrogate pair is no character") from None
         yield Record(value, where)
     need(place, path, "there is no record in it")
 
 
-def _json_values(parts, path):
-    """(place, value) of the values that stand one after the other in a text, or in one array. No
-    more of the text is kept than the value at hand, and what was read with it.
+def _json_values(texts, path):
+    """(place, value) of the values that stand one after the other, or in an array; texts: lines, or
+    the whole of a file.
     """
-    decode, blanks = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    halves = re.compile(r"\\u[dD][89a-fA-F]")  # of characters that JSON writes as two
-    text, at, line, first = "", 0, 1, True
-    number, comma = None, True  # of values in the array, if one is open; may a value follow?
-    while True:
-        begin = blanks.match(text, at).end()
-        line, at, sign = line + text.count("\n", at, begin), begin, text[begin : begin + 1]
-        if sign == "[" and first or sign == "]" and (number == 0 or not comma):
-            number, comma, at, first = 0 if first else None, True, at + 1, False
-            continue
-        if sign == "," and not comma:
-            at, comma = at + 1, True
-            continue
-        try:
-            if not comma:
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-            value, end = decode(text, at)
-        except (ValueError, RecursionError) as e:
-            why, pos = getattr(e, "msg", str(e)), getattr(e, "pos", at)
-            # it may be broken only because the rest hasn't been read
-            cut_off = pos > len(text) - 16 or why.startswith("Unterminated string")
-            more = itertools.islice(parts, 1 + (len(text) - at) // CHUNK) if cut_off else ()
-            if more := "".join(more):
-                text, at = text[at:] + more, 0
-                continue
-            if not sign and number is None:
-                return
-            last = line + text.count("\n", at, pos)
-            raise UserError(f"{path}, line {line}: broken JSON ({why}: line {last})") from None
-        place, first = f"line {line}", False
-        if number is not None:
-            number, comma = number + 1, False
-            place = f"record {number}"
-        lone = halves.search(text, at, end) and json.dumps(value, ensure_ascii=False)
-        lone = lone and re.search("[\ud800-\udfff]", lone)
-        need(not lone, f"{path}, {place}", "half of a surrogate pair is no character")
-        yield place, value
-        line, at = line + text.count("\n", at, end), end
+    decode, line = json.JSONDecoder().raw_decode, 1
+    for text in texts:
+        end = 0
+        while found := re.compile(r"\S").search(text, end):
+            begin = found.start()
+            line += text.count("\n", end, begin)
+            try:
+                value, end = decode(text, begin)
+            except (ValueError, RecursionError) as e:
+                last = line + text.count("\n", begin, getattr(e, "pos", begin))
+                why = f"{getattr(e, 'msg', e)}: line {last}"
+                raise UserError(f"{path}, line {line}: broken JSON ({why})") from None
+            if isinstance(value, list):
+                yield from ((f"line {line}, record {n}", each) for n, each in enumerate(value, 1))
+            else:
+                yield f"line {line}", value
+            line += text.count("\n", begin, end)
+        line += text.count("\n", end)
 
 
-def _lines(parts):
-    """The lines of a text that comes in parts, each with its end."""
-    rest = ""
-    for part in parts:
-        *lines, rest = (rest + part).split("\n")
-        yield from (line + "\n" for line in lines)
-    if rest:
-        yield rest
-
-
-def _rows_of_table(parts, path):
+def _rows_of_table(lines, path):
     """(place, {column: cell}) of the lines of a .csv or .tsv file behind the first."""
     csv.field_size_limit(2**31 - 1)
     delimiter, columns = "\t" if ending(path) == ".tsv" else ",", None
-    lines = csv.reader(_lines(parts), delimiter=delimiter, strict=True)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        for cells in filter(None, lines):
-            where = f"line {lines.line_num}"
+        for cells in filter(None, rows):
+            where = f"line {rows.line_num}"
             columns = columns or choice_columns(cells)
             if columns is None:
                 columns = [cell.strip() for cell in cells]
@@ -255,7 +223,7 @@ def _rows_of_table(parts, path):
             need(len(cells) == len(columns), f"{path}, {where}", said)
             yield where, dict(zip(columns, cells))
     except csv.Error as e:
-        raise UserError(f"{path}, line {lines.line_num}: a broken table ({e})") from None
+        raise UserError(f"{path}, line {rows.line_num}: a broken table ({e})") from None
 
 
 def choice_columns(cells):
@@ -308,17 +276,17 @@ def read_parts(read, path, val_path=None, val_fraction=DEFAULT_VAL_FRACTION, mos
 
 
 def mixture(data):
-    """[(file, its share)] of --data a.jsonl:0.7,b.txt:0.3, scaled such that the shares sum to 1;
-    what names no shares is one file, whatever colons and commas it holds.
+    """{file: its share} of --data a.jsonl:0.7,b.txt:0.3, scaled such that the shares sum to 1; what
+    names no shares is one file, whatever colons and commas it holds.
     """
-    parts = [re.fullmatch(r"(.*?):(\d+\.?\d*|\.\d+)", part.strip()) for part in data.split(",")]
-    drive = len(parts) == 1 and parts[0] and len(parts[0][1]) == 1  # C:7 of Windows
-    if not any(parts) or drive or Path(data).exists():
-        return [(data, 1.0)]
-    wanted = "each of several files needs a share of more than 0, as in a.jsonl:0.7,b.txt:0.3"
-    need(all(part and part[1] and float(part[2]) for part in parts), f"--data {data}", wanted)
+    parts = [re.fullmatch(r"(.+):(\d*\.?\d+)", part.strip()) for part in data.split(",")]
+    if not any(parts) or Path(data).exists():
+        return {data: 1.0}
+    wanted = "name each file once, with a share of more than 0, as in a.jsonl:0.7,b.txt:0.3"
+    named = all(part and float(part[2]) for part in parts)
+    need(named and len({part[1] for part in parts}) == len(parts), f"--data {data}", wanted)
     total = sum(float(part[2]) for part in parts)
-    return [(part[1], float(part[2]) / total) for part in parts]
+    return {part[1]: float(part[2]) / total for part in parts}
 
 
 def texts_in(folder):
@@ -334,30 +302,23 @@ def stream_pieces(path, part=None, fraction=DEFAULT_VAL_FRACTION):
     nothing else, what stands between these. Of a folder: its .txt files. `part`: the last
     `fraction` of the documents, "val", or what comes before, "train"; a lone text is cut inside.
     """
-    alone, begin, end = False, 0, math.inf  # counted in documents, or in characters
-    if part:
-        documents, characters = _size(path, tuple(identity(path)))
-        alone = documents == 1
-        whole = characters if alone else documents
-        cut = int(whole * (1 - fraction))
-        begin, end = (0, cut) if part == "train" else (cut, whole)
+    if not part:
+        yield from _all_pieces(path)
+        return
+    documents, characters = _size(path, tuple(identity(path)))
+    alone = documents == 1
+    cut = int((characters if alone else documents) * (1 - fraction))
     at, found = 0, False
-    for text, first in _all_pieces(path):
-        if alone:
-            text, start, at = text[max(0, begin - at) : max(0, end - at)], at, at + len(text)
-            first, kept = not found, begin < at and start < end
+    for text, begins in _all_pieces(path):
+        if alone:  # of one text its characters are counted
+            here, at = max(0, cut - at), at + len(text)
         else:
-            at += first
-            kept = begin < at <= end
-        if kept:
+            at += begins
+            here = len(text) if at <= cut else 0
+        if text := text[:here] if part == "train" else text[here:]:
+            yield text, begins or not found
             found = True
-            yield text, first
-        elif at > end:
-            break
-    few = "there are too few texts to hold some out; more are needed"
-    need(found or alone, path, few)
-    if not found:
-        yield "", True
+    need(found, path, "there are too few texts to hold some out; more are needed")
 
 
 @functools.lru_cache
@@ -377,57 +338,43 @@ def _all_pieces(path):
         for file in files:
             yield from _all_pieces(file)
         return
-    head, parts = head_and_parts(path)
     tabular = ending(path) in (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".jsonlines")
-    if tabular or re.match(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:', head):
-        for text in stream_usable(stream_records(path, head, parts), _document, path):
-            yield text, True
+    if tabular or re.match(r'(\[\s*)?\{\s*"[^"\n]*"\s*:', beginning(path)):
+        for text in stream_usable(stream_records(path), _document, path):
+            yield from _pieces([text])
         return
-    mentions = divides = False
-    for block in _blocks(parts):
-        mentions = mentions or DOCUMENT_END in block
-        if divides := mentions and bool(SEPARATOR.search(block)):
-            break
-    if divides:
-        parts = []
-        for block in itertools.chain(_blocks(stream_text(path)), [f"\n{DOCUMENT_END}"]):
-            part, *others = SEPARATOR.split(block)
-            parts.append(part)
-            for other in others:
-                if text := "".join(parts).strip():
-                    yield text, True
-                parts = [other]
+    lines = stream_text(path, PIECE)
+    alone = {line.strip() == DOCUMENT_END for line in lines if DOCUMENT_END in line}
+    if True in alone:
+        for text in _divided(stream_text(path)):
+            yield from _pieces([text])
         return
-    if mentions:
+    if alone:
         say(f"note: {path} is one document; {DOCUMENT_END} divides only where it has its own line")
-    yield from _cut(stream_text(path))
+    yield from _pieces(stream_text(path, PIECE))
 
 
-def _blocks(parts):
-    """A text that comes in parts, a line end before it, cut before line ends and in long lines."""
-    rest = "\n"
-    for part in parts:
-        rest += part
-        cut = rest.rfind("\n", 1)
-        cut = len(rest) if cut < 0 and len(rest) > HEAD else cut
-        if cut > 0:
-            yield rest[:cut]
-            rest = rest[cut:]
-    yield rest
+def _divided(lines):
+    """The texts between lines that say <|endoftext|>."""
+    text = []
+    for line in itertools.chain(lines, [DOCUMENT_END]):
+        if line.strip() != DOCUMENT_END:
+            text.append(line)
+        elif whole := "".join(text).strip():
+            yield whole
+            text = []
 
 
-def _cut(parts):
-    """(piece, is it the first?) of a long text. A text without a place for a cut isn't cut."""
+def _pieces(parts):
+    """(piece, is it the first?) of a text that comes in parts, cut where that changes no token."""
     rest, first = "", True
     for part in parts:
+        begin, known = 0, len(rest) - 2  # no cut in what has been searched
         rest += part
-        if len(rest) >= PIECE:
-            cut = 0
-            for found in SAFE_CUT.finditer(rest, max(1, len(rest) - 2**12)):
-                cut = found.start()
-            if cut:
-                yield rest[:cut], first
-                rest, first = rest[cut:], False
+        while found := SAFE_CUT.search(rest, max(begin + PIECE, known)):
+            yield rest[begin : found.start()], first
+            begin, first = found.start(), False
+        rest = rest[begin:]
     yield rest, first
 
 
@@ -435,8 +382,8 @@ def read_documents(path, part=None, fraction=DEFAULT_VAL_FRACTION):
     """All documents of a corpus, or of a part of it, as a list."""
     documents = []
     for text, first in stream_pieces(path, part, fraction):
-        documents.append([text]) if first else documents[-1].append(text)
-    return ["".join(pieces) for pieces in documents]
+        documents.append(text if first else documents.pop() + text)
+    return documents
 
 
 def _document(record, where):

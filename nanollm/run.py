@@ -347,7 +347,7 @@ def inputs_of(cfg):
     names = [f.name for f in fields(cfg) if f.type in (str, str | None) and f.name not in elsewhere]
     found = {}
     for name in names:
-        files = [Path(file) for file, _ in mixture(getattr(cfg, name) or "") if file]
+        files = [Path(file) for file in mixture(getattr(cfg, name) or "") if file]
         if hashes := [content_hash(file) for file in files if file.exists()]:
             found[name] = " ".join(hashes)
     return found

@@ -1,9 +1,7 @@
 """Files: a file is what it holds, each mistake has its line, and a corpus is its documents."""
 
 import gzip
-import itertools
 import json
-import random
 import tracemalloc
 
 import pytest
@@ -18,10 +16,8 @@ from nanollm.formats import (
     read_records,
     stream_pieces,
     stream_text,
-    write_jsonl,
 )
 from nanollm.records import read_chats
-from nanollm.tokenizer import cut
 
 LINES = b'{"text": "a"}\n{"text": "b"}\n'
 PRETTY = b'{\n  "text": "a"\n}\n{\n  "text":\n    "b"\n}\n'
@@ -52,7 +48,7 @@ FILES = [  # (name, bytes, the documents or what is said)
     ("a.jsonl", b'{"text": "a"\n' + LINES, "line 1: broken JSON"),
     ("a.json", b'{\n  "text": "a",\n  oops\n}', "line 1: broken JSON (Expecting property name"),
     ("a.json", b'[{"text": "a"},\noops]', "broken JSON (Expecting value: line 2"),
-    ("a.jsonl", LINES + b"[1]", "line 3: a record must be a JSON object, not list"),
+    ("a.jsonl", LINES + b"[1]", "line 3, record 1: a record must be a JSON object, not int"),
     ("a.jsonl", LINES + b'{"text": "a\\ud800"}', "line 3: half of a surrogate pair"),
     ("a.jsonl", LINES + b'\n{"txt": "b"}', 'line 4: a corpus record needs a "text"'),
     ("a.jsonl", LINES + b'{"text": 3}', 'line 3: a corpus record needs a "text"'),
@@ -61,7 +57,7 @@ FILES = [  # (name, bytes, the documents or what is said)
     ("a.json", b"[]", "there is no record in it"),
     ("a.json", ARRAY[:-1], "broken JSON (Expecting ',' delimiter: line 2)"),
     ("a.json", b'[{"text": "a"},]', "broken JSON (Expecting value: line 1)"),
-    ("a.json", b'[{"text": "a"}\n{"text": "b"}]', "line 2: broken JSON (Expecting ',' delimiter"),
+    ("a.json", b'[{"text": "a"}\n{"text": "b"}]', "broken JSON (Expecting ',' delimiter: line 2"),
     ("a.json", b'[,{"text": "a"}]', "broken JSON (Expecting value"),
     ("a.json", ARRAY + b'\n{"text": "c"}', ["a", "b", "c"]),
     ("a.jsonl", b'{"text": "a", "n": [-1.5, {"b": null}, "\xe2\x82\xac \\u20ac"]}', ["a"]),
@@ -75,21 +71,13 @@ FILES = [  # (name, bytes, the documents or what is said)
     ("a.zip", b"PK\x03\x04..", "convert it first: unzip "),
     ("a.jsonl.gz", gzip.compress(LINES)[:-9], "is a damaged gzip file"),
     ("a.gz", gzip.compress(b"PAR1\x15\x04"), "pandas.read_parquet('"),
-    ("a.jsonl", b"abc\xff", "is not UTF-8 text (byte 3)"),
+    ("a.jsonl", b"abc\xff", "is not UTF-8 text, but holds b'abc\\xff'"),
     ("a.tar.gz", gzip.compress(b"a.txt\0\0\0hello"), "is not text: it holds the byte 0"),
 ]
 
 
-@pytest.fixture(params=[None, 4, 7], ids=["whole", "by 4 bytes", "by 7 bytes"])
-def reading(request, monkeypatch):
-    """A file read at once, or in parts of so few bytes that everything is cut somewhere."""
-    sizes = {"CHUNK": request.param, "HEAD": 24, "PIECE": request.param} if request.param else {}
-    for name, size in sizes.items():
-        monkeypatch.setattr(formats, name, size)
-
-
 @pytest.mark.parametrize("name, data, outcome", FILES)
-def test_a_file_is_what_it_holds(name, data, outcome, reading, tmp_path):
+def test_a_file_is_what_it_holds(name, data, outcome, tmp_path):
     (tmp_path / name).write_bytes(data)
     if isinstance(outcome, list):
         assert read_documents(tmp_path / name) == outcome
@@ -150,7 +138,6 @@ def test_a_folder_is_the_texts_in_it(tmp_path):
         ("0123456789", ["01234567"], ["89"]),
         ('{"text": "0123456789"}', ["01234567"], ["89"]),
         ("a\n<|endoftext|>\nb\n<|endoftext|>\nc", ["a", "b"], ["c"]),
-        ("a", [""], ["a"]),
     ],
 )
 def test_a_corpus_is_split_by_hand(text, train, val, tmp_path):
@@ -162,8 +149,7 @@ def test_a_corpus_is_split_by_hand(text, train, val, tmp_path):
 @pytest.mark.parametrize("part", [None, "train", "val"])
 @pytest.mark.parametrize("name", ["lone.txt", "stories.txt", "records.jsonl", "records.jsonl.gz"])
 def test_a_large_corpus_is_read_in_little_memory(name, part, tmp_path, monkeypatch):
-    for size in ("CHUNK", "PIECE", "HEAD"):
-        monkeypatch.setattr(formats, size, 2**14)
+    monkeypatch.setattr(formats, "PIECE", 2**14)
     text = "Mira keeps a goat. She lives by the old mill, and greets who comes.\n" * 80
     texts = {"lone.txt": text, "stories.txt": text + "<|endoftext|>\n"}
     data = texts.get(name, json.dumps({"text": text}) + "\n").encode() * 400
@@ -180,17 +166,14 @@ def test_a_large_corpus_is_read_in_little_memory(name, part, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "data, sources",
     [
-        ("a.jsonl:0.7,b.txt:0.3", [("a.jsonl", 0.7), ("b.txt", 0.3)]),
-        ("a:3, b:1", [("a", 0.75), ("b", 0.25)]),
-        (r"C:\x\a.jsonl:0.5,D:\b.txt:.5", [(r"C:\x\a.jsonl", 0.5), (r"D:\b.txt", 0.5)]),
-        (r"C:\x\a.jsonl", [(r"C:\x\a.jsonl", 1.0)]),
-        ("C:7", [("C:7", 1.0)]),
-        ("a.jsonl:2", [("a.jsonl", 1.0)]),
-        ("a, b.txt", [("a, b.txt", 1.0)]),
-        ("notes:1,b:2", [("notes:1,b:2", 1.0)]),  # a file that is there
-        ("a.jsonl:0.7,b.txt", "each of several files needs a share"),
-        ("a.jsonl:0.7,b.txt:0", "each of several files needs a share"),
-        ("a.jsonl:1,:2", "each of several files needs a share"),
+        ("a.jsonl:0.7,b.txt:0.3", {"a.jsonl": 0.7, "b.txt": 0.3}),
+        ("a:3, b:1", {"a": 0.75, "b": 0.25}),
+        (r"C:\x\a.jsonl:0.5,D:\b.txt:.5", {r"C:\x\a.jsonl": 0.5, r"D:\b.txt": 0.5}),
+        (r"C:\x\a.jsonl", {r"C:\x\a.jsonl": 1.0}),
+        ("a.jsonl:2", {"a.jsonl": 1.0}),
+        ("a, b.txt", {"a, b.txt": 1.0}),
+        ("notes:1,b:2", {"notes:1,b:2": 1.0}),  # a file that is there
+        *((data, "name each file once") for data in "a:1,b.txt a:1,b:0 a:1,:2 a:1,a:2".split()),
     ],
 )
 def test_several_files_have_shares_and_a_path_may_hold_colons(data, sources, tmp_path, monkeypatch):
@@ -203,20 +186,15 @@ def test_several_files_have_shares_and_a_path_may_hold_colons(data, sources, tmp
         assert mixture(data) == sources
 
 
-def test_a_tokenizer_is_trained_on_the_same_text_as_from_documents_in_memory(tmp_path, monkeypatch):
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices("a bc d\n\n e'll 12 f".split(" "), k=50)) for _ in range(90)]
-    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-    (tmp_path / "b.txt").write_text("\n".join(texts))
-    monkeypatch.setattr(formats, "PIECE", 100)
-    monkeypatch.setattr(formats, "CHUNK", 64)
-    for name, budget in itertools.product(("a.jsonl", "b.txt"), (50, 700, 10**6)):
-        cfg = train_pretrain.Config(data=str(tmp_path / name))
-        documents = read_documents(tmp_path / name, "train", cfg.val_fraction)
-        stride = max(1, sum(map(len, documents)) // budget)
-        wanted = [cut(text[:budget]) for text in documents[::stride]]
-        given = [cut(text) for text in train_pretrain.sample_of_text(cfg, budget)]
-        assert list(itertools.chain(*given)) == list(itertools.chain(*wanted))
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_tokenizer_is_trained_on_every_nth_document_or_piece(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "PIECE", 10)
+    lines = [f"{n:09}\n" for n in range(100)]
+    records = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    (tmp_path / name).write_text(records if name == "a.jsonl" else "".join(lines))
+    cfg = train_pretrain.Config(data=str(tmp_path / name))
+    assert list(train_pretrain.sample_of_text(cfg, 10**6)) == lines[:90]
+    assert list(train_pretrain.sample_of_text(cfg, 300)) == lines[:90:3]
 
 
 def test_a_changed_file_has_another_identity(tmp_path):
