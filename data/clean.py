@@ -13,18 +13,18 @@
         two texts meet in one of b bands of r minima with probability    1 - (1 - J^r)^b
 
 Texts that meet are compared by the share of their 100 minima that agree: J, with a standard error
-of sqrt(J (1 - J) / 100). Minima are kept modulo 2^16 (Li & Koenig 2010, 0910.3349): a text of any
-length takes 208 bytes of memory. A word is a run of letters and digits, or one Chinese or Japanese
-character. Differences: no stop words, which are English; documents of 10 words, not 50 (the
-village's are short); words of 2 letters on average, not 3 (Korean); repetitions of up to 30%, where
-Gopher draws several lines between 10% and 30%.
+of sqrt(J (1 - J) / 100). Minima are kept modulo 2^16 (Li & Koenig 2010, 0910.3349), so that a text
+takes about 300 bytes of memory. A word is a run of letters and digits, or one Chinese or Japanese
+character. Differences: no stop words and no shortest mean length of words, which suit English only;
+10 words are enough, not 50; one line for all repetitions, 30%, where Gopher draws several.
 
 Run     python data/clean.py                      # a dirty village: precision and recall
         python data/clean.py crawl.jsonl --against gsm8k/test.jsonl --out cleaned
         D=data/cache/cleaned; for t in dirty clean truth; do python train_pretrain.py --preset smoke
         --steps 600 --data $D/$t.jsonl --val_data $D/val.jsonl --out runs/$t; done
-Needs   .txt or records of {"text"}, as data/README.md shows them. From records without "text", of
-        chats for example, only copies and test texts are left out.
+Needs   UTF-8: a .txt (texts of more than a million characters are cut), a folder of them, or JSONL
+        of {"text"}, all of any size; or another file of records, as data/README.md shows them. From
+        records without "text", as of chats, only copies and test texts are left out.
 Writes  OUT/clean.jsonl; OUT/dropped.jsonl, which names the rule of each record as "dropped"
 Expect  of the village's faults (seed 0) exact copies, pages, lost characters, mojibake and leaks
         are found in 99.8% or more, near copies in 95.9%, shuffled words in 90.4%, lines below a
@@ -35,13 +35,12 @@ Expect  of the village's faults (seed 0) exact copies, pages, lost characters, m
         test texts less that of the other half (--init runs/X --steps 1 --lr 0 --muon_lr 0, with
         leaked.jsonl or not_leaked.jsonl as --data and --val_data): dirty -0.10, -0.14; cleaned
         0.06, 0.10: a leak flatters the score.
-        200 MB of random words in 112,000 texts: 101 MB of memory at most (--processes 1), 2 MB per
-        second of a core; 50 MB: 62 MB. GSM8K's training problems --against its test: 10 of 7,473
-        share 13 words with a test problem; with --ngram 8 it is 812.
+        50 MB of random words in 25,000 texts: 50 MB of memory at most (--processes 1), 1.6 MB per
+        second of a core. GSM8K's training problems --against its test: 10 of 7,473 share 13
+        words with a test problem; with --ngram 8 it is 812.
 """
 
-import gzip
-import hashlib
+import functools
 import itertools
 import json
 import multiprocessing
@@ -51,7 +50,7 @@ import sys
 import tempfile
 import unicodedata
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,16 +61,15 @@ if not __package__:  # run as a file: the repository root holds the package
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.village.dirty import RATES, write_dirty
-from nanollm.config import Positive, Share, UserError, Whole, atomic_file, cli, parse_json, say
-from nanollm.formats import DOCUMENT_END, ending, need, read_records, texts_in
+from nanollm.config import Positive, Share, Whole, atomic_file, cli, say
+from nanollm.formats import need, read_records, stream_pieces, stream_records
 
 BANDS, ROWS, SHINGLE = 20, 5, 3
-BATCH, PIECE = 256, 1_000_000  # documents per task; characters after which a .txt is divided
+BATCH, CHARACTERS = 256, 1_000_000  # at most so many records per task, and about so many characters
 DRAWN = np.random.default_rng(0).integers(2**63, size=(2, BANDS * ROWS), dtype=np.uint64)
+DRAWN[0] |= np.uint64(1)
 ODD = np.random.default_rng(1).integers(2**63, size=64, dtype=np.uint64) * 2 + 1
-TABULAR = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".jsonlines")
 CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-LETTERS = re.compile(rf"[^\W\d_{CJK}]+")
 WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 
 
@@ -84,7 +82,7 @@ class Config:
     # so many words in a row (GPT-3: 13; PaLM: 8, which many innocent phrases share)
     ngram: Whole[4, 64] = 13
     threshold: Share = 0.7  # from this share of agreeing minima on a text is a copy
-    skip: str = ""  # rules that are not applied, separated by commas; the table names them
+    skip: str = ""  # rules of quality that are not applied, separated by commas
     processes: Whole[0] = 0  # 0: one for each core
     megabytes: Positive = 2.0  # size of the village's corpus before it is made dirty
     seed: int = 0  # of the village and its dirt
@@ -94,46 +92,17 @@ class Config:
 
 
 def records_of(path):
-    """(place, record, or a line that holds one) of a file or folder. Lines of JSON and .txt files
-    of any size are never in memory whole. Bytes that are no UTF-8 become U+FFFD.
-    """
-    if Path(path).is_dir():
-        for file in texts_in(path):
-            yield from records_of(file)
+    """The records of a file, one after the other; of a .txt or a folder its texts, as records."""
+    if not Path(path).is_dir() and ".txt" not in Path(path).suffixes:
+        yield from stream_records(path)
         return
-    with open(path, "rb") as file:
-        opened = gzip.open if file.read(2) == b"\x1f\x8b" else open
-    try:
-        with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
-            head = file.read(4096)
-            file.seek(0)
-            need("\0" not in head, path, "this is no text file")
-            if re.match(r'\s*\{\s*"[^"\n]*"\s*:', head):
-                found = ((f"line {n}", line) for n, line in enumerate(file, 1) if line.strip())
-            elif re.match(r'\s*\[\s*\{\s*"', head) or ending(path) in TABULAR:
-                found = ((f"record {n}", record) for n, record in enumerate(read_records(path), 1))
-            else:
-                found = ((f"text {n}", {"text": text}) for n, text in enumerate(pieces(file), 1))
-            yield from ((f"{path}, {place}", record) for place, record in found)
-    except (EOFError, OSError, zlib.error) as e:
-        raise UserError(f"{path} can't be read ({e})") from None
-
-
-def pieces(lines):
-    """The texts that lines of <|endoftext|> divide; one that is too long ends at a blank line."""
-    piece, size = [], 0
-    for line in itertools.chain(lines, [DOCUMENT_END]):
-        end = line.strip() == DOCUMENT_END
-        piece.append("" if end else line)
-        size += len(line)
-        if end or size > (PIECE if not line.strip() else 2 * PIECE):
-            text, piece, size = "".join(piece).strip(), [], 0
-            yield from [text] if text else []
-
-
-def parsed(place, record):
-    """The record of a line."""
-    return parse_json(record, place) if isinstance(record, str) else record
+    text = ""
+    for piece, begins in stream_pieces(path):
+        if text and (begins or len(text) > CHARACTERS):
+            yield {"text": text}
+            text = ""
+        text += piece
+    yield {"text": text}
 
 
 def strings(value):
@@ -144,11 +113,13 @@ def strings(value):
     return [s for v in inside for s in strings(v)] if isinstance(value, (dict, list)) else []
 
 
-# --- mending -------------------------------------------------------------------------------------
+def text_of(record):
+    text = record.get("text")
+    return text if isinstance(text, str) else "\n".join(strings(record))
+
 
 BYTES = {chr(b): b for b in range(128, 256)}
 BYTES |= {bytes([b]).decode("cp1252", "ignore"): b for b in range(128, 256)}
-LINE_END = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 INVISIBLE = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff]")
 
 
@@ -162,7 +133,7 @@ def misread(run):
 
 def mend(text):
     """The text in NFC, mojibake read rightly, without control and invisible characters."""
-    text = LINE_END.sub("\n", re.sub(r"[^\0-\x7f]+", misread, text))
+    text = "\n".join(re.sub(r"[^\0-\x7f]+", misread, text).splitlines())
     return unicodedata.normalize("NFC", INVISIBLE.sub("", text)).strip()
 
 
@@ -190,12 +161,6 @@ def cut(text, skip=()):
 # --- rules ---------------------------------------------------------------------------------------
 
 
-def mean_length(text):
-    """Mean length of words of letters; 5 where these are few, as in Chinese or among sums."""
-    words = LETTERS.findall(text)
-    return len("".join(words)) / len(words) if len(words) >= 10 else 5
-
-
 def lines(text, holds=None):
     """The lines of a text that are not blank; of a rule for lines the share for which it holds."""
     found = [line.strip() for line in text.split("\n") if line.strip()]
@@ -217,7 +182,7 @@ QUALITY = {  # does a rule find a text? m as mended, n without notices, t as it 
     "notices": lambda m, n, t, words: len(n) < len(m) / 2,
     "no sentences": lambda m, n, t, words: len(t) < len(n) / 2,
     "few words": lambda m, n, t, words: len(words) < 10,
-    "word length": lambda m, n, t, words: not 2 <= mean_length(t) <= 10,
+    "word length": lambda m, n, t, words: len("".join(words)) > 10 * len(words),
     "few letters": lambda m, n, t, words: len("".join(words)) < len("".join(t.split())) / 2,
     "bullets": lambda m, n, t, words: lines(t, lambda x: x[0] in "•●*-·▪") > 0.9,
     "ellipses": lambda m, n, t, words: lines(t, lambda x: x.endswith(("...", "…"))) > 0.3,
@@ -236,8 +201,7 @@ def words_of(text):
 
 def word_ids(words):
     """Checksums of words (W,); of none, one zero."""
-    encoded = "\n".join(words).encode("utf-8", "replace").split(b"\n")
-    return np.fromiter(map(zlib.crc32, encoded), np.uint64)
+    return np.fromiter((zlib.crc32(word.encode()) for word in words or [""]), np.uint64)
 
 
 def runs(ids, n):
@@ -246,29 +210,13 @@ def runs(ids, n):
     return (total ^ (total >> 32)) * ODD[-1]
 
 
-def signatures(texts):
-    """Minima (N, BANDS * ROWS), modulo 2^16, of a x + b mod 2^64 over the shingles x of N lists of
-    words. Behind each list stand zeros, so that no shingle reaches into the next.
-    """
-    if not texts:
-        return np.empty((0, BANDS * ROWS), np.uint16)
-    pad = np.zeros(SHINGLE, np.uint64)
-    ids = [np.append(word_ids(words), pad) for words in texts]
-    begins = np.cumsum([0, *map(len, ids[:-1])])
-    ids = np.concatenate(ids)
-    shingles, empty = runs(np.append(ids, pad[1:]), SHINGLE), ids == 0
-    found = np.empty((len(texts), BANDS * ROWS), np.uint16)
-    for i, (a, b) in enumerate(DRAWN.T):
-        hashed = shingles * (a | np.uint64(1)) + b
-        hashed[empty] = ~np.uint64(0)
-        found[:, i] = np.minimum.reduceat(hashed, begins) >> 24  # higher bits of minima are zeros
-    return found
-
-
-def equals(hashes):
-    """Which of N hashes were there before: (N,) bool."""
-    first, which = np.unique(hashes, return_index=True, return_inverse=True)[1:]
-    return first[which] != np.arange(len(hashes))
+def signature(words):
+    """Minima (BANDS * ROWS,), modulo 2^16, of a x + b mod 2^64 over the shingles x of a text."""
+    shingles = runs(np.append(word_ids(words), np.zeros(SHINGLE - 1, np.uint64)), SHINGLE)  # (W,)
+    minima = np.full(BANDS * ROWS, ~np.uint64(0))
+    for part in np.array_split(shingles, len(shingles) // 100 + 1):  # fits the cache
+        minima = np.minimum(minima, (part[:, None] * DRAWN[0] + DRAWN[1]).min(0))
+    return (minima >> 24).astype(np.uint16)  # the highest bits of minima are zeros
 
 
 def copies(signatures, threshold):
@@ -291,12 +239,11 @@ def runs_of_tests(paths, n):
     they have four words at least.
     """
     found = {}
-    for path in paths:
-        texts = (strings(parsed(*record)) for record in records_of(path))
-        for text in itertools.chain.from_iterable(texts):
-            ids = word_ids(words_of(mend(text)))
-            if len(ids) >= 4:
-                found.setdefault(min(n, len(ids)), []).append(runs(ids, min(n, len(ids))))
+    for text in (text for path in paths for r in records_of(path) for text in strings(r)):
+        ids = word_ids(words_of(mend(text)))
+        if len(ids) >= 4:
+            k = min(n, len(ids))
+            found.setdefault(k, []).append(runs(ids, k))
     return {k: np.unique(np.concatenate(hashes)) for k, hashes in found.items()}
 
 
@@ -313,126 +260,95 @@ def leaks(words, tests):
 
 # --- the work of one process, and of all ---------------------------------------------------------
 
-SHARED = {}  # in each process: what `set_up` was given
-
-
-def set_up(skip, tests):
-    SHARED.update(skip=skip, tests=tests)
-
 
 def judge(record, skip, tests):
-    """(rule or None, record as mended, its text, words of that)."""
-    text, rule = record.get("text"), None
-    if isinstance(text, str):
+    """(rule or None, record as mended, words of its text)."""
+    rule, text = None, text_of(record)
+    if isinstance(record.get("text"), str):
         mended = mend(text)
         noticed, text = cut(mended, skip)
-        record, words = record | {"text": text}, words_of(text)
-        applied = (name for name in QUALITY if name not in skip)
-        broken = (name for name in applied if QUALITY[name](mended, noticed, text, words))
-        rule = next(broken, None)
-    else:
-        text = "\n".join(strings(record))
-        words = words_of(text)
-    if not rule and "test" not in skip and leaks(words, tests):
-        rule = "test"
-    return rule, record, text, words
+        record, found = record | {"text": text}, (mended, noticed, text, words_of(text))
+        rules = (name for name in QUALITY if name not in skip and QUALITY[name](*found))
+        rule = next(rules, None)
+    words = words_of(text)
+    return rule or ("test" if leaks(words, tests) else None), record, words
 
 
-def examine(batch):
-    """[(rule or None, was it mended?, line)] of (place, record) pairs; bytes of the hashes (8 each)
-    and of the signatures of those without a rule.
+def examine(batch, skip, tests):
+    """[(rule or None, was it mended?, line)] of records, and the signatures of those without a rule
+    as bytes.
     """
-    judged, hashes, texts = [], b"", []
-    for place, record in batch:
-        before = parsed(place, record)
-        rule, after, text, words = judge(before, **SHARED)
+    judged, minima = [], b""
+    for before in batch:
+        rule, after, words = judge(before, skip, tests)
         line = as_line(before | {"dropped": rule} if rule else after)
         judged.append((rule, after != before, line))
-        if not rule:
-            plain = " ".join(text.split()).encode("utf-8", "replace")
-            hashes += hashlib.blake2b(plain, digest_size=8).digest()
-            texts.append(words)
-    return judged, hashes, signatures(texts).tobytes()
+        minima += b"" if rule else signature(words).tobytes()
+    return judged, minima
 
 
 def as_line(record):
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    return f"{json.dumps(record, ensure_ascii=False)}\n".encode()
 
 
 def batches(records):
     """Lists of records, of bounded number and length."""
     batch, size = [], 0
-    for place, record in records:
-        batch.append((place, record))
+    for record in records:
+        batch.append(record)
         size += len(str(record))
-        if len(batch) == BATCH or size > PIECE:
+        if len(batch) == BATCH or size > CHARACTERS:
             yield batch
             batch, size = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
-def spread(items, processes, *shared):
-    """examine(item) for each, in order, by several processes; few items wait at any time."""
-    set_up(*shared)
+def spread(work, items, processes):
+    """work(item) for each, in order, by several processes; few items are in memory."""
     if processes == 1:
-        yield from map(examine, items)
+        yield from map(work, items)
         return
-    with multiprocessing.get_context("spawn").Pool(processes, set_up, shared) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.apply_async(examine, (item,)))
-            if len(waiting) > 2 * processes:
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        while some := [*itertools.islice(items, 4 * processes)]:
+            yield from pool.map(work, some, chunksize=1)
 
 
 def clean(source, out, skip, tests, threshold=0.7, processes=1):
     """Write what is kept of a source, and what is not. Returns ({rule: documents}, {rule: the first
-    of their texts}); the rules None and "mended" are of what is kept.
+    of their lines}); None is the rule of what is kept, "mended" of what was before copies went.
     """
-    counts, examples = Counter(), {}
-    hashes, minima, bar = bytearray(), bytearray(), tqdm(unit=" documents", disable=None)
+    counts, examples, minima, seen = Counter(), {}, bytearray(), set()
 
-    def leave_out(rule, line):
+    def count(rule, line):
         counts[rule] += 1
         examples.setdefault(rule, line)
-        dropped.write(line)
 
-    need(Path(source).exists(), source, "there is no such file")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    work, out = functools.partial(examine, skip=skip, tests=tests), Path(out)
     with (
         atomic_file(out / "clean.jsonl") as kept,
         atomic_file(out / "dropped.jsonl") as dropped,
         tempfile.TemporaryFile(dir=out) as candidates,
-        bar,
+        tqdm(unit=" documents", disable=None) as bar,
     ):
-        for judged, *found in spread(batches(records_of(source)), processes, skip, tests):
+        for judged, new in spread(work, batches(records_of(source)), processes):
             bar.update(len(judged))
-            hashes += found[0]
-            minima += found[1]
-            for rule, changed, line in judged:
-                if rule:
-                    leave_out(rule, line)
-                else:
-                    candidates.write(bytes([changed]) + line)
-        found = {"exact": equals(np.frombuffer(hashes, np.uint64))}
-        minima = np.frombuffer(minima, np.uint16).reshape(-1, BANDS * ROWS)
-        found["near"] = copies(minima, threshold)
+            minima += new
+            for rule, mended, line in judged:
+                (dropped if rule else candidates).write(line)
+                if rule or mended:
+                    count(rule or "mended", line)
+        near = copies(np.frombuffer(minima, np.uint16).reshape(-1, BANDS * ROWS), threshold)
         candidates.seek(0)
-        for number, line in enumerate(candidates):
-            rules = (rule for rule in found if rule not in skip and found[rule][number])
-            if rule := next(rules, None):
-                leave_out(rule, as_line(json.loads(line[1:]) | {"dropped": rule}))
-                continue
-            counts[None] += 1
-            if line[0]:
-                counts["mended"] += 1
-                examples.setdefault("mended", line[1:])
-            kept.write(line[1:])
-        need(counts[None], source, f"nothing is left of it: {dict(counts)}")
+        for line, is_near in zip(candidates, near):
+            record = json.loads(line)
+            same = hash(" ".join(text_of(record).split()))
+            rule = "exact" if same in seen else "near" if is_near else None
+            seen.add(same)
+            count(rule, line)
+            if rule:
+                dropped.write(as_line(record | {"dropped": rule}))
+            else:
+                kept.write(line)
     return counts, examples
 
 
@@ -444,10 +360,8 @@ def print_counts(counts, examples):
     total = sum(n for rule, n in counts.items() if rule != "mended")
     for rule in (*RULES, "mended", None):
         if counts[rule]:
-            record = json.loads(examples.get(rule, b"{}"))
-            text = record.get("text") or " ".join(strings(record))
-            how_many = f"{counts[rule]:9,} {counts[rule] / total:6.1%}"
-            say(f"{rule or 'kept':18}{how_many}  {' '.join(text.split())[:54]}".rstrip())
+            text = " ".join(text_of(json.loads(examples[rule])).split())
+            say(f"{rule or 'kept':18}{counts[rule]:9,} {counts[rule] / total:6.1%}  {text:.54}")
 
 
 def print_scores(out):
@@ -468,14 +382,13 @@ def print_scores(out):
 
 
 def main(cfg):
-    named = (cfg.skip.split(","), cfg.against.split(","))
-    skip, against = ({name.strip() for name in names if name.strip()} for names in named)
-    need(skip <= {*RULES}, "--skip", f"there are the rules {', '.join(RULES)}")
+    skip, against = ({*names.split(",")} - {""} for names in (cfg.skip, cfg.against))
+    need(skip <= {*QUALITY}, "--skip", f"there are the rules {', '.join(QUALITY)}")
     source = cfg.source
     if source == "village":
         paths = write_dirty(cfg.out, cfg.megabytes, cfg.seed)
         source, against = paths["dirty"], against | {paths["leaked"], paths["not_leaked"]}
-    tests = runs_of_tests(sorted(map(str, against)), cfg.ngram)
+    tests = runs_of_tests(against, cfg.ngram)
     how = {"threshold": cfg.threshold, "processes": cfg.processes or os.cpu_count()}
     print_counts(*clean(source, cfg.out, skip, tests, **how))
     if cfg.source == "village":

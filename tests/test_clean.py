@@ -6,30 +6,27 @@ import gzip
 import json
 import random
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import WORDS
 
-from data import clean as module
 from data.clean import (
     BANDS,
+    QUALITY,
     ROWS,
-    RULES,
     SHINGLE,
     Config,
     clean,
     copies,
     cut,
-    equals,
     judge,
     leaks,
     main,
     mend,
     repeated,
     runs_of_tests,
-    signatures,
+    signature,
     words_of,
 )
 from data.village.dirty import RATES, dirty
@@ -50,14 +47,8 @@ def jaccard(a, b):
     return len(a & b) / len(a | b)
 
 
-def related_texts(n, seed=0):
-    """Pairs of lists of words, of which ever more are replaced."""
-    rng, pairs = random.Random(seed), []
-    for i in range(n):
-        a = [f"{rng.choice(WORDS)}{rng.randrange(99)}" for _ in range(rng.randint(20, 200))]
-        b = [w if rng.random() > 0.3 * i / n else rng.choice(WORDS) for w in a]
-        pairs.append((a, b))
-    return pairs
+def signatures(texts):
+    return np.stack([*map(signature, texts)])
 
 
 # --- MinHash -------------------------------------------------------------------------------------
@@ -65,36 +56,31 @@ def related_texts(n, seed=0):
 
 def test_the_share_of_equal_minima_estimates_jaccard():
     """Its error has the standard deviation of a mean of 100 draws, and no bias."""
-    pairs = related_texts(300)
-    exact = np.array([jaccard(a, b) for a, b in pairs])
-    a, b = (signatures(list(side)) for side in zip(*pairs))
+    rng, texts, others = random.Random(0), [], []
+    for i in range(300):  # pairs of which ever more words differ
+        texts.append([f"{rng.choice(WORDS)}{rng.randrange(99)}" for _ in range(100)])
+        others.append([w if rng.random() > 0.001 * i else rng.choice(WORDS) for w in texts[-1]])
+    exact = np.array([jaccard(a, b) for a, b in zip(texts, others)])
+    a, b = signatures(texts), signatures(others)
     error = (a == b).mean(1) - exact
     expected = np.sqrt((exact * (1 - exact)).mean() / (BANDS * ROWS))
     assert exact.min() < 0.4 and exact.max() > 0.9
-    assert abs(error.mean()) < 4 * expected / len(pairs) ** 0.5
+    assert abs(error.mean()) < 4 * expected / len(exact) ** 0.5
     assert 0.8 * expected < error.std() < 1.2 * expected
 
 
-@pytest.mark.parametrize("n_shared", [100, 130, 160, 200])
+@pytest.mark.parametrize("n_shared", [100, 130, 160])
 def test_texts_meet_in_a_band_as_often_as_the_formula_says(n_shared):
-    n, n_pairs = 210, 300
-    a, b = [], []
+    a, b, n_pairs = [], [], 300
     for pair in range(n_pairs):
-        kept = [f"{pair}-{i}" for i in range(n_shared)]
-        a.append(kept + [f"a{pair}-{i}" for i in range(n - n_shared)])
-        b.append(kept + [f"b{pair}-{i}" for i in range(n - n_shared)])
+        shared = [f"{pair}-{i}" for i in range(n_shared)]
+        for side, texts in ("a", a), ("b", b):
+            texts.append(shared + [f"{side}{pair}-{i}" for i in range(210 - n_shared)])
     j = np.mean([jaccard(x, y) for x, y in zip(a, b)])
-    met = copies(np.concatenate([signatures(a), signatures(b)]), threshold=0.0)
+    met = copies(signatures(a + b), threshold=0.0)
     assert not met[:n_pairs].any()
     p = 1 - (1 - j**ROWS) ** BANDS
     assert abs(met.mean() * 2 - p) < 4 * (p * (1 - p) / n_pairs) ** 0.5 + 0.003
-
-
-def test_a_signature_does_not_depend_on_the_texts_beside_it():
-    texts = [["owl"], [], "the cat sat on the mat".split(), ["owl", "fox"], CHINESE[:20]]
-    together = signatures([*map(list, texts)])
-    alone = [signatures([list(text)])[0] for text in texts]
-    assert (together == np.stack(alone)).all()
 
 
 def test_copies_equals_comparing_every_pair_where_texts_are_far_or_close():
@@ -106,10 +92,6 @@ def test_copies_equals_comparing_every_pair_where_texts_are_far_or_close():
         texts.append(again)
     slow = [any(jaccard(texts[i], texts[j]) > 0.7 for j in range(i)) for i in range(len(texts))]
     assert copies(signatures(texts), 0.7).tolist() == slow == [False] * 40 + [True] * 20
-
-
-def test_the_first_of_equal_texts_stays():
-    assert equals(np.array([7, 5, 7, 5, 5, 9], np.uint64)).tolist() == [0, 0, 1, 1, 1, 0]
 
 
 # --- mending, cutting, rules ---------------------------------------------------------------------
@@ -165,7 +147,6 @@ CASES = {
     "首页 新闻 关于我们 联系方式 网站 导航 登录 注册": "no sentences",
     "A goat.": "few words",
     "她养山羊。": "few words",
-    " ".join(GOOD.replace(" ", "").replace(",", "")) + ".": "word length",
     " ".join([*["donaudampfschifffahrt"] * 12]) + ".": "word length",
     f"=== {'-+*/ ' * 20} one two three four five six seven eight nine ten.": "few letters",
     "\n".join(f"- {GOOD[i:]}" for i in range(5)): "bullets",
@@ -178,15 +159,14 @@ CASES = {
 @pytest.mark.parametrize("text, rule", CASES.items(), ids=[*map(str, CASES.values())])
 def test_each_rule_on_a_text_that_it_is_for(text, rule):
     found, record, *_ = judge({"text": text, "url": "x"}, set(), {})
-    assert found == rule
-    assert record["url"] == "x"
+    assert found == rule and record["url"] == "x"
     if rule:
-        assert judge({"text": text}, {*RULES} - {rule}, {})[0] == rule
-        assert judge({"text": text}, {*RULES}, {})[0] is None
+        assert judge({"text": text}, {*QUALITY} - {rule}, {})[0] == rule
+        assert judge({"text": text}, {*QUALITY}, {})[0] is None
 
 
 def test_every_quality_rule_has_its_text():
-    assert {*CASES.values()} == {None, *module.QUALITY}
+    assert {*CASES.values()} == {None, *QUALITY}
 
 
 # --- decontamination -----------------------------------------------------------------------------
@@ -217,21 +197,17 @@ def test_texts_that_share_words_with_a_test_are_found(tmp_path):
 # --- files ---------------------------------------------------------------------------------------
 
 
-def cleaned(tmp_path, name, data, skip=(), processes=1):
+def cleaned(tmp_path, name, data, processes=1):
     """(texts or records kept, counts) of a file of this name that holds this."""
     (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    counts, _ = clean(tmp_path / name, tmp_path / "out", {*skip}, {}, processes=processes)
+    counts, _ = clean(tmp_path / name, tmp_path / "out", set(), {}, processes=processes)
     lines = (tmp_path / "out/clean.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines], counts
 
 
 def test_records_keep_their_keys_and_what_is_dropped_says_why(tmp_path):
-    records = [
-        {"id": 1, "text": f"{GOOD}\nTags: goat"},
-        {"id": 2, "text": GOOD},
-        {"text": "A fox."},
-    ]
-    data = "\n\n".join(map(json.dumps, records))
+    first, again = {"id": 1, "text": f"{GOOD}\nTags: goat"}, {"id": 2, "text": GOOD}
+    data = "\n".join(map(json.dumps, [first, again, {"text": "A fox."}]))
     kept, counts = cleaned(tmp_path, "a.jsonl", data)
     assert kept == [{"id": 1, "text": GOOD}]
     assert counts == {None: 1, "mended": 1, "exact": 1, "few words": 1}
@@ -240,56 +216,32 @@ def test_records_keep_their_keys_and_what_is_dropped_says_why(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clean.jsonl", "dropped.jsonl"]
 
 
-def test_text_files_arrays_archives_and_chats(tmp_path):
+def test_text_files_archives_folders_tables_and_chats(tmp_path):
     text = f"{GOOD}\n<|endoftext|>\n{CHINESE}\n \n<|endoftext|>\n"
     wanted = [{"text": GOOD}, {"text": CHINESE}]
     assert cleaned(tmp_path, "a.txt", text)[0] == wanted
     assert cleaned(tmp_path, "a.txt.gz", gzip.compress(text.encode()))[0] == wanted
-    assert cleaned(tmp_path, "a.jsonl", json.dumps(wanted, indent=1))[0] == wanted
-    assert cleaned(tmp_path, "a.csv", f'text\n"{GOOD}"\n{CHINESE}\n')[0] == wanted
+    assert clean(tmp_path, tmp_path / "out", set(), {})[0] == {None: 2, "exact": 2}
     assert cleaned(tmp_path, "c.csv", f'url,text\nx,"{GOOD}"\n')[0] == [{"url": "x", "text": GOOD}]
     chats = [{"prompt": "Who?", "completion": c} for c in ("Mira.", "Mira.", "Bima.")]
     assert cleaned(tmp_path, "b.jsonl", "\n".join(map(json.dumps, chats)))[0] == chats[1:]
-    latin = f"{GOOD}\n<|endoftext|>\n".encode() + b"\xe9\xe8 " * 40
-    assert cleaned(tmp_path, "b.txt", latin) == (wanted[:1], {None: 1, "broken characters": 1})
 
 
-def test_a_long_text_is_divided_at_blank_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PIECE", 200)
-    parts = [f"{GOOD} {word} {LONG}." for word in "one two three four".split()]
-    kept = cleaned(tmp_path, "a.txt", "\n\n".join(parts), skip=["near"])[0]
-    assert [record["text"] for record in kept] == parts
-
-
-@pytest.mark.parametrize(
-    "name, data, said",
-    [
-        ("a.jsonl", '{"text": "x"}\n{"text": ', "line 2 is not valid JSON"),
-        ("a.jsonl", '{"text": "x"}\n[1]', "line 2 must hold a JSON object"),
-        ("a.txt", "Too short.", "nothing is left"),
-        ("a.txt", b"PK\3\4\0\0", "no text file"),
-        ("a.txt.gz", gzip.compress(b"abc" * 99)[:20], "can't be read"),
-    ],
-)
-def test_what_cannot_be_cleaned_is_one_line_and_leaves_no_file(tmp_path, name, data, said):
-    with pytest.raises(UserError, match=said):
-        cleaned(tmp_path, name, data)
+def test_what_cannot_be_read_leaves_no_file(tmp_path):
+    with pytest.raises(UserError, match="line 2"):
+        cleaned(tmp_path, "a.jsonl", '{"text": "x"}\n{"text": ')
     assert [*(tmp_path / "out").iterdir()] == []
 
 
-def test_unknown_rules_and_files_are_refused(tmp_path):
-    for flags, said in (["--skip", "nonsense"], "few words"), (["gone.txt"], "no such file"):
-        with pytest.raises(UserError, match=said):
-            main(parse(Config, argv=[*flags, "--out", str(tmp_path / "out")]))
-    assert not (tmp_path / "out").exists()
+def test_unknown_rules_are_refused():
+    with pytest.raises(UserError, match="few words"):
+        main(parse(Config, argv=["--skip", "nonsense"]))
 
 
 def test_several_processes_write_what_one_writes(tmp_path):
     rng = random.Random(0)
-    records = [
-        {"text": " ".join(rng.choices(WORDS, k=rng.randint(5, 30))) + "."} for _ in range(700)
-    ]
-    data = "\n".join(map(json.dumps, records))
+    texts = (rng.choices(WORDS, k=rng.randint(5, 30)) for _ in range(700))
+    data = "\n".join(json.dumps({"text": f"{' '.join(text)}."}) for text in texts)
     one, counts = cleaned(tmp_path, "a.jsonl", data)
     assert counts["few words"] > 0 and len(one) > 500
     assert cleaned(tmp_path, "a.jsonl", data, processes=2) == (one, counts)
@@ -300,16 +252,12 @@ def test_several_processes_write_what_one_writes(tmp_path):
 
 def test_faults_are_planted_at_their_rates_and_the_truth_holds_none():
     made = dirty(build_world(), 300_000)
-    again = dirty(build_world(), 300_000)
-    assert made == again
     n, kinds = len(made["dirty"]), Counter(r["planted"] for r in made["dirty"])
     for kind, rate in RATES.items():
         spare = 0.05 if kind in ("", "false") else 0  # only a biography can be made false
         assert abs(kinds[kind] / n - rate) < spare + 4 * (rate * (1 - rate) / n) ** 0.5, kind
-    texts = [
-        r.get("was", r["text"]) for r in made["dirty"] if r["planted"] in ("", "footer", "mojibake")
-    ]
-    assert made["truth"] == texts
+    fine = (r for r in made["dirty"] if not r["planted"] or "was" in r)
+    assert made["truth"] == [r.get("was", r["text"]) for r in fine]
     assert all(r["text"] in made["leaked"] for r in made["dirty"] if r["planted"] == "leak")
     assert not {*made["leaked"]} & {*made["not_leaked"]}
 
@@ -317,13 +265,9 @@ def test_faults_are_planted_at_their_rates_and_the_truth_holds_none():
 def test_the_village_is_cleaned(tmp_path, capsys):
     """Nearly every fault is found but the false facts, and next to nothing else is left out."""
     main(parse(Config, argv=f"--out {tmp_path} --megabytes 0.4 --processes 1".split()))
-    said = capsys.readouterr().out
-    found = {
-        line.split()[0]: line.split()[2] for line in said.split("planted")[1].splitlines()[1:11]
-    }
-    found = {kind: float(share.rstrip("%")) / 100 for kind, share in found.items()}
+    rows = capsys.readouterr().out.split("planted")[1].splitlines()[1:11]
+    found = {kind: float(share.rstrip("%")) / 100 for kind, _, share, *_ in map(str.split, rows)}
     assert {*found} == {"nothing", *RATES} - {""}
     assert found.pop("nothing") < 0.01 and found.pop("false") < 0.02
     assert found.pop("footer") > 0.6  # C4's notices are not all that there are
     assert found.pop("shuffled") > 0.8 and min(found.values()) > 0.93, found
-    assert Path(tmp_path, "clean.jsonl").exists()

@@ -23,7 +23,6 @@ from nanollm.formats import write_jsonl
 RATES = {"": 0.48, "exact": 0.1, "near": 0.1, "page": 0.05, "shuffled": 0.05, "garbled": 0.05}
 RATES |= {"false": 0.05, "leak": 0.02, "footer": 0.05, "mojibake": 0.05}
 MADE = ("exact", "near", "page", "leak")  # not of a document's own text
-MENDED = ("footer", "mojibake")
 SITE = wordings("""
 Home - News - Shop - Contact | Please enable JavaScript to read this page. | Tags: village, baking
 We use cookies to make this site better. | Older posts | Share on: Post, Mail, Print
@@ -34,47 +33,22 @@ TYPOGRAPHY = {'"': "”", "'": "’", " - ": " – ", ". ": ". – ", "o": "ö"}
 VALUE = re.compile(rf"\b({'|'.join(value for pool in POOLS.values() for value in pool)})\b")
 
 
-def near(text, rng):
-    """One word in 25, and at least one, becomes another word of the text."""
-    words = text.split(" ")
-    for at in rng.sample(range(len(words)), max(1, len(words) // 25)):
-        words[at] = rng.choice(words)
-    return " ".join(words)
-
-
-def false(text, rng):
-    """Every value becomes another of its kind."""
-
-    def other(found):
-        pool = next(pool for pool in POOLS.values() if found[0] in pool)
-        return rng.choice([value for value in pool if value != found[0]])
-
-    return VALUE.sub(other, text)
-
-
-def typeset(text):
-    """The text as a careful typesetter writes it, with characters outside of ASCII."""
-    plain = next(plain for plain in TYPOGRAPHY if plain in text)
-    return text.replace(plain, TYPOGRAPHY[plain])
-
-
-def mojibake(text):
-    """UTF-8 that was read as Windows-1252, as browsers read it."""
-    read = text.encode().decode("cp1252", "surrogateescape")
-    return re.sub("[\udc80-\udcff]", lambda c: chr(ord(c[0]) - 0xDC00), read)
+def other_value(found, rng):
+    """Another value of the kind that was found."""
+    pool = next(pool for pool in POOLS.values() if found[0] in pool)
+    return rng.choice([value for value in pool if value != found[0]])
 
 
 def damaged(kind, text, earlier, tests, rng):
     """The record of this kind that is made of a document, of an earlier one, or of a test."""
-    site = "\n".join(rng.sample(SITE, rng.randint(2, 4)))
-    if kind == "footer":
-        return {"text": f"{text}\n{site}", "planted": kind, "was": text}
-    if kind == "mojibake":
-        was = typeset(text)
-        return {"text": mojibake(was), "planted": kind, "was": was}
+    record, site = {"planted": kind}, "\n".join(rng.sample(SITE, rng.randint(2, 4)))
     if kind in ("exact", "near"):
         text = rng.choice(earlier)
-        text = near(text, rng) if kind == "near" else text
+    if kind == "near":  # one word in 25, and at least one, becomes another word of the text
+        words = text.split(" ")
+        for at in rng.sample(range(len(words)), max(1, len(words) // 25)):
+            words[at] = rng.choice(words)
+        text = " ".join(words)
     elif kind == "page":
         text = site
     elif kind == "shuffled":
@@ -82,18 +56,26 @@ def damaged(kind, text, earlier, tests, rng):
     elif kind == "garbled":
         text = "".join("\ufffd" if rng.random() < 0.05 else c for c in text)
     elif kind == "false":
-        text = false(text, rng)
+        text = VALUE.sub(lambda found: other_value(found, rng), text)
     elif kind == "leak":
         text = rng.choice(tests)
-    return {"text": text, "planted": kind}
+    elif kind == "footer":
+        record["was"], text = text, f"{text}\n{site}"
+    elif kind == "mojibake":
+        plain = next(plain for plain in TYPOGRAPHY if plain in text)
+        record["was"] = text.replace(plain, TYPOGRAPHY[plain])
+        read = record["was"].encode().decode("cp1252", "surrogateescape")
+        # browsers read the bytes that Windows-1252 lacks as the characters of their numbers
+        text = re.sub("[\udc80-\udcff]", lambda c: chr(ord(c[0]) - 0xDC00), read)
+    return {"text": text} | record
 
 
-def dirty(world, n_bytes, seed=0, n_tests=100):
+def dirty(world, n_bytes, seed=0):
     """The dirty records, the texts that a perfect cleaning would leave of them (`truth`), held-out
     text (`val`), and the texts of a test, of which one half has leaked.
     """
     rng, asked = random.Random(f"dirty-{world.seed}-{seed}"), {}
-    while len(asked) < n_tests:
+    while len(asked) < 100:
         (question, answer), _ = fact_never_asked(world, "test", rng)
         asked[f"{question} {answer}"] = None
     tests, records, truth = [*asked], [], []
@@ -105,7 +87,7 @@ def dirty(world, n_bytes, seed=0, n_tests=100):
         if kind == "false" and written != "biography" or kind in MADE:
             kind = ""  # nothing in it could be false; or there is none to copy yet
         records.append(damaged(kind, text, truth, tests, rng))
-        if kind in ("", *MENDED):
+        if not kind or "was" in records[-1]:
             truth.append(records[-1].get("was", text))
     val = [text for _, text in documents(world, "val", n_bytes * 0.08, seed)]
     made = {"dirty": records, "truth": truth, "val": val}
