@@ -51,7 +51,6 @@ import torch.nn as nn
 from data.village import examples as village
 from data.village.preferences import gold_of
 from nanollm.batches import Sampler, last_true
-from nanollm.checkpoint import read_json
 from nanollm.config import (
     LARGE,
     AdapterConfig,
@@ -64,6 +63,7 @@ from nanollm.config import (
     Whole,
     atomic_write,
     cli,
+    read_json,
 )
 from nanollm.formats import read_parts
 from nanollm.gpt import Linear

@@ -227,8 +227,8 @@ def blank_out(tokens, seed, ordinary, mask_id):
     generator = torch.Generator().manual_seed(seed)
     chance = torch.rand(tokens.shape, generator=generator)
     chance = chance.masked_fill(~ordinary[tokens], 2.0)
-    kth = chance.kthvalue(round(0.15 * tokens.shape[1]), 1, keepdim=True).values
-    chosen = chance <= kth
+    n = max(1, round(0.15 * tokens.shape[1]))
+    chosen = (chance <= chance.kthvalue(n, 1, keepdim=True).values) & ordinary[tokens]
     kind = torch.rand(tokens.shape, generator=generator)
     ids = ordinary.nonzero()[:, 0]
     others = ids[torch.randint(len(ids), tokens.shape, generator=generator)]

@@ -62,7 +62,7 @@ from data.village import examples as village
 from data.village import images as village_images
 from data.village.scenes import SMALLEST
 from nanollm.batches import Packed, Sampler, pack_chats, row_length
-from nanollm.checkpoint import existing_folder, read_json
+from nanollm.checkpoint import existing_folder
 from nanollm.config import (
     LARGE,
     AdapterConfig,
@@ -74,6 +74,7 @@ from nanollm.config import (
     atomic_write,
     cli,
     lock,
+    read_json,
     save_config,
 )
 from nanollm.formats import IMAGE, need, need_usable, usable

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.village import examples as village
-from nanollm.checkpoint import read_json
-from nanollm.config import UserError, atomic_write, cli
+from nanollm.config import UserError, atomic_write, cli, read_json
 from nanollm.generate import complete
 from nanollm.hub import load_model
 from nanollm.metrics import first_of_each_task

@@ -12,8 +12,8 @@ import sys
 from dataclasses import dataclass
 from math import prod
 
-from nanollm.checkpoint import bases_of, existing_folder, is_adapter, read_json
-from nanollm.config import BEGAN_FROM, UserError, cli
+from nanollm.checkpoint import bases_of, existing_folder, is_adapter
+from nanollm.config import BEGAN_FROM, UserError, cli, read_json
 from nanollm.metrics import table
 from nanollm.run import format_value
 from nanollm.safetensors import read_header

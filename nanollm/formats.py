@@ -31,6 +31,8 @@ PIECE = 2**16  # characters of a long text that are made into tokens at a time
 SAFE_CUT = re.compile(r"(?<=\S\n)(?=\w)|(?<=\w)(?= [^\W\d_])")
 # a first line that is an object of its own, or has no end in sight: so are the others
 OBJECT_PER_LINE = re.compile(r"\{[^\n]*(\}[^\S\n]*\n|\Z)")
+# how JSON writes half of a character beyond U+FFFF, and such a half without the other
+HALF, LONE = re.compile(r"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
 # what is no text begins with: what unpacks or converts it
 PACKED = {
     b"PAR1": "python -c \"import pandas; pandas.read_parquet('{0}').to_json('data.jsonl', "
@@ -173,10 +175,6 @@ def stream_records(path):
     for place, value in values:
         where, kind = f"{path}, {place}", type(value).__name__
         need(isinstance(value, dict), where, f"a record must be a JSON object, not {kind}")
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: half of a surrogate pair is no character") from None
         yield Record(value, where)
     need(place, path, "there is no record in it")
 
@@ -187,7 +185,7 @@ def _json_values(texts, path):
     """
     decode, line = json.JSONDecoder().raw_decode, 1
     for text in texts:
-        end = 0
+        end, halves = 0, HALF.search(text)  # else there can be none in what is decoded
         while found := re.compile(r"\S").search(text, end):
             begin = found.start()
             line += text.count("\n", end, begin)
@@ -197,10 +195,13 @@ def _json_values(texts, path):
                 last = line + text.count("\n", begin, getattr(e, "pos", begin))
                 why = f"{getattr(e, 'msg', e)}: line {last}"
                 raise UserError(f"{path}, line {line}: broken JSON ({why})") from None
+            found = [(f"line {line}", value)]
             if isinstance(value, list):
-                yield from ((f"line {line}, record {n}", each) for n, each in enumerate(value, 1))
-            else:
-                yield f"line {line}", value
+                found = [(f"line {line}, record {n}", each) for n, each in enumerate(value, 1)]
+            for place, each in found:
+                lone = halves and LONE.search(json.dumps(each, ensure_ascii=False))
+                need(not lone, f"{path}, {place}", "half of a surrogate pair is no character")
+                yield place, each
             line += text.count("\n", begin, end)
         line += text.count("\n", end)
 

@@ -29,10 +29,9 @@ from nanollm.checkpoint import (
     load_gpt,
     load_weights,
     read_config,
-    read_json,
     save_gpt,
 )
-from nanollm.config import UserError, atomic_folder, cli
+from nanollm.config import UserError, atomic_folder, cli, read_json
 from nanollm.gpt import ScalarGPT
 from nanollm.tokenizer import Tokenizer
 

@@ -9,8 +9,7 @@ import base64
 from html import escape
 from pathlib import Path
 
-from nanollm.checkpoint import read_json
-from nanollm.config import atomic_write
+from nanollm.config import atomic_write, read_json
 from nanollm.run import effect_line
 
 RESULTS = ("result.json", "evaluation.json", "preferences.json")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nanollm.batches import Completions, pad_completions
-from nanollm.checkpoint import read_json
+from nanollm.config import read_json
 from nanollm.formats import need_usable, place_of, usable
 from nanollm.generate import as_text, generate, shared_noise
 

@@ -26,13 +26,14 @@ from statistics import fmean, median
 import torch
 from tqdm import tqdm
 
-from nanollm.checkpoint import bases_of, is_adapter, read_json, weights_hash
+from nanollm.checkpoint import bases_of, is_adapter, weights_hash
 from nanollm.config import (
     BEGAN_FROM,
     UserError,
     atomic_file,
     atomic_write,
     lock,
+    read_json,
     save_config,
     say,
     unlock,
@@ -102,9 +103,8 @@ class Run:
                         "without --resume"
                     )
             return
-        holds_a_run(self.folder)  # raises where it holds other files
         try:
-            lock(self.folder)
+            lock(self.folder)  # first: another process may be about to write its first file
             move_aside(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -370,14 +370,14 @@ def content_hash(path):
     else:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in (file for file in files if file.is_file()):
+        content, named, before = hashlib.sha256(), set(), b""
         with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-            opened.seek(0)
-            named, before = [], b""
             while line := opened.readline(2**20):  # some files are one line
-                named += IMAGE_NAMES.findall(before + line)
+                content.update(line)
+                named.update(IMAGE_NAMES.findall(before + line))
                 before = b"" if line.endswith(b"\n") else line[-4096:]
-        for image in sorted({file.parent / os.fsdecode(name) for name in named}):
+        digest.update(content.digest())
+        for image in sorted(file.parent / os.fsdecode(name) for name in named):
             digest.update(image.read_bytes() if image.is_file() else b"")
     return digest.hexdigest()
 

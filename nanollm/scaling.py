@@ -44,8 +44,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from nanollm.checkpoint import read_json
-from nanollm.config import OpenShare, Positive, UserError, Whole, atomic_write, cli
+from nanollm.config import OpenShare, Positive, UserError, Whole, atomic_write, cli, read_json
 from nanollm.gpt import GPT, GPTConfig, count_parameters, shape_of
 from nanollm.metrics import table
 from nanollm.plot import line_chart

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from nanollm import safetensors
-from nanollm.checkpoint import ADAPTER_CONFIG, existing_folder, is_adapter, read_json, weights_hash
-from nanollm.config import UserError, atomic_write
+from nanollm.checkpoint import ADAPTER_CONFIG, existing_folder, is_adapter, weights_hash
+from nanollm.config import UserError, atomic_write, read_json
 from nanollm.gpt import ScalarGPT, unwrap
 from nanollm.peft.bottleneck import Bottlenecks
 from nanollm.peft.lora import DoRA, LoRA, QLoRA

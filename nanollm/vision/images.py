@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from nanollm.checkpoint import read_json
-from nanollm.config import UserError, atomic_write
+from nanollm.config import UserError, atomic_write, read_json
 from nanollm.formats import need
 
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000: 192 MB as RGB; a file of a few bytes may claim any size

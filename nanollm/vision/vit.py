@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanollm import safetensors
-from nanollm.checkpoint import existing_folder, load_weights, read_json
-from nanollm.config import UserError
+from nanollm.checkpoint import existing_folder, load_weights
+from nanollm.config import UserError, read_json
 from nanollm.formats import need
 from nanollm.gpt import Linear, attention_dtype
 from nanollm.vision.images import Preprocessing

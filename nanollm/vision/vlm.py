@@ -18,15 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanollm import safetensors
-from nanollm.checkpoint import (
-    config_json,
-    config_of,
-    grow_vocabulary,
-    load_weights,
-    read_json,
-    write_configs,
-)
-from nanollm.config import UserError, atomic_write
+from nanollm.checkpoint import config_json, config_of, grow_vocabulary, load_weights, write_configs
+from nanollm.config import UserError, atomic_write, read_json
 from nanollm.formats import IMAGE, need
 from nanollm.gpt import GPT, Linear
 from nanollm.tokenizer import Tokenizer
