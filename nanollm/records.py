@@ -6,10 +6,11 @@ isn't of its format raises UserError, what nothing can be learnt from is dropped
 
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 from nanollm.config import UserError
-from nanollm.formats import IMAGE, images_in, need, need_usable, read_usable
+from nanollm.formats import IMAGE, images_in, need, need_usable, read_usable, usable
 from nanollm.rewards import LETTERS, as_number
 
 CHECKS = ("contains", "exact", "number", "choice", "unknown")  # how an answer is compared
@@ -97,7 +98,7 @@ PROMPT_WANTED = 'a "prompt" (text) or "messages" are wanted'
 
 def present(record):
     """A record without the keys that are null; an answer that is null is empty."""
-    answers = (*ANSWERS, "answer", "chosen", "rejected")
+    answers = (*ANSWERS, "answer", "chosen", "rejected", "a", "b")
     return {k: "" if v is None else v for k, v in record.items() if v is not None or k in answers}
 
 
@@ -267,21 +268,43 @@ def trained_on(turn, where, answers=True):
 
 def read_preferences(path):
     """Rankings as dicts with "messages" (the prompt), "completions" (two or more texts, the best
-    first) and "margin" (a float, or None); other keys are kept. Reads pairs, rankings, HH-RLHF and
-    UltraFeedback; of KTO's records, with one completion, "label" says whether it is wanted.
+    first) and "margin" (a float, or None); other keys are kept. Reads pairs, rankings, HH-RLHF,
+    UltraFeedback and labels, of which several about the same two completions become one ranking, as
+    the majority has it; of KTO's records, with one completion, "label" says whether it is wanted.
     """
-    return read_usable(path, as_ranking)
+    rankings = read_usable(path, as_ranking)
+    labels = defaultdict(list)  # of the same two completions; any other record is alone
+    for n, each in enumerate(rankings):
+        pair = str(each["messages"]), *sorted(each["completions"])
+        labels[pair if each.get("label") in ("a", "b") else n].append(each)
+    return usable([alike[0] | {"labels": alike} for alike in labels.values()], by_majority, path)
+
+
+def by_majority(record, where):
+    """The one ranking of a record's "labels", by which annotators rank the same two completions: as
+    most of them do. Of several its "orders" say in which order each has put "completions".
+    """
+    labels = record["labels"]
+    if not labels[1:]:
+        return labels[0]
+    chosen = [each["completions"][0] for each in labels]
+    best = max(chosen, key=chosen.count)
+    tied = 2 * chosen.count(best) == len(chosen)
+    need_usable(not tied, where, "as many annotators prefer the one as the other")
+    orders = [[0, 1] if each == best else [1, 0] for each in chosen]
+    return labels[chosen.index(best)] | {"orders": orders}
 
 
 def as_ranking(record, where):
     """One record in the form of read_preferences, or an error that begins with `where`."""
-    record = present(record)
+    record = by_label(present(record), where)
     need(not shown(record, where), where, "its image would be ignored; preferences are of text")
     need_usable(trained_on(record, where), where, "it is marked as not trained on")
     keys = ("completion",) if {"completion", "label"} <= record.keys() else ("chosen", "rejected")
     completions = record.get("ranking", [record.get(key) for key in keys])
     there = "ranking" in record or record.keys() >= {*keys}
-    wanted = 'a preference record needs "chosen" and "rejected", or a "ranking", a list'
+    wanted = 'a preference record needs "chosen" and "rejected", or a "ranking", a list, '
+    wanted += 'or "a", "b" and a "label"'
     need(there and isinstance(completions, list), where, wanted + keys_of(record))
     label = {"label": flag_of(record, "label", where)} if keys == ("completion",) else {}
     few = f"a ranking needs two completions or more, not {len(completions)}"
@@ -299,6 +322,23 @@ def as_ranking(record, where):
     kept = {k: v for k, v in record.items() if k not in used}
     margin = margin_of(record, where)
     return {**kept, **label, "messages": messages, "completions": completions, "margin": margin}
+
+
+def by_label(record, where):
+    """A record of "a", "b" and a "label" as "chosen", "rejected" and its label; any other as it is.
+    The label is "a", "b" or "tie": 1 would be the first of 1 and 2, but the second of 0 and 1.
+    """
+    if not record.keys() >= {"a", "b", "label"} or record.keys() & {"chosen", "ranking"}:
+        return record
+    label = str(record["label"]).strip().lower()
+    known = label in ("a", "b", "tie")
+    need(known, where, f'"label" must be "a", "b" or "tie", not {record["label"]!r:.40}')
+    need_usable(label != "tie", where, "it is labelled a tie")
+    clear = not record.keys() & {"ratings", "gold"}
+    need(clear, where, '"ratings" and "gold" are of a "ranking", the best first')
+    chosen, rejected = ("a", "b") if label == "a" else ("b", "a")
+    said = {"label": label, "chosen": record[chosen], "rejected": record[rejected]}
+    return {key: value for key, value in record.items() if key not in ("a", "b")} | said
 
 
 def margin_of(record, where):
@@ -418,7 +458,7 @@ def as_prompt(record, where):
     """One record in the form of read_prompts, or an error that begins with `where`."""
     said = (*THOUGHTS, *ANSWERS)  # behind the prompt
     record = as_choice({k: v for k, v in present(record).items() if k not in said}, where)
-    if "ranking" in record or "chosen" in record:
+    if record.keys() & {"ranking", "chosen"} or record.keys() >= {"a", "b", "label"}:
         record = as_ranking(record, where)
         record = {k: v for k, v in record.items() if k not in ("completions", "margin")}
     elif shape_of(record) == "question" and record.get("answer"):  # here problems become prompts

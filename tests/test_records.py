@@ -228,6 +228,7 @@ CHATS = [
 
 TWO = {"prompt": "Hi", "chosen": "Yo", "rejected": "No"}
 BEST = "U Hi. A [Yo.] | No"
+LABELLED = {"prompt": "Hi", "a": "Yo", "b": "No", "label": "a"}
 SCORES = {"score_chosen": 8, "score_rejected": 6.5}
 WHOLE = {"chosen": [U, A], "rejected": [U, said("assistant", "No")]}
 PREFERENCES = [
@@ -296,6 +297,20 @@ PREFERENCES = [
     (PAIR | {"context": "now", "label": True}, "U now\n\nHi. A [Yo.] True"),
     (PAIR | {"label": "so"}, 'refused: "label" must be true or false'),
     (PAIR, 'refused: needs "chosen" and "rejected"'),
+    # labels
+    (LABELLED, BEST + " a"),
+    ({"prompt": "Hi", "a": "No", "b": "Yo", "label": " B "}, BEST + " b"),
+    (chat(S, U, a="Yo", b="No", label="a"), "S Be. U Hi. A [Yo.] | No a"),
+    ({"a": hh("Hi", "No"), "b": hh("Hi", "Yo"), "label": "b"}, BEST + " b"),
+    *((LABELLED | {"label": bad}, 'refused: "label" must be "a", "b" or "tie"')
+      for bad in (0, 1, 2, "1", True, "yes", ["a"])),
+    (LABELLED | {"label": "tie"}, "dropped: labelled a tie"),
+    (LABELLED | {"label": None}, 'refused: needs "chosen" and "rejected", or a "ranking", a list, '
+     'or "a", "b" and a "label"'),
+    (LABELLED | {"a": None}, "dropped: a completion is empty"),
+    (LABELLED | {"a": "No "}, "dropped: two completions are equal"),
+    (LABELLED | {"ratings": [1, 2]}, 'refused: are of a "ranking", the best first'),
+    (LABELLED | {"image": "a.png"}, "refused: its image would be ignored"),
 ]  # fmt: skip
 
 PROMPTS = [
@@ -304,6 +319,7 @@ PROMPTS = [
     (PAIR, "U Hi."),
     (ALPACA, "U Hi."),
     (TWO | {"system": "Be"}, "S Be. U Hi."),
+    (LABELLED, "U Hi."),
     (TWO | {"answer": "Yo"}, "U Hi. -> contains Yo"),
     ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, "U Hi."),
     (chat(S, U, A), "S Be. U Hi."),
@@ -549,6 +565,19 @@ def test_completions_with_a_label_are_paired_by_it_for_kto(write, tokenizer, ran
         load_preferences(replace(cfg, loss="ipo"), model, tokenizer, CPU, None, None)
     with pytest.raises(UserError, match="both true and false"):
         train_dpo.open_pairs(cfg, model, train[0][:1], *train[1:])
+
+
+def test_labels_of_the_same_two_completions_count_as_the_majority_has_them(write, capsys):
+    swapped = {"prompt": "Hi", "a": "No", "b": "Yo"}
+    other, tied = LABELLED | {"prompt": "Ho"}, LABELLED | {"prompt": "Ha"}
+    records = [LABELLED | {"label": "b", "by": 0}, other, swapped | {"label": "b", "by": 1}]
+    records += [TWO, tied, tied | {"label": "b"}, TWO, LABELLED | {"by": 2}]
+    found = read_preferences(write(*records))
+    assert [r["completions"] for r in found] == [["Yo", "No"]] * 4
+    assert [r["messages"][0]["content"] for r in found] == ["Hi", "Ho", "Hi", "Hi"]
+    assert found[0]["orders"] == [[1, 0], [0, 1], [0, 1]] and found[0]["by"] == 1
+    assert all("orders" not in record for record in found[1:])  # TWO stands there twice
+    assert "as many annotators prefer the one as the other (1: " in capsys.readouterr().out
 
 
 def test_what_the_tokenizer_refuses_is_told_with_its_line(write, tokenizer):
