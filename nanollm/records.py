@@ -44,6 +44,8 @@ def shown(record, where):
 def as_chat(record, where):
     """One record as {"messages", other keys}, with answers to learn; errors begin with `where`."""
     record = present(record)
+    if record.keys() & {*EXPLAINED}:
+        record = _as_explained(record, where)
     key = shape_of(record)
     choices = key in ("prompt", "question") and as_choice(record, where) is not record
     need(not choices, where, "its choices would be ignored; such a record is a problem, no chat")
@@ -77,6 +79,24 @@ def _as_solved(record, where):
         said = {"role": "assistant", "content": solved["answer"], "reasoning_content": thoughts}
         solved["completion"] = [said]
     return solved
+
+
+EXPLAINED = ("lecture", "solution")  # of ScienceQA's choices: how the right one is found
+
+
+def _as_explained(record, where):
+    """A question with choices as prompt and completion: lecture and solution become thoughts, and
+    the right letter the answer (Lu et al. 2022, arXiv:2209.09513); any other record as it is.
+    """
+    problem, texts = as_choice(record, where), [record.get(key) or "" for key in EXPLAINED]
+    if problem is record:
+        return record
+    fine = all(isinstance(text, str) for text in texts)
+    need(fine, where, '"lecture" and "solution" must be text')
+    need_usable("answer" in problem, where, "no answer")
+    said = f"The answer is {problem['answer']}."
+    thoughts = "\n".join(text.strip() for text in texts if text.strip())
+    return problem | {"completion": said, "reasoning_content": thoughts}
 
 
 # Where a record has its dialogue, or its question: behind the first of these keys that it has.

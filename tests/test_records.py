@@ -104,6 +104,12 @@ CALL = {"function": {"name": "add", "arguments": '{"x": "1+2"}'}, "type": "funct
 HI = "U Hi. A [Yo.]"
 PART, PAINTED = {"type": "text", "text": "Hi"}, {"type": "image_url", "image_url": {"url": "a.png"}}
 CALLED = "A [<tool_call>add(1+2)</tool_call>.] T 4. A [Yo.]"
+# ScienceQA's, of which many have no image, no hint or no lecture
+SCIENCE = {"question": "Hi", "choices": ["a cow", "a cat"], "answer": 1, "hint": "", "image": None}
+SCIENCE |= {"task": "closed choice", "grade": "grade2", "subject": "natural science"}
+SCIENCE |= {"topic": "biology", "category": "Pets", "skill": "Identify pets"}
+SCIENCE |= {"lecture": "Cats purr.", "solution": "It purrs.\n"}
+LETTERED = "Hi\nA. a cow\nB. a cat\nAnswer with the letter of the right choice."
 ALPACA, PAIR = {"instruction": "Hi", "output": "Yo"}, {"prompt": "Hi", "completion": "Yo"}
 THINK = "U Hi. A [<think>hm</think>Yo.]"
 
@@ -135,6 +141,14 @@ CHATS = [
     ({"question": "Hi", "answer": "#### so"}, "refused: must be a number, not 'so'"),
     *(({"question": "Hi", "answer": "A", key: ["a", "b"]}, "refused: its choices would be ignored")
       for key in ("choices", "options")),
+    (SCIENCE, f"U {LETTERED}. A [<think>Cats purr.\nIt purrs.</think>The answer is B..]"),
+    (SCIENCE | {"lecture": None}, f"U {LETTERED}. A [<think>It purrs.</think>The answer is B..]"),
+    (SCIENCE | {"lecture": "", "solution": ""}, f"U {LETTERED}. A [The answer is B..]"),
+    (SCIENCE | {"solution": 7}, 'refused: "lecture" and "solution" must be text'),
+    (SCIENCE | {"answer": None}, "dropped: no answer"),
+    (SCIENCE | {"answer": 2}, "refused: the answer 2 is none of the 2 choices"),
+    (SCIENCE | {"image": "a.png"}, "refused: its image would be ignored"),
+    ({"question": "Hi", "answer": "Yo", "solution": "So."}, HI),
     (ALPACA | {"response": "No"}, 'refused: output and response mean the same, and differ'),
     # null is absent, and an empty answer
     ({"messages": None, "conversations": None} | ALPACA, HI),
@@ -364,6 +378,7 @@ PROMPTS = [
 ]  # fmt: skip
 EXAMPLES = [
     ({"prompt": "Hi", "answer": "7"}, "U Hi. -> number 7"),
+    (SCIENCE, f"U {LETTERED}. -> choice B"),
     ({"prompt": "Hi"}, 'dropped: needs an "answer"'),
     ({"prompt": "Hi", "answer": " "}, 'dropped: needs an "answer"'),
 ]
@@ -372,6 +387,11 @@ IMAGE_CHATS = [
     (SHOWN, "U <image>Hi. A [Yo.] (a.png)"),
     (chat(said("user", [PAINTED, PART]), A, images=["a.png"]), "U <image>Hi. A [Yo.] (a.png)"),
     (chat(U, A), HI),
+    (
+        SCIENCE | {"image": "a.png", "hint": "Look."},
+        f"U <image>\nLook.\n{LETTERED}. A [<think>Cats purr.\nIt purrs.</think>The answer is B..]"
+        " (a.png)",
+    ),
     (
         chat(said("user", [PAINTED, PART]), A, images=["b.png"]),
         "refused: shows 'a.png', not 'b.png'",
@@ -416,7 +436,7 @@ READERS = [
     (read_examples, as_prompt, {"prompt": "Hi", "answer": "7"}, EXAMPLES),
     (read_completions, as_completion, PAIR, COMPLETIONS),
     (read_image_chats, as_images, SHOWN, IMAGE_CHATS),
-    (read_prompts, as_images, SHOWN, [(SHOWN, "U <image>Hi. (a.png)"), IMAGE_CHATS[4]]),
+    (read_prompts, as_images, SHOWN, [(SHOWN, "U <image>Hi. (a.png)"), IMAGE_CHATS[5]]),
     (read_captions, as_images, SHOWN, CAPTIONS),
 ]
 
