@@ -74,7 +74,7 @@ from nanollm.metrics import (
     sample_by_task,
 )
 from nanollm.optim import SCHEDULES, build_optimizer
-from nanollm.peft.adapters import WEIGHTS, check_method, start_adapter, trainable
+from nanollm.peft.adapters import check_method, start_adapter, trainable
 from nanollm.peft.method import Settings
 from nanollm.records import read_chats, read_examples
 from nanollm.rewards import in_style, is_right
@@ -119,16 +119,8 @@ PRESETS = {
     "gpu": dict(context=1024, batch_size=64, accumulate=2, compile=True),
     # rate and batch of QLoRA (Dettmers et al. 2023, arXiv:2305.14314); --adapter none
     # wants a tenth of the rate
-    "downloaded": dict(
-        LARGE,
-        rank=16,
-        context=1024,
-        batch_size=16,
-        accumulate=16,
-        lr=2e-4,
-        alpha=32.0,
-        weight_decay=0.0,
-    ),
+    "downloaded": dict(LARGE, rank=16, alpha=32.0, context=1024, batch_size=16, accumulate=16)
+    | dict(lr=2e-4, weight_decay=0.0),
 }
 
 # By method. A few parameters tolerate, and need, a larger learning rate than all of them. Decay
@@ -137,8 +129,6 @@ PRESETS = {
 RATES = {
     None: dict(lr=1e-4, weight_decay=0.0),
     **dict.fromkeys(("lora", "dora", "qlora"), dict(lr=5e-3, weight_decay=6.0)),
-    "bottleneck": dict(lr=1e-2, weight_decay=0.0),
-    "prefix": dict(lr=1e-2, weight_decay=0.0),
     "ptuning": dict(lr=5e-2, weight_decay=0.0),
     "prompt": dict(lr=5e-2, weight_decay=0.0),
 }
@@ -211,7 +201,8 @@ def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.out, cfg.init)
     check_method(cfg.adapter)
-    rates = RATES.get(cfg.adapter, dict(lr=1e-2, weight_decay=0.0)).items()
+    first = cfg.adapter and cfg.adapter.partition("+")[0]
+    rates = RATES.get(first, dict(lr=1e-2, weight_decay=0.0)).items()
     cfg = replace(cfg, **{name: rate for name, rate in rates if getattr(cfg, name) is None})
     model, tokenizer = load_model(cfg.init)
     chats, val_chats, examples = load_domain(cfg)
@@ -263,9 +254,8 @@ def finish(run, model, before, after, **costs):
         ("held-out text", "bits_per_byte", "bits per byte", False),
     ]
     effects = [effect(name, before[key], after[key], *unit) for name, key, *unit in compared]
-    weights = run.folder / (WEIGHTS if model.adapter else "model.safetensors")
     costs |= dict(zip(("trained_parameters", "trained_share"), trainable(model)))
-    costs["file_bytes"] = weights.stat().st_size if run.rt.main else 0
+    costs["file_bytes"] = sum(path.stat().st_size for path in run.folder.rglob("*.safetensors"))
     run.write_result(effects, before=before, after=after, **costs)
     run.rt.close()
 

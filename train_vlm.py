@@ -65,7 +65,6 @@ from nanollm.batches import Packed, Sampler, pack_chats, row_length
 from nanollm.checkpoint import existing_folder
 from nanollm.config import (
     LARGE,
-    AdapterConfig,
     OpenShare,
     Share,
     TrainConfig,
@@ -88,7 +87,8 @@ from nanollm.metrics import (
     question_of,
 )
 from nanollm.optim import PROJECTOR, SCHEDULES, build_optimizer
-from nanollm.peft.adapters import start_adapter
+from nanollm.peft.adapters import start_adapter, trainable
+from nanollm.peft.method import Settings
 from nanollm.records import read_captions, read_chats, read_examples, read_image_chats
 from nanollm.rollouts import prompt_of, with_room
 from nanollm.run import Run, check_folders, effect, holds_a_run, move_aside
@@ -102,7 +102,7 @@ from train_sft import BEGINS, load_text, replay_count, replay_rows, sft_loss, va
 
 
 @dataclass
-class Config(AdapterConfig, TrainConfig):
+class Config(Settings, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: 224 pixels, one GPU; downloaded:
     # for a model of 0.1 to 1B parameters
     preset: str = "tiny"
@@ -572,7 +572,10 @@ def finish(cfg, run, model, tokenizer, store, tests, texts_before, val_rows):
         effects.append(effect(name, loss["another"], loss["right"], "nats per token", False))
     if tests["images"] and run.rt.main:
         keep_samples(run.folder / "images.json", tests["images"], completions, guesses)
-    run.write_result(effects, val_loss=loss, images=columns, texts=texts)
+    trained, _ = trainable(model)
+    run.write_result(
+        effects, val_loss=loss, images=columns, texts=texts, trained_parameters=trained
+    )
 
 
 def baseline_of(out):
@@ -613,7 +616,9 @@ def complete_settings(cfg):
         fits, "--hard_negatives", f"{cfg.hard_negatives} must divide --batch_size {cfg.batch_size}"
     )
     fits = not (cfg.adapter and cfg.train_vision)
-    need(fits, "--train_vision", "goes with no --adapter, whose folder has no room for a tower")
+    need(
+        fits, "--train_vision", "goes with no --adapter; --targets all,vision puts it on the tower"
+    )
     return cfg
 
 

@@ -24,12 +24,14 @@ from nanollm.formats import IMAGE
 from nanollm.generate import stream
 from nanollm.hub import load_model
 from nanollm.metrics import LONGEST_COMPLETION
+from nanollm.peft.lora import use
 from nanollm.records import check_markers
 from nanollm.rollouts import template_of
 from nanollm.runtime import start
 from nanollm.tools import Toolbox
 
 HELP = """/image FILE  show an image with the next message
+/adapter A   go on with the adapter called A, where there are several, or with none
 /reset       begin anew
 /help        list the commands
 /quit        end, as do an empty line, Ctrl-D and Ctrl-C; while the model writes, Ctrl-C stops it"""
@@ -39,7 +41,9 @@ HELP = """/image FILE  show an image with the next message
 class Config:
     # run folder or model folder
     model: str = field(default="runs/sft", metadata={"positional": True})
-    adapter: str | None = None  # folder of an adapter to put on it
+    # folder of an adapter to put on it; several with commas, called as their folders: the first
+    # speaks, until a line /adapter A chooses another
+    adapter: str | None = None
     prompt: str | None = None  # answer this and exit
     image: str | None = None  # image to show with the first message; several with commas
     system: str | None = None  # a system message before the conversation
@@ -62,7 +66,10 @@ class Conversation:
         self.cfg = cfg
         self.typed = cfg.prompt is None and sys.stdin.isatty()  # is somebody there?
         model, self.tokenizer = load_model(cfg.model, cfg.adapter)
-        self.model = rt.prepare(model, train=False).merged()  # once for all messages
+        model = rt.prepare(model, train=False)
+        self.whole = self.model = model if model.lora else model.merged()  # once for all messages
+        if model.lora:
+            self.choose(model.lora.known[0])
         self.room = model.cfg.max_position_embeddings - cfg.max_new_tokens
         self.tools = None
         if cfg.tools:
@@ -70,6 +77,11 @@ class Conversation:
             self.tools = Toolbox.with_knowledge(knowledge, self.tokenizer)
         self.generator = torch.Generator(rt.device).manual_seed(cfg.seed)
         self.reset()
+
+    def choose(self, adapter):
+        """Go on with the adapter of this name, or with none; what has been said stays."""
+        use(self.whole, adapter)
+        self.model = self.whole.merged()
 
     def reset(self):
         self.messages = [{"role": "system", "content": self.cfg.system}] * bool(self.cfg.system)
@@ -137,14 +149,14 @@ class Conversation:
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    template = template_of(cfg.adapter or cfg.model)
     talk = Conversation(cfg, rt)
-    if template != "chat":
-        say(
-            f"note: {cfg.model} was trained with --template {template}, not on chats; "
-            "python -m nanollm.evaluate asks as it was trained",
-            sys.stderr,
-        )
+    for folder in (cfg.adapter or cfg.model).split(","):
+        if (template := template_of(folder)) != "chat":
+            say(
+                f"note: {folder} was trained with --template {template}, not on chats; "
+                "python -m nanollm.evaluate asks as it was trained",
+                sys.stderr,
+            )
     for path in filter(str.strip, (cfg.image or "").split(",")):
         talk.show(path)
     if cfg.prompt is not None:
@@ -179,10 +191,12 @@ def follow(talk, line):
         talk.reset()
     elif command == "/image" and rest.strip():
         talk.show(rest)
+    elif command == "/adapter" and rest.strip():
+        talk.choose(None if rest.strip() == "none" else rest.strip())
     elif command == "/help":
         print(HELP)
     elif re.fullmatch(r"/\w*", command):
-        raise UserError(f"{command}: no such command, or without its FILE; /help lists them")
+        raise UserError(f"{command}: no such command, or a word is missing; /help lists them")
     elif line:
         talk.say(line)
 

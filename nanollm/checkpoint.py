@@ -263,10 +263,12 @@ def bases_of(folder):
     while is_adapter(folder):
         named, places = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"), []
         if isinstance(named, str):
-            # as written, here or from any folder above the adapter; or by its name after a move
+            # within the adapter; as written, here or from any folder above it; or, after a move, by
+            # its name
             above = [folder.resolve(), *folder.resolve().parents]
             ends = (named, Path(named).name)
-            places = [Path(named), *(place / end for end in ends for place in above)]
+            places = [folder / Path(named).name, Path(named)]
+            places += [place / end for end in ends for place in above]
         base = next((place for place in places if place.is_dir()), None)
         if base is None and isinstance(named, str) and is_hub_name(named):
             base = hub_folder(named)

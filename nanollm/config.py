@@ -124,7 +124,7 @@ class AdapterConfig:
 
     # -- Adapter
     # freeze the model and train an adapter only: lora, dora, qlora, bottleneck, prefix, ptuning
-    # or prompt (nanollm/peft/); none: all weights are trained
+    # or prompt (nanollm/peft/), or two such as lora+prompt; none: all weights are trained
     adapter: str | None = None
     rank: Whole[1] = 16  # r of lora, dora and qlora; width of a bottleneck adapter
     alpha: Positive = 32.0  # lora, dora, qlora: what they learn counts alpha / r

@@ -9,11 +9,12 @@ Run     python -m nanollm.evaluate runs/sft                      # the village's
         python -m nanollm.evaluate runs/vlm --data images --images none     # grey ones instead
         python -m nanollm.evaluate runs/ppo --data preferences --against runs/sft
         python -m nanollm.evaluate runs/sft --data preferences --reward_model runs/rm --best_of 4
-Prints a table and writes it as JSON to <run>/evaluation.json, or preferences.json; into a
-downloaded folder it writes nothing. Examples are
-JSONL, one per line: {"messages": [..., a user's turn], "answer": "...", "check": "contains" |
-"exact" | "number" | "choice" | "unknown", "task": "..."}, or {"prompt", "answer"}, or GSM8K's,
-MMLU's or ARC's, with an "image" where the question is about one; see data/README.md.
+        python -m nanollm.evaluate runs/sft --adapter runs/lora,runs/pirate     # side by side
+Prints a table and writes it as JSON to <run>/evaluation.json, preferences.json, or of several
+adapters adapters.json; into a downloaded folder it writes nothing. Examples are JSONL, one per
+line: {"messages": [..., a user's turn], "answer": "...", "check": "contains" | "exact" | "number" |
+"choice" | "unknown", "task": "..."}, or {"prompt", "answer"}, or GSM8K's, MMLU's or ARC's, with an
+"image" where the question is about one; see data/README.md.
 Completions are greedy unless --temperature says else; with --samples it speaks of the sampled ones.
 """
 
@@ -41,6 +42,7 @@ from nanollm.metrics import (
     sampled_metrics,
     table,
 )
+from nanollm.peft.lora import use
 from nanollm.preferences import judge, load_scorer, win_rate
 from nanollm.records import read_examples, read_prompts
 from nanollm.rewards import is_right
@@ -54,7 +56,9 @@ from nanollm.tools import Toolbox
 class Config:
     # run folder or model folder
     model: str = field(default="runs/sft", metadata={"positional": True})
-    adapter: str | None = None  # folder of an adapter to put on it
+    # folder of an adapter to put on it; several with commas: every example is asked of each of them
+    # and of the model alone, all in one batch
+    adapter: str | None = None
     # village; its problems (reasoning) or questions for tools (tools, sql); about its images
     # questions (images), those on combinations held out (combos) or problems (counting); a JSONL
     # file of test examples; or preferences: what sampled completions of the village's prompts are
@@ -110,6 +114,8 @@ def check_flags(cfg):
         raise UserError("--best_of needs a --reward_model that says which completion is best")
     if (cfg.reward_model or cfg.against) and cfg.data != "preferences":
         raise UserError("--reward_model and --against go with --data preferences alone")
+    if "," in (cfg.adapter or "") and cfg.data == "preferences":
+        raise UserError("--data preferences takes one --adapter at a time")
     if cfg.data in ("tools", "sql") and not cfg.tools:
         print("without --tools: the calls that the model writes aren't run")
 
@@ -129,20 +135,23 @@ def load_examples(cfg, model):
     return first_of_each_task(cloze + read_examples(path), cfg.limit)
 
 
-def held_out_text(cfg, model, tokenizer):
-    """Loss on the village's held-out text."""
+def held_out_text(cfg, model, tokenizer, label):
+    """Loss on the village's held-out text; prints it, labelled with the adapter that speaks."""
     path = village.of_run(cfg.model) / "corpus_val.jsonl"
     corpus = open_corpus(tokenizer, path)
     windows = Windows(corpus, min(256, model.cfg.max_position_embeddings))
     nats, bpb = bits_per_byte(model, tokenizer, windows)
-    print(f"held-out text: {bpb:.4f} bits per byte")
-    return {"nats_per_token": nats, "bits_per_byte": bpb}
+    print(f"held-out text{label}: {bpb:.4f} bits per byte")
+    return {f"nats_per_token{label}": nats, f"bits_per_byte{label}": bpb}
 
 
 def evaluate_answers(cfg, rt, model, tokenizer):
     """Accuracy on the test examples, and on the village bits per byte; prints them."""
     examples, tools = load_examples(cfg, model), None
-    template = cfg.template or template_of(cfg.adapter or cfg.model)
+    template, *others = {*map(template_of, (cfg.adapter or cfg.model).split(","))}
+    if others and not cfg.template:
+        raise UserError("the adapters were trained with different templates; name one: --template")
+    template, names = cfg.template or template, [None]
     if template != "chat":
         print(f"questions are put by the template {template}")
     if cfg.tools:
@@ -158,18 +167,24 @@ def evaluate_answers(cfg, rt, model, tokenizer):
     how |= {"begin": cfg.begin, "shown": cfg.images, "template": template}
     how |= {"batch_size": cfg.batch_size, "max_new_tokens": cfg.max_new_tokens}
     answer = partial(accuracy_by_task, model, tokenizer, **how)
+    if model.lora:  # several adapters
+        names += model.lora.known
+        examples = [e | {"task": f"{e['task']}, {name}"} for e in examples for name in names]
+        use(model, names * (len(examples) // len(names)))
     temperature = 0.0 if cfg.samples > 1 else cfg.temperature or 0.0
     result["tasks"], completions = answer(examples, temperature=temperature)
     if cfg.samples > 1:
         repeated = [example for example in examples for _ in range(cfg.samples)]
+        model.select_rows(torch.arange(len(examples)).repeat_interleave(cfg.samples))
         sampled = answer(repeated, temperature=cfg.temperature or 1.0)[1]
         result["sampled"] = sampled_metrics(examples, completions, sampled)
         print(f"greedy, one sample, maj@{cfg.samples} and pass@{cfg.samples}")
         print(accuracy_table({"": result["sampled"]}, ("accuracy", "sampled", "maj", "pass")))
     else:
         print(accuracy_table({"accuracy": result["tasks"]}))
-    if cfg.data == "village":
-        result |= held_out_text(cfg, model, tokenizer)
+    for name in names if cfg.data == "village" else ():
+        use(model, name)
+        result |= held_out_text(cfg, model, tokenizer, f", {name}" * (len(names) > 1))
     result["effects"] = [
         effect(name, None, found["accuracy"], "share") for name, found in result["tasks"].items()
     ]
@@ -210,9 +225,11 @@ def main(cfg):
     preferences = cfg.data == "preferences"
     measure = evaluate_preferences if preferences else evaluate_answers
     result = {"model": cfg.model, "adapter": cfg.adapter} | measure(cfg, rt, model, tokenizer)
-    folder = Path(cfg.adapter or cfg.model)
+    several = "," in (cfg.adapter or "")
+    folder = Path(cfg.model if several else cfg.adapter or cfg.model)
     if cfg.out or (folder / "train_config.json").exists():
         name = "preferences.json" if preferences else "evaluation.json"
+        name = "adapters.json" if several else name
         out = Path(cfg.out or folder / name)
         atomic_write(out, json.dumps(result, indent=2) + "\n")
         print(f"written to {out}")

@@ -314,8 +314,10 @@ def sample_completions(
         noise = noise_by_prompt(prompts, (G, max_new_tokens), model.device, generator)
     size = max(1, batch_size // G)  # prompts in a batch
     for numbers in (order[i : i + size] for i in range(0, len(order), size)):
+        part = model.merged()
+        part.select_rows(torch.tensor(numbers))  # where each prompt has an adapter of its own
         out = generate(
-            model,
+            part,
             [prompts[i] for i in numbers],
             max_new_tokens,
             G,

@@ -371,15 +371,16 @@ def fused(*linears):
     return lambda x: F.linear(x, weight, bias).split(sizes, dim=-1)
 
 
-def unwrap(module, merged):
+def unwrap(module, merged, but=()):
     """Replace, in place, the layers that an adapter or four bits changed by plain ones: the base's
-    own, or with `merged` ones that compute the same, where such exist.
+    own, or with `merged` ones that compute the same, where such exist; none in the parts with an id
+    in `but`.
     """
     for name, child in list(module.named_children()):
         if hasattr(child, "plain"):
             setattr(module, name, child.plain(merged))
-        else:
-            unwrap(child, merged)
+        elif id(child) not in but:
+            unwrap(child, merged, but)
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -430,7 +431,7 @@ class GPT(nn.Module):
         if not any(hasattr(module, "plain") for module in self.modules()):  # nothing to merge first
             kept |= {id(p): nn.Parameter(p.to(dtype), False) for p in self.parameters()}
         copied = copy.deepcopy(self, kept)
-        unwrap(copied, merged=True)
+        unwrap(copied, merged=True, but=self.shared())
         for name, part in copied.named_children():
             if id(getattr(self, name)) not in self.shared():
                 part.to(dtype)

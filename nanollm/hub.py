@@ -56,20 +56,25 @@ def save_model(model, tokenizer, folder):
 
 def load_model(folder, adapter=None):
     """(GPT in fp32 on the CPU, Tokenizer) from a run folder or any downloaded folder of a known
-    shape; from an adapter's folder its base with the adapter. `adapter` names one more to put on.
-    A folder of LLaVA's shape gives a VLM.
+    shape; from an adapter's folder its base with the adapter. `adapter` names one more to put on,
+    or several with commas, of which peft.lora.use chooses. A folder of LLaVA's shape gives a VLM.
     """
     folder = existing_folder(folder)
     if is_scalar(folder):
         raise UserError(f"{folder} holds a reward model, which scores text and writes none")
     if adapter:
-        own = existing_folder(adapter, "--adapter").resolve()
-        if own in [place.resolve() for place in (folder, *bases_of(folder))]:
-            raise UserError(f"{folder} holds the adapter in {adapter} already")
-        from nanollm.peft.adapters import put_adapter
+        from nanollm.peft.adapters import put_adapter, put_adapters
 
+        names = adapter.split(",") if isinstance(adapter, str) else [adapter]
+        chosen = [existing_folder(name, "--adapter") for name in names]
+        held = [place.resolve() for place in (folder, *bases_of(folder))]
+        if twice := [each for each in chosen if each.resolve() in held]:
+            raise UserError(f"{folder} holds the adapter in {twice[0]} already")
         model, tokenizer = load_model(folder)
-        put_adapter(model, adapter, folder)
+        if len(chosen) == 1:
+            put_adapter(model, *chosen, folder)
+        else:
+            put_adapters(model, chosen, folder)
         return model, tokenizer
     if is_adapter(folder):
         return load_model(bases_of(folder)[0], folder)

@@ -132,10 +132,10 @@ def build_optimizer(
 
     "muon": matrices of the blocks and of a projector by Muon at `muon_lr`, the rest by AdamW at
     `lr`; "adamw": all by AdamW at `lr`. A projector learns at PROJECTOR times these rates. Weight
-    decay falls on matrices only. `layer_decay` < 1 multiplies the learning rate once per layer
-    below the head (Howard & Ruder 2018, arXiv:1801.06146), so that the lowest layers move least.
-    `lora_plus` multiplies that of an adapter's B (Hayou et al. 2024, LoRA+, 2402.12354, want about
-    16).
+    decay falls on matrices only, and not on virtual tokens. `layer_decay` < 1 multiplies the
+    learning rate once per layer below the head (Howard & Ruder 2018, arXiv:1801.06146), so that the
+    lowest layers move least. `lora_plus` multiplies that of an adapter's B (Hayou et al. 2024,
+    LoRA+, 2402.12354, want about 16).
     """
     layers = 1 + max((_layer(name) for name, _ in model.named_parameters()), default=0)
     muon, adam = {}, {}
@@ -148,7 +148,8 @@ def build_optimizer(
         factor = layer_decay ** (layers - _layer(name)) if low else 1.0
         factor *= PROJECTOR if name.startswith("projector.") else 1.0
         factor *= lora_plus if ".lora_B." in name else 1.0
-        into.setdefault((factor, p.dim() >= 2), []).append(p)
+        decayed = p.dim() >= 2 and not name.startswith("model.prefix.")
+        into.setdefault((factor, decayed), []).append(p)
 
     def groups(members, lr):
         return [

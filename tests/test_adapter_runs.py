@@ -1,5 +1,6 @@
 """--adapter in every script, and lora.py: what is learnt, saved, opened, resumed and refused."""
 
+import io
 import json
 import shutil
 from importlib import import_module
@@ -123,7 +124,7 @@ def test_the_reference_is_the_base_at_first_and_the_base_stays_as_it_was(here):
 RATES = {"prefix": 0.02, "ptuning": 0.1, "prompt": 0.1, "none": 0.003}  # of the others: 0.02
 
 
-@pytest.mark.parametrize("method", [*METHODS, "none"])
+@pytest.mark.parametrize("method", [*METHODS, "lora+prompt", "none"])
 def test_every_method_learns_a_new_answer_and_what_it_saves_answers_so(method, here):
     out, rate = f"runs/new_{method}", RATES.get(method, 0.02)
     flags = ["--adapter", method, "--rank", 4, "--alpha", 8, "--lr", rate, "--warmup", 2]
@@ -136,7 +137,8 @@ def test_every_method_learns_a_new_answer_and_what_it_saves_answers_so(method, h
     assert tasks["say"]["accuracy"] == pytest.approx(after["accuracy"], abs=0.13)
     weights = "model.safetensors" if method == "none" else "adapter_model.safetensors"
     assert [path.name for path in Path(out).glob("*.safetensors")] == [weights]
-    assert found["file_bytes"] == Path(out, weights).stat().st_size
+    sizes = [path.stat().st_size for path in Path(out).rglob(weights)]
+    assert found["file_bytes"] == sum(sizes) and len(sizes) == 1 + ("+" in method)
     all_parameters = sum(p.numel() for p in load_model("runs/sft")[0].parameters())
     assert found["trained_share"] == found["trained_parameters"] / all_parameters
     assert (found["trained_share"] < 1) == (method != "none")
@@ -210,12 +212,46 @@ def test_chat_and_evaluate_take_an_adapter(here, capsys):
     assert answers[0] == answers[1] != "" and found[0] == found[1]
 
 
+def test_several_adapters_are_chosen_by_name_in_one_session_and_one_batch(
+    here, capsys, monkeypatch
+):
+    flags = ["--rank", 4, "--alpha", 8, "--lr", 0.02, "--warmup", 2, "--steps", 60]
+    run("lora", *flags, "--eval_every", 60, out="runs/says-no")
+    run("lora", *flags[:4], "--steps", 1, "--adapter", "dora", out="runs/hardly")
+    words = ["--adapter", "runs/says-no,runs/hardly", "--dtype", "fp32", "--max_new_tokens", "8"]
+    test = ["runs/sft", *words, "--data", "no_test.jsonl"]
+    evaluate.main(parse(evaluate.Config, None, [*test, "--samples", "2"]))
+    assert "say, says_no" in capsys.readouterr().out
+    found, n = json.loads(Path("runs/sft/adapters.json").read_text()), len(WORDS)
+    assert {name: each["n"] for name, each in found["tasks"].items()} == {
+        "say, None": n, "say, says_no": n, "say, hardly": n,
+    }  # fmt: skip
+    right = [each["accuracy"] for each in found["tasks"].values()]
+    assert right[1] >= 0.95 and right[0] == right[2] < 0.3
+    assert found["sampled"]["say, says_no"]["sampled"] > 0.5 > found["sampled"]["say, None"]["pass"]
+    lines = ["say owl", "/adapter none", "say owl", "/adapter hardly", "say owl"]
+    lines = "\n/reset\n".join([*lines, "/adapter says_no", "say owl"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    chat.main(parse(chat.Config, None, ["runs/sft", *words, "--temperature", "0"]))
+    no, alone, hardly, again = capsys.readouterr().out.splitlines()
+    assert no == again == "no" != alone == hardly
+    monkeypatch.setattr("sys.stdin", io.StringIO("/adapter gone\n"))
+    assert "no adapter 'gone'; it has says_no, hardly" in refused(capsys, chat, "runs/sft", *words)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/adapter says_no\n"))
+    assert "none beside the one merged" in refused(capsys, chat, "runs/says-no")
+    said = refused(capsys, evaluate, "runs/sft", *words, "--data", "preferences")
+    assert "takes one --adapter at a time" in said
+    for folder in ("runs/lora", "runs/says-no"):
+        twice = f"runs/says-no,{folder}"
+        assert "error: " in refused(capsys, evaluate, "runs/sft", "--adapter", twice)
+
+
 # --- kill and resume, several processes ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("script,method", [
     ("train_sft", "dora"), ("train_rm", "lora"), ("train_ppo", "lora"), ("train_grpo", "qlora"),
-    ("lora", "prefix"),
+    ("lora", "prefix"), ("lora", "lora+prompt"),
 ])  # fmt: skip
 def test_an_interrupted_and_resumed_run_equals_a_whole_one_bit_for_bit(script, method, here):
     flags = ["--adapter", method, "--rank", 4, "--steps", 6, "--eval_every", 2]

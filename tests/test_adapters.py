@@ -139,12 +139,24 @@ def test_an_adapter_of_a_base_of_another_shape_is_refused(method, random_model, 
 
 
 def test_what_cannot_be_attached_is_refused(random_model, tmp_path):
-    with pytest.raises(UserError, match="--adapter must be one of lora, .*not 'magic'"):
-        adapters.attach(random_model(), "magic")
+    for name in ("magic", "lora+", "+prompt", "lora+lora", "prompt+lora", "lora+dora+prompt"):
+        with pytest.raises(UserError, match="--adapter must be one of lora, .*not '"):
+            adapters.attach(random_model(), name)
     with pytest.raises(UserError, match="has an adapter .prefix. already"):
         attach(attach(random_model(), "prefix"), "lora")
     with pytest.raises(UserError, match="holds no adapter"):
         adapters.load_adapter(random_model(), tmp_path)
+    with pytest.raises(UserError, match="--targets must name o_proj, down_proj"):
+        adapters.attach(random_model(), "bottleneck", adapters.Settings(targets="q_proj"))
+    for name, method, words in (
+        ("a", "bottleneck", "only adapters of the LoRA family stand side by side"),
+        ("a", "lora", "called as their folders, and a is taken"),
+        ("values", "lora", "called as their folders, and values is taken"),
+        ("b", "qlora", "for a base of four bits can't stand beside"),
+    ):
+        model = adapters.attach(random_model(), "dora", SETTINGS, name="a")
+        with pytest.raises(UserError, match=words):
+            adapters.attach(model, method, SETTINGS, name=name)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA"}))
     with pytest.raises(UserError, match="peft_type 'LOHA' is not implemented"):
         adapters.load_adapter(random_model(), tmp_path)

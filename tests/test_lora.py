@@ -9,9 +9,9 @@ import torch
 import transformers
 from helpers import close
 
-from nanollm import safetensors
+from nanollm import hub, safetensors
 from nanollm.config import UserError
-from nanollm.generate import generate
+from nanollm.generate import generate, sample_completions
 from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.optim import build_optimizer
 from nanollm.peft import adapters, lora
@@ -109,6 +109,13 @@ def test_every_row_of_a_batch_may_have_its_own_adapter_while_generating_too(meth
     close(model(TOKENS), torch.cat(expected))
     got = generate(model, prompts, 8, **how).lists()
     assert got == written and len({tuple(row) for row in got}) == 3
+
+    class Any:
+        stop_ids, pad_id = [7], 0
+
+    for size in (2, 256):  # batches of prompts, the shortest first
+        how = {"samples": 2, "temperature": 0, "batch_size": size}
+        assert sample_completions(model, Any, prompts, 8, **how) == written
     with pytest.raises(UserError, match="3 rows have an adapter, but the batch has 2"):
         model(TOKENS[:2])
     with pytest.raises(UserError, match="no adapter 'c'; it has a, b"):
@@ -174,6 +181,23 @@ def test_files_of_peft_open_in_ours_with_its_logits(method, base, tmp_path):
         close(model(TOKENS), other(TOKENS).logits)
     with pytest.raises(UserError, match="holds the adapter in .* already"):
         load_model(tmp_path / "adapter", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_what_is_exported_merged_is_what_peft_merges(method, base, tmp_path, tokenizer):
+    model = adapted(load_model(base)[0], method, base=base)
+    save_model(model, tokenizer, tmp_path / "adapter")
+    hub.export(tmp_path / "adapter", hub.Config(out=str(tmp_path / "merged"), merge=True))
+    ours = safetensors.load_folder(tmp_path / "merged")
+    other = opened_by_peft(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    other.pop("lm_head.weight")  # tied
+    assert ours.keys() == other.keys()
+    for name, tensor in ours.items():
+        close(tensor, other[name], 1e-6, 1e-5)
+    moved = [
+        name for name, x in load_model(base)[0].state_dict().items() if not x.equal(ours[name])
+    ]
+    assert len(moved) == 2 * 7
 
 
 def test_a_reward_models_adapter_opens_in_peft(base, tmp_path):

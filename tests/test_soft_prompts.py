@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from nanollm.hub import save_model
+from nanollm.generate import generate
+from nanollm.hub import load_model, save_model
 from nanollm.peft import adapters, soft_prompts
 
 V = 5
@@ -82,6 +83,34 @@ def test_files_open_both_ways_with_equal_logits(method, pair, random_model, tmp_
     other.save_pretrained(tmp_path / "theirs")
     ours = adapters.load_adapter(random_model(), tmp_path / "theirs")
     torch.testing.assert_close(ours(TOKENS), logits_of_peft(other), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora+prompt", "dora+prefix", "lora+ptuning"])
+def test_an_adapter_and_virtual_tokens_together_are_two_folders_of_pefts(
+    method, random_model, tokenizer, tmp_path
+):
+    base, folder = tmp_path / "base", tmp_path / "both"
+    save_model(random_model(), tokenizer, base)
+    settings = adapters.Settings(rank=4, virtual_tokens=V, hidden=16)
+    ours = adapters.attach(random_model(), method, settings, base)
+    trained = [p for p in ours.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.02)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(ours(TOKENS)).backward()
+        assert all(p.grad.abs().max() > 0 for p in trained[-1:])
+        optimizer.step()
+    save_model(ours, tokenizer, folder)
+    first, second = method.split("+")
+    inner = peft.PeftModel.from_pretrained(theirs(tmp_path), str(folder / first))
+    other = peft.PeftModel.from_pretrained(inner.merge_and_unload(), str(folder))
+    torch.testing.assert_close(logits_of_peft(other), ours(TOKENS), atol=1e-5, rtol=1e-5)
+    folder.rename(tmp_path / "moved")
+    save_model(adapters.attach(random_model(1), method, settings, base), tokenizer, folder)
+    again, _ = load_model(tmp_path / "moved")
+    torch.testing.assert_close(again(TOKENS), ours(TOKENS), atol=1e-5, rtol=1e-5)
+    out = [generate(each, [[1, 2], [3]], 6, temperature=0).lists() for each in (ours, again)]
+    assert out[0] == out[1] and again.adapter == {"prefix": "ptuning"}.get(second, second)
 
 
 @pytest.mark.parametrize("method", ["prompt", "ptuning"])

@@ -18,6 +18,7 @@ from nanollm.logprobs import completion_logprobs
 from nanollm.metrics import accuracy_by_task
 from nanollm.optim import PROJECTOR, build_optimizer
 from nanollm.peft import adapters
+from nanollm.peft.method import BASE, Around, peft_name
 from nanollm.records import read_examples, read_image_chats
 from nanollm.runtime import Runtime
 from nanollm.vision.images import ImageStore, Preprocessing
@@ -222,11 +223,11 @@ def test_flop_of_a_token_leave_the_vision_tower_out(vlm, random_model):
 # --- adapters ------------------------------------------------------------------------------------
 
 
-def adapted(vlm):
-    adapters.attach(vlm, "lora", adapters.Settings(rank=4, alpha=8.0))
+def adapted(vlm, method="lora", targets="all"):
+    adapters.attach(vlm, method, adapters.Settings(rank=4, alpha=8.0, targets=targets))
     with torch.no_grad():
         for name, p in vlm.named_parameters():
-            if ".lora_B." in name:
+            if ".lora_B." in name or name.endswith(".up.weight"):
                 p.normal_(std=0.3)
         vlm.projector.linear_1.weight.mul_(1.5)
     return vlm
@@ -249,6 +250,33 @@ def test_lora_goes_around_the_language_model_and_its_folder_keeps_the_projector(
     assert torch.allclose(logits_of(vlm, ids, images), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("targets", ["vision", "all,vision"])
+@pytest.mark.parametrize("method, layers", [("lora", 6), ("dora", 6), ("bottleneck", 2)])
+def test_an_adapter_goes_around_the_layers_of_the_tower_that_have_a_part_in_what_is_read(
+    method, layers, targets, vlm, tokenizer, tmp_path
+):
+    save_model(vlm, tokenizer, tmp_path / "base")
+    ids, images = ask(vlm, tokenizer, "<image>?"), some_images(1)
+    before = vlm.encode_images(images)
+    adapted(vlm, method, targets).base_folder = tmp_path / "base"
+    around = [name for name, module in vlm.named_modules() if isinstance(module, Around)]
+    in_tower = [name.split(".")[3] for name in around if name.startswith("vision.encoder.layers.")]
+    assert in_tower == ["0"] * layers + ["1"] * layers  # of three: state -2 is read
+    assert (len(around) > len(in_tower)) == (targets == "all,vision")
+    assert not torch.allclose(vlm.encode_images(images), before, atol=1e-2)
+    expected = logits_of(vlm, ids, images)
+    vlm.train()
+    loss = vlm(torch.tensor([ids]), images=images).square().mean()
+    loss.backward()  # through all that is trained
+    assert all(p.grad is not None for p in vlm.parameters() if p.requires_grad)
+    save_model(vlm.eval(), tokenizer, tmp_path / "adapter")
+    loaded = load_model(tmp_path / "adapter")[0].eval()
+    assert torch.allclose(logits_of(loaded, ids, images), expected, atol=1e-4)
+    written = generate(vlm, [ids], 6, temperature=0, images=[images]).lists()
+    assert written == [slow_greedy(vlm, ids, images, 6)]
+    assert torch.equal(logits_of(vlm, ids, images), expected)  # sampling has merged a copy
+
+
 def test_an_adapter_is_not_saved_where_it_would_lose_the_vision_tower(vlm, tokenizer, tmp_path):
     adapted(vlm).base_folder = tmp_path / "base"
     vlm.vision.requires_grad_(True)
@@ -256,15 +284,22 @@ def test_an_adapter_is_not_saved_where_it_would_lose_the_vision_tower(vlm, token
         save_model(vlm, tokenizer, tmp_path / "adapter")
 
 
-def test_peft_opens_the_adapter_of_a_vlm(tokenizer, tmp_path, transformers):
+@pytest.mark.parametrize("targets", ["all", "vision", "q_proj,vision"])
+def test_peft_opens_and_merges_the_adapter_of_a_vlm_as_we_do(
+    targets, tokenizer, tmp_path, transformers
+):
     peft = pytest.importorskip("peft")
     vlm = make(tokenizer, "mlp")
     save_model(vlm, tokenizer, tmp_path / "base")
-    adapted(vlm).base_folder = tmp_path / "base"
+    adapted(vlm, targets=targets).base_folder = tmp_path / "base"
     save_model(vlm, tokenizer, tmp_path / "adapter")
     base = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert equal_to_theirs(vlm, theirs, tokenizer, atol=1e-4)
+    theirs, ours = theirs.merge_and_unload().state_dict(), load_model(tmp_path / "adapter")[0]
+    for name, tensor in ours.state_dict().items():
+        name = peft_name(vlm, name).removeprefix(BASE)
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-5)
 
 
 # --- generation ----------------------------------------------------------------------------------

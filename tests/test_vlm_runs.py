@@ -164,14 +164,21 @@ def test_the_tower_stays_as_it_is_unless_it_is_trained(here):
     assert all(torch.equal(before[name], after[name]) for name in layers[1])  # isn't read
 
 
-def test_an_adapter_is_trained_beside_the_projector_and_its_folder_opens(here):
-    vlm(INSTRUCT, *"--adapter lora --rank 4 --steps 3".split(), out="runs/lora")
+@pytest.mark.parametrize(
+    "targets, parts",
+    [("all", {"model"}), ("vision", {"vision"}), ("all,vision", {"model", "vision"})],
+)
+def test_an_adapter_is_trained_beside_the_projector_and_its_folder_opens(targets, parts, here):
+    flags = f"--adapter lora --rank 4 --steps 3 --targets {targets}"
+    vlm(INSTRUCT, *flags.split(), out="runs/lora")
+    trained = result("runs/lora")["trained_parameters"]
+    assert trained < sum(x.numel() for x in weights("runs/lora").values()) / 2
     assert not Path("runs/lora/model.safetensors").exists()
     names = torch.load("runs/lora/state.pt", weights_only=True)["model"].keys()
     assert {name.split(".")[0] for name in names if ".lora_" not in name} == {"projector"}
     assert any(".lora_" in name for name in names)
     assert isinstance(load_model("runs/lora")[0], VLM)
-    assert changed("runs/align", "runs/lora") == {"model", "projector"}
+    assert changed("runs/align", "runs/lora") == {"projector", *parts}
 
 
 @pytest.mark.parametrize(
@@ -373,7 +380,7 @@ REFUSED = {
     "replay of no row": ([*INSTRUCT, "--replay", 0.01], "would be 0 of 12 rows; change it"),
     "long examples": ([*INSTRUCT, "--test_data", "long_examples.jsonl"], "context of 64"),
     "damaged examples": ([*INSTRUCT, "--test_data", "damaged_examples.jsonl"], "damaged.png"),
-    "adapter and tower": ([*INSTRUCT, "--adapter", "lora", "--train_vision"], "for a tower"),
+    "adapter and tower": ([*INSTRUCT, "--adapter", "lora", "--train_vision"], "all,vision"),
     "all with damaged examples": ([*ALL, "--test_data", "damaged_examples.jsonl"], "damaged.png"),
     "all from a VLM": ([*ALL, "--init", "runs/align"], "not on one that has a tower"),
     "all beyond the context": ([*ALL, "--context", 65], "beyond the model's context of 64"),

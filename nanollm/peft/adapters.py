@@ -1,29 +1,25 @@
-"""Parameter-efficient fine-tuning: one way to attach, count, save and load every method.
-
-    lora        y = W x + s B A x                             lora.py
-    dora        the same, magnitude and direction apart       lora.py
-    qlora       lora on base weights of four bits             lora.py, nf4.py
-    bottleneck  y = h + U gelu(D h), h a branch's output      bottleneck.py
-    prefix      keys and values in front of every layer       soft_prompts.py
-    ptuning     the same, without an MLP behind them          soft_prompts.py
-    prompt      embeddings in front of the text               soft_prompts.py
+"""Parameter-efficient fine-tuning: one way to attach, count, save and load every method, of which
+the script lora.py gives the equations.
 
 A method is a class derived from Method (method.py), and a line in METHODS. The base stays as it is:
-`attach` freezes it, and only what it adds is trained and saved.
+`attach` freezes it, and only what it adds is trained and saved. "lora+prompt" is both together: one
+that can be merged, and virtual tokens that read what it has changed.
 """
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from nanollm import safetensors
 from nanollm.checkpoint import ADAPTER_CONFIG, existing_folder, is_adapter, weights_hash
 from nanollm.config import UserError, atomic_write, read_json
 from nanollm.gpt import ScalarGPT, unwrap
 from nanollm.peft.bottleneck import Bottlenecks
-from nanollm.peft.lora import DoRA, LoRA, QLoRA
+from nanollm.peft.lora import DoRA, LoRA, QLoRA, use
 from nanollm.peft.method import MODULES_TO_SAVE, Settings
 from nanollm.peft.soft_prompts import Prefix, Prompt, PTuning
 
@@ -36,6 +32,7 @@ METHODS = {
     "prefix": Prefix(),
     "prompt": Prompt(),
 }
+TOGETHER = [f"{a}+{b}" for a in METHODS if METHODS[a].mergeable for b in METHODS if METHODS[b].soft]
 
 WEIGHTS = "adapter_model.safetensors"
 BASE_HASH = "base_weights_hash"  # in the metadata of WEIGHTS; peft writes none
@@ -57,10 +54,14 @@ def attach(model, method, settings=None, base=None, **more):
             f"{base} holds an adapter, and no other is trained on one; merge it first: "
             f"python -m nanollm.hub export {base} --merge --out {base}_merged"
         )
+    if more:
+        check_beside(model, method, **more)
     model.base_parameters = sum(p.numel() for p in model.parameters())
     device = model.device
     model.requires_grad_(False)
-    model.adapter_config = METHODS[method].add(model, settings or Settings(), **more)
+    settings = settings or Settings()
+    parts = [METHODS[part] for part in method.split("+")]
+    model.adapter_config = [part.add(model, settings, **more) for part in parts]
     for name, p in model.named_parameters():
         if name.split(".")[0] in MODULES_TO_SAVE:
             p.requires_grad_(True)
@@ -72,8 +73,24 @@ def attach(model, method, settings=None, base=None, **more):
 
 def check_method(name):
     """Raise UserError for a --adapter that isn't there; None is no adapter."""
-    if name not in (None, *METHODS):
-        raise UserError(f"--adapter must be one of {', '.join(METHODS)} or none, not {name!r}")
+    if name not in (None, *METHODS, *TOGETHER):
+        raise UserError(
+            f"--adapter must be one of {', '.join(METHODS)}, two such as lora+prompt, or none, "
+            f"not {name!r}"
+        )
+
+
+def check_beside(model, method, name):
+    """Raise UserError where no adapter of this kind and name can stand beside others."""
+    kinds, taken = {method, model.adapter or method}, model.lora.known if model.lora else ()
+    if not METHODS[method].mergeable or hasattr(model, "projector"):
+        raise UserError("only adapters of the LoRA family stand side by side, on a text model")
+    if "qlora" in kinds and len(kinds) > 1:
+        raise UserError(
+            "an adapter for a base of four bits can't stand beside one for another base"
+        )
+    if name in taken or hasattr(nn.ParameterDict(), name):
+        raise UserError(f"adapters are called as their folders, and {name} is taken; rename one")
 
 
 def trainable(model):
@@ -89,25 +106,32 @@ def save_adapter(model, folder, base):
     """Write adapter_config.json and adapter_model.safetensors, which name the base and hold nothing
     of it but the hash of its weights. A base that is a folder is named by its absolute path, since
     peft takes a relative one from wherever it runs.
+
+    peft has no file for two methods: of lora+prompt the second is saved in the folder, and its base
+    is the first, on the model's own base, in a folder `lora` in there.
     """
-    base = Path(base).resolve() if base and Path(base).is_dir() else base
+    names, known = model.adapter.split("+"), getattr(model, "base_hash", None)
     scalar = isinstance(model, ScalarGPT)
-    config = {
-        "peft_type": METHODS[model.adapter].peft_type,
-        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
-        "inference_mode": True,
-        "base_model_name_or_path": str(base),
-    }
-    config |= model.adapter_config
-    if whole := [theirs for ours, theirs in MODULES_TO_SAVE.items() if hasattr(model, ours)]:
-        config["modules_to_save"] = whole
-    if scalar:
-        config["reward_shift"] = model.shift  # not peft's
-    tensors = METHODS[model.adapter].parameters(model)
-    known = getattr(model, "base_hash", None)
-    metadata = {BASE_HASH: known} if known else {}
-    atomic_write(Path(folder) / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
-    safetensors.save_file(tensors, Path(folder) / WEIGHTS, metadata=metadata)
+    for name, own in zip(names, model.adapter_config, strict=True):
+        place = Path(folder) if name == names[-1] else Path(folder) / name
+        base = Path(base).resolve() if base and Path(base).is_dir() else base
+        config = {
+            "peft_type": METHODS[name].peft_type,
+            "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
+            "inference_mode": True,
+            "base_model_name_or_path": str(base),
+        }
+        config |= own
+        if whole := [theirs for ours, theirs in MODULES_TO_SAVE.items() if hasattr(model, ours)]:
+            config["modules_to_save"] = whole
+        if scalar:
+            config["reward_shift"] = model.shift  # not peft's
+        metadata = {BASE_HASH: known} if known else {}
+        atomic_write(place / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+        tensors = METHODS[name].parameters(model)
+        safetensors.save_file(tensors, place / WEIGHTS, metadata=metadata)
+        if name != names[-1]:
+            base, known = place, weights_hash(place)
 
 
 def load_adapter(model, folder, base=None, **more):
@@ -195,3 +219,12 @@ def put_adapter(model, folder, base):
         unwrap(model, merged=True)
         model.adapter = model.lora = None
         model.requires_grad_(True)
+
+
+def put_adapters(model, folders, base):
+    """Load adapters side by side onto the model from the folder `base`, each under the name of its
+    own folder: lora.use says which of them speaks, at first the base alone.
+    """
+    for folder in folders:
+        load_adapter(model, folder, base, name=re.sub(r"\W", "_", Path(folder).name))
+    use(model, None)

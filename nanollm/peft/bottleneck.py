@@ -11,8 +11,12 @@ parameters.
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanollm.config import UserError
 from nanollm.gpt import Linear
-from nanollm.peft.method import Around, Method, put_around
+from nanollm.peft.lora import named, targets_of
+from nanollm.peft.method import Around, Method, Settings
+
+LAST = "o_proj", "down_proj", "out_proj", "fc2"  # of a branch; the last two in a vision tower
 
 
 class Bottleneck(Around):
@@ -20,7 +24,7 @@ class Bottleneck(Around):
 
     def __init__(self, base, rank):
         super().__init__(base)
-        C = base.out_features
+        C = self.out_features
         self.down, self.up = Linear(C, rank), Linear(rank, C)
         nn.init.normal_(self.down.weight, std=C**-0.5)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
@@ -35,5 +39,15 @@ class Bottlenecks(Method):
     peft_type = "BOTTLENECK"
 
     def add(self, model, settings):
-        put_around(model, ("o_proj", "down_proj"), lambda layer: Bottleneck(layer, settings.rank))
+        last = [name for name in named(model, settings.targets) if name.endswith(LAST)]
+        if not last:
+            raise UserError(
+                f"--targets must name {', '.join(LAST)}: an adapter stands behind these"
+            )
+        for name in last:
+            model.set_submodule(name, Bottleneck(model.get_submodule(name), settings.rank))
         return {"r": settings.rank}
+
+    def settings(self, model, config, tensors, where):
+        targets = targets_of(model, tensors, ".down.weight", where)
+        return Settings(rank=config["r"], targets=targets)

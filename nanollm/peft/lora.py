@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from nanollm.config import UserError
 from nanollm.gpt import Linear, unwrap
-from nanollm.peft.method import Around, Method, peft_name
+from nanollm.peft.method import BASE, Around, Method, Settings, peft_name
 from nanollm.peft.nf4 import NF4Linear, dense
 
 UNKNOWN = (  # what peft can and we cannot
@@ -115,10 +115,13 @@ class LoRALinear(Around):
 
 
 def linears(model):
-    """{name: layer} of everything that an adapter can go around, or is around already: of a VLM
-    the language model's alone.
+    """{name: layer} of everything that an adapter can go around, or is around already: of a vision
+    tower the layers that have a part in what is read.
     """
-    beside = ("vision.", "projector.", "score")
+    beside = ("projector.", "score")
+    if hasattr(model, "vision"):
+        unread = range(model.tower_depth, len(model.vision.encoder.layers))
+        beside += tuple(f"vision.encoder.layers.{i}." for i in unread)
     return {
         name: module
         for name, module in model.named_modules()
@@ -128,14 +131,16 @@ def linears(model):
 
 
 def named(model, targets):
-    """Names of the layers that `targets` means: "all" those of the blocks, or names or ends of
-    names, separated by commas. Raises UserError where one matches nothing.
+    """Names of the layers that `targets` means, separated by commas: "all" those of the language
+    model's blocks, "vision" those of the tower's, or names, or ends of names outside of the tower.
+    Raises UserError where one matches nothing.
     """
-    known, chosen = list(linears(model)), []
-    if targets == "all":
-        return [name for name in known if ".layers." in name]
+    tower = [name for name in linears(model) if name.startswith("vision.")]
+    known, chosen = [name for name in linears(model) if name not in tower], []
+    parts = {"all": [name for name in known if ".layers." in name], "vision": tower}
     for target in map(str.strip, targets.split(",")):
-        found = [name for name in known if name == target or name.endswith("." + target)]
+        found = [name for name in known if name.endswith("." + target)]
+        found = parts.get(target) or [target] * (target in known + tower) or found
         if not found or not target:
             ends = sorted({name.rpartition(".")[2] for name in known})
             raise UserError(
@@ -146,14 +151,28 @@ def named(model, targets):
     return list(dict.fromkeys(chosen))
 
 
+def targets_of(model, tensors, end, where):
+    """The layers around which the tensors in an adapter's files stand, as `named` takes them; `end`
+    is how one of each layer's own is called.
+    """
+    names = {peft_name(model, name) + end: name for name in linears(model)}
+    found = [names[name] for name in tensors if name in names]
+    if not found:
+        raise UserError(
+            f"{where} holds no matrices for layers of the model: the adapter was trained on "
+            "another base"
+        )
+    return ",".join(found)
+
+
 def use(model, names):
     """Switch: the name of an adapter for the whole batch, None for the base alone, or a list with
     one or the other for every row. Raises UserError for a name that isn't there.
     """
-    choice, several = model.lora, isinstance(names, (list, tuple))
+    choice, several = model.lora or Choice(), isinstance(names, (list, tuple))
     for name in names if several else [names]:
         if name not in (None, *choice.known):
-            known = ", ".join(choice.known)
+            known = ", ".join(choice.known) or "none beside the one merged into it"
             raise UserError(f"the model has no adapter {name!r}; it has {known}")
     choice.active, choice.rows = None if several else names, None
     if several:
@@ -165,7 +184,7 @@ def use(model, names):
 
 
 class LoRA(Method):
-    peft_type, mergeable = "LORA", True
+    peft_type, mergeable, others = "LORA", True, ("model.prefix.",)
     dora = quantised = False
 
     def add(self, model, settings, name="default"):
@@ -187,7 +206,7 @@ class LoRA(Method):
         use(model, name)
         targets = sorted({where.rpartition(".")[2] for where in chosen})
         if hasattr(model, "vision"):  # whose tower has layers of the same names
-            targets = rf"model\.language_model\..*\.({'|'.join(targets)})"
+            targets = [peft_name(model, where).removeprefix(BASE) for where in chosen]
         config = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
         config |= {"use_rslora": settings.rslora, "use_dora": self.dora}
         return config | ({"base_quantization": "nf4"} if self.quantised else {})  # not peft's
@@ -206,17 +225,10 @@ class LoRA(Method):
             raise UserError(
                 f"{where}: {start} has changed the base's weights; convert it with peft"
             )
-        settings = super().settings(model, config, tensors, where)
-        settings.alpha = config.get("lora_alpha") or 8  # as in peft
-        settings.rslora = bool(config.get("use_rslora"))
-        theirs = {f"{peft_name(model, name)}.lora_A.weight": name for name in linears(model)}
-        settings.targets = ",".join(theirs[name] for name in tensors if name in theirs)
-        if not settings.targets:
-            raise UserError(
-                f"{where} holds no matrices for layers of the model: the adapter was trained on "
-                "another base"
-            )
-        return settings
+        targets = targets_of(model, tensors, ".lora_A.weight", where)
+        rank, alpha = config.get("r", 8), config.get("lora_alpha") or 8  # as in peft
+        rslora = bool(config.get("use_rslora"))
+        return Settings(rank=rank, alpha=alpha, targets=targets, rslora=rslora)
 
     def parameters(self, model):
         found = {}

@@ -14,6 +14,7 @@ from nanollm.config import AdapterConfig, UserError, Whole
 BASE = "base_model.model."  # in front of every name in peft's files
 # Names of a VLM's parts, and what peft calls them, whose base is a LlavaForConditionalGeneration.
 PARTS = {"model.": "model.language_model.", "projector.": "model.multi_modal_projector."}
+PARTS |= {"vision.": "model.vision_tower."}
 # Trained as a whole beside an adapter, and what peft calls it: a reward model's head, a VLM's
 # projector.
 MODULES_TO_SAVE = {"score": "score", "projector": "multi_modal_projector"}
@@ -24,7 +25,8 @@ class Settings(AdapterConfig):
     """What the methods can be told; each reads its own."""
 
     # -- Adapter
-    # lora, dora, qlora: names of linear layers, separated by commas; all: every one in the blocks
+    # lora, dora, qlora, bottleneck: names of linear layers, separated by commas; all: every one in
+    # the language model's blocks; vision: every one in those of the vision tower
     targets: str = "all"
     # lora, dora, qlora: they count alpha / sqrt(r) instead, so that high ranks don't learn less
     rslora: bool = False
@@ -37,21 +39,13 @@ class Around(nn.Module):
 
     def __init__(self, base):
         super().__init__()
-        self.base = base
+        self.base, self.out_features = base, base.out_features
 
     def plain(self, merged):
         """The base itself, or with `merged` a Linear that computes as base and adapter do together;
         where there is none, this module.
         """
         return self if merged else self.base
-
-
-def put_around(model, names, make):
-    """Put make(layer) in place of each layer of the blocks with one of these names, a tuple."""
-    for block in model.model.layers:
-        for name, layer in list(block.named_modules()):
-            if name.endswith(names):
-                block.set_submodule(name, make(layer))
 
 
 class Method:
@@ -61,6 +55,8 @@ class Method:
 
     peft_type = ""  # in adapter_config.json
     mergeable = False  # does `plain(merged=True)` of its layers give a Linear?
+    soft = False  # does it put virtual tokens in front?
+    others = ()  # in names of parameters that are not its own, or saved under another name
 
     def add(self, model, settings):
         """Put new parameters into the model, in place; returns the method's own entries of
@@ -70,7 +66,7 @@ class Method:
 
     def settings(self, model, config, tensors, where):
         """The Settings with which `add` makes an adapter like the one in these files."""
-        return Settings(rank=config.get("r", 8))  # as in peft
+        raise NotImplementedError
 
     def matches(self, config):
         """Does an adapter_config.json belong to this method?"""
@@ -78,8 +74,12 @@ class Method:
 
     def parameters(self, model):
         """{name in peft's files: tensor} of what is trained."""
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if any(name.startswith("vision.") for name in trained):
+        trained = {
+            name: p
+            for name, p in model.named_parameters()
+            if p.requires_grad and not any(other in name for other in self.others)
+        }
+        if any(name.startswith("vision.embeddings.") for name in trained):
             raise UserError(
                 "an adapter is saved without the vision tower; freeze that, or train all"
             )

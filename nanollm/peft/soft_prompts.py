@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 
 from nanollm.gpt import rotation_table
-from nanollm.peft.method import Method, Settings, peft_name
+from nanollm.peft.method import Method, Settings
 
 
 class Recorder:
@@ -114,6 +114,8 @@ class PromptEmbeddings(Front):
 
 
 class SoftPrompt(Method):
+    soft, others = True, ("model.prefix.", ".lora_")  # the first it saves as what they make
+
     def module(self, decoder, words, settings):
         """What makes keys and values; words: the embeddings (V, C) of some tokens."""
         raise NotImplementedError
@@ -147,9 +149,7 @@ class SoftPrompt(Method):
         return Settings(virtual_tokens=config["num_virtual_tokens"])
 
     def parameters(self, model):
-        own, beside = peft_name(model, "model.prefix."), super().parameters(model)
-        beside = {name: p for name, p in beside.items() if not name.startswith(own)}
-        return {"prompt_embeddings": model.model.prefix.saved(), **beside}
+        return {"prompt_embeddings": model.model.prefix.saved(), **super().parameters(model)}
 
 
 class PTuning(SoftPrompt):

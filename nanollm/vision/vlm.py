@@ -196,14 +196,20 @@ class VLM(GPT):
         size = self.model.embed_tokens.weight.square().mean().sqrt()
         self.projector.calibrate(self.encode_images(images), size)
 
+    @property
+    def tower_depth(self):
+        """How many layers of the tower have a part in what is read."""
+        return self.feature_layer % (len(self.vision.encoder.layers) + 1)
+
     def train_parts(self, vision=False, projector=True, language=False):
         """Say which parts are trained; the others are frozen. What of the vision tower lies behind
         the layer whose features are read is frozen in any case: it would get no gradient.
         """
         self.requires_grad_(False)
-        tower, depth = self.vision, self.feature_layer % (len(self.vision.encoder.layers) + 1)
-        parts = [self.projector] * projector + [self.model, self.lm_head] * language
-        parts += [tower.embeddings, tower.pre_layrnorm, *tower.encoder.layers[:depth]] * vision
+        tower, parts = self.vision, [self.projector] * projector
+        parts += [self.model, self.lm_head] * language
+        layers = tower.encoder.layers[: self.tower_depth]
+        parts += [tower.embeddings, tower.pre_layrnorm, *layers] * vision
         for part in parts:
             if part is not None:
                 part.requires_grad_(True)
