@@ -11,7 +11,6 @@ Run     python data/prepare.py                              # lists the datasets
 
 import gzip
 import io
-import itertools
 import json
 import re
 import sys
@@ -25,7 +24,7 @@ if not __package__:  # run as a file: the repository root holds the package
 
 from nanollm.config import UserError, Whole, atomic_file, cli, say
 from nanollm.download import CHUNK, Download
-from nanollm.formats import need
+from nanollm.formats import divided, need
 from nanollm.records import as_chat, as_prompt, as_ranking, as_text_chat, check_markers
 
 CACHE = Path("data/cache")
@@ -54,18 +53,6 @@ def open_text(download):
 
 
 # --- readers: from a text to records ----------------------------------------------------------
-
-
-def read_stories(text, end="<|endoftext|>"):
-    """Documents {"text"}, which `end` separates."""
-    story = ""
-    for line in itertools.chain(text, [end]):
-        *closed, rest = line.split(end)
-        for part in closed:
-            if story.strip() or part.strip():
-                yield {"text": (story + part).strip()}
-            story = ""
-        story += rest
 
 
 def read_array(text):
@@ -158,7 +145,7 @@ def records_of(text, url, path):
     """The records of a download, to be written to `path`: lines of text, or what JSON holds."""
     ending = Path(urlsplit(url).path).suffix
     if ending == ".txt":
-        return text if path.suffix == ".txt" else read_stories(text)
+        return text if path.suffix == ".txt" else ({"text": story} for story in divided(text))
     return read_array(text) if ending == ".json" else map(json.loads, filter(str.strip, text))
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from nanollm.config import UserError, atomic_folder, atomic_write
+from nanollm.config import UserError, atomic_folder, atomic_write, read_json
 from nanollm.formats import Unusable, identity, images_in, stream_pieces, usable
 from nanollm.gpt import document_mask
 
@@ -38,13 +38,10 @@ class Corpus:
 
     @classmethod
     def open(cls, folder):
-        """From such a folder; UserError where it is damaged."""
-        try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            tokens = np.memmap(folder / "tokens.bin", meta["dtype"], "r", shape=meta["tokens"])
-            return cls(tokens, meta["text_bytes"], meta["documents"])
-        except (OSError, KeyError, TypeError, ValueError) as e:
-            raise UserError(f"{folder} is damaged ({e}); delete it to have it made anew") from None
+        """From such a folder."""
+        meta = read_json(folder / "meta.json")
+        tokens = np.memmap(folder / "tokens.bin", meta["dtype"], "r", shape=meta["tokens"])
+        return cls(tokens, meta["text_bytes"], meta["documents"])
 
 
 def write_corpus(pieces, tokenizer, folder):

@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 
 import torch
 
 from nanollm import safetensors
 from nanollm.config import UserError, atomic_write, read_json, say
-from nanollm.download import hub_folder, is_hub_name
 from nanollm.formats import need
 from nanollm.gpt import GPT, MLP, GPTConfig, ScalarGPT, rope_frequencies, yarn_scale
 from nanollm.tokenizer import Tokenizer
@@ -30,12 +31,7 @@ COMPUTED = {
     "mlp_bias": False, "use_sliding_window": False,
     "layer_types": "full_attention", "attention_chunk_size": None, "per_layer_config": None,
     "no_rope_layers": 1, "partial_rotary_factor": 1, "rope_interleaved": False,
-    "embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1,  # Granite's
-    "attention_multiplier": None, "scale_emb": 1, "scale_depth": None, "dim_model_base": None,
-    "query_pre_attn_scalar": None, "logit_scale": 1, "clip_qkv": None,  # Gemma's, Cohere's, OLMo's
-    "attn_logit_softcapping": None, "final_logit_softcapping": None, "use_qk_norm": False,
-    "num_experts": 0, "num_local_experts": 0, "is_encoder_decoder": False,
-    "add_cross_attention": False, "quantization_config": None, "compression_config": None,
+    "quantization_config": None, "compression_config": None,
 }  # fmt: skip
 ROPE = {  # rope_type -> its numbers
     "default": (),
@@ -240,15 +236,25 @@ def grow_vocabulary(model, vocab_size):
 
 
 def existing_folder(folder, flag=""):
-    """The folder as a Path, that of a model of the Hub for owner/name (download.py); where there is
-    none the message names the flag that asked for it.
+    """The folder as a Path, that of a model of the Hub for owner/name; where there is none the
+    message names the flag that asked for it.
     """
     if is_hub_name(folder):
+        from nanollm.download import hub_folder
+
         return hub_folder(folder)
     if not Path(folder).is_dir():
         wanted = "is not a folder; run the stage that makes it, or name another"
         raise UserError(f"{flag} {folder} {wanted}".strip())
     return Path(folder)
+
+
+def is_hub_name(name):
+    """Can this be a model of the Hub: owner/name, and nothing here? runs/ is always ours."""
+    owner, _, model = str(name).replace(os.sep, "/").partition("/")  # ./a/b is a folder
+    word = r"[A-Za-z0-9][\w.-]*"
+    looks = owner != "runs" and re.fullmatch(word, owner) and re.fullmatch(word, model)
+    return bool(looks) and not Path(owner).exists()
 
 
 def is_adapter(folder):
@@ -261,17 +267,16 @@ def bases_of(folder):
     """
     bases, folder = [], Path(folder)
     while is_adapter(folder):
-        named, places = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"), []
-        if isinstance(named, str):
-            # within the adapter; as written, here or from any folder above it; or, after a move, by
-            # its name
-            above = [folder.resolve(), *folder.resolve().parents]
-            ends = (named, Path(named).name)
-            places = [folder / Path(named).name, Path(named)]
-            places += [place / end for end in ends for place in above]
+        named = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+        # within the adapter; as written, here or from any folder above it; or, after a move, by its
+        # name
+        above = [folder.resolve(), *folder.resolve().parents]
+        ends = (named, Path(named).name)
+        places = [folder / Path(named).name, Path(named)]
+        places += [place / end for end in ends for place in above]
         base = next((place for place in places if place.is_dir()), None)
-        if base is None and isinstance(named, str) and is_hub_name(named):
-            base = hub_folder(named)
+        if base is None and is_hub_name(named):
+            base = existing_folder(named)
         if base is None or base.resolve() in [b.resolve() for b in (folder, *bases)]:
             raise UserError(
                 f"{folder} is an adapter of {named}, which is not a folder; name its base in "

@@ -406,19 +406,12 @@ def save_config(config, path, **more):
 def parse_json(text, where, kind=dict):
     """The JSON object, or array, in a text of a model's or a run's file; raises UserError."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where} is not valid JSON ({e})") from None
     if not isinstance(value, kind):
         raise UserError(f"{where} must hold a JSON {'object' if kind is dict else 'array'}")
     return value
-
-
-def _unique(pairs):
-    """A JSON object's dict. Of two equal keys Python keeps the last; we refuse both."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a key is there twice, among {[name for name, _ in pairs]}"[:200])
-    return dict(pairs)
 
 
 def read_json(path, kind=dict):

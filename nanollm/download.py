@@ -14,7 +14,6 @@ Of weights only safetensors are fetched: a pickle may run any code.
 import http.client
 import io
 import os
-import re
 import shutil
 import time
 import urllib.request
@@ -95,14 +94,6 @@ class Download(io.RawIOBase):
 
 
 # --- a folder of the Hub -------------------------------------------------------------------------
-
-
-def is_hub_name(name):
-    """Can this be a model of the Hub: owner/name, and nothing here? runs/ is always ours."""
-    owner, _, model = str(name).replace(os.sep, "/").partition("/")  # ./a/b is a folder
-    word = r"[A-Za-z0-9][\w.-]*"
-    looks = owner != "runs" and re.fullmatch(word, owner) and re.fullmatch(word, model)
-    return bool(looks) and not Path(owner).exists()
 
 
 def hub_folder(name):

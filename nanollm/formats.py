@@ -347,7 +347,7 @@ def _all_pieces(path):
     lines = stream_text(path, PIECE)
     alone = {line.strip() == DOCUMENT_END for line in lines if DOCUMENT_END in line}
     if True in alone:
-        for text in _divided(stream_text(path)):
+        for text in divided(stream_text(path)):
             yield from _pieces([text])
         return
     if alone:
@@ -355,7 +355,7 @@ def _all_pieces(path):
     yield from _pieces(stream_text(path, PIECE))
 
 
-def _divided(lines):
+def divided(lines):
     """The texts between lines that say <|endoftext|>."""
     text = []
     for line in itertools.chain(lines, [DOCUMENT_END]):

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -78,14 +77,8 @@ class Run:
         )
 
     def _load_state(self):
-        path = checkpoint_of(self.folder)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self.step, self.seconds = state["step"], state["seconds"]
-        except Exception as e:  # torch.load raises many kinds on a damaged file
-            raise UserError(
-                f"{path} can't be read ({type(e).__name__}); start without --resume"
-            ) from None
+        state = torch.load(checkpoint_of(self.folder), map_location="cpu", weights_only=True)
+        self.step, self.seconds = state["step"], state["seconds"]
         return state
 
     def _prepare_folder(self):
@@ -356,12 +349,11 @@ def inputs_of(cfg):
 # What decides a model's ids and logits beside its weights: a run folder gets other files later.
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 MODEL_FILES += ("chat_template.jinja", "generation_config.json", "preprocessor_config.json")
-IMAGE_NAMES = re.compile(rb'"([^"\n]+\.(?:png|jpe?g|webp|bmp|gif))"', re.IGNORECASE)
 
 
 def content_hash(path):
-    """SHA-256 of what is in a file, or in all files of a directory: those of a model that decide
-    what it computes, and the images that a file of records names.
+    """SHA-256 of what is in a file, or in all files of a directory; of a model's in those that
+    decide what it computes.
     """
     digest = hashlib.sha256()
     if path.is_dir() and ((path / "config.json").exists() or is_adapter(path)):
@@ -370,15 +362,8 @@ def content_hash(path):
     else:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in (file for file in files if file.is_file()):
-        content, named, before = hashlib.sha256(), set(), b""
         with open(file, "rb") as opened:
-            while line := opened.readline(2**20):  # some files are one line
-                content.update(line)
-                named.update(IMAGE_NAMES.findall(before + line))
-                before = b"" if line.endswith(b"\n") else line[-4096:]
-        digest.update(content.digest())
-        for image in sorted(file.parent / os.fsdecode(name) for name in named):
-            digest.update(image.read_bytes() if image.is_file() else b"")
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ import tiktoken
 from tqdm import tqdm
 
 from nanollm.config import UserError, atomic_write, read_json
-from nanollm.formats import Unusable, need
+from nanollm.formats import Unusable
 from nanollm.templates import (
     BREAK,
     LAYOUTS,
@@ -160,22 +160,10 @@ def with_markers(special, ranks, eos=None):
     return special | {token: first + n for n, token in enumerate(new)}
 
 
-BLANK = r"[^\S\x1c-\x1f]"  # Unicode's White_Space, which is not quite Python's
-
-
-@functools.cache
 def splitter(tokens):
-    """A compiled pattern whose split() puts added tokens at the odd places; the longest goes first.
-
-    tokens: (text, takes the blanks before it, takes those behind it, found after NFC) of each.
-    """
-    texts = [
-        (rf"(?:(?<!{BLANK}){BLANK}+)?" * left)  # from the first blank on: not quadratic in a run
-        + rf"{re.escape(text)}(?!{BREAK})"
-        + f"{BLANK}*" * right
-        for text, left, right, _ in sorted(tokens, key=lambda token: len(token[0]), reverse=True)
-    ]
-    return re.compile(f"({'|'.join(texts)})" if texts else r"\A(?!)()")
+    """A pattern whose split() puts the added tokens at the odd places; the longest goes first."""
+    texts = map(re.escape, sorted(tokens, key=len, reverse=True))
+    return re.compile(f"({'|'.join(texts) or '(?!)'})(?!{BREAK})")
 
 
 class Tokenizer:
@@ -248,14 +236,7 @@ class Tokenizer:
             or token.get("special", True)
             or (text in self.template and not text[0].isalnum())
         )
-        keys = "lstrip", "rstrip", "normalized"
-        self._added = tuple((t, *(bool(tokens[t].get(key)) for key in keys)) for t in tokens)
-        self._found = splitter(self._added)
-        words = tuple(token for token in self._added if token[0] not in self._markers)
-        self._splitters = [  # of words, and of all: before NFC and after it
-            [splitter(tuple(t for t in each if t[3] == after)) for after in (False, True)]
-            for each in (words, self._added)
-        ]
+        self._found, self._words = splitter(tokens), splitter(tokens.keys() - self._markers)
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -326,25 +307,19 @@ class Tokenizer:
         """Token ids of `text`. Markers in it stay plain text, so that no user can forge a role,
         unless `special` is true.
         """
-        ids, (first, normalized) = [], self._splitters[special]
-        for n, part in enumerate(first.split(text)):
+        ids = []
+        for n, part in enumerate((self._found if special else self._words).split(text)):
             if n % 2:
-                ids.append(self._id(part))
+                ids.append(self.special[part])
                 continue
             part = unicodedata.normalize("NFC", part) if self.nfc else part
-            for k, piece in enumerate(normalized.split(part)):
-                piece = piece.replace(BREAK, "") if special else piece
-                ids += [self._id(piece)] if k % 2 else self.encoding.encode_ordinary(piece)
+            ids += self.encoding.encode_ordinary(part.replace(BREAK, "") if special else part)
         if self._absent and (absent := [self._absent[id] for id in ids if id in self._absent]):
             raise UserError(
                 f"this tokenizer has no token for the byte {absent[0]!r}: remove the characters "
                 "that hold it from the text, or use another tokenizer"
             )
         return ids
-
-    def _id(self, token):
-        """The id of an added token, which may have taken blanks around it."""
-        return self.special[token if token in self.special else token.strip()]
 
     def documents(self, texts):
         """The ids of each text of a list as a document, on all cores."""
@@ -431,9 +406,6 @@ class Tokenizer:
     def _read(self, message, where, image_tokens=0):
         """A message as the template is given it, in which no text spells a marker."""
         message = {key: value for key, value in message.items() if value is not None}
-        missing = "" if message.get("tool_calls") else None
-        is_text = isinstance(message.get("content", missing), str)
-        need("role" in message and is_text, where, 'needs a "role" and a "content" that is text')
         if self.is_layout and "tool_calls" in message:
             message["tool_calls"] = [with_arguments(call, where) for call in message["tool_calls"]]
         free = CONTENT_TOKENS if message["role"] in ("assistant", "tool") else ()
@@ -491,7 +463,7 @@ class Tokenizer:
                 f"({prompt[-30:].replace(BREAK, '')!r}), so that it can't be trained on",
             )
         for found in self._found.finditer(whole, len(prompt)):
-            if self._id(found[0]) in self.stop_ids:
+            if self.special[found[0]] in self.stop_ids:
                 return prompt, whole[len(prompt) : found.end()]
         never = "writes no token that ends an answer, so that none can be trained on"
         raise Unusable(where, f"the model's chat template {never}")
@@ -529,8 +501,8 @@ class Tokenizer:
         except UserError:  # it wants other turns
             after = ""
         for found in self._found.finditer(after):
-            if found[0].strip() in self._markers:
-                return self._id(found[0]), self._ids(after[found.end() :])
+            if found[0] in self._markers:
+                return self.special[found[0]], self._ids(after[found.end() :])
         if eos is None:
             raise UserError("its chat template ends no turn, and it has no eos_token")
         return eos, []
@@ -552,7 +524,7 @@ class Tokenizer:
     def fingerprint(self):
         """SHA-256, in hex, of all that decides the ids."""
         parts = sorted(self.ranks.items()), sorted(self.special.items()), self.pattern, self.nfc
-        parts += self._added, self.begin, self.close, self.template
+        parts += sorted(self._markers), self.begin, self.close, self.template
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def __eq__(self, other):
@@ -615,9 +587,13 @@ def read_added(source, config):
         if text not in added and text in source["model"]["vocab"]:
             id = source["model"]["vocab"][text]
             added[text] = {"id": id, "content": text, "special": True, "normalized": False}
-    words = [text for text, token in added.items() if token.get("single_word")]
-    if words:
-        raise UserError(f"its token {words[0]!r} is a single word only")
+    nfc = read_nfc(source)
+    for text, token in added.items():
+        odd = [key for key in ("single_word", "lstrip", "rstrip") if token.get(key)]
+        if nfc and token.get("normalized") and unicodedata.normalize("NFD", text) != text:
+            odd.append("normalized")  # looked for after NFC
+        if odd:
+            raise UserError(f"its token {text!r} is {odd[0]}, which is not implemented")
     return list(added.values())
 
 

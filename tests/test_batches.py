@@ -49,13 +49,6 @@ def test_a_corpus_holds_every_token_and_end_of_text_before_each_document(tokeniz
     assert (corpus.text_bytes, corpus.documents) == (5, 3)
 
 
-def test_long_corpora_are_tokenised_part_by_part(tokenizer, tmp_path):
-    documents = [f"text {n}" for n in range(300)]  # 128 at a time
-    write_corpus(iter([(text, True) for text in documents]), tokenizer, tmp_path / "s")
-    wanted = [id for text in documents for id in (tokenizer.eot_id, *tokenizer.encode(text))]
-    assert Corpus.open(tmp_path / "s").tokens.tolist() == wanted
-
-
 PATTERNS = {
     "ours": PATTERN,
     "gpt2": GPT2_PATTERN,
@@ -68,21 +61,7 @@ PATTERNS = {
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_long_text_has_the_same_ids_in_pieces_as_whole(pattern, tmp_path, monkeypatch):
     rng = random.Random(1)
-    words = [
-        "owl",
-        "it's",
-        "42",
-        " ",
-        "\n",
-        "\n\n",
-        "\t",
-        ".",
-        "/x",
-        "é",
-        "e\u0301",
-        "水",
-        " " * 70,
-    ]
+    words = [*"owl it's 42 . /x é e\u0301 水".split(), " ", "\n", "\n\n", "\t", " " * 70]
     text = "".join(rng.choice(words) + rng.choice(["", "", " ", "\n"]) for _ in range(20_000))
     ranks = Tokenizer.train([text, "the owl\n\n\nit's"], 330).ranks
     end = {"id": 900, "content": "<|endoftext|>"}
@@ -127,26 +106,6 @@ def test_tokens_made_once_are_found_again_until_file_part_or_tokenizer_change(
     with pytest.raises(UserError, match="too few texts to hold some out"):
         write_jsonl(path, [{"text": "a"}, {"text": "b"}])
         open_corpus(tokenizer, path, "train", 0.9)
-
-
-@pytest.mark.parametrize("name, kept", [("tokens.bin", 21), ("tokens.bin", 0), ("meta.json", 9)])
-def test_a_damaged_corpus_is_refused(name, kept, tokenizer, tmp_path):
-    write_corpus(iter([("Once upon a time", True)]), tokenizer, tmp_path / "s")
-    path = tmp_path / "s" / name
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match="is damaged .*; delete it to have it made anew"):
-        Corpus.open(tmp_path / "s")
-
-
-def test_a_tokenisation_that_fails_leaves_nothing_behind(cache, tmp_path):
-    def fail(texts):
-        raise UserError("broken")
-
-    (tmp_path / "a.txt").write_text("text")
-    broken = SimpleNamespace(vocab_size=9, documents=fail, fingerprint=str)
-    with pytest.raises(UserError, match="broken"):
-        open_corpus(broken, tmp_path / "a.txt")
-    assert not cache.exists() or not list(cache.iterdir())
 
 
 # --- windows -------------------------------------------------------------------------------------

@@ -149,12 +149,6 @@ def test_bad_input_is_refused_with_the_sentence_that_helps(line, says):
     assert str(refusal.value) == says
 
 
-@pytest.mark.parametrize("values", [{"step": 3}, {"steps": "three"}, {"steps": 1.5}, {"steps": 0}])
-def test_a_preset_that_fits_no_field_is_refused(values):
-    with pytest.raises(UserError, match="step"):
-        read("--preset bad", Config, {"bad": values})
-
-
 # --- inheritance ---------------------------------------------------------------------------------
 
 
@@ -209,11 +203,8 @@ def test_a_resumed_run_keeps_its_settings_save_typed_ones_and_says_so(
 MISFITS = [
     (None, "^nothing to resume in .*; start without --resume"),
     ("{", "train_config.json is not valid JSON"),
-    ("[]", "must hold a JSON object"),
     ('{"adam_lr": 1e-3}', "written by another version: it sets adam_lr"),
     ('{"steps": "x"}', "train_config.json: --steps must be a whole number, got 'x'; fix it or"),
-    ('{"steps": 0}', "--steps must be at least 1"),
-    ('{"dtype": "fp8"}', "--dtype must be one of auto, bf16, got 'fp8'"),
     ('{"out": 3, "lr": null}', "--lr must be a number, got 'None'"),
 ]
 
@@ -317,7 +308,7 @@ def main(config):
     atexit.register(print, "end")
     for line in range(config.lines):
         print("a line of some length, so that the pipe is soon full")
-    errors = {"user": UserError("no"), "key": KeyboardInterrupt(), "bug": ValueError()}
+    errors = {"user": UserError("no"), "bug": ValueError()}
     if config.fails:
         raise errors[config.fails]
 cli(main, Config)
@@ -341,7 +332,6 @@ def test_a_pipe_that_is_closed_ends_the_program_without_a_word():
     [
         ("user", "1", 2, "error: no\n"),
         ("user", "2", 2, "error: no\n"),
-        ("key", "2", 130, "stopped by Ctrl-C\n"),
         ("bug", "2", 1, "Traceback"),
     ],
 )

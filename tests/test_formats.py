@@ -27,10 +27,9 @@ QUOTED = b'text,n\n"a, ""b""\nc",1\n'
 STORIES = b"a\n<|endoftext|>\n\nb\nc\n<|endoftext|>\n"
 SEPARATORS = '{"text": "\u00e9\u2028b\x85c"}\n{"text": "b", "n": 1}'.encode()
 FILES = [  # (name, bytes, the documents or what is said)
-    *((f"a{end}", LINES, ["a", "b"]) for end in (".jsonl", ".JSONL", ".json", ".txt", "", ".csv")),
-    *((f"a{end}", gzip.compress(LINES), ["a", "b"]) for end in (".jsonl.gz", ".jsonl", ".GZ")),
-    *((f"a{end}", PRETTY, ["a", "b"]) for end in (".json", ".jsonl", ".txt")),
-    *((f"a{end}", ARRAY, ["a", "b"]) for end in (".json", ".jsonl", ".txt")),
+    *((f"a{end}", LINES, ["a", "b"]) for end in (".JSONL", ".txt", "", ".csv")),
+    *((f"a{end}", gzip.compress(LINES), ["a", "b"]) for end in (".jsonl", ".GZ")),
+    *((f"a{end}", data, ["a", "b"]) for end in (".json", ".txt") for data in (PRETTY, ARRAY)),
     ("a.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n\n"), ["a", "b"]),
     ("a.jsonl", SEPARATORS, ["é\u2028b\x85c", "b"]),
     ("a.jsonl", b'{"text": "\\ud83d\\ude00"}', ["\U0001f600"]),  # both halves of a surrogate pair
@@ -46,21 +45,15 @@ FILES = [  # (name, bytes, the documents or what is said)
     ("a.jsonl", b" \n\t\n", "is empty"),
     ("a.jsonl", LINES + b'{"text": ', "line 3: broken JSON"),
     ("a.jsonl", b'{"text": "a"\n' + LINES, "line 1: broken JSON"),
-    ("a.json", b'{\n  "text": "a",\n  oops\n}', "line 1: broken JSON (Expecting property name"),
     ("a.json", b'[{"text": "a"},\noops]', "broken JSON (Expecting value: line 2"),
     ("a.jsonl", LINES + b"[1]", "line 3, record 1: a record must be a JSON object, not int"),
     ("a.jsonl", LINES + b'{"text": "a\\ud800"}', "line 3: half of a surrogate pair"),
     ("a.jsonl", LINES + b'\n{"txt": "b"}', 'line 4: a corpus record needs a "text"'),
-    ("a.jsonl", LINES + b'{"text": 3}', 'line 3: a corpus record needs a "text"'),
-    ("a.json", b'[{"text": "a"}, {"txt": "b"}]', "record 2: a corpus record needs a"),
+    ("a.json", b'[{"text": "a"}, {"text": 3}]', "record 2: a corpus record needs a"),
     ("a.json", PRETTY + b'{\n "txt": 3}', "line 8: a corpus record needs a"),
     ("a.json", b"[]", "there is no record in it"),
     ("a.json", ARRAY[:-1], "broken JSON (Expecting ',' delimiter: line 2)"),
-    ("a.json", b'[{"text": "a"},]', "broken JSON (Expecting value: line 1)"),
-    ("a.json", b'[{"text": "a"}\n{"text": "b"}]', "broken JSON (Expecting ',' delimiter: line 2"),
-    ("a.json", b'[,{"text": "a"}]', "broken JSON (Expecting value"),
     ("a.json", ARRAY + b'\n{"text": "c"}', ["a", "b", "c"]),
-    ("a.jsonl", b'{"text": "a", "n": [-1.5, {"b": null}, "\xe2\x82\xac \\u20ac"]}', ["a"]),
     ("a.txt", b"a\r\n <|endoftext|>\t\r\n\r\nb <|endoftext|>\r\nc", ["a", "b <|endoftext|>\nc"]),
     ("a.csv", b"text\n", "there is no record in it"),
     ("a.csv", b"text,text\na,b\n", "line 1: the first line must name the columns, each once"),
@@ -70,7 +63,6 @@ FILES = [  # (name, bytes, the documents or what is said)
     ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "convert it first: zstd -d "),
     ("a.zip", b"PK\x03\x04..", "convert it first: unzip "),
     ("a.jsonl.gz", gzip.compress(LINES)[:-9], "is a damaged gzip file"),
-    ("a.gz", gzip.compress(b"PAR1\x15\x04"), "pandas.read_parquet('"),
     ("a.jsonl", b"abc\xff", "is not UTF-8 text, but holds b'abc\\xff'"),
     ("a.tar.gz", gzip.compress(b"a.txt\0\0\0hello"), "is not text: it holds the byte 0"),
 ]
@@ -195,11 +187,3 @@ def test_a_tokenizer_is_trained_on_every_nth_document_or_piece(name, tmp_path, m
     cfg = train_pretrain.Config(data=str(tmp_path / name))
     assert list(train_pretrain.sample_of_text(cfg, 10**6)) == lines[:90]
     assert list(train_pretrain.sample_of_text(cfg, 300)) == lines[:90:3]
-
-
-def test_a_changed_file_has_another_identity(tmp_path):
-    known = []
-    for name, text in (("a", "abc"), ("a", "abcd"), ("b", "abc")):
-        (tmp_path / name).write_text(text)
-        known.append(json.dumps(identity(tmp_path / name), default=str))
-    assert len(set(known)) == 3

@@ -1,21 +1,11 @@
 """Sampling: parity with transformers and our own uncached forward, and the laws of samplers."""
 
-import random
-
 import pytest
 import torch
 from helpers import same, some_prompts, watch_batches
 
 from nanollm.config import UserError
-from nanollm.generate import (
-    complete,
-    generate,
-    keep_top_k,
-    keep_top_p,
-    sample,
-    sample_completions,
-    stream,
-)
+from nanollm.generate import complete, generate, keep_top_k, keep_top_p, sample, stream
 from nanollm.hub import save_model
 from nanollm.logprobs import token_logprobs
 
@@ -108,28 +98,6 @@ def test_a_row_ends_with_its_stop_token_and_is_padding_after_it(random_model):
 
 
 # --- rows don't depend on their neighbours -------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("seed", range(2))
-def test_neighbours_batches_and_padding_change_no_completion(
-    temperature, seed, random_model, tokenizer
-):
-    model, chance = random_model(), random.Random(seed)
-    prompts = some_prompts([chance.randint(1, 40) for _ in range(6)], seed=seed)
-    how = {"temperature": temperature, "samples": 2}
-
-    def sampled(prompts, batch_size=256):
-        how["generator"] = seeded(seed)
-        return sample_completions(model, tokenizer, prompts, 20, batch_size=batch_size, **how)
-
-    wanted = sampled(prompts)
-    assert max(map(len, wanted)) == 20
-    for batch_size in (1, 2, 5, 8):
-        assert sampled(prompts, batch_size) == wanted
-    others = some_prompts([chance.randint(1, 40) for _ in range(3)], seed=seed + 100)
-    assert sampled(prompts[:3] + others)[:6] == wanted[:6]
-    assert sampled([*others, *prompts[3:]])[6:] == wanted[6:]
 
 
 def test_one_long_prompt_shortens_no_other_completion(random_model, tokenizer):

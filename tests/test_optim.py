@@ -10,7 +10,6 @@ from conftest import SMALL
 
 from nanollm.config import UserError
 from nanollm.gpt import GPT, GPTConfig
-from nanollm.logprobs import token_logprobs
 from nanollm.optim import (
     SCHEDULES,
     Muon,
@@ -101,17 +100,6 @@ def test_no_gradient_moves_nothing_and_weight_decay_alone_shrinks_by_lr_times_de
     p.grad = grad if grad is None else torch.zeros(4, 4)
     Muon([p], lr=0.1, weight_decay=decay).step()
     torch.testing.assert_close(p.detach(), torch.full((4, 4), value), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_a_batch_is_learnt_by_heart(kind):
-    model, tokens = small_gpt(), torch.randint(64, (4, 17))
-    optimizer = build(model, kind)
-    for _ in range(80):
-        loss = -token_logprobs(model(tokens[:, :-1]), tokens[:, 1:]).mean()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.3  # from 5.6
 
 
 def one_parameter(grad, **how):

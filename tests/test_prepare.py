@@ -17,7 +17,6 @@ from nanollm.formats import read_documents, read_records
 from nanollm.records import read_chats, read_image_chats, read_preferences, read_prompts
 
 ROOT = Path(__file__).parents[1]
-SAMPLES = ROOT.parent / "shared" / "data"
 
 PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
 STORIES = "\n\nOne day, Tom ran.\n\nHe fell.\n<|endoftext|>\nLily sang.\n<|endoftext|>\n"
@@ -151,30 +150,9 @@ def test_shakespeare_stays_as_it_is(get):
     assert read_documents(get("tinyshakespeare")["train"]) == [PLAY]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [STORIES[:-1], STORIES[:-15], STORIES.replace("\n<|", "<|"), STORIES.replace("|>\n", "|>")],
-)
-def test_the_last_story_needs_no_separator_and_separators_no_line(get, body):
+@pytest.mark.parametrize("body", [STORIES, STORIES[:-15]])
+def test_the_last_story_needs_no_separator(get, body):
     assert read_records(get("tinystories", body.encode())["train"]) == [TOM, LILY]
-
-
-REAL = [
-    ("gsm8k", "gsm8k/train.jsonl", 7473),
-    ("hh-harmless", "hh_harmless_test.jsonl.gz", 2303),  # 9 of 2312 hold no preference
-    ("alpaca", "instructions.json", 1100),
-    ("tinyshakespeare", "tinyshakespeare.txt", 40000),
-]
-
-
-@pytest.mark.parametrize("name, file, count", REAL)
-def test_the_real_files_convert(get, capsys, name, file, count):
-    if not (SAMPLES / file).exists():
-        pytest.skip("the real samples are not here")
-    path = get(name, (SAMPLES / file).read_bytes())["train"]
-    assert f"train{path.suffix}: {count:,} records" in capsys.readouterr().out
-    if name == "hh-harmless":
-        assert len(read_preferences(path)) == count
 
 
 # --- what may go wrong ------------------------------------------------------------------------
@@ -184,7 +162,7 @@ def test_a_missing_file_names_the_status_and_the_mirror_flag(refuses):
     refuses("404: Not Found.*--base_url", "gsm8k", status=404)
 
 
-@pytest.mark.parametrize("name", ["tinyshakespeare", "alpaca", "dolly", "hh-helpful"])
+@pytest.mark.parametrize("name", ["tinyshakespeare", "alpaca", "hh-helpful"])
 def test_a_body_that_ends_early_is_refused_even_where_it_could_be_read(refuses, name):
     refuses(r"broke after [\d,]+ of 3000 bytes", name, claimed=3000)
 
@@ -197,25 +175,17 @@ def damaged(at):
 PAGES = b"<!DOCTYPE html><p>Log in", b"\n<html>Sorry", b"version https://git-lfs.github.com/spec/v1"
 SUM = {"question": "1 + 1?", "answer": "2"}
 REFUSED = {  # words of the refusal: dataset and body of its file
-    "web page, or a pointer": [
-        (name, page) for name in ("alpaca", "hh-harmless") for page in PAGES
-    ],
+    "web page, or a pointer": [("hh-harmless", page) for page in PAGES],
     "damaged": [
-        *(("hh-helpful", damaged(at)) for at in (0, 20, -5)),  # the last in its checksum
+        *(("hh-helpful", damaged(at)) for at in (0, -5)),  # the last in its checksum
         ("hh-helpful", FILES["hh-helpful"][:-12]),
-        ("hh-helpful", jsonl(PAIR)),
     ],
     "not the data": [
-        *(
-            ("gsm8k", body)
-            for body in (b'{"question": "1?", "answer', b"\xff\xfe{}", b"", jsonl(SUM))
-        ),
-        ("dolly", b"[]"),
+        *(("gsm8k", body) for body in (b'{"question": "1?", "answer', b"", jsonl(SUM))),
         ("tinyshakespeare", b"caf\xe9"),
         ("tinystories", b"\n"),
         *(("alpaca", body) for body in (b"{}", array(ALPACA)[:-2], array(ALPACA, "text", 5))),
         ("llava-instruct", array(HERMES)),
-        ("hh-harmless", gzip.compress(jsonl({"chosen": "Hi", "rejected": "Ho"}))),
     ],
 }
 REFUSED = [(words, *case) for words, cases in REFUSED.items() for case in cases]

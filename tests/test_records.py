@@ -117,11 +117,9 @@ CHATS = [
     # shapes
     (chat(U, A), HI),
     (sharegpt(("human", "Hi"), ("gpt", "Yo")), HI),
-    ({"conversations": [U, A]}, HI),
     (chat({"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}), HI),
     (ALPACA, HI),
     (ALPACA | {"input": "now"}, "U Hi\n\nnow. A [Yo.]"),
-    ({"instruction": "Hi", "context": "now", "response": "Yo"}, "U Hi\n\nnow. A [Yo.]"),
     (ALPACA | {"prompt": "### Instruction: Hi"}, HI),
     (PAIR, HI),
     ({"prompt": [S, U], "completion": [A]}, "S Be. U Hi. A [Yo.]"),
@@ -132,8 +130,6 @@ CHATS = [
       for key in ("messages", "conversations") for bad in ([], "hi")),
     ({"prompt": "Hi", "answer": "7"}, 'refused: a chat record needs "messages"'),
     ({"text": "Hi", "meta": 1}, "refused: it has 'text', 'meta'"),
-    ({"prompt": "Hi", "response": "Yo"}, HI),
-    ({"instruction": "Hi", "completion": "Yo"}, HI),
     ({"system_prompt": "Be", "question": "Hi", "response": "Yo", "id": "x"}, "S Be. U Hi. A [Yo.]"),
     ({"question": "Hi", "answer": "Yo"}, HI),
     ({"question": "Hi", "answer": "48/2 = <<48/2=24>>24\n#### 1,072"},
@@ -151,18 +147,13 @@ CHATS = [
     ({"question": "Hi", "answer": "Yo", "solution": "So."}, HI),
     (ALPACA | {"response": "No"}, 'refused: output and response mean the same, and differ'),
     # null is absent, and an empty answer
-    ({"messages": None, "conversations": None} | ALPACA, HI),
     (chat(U, A, prompt=None, tools=None, image=None, weight=None), HI),
-    (ALPACA | {"output": None, "response": "Yo"}, HI),
     *((record | {key: None}, "dropped: an answer is empty") for record, key in (
         (ALPACA, "output"), (PAIR, "completion"), ({"question": "Hi"}, "answer"))),
-    (chat(U, said("assistant", None)), "dropped: an answer is empty"),
     # what stands beside them
     *((record | {key: "now"}, "U now\n\nHi. A [Yo.]") for key in ("context", "passage", "story")
       for record in (PAIR, {"question": "Hi", "answer": "Yo"})),
-    (PAIR | {"input": "now"}, "U Hi\n\nnow. A [Yo.]"),
     *((record | {"question": "now"}, "U Hi\n\nnow. A [Yo.]") for record in (ALPACA, PAIR)),
-    (ALPACA | {"input": "", "context": "now"}, "U Hi\n\nnow. A [Yo.]"),
     (ALPACA | {"input": {"x": 1}}, 'refused: the model would not see the "input"'),
     *((record | {key: "now"}, f'refused: the model would not see the "{key}"')
       for record in (chat(U, A), {"conversations": [U, A]}, {"prompt": [U], "completion": "Yo"})
@@ -170,7 +161,6 @@ CHATS = [
       if "prompt" not in record or key not in ("instruction", "reasoning")),
     (chat(U, A, context="Hi", instruction="Hi", tools="[]", documents=[]), HI),
     (chat(U, A, context="Yo"), 'refused: the model would not see the "context"'),
-    (chat(U, A, reasoning="Hi"), 'refused: the model would not see the "reasoning"'),
     *((record | {key: "hm"}, THINK) for record in (ALPACA, PAIR)
       for key in ("reasoning", "reasoning_content", "thinking")),
     (PAIR | {"completion": "<think>hm</think>Yo", "reasoning": "hm"}, THINK),
@@ -178,43 +168,33 @@ CHATS = [
       for key in ("documents", "chat_template_kwargs", "functions")),
     (chat(U, completion="Yo"), "refused: an answer stands beside the messages"),
     (chat(U, A, system="Be", system_prompt="No"), "refused: mean the same, and differ"),
-    (sharegpt(("human", "Hi"), ("gpt", "Yo"), system="Be"), "S Be. U Hi. A [Yo.]"),
     (chat(S, U, A, system="Be"), "S Be. U Hi. A [Yo.]"),
     (chat(S, U, A, system="No"), "refused: different system prompts"),
     (ALPACA | {"system": ["Be"]}, 'refused: "system" must be text'),
     (ALPACA | {"system": "Be", "history": [["a", "b"]]}, "S Be. U a. A [b.] U Hi. A [Yo.]"),
     (chat(S, U, A, history=[["a", "b"]]), "S Be. U a. A [b.] U Hi. A [Yo.]"),
     (ALPACA | {"history": "a: b"}, 'refused: "history" must be a list of [question, answer]'),
-    (ALPACA | {"history": [[None, "a"]]}, "refused: message 0 of the history has no text"),
-    (chat(U, A, tools=[{"name": "add"}]), 'refused: the model would not see the "tools"'),
     (chat(U, A, image="a.png"), "refused: train_vlm.py looks at images"),
     # roles
     (chat(said("developer", "Be"), U, A), "S Be. U Hi. A [Yo.]"),
     (sharegpt(("human", "Hi"), ("gpt", "Yo"), ("observation", "4")), "U Hi. A [Yo.] T 4."),
     (sharegpt(("human", "Hi"), ("function_call", "{}")), "refused: message 1 has the unknown role"),
-    (chat({"content": "Hi"}, A), 'refused: message 0 has no "role"'),
-    (chat(said(None, "Hi"), A), "refused: message 0 has the unknown role None"),
     (chat(said(["user"], "Hi"), A), "refused: message 0 has the unknown role ['user']; roles are"),
     (chat("Hi", A), 'refused: message 0 has no "role"'),
     # contents
     (chat(said("user", [PART, PART]), said("assistant", [PART])), "U HiHi. A [Hi.]"),
     (chat(said("user", [PAINTED, PART]), A), "refused: message 0 shows an image"),
-    (chat(said("user", None), A), "refused: message 0 has no text"),
-    (chat(U, {"role": "assistant"}), "refused: message 1 has no text"),
     (chat(U | {"value": "No"}, A), 'refused: content and value mean the same, and differ'),
     (chat(U | {"from": "gpt"}, A), 'refused: role and from mean the same, and differ'),
     (chat(U | {"from": "human", "value": "Hi"}, A), HI),
-    (chat(U, said("assistant", {"text": "Yo"})), "refused: message 1 has no text"),
     (chat(U, A | {"audio": {"id": "x"}}), 'refused: message 1 has "audio", which would be'),
     (chat(U, A | {"audio": None, "refusal": None}), HI),
     (chat(U, A | {"name": "Bo", "tool_call_id": None}), HI),
     # thoughts and calls
     (chat(U, A | {"reasoning_content": "hm"}), THINK),
-    (chat(U, A | {"thinking": "hm"}), THINK),
     (chat(U, A | {"reasoning_content": ["hm"]}), "refused: its thoughts must be text"),
     (chat(U | {"reasoning_content": "hm"}, A), "refused: only the assistant thinks"),
     (chat(U, said("assistant", None, tool_calls=[CALL]), T, A), "U Hi. " + CALLED),
-    (chat(U, {"role": "assistant", "tool_calls": [CALL]}, T, A), "U Hi. " + CALLED),
     (chat(U, said("assistant", None, function_call=CALL["function"]), T, A), "U Hi. " + CALLED),
     (chat(U, A | {"tool_calls": "add"}), 'refused: "tool_calls" must be a list'),
     # what is learnt
@@ -232,10 +212,7 @@ CHATS = [
     (chat(U, A, weight=0), "dropped: no answer that is trained on"),
     (chat(U, A | {"loss": False}), "dropped: no answer that is trained on"),
     (chat(U), "dropped: no answer"),
-    (chat(U, said("assistant", " \n")), "dropped: an answer is empty"),
     (chat(U, said("assistant", "", loss=False), U, A), "U Hi. A . U Hi. A [Yo.]"),
-    (PAIR | {"completion": ""}, "dropped: an answer is empty"),
-    ({"instruction": "Hi"}, "dropped: no answer"),
     # a text that spells a marker
     (chat(said("user", "<think>Hi"), A), "U <think>Hi. A [Yo.]"),
 ]  # fmt: skip
@@ -247,8 +224,6 @@ SCORES = {"score_chosen": 8, "score_rejected": 6.5}
 WHOLE = {"chosen": [U, A], "rejected": [U, said("assistant", "No")]}
 PREFERENCES = [
     (TWO, BEST),
-    (TWO | {"system": "Be"}, "S Be. U Hi. A [Yo.] | No"),
-    ({"instruction": "Hi", "input": "", "chosen": "Yo", "rejected": "No"}, BEST),
     (sharegpt(("human", "Hi"), chosen={"from": "gpt", "value": "Yo"}, rejected="No"), BEST),
     (TWO | {"prompt": [U], "chosen": [A]}, BEST),
     (chat(U, A, U, chosen="Yo", rejected="No"), "U Hi. A Yo. U Hi. A [Yo.] | No"),
@@ -262,8 +237,6 @@ PREFERENCES = [
     (TWO | {"margin": "", "score_chosen": "8", "score_rejected": "6.5"}, f"{BEST} 1.5"),
     (TWO | {"score_chosen": 1, "score_rejected": 2}, "dropped: rejected completion has the higher"),
     (TWO | {"context": "now"}, "U now\n\nHi. A [Yo.] | No"),
-    ({"question": "Hi", "input": "now", "chosen": "Yo", "rejected": "No"},
-     "U Hi\n\nnow. A [Yo.] | No"),
     *((TWO | {key: "now"}, f'refused: the model would not see the "{key}"')
       for key in ("reasoning", "documents")),
     ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, BEST),
@@ -281,34 +254,24 @@ PREFERENCES = [
     ({"chosen": "b", "rejected": "c"}, r'refused: a dialogue is wanted, as in "\n\nHuman: ...'),
     ({"chosen": hh("Hi", "Yo"), "rejected": [A]}, "dropped: answer different prompts"),
     ({"prompt": "Hi", "chosen": "Yo"}, 'refused: needs "chosen" and "rejected", or a "ranking"'),
-    ({"prompt": "Hi", "ranking": "Yo"}, 'refused: needs "chosen" and "rejected", or a "ranking"'),
     *((TWO | {"rejected": bad}, "refused: message 0 has no text")
       for bad in (5, [{"role": "user"}])),
     (TWO | {"rejected": None}, "dropped: a completion is empty"),
     (TWO | {"rejected": []}, "refused: a completion must be text, or messages"),
-    (TWO | {"prompt": []}, 'refused: a "prompt" (text) or "messages" are wanted'),
     (chat(U, A, ranking=["Yo", "No"]), "refused: the prompt ends with an answer"),
-    (WHOLE, BEST),
-    (WHOLE | {"system": "Be"}, "S Be. U Hi. A [Yo.] | No"),
     # UltraFeedback
     (WHOLE | {"prompt": "Hi", "messages": [U, A]} | SCORES, BEST + " 1.5"),
     (WHOLE | {"prompt": "Ho"}, "refused: don't answer the prompt that stands beside them"),
-    (TWO | {"chosen": "<think>hm</think>Yo"}, "U Hi. A [<think>hm</think>Yo.] | No"),
     (TWO | {"chosen": [A | {"reasoning_content": "hm"}]}, "refused: without reasoning_content"),
-    (TWO | {"chosen": [A | {"tool_calls": [CALL]}]}, "refused: without tool_calls"),
     (TWO | {"image": "a.png"}, "refused: its image would be ignored"),
-    (TWO | {"weight": 0}, "dropped: it is marked as not trained on"),
-    (TWO | {"chosen": " "}, "dropped: a completion is empty"),
     (TWO | {"chosen": "No\n"}, "dropped: two completions are equal"),
     (TWO | {"prompt": ""}, "dropped: the prompt is empty"),
     ({"prompt": "Hi", "ranking": ["Yo"]}, "dropped: two completions or more, not 1"),
     (WHOLE | {"chosen": [said("user", "Ho"), A]}, "dropped: answer different prompts"),
     (WHOLE | {"chosen": [U, A, U]}, "dropped: must end with the assistant's answer"),
-    ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "")}, "dropped: a completion is empty"),
     # KTO
     (PAIR | {"label": True}, "U Hi. A [Yo.] True"),
     (PAIR | {"label": "false", "system": "Be"}, "S Be. U Hi. A [Yo.] False"),
-    (PAIR | {"context": "now", "label": True}, "U now\n\nHi. A [Yo.] True"),
     (PAIR | {"label": "so"}, 'refused: "label" must be true or false'),
     (PAIR, 'refused: needs "chosen" and "rejected"'),
     # labels
@@ -332,17 +295,13 @@ PROMPTS = [
     ({"prompt": "Hi", "system": "Be", "history": [["a", "b"]]}, "S Be. U a. A [b.] U Hi."),
     (PAIR, "U Hi."),
     (ALPACA, "U Hi."),
-    (TWO | {"system": "Be"}, "S Be. U Hi."),
     (LABELLED, "U Hi."),
     (TWO | {"answer": "Yo"}, "U Hi. -> contains Yo"),
     ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, "U Hi."),
     (chat(S, U, A), "S Be. U Hi."),
     (chat(U, A, A), "U Hi."),
-    (chat(U, said("assistant", "")), "U Hi."),
-    (sharegpt(("human", "Hi"), ("gpt", "Yo")), "U Hi."),
     (chat(U, instruction="x"), 'refused: the model would not see the "instruction"'),
     (chat(U, question="x"), "U Hi."),
-    ({"question": "Hi", "response": "Yo"}, "U Hi."),
     ({"prompt": hh("a", "b", "Hi", "")}, "U a. A [b.] U Hi."),
     (chat(A), "dropped: the prompt is empty"),
     ({}, 'refused: a "prompt" (text) or "messages" are wanted'),
@@ -350,7 +309,6 @@ PROMPTS = [
     ({"prompt": "Hi", "answer": None}, "U Hi."),
     *(({"prompt": "Hi", "answer": given}, f"U Hi. -> number {read}")
       for given, read in ((0, "0"), ("-3", "-3"), (" 0.5 ", "0.5"), ("1,072", "1072"))),
-    ({"prompt": "Hi", "input": "now", "answer": "7"}, "U Hi\n\nnow. -> number 7"),
     ({"prompt": "Hi", "reasoning": "hm", "answer": "7"}, "U Hi. -> number 7"),
     ({"instruction": "Say", "context": "now", "question": "Hi", "options": ["a", "b"], "answer": 1},
      "U Say\n\nHi\nA. a\nB. b\nAnswer with the letter of the right choice.\n\nnow. -> choice B"),
@@ -368,19 +326,14 @@ PROMPTS = [
     *(({"prompt": "Hi", "answer": "b", key: 5}, f'refused: "{key}" must be text')
       for key in ("begins", "ends", "task")),
     # GSM8K
-    ({"context": "now", "question": "Hi", "answer": "#### 7"}, "U now\n\nHi. -> number 7"),
-    ({"question": "Hi"}, "U Hi."),
     ({"question": "Hi", "answer": "3 + 4 = <<3+4=7>>7\n#### 1,072", "system": "Be"},
      "S Be. U Hi. -> number 1072"),
     ({"question": "Hi", "answer": "7"}, "refused: must end with ####"),
-    ({"question": "Hi", "answer": "#### seven"}, "refused: must be a number, not 'seven'"),
-    ({"question": 3, "answer": "#### 7"}, "refused: message 0 has no text"),
 ]  # fmt: skip
 EXAMPLES = [
     ({"prompt": "Hi", "answer": "7"}, "U Hi. -> number 7"),
     (SCIENCE, f"U {LETTERED}. -> choice B"),
     ({"prompt": "Hi"}, 'dropped: needs an "answer"'),
-    ({"prompt": "Hi", "answer": " "}, 'dropped: needs an "answer"'),
 ]
 SHOWN = chat(*turns("<image>Hi", "Yo"), image="a.png")
 IMAGE_CHATS = [
@@ -392,16 +345,11 @@ IMAGE_CHATS = [
         f"U <image>\nLook.\n{LETTERED}. A [<think>Cats purr.\nIt purrs.</think>The answer is B..]"
         " (a.png)",
     ),
-    (
-        chat(said("user", [PAINTED, PART]), A, images=["b.png"]),
-        "refused: shows 'a.png', not 'b.png'",
-    ),
+    (chat(said("user", [PAINTED]), A, images=["b.png"]), "refused: shows 'a.png', not 'b.png'"),
     (chat(said("user", [PAINTED, PAINTED]), A, image="a.png"), 'refused: names no "image" for it'),
     (SHOWN | {"images": ["b.png"]}, "refused: image and images mean the same, and differ"),
-    (SHOWN | {"image": 5}, 'refused: "image" must be a file name or a list of them'),
     (SHOWN | {"image": "b.png"}, "refused: b.png does not exist"),
     (SHOWN | {"image": None}, "refused: 1 times <image>, but 0 images"),
-    (chat(U, A, image="a.png"), "refused: 0 times <image>, but 1 images"),
     (chat(U, said("assistant", "<image>"), image="a.png"), "refused: only users show images"),
 ]
 CAPTIONS = [
@@ -418,16 +366,7 @@ COMPLETIONS = [
     (chat(U, A, U, A | {"loss": False}), "U Hi. A [Yo.] U Hi."),  # a prompt, as chats read it
     (chat(U, A | {"reasoning_content": "hm"}), "refused: without reasoning_content"),
     (chat(U, said("assistant", " ")), "dropped: an answer is empty"),
-    (PAIR | {"label": False}, "dropped: its label says that it isn't wanted"),
-    ({"prompt": "Hi", "answer": "7"}, "U Hi. -> number 7"),
     ({"question": "Hi", "answer": "3 + 4\n#### 7"}, "U Hi. -> number 7"),
-    (
-        {
-            "question": {"stem": "Hi", "choices": [{"text": c, "label": c} for c in "12"]},
-            "answerKey": 1,
-        },
-        "U Hi\nA. 1\nB. 2\nAnswer with the letter of the right choice.. -> choice A",
-    ),
 ]
 READERS = [
     (read_chats, as_chat, {"messages": [U, A]}, CHATS),

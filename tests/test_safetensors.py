@@ -67,47 +67,22 @@ def test_parameters_are_loaded_as_plain_tensors_that_outlive_the_file(tmp_path):
     assert loaded["w"].add_(1).tolist() == [2, 2] and not loaded["w"].requires_grad
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path):
-    save_file({"w": torch.ones(2)}, tmp_path / "a")
-    with pytest.raises(NotImplementedError):  # a meta tensor has no bytes; found while writing
-        save_file({"a": torch.ones(2), "w": torch.ones(2, device="meta")}, tmp_path / "a")
-    assert load_file(tmp_path / "a")["w"].tolist() == [1, 1]
-    assert [file.name for file in tmp_path.iterdir()] == ["a"]
-
-
 # --- broken files --------------------------------------------------------------------------------
 
-ONE = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 FILES = {  # name: (header, data, the length to claim or None, what the message says)
     "a header beyond the file": ({}, b"", 99, "cut off"),
     "bad UTF-8": (b'{"\xff": 1}', b"", None, "not valid JSON"),
-    "bad JSON": (b'{"a"', b"", None, "not valid JSON"),
     "bottomless JSON": (b"[" * 100_000, b"", None, "not valid JSON"),
     "a list for a header": ([], b"", None, "object"),
-    "a tensor twice": (b'{"a":%b,"a":%b}' % (ONE, ONE), bytes(4), None, "is there twice"),
-    "a gap": (
-        {"a": entry(), "b": entry(8, 12)},
-        bytes(12),
-        None,
-        "'b' overlaps .* or leaves a gap",
-    ),
-    "a gap at the start": ({"a": entry(4, 8)}, bytes(8), None, "'a' overlaps .* or leaves a gap"),
-    "an overlap": ({"a": entry(), "b": entry(2, 6)}, bytes(6), None, "'b' overlaps"),
-    "the same bytes twice": ({"a": entry(), "b": entry()}, bytes(4), None, "overlaps"),
     "missing data": ({"a": entry()}, bytes(3), None, "cut off"),
     "trailing bytes": ({"a": entry()}, bytes(5), None, "more than its tensors"),
-    "metadata that is no object": ({"__metadata__": 3}, b"", None, "__metadata__"),
 }
 ENTRIES = {  # entries that contradict themselves
     "a tensor that is no object": 3,
-    "no dtype": {"shape": [1], "data_offsets": [0, 4]},
     "an unknown dtype": entry(dtype="F33"),
     "a negative size": entry(shape=[-1]),
-    "a fractional size": entry(shape=[1.0]),
     "a true size": entry(shape=[True]),
     "negative offsets": entry(-4, 0),
-    "offsets backwards": entry(4, 0),
-    "three offsets": entry() | {"data_offsets": [0, 4, 8]},
     "too few bytes for the shape": entry(shape=[2]),
     "a product that overflows 64 bits": entry(0, 0, shape=[2**32, 2**32]),
 }
@@ -124,28 +99,6 @@ def test_a_file_is_refused_in_one_line_that_names_it_for(name, tmp_path):
         load_file(path)
     said = str(refusal.value)
     assert re.search(says, said) and str(path) in said and "\n" not in said
-
-
-@pytest.mark.parametrize("size", [0, 7])
-def test_a_file_of_less_than_8_bytes_is_refused(tmp_path, size):
-    (tmp_path / "a").write_bytes(bytes(size))
-    with pytest.raises(UserError, match="cut off"):
-        load_file(tmp_path / "a")
-
-
-def test_a_header_over_the_limit_is_refused_before_it_is_read(tmp_path):
-    with open(tmp_path / "a", "wb") as file:  # sparse: takes no room on disk
-        file.write((100_000_001).to_bytes(8, "little"))
-        file.truncate(200_000_000)
-    with pytest.raises(UserError, match="100000001"):
-        load_file(tmp_path / "a")
-
-
-@pytest.mark.parametrize("where", ["missing", "file/below", "."])
-def test_a_path_without_a_file_is_refused(tmp_path, where):
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="does not exist"):
-        load_file(tmp_path / where)
 
 
 def test_no_damage_gives_anything_but_a_refusal_or_tensors(tmp_path):

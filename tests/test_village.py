@@ -225,13 +225,6 @@ def test_written_steps_of_the_market_are_those_of_the_problems_and_of_no_test(te
     assert min(kinds["+", 2], kinds["-", 2], kinds["+", 3], kinds["*", 2], kinds["*", 3]) > 50
 
 
-def test_written_steps_read_as_their_documentation_shows():
-    shown = re.findall(r"((\d+) ([+*-]) (\d+): .*)", written_steps.__doc__)
-    assert len(shown) == 3
-    for text, a, sign, b in shown:
-        assert written_steps(int(a), sign, int(b)) == text
-
-
 # --- cloze ------------------------------------------------------------------
 
 

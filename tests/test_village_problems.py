@@ -2,10 +2,8 @@
 
 import functools
 import itertools
-import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -16,11 +14,9 @@ from data.village.problems import DIFFICULTIES, lessons, problems, worked
 from data.village.tasks import instructions, user_turns
 from data.village.tools import TOPICS, knowledge, newcomers, tool_examples, tool_lessons
 from data.village.world import ATTRIBUTES, build_world
-from nanollm import tools as tools_module
 from nanollm.rewards import accuracy, final_answer, reft_reward, think_format
 from nanollm.tools import LONGEST_RESULT, KnowledgeBase, Toolbox, calculator
 
-ROOT = Path(__file__).parents[1]
 CALL = re.compile(r"<tool_call>(.*?)</tool_call><tool_result>(.*?)</tool_result>")
 EQUATION = re.compile(r"(\d+(?: [-+*] \d+)+) = (-?\d+)")
 LOSS = re.compile(r"sells|loses|away|gives \d+ \w+ to ")
@@ -146,18 +142,6 @@ def test_the_knowledge_base_holds_a_short_entry_for_each_fact_and_nobody_else(
     words = set(re.findall(r"\w+", " ".join(entry["text"] for entry in entries)))
     assert not words & {*world.by_name, *world.strangers}
     assert all(len(tokenizer.encode(entry["text"])) <= LONGEST_RESULT for entry in entries)
-
-
-def test_the_examples_of_the_documentation_are_of_the_kind_that_is_trained(people):
-    readme = (ROOT / "data/README.md").read_text(encoding="utf-8")
-    for text in (readme, village_tools.__doc__, tools_module.__doc__):
-        calls = re.findall(r"calculator\((.*?)\)</tool_call>(?:<tool_result>(\d+))?", text)
-        for factors, result in calls:
-            assert sorted(map(len, factors.split(" * "))) == [3, 4]
-            assert result in ("", calculator(factors))
-        assert "tool_call" in text
-    (entry,) = re.findall(r'\{"title": "pet .*?\}', readme)
-    assert json.loads(entry) in knowledge(people)
 
 
 def test_lessons_mix_calls_with_dialogues_that_need_none(world, asked):
