@@ -282,8 +282,6 @@ def parse(config_class, presets=None, argv=None):
     was started with, count as typed before the rest. Raises UserError.
     """
     presets, typed = presets or {}, sys.argv[1:] if argv is None else argv
-    with_dashes = re.compile("^--[^=]+")  # --batch-size is --batch_size
-    typed = [with_dashes.sub(lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in typed]
     parser = parser_of(config_class, presets)
     preset = getattr(parser.parse_args(typed), "preset", None)
     values = vars(parser.parse_args([*as_flags(presets.get(preset, {})), *typed]))

@@ -160,12 +160,6 @@ def with_markers(special, ranks, eos=None):
     return special | {token: first + n for n, token in enumerate(new)}
 
 
-def splitter(tokens):
-    """A pattern whose split() puts the added tokens at the odd places; the longest goes first."""
-    texts = map(re.escape, sorted(tokens, key=len, reverse=True))
-    return re.compile(f"({'|'.join(texts) or '(?!)'})(?!{BREAK})")
-
-
 class Tokenizer:
     """Byte-level BPE with added tokens.
 
@@ -236,7 +230,10 @@ class Tokenizer:
             or token.get("special", True)
             or (text in self.template and not text[0].isalnum())
         )
-        self._found, self._words = splitter(tokens), splitter(tokens.keys() - self._markers)
+        self._found, self._words = (  # split() puts the added tokens at the odd places
+            re.compile(f"({any_of(texts).pattern})(?!{BREAK})")
+            for texts in (frozenset(tokens), frozenset(tokens) - self._markers)
+        )
 
     @classmethod
     def train(cls, texts, vocab_size):

@@ -83,11 +83,11 @@ def read(line, config_class=Config, presets=PRESETS):
 READ = [
     ("--steps 5", "steps", 5), ("--steps 1_000", "steps", 1000), ("--steps 1e6", "steps", 10**6),
     ("--steps 9007199254740993", "steps", 2**53 + 1), ("--steps 1 --steps 2", "steps", 2),
-    ("--eval-every 2", "eval_every", 2), ("--lr 3e-4", "lr", 3e-4), ("--lr 1", "lr", 1.0),
+    ("--eval_every 2", "eval_every", 2), ("--lr 3e-4", "lr", 3e-4), ("--lr 1", "lr", 1.0),
     ("--clip none", "clip", None), ("--clip=0.5", "clip", 0.5), ("--init None", "init", None),
     ("--init=--odd=name", "init", "--odd=name"), ("--init=", "init", ""),
     ("--out none", "out", "none"), ("--dtype bf16", "dtype", "bf16"), ("--layers 4", "layers", 4),
-    ("--compile", "compile", True), ("--no-compile", "compile", False),
+    ("--compile", "compile", True), ("--no_compile", "compile", False),
     ("--no_compile --compile", "compile", True),
 ]  # fmt: skip
 

@@ -12,8 +12,7 @@ from nanollm.config import parse
 from nanollm.formats import write_jsonl
 from nanollm.hub import load_model, save_model
 from nanollm.metrics import accuracy_by_task, accuracy_table, majority, sampled_metrics, table
-from nanollm.records import read_examples, read_prompts
-from nanollm.rewards import is_right
+from nanollm.records import read_examples
 from nanollm.rollouts import TEMPLATES, prompt_of, template_of
 
 
@@ -48,26 +47,6 @@ def complete(monkeypatch):
 # --- examples ------------------------------------------------------------------------------------
 
 ASKED = turns("How many?")
-HAND_MADE = [
-    {"prompt": "How many?", "answer": "62"},
-    {"prompt": "How many?", "answer": 62},
-    {"prompt": "How many?", "answer": " 1,062 ", "check": "exact"},
-    {"prompt": "How many?", "answer": "two of them"},
-    {"prompt": ASKED, "answer": "62"},
-    {"messages": turns("How many?", "62."), "answer": "62"},
-    {"question": "How many?", "answer": "60 + 2\n#### 62"},
-]
-
-
-def test_a_test_example_is_what_training_reads(tmp_path):
-    path = write(tmp_path / "examples.jsonl", *HAND_MADE)
-    for example, prompt in zip(read_examples(path), read_prompts(path), strict=True):
-        assert example == {"task": "all", **prompt} and example["messages"] == ASKED
-        assert example["answer"] == example["answer"].strip()
-    first, last = (read_examples(path)[i] for i in (0, -1))
-    for example in (first, last):
-        assert is_right(example, "<think>61.</think>There are 62.")
-        assert not is_right(example, "Of 62 only 61.")
 
 
 def test_a_task_may_be_called_cloze(here, tokenizer):
@@ -148,7 +127,7 @@ def test_with_samples_the_temperature_is_theirs_alone(flags, temperatures, here,
 
 def test_a_completion_can_be_made_to_begin_as_asked(here):
     model, tokenizer = load_model("runs/model")
-    write("e.jsonl", *HAND_MADE[:2])
+    write("e.jsonl", {"messages": ASKED, "answer": "62"})
     begun = accuracy_by_task(model, tokenizer, read_examples("e.jsonl"), 4, begin="b")[1]
     assert all(completion.startswith("b") for completion in begun)
 

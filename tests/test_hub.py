@@ -22,7 +22,6 @@ SHAPES = {
     "qwen2": {"qk_norm": False, "attention_bias": True},
 }
 NORM = "model.norm.weight"
-TEXTS = ["Anna lives in Berlin.", " 12 + 30 = 42\n", "naïve 北京 🙂", "<|end|> is text here", ""]
 
 
 @pytest.fixture
@@ -58,8 +57,6 @@ def test_what_we_save_says_what_it_is_to_transformers_and_llama_cpp(
     mapped = "model.layers.", "model.embed_tokens", "model.norm"  # by llama.cpp's converter
     assert all(name.startswith(mapped) for name in tensors)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in TEXTS:
-        assert theirs(text)["input_ids"] == tokenizer.encode(text, special=True)
     assert max(theirs.get_vocab().values()) < config["vocab_size"]
     source = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
     assert source["type"] == "BPE" and not source.get("byte_fallback")  # then it is read as GPT-2's

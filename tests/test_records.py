@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import turns
 
 import distill
 import train_dpo
@@ -78,11 +79,6 @@ def as_completion(record, tokenizer):
 
 def said(role, content, **more):
     return {"role": role, "content": content, **more}
-
-
-def turns(*contents):
-    roles = ("user", "assistant") * len(contents)
-    return [said(role, content) for role, content in zip(roles, contents)]
 
 
 def hh(*contents):
@@ -446,8 +442,8 @@ def test_of_the_real_hh_rlhf_pairs_nine_are_dropped_and_the_others_split_into_tu
 
 
 def test_every_real_gsm8k_record_is_a_chat_and_a_problem():
-    chats, problems = (read(sample("gsm8k/train.jsonl")) for read in (read_chats, read_prompts))
-    assert len(chats) == len(problems) == 7473
+    chats, problems = (read(sample("gsm8k/test.jsonl")) for read in (read_chats, read_prompts))
+    assert len(chats) == len(problems) == 1319
     for chat, problem in zip(chats, problems):
         asked, answer = chat["messages"]
         assert [asked] == problem["messages"] and answer["content"] == problem["answer"]

@@ -196,14 +196,12 @@ def test_every_real_gsm8k_answer_is_what_stands_behind_its_marks():
         for name in ("train", "test")
         for line in (SAMPLES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    solved = 0
     for steps, mark, answer in answers:
         value = int(answer.replace(",", ""))
         problem = as_prompt({"question": "?", "answer": steps + mark + answer}, "here")
         assert (problem["answer"], problem["check"]) == (str(value), "number")
         assert as_number(answer) == last_number(steps + mark + answer) == value
-        solved += last_number(steps) == value
-    assert len(answers) == 8792 and solved == 8555  # the others end "... in 7 days"
+    assert len(answers) == 8792
 
 
 # --- multiple choice -----------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_the_pattern_cuts_alike_in_the_trainer_tiktoken_regex_and_tokenizers(tex
 
 
 def test_every_code_point_and_random_texts_survive(trained, texts):
-    every = "".join(f" {chr(c)}a" for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    every = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
     for text in [every, *texts]:
         assert trained.decode(trained.encode(text)) == text
     begin = trained.special["<|endoftext|>"]
