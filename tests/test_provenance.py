@@ -1,5 +1,6 @@
 """What a run is made of: one process writes to its folder, it knows what it began from, and it goes
-on only with the data and the models that it had. A refused --resume changes nothing.
+on only with the data and the models that it had. A refused --resume changes nothing, and a
+downloaded model is itself after every script: template, ids, stops and logits stay.
 """
 
 import contextlib
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import WORDS, as_two_processes, begin, command, in_new_folder, refused, run, turns
+from test_downloaded import qwen3, transformers
+from test_templates import base, theirs  # noqa: F401
 
 import distill
 import lora
@@ -26,23 +29,28 @@ import train_sft
 import train_vlm
 from data.village import examples
 from nanollm import config, evaluate, safetensors
+from nanollm.checkpoint import is_adapter, is_scalar
 from nanollm.compare import settings_of
 from nanollm.config import lock_of, parse, save_config
 from nanollm.formats import write_jsonl
-from nanollm.hub import load_model, save_model
+from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.optim import build_optimizer
 from nanollm.run import content_hash
+from nanollm.tokenizer import Tokenizer
 
 SMALL = "--batch_size 3 --dtype fp32 --device cpu --steps 2 --eval_every 2 --warmup 1 "
 SHAPE = "--layers 1 --channels 32 --heads 2 "
-PRETRAIN = SMALL + SHAPE + "--context 64 --tokenizer bytes --sample_tokens 4 "
 INIT = SMALL + "--init runs/base "
 LISTED = "--data asked.jsonl --max_new_tokens 8 "
 SCRIPTS = {  # run -> (script, its flags, the settings that name what it reads)
-    "pretrain": (train_pretrain, f"{PRETRAIN} --data text.txt --val_data val.txt", "data val_data"),
+    "pretrain": (
+        train_pretrain,
+        f"{INIT} --data text.txt --val_data val.txt --context 64",
+        "init data val_data",
+    ),
     "sft": (
         train_sft,
-        f"{INIT} --data chats.jsonl --replay_data text.txt --context 48",
+        f"{INIT} --data chats.jsonl --replay_data text.txt --context 96",
         "init data replay_data",
     ),
     "rm": (train_rm, f"{INIT} --data pairs.jsonl", "init data"),
@@ -61,7 +69,7 @@ SCRIPTS = {  # run -> (script, its flags, the settings that name what it reads)
     ),
     "lora": (
         lora,
-        f"{INIT} --data chats.jsonl --context 48 --test_data asked.jsonl --other_data asked.jsonl "
+        f"{INIT} --data chats.jsonl --context 96 --test_data asked.jsonl --other_data asked.jsonl "
         "--other_text text.txt",
         "init data other_text",
     ),
@@ -71,8 +79,8 @@ READS = [(name, setting) for name in SCRIPTS for setting in SCRIPTS[name][2].spl
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A directory with data, a model, and a run of each script."""
+def trained(base, tmp_path_factory):  # noqa: F811
+    """A directory with data, a downloaded model, and a run of each script from it."""
     with in_new_folder(tmp_path_factory) as folder:
         Path("val.txt").write_text("the cat sat on the log. " * 20)
         said = [turns(f"say {word}", word) for word in WORDS * 3]
@@ -80,7 +88,9 @@ def trained(tmp_path_factory):
         pairs = [{"prompt": f"say {w}", "chosen": f"{w} please", "rejected": w} for w in WORDS * 3]
         write_jsonl("pairs.jsonl", pairs)
         write_jsonl("asked.jsonl", [{"prompt": f"say {w}", "answer": w} for w in WORDS * 3])
-        run(train_pretrain, *PRETRAIN.split(), "--data", "text.txt", out="runs/base")
+        qwen3("runs/base", base)
+        cfg = parse(train_pretrain.Config, None, ["--villagers", "64"])
+        save_config(cfg, "runs/base/train_config.json")
         for name, (module, flags, _) in SCRIPTS.items():
             run(module, *flags, out=f"runs/{name}")
     return folder
@@ -120,6 +130,32 @@ def changed(path):
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+# --- models stay themselves ----------------------------------------------------------------------
+
+CHAT = turns("what is 2 + 3?", "5")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_downloaded_model_is_itself_after_every_script(here, name):
+    out, known = Path("runs", name), Tokenizer.load("runs/base")
+    model, tokenizer = (load_scalar if is_scalar(out) else load_model)(out)
+    assert tokenizer == known and tokenizer.stop_ids == known.stop_ids
+    if name == "distill":
+        return  # whose student is new
+    assert theirs(out, CHAT[:1], True) == theirs("runs/base", CHAT[:1], True)
+    if is_adapter(out):
+        return  # opened by peft: see test_lora.py
+    kind = "SequenceClassification" if is_scalar(out) else "CausalLM"
+    peer = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(out).eval()
+    assert {*peer.config.eos_token_id} >= tokenizer.stop_ids
+    ids = torch.tensor([theirs("runs/base", CHAT)])
+    with torch.no_grad():
+        ours, wanted = model(ids), peer(ids).logits
+    if is_scalar(out):
+        ours, wanted = ours[:, -1], wanted[:, 0] - model.shift
+    assert torch.allclose(ours, wanted, atol=1e-5)
+
+
 # --- a refused --resume --------------------------------------------------------------------------
 
 
@@ -133,15 +169,15 @@ def test_a_resume_with_other_data_or_another_model_is_refused(here, capsys, name
 
 
 def test_what_a_run_reads_is_known_by_all_that_decides_what_it_computes(here, tmp_path):
-    base = shutil.copytree("runs/base", tmp_path / "base")
-    for path in (base / f"{n}.json" for n in ("config", "tokenizer_config", "tokenizer")):
+    copied = shutil.copytree("runs/base", tmp_path / "base")
+    for path in (copied / f"{n}.json" for n in ("config", "tokenizer_config", "tokenizer")):
         text = path.read_text()
         path.write_text(text + " ")
-        assert content_hash(base) != content_hash(Path("runs/base")), path
+        assert content_hash(copied) != content_hash(Path("runs/base")), path
         path.write_text(text)
-    (base / "evaluation.json").write_text("{}")
-    (base / "config.json").touch()
-    assert content_hash(base) == content_hash(Path("runs/base"))
+    (copied / "evaluation.json").write_text("{}")
+    (copied / "config.json").touch()
+    assert content_hash(copied) == content_hash(Path("runs/base"))
 
 
 CAUSES = {  # what happens to state.pt, further flags, what is said
