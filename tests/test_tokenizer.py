@@ -209,13 +209,6 @@ def test_the_mask_covers_the_answer_and_the_end_of_its_turn(tokenizer):
     assert mask == [False] * 5 + [True] * 3
 
 
-def test_what_a_tool_has_answered_in_between_is_not_trained_on(tokenizer):
-    said = "a<tool_call>b</tool_call><tool_result>c</tool_result>d"
-    ids, mask = tokenizer.render([{"role": "assistant", "content": said}])
-    learnt = tokenizer.decode([id for id, trained in zip(ids, mask) if trained])
-    assert learnt == "a<tool_call>b</tool_call>d<|end|>"
-
-
 def test_a_turn_with_loss_false_is_not_trained(trained):
     hushed = {"role": "assistant", "content": "no", "loss": False}
     _, mask = trained.render([CHAT[1], hushed, CHAT[1], CHAT[4]])

@@ -54,12 +54,9 @@ WRONG = {
         "9**9**9**9", "1e999999999", "0e999999999", "1**10**9", "(-1)**201",
     ],
     "not arithmetic": [
-        "", " ", "\0", "1 + \0", "٣ + ٣", "１ + １", "2²", "½", "2 × 3", "x", "pi", "None", "True",
-        "1 + True", "abs(1)", "__import__('os')", "__import__('os').system('true')", "().__class__",
-        "'a'", "'a' * 3", "b'1'", "f'{1}'", "1 < 2", "1 == 1", "1 and 2", "not 1", "1 if 1 else 2",
-        "lambda: 1", "(x := 2)", "[1][0]", "{1}", "1; 2", "1\n2", "x = 1", "1j", "~1", "1 << 3",
-        "1 | 2", "1 @ 2", "2 ** 0.5", "1 +", "* 2", "1 2", "(-8) ** (1/3)", "(1", "1)", "...",
-        "\ud800", "nan", "inf", "2 + 2 =", "1,5 + 1",
+        "", "\0", "٣ + ٣", "2²", "2 × 3", "x", "abs(1)", "__import__('os').system('true')",
+        "'a' * 3", "f'{1}'", "1 < 2", "1 and 2", "1 if 1 else 2", "lambda: 1", "(x := 2)", "[1][0]",
+        "1; 2", "x = 1", "1j", "~1", "1 << 3", "2 ** 0.5", "1 +", "(1", "\ud800", "nan", "1,5 + 1",
     ],
 }  # fmt: skip
 WRONG = [(expression, f"error: {said}") for said, all in WRONG.items() for expression in all]
@@ -141,11 +138,6 @@ def test_an_unknown_name_or_a_strange_query_finds_nothing(base):
         assert base.search(query) == "nothing found" == NOTHING
 
 
-def test_a_knowledge_base_of_one_entry_or_none():
-    assert KnowledgeBase(ENTRIES[:1]).search("hat of Bara") == "The hat of Bara is red."
-    assert KnowledgeBase([]).search("door of Kelo") == NOTHING
-
-
 def test_where_two_entries_hold_the_same_words_the_title_decides():
     pair = [
         {"title": "best friend of Selby", "text": "Selby's best friend is Goria."},
@@ -199,8 +191,7 @@ CALLS = [
     ("calculator(1)(2)", "error: not arithmetic"),
     ("calculator(search(hat of Bara))", "error: not arithmetic"),
     ("", NO_CALL), ("calculator", NO_CALL), ("calculator 2 + 2", NO_CALL),
-    ("calculator(2 + 2", NO_CALL), ("calculator)2 + 2(", NO_CALL),
-    ("calculator(2 + 2) = 4", NO_CALL), ("(2 + 2)", NO_TOOL), ("Calculator(2 + 2)", NO_TOOL),
+    ("calculator(2 + 2", NO_CALL), ("calculator(2 + 2) = 4", NO_CALL), ("(2 + 2)", NO_TOOL),
     ("eval(2 + 2)", NO_TOOL), (MEGABYTES * "a" + "(1)", NO_TOOL), (MEGABYTES * "(", NO_CALL),
     ("echo(" + MEGABYTES * "a" + ")", TOO_LONG), ("calculator(" + LONGEST * "1" + ")", TOO_LONG),
 ]  # fmt: skip
@@ -396,12 +387,6 @@ def test_the_end_of_a_call_inside_a_result_calls_nothing(tokenizer):
     assert tools.shown == [[call_end]]
 
 
-def test_a_malformed_call_gets_its_error_and_the_row_goes_on(tokenizer, products):
-    model = writer(tokenizer, "S</tool_call>!<|end|>", GO_ON)
-    texts, _ = spell(tokenizer, model, ["S"], 60, products)
-    assert texts == [f"</tool_call><tool_result>{NO_CALL}</tool_result>E<|end|>"]
-
-
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_stream_with_tools_yields_what_generate_returns(temperature, random_model):
     model, prompt = random_model(), some_prompts()[0]
@@ -431,7 +416,6 @@ TRAINED = [
     (f"{CALL}<tool_result>6</tool_result>Six.", f"{CALL}Six."),
     (f"<think>a</think>{CALL}<tool_result></tool_result>b", f"<think>a</think>{CALL}b"),
     ("a<tool_result>1</tool_result>b<tool_result>2</tool_result>c", "abc"),
-    ("<tool_result>1</tool_result><tool_result>2</tool_result>", ""),
     ("a<tool_result>1<tool_result>2</tool_result>b", "ab"),
     ("a<tool_result>never closed", "a"),
     ("a</tool_result>b", "a</tool_result>b"),
