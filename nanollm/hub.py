@@ -13,8 +13,7 @@ llama.cpp would cut text in other places.
 """
 
 import sys
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -118,14 +117,17 @@ TEXT = "The quick brown fox jumps over 12 lazy dogs;\n\tisn't it (x == 3.5)?"
 
 @dataclass
 class Config:
+    run: str = field(default="", metadata={"positional": True})  # run folder or model folder
     out: str = ""  # folder to write, a new one
     merge: bool = False  # of an adapter: write the model that base and adapter make together
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # precision of the weights in the file
 
 
-def export(folder, cfg):
+def export(cfg):
     """Write the plain model folder cfg.out, once it was opened again and is what it should be."""
-    out = Path(cfg.out)
+    if not (cfg.run and cfg.out):
+        raise UserError("write python -m nanollm.hub export RUN --out DIR [--merge] [--dtype bf16]")
+    folder, out = cfg.run, Path(cfg.out)
     if out.exists():
         raise UserError(f"--out {out} is there already; name a new folder")
     if is_adapter(existing_folder(folder)) and not cfg.merge:
@@ -154,12 +156,5 @@ def export(folder, cfg):
     print(f"{out}: opened again; ids are equal, and logits within {error:.1e} (relative)")
 
 
-def main(words, cfg):
-    if len(words) != 2 or words[0] != "export" or not cfg.out:
-        raise UserError("write python -m nanollm.hub export RUN --out DIR [--merge] [--dtype bf16]")
-    export(words[1], cfg)
-
-
 if __name__ == "__main__":
-    words = list(takewhile(lambda word: not word.startswith("--"), sys.argv[1:]))
-    cli(lambda cfg: main(words, cfg), Config, argv=sys.argv[1 + len(words) :])
+    cli(export, Config, argv=[word for word in sys.argv[1:] if word != "export"])
