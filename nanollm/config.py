@@ -13,7 +13,6 @@ Who wins, weakest first: the default, the preset, the resumed run's own value, t
 """
 
 import argparse
-import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -459,6 +458,3 @@ def unlock(*folders):
             file.close()
             with contextlib.suppress(PermissionError):  # on Windows another process has it open
                 path.unlink(missing_ok=True)
-
-
-atexit.register(unlock)

@@ -28,7 +28,7 @@ import train_rm
 import train_sft
 import train_vlm
 from data.village import examples
-from nanollm import config, evaluate, safetensors
+from nanollm import evaluate, safetensors
 from nanollm.checkpoint import is_adapter, is_scalar
 from nanollm.compare import settings_of
 from nanollm.config import lock_of, parse, save_config
@@ -251,16 +251,6 @@ def test_of_two_runs_into_one_folder_one_is_refused(here):
     steps = [json.loads(line)["step"] for line in Path("runs/same/metrics.jsonl").open()]
     assert steps == sorted(steps) and steps.count(1) == 1
     assert not Path("runs/same.previous").exists()
-
-
-def test_locks_are_given_back_when_the_process_ends(tmp_path):
-    for end in ("", "raise KeyError", "from nanollm.config import leave; leave(3)"):
-        code = f"from nanollm.config import lock; lock({str(tmp_path / 'run')!r}); {end}"
-        how = command("") | {"args": [sys.executable, "-c", code], "stderr": subprocess.DEVNULL}
-        how["env"]["WORLD_SIZE"] = "2"  # where the interpreter's own end is left out
-        subprocess.run(**how)
-        assert list(tmp_path.iterdir()) == []
-    assert config.LOCKS == {}
 
 
 # --- where a run comes from ----------------------------------------------------------------------

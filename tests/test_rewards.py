@@ -306,14 +306,6 @@ def test_choices_that_are_none_are_refused(record, sentence):
         as_prompt(record, "here")
 
 
-def test_numbers_of_thirty_digits_that_differ_by_one_differ():
-    n = 10**29 + 7
-    example = {"answer": str(n), "check": "number"}
-    assert float(n) == float(n + 1) and last_number(f"It is {n}.") == n
-    assert accuracy(example, f"{n:,}") == 1 and accuracy(example, str(n - 1)) == 0
-    assert majority(example, [str(n + 1), str(n), str(n)]) == str(n)
-
-
 MANY = ("1 ", "1.", "-1", "-", ",", "a", "<think> ", "</think>", "1,000,", "1 000 ", "1/", "1e")
 MANY += ("\\frac{", "\\boxed{", "{", "$", "#### ", "B ", "answer is ")
 
