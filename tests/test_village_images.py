@@ -92,7 +92,7 @@ def test_no_scene_is_in_two_splits_and_the_tests_do_not_depend_on_the_training(s
     truths = [scene.truth for split in scenes.values() for scene in split]
     assert len(set(truths)) == len(truths)
     sizes = {split: len(drawn) for split, drawn in scenes.items()}
-    assert sizes == {"train": N_TRAIN, "val": 200, "test": 400, "combos": 150}
+    assert sizes == {"train": N_TRAIN, "val": 200, "test": 400, "combos": 150, "combos_val": 80}
     assert split_scenes(0, 20)["test"] == scenes["test"]
 
 
@@ -205,9 +205,13 @@ def test_every_answer_in_a_dialogue_is_true_and_nothing_is_asked_twice(files, sc
     assert 0.68 < steps[True] / sum(steps.values()) < 0.82  # three of four that need steps
 
 
-@pytest.mark.parametrize("name", ["questions_test", "problems_test", "combos_test"])
-def test_every_test_answer_is_the_checkers(files, scene_of, name):
-    for example in files["combos" if name == "combos_test" else "test"][name]:
+OF_SPLIT = {"test": ["questions_test", "problems_test"], "combos": ["combos_test"]}
+OF_SPLIT |= {"val": ["examples_val"], "combos_val": ["combos_val"]}
+
+
+@pytest.mark.parametrize("split, name", [(s, n) for s, names in OF_SPLIT.items() for n in names])
+def test_every_test_answer_is_the_checkers(files, scene_of, split, name):
+    for example in files[split][name]:
         (question,) = user_turns(example)
         assert answer_of(scene_of[example["image"]], question) == example["answer"]
         assert read(question).task == example["task"]
@@ -350,10 +354,11 @@ def test_a_reader_is_asked_for_what_the_caption_tells(files, scenes):
 # --- files ---------------------------------------------------------------------------
 
 FILES = """
-captions_test.jsonl captions_train.jsonl captions_val.jsonl combos combos_test.jsonl
-describe_train.jsonl describe_val.jsonl problems_test.jsonl problems_train.jsonl problems_val.jsonl
-questions_test.jsonl questions_train.jsonl questions_val.jsonl reader_train.jsonl reader_val.jsonl
-scenes_combos.json scenes_test.json scenes_train.json scenes_val.json test train val
+captions_test.jsonl captions_train.jsonl captions_val.jsonl combos combos_test.jsonl combos_val
+combos_val.jsonl describe_train.jsonl describe_val.jsonl examples_val.jsonl problems_test.jsonl
+problems_train.jsonl problems_val.jsonl questions_test.jsonl questions_train.jsonl
+questions_val.jsonl reader_train.jsonl reader_val.jsonl scenes_combos.json scenes_combos_val.json
+scenes_test.json scenes_train.json scenes_val.json test train val
 """
 
 

@@ -21,10 +21,11 @@ from data.village.world import capitalise, table, wordings
 from nanollm.config import atomic_folder
 from nanollm.formats import write_jsonl
 
-VERSION = 26  # raise it when images or texts change, so that no old cache is read
+VERSION = 27  # raise it when images or texts change, so that no old cache is read
 SIZES = {"val": 200, "test": 400, "combos": 150}  # images of each split, beside training
+PAIRS_TO_CHOOSE = {"combos_val": 80}  # and of what is painted after those for training
 HARD_NEGATIVES = 4  # training images side by side that differ in one thing each
-N_TEST = {"test": 240, "combos": 100}  # test questions of each task
+N_TEST = {"test": 240, "combos": 100, "val": 96, "combos_val": 64}  # test questions of each task
 ABOUT_PAIRS = ("existence", "count", "colour", "place", "comparison", "sum", "more")
 COUNTING = ("count", "sum", "total")  # for reinforcement learning
 TURNS = 4  # questions in a dialogue: so it fits, with its image, into a row of 256 tokens
@@ -210,14 +211,15 @@ def split_scenes(seed, n_train):
     In training HARD_NEGATIVES scenes in a row differ from the first of them in one thing each.
     """
     rng, seen, splits = random.Random(f"pictures-{seed}"), set(), {}
-    for split, n in {**SIZES, "train": n_train}.items():  # the tests don't depend on n_train
+    # the tests don't depend on n_train
+    for split, n in {**SIZES, "train": n_train, **PAIRS_TO_CHOOSE}.items():
         scenes, tries = splits.setdefault(split, []), 0
         while len(scenes) < n:
             nth = len(scenes) % HARD_NEGATIVES
             if split == "train" and nth and tries < 50:
                 scene = vary(scenes[-nth], rng)
             else:  # also where all that is like it was there before
-                scene = random_scene(rng, held_out=split == "combos")
+                scene = random_scene(rng, held_out=split.startswith("combos"))
             tries += 1
             if scene.truth not in seen:
                 seen.add(scene.truth)
@@ -230,8 +232,9 @@ def records(split, scenes, seed):
     """{name of the file: its records} for one split."""
     rng = random.Random(f"pictures-{split}-{seed}")
     images = [(f"{split}/{i:05}.png", scene) for i, scene in enumerate(scenes)]
-    if split == "combos":
-        return {"combos_test": question_examples(images, ABOUT_PAIRS, N_TEST[split], rng)}
+    if split.startswith("combos"):
+        name = "combos_test" if split == "combos" else split
+        return {name: question_examples(images, ABOUT_PAIRS, N_TEST[split], rng)}
     phrasings = range(2 if split == "train" else 1)
     said = [[caption(scene, rng) for _ in phrasings] for scene in scenes]
     captions = [
@@ -249,6 +252,8 @@ def records(split, scenes, seed):
     ]
     made[f"questions_{split}"] = [dialogue(*each, balance, rng) for each in images]
     made[f"reader_{split}"] = reader_dialogues(scenes, [texts[0] for texts in said], rng)
+    if split == "val":
+        made["examples_val"] = question_examples(images, TASKS, N_TEST[split], rng)
     return made
 
 
