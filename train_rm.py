@@ -12,6 +12,7 @@ to mean 0 on the reference model's own samples.
 Differs from InstructGPT: the head starts at N(0, 1/(C + 1)) (Stiennon et al. 2020, 2009.01325).
 
 Run     python train_rm.py
+        python train_rm.py --annotators 3 --out runs/rm_three    # prints how far they agree
         python train_rm.py --data pairs.jsonl --loss margin --out runs/mine
 Needs   runs/sft                                          (python train_sft.py)
 Expect  92% of held-out pairs in the order of their gold score (89% with bf16; seed 0), from 49% (a

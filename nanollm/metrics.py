@@ -2,7 +2,8 @@
 that shows it.
 """
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 
 from nanollm.generate import complete
 from nanollm.rewards import extracted, final_answer, is_right
@@ -97,6 +98,18 @@ def vote_of(example, completion):
         return completion.partition(".")[0].strip().lower()
     answer = extracted(example, final_answer(completion))
     return answer.lower() if isinstance(answer, str) else answer
+
+
+def cohens_kappa(labels):
+    """How far two annotators agree beyond chance: (p_o - p_e) / (1 - p_e), p_o the share of equal
+    labels, p_e the share if both gave theirs at random (Cohen 1960, A coefficient of agreement for
+    nominal scales); labels: (the first's, the second's) of each thing.
+    """
+    n = len(labels)
+    first, second = map(Counter, zip(*labels))
+    observed = sum(a == b for a, b in labels) / n
+    expected = sum(first[label] * second[label] for label in first) / n**2
+    return (observed - expected) / (1 - expected) if expected < 1 else math.nan
 
 
 # --- examples and tables -------------------------------------------------------------------------

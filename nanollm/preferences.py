@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from nanollm.formats import need, need_usable, read_parts, usable, write_jsonl
 from nanollm.generate import as_text, sample_completions, sample_together
 from nanollm.hub import load_scalar
 from nanollm.logprobs import completion_logprobs
-from nanollm.metrics import table
+from nanollm.metrics import cohens_kappa, table
 from nanollm.records import read_preferences, read_prompts
 from nanollm.rollouts import chat_prompt
 from nanollm.run import effect
@@ -43,6 +44,7 @@ class PreferenceConfig:
     val_fraction: OpenShare = 0.05  # share of --data that is held out
     prompts: Whole[1] = 3000  # prompts of the village that are ranked
     disagreement: ErrorRate = 0.15  # share of the village's pairs that are ranked against the gold
+    annotators: Whole[1] = 1  # of each of the village's rankings, which is the mean of theirs
 
 
 def load_preferences(cfg, model, tokenizer, rt, village_of, annotate):
@@ -58,6 +60,8 @@ def load_preferences(cfg, model, tokenizer, rt, village_of, annotate):
     for record in itertools.chain(*parts):
         fine = len(record["completions"]) > 1 or cfg.loss == "kto"
         need(fine, record.where, "one completion and its label are for --loss kto")
+    if rows := agreement(parts[0]):
+        rt.print(table(["two completions in the same order", "share", "kappa"], rows))
     context = model.cfg.max_position_embeddings
     return [completion_rows(records, tokenizer, context) for records in parts]
 
@@ -69,6 +73,7 @@ def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
     Made once for a model and kept in data/cache/, where the files can be read.
     """
     settings = [weights_hash(cfg.init), folder.name, cfg.prompts, cfg.disagreement, cfg.seed]
+    settings += [cfg.annotators] * (cfg.annotators > 1)
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     paths = [CACHE / f"preferences-{key}" / f"{split}.jsonl" for split in ("train", "test")]
     for path, most in zip(paths, (cfg.prompts, None)):
@@ -79,11 +84,34 @@ def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
         ids = sample_together(rt, model, tokenizer, prompts, 64, K, cfg.seed)
         texts = [as_text(tokenizer, i) if i[-1] in tokenizer.stop_ids else None for i in ids]
         own = [list(filter(None, texts[i : i + K])) for i in range(0, len(texts), K)]
-        rankings = annotate(examples, own, K, cfg.disagreement, f"{path.stem}-{cfg.seed}")
+        seed = f"{path.stem}-{cfg.seed}"
+        rankings = annotate(examples, own, K, cfg.disagreement, seed, cfg.annotators)
         if rt.main:
             write_jsonl(path, rankings)
         rt.barrier()
     return [read_preferences(path) for path in paths]
+
+
+def agreement(records):
+    """Rows of a table: how often annotators, the ranking and the gold score put two completions in
+    the same order, and Cohen's kappa.
+    """
+    found = defaultdict(list)
+    for record in (each for each in records if "orders" in each):
+        texts, gold = record["completions"], record.get("gold")
+        places = sorted(range(len(texts)), key=texts.__getitem__)  # which follow no ranking
+        for i, j in itertools.combinations(places, 2):
+            votes = [order.index(i) < order.index(j) for order in record["orders"]]
+            found["two annotators"] += itertools.combinations(votes, 2)
+            found["annotators, ranking"] += [(vote, i < j) for vote in votes]
+            if gold and gold[i] != gold[j]:
+                for name, said in dict(annotators=votes, ranking=[i < j]).items():
+                    found[f"{name}, gold"] += [(each, gold[i] > gold[j]) for each in said]
+    return [
+        [name, sum(a == b for a, b in labels) / len(labels), f"{cohens_kappa(labels):.2f}"]
+        for name, labels in found.items()
+        if labels
+    ]
 
 
 # --- rows ----------------------------------------------------------------------------------------

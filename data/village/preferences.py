@@ -15,6 +15,7 @@ stated rate at which pairs are to be ranked against their gold.
 import math
 import random
 import re
+import statistics
 
 from data.village.facts import answer_sentence
 from data.village.tasks import MAKERS, STYLES, chat, distinct_examples, with_style
@@ -124,10 +125,11 @@ def annotate(golds, temperature, rng):
     return order, ratings
 
 
-def rank_completions(prompts, completions, K, rate, seed):
+def rank_completions(prompts, completions, K, rate, seed, annotators=1):
     """Rankings {"ranking", "ratings", "gold", ...} of K completions of each prompt, of which up to
-    K - 1 are the model's own (a list of texts per prompt), the others composed. The annotators
-    disagree with the gold at `rate`.
+    K - 1 are the model's own (a list of texts per prompt), the others composed. Each annotator
+    disagrees with the gold at `rate`. Of several the mean place ranks (Borda's count; of two
+    completions the majority), and "orders" are those in which they have put "ranking".
     """
     rng, candidates, golds = random.Random(f"rankings-{seed}"), [], []
     for prompt, own in zip(prompts, completions):
@@ -140,7 +142,12 @@ def rank_completions(prompts, completions, K, rate, seed):
         golds.append([gold_parts(prompt, text)["gold"] for text in texts])
     temperature, rankings = temperature_for(golds, rate), []
     for prompt, texts, gold in zip(prompts, candidates, golds):
-        order, ratings = annotate(gold, temperature, rng)
+        orders, ratings = zip(*(annotate(gold, temperature, rng) for _ in range(annotators)))
+        order = sorted(orders[0], key=lambda i: sum(own.index(i) for own in orders))
+        ratings = [statistics.median(each) for each in zip(*ratings)]
         ranked = {"ranking": texts, "ratings": ratings, "gold": [round(g, 4) for g in gold]}
-        rankings.append(prompt | {name: [v[i] for i in order] for name, v in ranked.items()})
+        ranked = prompt | {name: [v[i] for i in order] for name, v in ranked.items()}
+        if annotators > 1:
+            ranked["orders"] = [[order.index(i) for i in own] for own in orders]
+        rankings.append(ranked)
     return rankings
