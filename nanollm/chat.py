@@ -13,13 +13,12 @@ with the next one. Images stand before the message, or where it says <image>.
 
 import re
 import sys
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 
 from data.village import examples as village
-from nanollm.config import NotNegative, Share, UserError, Whole, cli, say
+from nanollm.config import ModelConfig, NotNegative, Share, UserError, Whole, cli, say
 from nanollm.formats import IMAGE
 from nanollm.generate import stream
 from nanollm.hub import load_model
@@ -38,9 +37,7 @@ HELP = """/image FILE  show an image with the next message
 
 
 @dataclass
-class Config:
-    # run folder or model folder
-    model: str = field(default="runs/sft", metadata={"positional": True})
+class Config(ModelConfig):
     # folder of an adapter to put on it; several with commas, called as their folders: the first
     # speaks, until a line /adapter A chooses another
     adapter: str | None = None
@@ -54,9 +51,6 @@ class Config:
     tools: bool = False  # run the calls that the model writes
     # with tools: JSONL of {"title", "text"} to search; default: the village's, and SQL about it
     knowledge: str | None = None
-    seed: Whole[0, 2**40] = 0  # of the sampling
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers
 
 
 class Conversation:

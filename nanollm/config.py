@@ -118,6 +118,17 @@ class TrainConfig:
 
 
 @dataclass
+class ModelConfig:
+    """Options common to commands that open a model."""
+
+    # run folder or model folder
+    model: str = dataclasses.field(default="runs/sft", metadata={"positional": True})
+    seed: Whole[0, 2**40] = 0  # of the sampling
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers
+
+
+@dataclass
 class AdapterConfig:
     """Train an adapter instead of all weights."""
 

@@ -19,7 +19,7 @@ Completions are greedy unless --temperature says else; with --samples it speaks 
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,7 @@ import torch
 from data.village import examples as village
 from data.village.preferences import gold_of
 from nanollm.batches import Windows, open_corpus
-from nanollm.config import NotNegative, UserError, Whole, atomic_write, cli
+from nanollm.config import ModelConfig, NotNegative, UserError, Whole, atomic_write, cli
 from nanollm.formats import read_records
 from nanollm.hub import load_model
 from nanollm.logprobs import bits_per_byte
@@ -53,9 +53,7 @@ from nanollm.tools import Toolbox
 
 
 @dataclass
-class Config:
-    # run folder or model folder
-    model: str = field(default="runs/sft", metadata={"positional": True})
+class Config(ModelConfig):
     # folder of an adapter to put on it; several with commas: every example is asked of each of them
     # and of the model alone, all in one batch
     adapter: str | None = None
@@ -87,10 +85,7 @@ class Config:
     # of the completions; default: 0, greedy. With --samples: of the sampled ones alone (default: 1)
     temperature: NotNegative | None = None
     batch_size: Whole[1] = 256  # completions written side by side
-    seed: Whole[0, 2**40] = 0  # of the sampling
     show: Whole[0] = 0  # wrong completions to print per task
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers
 
 
 FILES = {  # of the village

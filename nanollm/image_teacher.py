@@ -19,7 +19,6 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -28,7 +27,7 @@ from data.village.image_questions import is_true, names_held_out, read, truth
 from data.village.images import READER, TURNS
 from data.village.scenes import Scene
 from data.village.tasks import chat
-from nanollm.config import UserError, Whole, cli
+from nanollm.config import ModelConfig, UserError, Whole, cli
 from nanollm.formats import IMAGE, write_jsonl
 from nanollm.generate import as_text, sample_completions
 from nanollm.hub import load_model
@@ -43,7 +42,7 @@ FORM = re.compile(r"Question: (\S.*)\nAnswer: (\S.*)")
 
 
 @dataclass
-class Config:
+class Config(ModelConfig):
     # the teacher: run folder or model folder of a text model
     model: str = field(default="runs/reader", metadata={"positional": True})
     # village: its captions, and the truth; or JSONL of {"image", "caption"}
@@ -52,9 +51,6 @@ class Config:
     samples: Whole[1] = 4  # questions written per caption, at temperature 1
     limit: Whole[0] = 2000  # images, the first of --data; 0: all
     image_size: Whole[1] = 96  # pixels per side of the village's images
-    seed: Whole[0] = 0  # of the sampling
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers
 
 
 def load_records(cfg):

@@ -13,13 +13,12 @@ Run     python -m nanollm.toolformer runs/tools --data chats.jsonl --out calls.j
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from data.village import examples as village
 from nanollm.batches import pad_completions
-from nanollm.config import Whole, cli
+from nanollm.config import ModelConfig, Whole, cli
 from nanollm.formats import write_jsonl
 from nanollm.generate import sample_completions
 from nanollm.hub import load_model
@@ -32,7 +31,7 @@ from nanollm.tools import LONGEST_RESULT, Toolbox
 
 
 @dataclass
-class Config:
+class Config(ModelConfig):
     # run folder or model folder that samples the calls
     model: str = field(default="runs/tools", metadata={"positional": True})
     data: str = "chats.jsonl"  # dialogues; calls are tried before their last answer
@@ -41,9 +40,6 @@ class Config:
     knowledge: str | None = None
     samples: Whole[1] = 4  # calls tried per dialogue
     threshold: float = 0.5  # nats per token of the answer by which a call must help
-    seed: Whole[0, 2**40] = 0  # of the sampling
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # precision of the layers
 
 
 def answer_losses(model, tokenizer, prompts, answers):

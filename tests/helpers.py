@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import functools
 import importlib
+import io
 import itertools
 import json
 import multiprocessing.forkserver
@@ -189,6 +190,19 @@ def refused(capsys, module, *flags):
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
+
+
+class Typed(io.StringIO):
+    """Lines that somebody types, who hits Ctrl-C instead of a line "^C"."""
+
+    def isatty(self):
+        return True
+
+    def readline(self):
+        line = super().readline()
+        if line == "^C\n":
+            raise KeyboardInterrupt
+        return line
 
 
 # --- texts and models by hand --------------------------------------------------------------------

@@ -5,24 +5,11 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from helpers import refused
+from helpers import Typed, refused
 
 from nanollm import chat
 from nanollm.gpt import GPT
 from nanollm.hub import save_model
-
-
-class Typed(io.StringIO):
-    """Lines that somebody types, who hits Ctrl-C instead of a line "^C"."""
-
-    def isatty(self):
-        return True
-
-    def readline(self):
-        line = super().readline()
-        if line == "^C\n":
-            raise KeyboardInterrupt
-        return line
 
 
 @pytest.fixture
