@@ -20,6 +20,15 @@ completions; hard, both and compress from those that pass the checker; step_by_s
 for rationales of the labelled examples instead, and keeps those that end in the label. The
 completions are kept in teacher.jsonl, which another run reads with --completions.
 
+Of several teachers, a,b,c, each completes every prompt, and p_T is the mean of their probabilities
+(Hinton et al., section 1). What only writes text may be an HTTP endpoint, too
+(nanollm/endpoint.py). --prompts names others than those of --data: problems for a student whose
+labels are dialogues, or a model that writes them itself (nanollm/self_instruct.py).
+
+--preset rejection is the third step of DeepSeek-R1 (Guo et al. 2025, 2501.12948, section 2.3.3): a
+model that reinforcement has taught teaches the one from before the cold start, by its completions
+that are right, beside ordinary dialogues as labels; then reinforcement goes on from there.
+
 With --cache_top_k K the teacher reads every row once, before training: the K most likely successors
 of each token keep their probabilities, and all others become one event. KL between such coarse
 distributions is a lower bound of KL between the whole ones, and approaches it as K grows
@@ -41,8 +50,22 @@ Run     python distill.py                          # soft; the village's questio
             python distill.py --method $method --completions runs/asked/teacher.jsonl \
                 --seed $seed --out runs/kinds/${method}_$seed
         done; done; python -m nanollm.compare runs/kinds/*
+        python distill.py --preset rejection       # from runs/grpo; README.md has R1's whole chain
+        python train_sft.py --preset writer && python distill.py --prompts runs/writer
+        python distill.py --method hard --teacher http://localhost:8000/v1 --init runs/sft \
+            --data problems --out runs/far
 Needs   runs/sft                                         (python train_sft.py)
 Expect  see README.md: a third of the parameters, 95% of the accuracy or more
+        R1's chain, seed 0, fp32, of 240 held-out problems (as train_grpo.py prints them) and of 448
+        ordinary dialogues (this script's table; nanollm.evaluate --data .../sft_test.jsonl
+        --limit 64):
+                        problems  dialogues  of these facts never asked
+            runs/sft                  96.2%                        100%
+            cold start     62.1%      85.9%                         80%
+            RL             85.0%      70.5%                         31%
+            rejection      90.4%      89.7%                         58%
+            RL             93.8%      84.2%                         34%
+        Of 8,000 completions 2,012 were wrong, and 4,112 said twice; 1,864 are learnt
 Watch   loss          falls steeply at first; higher in the steps on the student's own completions
         val_loss      nats per token of held-out labels; labels alone are soon learnt by heart, and
                       it rises while loss falls to nothing; the teacher's probabilities prevent that
@@ -69,6 +92,7 @@ from nanollm.config import (
     LARGE,
     NotNegative,
     OpenShare,
+    Positive,
     Range,
     Share,
     TrainConfig,
@@ -84,7 +108,8 @@ from nanollm.distillation import (
     tokenize,
     write_completions,
 )
-from nanollm.formats import read_parts
+from nanollm.endpoint import Endpoint
+from nanollm.formats import read_parts, write_jsonl
 from nanollm.generate import generate, shared_noise
 from nanollm.gpt import GPT, count_parameters, document_mask, shape_of
 from nanollm.hub import load_model, save_model
@@ -101,16 +126,20 @@ from nanollm.records import read_examples
 from nanollm.rollouts import chat_prompt
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
+from nanollm.self_instruct import write_prompts
 from train_sft import validation_loss
 
 
 @dataclass
 class Config(TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; gpu: for the model that
-    # train_pretrain.py --preset gpu makes; downloaded: for one of 0.1 to 1B parameters
+    # smoke: seconds, to see that it runs; tiny: a laptop CPU; rejection: rejection sampling from
+    # runs/grpo; gpu: for the model that train_pretrain.py --preset gpu makes; downloaded: for one
+    # of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Teacher and student
-    teacher: str = "runs/sft"  # run folder or model folder of the teacher
+    # run folder or model folder of the teacher, or of several: a,b,c; with hard and step_by_step an
+    # endpoint, too: http://host:port/v1#MODEL (see nanollm/endpoint.py)
+    teacher: str = "runs/sft"
     # what the student learns from; the formulas stand above
     method: Literal["labels", "soft", "hard", "both", "on_policy", "step_by_step", "compress"] = (
         "soft"
@@ -122,11 +151,14 @@ class Config(TrainConfig):
     heads: Whole[1] = 4  # attention heads
     mlp: Whole[1] = 192  # hidden width of the MLP
     # -- Data
-    # village (dialogues about its people), problems (the village's), or JSONL of dialogues or
-    # problems (see data/README.md)
+    # village (dialogues about its people), dialogues (all of the village's), problems (the
+    # village's), or JSONL of dialogues or problems (see data/README.md)
     data: str = "village"
     labels: Whole[0] = 1000  # so many of --data are labelled examples
-    unlabelled: Whole[0] = 4000  # so many of the others are prompts for the teacher
+    # where the teacher's prompts are from: as --data has it, or a run folder, model folder or
+    # endpoint that writes them (nanollm/self_instruct.py); default: the others of --data
+    prompts: str | None = None
+    unlabelled: Whole[0] = 4000  # so many of them the teacher completes
     # file of the teacher's completions: another run's teacher.jsonl; default: it is asked
     completions: str | None = None
     val_fraction: OpenShare = 0.05  # share of --data that is held out; the village has its own
@@ -137,6 +169,7 @@ class Config(TrainConfig):
     samples: Whole[1] = 1  # completions per prompt; step_by_step: rationales per label
     sample_temperature: NotNegative = 1.0  # temperature of sampling
     max_new_tokens: Whole[1] = 112  # longest completion
+    timeout: Positive = 120.0  # seconds that an endpoint has for a completion
     # -- Loss
     # soft, both, on_policy, compress: tau, which softens both distributions
     temperature: Annotated[float, Range(0.01)] = 2.0
@@ -160,10 +193,36 @@ class Config(TrainConfig):
     muon_lr: float = 0.03
     lr: float = 0.02
 
+    @property
+    def folders(self):
+        """The teachers that aren't endpoints."""
+        return [name for name in self.teacher.split(",") if "://" not in name]
+
+    @property
+    def origin(self):
+        """The run whose village it is: the first teacher, or of endpoints the student."""
+        return [*self.folders, self.init or ""][0]
+
 
 PRESETS = {
     "smoke": dict(
         steps=10, labels=40, unlabelled=40, batch_size=4, eval_every=5, warmup=2, test_examples=4
+    ),
+    "rejection": dict(
+        method="hard",
+        teacher="runs/grpo",
+        init="runs/sft",
+        data="dialogues",
+        labels=4000,
+        prompts="problems",
+        unlabelled=2000,
+        samples=4,
+        context=256,
+        batch_size=12,
+        lr=3e-3,
+        muon_lr=0.008,
+        test_examples=64,
+        out="runs/rejection",
     ),
     "gpu": dict(
         layers=6,
@@ -194,35 +253,47 @@ PRESETS = {
     ),
 }
 
+TEXTS = ("labels", "hard", "step_by_step")  # need none of the teacher's probabilities
 CACHED = ("soft", "both", "on_policy")  # need no more of the teacher than its probabilities
 UNCHECKED = ("soft", "on_policy")  # learn from all completions, by their probabilities: no labels
 
 # --- data ----------------------------------------------------------------------------------------
 
-VILLAGE = {"village": "sft", "problems": "problems"}  # --data: the village's files
+# --data, --prompts: the village's files
+VILLAGE = {"village": "sft", "dialogues": "sft", "problems": "problems"}
 PEOPLE = ("fact", "fact_never_asked", "unknown", "two_hop", "multi_turn")
 
 
+def of_village(cfg, name, part):
+    """The examples of one of VILLAGE: its "train", "val" or "test" part."""
+    read = read_examples if part == "test" else read_completions
+    examples = read(village.of_run(cfg.origin) / f"{VILLAGE[name]}_{part}.jsonl")
+    return [e for e in examples if name != "village" or e["task"] in PEOPLE]
+
+
 def load_examples(cfg):
-    """(labelled, unlabelled, held-out labelled, test) examples."""
+    """(labelled, unlabelled, held-out labelled, test) examples; unlabelled is None where a model is
+    to write them.
+    """
     if cfg.data in VILLAGE:
-        folder, name = village.of_run(cfg.teacher), VILLAGE[cfg.data]
-        parts = [read_completions(folder / f"{name}_{part}.jsonl") for part in ("train", "val")]
-        tests = read_examples(folder / f"{name}_test.jsonl")
-        if cfg.data == "village":
-            parts = [[e for e in part if e["task"] in PEOPLE] for part in parts]
-            tests = [e for e in tests if e["task"] in PEOPLE]
+        parts = [of_village(cfg, cfg.data, part) for part in ("train", "val")]
     else:
-        parts, tests = read_parts(read_completions, cfg.data, None, cfg.val_fraction), []
-    tests = read_examples(cfg.test_data) if cfg.test_data else tests
-    tests = first_of_each_task(tests, cfg.test_examples)
+        parts = read_parts(read_completions, cfg.data, None, cfg.val_fraction)
     train, val = (list(map(with_label, part)) for part in parts)
     labelled, val = ([e for e in part if "completion" in e] for part in (train, val))
-    if cfg.data == "village":
-        unlabelled = village.prompts_about_people(folder)
+    if (cfg.prompts or cfg.data) == "village":
+        unlabelled = village.prompts_about_people(village.of_run(cfg.origin))
+    elif cfg.prompts in VILLAGE:
+        unlabelled = of_village(cfg, cfg.prompts, "train")
+    elif cfg.prompts:
+        unlabelled = read_completions(cfg.prompts) if Path(cfg.prompts).is_file() else None
     else:
         unlabelled = labelled[cfg.labels :] + [e for e in train if "completion" not in e]
-    return labelled[: cfg.labels], unlabelled[: cfg.unlabelled], val, tests
+    sources = [name for name in dict.fromkeys((cfg.data, cfg.prompts)) if name in VILLAGE]
+    tests = [e for name in sources for e in of_village(cfg, name, "test")]
+    tests = read_examples(cfg.test_data) if cfg.test_data else tests
+    tests = first_of_each_task(tests, cfg.test_examples)
+    return labelled[: cfg.labels], unlabelled and unlabelled[: cfg.unlabelled], val, tests
 
 
 def with_label(example):
@@ -236,8 +307,19 @@ def with_label(example):
     return example | {"completion": label}
 
 
-def teacher_completions(cfg, rt, teacher, tokenizer, prompts):
-    """Examples with the teacher's completions of these prompts, as far as the method learns from
+def written_prompts(cfg, rt, labelled):
+    """The prompts that the model in --prompts writes after the example of the labelled ones."""
+    file = Path(cfg.out) / "prompts.jsonl"
+    if cfg.resume and file.exists():
+        return read_completions(file)
+    model, tokenizer = open_teacher(cfg, cfg.prompts)
+    if tokenizer:
+        rt.prepare(model, train=False)
+    return write_prompts(rt, model, tokenizer, labelled, cfg.unlabelled, cfg.seed)
+
+
+def teacher_completions(cfg, rt, teachers, tokenizer, prompts):
+    """Examples with every teacher's completions of these prompts, as far as the method learns from
     them.
     """
     file = Path(cfg.out) / "teacher.jsonl"
@@ -249,7 +331,8 @@ def teacher_completions(cfg, rt, teacher, tokenizer, prompts):
         completed = [e for e in read_completions(cfg.completions) if "completion" in e]
     else:
         how = dict(samples=cfg.samples, temperature=cfg.sample_temperature, seed=cfg.seed)
-        completed = ask_teacher(rt, teacher, tokenizer, prompts, cfg.max_new_tokens, **how)
+        asked = tokenizer, prompts, cfg.max_new_tokens
+        completed = [e for each in teachers for e in ask_teacher(rt, each, *asked, **how)]
     kept, counts = filtered(completed, cfg.method not in UNCHECKED)
     rt.print(f"the teacher's completions: {counts}")
     return kept
@@ -282,19 +365,43 @@ def pack_rows(cfg, rt, tokenizer, T, labelled, completed, val):
 # --- teacher and student -------------------------------------------------------------------------
 
 
-def open_student(cfg, teacher, tokenizer):
-    """The model in --init, a part of the teacher, or a new one of the shape that the flags say."""
+def open_teacher(cfg, name):
+    """(GPT, Tokenizer) in a folder, or (Endpoint, None) at an address."""
+    return (Endpoint(name, cfg.timeout), None) if "://" in name else load_model(name)
+
+
+def open_teachers(cfg):
+    """([GPT or Endpoint, ...], their Tokenizer, or None)."""
+    names = cfg.teacher.split(",")
+    if len(cfg.folders) < len(names) and (cfg.method not in TEXTS or not cfg.init):
+        raise UserError(
+            f"--teacher {cfg.teacher}: an endpoint gives text, no probabilities and no tokenizer; "
+            "add --method hard or step_by_step, and --init for the student"
+        )
+    if cfg.method == "compress" and len(names) > 1:
+        raise UserError("--method compress starts from the layers of one teacher; name one")
+    teachers, tokenizers = zip(*(open_teacher(cfg, name) for name in names))
+    tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer] or [None]
+    if any(tokenizer != tokenizers[0] for tokenizer in tokenizers):
+        raise UserError(f"--teacher {cfg.teacher}: their tokenizers differ; take teachers of one")
+    return teachers, tokenizers[0]
+
+
+def open_student(cfg, teachers, tokenizer):
+    """(student, its Tokenizer): the model in --init, a part of the teacher, or a new one of the
+    shape that the flags say.
+    """
     if cfg.init:
         student, own = load_model(cfg.init)
-        if own != tokenizer:
+        if own != (tokenizer or own):
             raise UserError(
                 f"--init {cfg.init} has another tokenizer than --teacher {cfg.teacher}: their "
                 "probabilities are of different tokens; start from a model with the teacher's"
             )
-        return student
+        return student, own
     if cfg.method == "compress":
-        return every_other_layer(teacher)
-    return GPT(dataclasses.replace(teacher.cfg, **shape_of(cfg)))
+        return every_other_layer(teachers[0]), tokenizer
+    return GPT(dataclasses.replace(teachers[0].cfg, **shape_of(cfg))), tokenizer
 
 
 def every_other_layer(teacher):
@@ -303,10 +410,8 @@ def every_other_layer(teacher):
     student = GPT(dataclasses.replace(teacher.cfg, num_hidden_layers=len(kept)))
     for own, other in zip(student.model.layers, kept):
         own.load_state_dict(teacher.model.layers[other].state_dict())
-    student.model.embed_tokens.load_state_dict(teacher.model.embed_tokens.state_dict())
-    student.model.norm.load_state_dict(teacher.model.norm.state_dict())
-    if teacher.lm_head is not None:
-        student.lm_head.load_state_dict(teacher.lm_head.state_dict())
+    others = {name: x for name, x in teacher.state_dict().items() if "layers" not in name}
+    student.load_state_dict(others, strict=False)
     return student
 
 
@@ -338,23 +443,15 @@ def kl(p, q):
     return (p.exp() * (p - q)).sum(-1)
 
 
-def forward_kl(student, teacher):
-    """KL(T || S): the student has to cover all that the teacher may say."""
-    return kl(teacher, student)
-
-
-def reverse_kl(student, teacher):
-    """KL(S || T): the student may leave out, but must not say what the teacher would not."""
-    return kl(student, teacher)
-
-
 def generalised_jsd(student, teacher, beta=0.5):
     """beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S (GKD, eq. 1).
 
-    By definition 0 is the forward and 1 the reverse KL, the limits of JSD / (beta (1 - beta)).
+    By definition 0 is the forward KL(T || S), where the student has to cover all that the teacher
+    may say, and 1 the reverse, where it must not say what the teacher would not: the limits of
+    JSD / (beta (1 - beta)).
     """
     if beta in (0, 1):
-        return reverse_kl(student, teacher) if beta else forward_kl(student, teacher)
+        return kl(student, teacher) if beta else kl(teacher, student)
     mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
@@ -373,16 +470,25 @@ def coarse(logprobs, ids):
 
 
 @torch.no_grad()
-def with_top_k(rows, teacher, K, V, temperature, batch=16):
-    """The rows with the teacher's K most likely successors, of V, at every trained token, and all
+def mean_of(teachers, rows, V, temperature):
+    """(log of the mean of the teachers' probabilities (n, V), the last one's hidden states (n, C)):
+    the arithmetic mean of an ensemble (Hinton et al., section 1).
+    """
+    outputs = [Outputs(teacher)(rows) for teacher in teachers]
+    logprobs = torch.stack([tempered(logits[:, :V], temperature) for logits, _ in outputs])
+    return logprobs.logsumexp(0) - math.log(len(teachers)), outputs[-1][1]
+
+
+@torch.no_grad()
+def with_top_k(rows, teachers, K, V, temperature, batch=16):
+    """The rows with the teachers' K most likely successors, of V, at every trained token, and all
     others together.
     """
     R, T = rows.tokens.shape
     ids, logprobs = torch.zeros(R, T, K, dtype=torch.int32), torch.zeros(R, T, K + 1)
     for part in (slice(i, i + batch) for i in range(0, R, batch)):
-        logits, _ = Outputs(teacher)(rows[part].to(teacher.device))
-        every, where = tempered(logits[:, :V], temperature), rows[part].where()
-        top = every.topk(K).indices
+        every, _ = mean_of(teachers, rows[part].to(teachers[0].device), V, temperature)
+        top, where = every.topk(K).indices, rows[part].where()
         ids[part][where], logprobs[part][where] = top.int().cpu(), coarse(every, top).cpu()
     return dataclasses.replace(rows, top_ids=ids, top_logprobs=logprobs)
 
@@ -410,10 +516,11 @@ def step_by_step_loss(ce, rationale, num_answer, num_rationale, weight):
     return answer + weight * masked_mean(ce, rationale, num_rationale)
 
 
-def distillation_loss(cfg, student, teacher, rows, num_tokens, num_labelled, num_rationale):
+def distillation_loss(cfg, student, teachers, rows, num_tokens, num_labelled, num_rationale):
     """What a part of the batch, LabelledRows, adds to its loss."""
     logits, hidden = student(rows)
-    logits = logits[:, : teacher.cfg.vocab_size]  # both vocabularies may be padded
+    V = min([teacher.cfg.vocab_size for teacher in teachers] + [logits.shape[1]])
+    logits = logits[:, :V]  # vocabularies may be padded
     labelled = rows.trained(rows.labelled)
     ce = -token_logprobs(logits, rows.trained(rows.tokens))  # (n,)
     if cfg.method in ("labels", "hard"):
@@ -423,9 +530,7 @@ def distillation_loss(cfg, student, teacher, rows, num_tokens, num_labelled, num
         return step_by_step_loss(ce, rows.trained(rows.rationale), *counts, cfg.rationale_weight)
     student_logprobs = tempered(logits, cfg.temperature)
     if rows.top_ids is None:
-        with torch.no_grad():
-            teacher_logits, teacher_hidden = Outputs(teacher)(rows)
-        teacher_logprobs = tempered(teacher_logits[:, : logits.shape[1]], cfg.temperature)
+        teacher_logprobs, teacher_hidden = mean_of(teachers, rows, V, cfg.temperature)
     else:
         teacher_logprobs = rows.top_logprobs[rows.where()]
         student_logprobs = coarse(student_logprobs, rows.top_ids[rows.where()].long())
@@ -468,24 +573,31 @@ def measure(cfg, model, tokenizer, tests, val_rows):
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    check_folders(cfg.out, cfg.teacher, cfg.init)
+    check_folders(cfg.out, *cfg.folders, cfg.init)
     share = rt.share(cfg.batch_size)
-    teacher, tokenizer = load_model(cfg.teacher)
-    student = open_student(cfg, teacher, tokenizer)
-    rt.prepare(teacher, train=False)
-    T = min(cfg.context, *(m.cfg.max_position_embeddings for m in (teacher, student)))
+    asked, tokenizer = open_teachers(cfg)
+    teachers = [each for each in asked if isinstance(each, nn.Module)]  # they give probabilities
+    student, tokenizer = open_student(cfg, teachers, tokenizer)
+    for teacher in teachers:
+        rt.prepare(teacher, train=False)
+    T = min(cfg.context, *(m.cfg.max_position_embeddings for m in (*teachers, student)))
     labelled, unlabelled, val, tests = load_examples(cfg)
-    asked = labelled if cfg.method == "step_by_step" else unlabelled
-    completed = teacher_completions(cfg, rt, teacher, tokenizer, asked)
+    written = unlabelled is None
+    if written:
+        unlabelled = written_prompts(cfg, rt, labelled)
+    prompts = labelled if cfg.method == "step_by_step" else unlabelled
+    completed = teacher_completions(cfg, rt, asked, tokenizer, prompts)
     train_rows, val_rows = pack_rows(cfg, rt, tokenizer, T, labelled, completed, val)
     prompts = [chat_prompt(example, tokenizer) for example in labelled + unlabelled]
     prompts = [prompt for prompt in prompts if len(prompt) < T]
     if cfg.cache_top_k and cfg.method in CACHED:
-        V = student.cfg.vocab_size
-        train_rows = with_top_k(train_rows, teacher, cfg.cache_top_k, V, cfg.temperature)
+        V = min(model.cfg.vocab_size for model in (*teachers, student))
+        train_rows = with_top_k(train_rows, teachers, cfg.cache_top_k, V, cfg.temperature)
 
     run = Run(cfg, rt)
     if rt.main and not cfg.resume:
+        if written:
+            write_jsonl(run.folder / "prompts.jsonl", unlabelled)
         write_completions(completed, run.folder / "teacher.jsonl")
     student.compute_dtype = rt.dtype
     ddp_model = rt.prepare(Outputs(student), cfg.compile)
@@ -495,7 +607,9 @@ def main(cfg):
     prompt_sampler = Sampler(len(prompts), cfg.seed + 1)
     known = run.restore(student, optimizer, sampler, prompt_sampler)
     if not known:
-        for name, model in (("teacher", teacher), ("before", student)):
+        several = "teacher {}" if len(teachers) > 1 else "teacher"
+        names = [several.format(name) for name in cfg.folders]
+        for name, model in zip([*names, "before"], [*teachers, student]):
             known[name] = measure(cfg, model, tokenizer, tests, val_rows)[0]
 
     while run.step < cfg.steps:
@@ -511,7 +625,7 @@ def main(cfg):
         num_tokens, num_labelled, num_rationale = (rt.sum(mask.sum()) for mask in masks)
         loss, of_batch = 0.0, (num_tokens, num_labelled, num_rationale)
         for part in rt.micro_batches(rows, cfg.accumulate, ddp_model):
-            loss += rt.backward(distillation_loss(cfg, ddp_model, teacher, part, *of_batch))
+            loss += rt.backward(distillation_loss(cfg, ddp_model, teachers, part, *of_batch))
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
         run.advance(num_tokens, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
@@ -523,15 +637,16 @@ def main(cfg):
             run.export(save_model, student, tokenizer)
             run.checkpoint(**known)
     run.close("loss", "val_loss", "val_accuracy", y_label="nats per token, or share")
-    finish(rt, run, known, teacher, student)
+    finish(rt, run, known, teachers, student)
 
 
-def finish(rt, run, known, teacher, student):
+def finish(rt, run, known, teachers, student):
     """Print what the student has learnt, and keep it in result.json."""
-    models = {"parameters": student, "teacher_parameters": teacher}
-    sizes = {name: count_parameters(model)[0] for name, model in models.items()}
-    rt.print("{:,} parameters, the teacher has {:,}".format(*sizes.values()))
-    before, after, best = (mean_accuracy(known[n]["tasks"]) for n in ("before", "after", "teacher"))
+    size, of_teachers = (sum(count_parameters(m)[0] for m in ms) for ms in ([student], teachers))
+    rt.print(f"{size:,} parameters, the teacher has {of_teachers:,}")
+    accuracy = {name: mean_accuracy(each["tasks"]) for name, each in known.items()}
+    before, after = accuracy.pop("before"), accuracy.pop("after")
+    best = max(filter(None, accuracy.values()), default=None)
     if after is None:
         losses = known["before"]["val_loss"], known["after"]["val_loss"]
         effects = [effect("loss on held-out labels", *losses, "nats per token", False)]
@@ -541,6 +656,7 @@ def finish(rt, run, known, teacher, student):
     if best:
         shares = before / best, after / best
         effects.append(effect("share of the teacher's accuracy", *shares, "share"))
+    sizes = {"parameters": size, "teacher_parameters": of_teachers}
     run.write_result(effects, method=run.cfg.method, **sizes, **known)
     rt.close()
 

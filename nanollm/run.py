@@ -328,7 +328,7 @@ def save_run_config(cfg):
     """Write train_config.json: the settings, and those of the run that this one began from, which
     may be gone or replaced when somebody asks what it was trained on; null where there is none.
     """
-    origin = getattr(cfg, "teacher", None) or getattr(cfg, "init", None)
+    origin = getattr(cfg, "origin", None) or getattr(cfg, "init", None)
     path = Path(origin or "", "train_config.json")
     known = read_json(path) if origin and path.exists() else None
     save_config(cfg, Path(cfg.out) / "train_config.json", **{BEGAN_FROM: known})
@@ -340,7 +340,9 @@ def inputs_of(cfg):
     names = [f.name for f in fields(cfg) if f.type in (str, str | None) and f.name not in elsewhere]
     found = {}
     for name in names:
-        files = [Path(file) for file in mixture(getattr(cfg, name) or "") if file]
+        value = getattr(cfg, name) or ""
+        several = value.split(",") if name == "teacher" else mixture(value)
+        files = [Path(file) for file in several if file]
         if hashes := [content_hash(file) for file in files if file.exists()]:
             found[name] = " ".join(hashes)
     return found

@@ -2,6 +2,8 @@
 learn, resume, share between processes and refuse.
 """
 
+import itertools
+import json
 import math
 from pathlib import Path
 
@@ -27,7 +29,7 @@ import distill
 import train_pretrain
 import train_sft
 from data.village import examples as village
-from distill import coarse, forward_kl, generalised_jsd, reverse_kl, tempered
+from distill import coarse, generalised_jsd, kl, tempered
 from nanollm.distillation import (
     ask_teacher,
     filtered,
@@ -37,10 +39,11 @@ from nanollm.distillation import (
     tokenize,
     write_completions,
 )
+from nanollm.endpoint import Endpoint
 from nanollm.formats import write_jsonl
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model
-from nanollm.records import read_chats, read_examples
+from nanollm.records import read_chats, read_examples, read_prompts
 from nanollm.run import read_metrics
 from nanollm.runtime import Runtime
 
@@ -76,10 +79,10 @@ def test_forward_and_reverse_kl_by_hand():
     student, teacher = logp(0.25, 0.75), logp(0.5, 0.5)
     forward = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     reverse = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    assert forward_kl(student, teacher).item() == pytest.approx(forward)
-    assert reverse_kl(student, teacher).item() == pytest.approx(reverse)
+    assert generalised_jsd(student, teacher, 0).item() == pytest.approx(forward)
+    assert generalised_jsd(student, teacher, 1).item() == pytest.approx(reverse)
     sure = tempered(torch.tensor([100.0, 0.0]))  # an undecided student is a bit away
-    assert forward_kl(logp(0.5, 0.5), sure).item() == pytest.approx(math.log(2))
+    assert kl(sure, logp(0.5, 0.5)).item() == pytest.approx(math.log(2))
 
 
 def test_jsd_is_symmetric_in_the_middle_at_most_a_bit_and_zero_between_equals():
@@ -91,10 +94,10 @@ def test_jsd_is_symmetric_in_the_middle_at_most_a_bit_and_zero_between_equals():
 
 def test_towards_its_ends_jsd_becomes_the_two_kls():
     a, b = (logits(seed, (6, 5)).double().log_softmax(-1) for seed in (1, 2))
-    for beta, limit in ((1e-4, forward_kl), (1 - 1e-4, reverse_kl)):
+    for beta, limit in ((1e-4, kl(b, a)), (1 - 1e-4, kl(a, b))):
         scaled = generalised_jsd(a, b, beta) / (beta * (1 - beta))
-        close(scaled, limit(a, b), atol=1e-3, rtol=0.01)
-        close(generalised_jsd(a, b, round(beta)), limit(a, b), 1e-7, 1e-7)
+        close(scaled, limit, atol=1e-3, rtol=0.01)
+        close(generalised_jsd(a, b, round(beta)), limit, 1e-7, 1e-7)
 
 
 # --- the losses of a batch -----------------------------------------------------------------------
@@ -109,7 +112,7 @@ def test_temperature_squared_keeps_the_size_of_gradients():
     for temperature in (1e3, 3e3):
         wanted = student.clone().requires_grad_()
         log_ps, log_pt = ((x / temperature).log_softmax(-1) for x in (wanted, teacher))
-        distill.soft_loss(forward_kl(log_ps, log_pt), none, none, 1, 0, 1.0, temperature).backward()
+        distill.soft_loss(kl(log_pt, log_ps), none, none, 1, 0, 1.0, temperature).backward()
         close(wanted.grad, (student - teacher) / 8, 1e-3, 0)
 
 
@@ -148,13 +151,13 @@ def test_coarse_probabilities_sum_to_one_and_keep_the_chosen():
 
 def test_coarse_kl_never_exceeds_the_whole_reaches_it_with_k_and_keeps_all_gradients():
     student, teacher = logits(1, (50, 30)).requires_grad_(), tempered(logits(2, (50, 30)))
-    whole, before = forward_kl(tempered(student), teacher), torch.zeros(50)
+    whole, before = kl(teacher, tempered(student)), torch.zeros(50)
     for K in (1, 4, 16, 29):
         ids = teacher.topk(K).indices
-        kl = forward_kl(coarse(tempered(student), ids), coarse(teacher, ids))
-        assert (kl >= before - 1e-5).all() and (kl <= whole + 1e-5).all()
-        before = kl
-        [grad] = torch.autograd.grad(kl.sum(), student, retain_graph=True)
+        part = kl(coarse(teacher, ids), coarse(tempered(student), ids))
+        assert (part >= before - 1e-5).all() and (part <= whole + 1e-5).all()
+        before = part
+        [grad] = torch.autograd.grad(part.sum(), student, retain_graph=True)
         assert grad.isfinite().all() and (grad != 0).all()
     close(before, whole)
 
@@ -164,7 +167,7 @@ def test_the_teacher_says_the_same_beforehand_and_on_the_fly(tokenizer, random_m
     examples = [asked(word, word * 2) for word in ("abc", "def", "g", "hi")]
     rows = pack_labelled(tokenize(examples, True, tokenizer, 32), 32, tokenizer)
     assert len(rows) > 1
-    cached = distill.with_top_k(rows, teacher, 5, 270, 2.0, batch=1)
+    cached = distill.with_top_k(rows, [teacher], 5, 270, 2.0, batch=1)
     plain = teacher(rows.tokens, rows.positions, document_mask(rows.documents))
     for numbers in (torch.arange(len(rows)), torch.tensor([1, 0])):
         part = cached[numbers]
@@ -175,6 +178,20 @@ def test_the_teacher_says_the_same_beforehand_and_on_the_fly(tokenizer, random_m
         assert ids.shape == (len(whole), 5)
         kept = part.top_logprobs[part.where()]
         close(kept, coarse(whole, ids.long()))
+
+
+def test_several_teachers_say_the_mean_of_their_probabilities(tokenizer, random_model):
+    teachers = [random_model(), random_model()]
+    with torch.no_grad():
+        teachers[1].model.embed_tokens.weight.mul_(-3)
+    rows = pack_labelled(tokenize([asked("q", "abc")], True, tokenizer, 32), 32, tokenizer)
+    each = [tempered(distill.Outputs(teacher)(rows)[0], 2.0) for teacher in teachers]
+    both = distill.mean_of(teachers, rows, 270, 2.0)[0]
+    close(both.exp(), (each[0].exp() + each[1].exp()) / 2)
+    assert (each[0] - each[1]).abs().max() > 0.1
+    assert torch.equal(distill.mean_of(teachers[:1], rows, 270, 2.0)[0], each[0])
+    cached = distill.with_top_k(rows, teachers, 5, 270, 2.0)
+    close(cached.top_logprobs[rows.where()], coarse(both, both.topk(5).indices))
 
 
 # --- examples and rows ---------------------------------------------------------------------------
@@ -375,6 +392,54 @@ def test_the_teachers_completions_are_dialogues_that_other_runs_read(here, capsy
     assert read_chats("runs/b/teacher.jsonl") == kept
 
 
+def test_every_teacher_completes_every_prompt_and_is_measured(here):
+    first = distil("--steps", 60, out="runs/first")
+    flags = "--teacher runs/sft,runs/first --prompts prompts.jsonl --samples 4 --steps 1"
+    after = distil(*flags.split(), "--labels", 2, "--sample_temperature", 1)
+    for name, known in ("runs/sft", first["teacher"]), ("runs/first", first["after"]):
+        assert after[f"teacher {name}"]["tasks"] == known["tasks"]
+    sizes = first["teacher_parameters"] + first["parameters"]
+    assert after["teacher_parameters"] == sizes
+    kept = read_chats("runs/distill/teacher.jsonl")
+    assert {chat["messages"][0]["content"] for chat in kept} == {"say owl"} and len(kept) > 1
+    config = json.loads(Path("runs/distill/train_config.json").read_text())
+    assert config["began_from"]["out"] == "runs/sft"
+    state = torch.load("runs/distill/state.pt", weights_only=True)
+    assert len(state["inputs"]["teacher"].split()) == 2
+
+
+def test_a_student_learns_from_an_endpoint_whose_key_no_file_holds(here, monkeypatch):
+    def fetch(self, path, read, body):
+        text = spelt(body["messages"][0]["content"].removeprefix("say "))
+        return read({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
+
+    monkeypatch.setattr(Endpoint, "fetch", fetch)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    flags = "--teacher http://127.0.0.1:1/v1#owl --init runs/pretrain --method hard --steps 150"
+    taught = distil(*flags.split())
+    assert right(taught) >= 0.9 and len(taught["effects"]) == 1
+    for file in Path("runs/distill").iterdir():
+        assert b"sk-secret" not in file.read_bytes()
+
+
+def test_a_model_writes_the_prompts_that_the_teacher_completes(here, monkeypatch):
+    words = itertools.cycle(WORDS)
+
+    def fetch(self, path, read, body):
+        said = {"message": {"content": f"say {next(words)}"}, "finish_reason": "stop"}
+        return read({"choices": [said]})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Endpoint, "fetch", fetch)
+        flags = "--prompts http://127.0.0.1:1/v1#owl --labels 8 --unlabelled 3 --steps 1"
+        distil(*flags.split())
+    new = [e["messages"][0]["content"] for e in read_prompts("runs/distill/prompts.jsonl")]
+    assert len(new) == 3 and {*new} < {f"say {word}" for word in WORDS[8:]}
+    kept = read_chats("runs/distill/teacher.jsonl")
+    assert {chat["messages"][0]["content"] for chat in kept} <= {*new}
+    run(distill, "--resume", "--steps", 2, out="runs/distill")  # and doesn't ask again
+
+
 def test_a_student_that_exists_goes_on_from_where_it_is(here):
     first = distil("--steps", 60, out="runs/first")
     after = distil("--init", "runs/first", "--steps", 2)
@@ -413,6 +478,13 @@ REFUSED = [
     ("--method step_by_step --max_new_tokens 2", "or --max_new_tokens"),  # none ends
     ("--method step_by_step --completions plain.jsonl", "gives no rationale, <think>...</think>"),
     ("--out runs/sft", "would replace"),
+    ("--teacher runs/sft,runs/first --out runs/first", "would replace"),
+    ("--teacher runs/sft,runs/other", "their tokenizers differ"),
+    ("--teacher runs/sft,runs/pretrain --method compress", "the layers of one teacher"),
+    ("--teacher http://127.0.0.1:1/v1 --init runs/sft", "an endpoint gives text"),
+    ("--teacher http://127.0.0.1:1/v1 --method hard", "--init for the student"),
+    ("--teacher http://127.0.0.1:1/v1 --method hard --init runs/sft", "/models"),
+    ("--prompts none.jsonl", "none.jsonl is not a folder"),
 ]
 
 
