@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -77,8 +78,12 @@ class Run:
         )
 
     def _load_state(self):
-        state = torch.load(checkpoint_of(self.folder), map_location="cpu", weights_only=True)
-        self.step, self.seconds = state["step"], state["seconds"]
+        path = checkpoint_of(self.folder)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.step, self.seconds = state["step"], state["seconds"]
+        except Exception as e:  # torch.load raises many kinds on a damaged file
+            raise UserError(f"{path} is damaged ({e!r:.80}); start without --resume") from None
         return state
 
     def _prepare_folder(self):
@@ -351,11 +356,12 @@ def inputs_of(cfg):
 # What decides a model's ids and logits beside its weights: a run folder gets other files later.
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 MODEL_FILES += ("chat_template.jinja", "generation_config.json", "preprocessor_config.json")
+IMAGE_NAMES = re.compile(rb'"([^"]+\.(?:png|jpe?g|webp|bmp|gif))"', re.IGNORECASE)
 
 
 def content_hash(path):
-    """SHA-256 of what is in a file, or in all files of a directory; of a model's in those that
-    decide what it computes.
+    """SHA-256 of what is in a file, or in all files of a directory: of a model those that decide
+    what it computes, of records the images that they name, too.
     """
     digest = hashlib.sha256()
     if path.is_dir() and ((path / "config.json").exists() or is_adapter(path)):
@@ -364,8 +370,13 @@ def content_hash(path):
     else:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in (file for file in files if file.is_file()):
+        records, images = file.suffix in (".json", ".jsonl"), set()
         with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+            for part in opened if records else iter(lambda: opened.read(2**20), b""):
+                digest.update(part)
+                images.update(IMAGE_NAMES.findall(part) if records else ())
+        for image in sorted(file.parent / os.fsdecode(name) for name in images):
+            digest.update(image.read_bytes() if image.is_file() else b"")
     return digest.hexdigest()
 
 

@@ -175,6 +175,11 @@ def test_what_a_run_reads_is_known_by_all_that_decides_what_it_computes(here, tm
         path.write_text(text + " ")
         assert content_hash(copied) != content_hash(Path("runs/base")), path
         path.write_text(text)
+    records, image = tmp_path / "shown.jsonl", tmp_path / "a.png"
+    records.write_text('{"image": "a.png", "caption": "a"}')
+    known = content_hash(records)
+    image.write_text("a")
+    assert content_hash(records) != known
     (copied / "evaluation.json").write_text("{}")
     (copied / "config.json").touch()
     assert content_hash(copied) == content_hash(Path("runs/base"))
@@ -182,6 +187,7 @@ def test_what_a_run_reads_is_known_by_all_that_decides_what_it_computes(here, tm
 
 CAUSES = {  # what happens to state.pt, further flags, what is said
     "no checkpoint": (lambda b: None, [], "no checkpoint was written"),
+    "a damaged one": (lambda b: b[:999], [], "is damaged"),
     "another optimizer": (lambda b: b, ["--optimizer"], "another shape than the flags ask for"),
     "data that is gone": (lambda b: b, ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
 }
@@ -193,7 +199,7 @@ def test_a_refused_resume_changes_nothing_on_disk(here, capsys, name):
     path = Path("runs", name, "state.pt")
     before = path.read_bytes()
     # what is wrong with the file itself is found in one place for all
-    for damage, flags, why in [*CAUSES.values()][0 if name == "sft" else 1 :]:
+    for damage, flags, why in [*CAUSES.values()][0 if name == "sft" else 2 :]:
         now = damage(before)
         path.unlink() if now is None else path.write_bytes(now)
         if flags == ["--optimizer"]:
