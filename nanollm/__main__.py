@@ -46,11 +46,11 @@ PRESETS = {"smoke": {}, "tiny": {}, "gpu": {}}
 
 @dataclass
 class Stage:
-    """A command of the pipeline; ROOT in it stands for the folder of the runs."""
+    """Commands of the pipeline; ROOT in them stands for the folder of the runs."""
 
-    name: str  # of its run folder
+    name: str  # of its run folder, which the last of its commands writes
     title: str
-    command: str  # the script and its flags
+    command: str  # the script and its flags; or several, with && between them
     what: str  # what the stage does, in a sentence or two
     asked: str = ""  # kinds of QUESTIONS that the model is asked for the report
     evaluate: str = ""  # what python -m nanollm.evaluate is called with afterwards; "": no call
@@ -113,6 +113,19 @@ STAGES = [
           "caption, a projector turns its features into tokens of the language model, and then "
           "both learn from questions about images. The no-image baseline learns the same from "
           "grey images: what it gets right can be guessed."),
+    Stage("clean", "Cleaning", "data/clean.py --villagers 8 --out ROOT/clean-text && "
+          "train_pretrain.py --data ROOT/clean-text/dirty.jsonl --val_data "
+          "ROOT/clean-text/val.jsonl --out ROOT/clean-dirty && train_pretrain.py --data "
+          "ROOT/clean-text/clean.jsonl --val_data ROOT/clean-text/val.jsonl --against "
+          "ROOT/clean-dirty --out ROOT/clean",
+          "Back to the beginning: the village's text as the web would hand it over is cleaned. Two "
+          "small models read for the same steps, one the dirty text, one what is left of it.",
+          preset="short"),
+    Stage("mlm", "Masked language modelling", "train_pretrain.py --out ROOT/mlm-causal && "
+          "train_pretrain.py --objective mlm --against ROOT/mlm-causal --out ROOT/mlm",
+          "One small model predicts the next token, another fills in blanks and sees both sides of "
+          "them (BERT). It is asked for fewer tokens at a step, and takes longer to learn facts.",
+          preset="short"),
 ]  # fmt: skip
 
 # by kind: the village's file of test examples, of which the first of each task is asked
@@ -127,12 +140,15 @@ QUESTIONS = {
 
 
 def commands_of(stage, cfg):
-    """The stage's command, and that of its evaluation where it has one, as lists of words."""
+    """The stage's commands, and that of its evaluation where it has one, as lists of words."""
     preset, root = preset_of(stage, cfg), Path(cfg.root).as_posix()
-    script, *flags = (word.replace("ROOT", root) for word in stage.command.split())
     evaluate = [word.replace("ROOT", root) for word in stage.evaluate.split()]
-    device = ["--device", cfg.device] * (cfg.device != "auto")
-    commands = [["python", script, *["--preset", preset] * (preset != "tiny"), *flags, *device]]
+    device, commands = ["--device", cfg.device] * (cfg.device != "auto"), []
+    for command in stage.command.split(" && "):
+        script, *flags = (word.replace("ROOT", root) for word in command.split())
+        if not script.startswith("data/"):  # it trains
+            flags = [*["--preset", preset] * (preset != "tiny"), *flags, *device]
+        commands.append(["python", script, *flags])
     if evaluate:
         limit = ["--limit", "20"] * (preset == "smoke")
         commands.append(["python", "-m", "nanollm.evaluate", *evaluate, *limit, *device])
@@ -140,7 +156,8 @@ def commands_of(stage, cfg):
 
 
 def preset_of(stage, cfg):
-    return stage.preset if cfg.preset == "tiny" else cfg.preset
+    small = stage.preset == "short" and cfg.preset == "gpu"  # what is beside the way stays short
+    return stage.preset if small or cfg.preset == "tiny" else cfg.preset
 
 
 def run_stage(stage, cfg, later):
@@ -148,7 +165,8 @@ def run_stage(stage, cfg, later):
     `later` are the folders of the stages behind it, which are stale once it has run again.
     """
     folder, commands = Path(cfg.root) / stage.name, commands_of(stage, cfg)
-    record = {"command": shlex.join(commands[0])}
+    n = len(stage.command.split(" && "))  # those that train
+    record = {"command": " && ".join(map(shlex.join, commands[:n]))}
     record["shown"] = "\n".join(f"$ {shlex.join(words)}" for words in commands)
     done, begin = folder / "stage.json", time.perf_counter()
     if done.exists() and not cfg.fresh and read_json(done)["command"] == record["command"]:
@@ -157,7 +175,7 @@ def run_stage(stage, cfg, later):
         return record
     if (folder / "state.pt").exists() and not done.exists() and not cfg.fresh:  # interrupted
         same = read_json(folder / "train_config.json").get("preset") == preset_of(stage, cfg)
-        commands[0] += ["--resume"] * same
+        commands[:n] = [[*commands[n - 1], "--resume"]] if same else commands[:n]
     for other in later:
         move_aside(other)
     for words in commands:

@@ -258,8 +258,9 @@ def test_faults_are_planted_at_their_rates_and_the_truth_holds_none():
         assert abs(kinds[kind] / n - rate) < spare + 4 * (rate * (1 - rate) / n) ** 0.5, kind
     fine = (r for r in made["dirty"] if not r["planted"] or "was" in r)
     assert made["truth"] == [r.get("was", r["text"]) for r in fine]
-    assert all(r["text"] in made["leaked"] for r in made["dirty"] if r["planted"] == "leak")
-    assert not {*made["leaked"]} & {*made["not_leaked"]}
+    assert {r["text"] for r in made["dirty"] if r["planted"] == "leak"} <= {*made["test"][::2]}
+    asked = [r for r in made["cloze"] if r["task"] != "cloze"]
+    assert [f"{r['prompt']}{r['answer']}." for r in asked] == made["test"]
 
 
 def test_the_village_is_cleaned(tmp_path, capsys):

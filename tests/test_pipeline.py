@@ -58,9 +58,9 @@ def run_pipeline(monkeypatch, tmp_path):
 
 
 def scripts(commands):
-    """The run folders' names of the commands that train."""
+    """The stages whose own run folder these commands write."""
     outs = (re.search(r"^\w+\.py .*--out \S+?/([\w-]+)( |$)", command) for command in commands)
-    return [found[1] for found in outs if found]
+    return [found[1] for found in outs if found and found[1] in NAMES]
 
 
 def test_stages_run_in_order_once_and_with_their_presets(run_pipeline, capsys):
@@ -72,8 +72,11 @@ def test_stages_run_in_order_once_and_with_their_presets(run_pipeline, capsys):
     assert run_pipeline() == []
     again = run_pipeline("--preset", "smoke", "--device", "cpu")
     assert scripts(again) == NAMES
+    again.remove(next(c for c in again if c.startswith("data/clean.py")))  # reads text alone
     assert all("--preset smoke" in c or "--limit 20" in c for c in again)
     assert all("--device cpu" in command for command in again)
+    gpu = [c for c in run_pipeline("--preset", "gpu") if c.startswith("train_pretrain.py")]
+    assert [re.search("--preset ([a-z]+)", c)[1] for c in gpu] == ["gpu", *["short"] * 4]
 
 
 def test_what_is_built_on_a_stage_that_runs_again_is_stale(run_pipeline, tmp_path):
@@ -86,6 +89,20 @@ def test_what_is_built_on_a_stage_that_runs_again_is_stale(run_pipeline, tmp_pat
     assert (tmp_path / "grpo.previous" / "result.json").exists()
     again = run_pipeline("--fresh")
     assert scripts(again) == NAMES and not any("--resume" in command for command in again)
+
+
+def test_of_several_commands_the_last_is_resumed_and_a_changed_one_runs_them_again(
+    run_pipeline, tmp_path
+):
+    run_pipeline()
+    done = tmp_path / "clean" / "stage.json"
+    done.write_text(done.read_text().replace("val.jsonl", "test.jsonl"))
+    commands = run_pipeline()
+    assert commands[0].startswith("data/clean.py") and not "".join(commands).count("--resume")
+    done.unlink()
+    commands = run_pipeline()
+    assert scripts(commands) == ["clean", "mlm"]
+    assert commands[0].endswith("clean --resume") and "mlm-causal" in commands[1]
 
 
 def test_a_stage_that_fails_names_its_command(run_pipeline, tmp_path):
@@ -115,7 +132,9 @@ def test_the_report_shows_all_that_a_run_folder_holds(tmp_path):
     (tmp_path / "vlm" / "more.svg").write_text("<svg id='more'></svg>")
     names = [each["name"] for each in effects_of(tmp_path / "vlm")]
     assert names == ["right answers", "text", "after evaluation"]
-    done = [(pipeline.STAGES[-1], {"seconds": 61, "shown": "$ python train_vlm.py"})]
+    done = [
+        (pipeline.STAGES[NAMES.index("vlm")], {"seconds": 61, "shown": "$ python train_vlm.py"})
+    ]
     answers = {"dialogue": {"prompt": ["Who?"], "right": ["Nora"], "DPO": ["I think Nora."]}}
     write_report(tmp_path, done, answers, "Talk with it")
     html = (tmp_path / "report.html").read_text("utf-8")
@@ -142,6 +161,8 @@ def test_the_smallest_pipeline_writes_a_report_of_every_stage(tmp_path, monkeypa
     for stage in pipeline.STAGES:
         assert effects_of(tmp_path / "runs" / stage.name), stage.name
         assert f"<h2>{stage.title} · " in html
+    for name, least in ("clean", 4), ("mlm", 1):  # beside those of the run before it
+        assert sum(e["before"] is not None for e in effects_of(tmp_path / "runs" / name)) >= least
     for kind in pipeline.QUESTIONS:
         assert f"{kind.capitalize()}: the same prompts" in html
     assert html.count("<svg") >= len(NAMES) and html.count("src='data:image/png") > 3

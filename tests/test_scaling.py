@@ -100,7 +100,7 @@ def test_models_are_trained_once_the_largest_is_held_back_and_the_chart_shows_th
     result = measure()
     assert len(commands) == 13 and result["law"] == pytest.approx(LAW, rel=1e-3)
     for model in [*result["models"], result["held_back"]]:
-        assert model["N"] <= result["held_back"]["N"] == 215_408
+        assert model["N"] <= result["held_back"]["N"] == 278_944
         assert 6 * model["N"] * model["D"] == pytest.approx(model["C"], rel=0.01)
     chart = ET.fromstring((tmp_path / "isoflop.svg").read_text(encoding="utf-8"))
     assert len([*chart.iter("{http://www.w3.org/2000/svg}circle")]) == 13 + 1  # and one predicted

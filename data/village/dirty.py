@@ -11,11 +11,13 @@ Two faults can be mended; these records keep as "was" what the text should becom
     footer    lines of a web site below the text     mojibake  UTF-8 that was read as Windows-1252
 """
 
+import itertools
 import random
 import re
 from pathlib import Path
 
 from data.village.corpus import documents
+from data.village.facts import cloze
 from data.village.tasks import fact_never_asked
 from data.village.world import POOLS, build_world, wordings
 from nanollm.formats import write_jsonl
@@ -72,12 +74,14 @@ def damaged(kind, text, earlier, tests, rng):
 
 def dirty(world, n_bytes, seed=0):
     """The dirty records, the texts that a perfect cleaning would leave of them (`truth`), held-out
-    text (`val`), and the texts of a test, of which one half has leaked.
+    text (`val`), the texts of a `test`, every other of which has leaked, and as `cloze` facts, and
+    the test as questions.
     """
     rng, asked = random.Random(f"dirty-{world.seed}-{seed}"), {}
-    while len(asked) < 100:
-        (question, answer), _ = fact_never_asked(world, "test", rng)
-        asked[f"{question} {answer}"] = None
+    while len(asked) < min(100, 6 * len(world.villagers)):
+        (question, answer), check = fact_never_asked(world, "test", rng)
+        told, value = f"{question} {answer}", f" {check['answer']}"
+        asked[told] = {"prompt": told.removesuffix(f"{value}."), "answer": value}
     tests, records, truth = [*asked], [], []
     for written, text in documents(world, "train", n_bytes, seed):
         kind = rng.choices([*RATES], RATES.values())[0]
@@ -90,13 +94,15 @@ def dirty(world, n_bytes, seed=0):
         if not kind or "was" in records[-1]:
             truth.append(records[-1].get("was", text))
     val = [text for _, text in documents(world, "val", n_bytes * 0.08, seed)]
+    halves = itertools.cycle(["questions that leaked", "other questions"])
+    questions = [each | {"task": half} for each, half in zip(asked.values(), halves)]
     made = {"dirty": records, "truth": truth, "val": val}
-    return made | {"leaked": tests[::2], "not_leaked": tests[1::2]}
+    return made | {"test": tests, "cloze": cloze(world) + questions}
 
 
-def write_dirty(out, megabytes, seed=0):
+def write_dirty(out, villagers, megabytes, seed=0):
     """Paths of what `dirty` returns, as files of records in a directory."""
-    made = dirty(build_world(seed=seed), int(megabytes * 1e6), seed)
+    made = dirty(build_world(villagers, seed), int(megabytes * 1e6), seed)
     for name, texts in made.items():
         records = (text if isinstance(text, dict) else {"text": text} for text in texts)
         write_jsonl(Path(out, f"{name}.jsonl"), records)
