@@ -1,14 +1,9 @@
 """Low-rank adapters: the weights stay as they are, and a product of two thin matrices is trained.
-
-    LoRA     y = W x + s B A x,  s = alpha / r           Hu et al. 2021, arXiv:2106.09685, eq. 3
-    rsLoRA   s = alpha / sqrt(r)                         Kalajdzievski 2023, 2312.03732
-    DoRA     y = m / ||W + s B A|| (W + s B A) x         Liu et al. 2024, 2402.09353, eq. 5 and 11
-    QLoRA    W in four bits (nf4.py)                     Dettmers et al. 2023, 2305.14314
-    LoRA+    B learns faster than A                      Hayou et al. 2024, 2402.12354; see optim.py
+The script lora.py gives the equations of LoRA, rsLoRA, DoRA and QLoRA, and their sources.
 
 A (r, in) starts as a linear layer of torch does (as in peft; in the paper Gaussian), B (out, r) at
 zero, m at the norm of each row of W (DoRA's paper writes W transposed): at first nothing changes.
-The norm counts as a constant in backward. Files are peft's.
+The norm counts as a constant in backward (DoRA's eq. 11). Files are peft's.
 
 A model may carry several adapters by name. `use` says which one speaks: one, none, or one for each
 row of the batch.
