@@ -8,6 +8,13 @@ leaves out from a ROUGE-L of 0.7 on, but questions about the village often diffe
 
 A model as small as ours doesn't follow examples. Nor does its user's turn hold any prompts, which
 Magpie samples (Xu et al. 2024, 2406.08464): none was trained on. So ours is taught by `lessons`.
+
+Run     python train_sft.py --preset writer              # from runs/sft
+        python distill.py --prompts runs/writer --out runs/self
+Expect  of 5,379 prompts 4,000 are kept, many of them garbled; a student that learns from the labels
+        alone (--method labels) is right in 58.2%, with the teacher's completions of its own prompts
+        in 76.3%, of real ones in 93.2% (seed 0, fp32). What is missing are villagers whom no lesson
+        names: 17 of the 4,000 ask about them; facts never asked 1.0%, 7.5%, 92.0%, others as good
 """
 
 import random
