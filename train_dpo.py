@@ -341,7 +341,7 @@ def pair_stats(logps, losses, cfg):
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    check_folders(cfg.out, cfg.init)
+    check_folders(cfg.out, cfg.init, cfg.judge)
     model, tokenizer = load_model(cfg.init)
     start_adapter(model, cfg, rt)
     ref = rt.prepare(reference(model), train=False)

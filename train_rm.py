@@ -13,6 +13,8 @@ Differs from InstructGPT: the head starts at N(0, 1/(C + 1)) (Stiennon et al. 20
 
 Run     python train_rm.py
         python train_rm.py --annotators 3 --out runs/rm_three    # prints how far they agree
+        python train_rm.py --judge runs/judge --out runs/rm_ai   # a model ranks (RLAIF); needs
+                                                        # python train_sft.py --preset judge
         python train_rm.py --data pairs.jsonl --loss margin --out runs/mine
 Needs   runs/sft                                          (python train_sft.py)
 Expect  92% of held-out pairs in the order of their gold score (89% with bf16; seed 0), from 49% (a
@@ -195,7 +197,7 @@ def pair_metrics(rewards, pairs, golds=None):
 
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
-    check_folders(cfg.out, cfg.init)
+    check_folders(cfg.out, cfg.init, cfg.judge)
     model, tokenizer = load_scalar(cfg.init)
     start_adapter(model, cfg, rt)
     ref, _ = load_model(cfg.init)

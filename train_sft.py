@@ -20,6 +20,7 @@ Run     python train_sft.py
         python train_sft.py --preset sql             # from runs/tools: query a database as well
         python train_sft.py --preset reader          # from runs/sft: write questions from captions
         python train_sft.py --preset writer          # from runs/sft: write prompts, for distill.py
+        python train_sft.py --preset judge           # from runs/sft: which completion is better?
         python train_sft.py --init path/to/SmolLM2-135M --preset downloaded --data chats.jsonl
         python train_sft.py --data village:0.7,chats.jsonl:0.3    # shares of the rows of dialogues
 Needs   runs/pretrain                                     (python train_pretrain.py)
@@ -85,17 +86,17 @@ from nanollm.tools import Toolbox
 @dataclass
 class Config(AdapterConfig, TrainConfig):
     # smoke: seconds, to see that it runs; tiny: a laptop CPU; cot: chain of thought; tools: calls
-    # of tools; sql: queries; reader: a teacher about images; writer: one that writes prompts; gpu:
-    # for the model that train_pretrain.py --preset gpu makes; downloaded: for one of 0.1 to 1B
-    # parameters
+    # of tools; sql: queries; reader: a teacher about images; writer: one that writes prompts;
+    # judge: compares completions; gpu: for the model that train_pretrain.py --preset gpu makes;
+    # downloaded: for one of 0.1 to 1B parameters
     preset: str = "tiny"
     # -- Data
     init: str = "runs/pretrain"  # run folder or model folder to start from
     # village; its problems with worked solutions (reasoning), with the answers alone (answers) or
     # some of each (mixed); dialogues with calls (tools), those of SQL among them (sql); captions of
-    # images, and a question about each (reader); requests for prompts (writer); or JSONL of
-    # dialogues (see data/README.md); or several of these, each with its share of the rows of
-    # dialogues: a.jsonl:0.7,tools:0.3
+    # images, and a question about each (reader); requests for prompts (writer); which of two
+    # completions annotators prefer (comparisons); or JSONL of dialogues (see data/README.md); or
+    # several of these, each with its share of the rows of dialogues: a.jsonl:0.7,tools:0.3
     data: str = "village"
     val_data: str | None = None  # held-out dialogues; default: the last --val_fraction of --data
     # share of --data that is held out (the village has held-out dialogues of its own)
@@ -173,6 +174,16 @@ PRESETS = {
         replay=0.0,
         out="runs/writer",
     ),
+    "judge": dict(
+        init="runs/sft",
+        data="comparisons",
+        steps=200,
+        lr=3e-3,
+        muon_lr=0.01,
+        replay=0.0,
+        eval_every=50,
+        out="runs/judge",
+    ),
     "gpu": dict(context=1024, batch_size=128, accumulate=4, lr=3e-4, muon_lr=5e-3, compile=True),
     # rate and schedule of Alpaca (Taori et al. 2023) and Zephyr (Tunstall et al. 2023,
     # arXiv:2310.16944); 32 packed rows hold about the 128 dialogues of a batch of Alpaca's. An
@@ -190,6 +201,7 @@ VILLAGE = {
     "sql": ("sql", "sql_test"),
     "reader": ("reader", None),
     "writer": ("sft", None),
+    "comparisons": ("comparisons", "comparisons_test"),
 }
 # how an answer has to begin, to measure what steps are worth
 BEGINS = {"with_steps": "<think>", "without_steps": "The answer is"}

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from nanollm.batches import pad_completions
 from nanollm.checkpoint import existing_folder, is_scalar, weights_hash
 from nanollm.config import ErrorRate, OpenShare, UserError, Whole
-from nanollm.formats import need, need_usable, read_parts, usable, write_jsonl
+from nanollm.formats import need, need_usable, read_parts, read_records, usable, write_jsonl
 from nanollm.generate import as_text, sample_completions, sample_together
-from nanollm.hub import load_scalar
+from nanollm.hub import load_model, load_scalar
 from nanollm.logprobs import completion_logprobs
 from nanollm.metrics import cohens_kappa, table
-from nanollm.records import read_preferences, read_prompts
+from nanollm.records import comparison, read_preferences, read_prompts
 from nanollm.rollouts import chat_prompt
 from nanollm.run import effect
 
@@ -45,6 +46,9 @@ class PreferenceConfig:
     prompts: Whole[1] = 3000  # prompts of the village that are ranked
     disagreement: ErrorRate = 0.15  # share of the village's pairs that are ranked against the gold
     annotators: Whole[1] = 1  # of each of the village's rankings, which is the mean of theirs
+    # run folder or model folder of a model that says which of two completions is better; it ranks
+    # what is trained on, instead of the annotators (train_sft.py --preset judge makes one)
+    judge: str | None = None
 
 
 def load_preferences(cfg, model, tokenizer, rt, village_of, annotate):
@@ -58,8 +62,10 @@ def load_preferences(cfg, model, tokenizer, rt, village_of, annotate):
     else:
         parts = read_parts(read_preferences, cfg.data, cfg.val_data, cfg.val_fraction)
     for record in itertools.chain(*parts):
-        fine = len(record["completions"]) > 1 or cfg.loss == "kto"
-        need(fine, record.where, "one completion and its label are for --loss kto")
+        fine = len(record["completions"]) > 1 or cfg.loss == "kto" and not cfg.judge
+        need(fine, record.where, "one completion and its label are for --loss kto, without a judge")
+    if cfg.judge:
+        parts = [judged(parts[0], cfg.judge, rt), parts[1]]
     if rows := agreement(parts[0]):
         rt.print(table(["two completions in the same order", "share", "kappa"], rows))
     context = model.cfg.max_position_embeddings
@@ -92,20 +98,74 @@ def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
     return [read_preferences(path) for path in paths]
 
 
+def judged(records, folder, rt):
+    """The rankings as a judge has them, instead of the annotators (RLAIF, Lee et al. 2023,
+    arXiv:2309.00267): completions are ordered by the mean probability that each is better than
+    another. It is asked with either of the two in the first place, and its answers are averaged,
+    since a model prefers a place, too. Unlike the paper's, the labels are hard.
+
+    "orders" holds the annotators' order, "first" (K, K) how probably the judge prefers i, shown
+    first, to j. It is asked once; its answers are kept in data/cache/.
+    """
+    asked = [[record["messages"], record["completions"]] for record in records]
+    key = hashlib.sha256(json.dumps([weights_hash(folder), asked]).encode()).hexdigest()[:12]
+    path, ranked = CACHE / f"judged-{key}.jsonl", []
+    if rt.sum(path.exists()) < rt.world:
+        answers = ask_judge(asked, folder, rt)
+        if rt.main:
+            write_jsonl(path, [{"first": first} for first in answers])
+        rt.barrier()
+    for record, said in zip(records, read_records(path)):
+        first, K = said["first"], range(len(said["first"]))
+        order = sorted(K, key=lambda i: sum(first[j][i] - first[i][j] for j in K))
+        own = {k: [record[k][i] for i in order] for k in ("completions", "gold") if k in record}
+        own["first"] = [[first[i][j] for j in order] for i in order]
+        own["orders"] = [[order.index(i) for i in K]]
+        ranked.append(record | own | {"ratings": None, "margin": None})
+    return ranked
+
+
+def ask_judge(asked, folder, rt):
+    """`first` of each of (messages, completions), as `judged` describes it. A model that answers
+    with neither label is refused.
+    """
+    judge, tokenizer = load_model(folder)
+    rt.prepare(judge, train=False)
+    pairs = [comparison(m, *two) for m, texts in asked for two in itertools.permutations(texts, 2)]
+    prompts = [chat_prompt({"messages": messages}, tokenizer) for messages in pairs]
+    labels, longest = [tokenizer.encode(label)[0] for label in "AB"], max(map(len, prompts))
+    wanted = f"a comparison of {longest} tokens is longer than its context"
+    need(longest < judge.cfg.max_position_embeddings, f"--judge {folder}", wanted)
+
+    def probabilities(model, rows):
+        logits = model(*rows.inputs(), where=F.pad(rows.mask[:, 1:], (0, 1)))  # (B, V)
+        return logits.float().softmax(-1)[:, labels]  # (B, 2)
+
+    rows = pad_completions(prompts, [labels[:1]] * len(prompts), tokenizer.pad_id)
+    found = in_batches(probabilities, judge, rows)
+    wanted = f"it answers {found.sum(1).mean():.0%} of the comparisons with A or B"
+    need(found.sum(1).mean() > 0.5, f"--judge {folder}", f"{wanted}; --preset judge trains one")
+    answers = iter((found[:, 0] / found.sum(1)).tolist())
+    sizes = [range(len(texts)) for _, texts in asked]
+    return [[[next(answers) if i != j else 0.5 for j in K] for i in K] for K in sizes]
+
+
 def agreement(records):
     """Rows of a table: how often annotators, the ranking and the gold score put two completions in
-    the same order, and Cohen's kappa.
+    the same order, and Cohen's kappa; of a judge also how often its two answers say the same.
     """
     found = defaultdict(list)
     for record in (each for each in records if "orders" in each):
-        texts, gold = record["completions"], record.get("gold")
+        texts, gold, first = (record.get(key) for key in ("completions", "gold", "first"))
         places = sorted(range(len(texts)), key=texts.__getitem__)  # which follow no ranking
         for i, j in itertools.combinations(places, 2):
             votes = [order.index(i) < order.index(j) for order in record["orders"]]
+            answers = [first[i][j] > 0.5, first[j][i] < 0.5] if first else []
             found["two annotators"] += itertools.combinations(votes, 2)
             found["annotators, ranking"] += [(vote, i < j) for vote in votes]
+            found["judge, both places"] += itertools.combinations(answers, 2)
             if gold and gold[i] != gold[j]:
-                for name, said in dict(annotators=votes, ranking=[i < j]).items():
+                for name, said in dict(annotators=votes, judge=answers, ranking=[i < j]).items():
                     found[f"{name}, gold"] += [(each, gold[i] > gold[j]) for each in said]
     return [
         [name, sum(a == b for a, b in labels) / len(labels), f"{cohens_kappa(labels):.2f}"]
@@ -177,14 +237,13 @@ def load_scorer(folder, tokenizer, model_folder, rt):
 
 
 def in_batches(function, model, rows, batch=128):
-    """function(model, rows), a number of each row, over batches of similar length, without
-    gradients: (B,) on the CPU, in the order of the rows.
+    """function(model, rows), a number of each row or several, over batches of similar length,
+    without gradients: (B, ...) on the CPU, in the order of the rows.
     """
-    results = torch.empty(len(rows))
+    parts = rows.real.sum(1).argsort().split(batch)
     with torch.no_grad():
-        for part in rows.real.sum(1).argsort().split(batch):
-            results[part] = function(model, rows[part].to(model.device)).cpu()
-    return results
+        results = [function(model, rows[part].to(model.device)).float().cpu() for part in parts]
+    return torch.cat(results)[torch.cat(parts).argsort()]
 
 
 # --- what completions are worth ------------------------------------------------------------------

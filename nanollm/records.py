@@ -23,7 +23,8 @@ ROLE_NAMES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
 
 def read_chats(path):
     """Dialogues as dicts with "messages", those of ShareGPT, Alpaca and pairs of prompt and
-    completion, too; other keys are kept. What has no answer to learn is dropped.
+    completion, too, and labels of two completions as a judge's answers; other keys are kept. What
+    has no answer to learn is dropped.
     """
     return read_usable(path, as_text_chat)
 
@@ -46,6 +47,8 @@ def as_chat(record, where):
     record = present(record)
     if record.keys() & {*EXPLAINED}:
         record = _as_explained(record, where)
+    if is_label(record):
+        return as_judgement(record, where)
     key = shape_of(record)
     choices = key in ("prompt", "question") and as_choice(record, where) is not record
     need(not choices, where, "its choices would be ignored; such a record is a problem, no chat")
@@ -344,11 +347,32 @@ def as_ranking(record, where):
     return {**kept, **label, "messages": messages, "completions": completions, "margin": margin}
 
 
+def is_label(record):
+    """Does a record say which of two completions, "a" and "b", is better?"""
+    return record.keys() >= {"a", "b", "label"} and not record.keys() & {"chosen", "ranking"}
+
+
+def comparison(messages, a, b):
+    """The prompt that asks a model which of two completions of a prompt is better."""
+    *before, asked = messages
+    compared = f"{asked['content']}\n\n{a} [A]\n{b} [B]\n\nWhich is better, A or B?"
+    return [*before, asked | {"content": compared}]
+
+
+def as_judgement(record, where):
+    """A label as a dialogue: a model is asked for it, and answers A or B."""
+    ranked = as_ranking(record, where)
+    label, texts = ranked["label"], ranked["completions"]
+    answer = {"role": "assistant", "content": label.upper()}
+    a, b = texts if label == "a" else texts[::-1]
+    return {"messages": [*comparison(ranked["messages"], a, b), answer]}
+
+
 def by_label(record, where):
-    """A record of "a", "b" and a "label" as "chosen", "rejected" and its label; any other as it is.
+    """A label as "chosen", "rejected" and its label; any other record as it is.
     The label is "a", "b" or "tie": 1 would be the first of 1 and 2, but the second of 0 and 1.
     """
-    if not record.keys() >= {"a", "b", "label"} or record.keys() & {"chosen", "ranking"}:
+    if not is_label(record):
         return record
     label = str(record["label"]).strip().lower()
     known = label in ("a", "b", "tie")
@@ -478,7 +502,7 @@ def as_prompt(record, where):
     """One record in the form of read_prompts, or an error that begins with `where`."""
     said = (*THOUGHTS, *ANSWERS)  # behind the prompt
     record = as_choice({k: v for k, v in present(record).items() if k not in said}, where)
-    if record.keys() & {"ranking", "chosen"} or record.keys() >= {"a", "b", "label"}:
+    if record.keys() & {"ranking", "chosen"} or is_label(record):
         record = as_ranking(record, where)
         record = {k: v for k, v in record.items() if k not in ("completions", "margin")}
     elif shape_of(record) == "question" and record.get("answer"):  # here problems become prompts

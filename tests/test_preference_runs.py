@@ -1,5 +1,6 @@
 """Reward model, PPO and DPO, run for real on small data: what they learn, resume, share, refuse."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
+from nanollm import preferences
 from nanollm.config import UserError
 from nanollm.formats import write_jsonl
 from nanollm.gpt import GPT
@@ -89,6 +91,17 @@ def test_the_reward_model_learns_which_completion_is_better(loss, here):
     assert found["before"]["log_loss"] > found["after"]["log_loss"] == metrics[-1]["log_loss"]
     assert [effect["after"] for effect in found["effects"]] == [1.0]
     assert load_scalar("runs/rm_loss")[0].shift != 0  # to mean 0 on the reference's samples
+
+
+def test_a_judge_ranks_what_is_trained_on_and_people_what_is_held_out(here, monkeypatch, capsys):
+    def shorter(asked, folder, rt):
+        return [[[float(len(a) < len(b)) for b in texts] for a in texts] for _, texts in asked]
+
+    monkeypatch.setattr(preferences, "ask_judge", shorter)  # people prefer the longer one
+    flags = ["--judge", "runs/pretrain", "--steps", 30, "--eval_every", 30, "--muon_lr", 0.01]
+    metrics = run("train_rm.py", *flags, out="runs/rm_judged")
+    assert metrics[-1]["accuracy"] == 0.0
+    assert re.search(r"annotators, ranking +0\.0%", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("loss", train_dpo.LOSSES)
@@ -203,6 +216,10 @@ def turned_down(capsys, script, *flags):
 REFUSED = [
     ("train_rm.py", "--loss margin", "pairs.jsonl, line 1: --loss margin needs"),
     ("train_rm.py", "--disagreement 0.5", "--disagreement must be"),
+    ("train_rm.py", "--judge runs/sft", "of the comparisons with A or B; --preset judge"),
+    ("train_rm.py", "--judge runs/none", "runs/none is not a folder"),
+    ("train_rm.py", "--judge runs/rm", "writes none"),
+    ("train_dpo.py", "--judge runs/sft --out runs", "would replace runs/sft"),
     ("train_ppo.py", "--max_new_tokens 60", "the model's context of 64"),
     ("train_ppo.py", "--reward_model runs/sft", "is no reward model"),
     ("train_ppo.py", "--reward_model runs/none", "runs/none"),

@@ -381,10 +381,10 @@ def test_an_unknown_check_is_refused():
 # --- files ------------------------------------------------------------------
 
 FILES = """
-answers_train answers_val cloze corpus_train corpus_val knowledge mixed_train mixed_val
-new_domain_test new_domain_train new_domain_val people problems_test problems_train problems_val
-prompts_test prompts_train reasoning_train reasoning_val sft_test sft_train sft_val sql_test
-sql_train sql_val tools_test tools_train tools_val
+answers_train answers_val cloze comparisons_test comparisons_train comparisons_val corpus_train
+corpus_val knowledge mixed_train mixed_val new_domain_test new_domain_train new_domain_val people
+problems_test problems_train problems_val prompts_test prompts_train reasoning_train reasoning_val
+sft_test sft_train sft_val sql_test sql_train sql_val tools_test tools_train tools_val
 """
 
 
@@ -414,7 +414,7 @@ def test_examples_join_a_corpus_that_is_there_and_what_was_interrupted_is_comple
     folder = prepare_corpus(8, seed=1, megabytes=0.05, root=tmp_path)
     corpus = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {*corpus} == {"cloze.jsonl", "corpus_train.jsonl", "corpus_val.jsonl", "world.json"}
-    made = {"sft_train": [{"messages": []}], "people": [{"name": "t"}]}
+    made = {"sft_train": [{"messages": []}], village.LAST: [{"messages": []}]}
     monkeypatch.setattr(village, "records", lambda world, seed: made)
     write, left = village.write_jsonl, iter(range(1))
     with monkeypatch.context() as patch, pytest.raises(StopIteration):  # the disk is full, say

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.village.corpus import prepare_corpus
 from data.village.new_domain import new_domain_examples
-from data.village.preferences import preference_prompts
+from data.village.preferences import comparisons, preference_prompts
 from data.village.problems import DIFFICULTIES, SHARES_WORKED, lessons, problems, worked
 from data.village.sql import sql_examples, sql_lessons, table_of
 from data.village.tasks import fact_never_asked, instructions
@@ -18,7 +18,7 @@ from nanollm.records import read_prompts
 
 PROMPTS = {"train": 3000, "test": 400}  # for preferences
 PER_DIFFICULTY = {"train": 1500, "val": 40, "test": 200}  # problems
-LAST = "people"  # file that `records` ends with: where it is, all are
+LAST = "comparisons_test"  # file that `records` ends with: where it is, all are
 
 
 def records(world, seed=0):
@@ -39,7 +39,12 @@ def records(world, seed=0):
         all_worked, none = dict.fromkeys(DIFFICULTIES, 1.0), dict.fromkeys(DIFFICULTIES, 0.0)
         for name, shares in ("reasoning", all_worked), ("mixed", SHARES_WORKED), ("answers", none):
             made[f"{name}_{split}"] = lessons(asked, chats, shares, seed)
-    return made | {"knowledge": knowledge(newcomers(world)), LAST: table_of(world)}
+    made |= {"knowledge": knowledge(newcomers(world)), "people": table_of(world)}
+    val = preference_prompts(world, "val", 200, seed)
+    compared = {"train": made["prompts_train"] * 3, "val": val, "test": made["prompts_test"]}
+    for split, asked in compared.items():
+        made[f"comparisons_{split}"] = [*comparisons(asked, split, seed)]
+    return made
 
 
 def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):

@@ -20,6 +20,7 @@ import statistics
 from data.village.facts import answer_sentence
 from data.village.tasks import MAKERS, STYLES, chat, distinct_examples, with_style
 from data.village.world import Villager, article
+from nanollm.records import comparison
 from nanollm.rewards import check_answer
 
 WEIGHTS = {"correct": 0.5, "polite": 0.3, "concise": 0.2}
@@ -151,3 +152,23 @@ def rank_completions(prompts, completions, K, rate, seed, annotators=1):
             ranked["orders"] = [[order.index(i) for i in own] for own in orders]
         rankings.append(ranked)
     return rankings
+
+
+def comparisons(prompts, split, seed=0, rate=0.15):
+    """Of two composed completions of each prompt, which is better: labels {"messages", "a", "b",
+    "label"} by annotators who disagree with the gold at `rate`; for the test what a judge is asked,
+    with the gold's "answer".
+    """
+    rng, pairs = random.Random(f"comparisons-{split}-{seed}"), []
+    for prompt in prompts:
+        a, b = composed_completion(prompt, rng), composed_completion(prompt, rng)
+        golds = [gold_parts(prompt, text)["gold"] for text in (a, b)]
+        pairs += [(prompt["messages"], a, b, golds)] * (a != b)
+    temperature = temperature_for([golds for *_, golds in pairs], rate)
+    for messages, a, b, golds in pairs:
+        (best, _), _ = annotate(golds, temperature, rng)
+        if split != "test":
+            yield {"messages": messages, "a": a, "b": b, "label": "ab"[best]}
+        elif golds[0] != golds[1]:
+            answer = {"answer": "AB"[golds[0] < golds[1]], "check": "exact", "task": "comparison"}
+            yield {"messages": comparison(messages, a, b), **answer}
