@@ -1,4 +1,4 @@
-"""DPO and its relatives: learn from preferred and rejected completions, without a reward model.
+r"""DPO and its relatives: learn from preferred and rejected completions, without a reward model.
 
 With w the chosen and l the rejected completion of a pair, r = log pi(y|x) - log ref(y|x) of each,
 h = r_w - r_l, p = log pi(y|x), and n the lengths in tokens:
@@ -30,9 +30,14 @@ completion's own negative log-likelihood (Pang et al. 2024, arXiv:2404.19733).
 
 Run     python train_dpo.py --nll_coef 0.3
         python train_dpo.py --loss simpo --beta 2 --data pairs.jsonl --out runs/mine
+        python train_sft.py --preset judge && python train_dpo.py --nll_coef 0.3 --prompts 300 \
+            --steps 40 --eval_every 40 --judge runs/judge --out runs/dpo_ai           # RLAIF
 Needs   runs/sft                                          (python train_sft.py)
 Expect  gold score 0.68 -> 0.88 on held-out prompts, better than the SFT model in 79% of them, with
         bf16; in fp32 0.69 -> 0.92, 84% (seed 0, with --nll_coef 0.3, as README.md has it)
+        RLAIF: 0.69 -> 0.80, 65%; the same without --judge 0.69 -> 0.77, 65%. The judge puts 70% of
+        two completions in the gold's order, the annotators 86%, and 67% in theirs; asked in either
+        order it says the same of 69%, and the mean of both is no better (seed 0, fp32)
 Watch   loss, val_loss   per pair; sigmoid: starts at log 2 = 0.69 (plus nll_coef x NLL)
         reward_chosen, reward_rejected   beta r, DPO's implicit rewards; all falling far below 0:
                          lower the learning rate, raise beta
@@ -77,8 +82,8 @@ from nanollm.preferences import (
     PreferenceConfig,
     finish,
     in_batches,
-    judge,
     load_preferences,
+    measure_completions,
     pair_index,
     sample_text,
     win_rate,
@@ -393,7 +398,7 @@ def main(cfg):
 @torch.no_grad()
 def evaluate(cfg, model, tokenizer, ref, val, examples, ref_golds=None):
     """(metrics of held-out pairs and of completions sampled to `examples`, these, their gold)."""
-    metrics, texts, golds = judge(
+    metrics, texts, golds = measure_completions(
         model, tokenizer, examples, ref, gold=gold_of(examples), seed=cfg.seed
     )
     if golds is not None:

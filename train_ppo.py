@@ -75,8 +75,8 @@ from nanollm.plot import line_chart
 from nanollm.preferences import (
     dialogue_rows,
     finish,
-    judge,
     load_scorer,
+    measure_completions,
     sample_text,
     scores,
     win_rate,
@@ -458,7 +458,7 @@ def update_stats(cfg, part, logprobs, losses, value_losses):
 
 def evaluate(cfg, run, policy, tokenizer, ref, reward_model, gold, examples, ref_golds=None):
     """(what sampled completions to held-out prompts are worth, the gold of each); logs them."""
-    stats, texts, golds = judge(
+    stats, texts, golds = measure_completions(
         policy, tokenizer, examples, ref, reward_model, gold, cfg.max_new_tokens, seed=cfg.seed
     )
     if cfg.reward == "rules":

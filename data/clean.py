@@ -1,4 +1,4 @@
-"""Cleaning: what of a corpus is mended, and what is left out, before a model is pretrained on it.
+r"""Cleaning: what of a corpus is mended, and what is left out, before a model is pretrained on it.
 
     mended   UTF-8 that was read as Windows-1252; control characters; then Unicode's NFC
     cut out  lines of menus and notices, and lines that end no sentence: C4 (1910.10683)

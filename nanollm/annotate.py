@@ -1,4 +1,4 @@
-"""A person chooses: which of two completions is better? What train_dpo.py learns from.
+r"""A person chooses: which of two completions is better? What train_dpo.py learns from.
 
 Both are sampled from the model at temperature 1, of the same prompt (Christiano et al. 2017,
 arXiv:1706.03741; Ouyang et al. 2022, 2203.02155), so that either may stand first. Each choice is

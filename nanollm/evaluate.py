@@ -43,7 +43,7 @@ from nanollm.metrics import (
     table,
 )
 from nanollm.peft.lora import use
-from nanollm.preferences import judge, load_scorer, win_rate
+from nanollm.preferences import load_scorer, measure_completions, win_rate
 from nanollm.records import read_examples, read_prompts
 from nanollm.rewards import is_right
 from nanollm.rollouts import prompt_of, template_of, with_room
@@ -198,11 +198,15 @@ def evaluate_preferences(cfg, rt, model, tokenizer):
     if cfg.reward_model:
         how["reward_model"] = load_scorer(cfg.reward_model, tokenizer, cfg.model, rt)
     ref = rt.prepare(load_model(cfg.against)[0], train=False) if cfg.against else None
-    stats, completions, golds = judge(model, tokenizer, examples, ref, best_of=cfg.best_of, **how)
+    stats, completions, golds = measure_completions(
+        model, tokenizer, examples, ref, best_of=cfg.best_of, **how
+    )
     result = {"prompts": list(map(question_of, examples)), "completions": completions}
     other = {}
     if ref is not None:
-        other, result["completions_against"], other_golds = judge(ref, tokenizer, examples, **how)
+        other, result["completions_against"], other_golds = measure_completions(
+            ref, tokenizer, examples, **how
+        )
         stats["win_rate"] = win_rate(golds, other_golds)
     columns = [stats, other] if other else [stats]  # both may be of one model
     shown = [[f"{c[name]:.3f}" if name in c else "-" for c in columns] for name in stats]

@@ -249,7 +249,7 @@ def in_batches(function, model, rows, batch=128):
 # --- what completions are worth ------------------------------------------------------------------
 
 
-def judge(
+def measure_completions(
     model,
     tokenizer,
     examples,

@@ -16,7 +16,7 @@ from nanollm.generate import generate, sample_completions
 from nanollm.gpt import GPTConfig, ScalarGPT
 from nanollm.logprobs import batched_logprobs, completion_logprobs
 from nanollm.metrics import accuracy_by_task
-from nanollm.preferences import in_batches, judge, scores
+from nanollm.preferences import in_batches, measure_completions, scores
 
 N = 7
 EXAMPLES = [
@@ -59,7 +59,9 @@ def judged(numbers, batch, model, tokenizer, scalar, monkeypatch, **_):
     monkeypatch.setattr(preferences, "in_batches", partial(in_batches, batch=batch))
     examples = [EXAMPLES[i] for i in numbers]
     how = {"gold": lambda _, text: {"gold": len(text)}, "reward_model": scalar, "best_of": 3}
-    _, completions, golds = judge(model, tokenizer, examples, max_new_tokens=12, **how)
+    _, completions, golds = measure_completions(
+        model, tokenizer, examples, max_new_tokens=12, **how
+    )
     return list(zip(completions, golds))
 
 
