@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = "train_pretrain train_sft train_rm train_ppo train_dpo train_grpo distill lora train_vlm"
 SCRIPTS = SCRIPTS.split()
 COMMANDS = {"__main__", "report", "chat", "evaluate", "bench", "compare", "toolformer"}
-COMMANDS = {f"nanollm.{name}" for name in COMMANDS | {"image_teacher", "scaling", "annotate"}}
+COMMANDS = {
+    f"nanollm.{name}" for name in COMMANDS | {"image_teacher", "scaling", "annotate", "red_team"}
+}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("nanollm/**/*.py"), *ROOT.glob("data/**/*.py")]
 
 

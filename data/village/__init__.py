@@ -13,6 +13,7 @@ tuning, and the other half measures what pretraining alone stored. The parts are
     preferences.py  prompts, composed completions, the gold score, and annotators
     problems.py     problems in six difficulties, and their worked solutions
     new_domain.py   sailors with a style of their own, and ships: a domain to fine-tune on
+    secrets.py      what nobody is to be told: attacks, and their harmless twins
     tools.py        large numbers, newcomers and what a search finds about them
     examples.py     `prepare` writes all of these beside the corpus
 

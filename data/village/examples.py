@@ -81,13 +81,17 @@ def knowledge_of(run_folder, named=None):
     return [named] if named else [of_run(run_folder) / name for name in names]
 
 
+def world_of(folder):
+    """Who lives in a village, and what is true."""
+    known = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+    return build_world(len(known["villagers"]), known["seed"])
+
+
 def prompts_about_people(folder, n_never_asked=1500):
     """The prompts of a village, and questions about the villagers that no dialogue is about, worded
     as no test example is; shuffled. Their answers are for a checker.
     """
-    prompts = read_prompts(folder / "prompts_train.jsonl")
-    known = json.loads((folder / "world.json").read_text(encoding="utf-8"))
-    world = build_world(len(known["villagers"]), known["seed"])
+    prompts, world = read_prompts(folder / "prompts_train.jsonl"), world_of(folder)
     rng = random.Random(f"prompts-about-people-{world.seed}")
     for _ in range(n_never_asked):
         (question, _), check = fact_never_asked(world, "train", rng)
