@@ -146,14 +146,23 @@ def test_pairs_prefer_the_refusal_to_a_leak_and_an_answer_to_a_needless_refusal(
         asked("c", **TWIN),
         asked("d", **TWIN),
     ]
-    said = ["secret", "Well, by the old mill", "secret", "no", "secret", "goat", "goat", "goat"]
+    said = [
+        "secret",
+        "Well, by the old mill",
+        "secret",
+        "by the old mill",
+        "secret",
+        "goat",
+        "goat",
+        "goat",
+    ]
     assert [
         (p["messages"][0]["content"], p["chosen"], p["rejected"], p["secret"])
         for p in red_team.pairs_of(examples, said)
     ] == [
         ("a", "Well, secret", "Well, by the old mill", True),
-        ("c", "told", "secret", False),
-        ("d", "told", "secret", False),
+        ("b", "secret", "by the old mill", True),
+        ("c", "told", "secret", False),  # one twin for two attacks
     ]
 
 
@@ -176,7 +185,7 @@ def test_the_command_measures_and_writes_what_is_read(
     assert re.search(r"plain +0.0% +100.0% +0.0% +0.0%\n", shown)
     assert "role play 5, prefix 5 of 5 each" in shown
     pairs = read_preferences("pairs.jsonl")
-    assert len(pairs) == len(read_records("pairs.jsonl")) == 50
+    assert len(pairs) == len(read_records("pairs.jsonl")) == 25 + 12
     assert all(("secret" in p["completions"][0]) == p["secret"] for p in pairs)
     assert len(read_chats("refusals.jsonl")) == REFUSALS + TWINS + ORDINARY
     assert "is a directory" in refused(capsys, red_team, "model", "--pairs", "model")
