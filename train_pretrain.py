@@ -416,8 +416,10 @@ def finish(cfg, run, model, tokenizer, measured, other):
         known = facts_known(model, tokenizer, [e for e in examples if e["task"] == task])
         name = task.replace("cloze", "facts about villagers")
         effects.append(effect(name, None, known, "share"))
-    before = {e["name"]: e["after"] for e in other}
-    effects = [e | {"before": before.get(e["name"], e["before"])} for e in effects]
+    for each in other:
+        for own in (own for own in effects if own["name"] == each["name"]):
+            name = f"{own['name']}, before: {Path(cfg.against).name}"
+            own |= {"name": name, "before": each["after"]}
     run.write_result(effects, **measured)
     run.rt.close()
 
