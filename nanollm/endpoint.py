@@ -66,6 +66,8 @@ class Endpoint:
                     heard.append(f"{error.code} {error.read(300)}")
                 if error.code not in BUSY:
                     return
+            except TimeoutError:  # as fetch says, whichever of the two notices first
+                return
             except (OSError, http.client.HTTPException, ValueError) as error:
                 return heard.append(f"{type(error).__name__} {error}")
             time.sleep(pause)

@@ -176,7 +176,7 @@ def test_an_adapters_folder_is_a_start_for_every_script_that_adds_no_other(here,
     run("train_rm", "--init", "runs/lora", *steps, out="runs/scores")
     said = turned_down(capsys, "train_dpo", "--init", "runs/lora", *LORA)
     assert "runs/lora holds an adapter" in said and "export runs/lora --merge" in said
-    hub.main(["export", "runs/lora"], parse(hub.Config, None, ["--merge", "--out", "runs/merged"]))
+    hub.export(hub.Config("runs/lora", "runs/merged", merge=True))
     run("train_dpo", "--init", "runs/merged", *LORA, *steps, out="runs/second")
     config = json.loads(Path("runs/second/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(Path("runs/merged").resolve())

@@ -187,7 +187,7 @@ def test_files_of_peft_open_in_ours_with_its_logits(method, base, tmp_path):
 def test_what_is_exported_merged_is_what_peft_merges(method, base, tmp_path, tokenizer):
     model = adapted(load_model(base)[0], method, base=base)
     save_model(model, tokenizer, tmp_path / "adapter")
-    hub.export(tmp_path / "adapter", hub.Config(out=str(tmp_path / "merged"), merge=True))
+    hub.export(hub.Config(str(tmp_path / "adapter"), str(tmp_path / "merged"), merge=True))
     ours = safetensors.load_folder(tmp_path / "merged")
     other = opened_by_peft(base, tmp_path / "adapter").merge_and_unload().state_dict()
     other.pop("lm_head.weight")  # tied
