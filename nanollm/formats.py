@@ -24,6 +24,7 @@ from nanollm.config import UserError, atomic_write, say
 
 DEFAULT_VAL_FRACTION = 0.1
 IMAGE = "<image>"
+JSON = (".json", ".jsonl", ".ndjson", ".jsonlines")  # endings of files of records
 DOCUMENT_END = "<|endoftext|>"  # between the texts of a .txt, alone on its line
 PIECE = 2**16  # characters of a long text that are made into tokens at a time
 # Where a long text can be cut without changing its tokens: behind a line and before a word, or
@@ -339,7 +340,7 @@ def _all_pieces(path):
         for file in files:
             yield from _all_pieces(file)
         return
-    tabular = ending(path) in (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".jsonlines")
+    tabular = ending(path) in (".csv", ".tsv", *JSON)
     if tabular or re.match(r'(\[\s*)?\{\s*"[^"\n]*"\s*:', beginning(path)):
         for text in stream_usable(stream_records(path), _document, path):
             yield from _pieces([text])

@@ -157,4 +157,4 @@ def export(cfg):
 
 
 if __name__ == "__main__":
-    cli(export, Config, argv=[word for word in sys.argv[1:] if word != "export"])
+    cli(export, Config, argv=sys.argv[1 + (sys.argv[1:2] == ["export"]) :])

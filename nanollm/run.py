@@ -38,7 +38,7 @@ from nanollm.config import (
     say,
     unlock,
 )
-from nanollm.formats import mixture
+from nanollm.formats import JSON, ending, mixture
 from nanollm.plot import line_chart
 from nanollm.runtime import DTYPES, peak_memory, rng_state, set_rng_state
 
@@ -370,7 +370,7 @@ def content_hash(path):
     else:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in (file for file in files if file.is_file()):
-        records, images = file.suffix in (".json", ".jsonl"), set()
+        records, images = ending(file) in JSON, set()
         with open(file, "rb") as opened:
             for part in opened if records else iter(lambda: opened.read(2**20), b""):
                 digest.update(part)
