@@ -157,8 +157,9 @@ PRESETS = {
 }
 
 
-SHORT = dict(channels=128, heads=4, steps=600, eval_every=200, villagers=8, megabytes=2.0)
-PRESETS["short"] = PRESETS["smoke"] | SHORT
+PRESETS["short"] = PRESETS["smoke"] | dict(
+    channels=128, heads=4, steps=600, eval_every=200, villagers=8, megabytes=2.0
+)
 
 
 # --- data ----------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def load_chats(cfg):
 
 
 def chats_about_prompts(file):
-    from nanollm.self_instruct import lessons
+    from nanollm.self_instruct import lessons  # imported only here: it brings the teachers' code
 
     return lessons(read_chats(file))
 

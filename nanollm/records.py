@@ -298,8 +298,9 @@ def read_preferences(path):
     rankings = read_usable(path, as_ranking)
     labels = defaultdict(list)  # of the same two completions; any other record is alone
     for n, each in enumerate(rankings):
-        pair = str(each["messages"]), *sorted(each["completions"])
-        labels[pair if each.get("label") in ("a", "b") else n].append(each)
+        labelled = each.get("label") in ("a", "b")
+        pair = (str(each["messages"]), *sorted(each["completions"])) if labelled else n
+        labels[pair].append(each)
     return usable([alike[0] | {"labels": alike} for alike in labels.values()], by_majority, path)
 
 
