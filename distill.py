@@ -575,8 +575,10 @@ def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.out, *cfg.folders, cfg.init)
     share = rt.share(cfg.batch_size)
-    asked, tokenizer = open_teachers(cfg)
-    teachers = [each for each in asked if isinstance(each, nn.Module)]  # they give probabilities
+    all_teachers, tokenizer = open_teachers(cfg)
+    teachers = [
+        each for each in all_teachers if isinstance(each, nn.Module)
+    ]  # they give probabilities
     student, tokenizer = open_student(cfg, teachers, tokenizer)
     for teacher in teachers:
         rt.prepare(teacher, train=False)
@@ -586,7 +588,7 @@ def main(cfg):
     if written:
         unlabelled = written_prompts(cfg, rt, labelled)
     prompts = labelled if cfg.method == "step_by_step" else unlabelled
-    completed = teacher_completions(cfg, rt, asked, tokenizer, prompts)
+    completed = teacher_completions(cfg, rt, all_teachers, tokenizer, prompts)
     train_rows, val_rows = pack_rows(cfg, rt, tokenizer, T, labelled, completed, val)
     prompts = [chat_prompt(example, tokenizer) for example in labelled + unlabelled]
     prompts = [prompt for prompt in prompts if len(prompt) < T]
