@@ -92,7 +92,7 @@ from nanollm.config import (
     read_json,
     save_config,
 )
-from nanollm.formats import IMAGE, need, need_usable, usable
+from nanollm.formats import IMAGE, Unusable, need, usable
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
 from nanollm.metrics import (
@@ -265,9 +265,10 @@ class Pairs:
 
     def __init__(self, records, store, tokenizer):
 
-        def encoded(record, where):
+        def encoded(record):
             ids = (*tokenizer.encode(record["caption"]), tokenizer.end_id)
-            need_usable(len(ids) <= LONGEST_CAPTION, where, f"more than {LONGEST_CAPTION} tokens")
+            if len(ids) > LONGEST_CAPTION:
+                raise Unusable(f"more than {LONGEST_CAPTION} tokens")
             return record["image"], ids
 
         records = usable(records, encoded, "captions", "shorten or drop them")

@@ -79,8 +79,8 @@ def read_array(text):
 # --- the datasets -------------------------------------------------------------------------------
 
 
-def check_image_chat(record, where):
-    check_markers(as_chat(record, where)["messages"], 1, where)
+def check_image_chat(record):
+    check_markers(as_chat(record)["messages"], 1)
 
 
 KINDS = {  # the script that they are for, and the reader that has to understand a record
@@ -155,15 +155,14 @@ def fetch(url, path, check, limit=None):
     try:
         with Download(url, "--base_url") as download, atomic_file(path) as file:
             for number, record in enumerate(records_of(open_text(download), url, path), 1):
-                where = f"record {number}"
                 try:
                     if check:
-                        need(isinstance(record, dict), where, "it must be an object")
-                        check(record, where)
+                        need(isinstance(record, dict), "a record", "it must be an object")
+                        check(record)
                     line = record if path.suffix == ".txt" else json.dumps(record) + "\n"
                     file.write(line.encode())
                 except UserError as error:
-                    misfits.append(str(error))
+                    misfits.append(f"record {number}: {error}")
                     continue
                 count += 1
                 if count == limit:

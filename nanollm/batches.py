@@ -354,7 +354,7 @@ def render(tokenizer, messages, image_tokens):
     return np.array(ids, np.int32), np.array(mask, bool)
 
 
-def fit_chat(T, tokenizer, image_tokens, chat, where):
+def fit_chat(T, tokenizer, image_tokens, chat):
     """(the dialogue as far as it fits, its (ids, mask), was it shortened?): cut after the last of
     the assistant's turns with which it has at most T tokens. Unusable where that leaves nothing to
     learn. What `render` makes of the whole chat may stand under "rendered".
@@ -368,7 +368,7 @@ def fit_chat(T, tokenizer, image_tokens, chat, where):
         if mask.any() and len(ids) <= T:
             return {**chat, "messages": messages[:end]}, (ids, mask), end < ends[-1]
         reason = f"its first answer ends beyond {T} tokens{takes}" if mask.any() else reason
-    raise Unusable(where, reason)
+    raise Unusable(reason)
 
 
 def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
@@ -381,7 +381,7 @@ def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
     """
     if callable(T):
 
-        def rendered(chat, _):
+        def rendered(chat):
             return chat | {"rendered": render(tokenizer, chat["messages"], image_tokens)}
 
         chats = usable(chats, rendered, "dialogues")

@@ -92,7 +92,7 @@ class Conversation:
             text = f"{IMAGE}\n" * len(shown) + text
         message = {"role": "user", "content": text, "images": shown}
         if self.model.tokens_per_image:
-            check_markers([message], len(shown), "the message")
+            check_markers([message], len(shown))
         messages = [*self.messages, message]
         prompt = self.fitting_prompt(messages)
         ids = self.write(prompt, [each for m in messages for each in m.get("images", [])])

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from nanollm.batches import Packed, pack
 from nanollm.endpoint import Endpoint
-from nanollm.formats import need_usable, read_usable, usable, write_jsonl
+from nanollm.formats import Unusable, read_usable, usable, write_jsonl
 from nanollm.generate import as_text, sample_together
-from nanollm.records import ANSWERS, as_chat, as_dialogue, as_prompt, plain_text
+from nanollm.records import as_chat, as_dialogue, as_prompt, named, plain_text
 from nanollm.rewards import is_right
 from nanollm.rollouts import chat_prompt, with_room
 
@@ -29,13 +29,13 @@ def read_completions(path):
     to be learnt, that is the "completion". Raises UserError with file and line.
     """
 
-    def as_example(record, where):
-        example = as_prompt(record, where)
-        if record.keys() & {"messages", "conversations", *ANSWERS} and "chosen" not in record:
-            *_, last = as_dialogue(record, where)["messages"]
+    def as_example(record):
+        example, record = as_prompt(record), named(record)
+        if record.keys() & {"messages", "completion"} and "chosen" not in record:
+            *_, last = as_dialogue(record)["messages"]
             if last["role"] == "assistant" and "loss" not in last:
-                as_chat(record, where)  # is its answer one to learn?
-                example["completion"] = plain_text(last, where)
+                as_chat(record)  # is its answer one to learn?
+                example["completion"] = plain_text(last)
         return example
 
     return read_usable(path, as_example)
@@ -130,9 +130,10 @@ class LabelledRows(Packed):
 def tokenize(examples, labelled, tokenizer, T, name="examples"):
     """(prompt ids, completion ids, labelled) of the examples that have at most T tokens."""
 
-    def ids_of(example, where):
+    def ids_of(example):
         prompt, ids = tokenizer.completion(example["messages"], example["completion"])
-        need_usable(len(prompt) + len(ids) <= T, where, f"longer than {T} tokens")
+        if len(prompt) + len(ids) > T:
+            raise Unusable(f"longer than {T} tokens")
         return prompt, ids, labelled
 
     return usable(examples, ids_of, name, "raise --context, or lower --max_new_tokens")

@@ -1,11 +1,10 @@
 """A model behind an HTTP endpoint that speaks as OpenAI's chat completions do (vLLM, llama.cpp,
-Ollama, most providers). Whatever its server does, it gives texts or one line, in bounded time.
+Ollama, most providers). It gives texts, or one line that says what the server did.
 """
 
 import http.client
 import json
 import os
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,10 +14,11 @@ from tqdm import tqdm
 
 from nanollm.config import UserError
 from nanollm.download import Redirects
-from nanollm.formats import need
 
 MOST = 2**24  # bytes of an answer
 AT_ONCE = 8  # requests
+# of a connection, or of an answer of another form
+FAULTS = (OSError, http.client.HTTPException, LookupError, TypeError, AttributeError, ValueError)
 BUSY = (429, 500, 502, 503, 504)  # ask again a little later
 
 
@@ -31,47 +31,40 @@ class Endpoint:
         url, _, self.model = address.partition("#")
         self.url, self.timeout = url.rstrip("/"), timeout  # seconds for an answer
         self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
-        need(not {*"@?"} & {*url}, "an address", "holds no key: set OPENAI_API_KEY to it")
+        if "@" in url or "?" in url:
+            raise UserError("an address holds no key: set OPENAI_API_KEY to it")
 
     def fetch(self, path, read, body=None):
-        """read(the JSON value that the server answers, to a POST where there is a body). UserError
-        where that fails, or no answer is complete within the timeout, however slowly it comes.
+        """read(the JSON value that the server answers, to a POST where there is a body). A busy
+        server is asked again, as long as the timeout lasts; UserError where nothing comes of it.
         """
-        heard, end = ["no answer"], time.monotonic() + self.timeout
-        thread = threading.Thread(target=self._ask, args=(path, body, heard, end), daemon=True)
-        thread.start()
-        thread.join(self.timeout)
-        try:
-            return read(json.loads(heard[-1]))
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
-            said = repr(heard[-1][:300]).replace(self.key or "\0", "***")
-            raise UserError(
-                f"{self.url}{path} gave {said} (it has {self.timeout:g} s); check the address, "
-                "OPENAI_API_KEY and --timeout"
-            ) from None
-
-    def _ask(self, path, body, heard, end):
-        """Append to `heard` what the server sends, or what is wrong."""
         headers = {"Content-Type": "application/json", "User-Agent": "nanollm"}
-        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        data, pause = None if body is None else json.dumps(body).encode(), 0.5
-        while time.monotonic() < end:
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = None if body is None else json.dumps(body).encode()
+        heard, end, pause = "", time.monotonic() + self.timeout, 0.5
+        while True:
             try:
                 request = urllib.request.Request(self.url + path, data, headers)
                 opener = urllib.request.build_opener(Redirects)
                 with opener.open(request, timeout=self.timeout) as response:
-                    return heard.append(response.read(MOST))
+                    heard = response.read(MOST)
+                return read(json.loads(heard))
             except urllib.error.HTTPError as error:
                 with error:
-                    heard.append(f"{error.code} {error.read(300)}")
-                if error.code not in BUSY:
-                    return
-            except TimeoutError:  # as fetch says, whichever of the two notices first
-                return
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                return heard.append(f"{type(error).__name__} {error}")
+                    heard = f"{error.code} {error.read(300)}"
+                if error.code not in BUSY or time.monotonic() + pause > end:
+                    break
+            except FAULTS as error:
+                heard = heard or f"{type(error).__name__} {error}"
+                break
             time.sleep(pause)
             pause *= 2
+        told = repr(heard[:300]).replace(self.key or "\0", "***")
+        raise UserError(
+            f"{self.url}{path} gave {told} (it has {self.timeout:g} s); check the address, "
+            "OPENAI_API_KEY and --timeout"
+        )
 
     def complete(self, rt, examples, max_new_tokens, samples=1, temperature=1.0, seed=0):
         """What the model writes, `samples` texts of each example in turn, None for one that doesn't

@@ -18,6 +18,7 @@ import json
 import re
 import string
 import zlib
+from collections import defaultdict
 from pathlib import Path
 
 from nanollm.config import UserError, atomic_write, say
@@ -32,6 +33,7 @@ PIECE = 2**16  # characters of a long text that are made into tokens at a time
 SAFE_CUT = re.compile(r"(?<=\S\n)(?=\w)|(?<=\w)(?= [^\W\d_])")
 # a first line that is an object of its own, or has no end in sight: so are the others
 OBJECT_PER_LINE = re.compile(r"\{[^\n]*(\}[^\S\n]*\n|\Z)")
+DECODE, NOT_BLANK = json.JSONDecoder().raw_decode, re.compile(r"\S")
 # how JSON writes half of a character beyond U+FFFF, and such a half without the other
 HALF, LONE = re.compile(r"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
 # what is no text begins with: what unpacks or converts it
@@ -53,17 +55,7 @@ def need(fine, where, message):
 
 
 class Unusable(UserError):
-    """A well-formed record that nothing can be learnt from; `reason` says why."""
-
-    def __init__(self, where, reason):
-        super().__init__(f"{where}: {reason}")
-        self.reason = reason
-
-
-def need_usable(fine, where, reason):
-    """As `need`, of what a good file may hold: it is dropped, not refused."""
-    if not fine:
-        raise Unusable(where, reason)
+    """Nothing can be learnt from a well-formed record; the message says why."""
 
 
 class Record(dict):
@@ -84,35 +76,35 @@ def place_of(record):
 
 
 def usable(records, use, name, advice="mend or drop them"):
-    """[use(record, its place) for each record], without those for which that raises Unusable. They
-    are counted by reason, the first three of each named; UserError where they are most.
+    """[use(record) for each record], without those for which that raises Unusable. They are counted
+    by reason, the first three of each named; UserError where they are most.
     """
     return list(stream_usable(records, use, name, advice))
 
 
 def stream_usable(records, use, name, advice="mend or drop them"):
     """As `usable`, one after the other; that too many can't be used shows at the end."""
-    used, dropped = 0, {}
+    used, dropped = 0, defaultdict(list)  # reason -> places
     for record in records:
-        where = place_of(record)
         try:
-            made = use(record, where)
+            made = use(record)
         except Unusable as e:
-            dropped.setdefault(e.reason, []).append(where.removeprefix(f"{name}, "))
-        except UserError as e:  # the tokenizer's knows no place
-            raise UserError(str(e) if where in str(e) else f"{where}: {e}") from None
+            dropped[str(e)].append(place_of(record).removeprefix(f"{name}, "))
+        except UserError as e:
+            raise UserError(f"{place_of(record)}: {e}") from None
         else:
             used += 1
             yield made
-    if dropped:
-        reasons = (
-            f"{reason} ({len(places):,}: {', '.join(places[:3])}{', ...' * (len(places) > 3)})"
-            for reason, places in dropped.items()
-        )
-        count, said = sum(map(len, dropped.values())), "; ".join(reasons)
-        said = f"{name}: {count:,} of {used + count:,} records can't be used: {said}"
-        need(count <= used, said, advice)
-        say(f"{said}; dropped")
+    if not dropped:
+        return
+    reasons = []
+    for reason, places in dropped.items():
+        more = ", ..." if len(places) > 3 else ""
+        reasons.append(f"{reason} ({len(places):,}: {', '.join(places[:3])}{more})")
+    count = sum(map(len, dropped.values()))
+    told = f"{count:,} of {used + count:,} records can't be used: {'; '.join(reasons)}"
+    need(count <= used, name, f"{told}: {advice}")
+    say(f"{name}: {told}; dropped")
 
 
 # --- text and records ----------------------------------------------------------------------------
@@ -171,8 +163,11 @@ def stream_records(path):
     head, lines, place = beginning(path), stream_text(path), None
     if ending(path) in (".csv", ".tsv") and not head.startswith(("[", "{")):
         values = _rows_of_table(lines, path)
+    elif OBJECT_PER_LINE.match(head):
+        texts = enumerate(lines, 1)
+        values = (found for line, text in texts for found in _json_values(text, path, line))
     else:
-        values = _json_values(lines if OBJECT_PER_LINE.match(head) else ["".join(lines)], path)
+        values = _json_values("".join(lines), path)
     for place, value in values:
         where, kind = f"{path}, {place}", type(value).__name__
         need(isinstance(value, dict), where, f"a record must be a JSON object, not {kind}")
@@ -180,31 +175,26 @@ def stream_records(path):
     need(place, path, "there is no record in it")
 
 
-def _json_values(texts, path):
-    """(place, value) of the values that stand one after the other, or in an array; texts: lines, or
-    the whole of a file.
+def _json_values(text, path, first=1):
+    """(place, value) of the values that stand one after the other in a text, or in its arrays; the
+    text begins at line `first`.
     """
-    decode, line = json.JSONDecoder().raw_decode, 1
-    for text in texts:
-        end, halves = 0, HALF.search(text)  # else there can be none in what is decoded
-        while found := re.compile(r"\S").search(text, end):
-            begin = found.start()
-            line += text.count("\n", end, begin)
-            try:
-                value, end = decode(text, begin)
-            except (ValueError, RecursionError) as e:
-                last = line + text.count("\n", begin, getattr(e, "pos", begin))
-                why = f"{getattr(e, 'msg', e)}: line {last}"
-                raise UserError(f"{path}, line {line}: broken JSON ({why})") from None
-            found = [(f"line {line}", value)]
-            if isinstance(value, list):
-                found = [(f"line {line}, record {n}", each) for n, each in enumerate(value, 1)]
-            for place, each in found:
-                lone = halves and LONE.search(json.dumps(each, ensure_ascii=False))
-                need(not lone, f"{path}, {place}", "half of a surrogate pair is no character")
-                yield place, each
-            line += text.count("\n", begin, end)
-        line += text.count("\n", end)
+    halves = HALF.search(text)  # else there can be none in what is decoded
+    line, end = first, 0
+    while found := NOT_BLANK.search(text, end):
+        begin = found.start()
+        line += text.count("\n", end, begin)
+        try:
+            value, end = DECODE(text, begin)
+        except json.JSONDecodeError as e:
+            where = f"{path}, line {first + e.lineno - 1}"
+            raise UserError(f"{where}: broken JSON ({e.msg})") from None
+        for n, each in enumerate(value if isinstance(value, list) else [value], 1):
+            place = f"line {line}, record {n}" if isinstance(value, list) else f"line {line}"
+            if halves and LONE.search(json.dumps(each, ensure_ascii=False)):
+                raise UserError(f"{path}, {place}: half of a surrogate pair is no character")
+            yield place, each
+        line += text.count("\n", begin, end)
 
 
 def _rows_of_table(lines, path):
@@ -244,8 +234,8 @@ def write_jsonl(path, records):
 
 
 def read_usable(path, convert):
-    """Records: what convert(record, its place) makes of each of a file, where it is usable."""
-    return usable(read_records(path), lambda r, where: Record(convert(r, where), where), path)
+    """Records: what convert(record) makes of each of a file, where it is usable."""
+    return usable(read_records(path), lambda r: Record(convert(r), r.where), path)
 
 
 def identity(path):
@@ -388,11 +378,12 @@ def read_documents(path, part=None, fraction=DEFAULT_VAL_FRACTION):
     return documents
 
 
-def _document(record, where):
-    wanted = 'a corpus record needs a "text", as in {"text": "Once upon..."}'
+def _document(record):
     text = record.get("text", 0) or ""  # null is empty
-    need(isinstance(text, str) and "text" in record, where, wanted)
-    need_usable(text.strip(), where, "the text is empty")
+    if "text" not in record or not isinstance(text, str):
+        raise UserError('a corpus record needs a "text", as in {"text": "Once upon..."}')
+    if not text.strip():
+        raise Unusable("the text is empty")
     return text
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from nanollm.batches import pad_completions
 from nanollm.checkpoint import existing_folder, is_scalar, weights_hash
 from nanollm.config import ErrorRate, OpenShare, UserError, Whole
-from nanollm.formats import need, need_usable, read_parts, read_records, usable, write_jsonl
+from nanollm.formats import Unusable, need, read_parts, read_records, usable, write_jsonl
 from nanollm.generate import as_text, sample_completions, sample_together
 from nanollm.hub import load_model, load_scalar
 from nanollm.logprobs import completion_logprobs
@@ -183,10 +183,11 @@ def completion_rows(records, tokenizer, context=math.inf):
     model's context is dropped, and counted.
     """
 
-    def rendered(record, where):
+    def rendered(record):
         ids = [tokenizer.completion(record["messages"], text) for text in record["completions"]]
         longest = max(len(prompt + completion + tokenizer.turn_end) for prompt, completion in ids)
-        need_usable(longest <= context, where, f"longer than the model's {context} tokens")
+        if longest > context:
+            raise Unusable(f"longer than the model's {context} tokens")
         return record, ids
 
     records, ids = zip(*usable(records, rendered, "rankings"))

@@ -4,21 +4,220 @@ Each reader takes several published shapes and gives one; data/README.md shows a
 isn't of its format raises UserError, what nothing can be learnt from is dropped (formats.py).
 """
 
+import math
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 from nanollm.config import UserError
-from nanollm.formats import IMAGE, images_in, need, need_usable, read_usable, usable
+from nanollm.formats import IMAGE, Unusable, images_in, read_usable, usable
 from nanollm.rewards import LETTERS, as_number
 
 CHECKS = ("contains", "exact", "number", "choice", "unknown")  # how an answer is compared
-ROLES = ("system", "user", "assistant", "tool")
-ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}  # elsewhere
-ROLE_NAMES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
+
+# --- keys ----------------------------------------------------------------------------------------
+
+ELSEWHERE = {  # our key of a record or a message: what others call it
+    "messages": "conversations",
+    "system": "system_prompt",
+    "context": "passage article document paragraph story background",
+    "completion": "output response",
+    "reasoning_content": "reasoning thinking",
+    "choices": "options",
+    "answer": "answerKey",
+    "images": "image",
+    "role": "from",
+    "content": "value",
+    "loss": "loss_mask train training trainable train_on_turn weight",
+}
+NAMES = {theirs: ours for ours, names in ELSEWHERE.items() for theirs in names.split()}
+KINDS = dict.fromkeys(("messages", "history", "tool_calls", "ranking", "not"), list)
+KINDS |= dict.fromkeys(("system", "reasoning_content", "hint", "caption"), str)
+# an answer that is null is empty; any other key that is null isn't there
+ANSWERS = ("completion", "answer", "chosen", "rejected", "a", "b", "content")
+# What no reader honours, but would change what is learnt: where it isn't empty, it is refused.
+IGNORED = ("tools", "functions", "function_call", "documents", "chat_template_kwargs")
+IGNORED += ("audio", "video", "mask", "masks", "masked")
+EMPTY = (None, "", [], {}, "[]", "{}", "null")
+FLAGS = {"true": True, "1": True, "1.0": True, "yes": True, "": None}
+FLAGS |= {"false": False, "0": False, "0.0": False, "no": False}
+
+
+def named(record):
+    """A record or message with each key under our name for it, null ones left out. UserError where
+    two values have one name, or one isn't of its kind.
+    """
+    found = {}
+    for key, value in record.items():
+        name = NAMES.get(key, key)
+        if value is None and name in ANSWERS:
+            value = ""
+        if value is None or value == "" and name in found:
+            continue
+        if found.get(name, "") not in ("", value):
+            raise UserError(f'"{name}" is said twice: {found[name]!r:.40} and {value!r:.40}')
+        kind = KINDS.get(name, object)
+        if value != "" and not isinstance(value, kind):
+            wanted = "a list" if kind is list else "text"
+            raise UserError(f'"{name}" must be {wanted}, not {value!r:.40}')
+        found[name] = value
+    return found
+
+
+def without(record, *keys):
+    return {key: value for key, value in record.items() if key not in keys}
+
+
+def refuse_ignored(record, keys, text):
+    """UserError where a record has one of these keys and the text doesn't say its value."""
+    for key in keys:
+        value = record.get(key)
+        said = isinstance(value, str) and value.strip() in text
+        if value not in EMPTY and not said:
+            raise UserError(f'"{key}" would be ignored: say it in a message, or drop the key')
+
+
+def unknown(record, wanted):
+    """What to raise of a record of no known shape."""
+    return UserError(f"it needs {wanted}; it has {', '.join(map(repr, record)) or 'no key':.80}")
+
+
+def flag_of(record, key):
+    """True or False, as the record says behind this key, by whichever word; None: it doesn't."""
+    said = str(record.get(key, "")).strip().lower()
+    if said not in FLAGS:
+        raise UserError(f'"{key}" must be true or false, not {record[key]!r:.40}')
+    return FLAGS[said]
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+ROLES |= {"developer": "system", "human": "user", "gpt": "assistant"}
+ROLES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+def as_messages(turns, images=()):
+    """Turns as {"role", "content"} and, where they have them, "loss": False, "reasoning_content"
+    and "tool_calls"; other keys are kept. `images`: those that their parts show, one after another.
+    """
+    messages, images = [], iter(images)
+    for i, turn in enumerate(turns):
+        try:
+            messages.append(_as_message(turn, images))
+        except UserError as e:
+            raise UserError(f"message {i}: {e}") from None
+    return messages
+
+
+def _as_message(turn, images):
+    message = named(turn) if isinstance(turn, dict) else {}
+    role = ROLES.get(str(message.get("role")))
+    if role is None:
+        raise UserError(f"no role, of {', '.join(ROLES)}, is in {turn!r:.40}")
+    content, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(content, list):
+        content = "".join(_text_of_part(part, images) for part in content)
+    if not isinstance(content, str) and not calls:
+        raise UserError('it has no text as "content"')
+    message |= said(role, content or "")
+    learnt = flag_of(message, "loss")
+    if role != "assistant" and (calls or learnt or message.get("reasoning_content")):
+        raise UserError("only the assistant thinks, calls tools, and is learnt from")
+    refuse_ignored(message, (*IGNORED, "images"), message["content"])
+    dropped = [key for key in ("loss", "tool_calls", "reasoning_content") if not message.get(key)]
+    return without(message, "loss", *dropped) | ({"loss": False} if learnt is False else {})
+
+
+def _text_of_part(part, images):
+    """The text of one of a content's parts, of OpenAI's kinds; an image is its marker."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return part["text"]
+    if kind not in ("image", "image_url") or next(images, None) is None:
+        raise UserError(f"a part is neither text nor an image of the record's: {part!r:.40}")
+    return IMAGE
+
 
 # --- dialogues -----------------------------------------------------------------------------------
+
+ASKED = {  # by the key of a question: what the user says, in this order
+    "instruction": ("instruction", "question", "input", "context"),  # Alpaca, Dolly
+    "prompt": ("context", "prompt", "input"),
+    "question": ("context", "question", "input"),
+}
+SHAPES = ("messages", *ASKED)  # a record is what the first of these that it has says
+# What stands beside it: read, and refused where the messages that come of it don't say it.
+BESIDE = ("system", "context", "input", "completion", "reasoning_content")
+HH = re.compile(r"(?:\n\n)?Human:.*\n\nAssistant:", re.DOTALL)  # how an HH-RLHF dialogue begins
+
+
+def shape_of(record):
+    """The key that holds a record's dialogue, or its question; None where it has neither."""
+    return next((key for key in SHAPES if key in record), None)
+
+
+def as_dialogue(record):
+    """One record, as `named` gives it, as {"messages", other keys}, whichever its shape; the
+    messages may end with an answer, or a question.
+    """
+    shape, images = shape_of(record), images_of(record)
+    if shape is None:
+        raise unknown(record, '"messages", a list of {"role", "content"}, or a "prompt"')
+    messages = as_messages(_asked(record, shape), images)
+    if not messages or messages[-1]["role"] != "assistant":
+        messages += as_messages(_answered(record))
+        record = without(record, "completion")
+    if not messages:
+        raise Unusable("there are no messages")
+    before = []
+    if messages[0]["role"] == "system":
+        before.append(messages.pop(0))
+    elif record.get("system"):
+        before.append(said("system", record["system"]))
+    for pair in record.get("history", []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError('"history" must be a list of [question, answer]')
+        before += as_messages([said("user", pair[0]), said("assistant", pair[1])])
+    messages = before + messages
+    text = "\n".join(m["content"] + "\n" + m.get("reasoning_content", "") for m in messages)
+    refuse_ignored(record, (*BESIDE, "instruction", "question", *IGNORED), text)
+    return without(record, shape, *BESIDE, "history") | {"messages": messages}
+
+
+def _asked(record, shape):
+    """The turns of a dialogue, or of a question with what belongs to it."""
+    asked = record[shape]
+    if isinstance(asked, list):
+        return asked
+    if isinstance(asked, str) and HH.match(asked) and asked.rstrip().endswith("\n\nAssistant:"):
+        return hh_turns(asked)[:-1]
+    if isinstance(asked, str):
+        texts = [record.get(key) for key in ASKED[shape]]
+        asked = "\n\n".join(text for text in texts if text and isinstance(text, str))
+    return [said("user", asked)]
+
+
+def _answered(record):
+    """The turns of the answer that stands beside a question; none where there is none."""
+    answer = record.get("completion", [])
+    if isinstance(answer, list):
+        return answer
+    turn = said("assistant", answer)
+    if "reasoning_content" in record and "</think>" not in str(answer):
+        turn["reasoning_content"] = record["reasoning_content"]
+    return [turn]
+
+
+def hh_turns(text):
+    """The turns of an HH-RLHF dialogue, each behind an empty line and Human: or Assistant:."""
+    pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", text)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [said(roles[who], text.strip()) for who, text in zip(pieces[::2], pieces[1::2])]
 
 
 def read_chats(path):
@@ -29,261 +228,36 @@ def read_chats(path):
     return read_usable(path, as_text_chat)
 
 
-def as_text_chat(record, where):
+def as_text_chat(record):
     """One record in the form of read_chats; images are refused, as nobody would look at them."""
-    ignored = "its image would be ignored; train_vlm.py looks at images"
-    need(not shown(record, where), where, ignored)
-    return as_chat(record, where)
+    if images_of(named(record)):
+        raise UserError("its image would be ignored; train_vlm.py looks at images")
+    return as_chat(record)
 
 
-def shown(record, where):
-    """The images that a record names, by either key, as a list."""
-    images = one_of(record, ("image", "images"), where) or []
-    return images if isinstance(images, list) else [images]
-
-
-def as_chat(record, where):
-    """One record as {"messages", other keys}, with answers to learn; errors begin with `where`."""
-    record = present(record)
-    if record.keys() & {*EXPLAINED}:
-        record = _as_explained(record, where)
+def as_chat(record):
+    """One record as {"messages", other keys}, with answers to learn."""
+    record = named(record)
     if is_label(record):
-        return as_judgement(record, where)
-    key = shape_of(record)
-    choices = key in ("prompt", "question") and as_choice(record, where) is not record
-    need(not choices, where, "its choices would be ignored; such a record is a problem, no chat")
-    if key == "question" and "answer" in record:
-        record = _as_solved(record, where)
-    answered = record.keys() & {*ANSWERS} or key not in ("prompt", "question")
-    need(answered, where, CHAT_WANTED + keys_of(record))
-    chat = as_dialogue(record, where)
-    answers = [m for m in chat["messages"] if m["role"] == "assistant"]
-    need_usable(answers, where, "no answer")
-    trained = [m for m in answers if "loss" not in m] if trained_on(record, where) else []
-    need_usable(trained, where, "no answer that is trained on")
-    said = (m["content"].strip() or m.keys() & {"tool_calls", "reasoning_content"} for m in trained)
-    need_usable(all(said), where, "an answer is empty")
-    wanted = key != "prompt" or "label" not in record or flag_of(record, "label", where)
-    need_usable(wanted, where, "its label says that it isn't wanted")
+        return as_judgement(record)
+    record = as_solved(as_choice(record))
+    if "answer" in record and not record.keys() & {"completion", "messages"}:
+        answer = record["answer"]
+        record["completion"] = f"The answer is {answer}." if "choices" in record else answer
+    chat = as_dialogue(record)
+    answers = [message for message in chat["messages"] if message["role"] == "assistant"]
+    if not answers:
+        raise Unusable("no answer")
+    learnt = [message for message in answers if "loss" not in message]
+    if not learnt or flag_of(record, "loss") is False:
+        raise Unusable("no answer that is trained on")
+    for message in learnt:
+        more = message.keys() & {"tool_calls", "reasoning_content"}
+        if not message["content"].strip() and not more:
+            raise Unusable("an answer is empty")
+    if {"prompt", "completion", "label"} <= record.keys() and flag_of(record, "label") is False:
+        raise Unusable("its label says that it isn't wanted")
     return chat
-
-
-def _as_solved(record, where):
-    """A question with its answer as prompt and completion. Of GSM8K's, number and worked steps with
-    #### between them, the number is the "answer", too, and the steps become thoughts, without the
-    marks of its calculator: <<48/2=24>>.
-    """
-    steps, mark, number = str(record["answer"]).rpartition("####")
-    solved = {k: v for k, v in record.items() if k not in ("question", "answer")}
-    solved |= {"prompt": record["question"], "completion": record["answer"]}
-    if mark:
-        solved = _with_check(solved | {"answer": number, "check": "number"}, where)
-        thoughts = re.sub("<<.*?>>", "", steps).strip()
-        said = {"role": "assistant", "content": solved["answer"], "reasoning_content": thoughts}
-        solved["completion"] = [said]
-    return solved
-
-
-EXPLAINED = ("lecture", "solution")  # of ScienceQA's choices: how the right one is found
-
-
-def _as_explained(record, where):
-    """A question with choices as prompt and completion: lecture and solution become thoughts, and
-    the right letter the answer (Lu et al. 2022, arXiv:2209.09513); any other record as it is.
-    """
-    problem, texts = as_choice(record, where), [record.get(key) or "" for key in EXPLAINED]
-    if problem is record:
-        return record
-    fine = all(isinstance(text, str) for text in texts)
-    need(fine, where, '"lecture" and "solution" must be text')
-    need_usable("answer" in problem, where, "no answer")
-    said = f"The answer is {problem['answer']}."
-    thoughts = "\n".join(text.strip() for text in texts if text.strip())
-    return problem | {"completion": said, "reasoning_content": thoughts}
-
-
-# Where a record has its dialogue, or its question: behind the first of these keys that it has.
-QUESTIONS = ("instruction", "prompt", "question")
-SHAPES = ("messages", "conversations", *QUESTIONS)
-ANSWERS = ("output", "response", "completion")  # to a question, beside it
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of an answer
-# before a question, or behind an instruction
-PASSAGES = ("context", "passage", "article", "document", "paragraph", "story", "background")
-SYSTEM = ("system", "system_prompt")
-READ = (*SYSTEM, "history", *PASSAGES, "input", *ANSWERS, *THOUGHTS)
-# What a model should see, or say: refused where no message holds it.
-CARRIED = (*PASSAGES, "input", "instruction", *THOUGHTS)
-CARRIED += ("tools", "functions", "documents", "chat_template_kwargs")
-NOTHING = (None, "", [], {}, "[]", "{}", "null")
-CHAT_WANTED = 'a chat record needs "messages", a list of {"role", "content"}'
-PROMPT_WANTED = 'a "prompt" (text) or "messages" are wanted'
-
-
-def present(record):
-    """A record without the keys that are null; an answer that is null is empty."""
-    answers = (*ANSWERS, "answer", "chosen", "rejected", "a", "b")
-    return {k: "" if v is None else v for k, v in record.items() if v is not None or k in answers}
-
-
-def keys_of(record):
-    """For a refusal: the keys that a record of no known shape has."""
-    return f"; it has {', '.join(map(repr, record)) or 'no key':.80}"
-
-
-def shape_of(record):
-    """The key that holds a record's dialogue, or its question; None where it has neither."""
-    return next((key for key in SHAPES if record.get(key) is not None), None)
-
-
-def one_of(record, keys, where):
-    """What a record has behind one of these keys, which mean the same; None where it has none."""
-    values = {key: record[key] for key in keys if record.get(key) not in (None, "")}
-    differ = f"{' and '.join(values)} mean the same, and differ"
-    need(all(value == [*values.values()][0] for value in values.values()), where, differ)
-    return [*values.values(), *(record[key] for key in keys if key in record), None][0]
-
-
-def as_dialogue(record, where, wanted=CHAT_WANTED):
-    """One record as {"messages", other keys}, whichever its shape; the messages may end with an
-    answer, or a question.
-    """
-    key, answer = shape_of(record), one_of(record, ANSWERS, where)
-    turns, images = record.get(key), iter(shown(record, where))
-    if key in QUESTIONS:
-        turns = as_turns(_asked(record, key), "user")
-        thoughts = {k: record[k] for k in THOUGHTS if k in record}
-        if isinstance(answer, str) and "</think>" not in answer:
-            answer = [{"role": "assistant", "content": answer} | thoughts]
-        turns = turns + as_turns(answer, "assistant") * (answer is not None)
-    need(isinstance(turns, list) and turns, where, wanted + keys_of(record))
-    messages = [as_message(turn, i, where, images) for i, turn in enumerate(turns)]
-    fine = key in QUESTIONS or not answer or answer == messages[-1]["content"]
-    need(fine, where, "an answer stands beside the messages that isn't their last")
-    kept = {k: v for k, v in record.items() if k not in (key, *READ)}
-    return {**kept, "messages": in_context(messages, record, where)}
-
-
-def _asked(record, key):
-    """The question behind this key, with the passages and the input that stand beside it."""
-    asked = record[key]
-    if not isinstance(asked, str):
-        return asked
-    if HH.match(asked) and asked.rstrip().endswith("\n\nAssistant:"):
-        return _hh_turns(asked)[:-1]
-    passages, given = [record.get(k) for k in PASSAGES], [record.get("input")]
-    if str(record.get("question")) not in asked:  # it stands beside an instruction
-        given = [record.get("question"), *given]
-    texts = [asked, *given, *passages] if key == "instruction" else [*passages, asked, *given]
-    return "\n\n".join(text for text in texts if text and isinstance(text, str))
-
-
-def as_turns(said, role):
-    """A list of turns as it is, and any other value as one turn of this role."""
-    return said if isinstance(said, list) else [{"role": role, "content": said}]
-
-
-def in_context(messages, record, where):
-    """The messages behind the system prompt and the earlier turns that stand beside them."""
-    system = one_of(record, SYSTEM, where) or ""
-    need(isinstance(system, str), where, '"system" must be text')
-    own = messages[:1] if messages[0]["role"] == "system" else []
-    same = not system or not own or own[0]["content"] == system
-    need(same, where, '"system" and the first message are different system prompts')
-    first = own or [{"role": "system", "content": system}] * bool(system)
-    turns, history = [], record.get("history") or []
-    pairs = isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history)
-    need(pairs, where, '"history" must be a list of [question, answer]')
-    for asked, answer in history:
-        turns += as_turns(asked, "user") + as_turns(answer, "assistant")
-    turns = [as_message(turn, f"{i} of the history", where) for i, turn in enumerate(turns)]
-    messages = [*first, *turns, *messages[len(own) :]]
-    said = {True: "", False: ""}  # by the assistant, by others
-    for m in messages:
-        said[m["role"] == "assistant"] += "\n".join([m["content"], m.get("reasoning_content", "")])
-    for key in CARRIED:
-        value, text = record.get(key), said[key in THOUGHTS]
-        there = value in NOTHING or isinstance(value, str) and value.strip() in text
-        need(there, where, f'the model would not see the "{key}"; say it in a message')
-    return messages
-
-
-# Keys of a message that as_message reads, and keys that would be lost.
-LOSS_KEYS = ("loss", "loss_mask", "train", "training", "trainable", "train_on_turn", "weight")
-TURN = ("from", "value", "role", "content", "tool_calls", "function_call", *LOSS_KEYS, *THOUGHTS)
-LOST = ("image", "images", "audio", "video", "refusal")
-
-
-def as_message(turn, i, where, images=None):
-    """A turn as {"role", "content"} and, where it has them, "loss": False, "reasoning_content" and
-    "tool_calls"; other keys are kept. `images`: an iterator of those that its parts may show.
-    """
-    named = isinstance(turn, dict) and ("role" in turn or "from" in turn)
-    need(named, where, f'message {i} has no "role"')
-    roles = {k: ROLE_NAMES.get(str(turn[k]), turn[k]) for k in ("role", "from") if k in turn}
-    role, known = one_of(roles, ("role", "from"), where), ", ".join(ROLES)
-    need(role in ROLES, where, f"message {i} has the unknown role {role!r:.40}; roles are {known}")
-    message = {"role": role, "content": one_of(turn, ("content", "value"), where)}
-    if role == "assistant" and message["content"] is None and turn.keys() & {"content", "value"}:
-        message["content"] = ""
-    message |= {key: value for key, value in turn.items() if key not in TURN}
-    if lost := [key for key in LOST if turn.get(key)]:
-        raise UserError(f'{where}: message {i} has "{lost[0]}", which would be ignored')
-    if not trained_on(turn, where, role == "assistant"):
-        message["loss"] = False
-    thoughts = one_of(turn, THOUGHTS, where)
-    calls = turn.get("tool_calls") or []
-    if turn.get("function_call"):  # OpenAI's older form
-        calls = [{"type": "function", "function": turn["function_call"]}]
-    own = role == "assistant" or not (thoughts or calls)
-    need(own, where, f"message {i}: only the assistant thinks, and calls tools")
-    if thoughts:
-        need(isinstance(thoughts, str), where, f"message {i}: its thoughts must be text")
-        message["reasoning_content"] = thoughts
-    if calls:  # of which the tokenizer knows more
-        need(isinstance(calls, list), where, f'message {i}: "tool_calls" must be a list')
-        message |= {"tool_calls": calls, "content": message["content"] or ""}
-    if isinstance(message["content"], list):
-        parts = [_text_of_part(part, i, where, images) for part in message["content"]]
-        message["content"] = "".join(parts)
-    need(isinstance(message["content"], str), where, f'message {i} has no text in "content"')
-    return message
-
-
-def _text_of_part(part, i, where, images):
-    """The text of one of a content's parts, of OpenAI's kinds; an image is its marker."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
-        return part["text"]
-    image = kind in ("image", "image_url", "input_image")
-    need(image, where, f"message {i} has a part that is neither text nor an image: {part!r:.40}")
-    shown = next(images or iter(()), None)
-    need(shown, where, f'message {i} shows an image, but the record names no "image" for it')
-    named = part.get("image") or part.get("image_url")
-    named = named.get("url") if isinstance(named, dict) else named
-    need(named in (None, shown), where, f"message {i} shows {named!r:.40}, not {shown!r:.40}")
-    return IMAGE
-
-
-def flag_of(record, key, where):
-    """True or False, as the record says behind this key, by whichever word."""
-    known = {True: ("true", "1", "1.0", "yes"), False: ("false", "0", "0.0", "no")}
-    said = str(record[key]).strip().lower()
-    flag = next((flag for flag, words in known.items() if said in words), None)
-    need(flag is not None, where, f'"{key}" must be true or false, not {record[key]!r:.40}')
-    return flag
-
-
-def trained_on(turn, where, answers=True):
-    """What "loss", "train" or "weight" say of a turn: is it learnt? Only answers ever are."""
-    for key in ("mask", "masks", "masked"):
-        unclear = f'"{key}" may mean that it is learnt, or that it is not; say "loss": false'
-        need(turn.get(key) is None, where, unclear)
-    given = [key for key in LOSS_KEYS if turn.get(key) not in (None, "")]
-    flags = {key: flag_of(turn, key, where) for key in given}
-    for key, flag in flags.items():
-        alone = f"\"{key}\" is true of a message that the assistant doesn't write: it isn't learnt"
-        need(answers or not flag, where, alone)
-    return all(flags.values())
 
 
 # --- preferences ---------------------------------------------------------------------------------
@@ -295,62 +269,133 @@ def read_preferences(path):
     UltraFeedback and labels, of which several about the same two completions become one ranking, as
     the majority has it; of KTO's records, with one completion, "label" says whether it is wanted.
     """
-    rankings = read_usable(path, as_ranking)
-    labels = defaultdict(list)  # of the same two completions; any other record is alone
-    for n, each in enumerate(rankings):
-        labelled = each.get("label") in ("a", "b")
-        pair = (str(each["messages"]), *sorted(each["completions"])) if labelled else n
-        labels[pair].append(each)
-    return usable([alike[0] | {"labels": alike} for alike in labels.values()], by_majority, path)
+    alike = defaultdict(list)  # labels of the same two completions; any other record is alone
+    for n, ranked in enumerate(read_usable(path, as_ranking)):
+        labelled = ranked.get("label") in ("a", "b")
+        pair = (str(ranked["messages"]), *sorted(ranked["completions"])) if labelled else n
+        alike[pair].append(ranked)
+    return usable([each[0] | {"labels": each} for each in alike.values()], by_majority, path)
 
 
-def by_majority(record, where):
+def by_majority(record):
     """The one ranking of a record's "labels", by which annotators rank the same two completions: as
     most of them do. Of several its "orders" say in which order each has put "completions".
     """
     labels = record["labels"]
-    if not labels[1:]:
+    if len(labels) == 1:
         return labels[0]
     chosen = [each["completions"][0] for each in labels]
     best = max(chosen, key=chosen.count)
-    tied = 2 * chosen.count(best) == len(chosen)
-    need_usable(not tied, where, "as many annotators prefer the one as the other")
+    if 2 * chosen.count(best) == len(chosen):
+        raise Unusable("as many annotators prefer the one as the other")
     orders = [[0, 1] if each == best else [1, 0] for each in chosen]
     return labels[chosen.index(best)] | {"orders": orders}
 
 
-def as_ranking(record, where):
-    """One record in the form of read_preferences, or an error that begins with `where`."""
-    record = by_label(present(record), where)
-    need(not shown(record, where), where, "its image would be ignored; preferences are of text")
-    need_usable(trained_on(record, where), where, "it is marked as not trained on")
-    keys = ("completion",) if {"completion", "label"} <= record.keys() else ("chosen", "rejected")
-    completions = record.get("ranking", [record.get(key) for key in keys])
-    there = "ranking" in record or record.keys() >= {*keys}
-    wanted = 'a preference record needs "chosen" and "rejected", or a "ranking", a list, '
-    wanted += 'or "a", "b" and a "label"'
-    need(there and isinstance(completions, list), where, wanted + keys_of(record))
-    label = {"label": flag_of(record, "label", where)} if keys == ("completion",) else {}
-    few = f"a ranking needs two completions or more, not {len(completions)}"
-    need_usable(len(completions) > 1 or label, where, few)
-    messages, completions = _prompt_and_completions(completions, record, where)
-    texts = [each.strip() for each in completions]
-    need_usable(all(texts), where, "a completion is empty")
-    need_usable(len(set(texts)) == len(texts), where, "two completions are equal")
+def as_ranking(record):
+    """One record in the form of read_preferences."""
+    record = by_label(named(record))
+    if images_of(record):
+        raise UserError("its image would be ignored; preferences are of text")
+    if flag_of(record, "loss") is False:
+        raise Unusable("it is marked as not trained on")
+    if "ranking" in record:
+        completions = record["ranking"]
+    elif {"chosen", "rejected"} <= record.keys():
+        completions = [record["chosen"], record["rejected"]]
+    elif {"completion", "label"} <= record.keys():
+        completions = [record["completion"]]
+        record["label"] = flag_of(record, "label")
+    else:
+        raise unknown(record, '"chosen" and "rejected", a "ranking", or "a", "b" and a "label"')
+    if len(completions) < 2 and "ranking" in record:
+        raise Unusable(f"a ranking needs two completions or more, not {len(completions)}")
+    beside = without(record, "ranking", "chosen", "rejected", "completion")
+    dialogues = [_continued(beside, completion) for completion in completions]
+    if any(turns[-1]["role"] != "assistant" for turns in dialogues):
+        raise Unusable("a dialogue must end with the assistant's answer")
+    messages = dialogues[0][:-1]
+    if any(turns[:-1] != messages for turns in dialogues):
+        raise Unusable("chosen and rejected answer different prompts")
+    check_prompt(messages)
+    texts = [plain_text(turns[-1]) for turns in dialogues]
+    if not all(text.strip() for text in texts):
+        raise Unusable("a completion is empty")
+    if len({text.strip() for text in texts}) < len(texts):
+        raise Unusable("two completions are equal")
     for key in ("ratings", "gold"):
-        values = record.get(key)
-        listed = isinstance(values, list) and len(values) == len(completions)
-        fine = values is None or listed and all(map(_is_number, values))
-        need(fine, where, f'"{key}" must hold a number for each completion')
-    used = {"chosen", "rejected", "ranking", *SHAPES, *READ}
-    kept = {k: v for k, v in record.items() if k not in used}
-    margin = margin_of(record, where)
-    return {**kept, **label, "messages": messages, "completions": completions, "margin": margin}
+        if key in record and len([number(each) for each in record[key]]) != len(texts):
+            raise UserError(f'"{key}" must hold a number for each completion')
+    ranked = {"messages": messages, "completions": texts, "margin": margin_of(record)}
+    return without(beside, *SHAPES, *BESIDE, "history") | ranked
+
+
+def _continued(record, completion):
+    """The messages of a record's prompt and a completion of it: text, a message or a list of them.
+    A whole dialogue says that prompt itself; what stands beside it must be part of it.
+    """
+    turns = [completion] if isinstance(completion, dict) else completion
+    if isinstance(turns, str) and HH.match(turns):
+        turns = hh_turns(turns)
+    elif isinstance(turns, str) and HH.match(str(record.get("prompt"))):
+        turns = turns.strip()  # it begins with a blank there
+    if not isinstance(turns, list) or len(turns) < 2:
+        return as_dialogue(record | {"completion": turns})["messages"]
+    whole = as_dialogue(without(record, *SHAPES) | {"messages": turns})["messages"]
+    if shape_of(record):
+        said = {message["content"] for message in whole}
+        beside = as_dialogue(record)["messages"]
+        if not all(m["content"] in said for m in beside if m["role"] == "user"):
+            raise UserError("chosen and rejected don't answer the prompt that stands beside them")
+    return whole
+
+
+def number(value):
+    """A number, or that of a table's cell."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"a margin, score or rating must be a number, not {value!r:.40}")
+    return found
+
+
+def margin_of(record):
+    """By how much the chosen completion is better, a float, or None."""
+    scores = [record.get(key, "") for key in ("score_chosen", "score_rejected")]  # UltraFeedback's
+    if record.get("margin", "") != "":
+        margin = number(record["margin"])
+    elif "" not in scores:
+        margin = number(scores[0]) - number(scores[1])
+    else:
+        return None
+    if margin < 0:
+        raise Unusable("the rejected completion has the higher score")
+    return margin
 
 
 def is_label(record):
     """Does a record say which of two completions, "a" and "b", is better?"""
     return record.keys() >= {"a", "b", "label"} and not record.keys() & {"chosen", "ranking"}
+
+
+def by_label(record):
+    """A label as "chosen", "rejected" and its label; any other record as it is.
+    The label is "a", "b" or "tie": 1 would be the first of 1 and 2, but the second of 0 and 1.
+    """
+    if not is_label(record):
+        return record
+    label = str(record["label"]).strip().lower()
+    if label not in ("a", "b", "tie"):
+        raise UserError(f'"label" must be "a", "b" or "tie", not {record["label"]!r:.40}')
+    if label == "tie":
+        raise Unusable("it is labelled a tie")
+    if record.keys() & {"ratings", "gold"}:
+        raise UserError('"ratings" and "gold" are of a "ranking", the best first')
+    better, worse = ("a", "b") if label == "a" else ("b", "a")
+    ranked = {"label": label, "chosen": record[better], "rejected": record[worse]}
+    return without(record, "a", "b") | ranked
 
 
 def comparison(messages, a, b):
@@ -360,119 +405,25 @@ def comparison(messages, a, b):
     return [*before, asked | {"content": compared}]
 
 
-def as_judgement(record, where):
+def as_judgement(record):
     """A label as a dialogue: a model is asked for it, and answers A or B."""
-    ranked = as_ranking(record, where)
+    ranked = as_ranking(record)
     label, texts = ranked["label"], ranked["completions"]
-    answer = {"role": "assistant", "content": label.upper()}
     a, b = texts if label == "a" else texts[::-1]
+    answer = said("assistant", label.upper())
     return {"messages": [*comparison(ranked["messages"], a, b), answer]}
 
 
-def by_label(record, where):
-    """A label as "chosen", "rejected" and its label; any other record as it is.
-    The label is "a", "b" or "tie": 1 would be the first of 1 and 2, but the second of 0 and 1.
-    """
-    if not is_label(record):
-        return record
-    label = str(record["label"]).strip().lower()
-    known = label in ("a", "b", "tie")
-    need(known, where, f'"label" must be "a", "b" or "tie", not {record["label"]!r:.40}')
-    need_usable(label != "tie", where, "it is labelled a tie")
-    clear = not record.keys() & {"ratings", "gold"}
-    need(clear, where, '"ratings" and "gold" are of a "ranking", the best first')
-    chosen, rejected = ("a", "b") if label == "a" else ("b", "a")
-    said = {"label": label, "chosen": record[chosen], "rejected": record[rejected]}
-    return {key: value for key, value in record.items() if key not in ("a", "b")} | said
+def check_prompt(messages):
+    if not messages or not messages[-1]["content"].strip():
+        raise Unusable("the prompt is empty")
 
 
-def margin_of(record, where):
-    """By how much the chosen completion is better, a float, or None."""
-    keys = ("margin", "score_chosen", "score_rejected")  # the latter are UltraFeedback's
-    margin, *scores = (_from_cell(record.get(key)) for key in keys)
-    if margin is None and all(map(_is_number, scores)):
-        margin = scores[0] - scores[1]
-        need_usable(margin >= 0, where, "the rejected completion has the higher score")
-    fine = margin is None or _is_number(margin) and margin >= 0
-    need(fine, where, f'"margin" must be a number of at least 0, not {margin!r:.40}')
-    return None if margin is None else float(margin)
-
-
-def _from_cell(value):
-    """The number that a table's cell holds, None where it is empty; anything else as it is."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value or None
-
-
-def _is_number(value):
-    """Can a float hold it? JSON knows true, NaN, Infinity and numbers of 1000 digits, too."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def _prompt_and_completions(completions, record, where):
-    """(messages, texts) of completions that follow a record's prompt, or are whole dialogues that
-    share theirs: then a prompt that stands beside them, too, must be said by them.
-    """
-    alone = shape_of(record) is None
-    hh = alone or all(isinstance(each, str) and HH.match(each) for each in completions)
-    if HH.match(str(record.get("prompt"))):  # what follows it begins with a blank
-        completions = [each.strip() if isinstance(each, str) else each for each in completions]
-    dialogues = [_turns_of(completion, hh, where) for completion in completions]
-    answered = all(turns[-1]["role"] == "assistant" for turns in dialogues)
-    need_usable(answered, where, "a dialogue must end with the assistant's answer")
-    messages = dialogues[0][:-1]
-    shared = all(turns[:-1] == messages for turns in dialogues)
-    need_usable(shared, where, "chosen and rejected answer different prompts")
-    context = (*ANSWERS, *SYSTEM, "history") if messages else ANSWERS
-    beside = {key: value for key, value in record.items() if key not in context}
-    beside = [] if alone else as_dialogue(beside, where, PROMPT_WANTED)["messages"]
-    if messages:
-        known = [turn["content"] for turn in dialogues[0]]
-        fine = all(turn["content"] in known for turn in beside)
-        need(fine, where, "chosen and rejected don't answer the prompt that stands beside them")
-    messages = in_context(messages, record, where) if messages else beside
-    _check_prompt(messages, where)
-    return messages, [plain_text(turns[-1], where) for turns in dialogues]
-
-
-def _turns_of(completion, hh, where):
-    """The messages that a completion is given by: text, which may be an HH-RLHF dialogue, one
-    message, or a list of them.
-    """
-    if hh and isinstance(completion, str):
-        turns = _hh_turns(completion, where)
-    else:
-        turns = [completion] if isinstance(completion, dict) else as_turns(completion, "assistant")
-    need(turns, where, "a completion must be text, or messages")
-    return [as_message(turn, i, where) for i, turn in enumerate(turns)]
-
-
-def _check_prompt(messages, where):
-    need_usable(messages and messages[-1]["content"].strip(), where, "the prompt is empty")
-    open_end = messages[-1]["role"] != "assistant"
-    need(open_end, where, "the prompt ends with an answer; the completions are to follow it")
-
-
-def plain_text(message, where):
+def plain_text(message):
     """The content of an answer that is to be text alone."""
-    more = message.keys() & {"tool_calls", "reasoning_content", "loss"}
-    need(not more, where, f"a completion must be text alone, without {', '.join(sorted(more))}")
+    if more := message.keys() & {"tool_calls", "reasoning_content", "loss"}:
+        raise UserError(f"a completion must be text alone, without {', '.join(sorted(more))}")
     return message["content"]
-
-
-HH = re.compile(r"(?:\n\n)?Human:.*\n\nAssistant:", re.DOTALL)  # how an HH-RLHF dialogue begins
-
-
-def _hh_turns(text, where=""):
-    """Messages of an HH-RLHF dialogue: turns begin with an empty line and Human: or Assistant:."""
-    before, *pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    wanted = r'without a "prompt" a dialogue is wanted, as in "\n\nHuman: ...\n\nAssistant: ..."'
-    need(len(pieces) >= 4 and not before.strip(), where, wanted)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(pieces[::2], pieces[1::2])
-    return [{"role": roles[who], "content": content.strip()} for who, content in turns]
 
 
 # --- prompts, problems and test examples ---------------------------------------------------------
@@ -480,16 +431,17 @@ def _hh_turns(text, where=""):
 
 def read_prompts(path, answered=False):
     """Prompts as dicts with "messages" that end before the assistant's turn; other keys are kept.
-    Those with an "image" have "images", too. With `answered` those without "answer" are dropped.
+    Those with an image have "images". With `answered` those without "answer" are dropped.
 
     Reads prompts, dialogues (their last answer is left out), preferences, and problems with an
     "answer", GSM8K's included; "check" says how that answer is compared.
     """
 
-    def prompt_of(record, where):
-        prompt = as_prompt(record, where)
-        need_usable("answer" in prompt or not answered, where, 'it needs an "answer"')
-        return with_images(prompt, Path(path).parent, where) if shown(prompt, where) else prompt
+    def prompt_of(record):
+        prompt = as_prompt(record)
+        if answered and "answer" not in prompt:
+            raise Unusable('it needs an "answer"')
+        return with_images(prompt, Path(path).parent) if images_of(prompt) else prompt
 
     return read_usable(path, prompt_of)
 
@@ -499,121 +451,149 @@ def read_examples(path):
     return [example | {"task": example.get("task", "all")} for example in read_prompts(path, True)]
 
 
-def as_prompt(record, where):
-    """One record in the form of read_prompts, or an error that begins with `where`."""
-    said = (*THOUGHTS, *ANSWERS)  # behind the prompt
-    record = as_choice({k: v for k, v in present(record).items() if k not in said}, where)
+def as_prompt(record):
+    """One record in the form of read_prompts."""
+    record = named(record)
     if record.keys() & {"ranking", "chosen"} or is_label(record):
-        record = as_ranking(record, where)
-        record = {k: v for k, v in record.items() if k not in ("completions", "margin")}
-    elif shape_of(record) == "question" and record.get("answer"):  # here problems become prompts
-        record = _as_solved(record, where)
-        wanted = 'the "answer" to a "question" must end with #### and a number'
-        need("answer" in record, where, wanted)
-    prompt = as_dialogue(record, where, PROMPT_WANTED)
+        record = without(as_ranking(record), "completions", "margin")
+    else:
+        record = without(as_solved(as_choice(record)), "completion", "reasoning_content")
+    prompt = as_dialogue(record)
     while prompt["messages"] and prompt["messages"][-1]["role"] == "assistant":
         prompt["messages"].pop()
-    _check_prompt(prompt["messages"], where)
-    for key in ("task", "begins", "ends"):
-        value = prompt.get(key, "")
-        need(isinstance(value, str), where, f'"{key}" must be text, not {value!r:.40}')
-    answer = prompt.pop("answer", None)
-    if answer is None or isinstance(answer, str) and not answer.strip():
+    check_prompt(prompt["messages"])
+    if "task" in prompt:
+        prompt["task"] = str(prompt["task"])
+    answer = prompt.pop("answer", "")
+    if isinstance(answer, str) and not answer.strip():
         return prompt  # like any other
-    return _with_check(prompt | {"answer": answer}, where)
+    return _with_check(prompt, answer)
 
 
-def _with_check(prompt, where):
+def as_solved(record):
+    """GSM8K's answer, worked steps, #### and a number, as that number and as thoughts, without the
+    marks of its calculator: <<48/2=24>>. Any other record as it is.
+    """
+    steps, mark, number = str(record.get("answer")).rpartition("####")
+    if not mark or as_number(number) is None:
+        return record
+    thoughts = re.sub("<<.*?>>", "", steps).strip()
+    answer = number.strip().replace(",", "")
+    return record | {"answer": answer, "check": "number", "reasoning_content": thoughts}
+
+
+def _with_check(prompt, answer):
     """The prompt, its answer as text, a whole number as its digits, and its "check"; all that
     rewards.check_answer reads is checked.
     """
-    answer = str(prompt["answer"]) if _is_number(prompt["answer"]) else prompt["answer"]
-    textual = isinstance(answer, str) and answer.strip()
-    need(textual, where, 'an "answer" must be text or a number')
+    if type(answer) in (int, float):
+        answer = str(answer)
+    if not isinstance(answer, str):
+        raise UserError('an "answer" must be text or a number')
     answer = answer.strip()
     value = as_number(answer)
     letter = re.fullmatch(r"\(?([A-Z]|[a-h])[).]?", answer)  # of a choice that the prompt lists
-    default = "choice" if letter else "contains" if value is None else "number"
-    check = prompt.get("check", "choice" if "choices" in prompt else default)
-    known = ", ".join(CHECKS)
-    need(check in CHECKS, where, f"unknown check {check!r:.40}; checks are {known}")
+    check = "contains" if value is None else "number"
+    check = prompt.get("check", "choice" if letter or "choices" in prompt else check)
+    if check not in CHECKS:
+        raise UserError(f"unknown check {check!r:.40}; checks are {', '.join(CHECKS)}")
     if check == "number":
-        need(value is not None, where, f'the "answer" must be a number, not {answer!r:.40}')
+        if value is None:
+            raise UserError(f'the "answer" must be a number, not {answer!r:.40}')
         answer = str(value) if value.denominator == 1 else answer
     if check == "choice":
-        answer, choices = letter[1].upper() if letter else answer, prompt.get("choices", [*LETTERS])
-        listed = isinstance(choices, list) and all(isinstance(each, str) for each in choices)
-        fine = listed and answer in [*LETTERS[: len(choices)]]
-        need(fine, where, 'the "answer" must be the letter of one of "choices", a list of texts')
+        answer = letter[1].upper() if letter else answer
+        if answer not in [*LETTERS[: len(prompt.get("choices", LETTERS))]]:
+            raise UserError('the "answer" must be the letter of one of "choices"')
     wrong = prompt.get("not", [])
-    texts = isinstance(wrong, list) and all(isinstance(w, str) and w.strip() for w in wrong)
-    need(texts, where, f'"not" must be a list of texts, not {wrong!r:.40}')
+    if not all(isinstance(text, str) and text.strip() for text in wrong):
+        raise UserError(f'"not" must be a list of texts, not {wrong!r:.40}')
     return {**prompt, "answer": answer, "check": check}
 
 
 # --- multiple choice -----------------------------------------------------------------------------
 
 
-def as_choice(record, where):
+def as_choice(record):
     """A question with choices as a prompt that lists them by letters, its "answer" the right one's
-    letter, its "check" "choice"; any other record as it is.
+    letter, its "check" "choice"; any other record as it is. Lecture and solution of ScienceQA
+    become thoughts (Lu et al. 2022, arXiv:2209.09513).
 
     Reads {"question", "choices": [...], "answer": place from 0, letter or text} (MMLU; ScienceQA,
-    with a "hint"; "options" as well), MMLU's columns question, A, B, C, D, answer, and ARC's
-    {"question": {"stem", "choices": [{"text", "label"}]}, "answerKey"}, also flat, with {"text":
-    [...], "label": [...]}. Labels win over places: of "1", "2" and "3" the answer 1 is the first.
+    with a "hint"), MMLU's columns question, A, B, C, D, answer, and ARC's {"question": {"stem",
+    "choices": [{"text", "label"}]}, "answerKey"}, also flat, with {"text": [...], "label": [...]}.
     """
-    asked = "instruction" if "instruction" in record else "prompt"
-    asked = "question" if "question" in record or "check" in record else asked
-    question, choices = record.get(asked), one_of(record, ("choices", "options"), where)
-    columns = [letter for letter in LETTERS if record.get(letter, "") != ""]
+    asked = next((key for key in ("question", "prompt", "instruction") if key in record), None)
+    question, choices = record.get(asked), record.get("choices")
+    columns = {letter: record[letter] for letter in LETTERS if record.get(letter, "") != ""}
     if isinstance(question, dict):
         question, choices = question.get("stem"), question.get("choices")
-    elif columns and choices is None:
-        choices = [{"text": record[letter], "label": letter} for letter in columns]
-    if question is None or choices is None:
+    elif choices is None and columns:
+        choices = columns
+    if question is None or choices is None or "messages" in record:
         return record
-    labels, hint = [*LETTERS], record.get("hint") or ""
-    if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
-        choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
-    if isinstance(choices, dict) and "text" not in choices:  # {"A": "a hen", "B": "a goat"}
-        choices = {"text": [*choices.values()], "label": [*choices]}
-    if isinstance(choices, dict):
-        choices, labels = choices.get("text"), choices.get("label")
-    listed = isinstance(choices, list) and isinstance(labels, list)
-    listed = listed and 2 <= len(choices) <= min(len(LETTERS), len(labels))
-    fine = listed and all(isinstance(each, str) for each in (hint, question, *choices, *labels))
-    wanted = f'a "question" (text) and 2 to {len(LETTERS)} "choices", texts'
-    need(fine, where, f'{wanted} or {{"text", "label"}}, are wanted; a "hint" must be text')
-    shows = bool(record.get("image")) and IMAGE not in hint + question
-    lines = [IMAGE * shows, hint, question, *map("{}. {}".format, LETTERS, choices)]
-    prompt = "\n".join(filter(None, [*lines, "Answer with the letter of the right choice."]))
-    used = {asked, "choices", "options", "hint", "answer", "answerKey", *columns}
-    problem = {key: value for key, value in record.items() if key not in used}
-    if isinstance(record.get("subject"), str):
-        problem = {"task": record["subject"]} | problem  # accuracy is shown by subject
-    key = asked if "instruction" in problem else "prompt"  # behind an instruction, or alone
-    problem |= {key: prompt, "choices": choices, "check": "choice"}
-    answer = record.get("answerKey", record.get("answer"))
-    if answer in (None, ""):
+    choices = _by_label(choices)
+    hint, image = record.get("hint", ""), IMAGE if images_of(record) else ""
+    if IMAGE in hint + question:
+        image = ""
+    lines = [image, hint, question, *map("{}. {}".format, LETTERS, choices.values())]
+    lines.append("Answer with the letter of the right choice.")
+    problem = without(record, "hint", "lecture", "solution", "answer", *columns)
+    problem[asked] = "\n".join(filter(None, lines))
+    problem |= {"choices": [*choices.values()], "check": "choice"}
+    thoughts = [str(record.get(key, "")).strip() for key in ("lecture", "solution")]
+    if "subject" in record:
+        problem.setdefault("task", record["subject"])  # accuracy is shown by subject
+    if record.get("answer", "") == "":
         return problem
-    n, named = len(choices), isinstance(answer, str) or "1" in labels
-    answer = str(answer).strip() if named else answer
-    names = [range(n)] if type(answer) is int else [labels[:n], choices]
-    places = [each.index(answer) for each in names if answer in each]
-    need(places, where, f"the answer {answer!r:.40} is none of the {n} choices")
-    return problem | {"answer": LETTERS[places[0]]}
+    if any(thoughts):
+        problem["reasoning_content"] = "\n".join(filter(None, thoughts))
+    return problem | {"answer": LETTERS[_place(record["answer"], choices)]}
+
+
+def _by_label(choices):
+    """{label: text} of choices, whichever way they are published."""
+    if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+        choices = {choice.get("label"): choice.get("text") for choice in choices}
+    elif isinstance(choices, dict) and "text" in choices:
+        choices = dict(zip(choices.get("label", LETTERS), choices["text"]))
+    elif isinstance(choices, list) and len(choices) <= len(LETTERS):
+        choices = dict(zip(LETTERS, choices))
+    if not isinstance(choices, dict) or not 2 <= len(choices) <= len(LETTERS):
+        raise UserError(f'2 to {len(LETTERS)} "choices" are wanted')
+    if not all(isinstance(text, str) for text in choices.values()):
+        raise UserError("choices must be texts")
+    return choices
+
+
+def _place(answer, choices):
+    """Which choice an answer names, by label, text or place from 0; labels win over places: of "1",
+    "2" and "3" the answer 1 is the first.
+    """
+    labels, texts = [*choices], [*choices.values()]
+    said = str(answer).strip()
+    if type(answer) is int and "1" not in labels and 0 <= answer < len(choices):
+        return answer
+    for names in (labels, texts):
+        if said in names:
+            return names.index(said)
+    raise UserError(f"the answer {answer!r:.40} is none of the {len(choices)} choices")
 
 
 # --- images --------------------------------------------------------------------------------------
+
+
+def images_of(record):
+    """The images that a record names, as a list."""
+    images = record.get("images") or []
+    return images if isinstance(images, list) else [images]
 
 
 def read_image_chats(path):
     """As read_chats, each with "images", a list of paths (empty for text) that exist and are as
     many as the <image> markers of its messages.
     """
-    folder = Path(path).parent
-    return read_usable(path, lambda r, where: with_images(as_chat(r, where), folder, where))
+    return read_usable(path, lambda record: with_images(as_chat(record), Path(path).parent))
 
 
 def read_captions(path):
@@ -621,44 +601,49 @@ def read_captions(path):
     answer counts as caption.
     """
 
-    def caption_of(record, where):
+    def caption_of(record):
+        record = named(record)
         caption = record.get("caption")
         if caption is None:
-            messages = as_dialogue(record, where)["messages"]
-            caption = next((m["content"] for m in messages if m["role"] == "assistant"), None)
-        need(isinstance(caption, str), where, 'a "caption" is wanted, as text')
-        need_usable(caption.strip(), where, "the caption is empty")
-        images = image_paths(record, Path(path).parent, where)
-        need(len(images) == 1, where, f"a caption belongs to one image, not to {len(images)}")
+            answers = [m for m in as_dialogue(record)["messages"] if m["role"] == "assistant"]
+            caption = answers[0]["content"] if answers else None
+        if not isinstance(caption, str):
+            raise UserError('a "caption" is wanted, as text')
+        if not caption.strip():
+            raise Unusable("the caption is empty")
+        images = image_paths(record, Path(path).parent)
+        if len(images) != 1:
+            raise UserError(f"a caption belongs to one image, not to {len(images)}")
         return {"image": images[0], "caption": caption}
 
     return read_usable(path, caption_of)
 
 
-def with_images(record, folder, where):
-    """A chat or prompt with "images": the paths that its "image" names, relative to the folder."""
-    images = image_paths(record, folder, where)
-    check_markers(record["messages"], len(images), where)
+def with_images(record, folder):
+    """A chat or prompt with "images": the paths of those that it names, relative to the folder."""
+    images = image_paths(record, folder)
+    check_markers(record["messages"], len(images))
     return {**record, "images": images}
 
 
-def image_paths(record, folder, where):
-    """The paths that a record's "image" names, relative to the folder; each is a file."""
-    named = shown(record, where)
-    fine = all(isinstance(name, str) for name in named)
-    need(fine, where, f'"image" must be a file name or a list of them, not {named!r:.80}')
+def image_paths(record, folder):
+    """The paths of the images that a record names, relative to the folder; each is a file."""
+    named = images_of(record)
+    if not all(isinstance(name, str) for name in named):
+        raise UserError(f'"image" must be a file name or a list of them, not {named!r:.80}')
     images = [str(Path(folder) / name) for name in named]
     for image in images:
-        need(Path(image).is_file(), where, f"the image {image} does not exist")
+        if not Path(image).is_file():
+            raise UserError(f"the image {image} does not exist")
     return images
 
 
-def check_markers(messages, images, where="the dialogue"):
-    """Raise UserError, beginning with `where`, unless users' turns say <image> once per image."""
+def check_markers(messages, images):
+    """Raise UserError unless users' turns, and no others, say <image> once per image."""
     for message in messages:
-        role, shows = message["role"], IMAGE in message["content"]
-        misplaced = f"{IMAGE} stands in a turn of the {role}, but only users show images"
-        need(role == "user" or not shows, where, misplaced)
-    markers = images_in(messages)
-    wanted = f"{markers} times {IMAGE}, but {images} images; each image needs one"
-    need(markers == images, where, wanted)
+        if message["role"] != "user" and IMAGE in message["content"]:
+            misplaced = f"{IMAGE} stands in a turn of the {message['role']}"
+            raise UserError(f"{misplaced}, but only users show images")
+    if images_in(messages) != images:
+        counts = f"{images_in(messages)} times {IMAGE}, but {images} images"
+        raise UserError(f"{counts}; each image needs one")

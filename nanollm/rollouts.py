@@ -15,7 +15,7 @@ import torch
 
 from nanollm.batches import Completions, pad_completions
 from nanollm.config import read_json
-from nanollm.formats import need_usable, place_of, usable
+from nanollm.formats import Unusable, usable
 from nanollm.generate import as_text, generate, shared_noise
 
 
@@ -101,7 +101,8 @@ def chat_prompt(example, tokenizer):
 def only_question(example):
     """The question of a problem that is put without a chat template."""
     *before, question = example["messages"]
-    need_usable(not before, place_of(example), "its template has no place for what comes before it")
+    if before:
+        raise Unusable("its template has no place for what comes before it")
     return question["content"]
 
 
@@ -144,10 +145,10 @@ def with_room(examples, ids_of, model, new_tokens, name):
     """
     context = model.cfg.max_position_embeddings
 
-    def fitting(example, where):
-        fits = len(ids_of(example)) + new_tokens <= context
-        reason = f"no room for {new_tokens} more in the model's context of {context} tokens"
-        need_usable(fits, where, reason)
+    def fitting(example):
+        if len(ids_of(example)) + new_tokens > context:
+            reason = f"no room for {new_tokens} more in the model's context of {context} tokens"
+            raise Unusable(reason)
         return example
 
     lower = ", or lower --max_new_tokens" * (new_tokens > 1)

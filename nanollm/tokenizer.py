@@ -361,7 +361,7 @@ class Tokenizer:
                 continue
             if trained:
                 whole = text if n == len(messages) - 1 else self._text(messages[: n + 1])
-                start, said = self._turn(messages[:n], whole, f"message {n}")
+                start, said = self._turn(messages[:n], whole)
                 own = self._ids(said, image_tokens)
             else:
                 start, said = self._text(messages[:n], True), message["content"]
@@ -370,10 +370,9 @@ class Tokenizer:
                 if not trained:
                     continue
                 raise Unusable(
-                    f"message {n}",
                     "the model's chat template writes this answer otherwise when more follows "
                     "(without its thoughts, perhaps), so it can't be trained on here: end the "
-                    'dialogue with it, or give it "loss": false',
+                    'dialogue with it, or give it "loss": false'
                 )
             before = self._ids(text[at : len(start)], image_tokens)
             ids += before + own
@@ -389,7 +388,7 @@ class Tokenizer:
         """
         turns = [*messages, {"role": "assistant", "content": text}]
         turns = [self._read(turn, f"message {n}") for n, turn in enumerate(turns)]
-        prompt, said = self._turn(turns[:-1], self._text(turns), f"message {len(messages)}")
+        prompt, said = self._turn(turns[:-1], self._text(turns))
         self._check_shown(turns, train=True)
         return self._ids(prompt), self._ids(said)
 
@@ -423,9 +422,7 @@ class Tokenizer:
             return self._compiled.render(messages=messages, **self.names, **how)
         except Exception as error:  # a program from elsewhere: it may raise anything
             why = str(error).replace(BREAK, "")
-            raise Unusable(
-                "prompt", f"the model's chat template refuses this dialogue: {why}"
-            ) from None
+            raise Unusable(f"the model's chat template refuses this dialogue: {why}") from None
 
     def _check_shown(self, messages, train):
         """Raise Unusable where the model's own template leaves out what a message says: a system
@@ -446,24 +443,23 @@ class Tokenizer:
                 except Unusable:  # what it can't do without, it shows
                     continue
                 if without == self._text(messages[:end]):
-                    raise Unusable(f"message {n}", f"the model's chat template leaves out {what}")
+                    raise Unusable(f"the model's chat template leaves out {what}")
 
-    def _turn(self, messages, whole, where):
+    def _turn(self, messages, whole):
         """(prompt, completion) as texts: what the messages make, and what the next one, with which
         they make `whole`, adds up to its end of turn.
         """
         prompt = self._text(messages, True)
         if not whole.startswith(prompt):
             raise Unusable(
-                where,
                 "the model's chat template begins this answer otherwise than it prompts for one "
-                f"({prompt[-30:].replace(BREAK, '')!r}), so that it can't be trained on",
+                f"({prompt[-30:].replace(BREAK, '')!r}), so that it can't be trained on"
             )
         for found in self._found.finditer(whole, len(prompt)):
             if self.special[found[0]] in self.stop_ids:
                 return prompt, whole[len(prompt) : found.end()]
         never = "writes no token that ends an answer, so that none can be trained on"
-        raise Unusable(where, f"the model's chat template {never}")
+        raise Unusable(f"the model's chat template {never}")
 
     def _begun_thought(self):
         """What a reasoning model's template begins its answer with, from <think> on; else ""."""

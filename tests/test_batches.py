@@ -307,7 +307,7 @@ TWO = dialogue("user", "assistant", "user", "assistant")  # 12 tokens, 6 after t
 def test_a_dialogue_is_cut_after_the_last_answer_that_fits():
     open_question = dialogue("user", "assistant", "user")  # the last turn is no loss
     for chat, T, turns in ((TWO, 12, 4), (TWO, 11, 2), (TWO, 6, 2), (open_question, 12, 2)):
-        kept, (ids, _), cut = fit_chat(T, BY_THREES, 0, chat, "")
+        kept, (ids, _), cut = fit_chat(T, BY_THREES, 0, chat)
         assert len(kept["messages"]) == turns and len(ids) == 3 * turns
         assert cut == (chat is TWO and turns < 4)
         assert kept["from"] == "a file" and len(TWO["messages"]) == 4
@@ -321,7 +321,7 @@ def test_a_dialogue_without_anything_to_learn_is_unusable():
         (TWO, 12, silent, "no answer that is trained on"),
     ):
         with pytest.raises(Unusable, match=reason):
-            fit_chat(T, tokenizer, 0, chat, "")
+            fit_chat(T, tokenizer, 0, chat)
 
 
 def test_what_was_cut_and_dropped_is_said_and_most_dropped_is_an_error(capsys):

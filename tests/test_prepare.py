@@ -173,7 +173,6 @@ def damaged(at):
 
 
 PAGES = b"<!DOCTYPE html><p>Log in", b"\n<html>Sorry", b"version https://git-lfs.github.com/spec/v1"
-SUM = {"question": "1 + 1?", "answer": "2"}
 REFUSED = {  # words of the refusal: dataset and body of its file
     "web page, or a pointer": [("hh-harmless", page) for page in PAGES],
     "damaged": [
@@ -181,7 +180,7 @@ REFUSED = {  # words of the refusal: dataset and body of its file
         ("hh-helpful", FILES["hh-helpful"][:-12]),
     ],
     "not the data": [
-        *(("gsm8k", body) for body in (b'{"question": "1?", "answer', b"", jsonl(SUM))),
+        *(("gsm8k", body) for body in (b'{"question": "1?", "answer', b"", jsonl({"q": 1}))),
         ("tinyshakespeare", b"caf\xe9"),
         ("tinystories", b"\n"),
         *(("alpaca", body) for body in (b"{}", array(ALPACA)[:-2], array(ALPACA, "text", 5))),
@@ -200,7 +199,7 @@ HELLO = "\n\nHuman: Hello?\n\nAssistant: Hi!"
 MISFITS = [
     ("dolly", DOLLY, DOLLY | {"response": " "}, "an answer is empty"),
     ("hh-helpful", PAIR, {"chosen": HELLO, "rejected": HELLO + " "}, "two completions are equal"),
-    ("gsm8k", GSM8K, SUM, "must end with ####"),
+    ("gsm8k", GSM8K, GSM8K | {"question": " "}, "the prompt is empty"),
 ]
 
 

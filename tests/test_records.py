@@ -109,39 +109,40 @@ LETTERED = "Hi\nA. a cow\nB. a cat\nAnswer with the letter of the right choice."
 ALPACA, PAIR = {"instruction": "Hi", "output": "Yo"}, {"prompt": "Hi", "completion": "Yo"}
 THINK = "U Hi. A [<think>hm</think>Yo.]"
 
+IGNORED = "would be ignored: say it in a message"
+
 CHATS = [
     # shapes
     (chat(U, A), HI),
     (sharegpt(("human", "Hi"), ("gpt", "Yo")), HI),
     (chat({"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}), HI),
+    (chat(U, completion="Yo"), HI),
     (ALPACA, HI),
-    (ALPACA | {"input": "now"}, "U Hi\n\nnow. A [Yo.]"),
+    (ALPACA | {"input": "now", "question": "Ho"}, "U Hi\n\nHo\n\nnow. A [Yo.]"),
     (ALPACA | {"prompt": "### Instruction: Hi"}, HI),
     (PAIR, HI),
     ({"prompt": [S, U], "completion": [A]}, "S Be. U Hi. A [Yo.]"),
     (PAIR | {"label": 0}, "dropped: its label says that it isn't wanted"),
     (chat(U, A, id=7, source="x", score=0.5, category="y"), HI),
-    ({}, 'refused: a chat record needs "messages"'),
-    *(({key: bad}, 'refused: a chat record needs "messages"')
-      for key in ("messages", "conversations") for bad in ([], "hi")),
-    ({"prompt": "Hi", "answer": "7"}, 'refused: a chat record needs "messages"'),
+    ({}, 'refused: it needs "messages", a list of {"role", "content"}, or a "prompt"'),
     ({"text": "Hi", "meta": 1}, "refused: it has 'text', 'meta'"),
+    ({"messages": "hi"}, "refused: \"messages\" must be a list, not 'hi'"),
+    ({"conversations": []}, "dropped: there are no messages"),
     ({"system_prompt": "Be", "question": "Hi", "response": "Yo", "id": "x"}, "S Be. U Hi. A [Yo.]"),
-    ({"question": "Hi", "answer": "Yo"}, HI),
+    ({"question": "Hi", "answer": "Yo", "solution": "So."}, HI),
     ({"question": "Hi", "answer": "48/2 = <<48/2=24>>24\n#### 1,072"},
      "U Hi. A [<think>48/2 = 24</think>1072.]"),
-    ({"question": "Hi", "answer": "#### so"}, "refused: must be a number, not 'so'"),
-    *(({"question": "Hi", "answer": "A", key: ["a", "b"]}, "refused: its choices would be ignored")
-      for key in ("choices", "options")),
+    ({"question": "Hi", "answer": "#### So"}, "U Hi. A [#### So.]"),  # a heading
     (SCIENCE, f"U {LETTERED}. A [<think>Cats purr.\nIt purrs.</think>The answer is B..]"),
     (SCIENCE | {"lecture": None}, f"U {LETTERED}. A [<think>It purrs.</think>The answer is B..]"),
     (SCIENCE | {"lecture": "", "solution": ""}, f"U {LETTERED}. A [The answer is B..]"),
-    (SCIENCE | {"solution": 7}, 'refused: "lecture" and "solution" must be text'),
     (SCIENCE | {"answer": None}, "dropped: no answer"),
     (SCIENCE | {"answer": 2}, "refused: the answer 2 is none of the 2 choices"),
     (SCIENCE | {"image": "a.png"}, "refused: its image would be ignored"),
-    ({"question": "Hi", "answer": "Yo", "solution": "So."}, HI),
-    (ALPACA | {"response": "No"}, 'refused: output and response mean the same, and differ'),
+    # one thing by two names
+    (ALPACA | {"response": "No"}, "refused: \"completion\" is said twice: 'Yo' and 'No'"),
+    (ALPACA | {"response": "", "completion": "Yo"}, HI),
+    (chat(U | {"from": "gpt"}, A), "refused: message 0: \"role\" is said twice: 'user' and 'gpt'"),
     # null is absent, and an empty answer
     (chat(U, A, prompt=None, tools=None, image=None, weight=None), HI),
     *((record | {key: None}, "dropped: an answer is empty") for record, key in (
@@ -149,65 +150,54 @@ CHATS = [
     # what stands beside them
     *((record | {key: "now"}, "U now\n\nHi. A [Yo.]") for key in ("context", "passage", "story")
       for record in (PAIR, {"question": "Hi", "answer": "Yo"})),
-    *((record | {"question": "now"}, "U Hi\n\nnow. A [Yo.]") for record in (ALPACA, PAIR)),
-    (ALPACA | {"input": {"x": 1}}, 'refused: the model would not see the "input"'),
-    *((record | {key: "now"}, f'refused: the model would not see the "{key}"')
-      for record in (chat(U, A), {"conversations": [U, A]}, {"prompt": [U], "completion": "Yo"})
-      for key in ("context", "input", "instruction", "passage", "reasoning")
-      if "prompt" not in record or key not in ("instruction", "reasoning")),
+    *((record, f'refused: "{key}" {IGNORED}') for key, record in (
+        ("input", ALPACA | {"input": {"x": 1}}), ("context", chat(U, A, passage="now")),
+        ("input", sharegpt(("human", "Hi"), input="Ho")), ("question", PAIR | {"question": "Ho"}),
+        ("context", {"prompt": [U], "completion": "Yo", "context": "now"}),
+        ("instruction", chat(U, A, instruction="now")), ("documents", PAIR | {"documents": "now"}),
+        ("reasoning_content", chat(U, A, reasoning="now")), ("completion", chat(U, A, output="No")),
+        ("tools", chat(U, A, tools=[{"x": 1}])), ("tools", chat(S | {"tools": "add"}, U, A)),
+        ("system", chat(S, U, A, system="No")), ("audio", chat(U, A | {"audio": {"id": "x"}})),
+        ("mask", chat(U, A, mask=[0, 1])), ("mask", chat(U, A | {"mask": True})),
+        ("masked", chat(U, A | {"masked": 0})), ("images", chat(U | {"image": "a.png"}, A)),
+        ("function_call", chat(U, said("assistant", None, function_call=CALL["function"]))))),
     (chat(U, A, context="Hi", instruction="Hi", tools="[]", documents=[]), HI),
-    (chat(U, A, context="Yo"), 'refused: the model would not see the "context"'),
     *((record | {key: "hm"}, THINK) for record in (ALPACA, PAIR)
       for key in ("reasoning", "reasoning_content", "thinking")),
     (PAIR | {"completion": "<think>hm</think>Yo", "reasoning": "hm"}, THINK),
-    *((chat(U, A, **{key: [{"x": 1}]}), f'refused: the model would not see the "{key}"')
-      for key in ("documents", "chat_template_kwargs", "functions")),
-    (chat(U, completion="Yo"), "refused: an answer stands beside the messages"),
-    (chat(U, A, system="Be", system_prompt="No"), "refused: mean the same, and differ"),
     (chat(S, U, A, system="Be"), "S Be. U Hi. A [Yo.]"),
-    (chat(S, U, A, system="No"), "refused: different system prompts"),
     (ALPACA | {"system": ["Be"]}, 'refused: "system" must be text'),
     (ALPACA | {"system": "Be", "history": [["a", "b"]]}, "S Be. U a. A [b.] U Hi. A [Yo.]"),
     (chat(S, U, A, history=[["a", "b"]]), "S Be. U a. A [b.] U Hi. A [Yo.]"),
-    (ALPACA | {"history": "a: b"}, 'refused: "history" must be a list of [question, answer]'),
-    (chat(U, A, image="a.png"), "refused: train_vlm.py looks at images"),
-    # roles
+    *((ALPACA | {"history": bad}, 'refused: "history" must be a list') for bad in ("a: b", [U])),
+    # roles and contents
     (chat(said("developer", "Be"), U, A), "S Be. U Hi. A [Yo.]"),
     (sharegpt(("human", "Hi"), ("gpt", "Yo"), ("observation", "4")), "U Hi. A [Yo.] T 4."),
-    (sharegpt(("human", "Hi"), ("function_call", "{}")), "refused: message 1 has the unknown role"),
-    (chat(said(["user"], "Hi"), A), "refused: message 0 has the unknown role ['user']; roles are"),
-    (chat("Hi", A), 'refused: message 0 has no "role"'),
-    # contents
+    *((chat(bad, A), "refused: message 0: no role, of system, user,")
+      for bad in (said("bot", "Hi"), said(["user"], "Hi"), {"content": "Hi"}, "Hi")),
     (chat(said("user", [PART, PART]), said("assistant", [PART])), "U HiHi. A [Hi.]"),
-    (chat(said("user", [PAINTED, PART]), A), "refused: message 0 shows an image"),
-    (chat(U | {"value": "No"}, A), 'refused: content and value mean the same, and differ'),
-    (chat(U | {"from": "gpt"}, A), 'refused: role and from mean the same, and differ'),
-    (chat(U | {"from": "human", "value": "Hi"}, A), HI),
-    (chat(U, A | {"audio": {"id": "x"}}), 'refused: message 1 has "audio", which would be'),
-    (chat(U, A | {"audio": None, "refusal": None}), HI),
-    (chat(U, A | {"name": "Bo", "tool_call_id": None}), HI),
+    (chat(said("user", [PAINTED, PART]), A), "refused: message 0: a part is neither text nor an"),
+    (chat(said("user", 5), A), 'refused: message 0: it has no text as "content"'),
+    (chat(U, A | {"audio": None, "refusal": None, "name": "Bo"}), HI),
     # thoughts and calls
     (chat(U, A | {"reasoning_content": "hm"}), THINK),
-    (chat(U, A | {"reasoning_content": ["hm"]}), "refused: its thoughts must be text"),
+    (chat(U, A | {"reasoning_content": ["hm"]}), 'refused: "reasoning_content" must be text'),
     (chat(U | {"reasoning_content": "hm"}, A), "refused: only the assistant thinks"),
     (chat(U, said("assistant", None, tool_calls=[CALL]), T, A), "U Hi. " + CALLED),
-    (chat(U, said("assistant", None, function_call=CALL["function"]), T, A), "U Hi. " + CALLED),
     (chat(U, A | {"tool_calls": "add"}), 'refused: "tool_calls" must be a list'),
     # what is learnt
     *((chat(U, A | {key: no}, U, A), "U Hi. A Yo. U Hi. A [Yo.]")
       for key, no in {"loss": 0.0, "train": False, "weight": 0, "training": "False",
                       "loss_mask": 0, "trainable": False, "train_on_turn": False}.items()),
-    *((chat(U, A | {key: flag}), f'refused: "{key}" may mean that it is learnt')
-      for key in ("mask", "masked") for flag in (True, 0)),
     *((chat(U, A | {"loss": yes}), HI) for yes in (True, 1, "true", None)),
     (chat(U | {"loss": False}, A), HI),
-    (chat(U, A | {"loss": 0.5}), 'refused: "loss" must be true or false, not 0.5'),
-    (chat(U | {"train": True}, A), 'refused: "train" is true of a message that the assistant'),
+    (chat(U, A | {"weight": 0.5}), 'refused: "loss" must be true or false, not 0.5'),
+    (chat(U | {"train": True}, A), "refused: and is learnt from"),
     ({"conversations": [U, *({"from": "gpt", "value": "Yo", "loss": no} for no in (False, True))]},
      "U Hi. A Yo. A [Yo.]"),
-    (chat(U, A, weight=0), "dropped: no answer that is trained on"),
-    (chat(U, A | {"loss": False}), "dropped: no answer that is trained on"),
-    (chat(U), "dropped: no answer"),
+    *((record, "dropped: no answer that is trained on")
+      for record in (chat(U, A, weight=0), chat(U, A | {"loss": False}))),
+    *((record, "dropped: no answer") for record in (chat(U), {"prompt": "Hi"})),
     (chat(U, said("assistant", "", loss=False), U, A), "U Hi. A . U Hi. A [Yo.]"),
     # a text that spells a marker
     (chat(said("user", "<think>Hi"), A), "U <think>Hi. A [Yo.]"),
@@ -225,16 +215,15 @@ PREFERENCES = [
     (chat(U, A, U, chosen="Yo", rejected="No"), "U Hi. A Yo. U Hi. A [Yo.] | No"),
     ({"prompt": "Hi", "ranking": ["Yo", " def f():\n", "No"]}, "U Hi. A [Yo.] |  def f():\n | No"),
     (TWO | {"task": "x", "gold": [1, 2], "ratings": [1.5, 0]}, BEST),
-    (TWO | {"ratings": [1]}, 'refused: "ratings" must hold a number for each completion'),
-    *((TWO | {"margin": margin}, f"{BEST} {float(margin)}") for margin in (0, 2)),
-    *((TWO | {"margin": margin}, 'refused: "margin" must be a number of at least 0')
-      for margin in (-1, float("nan"), float("inf"), 10**400, True, "two")),
-    (TWO | {"margin": "2", "weight": ""}, f"{BEST} 2.0"),
-    (TWO | {"margin": "", "score_chosen": "8", "score_rejected": "6.5"}, f"{BEST} 1.5"),
-    (TWO | {"score_chosen": 1, "score_rejected": 2}, "dropped: rejected completion has the higher"),
+    *((TWO | {"ratings": bad}, "refused: a number") for bad in ([1], ["x", 1])),
+    *((TWO | {"margin": margin}, f"{BEST} {float(margin)}") for margin in (0, 2, "2")),
+    *((TWO | {"margin": bad}, "refused: a margin, score or rating must be a number")
+      for bad in (float("nan"), 10**400, "two", [2])),
+    (TWO | {"margin": "", "score_chosen": "8", "score_rejected": "6.5"}, BEST + " 1.5"),
+    *((TWO | worse, "dropped: the rejected completion has the higher score")
+      for worse in ({"margin": -1}, {"score_chosen": 1, "score_rejected": 2})),
     (TWO | {"context": "now"}, "U now\n\nHi. A [Yo.] | No"),
-    *((TWO | {key: "now"}, f'refused: the model would not see the "{key}"')
-      for key in ("reasoning", "documents")),
+    (TWO | {"documents": "now"}, f'refused: "documents" {IGNORED}'),
     ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, BEST),
     ({"chosen": hh("Hi", "Yo", "One\n\ntwo\nHuman: 3", "A\n\nB"),
       "rejected": hh("Hi", "Yo", "One\n\ntwo\nHuman: 3", "Human: B")},
@@ -242,22 +231,19 @@ PREFERENCES = [
     ({"prompt": hh("Hi", ""), "response": "Yo", "chosen": " Yo", "rejected": " No"}, BEST),
     *(({"prompt": asked, "chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, BEST)
       for asked in ("Hi", hh("Hi", ""))),
-    ({"prompt": "Ho", "chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")},
-     "refused: don't answer the prompt that stands beside them"),
+    *(({"prompt": "Ho"} | pair, "refused: don't answer the prompt that stands beside them")
+      for pair in ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, WHOLE)),
     ({"context": "now", "chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")},
-     'refused: the model would not see the "context"'),
-    ({"chosen": "So" + hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, "refused: dialogue is wanted"),
-    ({"chosen": "b", "rejected": "c"}, r'refused: a dialogue is wanted, as in "\n\nHuman: ...'),
-    ({"chosen": hh("Hi", "Yo"), "rejected": [A]}, "dropped: answer different prompts"),
-    ({"prompt": "Hi", "chosen": "Yo"}, 'refused: needs "chosen" and "rejected", or a "ranking"'),
-    *((TWO | {"rejected": bad}, "refused: message 0 has no text")
+     f'refused: "context" {IGNORED}'),
+    *(({"chosen": text, "rejected": "c"}, 'refused: it needs "messages"')
+      for text in ("b", "So" + hh("Hi", "Yo"))),
+    ({"prompt": "Hi", "chosen": "Yo"}, 'refused: it needs "chosen" and "rejected", a "ranking"'),
+    *((TWO | {"rejected": bad}, "refused: message 0: it has no text")
       for bad in (5, [{"role": "user"}])),
     (TWO | {"rejected": None}, "dropped: a completion is empty"),
-    (TWO | {"rejected": []}, "refused: a completion must be text, or messages"),
-    (chat(U, A, ranking=["Yo", "No"]), "refused: the prompt ends with an answer"),
+    (TWO | {"rejected": []}, "dropped: must end with the assistant's answer"),
     # UltraFeedback
     (WHOLE | {"prompt": "Hi", "messages": [U, A]} | SCORES, BEST + " 1.5"),
-    (WHOLE | {"prompt": "Ho"}, "refused: don't answer the prompt that stands beside them"),
     (TWO | {"chosen": [A | {"reasoning_content": "hm"}]}, "refused: without reasoning_content"),
     (TWO | {"image": "a.png"}, "refused: its image would be ignored"),
     (TWO | {"chosen": "No\n"}, "dropped: two completions are equal"),
@@ -269,43 +255,34 @@ PREFERENCES = [
     (PAIR | {"label": True}, "U Hi. A [Yo.] True"),
     (PAIR | {"label": "false", "system": "Be"}, "S Be. U Hi. A [Yo.] False"),
     (PAIR | {"label": "so"}, 'refused: "label" must be true or false'),
-    (PAIR, 'refused: needs "chosen" and "rejected"'),
     # labels
     (LABELLED, BEST + " a"),
     ({"prompt": "Hi", "a": "No", "b": "Yo", "label": " B "}, BEST + " b"),
     (chat(S, U, a="Yo", b="No", label="a"), "S Be. U Hi. A [Yo.] | No a"),
     ({"a": hh("Hi", "No"), "b": hh("Hi", "Yo"), "label": "b"}, BEST + " b"),
     *((LABELLED | {"label": bad}, 'refused: "label" must be "a", "b" or "tie"')
-      for bad in (0, 1, 2, "1", True, "yes", ["a"])),
+      for bad in (0, 1, "1", True, ["a"])),
     (LABELLED | {"label": "tie"}, "dropped: labelled a tie"),
-    (LABELLED | {"label": None}, 'refused: needs "chosen" and "rejected", or a "ranking", a list, '
-     'or "a", "b" and a "label"'),
+    (LABELLED | {"label": None}, 'refused: or "a", "b" and a "label"'),
     (LABELLED | {"a": None}, "dropped: a completion is empty"),
-    (LABELLED | {"a": "No "}, "dropped: two completions are equal"),
     (LABELLED | {"ratings": [1, 2]}, 'refused: are of a "ranking", the best first'),
-    (LABELLED | {"image": "a.png"}, "refused: its image would be ignored"),
 ]  # fmt: skip
 
 PROMPTS = [
     ({"prompt": "Hi"}, "U Hi."),
     ({"prompt": "Hi", "system": "Be", "history": [["a", "b"]]}, "S Be. U a. A [b.] U Hi."),
-    (PAIR, "U Hi."),
-    (ALPACA, "U Hi."),
-    (LABELLED, "U Hi."),
+    *((record, "U Hi.") for record in (PAIR, ALPACA, LABELLED, chat(U, A, A))),
     (TWO | {"answer": "Yo"}, "U Hi. -> contains Yo"),
     ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, "U Hi."),
     (chat(S, U, A), "S Be. U Hi."),
-    (chat(U, A, A), "U Hi."),
-    (chat(U, instruction="x"), 'refused: the model would not see the "instruction"'),
-    (chat(U, question="x"), "U Hi."),
     ({"prompt": hh("a", "b", "Hi", "")}, "U a. A [b.] U Hi."),
     (chat(A), "dropped: the prompt is empty"),
-    ({}, 'refused: a "prompt" (text) or "messages" are wanted'),
+    ({}, 'refused: it needs "messages"'),
     # answers
     ({"prompt": "Hi", "answer": None}, "U Hi."),
     *(({"prompt": "Hi", "answer": given}, f"U Hi. -> number {read}")
       for given, read in ((0, "0"), ("-3", "-3"), (" 0.5 ", "0.5"), ("1,072", "1072"))),
-    ({"prompt": "Hi", "reasoning": "hm", "answer": "7"}, "U Hi. -> number 7"),
+    ({"question": "Hi", "reasoning": "hm", "answer": "7"}, "U Hi. -> number 7"),
     ({"instruction": "Say", "context": "now", "question": "Hi", "options": ["a", "b"], "answer": 1},
      "U Say\n\nHi\nA. a\nB. b\nAnswer with the letter of the right choice.\n\nnow. -> choice B"),
     *(({"prompt": "Hi", "answer": text}, "U Hi. -> choice B") for text in ("B", " (b) ", "b.")),
@@ -319,12 +296,8 @@ PROMPTS = [
       for bad in ("regex", [])),
     *(({"prompt": "Hi", "answer": "b", "not": bad}, 'refused: "not" must be a list')
       for bad in (5, [5], "banana", ["c", ""])),
-    *(({"prompt": "Hi", "answer": "b", key: 5}, f'refused: "{key}" must be text')
-      for key in ("begins", "ends", "task")),
-    # GSM8K
     ({"question": "Hi", "answer": "3 + 4 = <<3+4=7>>7\n#### 1,072", "system": "Be"},
      "S Be. U Hi. -> number 1072"),
-    ({"question": "Hi", "answer": "7"}, "refused: must end with ####"),
 ]  # fmt: skip
 EXAMPLES = [
     ({"prompt": "Hi", "answer": "7"}, "U Hi. -> number 7"),
@@ -341,9 +314,8 @@ IMAGE_CHATS = [
         f"U <image>\nLook.\n{LETTERED}. A [<think>Cats purr.\nIt purrs.</think>The answer is B..]"
         " (a.png)",
     ),
-    (chat(said("user", [PAINTED]), A, images=["b.png"]), "refused: shows 'a.png', not 'b.png'"),
-    (chat(said("user", [PAINTED, PAINTED]), A, image="a.png"), 'refused: names no "image" for it'),
-    (SHOWN | {"images": ["b.png"]}, "refused: image and images mean the same, and differ"),
+    (chat(said("user", [PAINTED, PAINTED]), A, image="a.png"), "refused: an image of the record's"),
+    (SHOWN | {"images": ["b.png"]}, 'refused: "images" is said twice'),
     (SHOWN | {"image": "b.png"}, "refused: b.png does not exist"),
     (SHOWN | {"image": None}, "refused: 1 times <image>, but 0 images"),
     (chat(U, said("assistant", "<image>"), image="a.png"), "refused: only users show images"),
@@ -371,7 +343,7 @@ READERS = [
     (read_examples, as_prompt, {"prompt": "Hi", "answer": "7"}, EXAMPLES),
     (read_completions, as_completion, PAIR, COMPLETIONS),
     (read_image_chats, as_images, SHOWN, IMAGE_CHATS),
-    (read_prompts, as_images, SHOWN, [(SHOWN, "U <image>Hi. (a.png)"), IMAGE_CHATS[5]]),
+    (read_prompts, as_images, SHOWN, [(SHOWN, "U <image>Hi. (a.png)"), IMAGE_CHATS[4]]),
     (read_captions, as_images, SHOWN, CAPTIONS),
 ]
 
