@@ -23,9 +23,8 @@ Run     python data/clean.py                      # a dirty village: precision a
         python data/clean.py --villagers 8; D=data/cache/cleaned; for t in dirty clean truth; do
         python train_pretrain.py --preset short --data $D/$t.jsonl --val_data $D/val.jsonl \
         --out runs/$t; done
-Needs   UTF-8: a .txt (texts of more than a million characters are cut), a folder of them, or JSONL
-        of {"text"}, all of any size; or another file of records, as data/README.md shows them. From
-        records without "text", as of chats, only copies and test texts are left out.
+Needs   UTF-8: a .txt, a folder of them, or JSONL of {"text"}, all of any size; of other records,
+        as data/README.md shows them, only copies and test texts are left out.
 Writes  OUT/clean.jsonl; OUT/dropped.jsonl, which names the rule of each record as "dropped"
 Expect  of the village's faults (seed 0) exact copies, pages, lost characters, mojibake and leaks
         are found in 99.8% or more, near copies in 95.9%, shuffled words in 90.4%, lines below a
@@ -36,10 +35,9 @@ Expect  of the village's faults (seed 0) exact copies, pages, lost characters, m
         Facts known: dirty 36%, 25%; cleaned 26%, 26%, the false ones still in; the truth 74%. Of 24
         test questions that leaked, less 24 others: dirty +21, 0 points; cleaned -8, -17; the truth
         -13: a leak flatters the score.
-        1 GB of JSONL (the dirty village, again and again in other letters; 428,090 texts): 166 MiB
-        of memory at most, 43 in each of two more processes, 731 s of a core. GSM8K's training
-        problems --against its test: 10 of 7,473 share 13 words with a test problem; with --ngram
-        8 it is 812.
+        1 GB of JSONL (428,090 texts): about 170 MiB of memory, 43 in each of two more processes,
+        731 s of a core. GSM8K's training problems --against its test: 10 of 7,473 share 13 words
+        with a test problem; with --ngram 8 it is 812.
 """
 
 import functools
@@ -67,7 +65,7 @@ from nanollm.config import Positive, Share, Whole, atomic_file, cli, say
 from nanollm.formats import need, read_records, stream_pieces, stream_records
 
 BANDS, ROWS, SHINGLE = 20, 5, 3
-BATCH, CHARACTERS = 256, 1_000_000  # at most so many records per task, and about so many characters
+BATCH, CHARACTERS = 64, 1_000_000  # records per task; about the longest piece of a .txt
 DRAWN = np.random.default_rng(0).integers(2**63, size=(2, BANDS * ROWS), dtype=np.uint64)
 DRAWN[0] |= np.uint64(1)
 ODD = np.random.default_rng(1).integers(2**63, size=64, dtype=np.uint64) * 2 + 1
@@ -294,25 +292,15 @@ def as_line(record):
     return f"{json.dumps(record, ensure_ascii=False)}\n".encode()
 
 
-def batches(records):
-    """Lists of records, of bounded number and length."""
-    batch, size = [], 0
-    for record in records:
-        batch.append(record)
-        size += len(str(record))
-        if len(batch) == BATCH or size > CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def spread(work, items, processes):
-    """work(item) for each, in order, by several processes; few items are in memory."""
+def spread(work, records, processes):
+    """work(BATCH of the records) for each, in order, by several processes; few are in memory."""
+    records = iter(records)
+    batches = iter(lambda: [*itertools.islice(records, BATCH)], [])
     if processes == 1:
-        yield from map(work, items)
+        yield from map(work, batches)
         return
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        while some := [*itertools.islice(items, 4 * processes)]:
+        while some := [*itertools.islice(batches, 4 * processes)]:
             yield from pool.map(work, some, chunksize=1)
 
 
@@ -333,7 +321,7 @@ def clean(source, out, skip, tests, threshold=0.7, processes=1):
         tempfile.TemporaryFile(dir=out) as candidates,
         tqdm(unit=" documents", disable=None) as bar,
     ):
-        for judged, new in spread(work, batches(records_of(source)), processes):
+        for judged, new in spread(work, records_of(source), processes):
             bar.update(len(judged))
             minima += new
             for rule, mended, line in judged:

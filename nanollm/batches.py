@@ -348,29 +348,6 @@ def pad_completions(prompts, completions, pad_id, own=None, images=None):
 # --- dialogues -----------------------------------------------------------------------------------
 
 
-def render(tokenizer, messages, image_tokens):
-    """Ids and mask of a dialogue as arrays, of 5 bytes a token; in lists they take about 40."""
-    ids, mask = tokenizer.render(messages, image_tokens=image_tokens)
-    return np.array(ids, np.int32), np.array(mask, bool)
-
-
-def fit_chat(T, tokenizer, image_tokens, chat):
-    """(the dialogue as far as it fits, its (ids, mask), was it shortened?): cut after the last of
-    the assistant's turns with which it has at most T tokens. Unusable where that leaves nothing to
-    learn. What `render` makes of the whole chat may stand under "rendered".
-    """
-    messages, reason = chat["messages"], "no answer that is trained on"
-    takes = f", of which an image takes {image_tokens}" * bool(image_tokens)
-    ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for end in reversed(ends):
-        known = chat.get("rendered") if end == len(messages) else None
-        ids, mask = known or render(tokenizer, messages[:end], image_tokens)
-        if mask.any() and len(ids) <= T:
-            return {**chat, "messages": messages[:end]}, (ids, mask), end < ends[-1]
-        reason = f"its first answer ends beyond {T} tokens{takes}" if mask.any() else reason
-    raise Unusable(reason)
-
-
 def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
     """Packed rows of T tokens; says what was cut and what was dropped. UserError when that is more
     than what is left to train on.
@@ -379,16 +356,22 @@ def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
     of images, each takes `image_tokens` in a row; those that were shown after the cut are left out,
     and none is ever cut.
     """
+
+    def render(messages):
+        """Ids and mask as arrays, of 5 bytes a token; in lists they take about 40."""
+        ids, mask = tokenizer.render(messages, image_tokens=image_tokens)
+        return np.array(ids, np.int32), np.array(mask, bool)
+
+    def whole(chat):
+        return chat | {"rendered": render(chat["messages"])}
+
+    rendered = usable(chats, whole, f"{name} dialogues")
     if callable(T):
-
-        def rendered(chat):
-            return chat | {"rendered": render(tokenizer, chat["messages"], image_tokens)}
-
-        chats = usable(chats, rendered, "dialogues")
-        T = T([len(chat["rendered"][0]) for chat in chats])
-    fit = functools.partial(fit_chat, T, tokenizer, image_tokens)
-    fitted = usable(chats, fit, f"{name} dialogues", "raise --context")
-    kept, examples, shortened = zip(*fitted)
+        T = T([len(chat["rendered"][0]) for chat in rendered])
+    advice = f"raise --context; an image takes {image_tokens} tokens of it"
+    advice = advice if image_tokens else "raise --context"
+    fit = functools.partial(fit_chat, T, render)
+    kept, examples, shortened = zip(*usable(rendered, fit, f"{name} dialogues", advice))
     images, note = None, ""
     if store is not None:
         paths = [chat.get("images", [])[: images_in(chat["messages"])] for chat in kept]
@@ -401,3 +384,19 @@ def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
         "dropped"
     )
     return rows
+
+
+def fit_chat(T, render, chat):
+    """(the dialogue as far as it fits, its (ids, mask), was it shortened?): cut after the last of
+    the assistant's turns with which it has at most T tokens. Unusable where that leaves nothing to
+    learn. "rendered" is what `render` makes of the whole dialogue.
+    """
+    messages, reason = chat["messages"], "no answer that is trained on"
+    ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for end in reversed(ends):
+        ids, mask = chat["rendered"] if end == len(messages) else render(messages[:end])
+        if mask.any() and len(ids) <= T:
+            return {**chat, "messages": messages[:end]}, (ids, mask), end < ends[-1]
+        if mask.any():
+            reason = f"its first answer ends beyond {T} tokens"
+    raise Unusable(reason)

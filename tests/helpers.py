@@ -5,6 +5,7 @@ or as two processes, and looking at what it leaves.
 import contextlib
 import faulthandler
 import functools
+import http.server
 import importlib
 import io
 import itertools
@@ -16,6 +17,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -218,6 +220,38 @@ ALPHABETS = (
      "if", "else", "for x in", "1j", "_", "~", "<<", "@", "f'{", "#", "\n", "not", " ", "0", "\\"],
     [*MARKS, "4", "-", ".", ",", " ", "The answer is ", "\n", "<", "think>", "search(", ")"],
 )  # fmt: skip
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """A request to a server of `serving`, which is answered without a word on stderr."""
+
+    def answer(self, body, status=200, said=None, **headers):
+        """`said`: how many bytes are announced, where that isn't true."""
+        self.send_response(status)
+        for name, value in {"Content-Length": said or len(body), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 50
+
+
+@contextlib.contextmanager
+def serving(handler, **attributes):
+    """A server on 127.0.0.1 whose requests are answered by a `handler`; it has these attributes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "*")
+        with Server(("127.0.0.1", 0), handler) as server:
+            server.url, server.asked = f"http://127.0.0.1:{server.server_port}", []
+            vars(server).update(attributes)
+            threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+            yield server
+            server.shutdown()
 
 
 def random_strings(n, seed):

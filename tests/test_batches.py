@@ -304,24 +304,38 @@ BY_THREES = SimpleNamespace(render=render, pad_id=0)
 TWO = dialogue("user", "assistant", "user", "assistant")  # 12 tokens, 6 after the first answer
 
 
+def fitted(chat, T, render=render):
+    def arrays(messages):
+        ids, mask = render(messages)
+        return ids, np.array(mask)
+
+    return fit_chat(T, arrays, chat | {"rendered": arrays(chat["messages"])})
+
+
 def test_a_dialogue_is_cut_after_the_last_answer_that_fits():
     open_question = dialogue("user", "assistant", "user")  # the last turn is no loss
     for chat, T, turns in ((TWO, 12, 4), (TWO, 11, 2), (TWO, 6, 2), (open_question, 12, 2)):
-        kept, (ids, _), cut = fit_chat(T, BY_THREES, 0, chat)
+        kept, (ids, _), cut = fitted(chat, T)
         assert len(kept["messages"]) == turns and len(ids) == 3 * turns
         assert cut == (chat is TWO and turns < 4)
         assert kept["from"] == "a file" and len(TWO["messages"]) == 4
 
 
-def test_a_dialogue_without_anything_to_learn_is_unusable():
-    silent = SimpleNamespace(render=lambda m, **_: (render(m)[0], [False] * 3 * len(m)))
-    for chat, T, tokenizer, reason in (
-        (TWO, 5, BY_THREES, "its first answer ends beyond 5 tokens"),
-        (dialogue("user"), 12, BY_THREES, "no answer that is trained on"),
+def silent(messages):
+    return render(messages)[0], [False] * 3 * len(messages)
+
+
+@pytest.mark.parametrize(
+    "chat, T, render, reason",
+    [
+        (TWO, 5, render, "its first answer ends beyond 5 tokens"),
+        (dialogue("user"), 12, render, "no answer that is trained on"),
         (TWO, 12, silent, "no answer that is trained on"),
-    ):
-        with pytest.raises(Unusable, match=reason):
-            fit_chat(T, tokenizer, 0, chat)
+    ],
+)
+def test_a_dialogue_without_anything_to_learn_is_unusable(chat, T, render, reason):
+    with pytest.raises(Unusable, match=reason):
+        fitted(chat, T, render)
 
 
 def test_what_was_cut_and_dropped_is_said_and_most_dropped_is_an_error(capsys):

@@ -1,19 +1,17 @@
 """Models of the Hub by name, against a server on 127.0.0.1 that answers as the Hub does."""
 
 import hashlib
-import http.server
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from helpers import ROOT, refused, run
+from helpers import ROOT, Answering, refused, run, serving
 
 import train_sft
 from nanollm import chat, safetensors
@@ -27,42 +25,32 @@ FOLDER = Path("data/cache/hub/owner--name")
 PICKLE = {"pytorch_model.bin": b"pickle", "README.md": b"#"}
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """Serves `files` {path in the repository: bytes}; `asked`: (path, first byte) of requests."""
+class Hub(Answering):
+    """Answers as the Hub does, of `files` {path in the repository: bytes}."""
 
-    daemon_threads, request_queue_size = True, 50
-    commit = SHA  # that it tells, which a plain mirror doesn't
-    ranges = True  # does it answer to Range?
-    status = 200  # of every answer
-    cdn = None  # another address of the server, to which weights are redirected
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, unquote(urlsplit(self.path).path)
         begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
         hub.asked.append((path, begin))
         hub.tokens.append((self.headers["Host"], self.headers.get("Authorization")))
         revision, _, name = path.removeprefix("/owner/name/resolve/").partition("/")
+        commit = {"X-Repo-Commit": hub.commit} if hub.commit else {}
         if hub.status != 200 or revision not in (hub.commit, "main") or name not in hub.files:
-            return self.answer(b"no", 404 if hub.status == 200 else hub.status)
+            return self.answer(b"no", 404 if hub.status == 200 else hub.status, **commit)
         if hub.cdn and name.endswith("safetensors") and hub.cdn != self.headers["Host"]:
             return self.answer(b"", 302, Location=f"http://{hub.cdn}{path}")
-        body = hub.files[name][: hub.short.get(name)]  # bytes that it says it has, and has
+        body = hub.files[name][: hub.short.get(name)]
         status = 206 if begin and hub.ranges else 200
-        self.answer(body[begin:] if status == 206 else body, status, hub.cut.pop(name, None))
+        body = body[begin:] if status == 206 else body
+        self.answer(body[: hub.cut.pop(name, None)], status, len(body), **commit)
 
-    def answer(self, body, status=200, cut=None, **headers):
-        """`cut`: bytes after which the connection breaks."""
-        self.send_response(status)
-        headers |= {"X-Repo-Commit": self.server.commit} if self.server.commit else {}
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(body[:cut])
 
-    def log_message(self, *args):
-        pass
+HUB = {
+    "commit": SHA,  # that it tells, which a plain mirror doesn't
+    "ranges": True,  # does it answer to Range?
+    "status": 200,  # of every answer
+    "cdn": None,  # another address of the server, to which weights are redirected
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +69,12 @@ def model_files(tmp_path_factory):
 def hub(model_files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("no_proxy", "*")
-    with Hub(("127.0.0.1", 0), Handler) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}/")
-        hub.files, hub.asked, hub.tokens, hub.cut, hub.short = {**model_files}, [], [], {}, {}
-        thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
-        thread.start()
+    # (host, token) of requests, {name: bytes after which the connection breaks}, {name: bytes that
+    # it says it has, and has}
+    state = {"files": {**model_files}, "tokens": [], "cut": {}, "short": {}}
+    with serving(Hub, **HUB, **state) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/")
         yield hub
-        hub.shutdown()
-        thread.join()
 
 
 def sharded(files):

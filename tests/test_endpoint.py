@@ -1,13 +1,11 @@
 """Endpoints of OpenAI's kind, against a server on 127.0.0.1 that answers well, slowly, or lies."""
 
-import http.server
 import json
-import threading
 import time
 
 import pytest
 import torch
-from helpers import turns
+from helpers import Answering, serving, turns
 
 from nanollm import endpoint
 from nanollm.config import UserError
@@ -19,29 +17,16 @@ RT = Runtime(torch.device("cpu"), torch.float32)
 KEY = "sk-secret"
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(Answering):
     def do_GET(self):
-        self.answer({"data": [{"id": "owl-7b"}, {"id": "other"}]})
+        self.answer(b'{"data": [{"id": "owl-7b"}, {"id": "other"}]}')
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, body, self.headers["Authorization"]))
         said = self.server.behave(self, body)
         if said is not None:
-            self.answer(said)
-
-    def answer(self, said, status=200, more=0, **headers):
-        """`more`: bytes that are promised, and don't come."""
-        said = said if isinstance(said, (bytes, str)) else json.dumps(said)
-        said = said if isinstance(said, bytes) else said.encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": len(said) + more, **headers}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(said)
-
-    def log_message(self, *args):
-        pass
+            self.answer(json.dumps(said).encode())
 
 
 def choice(content, reason="stop", **more):
@@ -55,15 +40,10 @@ def shouts(handler, body):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        server.asked, server.behave = [], shouts
-        server.url = f"http://127.0.0.1:{server.server_port}/v1"
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+    with serving(Handler, behave=shouts) as server:
+        server.url += "/v1"
         yield server
-        server.shutdown()
 
 
 def test_each_prompt_is_completed_as_often_as_asked_in_order_and_with_the_key(server):
@@ -135,7 +115,7 @@ FAULTS = [
     (lambda handler, body: handler.send_error(401, f"not {KEY}"), "not ***"),
     (lambda handler, body: handler.answer(b"", 500), "500 b''"),
     (lambda handler, body: handler.answer(b"", 302, Location="/v1/x"), "owl-7b"),
-    (lambda handler, body: handler.answer(json.dumps(choice("a"))[:-9], more=9), "choices"),
+    (lambda handler, body: handler.answer(b'{"choices": [', said=99), "choices"),
     (lambda handler, body: handler.answer(b"<html>hello</html>"), "<html>hello"),
     (lambda handler, body: handler.answer(b"\xff\xfe"), r"b'\xff\xfe'"),
     (lambda handler, body: handler.answer(b" " * 2**21 + b"{}"), "   "),

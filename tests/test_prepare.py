@@ -1,14 +1,11 @@
 """data/prepare.py against a server on 127.0.0.1 that holds small files in the true formats."""
 
 import gzip
-import http.server
 import json
-import threading
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
-from helpers import turns
+from helpers import Answering, serving, turns
 
 from data import prepare as module
 from data.prepare import DATASETS, Config, main, prepare, read_array
@@ -62,35 +59,18 @@ FILES = {  # dataset -> what each of its files holds, as its publisher packs it
 }
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Answers with `body`, whatever the path, and counts. `claimed` is its Content-Length."""
-
-    daemon_threads = True
-    body, status, claimed, asked = b"", 200, None, ()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    log_message = Mock()
+class Handler(Answering):
+    """Answers with `body`, whatever the path. `claimed` is its Content-Length."""
 
     def do_GET(self):
-        server = self.server
-        server.asked += (self.path,)
-        self.send_response(server.status)
-        self.send_header("Content-Length", str(server.claimed or len(server.body)))
-        self.end_headers()
-        self.wfile.write(server.body)
+        self.server.asked.append(self.path)
+        self.answer(self.server.body, self.server.status, self.server.claimed)
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    with Server(("127.0.0.1", 0), Handler) as server:
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+def server():
+    with serving(Handler, body=b"", status=200, claimed=None) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
