@@ -103,7 +103,8 @@ def stream_usable(records, use, name, advice="mend or drop them"):
         reasons.append(f"{reason} ({len(places):,}: {', '.join(places[:3])}{more})")
     count = sum(map(len, dropped.values()))
     told = f"{count:,} of {used + count:,} records can't be used: {'; '.join(reasons)}"
-    need(count <= used, name, f"{told}: {advice}")
+    if count > used:
+        raise UserError(f"{name}: {told}: {advice}")
     say(f"{name}: {told}; dropped")
 
 
@@ -208,11 +209,12 @@ def _rows_of_table(lines, path):
             columns = columns or choice_columns(cells)
             if columns is None:
                 columns = [cell.strip() for cell in cells]
-                named = all(columns) and len({*columns}) == len(columns)
-                need(named, f"{path}, {where}", "the first line must name the columns, each once")
+                if not all(columns) or len({*columns}) < len(columns):
+                    raise UserError(f"{path}, {where}: it must name the columns, each once")
                 continue
-            said = f"{len(cells)} cells, but {len(columns)} columns"
-            need(len(cells) == len(columns), f"{path}, {where}", said)
+            if len(cells) != len(columns):
+                found = f"{len(cells)} cells, but {len(columns)} columns"
+                raise UserError(f"{path}, {where}: {found}")
             yield where, dict(zip(columns, cells))
     except csv.Error as e:
         raise UserError(f"{path}, line {rows.line_num}: a broken table ({e})") from None
@@ -274,11 +276,12 @@ def mixture(data):
     parts = [re.fullmatch(r"(.+):(\d*\.?\d+)", part.strip()) for part in data.split(",")]
     if not any(parts) or Path(data).exists():
         return {data: 1.0}
-    wanted = "name each file once, with a share of more than 0, as in a.jsonl:0.7,b.txt:0.3"
-    named = all(part and float(part[2]) for part in parts)
-    need(named and len({part[1] for part in parts}) == len(parts), f"--data {data}", wanted)
-    total = sum(float(part[2]) for part in parts)
-    return {part[1]: float(part[2]) / total for part in parts}
+    shares = {part[1]: float(part[2]) for part in parts if part}
+    if len(shares) < len(parts) or 0 in shares.values():
+        wanted = "name each file once, with a share of more than 0, as in a.jsonl:0.7,b.txt:0.3"
+        raise UserError(f"--data {data}: {wanted}")
+    total = sum(shares.values())
+    return {file: share / total for file, share in shares.items()}
 
 
 def texts_in(folder):

@@ -4,7 +4,6 @@ Each reader takes several published shapes and gives one; data/README.md shows a
 isn't of its format raises UserError, what nothing can be learnt from is dropped (formats.py).
 """
 
-import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -137,7 +136,7 @@ def _text_of_part(part, images):
     """The text of one of a content's parts, of OpenAI's kinds; an image is its marker."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        return part["text"]
+        return part.get("text") or ""
     if kind not in ("image", "image_url") or next(images, None) is None:
         raise UserError(f"a part is neither text nor an image of the record's: {part!r:.40}")
     return IMAGE
@@ -353,12 +352,9 @@ def _continued(record, completion):
 def number(value):
     """A number, or that of a table's cell."""
     try:
-        found = float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise UserError(f"a margin, score or rating must be a number, not {value!r:.40}")
-    return found
+        raise UserError(f"a margin, score or rating must be a number, not {value!r:.40}") from None
 
 
 def margin_of(record):
@@ -370,7 +366,7 @@ def margin_of(record):
         margin = number(scores[0]) - number(scores[1])
     else:
         return None
-    if margin < 0:
+    if not margin >= 0:  # nor NaN
         raise Unusable("the rejected completion has the higher score")
     return margin
 

@@ -56,7 +56,7 @@ FILES = [  # (name, bytes, the documents or what is said)
     ("a.json", ARRAY + b'\n{"text": "c"}', ["a", "b", "c"]),
     ("a.txt", b"a\r\n <|endoftext|>\t\r\n\r\nb <|endoftext|>\r\nc", ["a", "b <|endoftext|>\nc"]),
     ("a.csv", b"text\n", "there is no record in it"),
-    ("a.csv", b"text,text\na,b\n", "line 1: the first line must name the columns, each once"),
+    ("a.csv", b"text,text\na,b\n", "line 1: it must name the columns, each once"),
     ("a.csv", b"text,n\na,1\nb\n", "line 3: 1 cells, but 2 columns"),
     ("a.csv", b'text\n"a\n', "broken table"),
     ("a.parquet", b"PAR1\x15\x04", "pandas.read_parquet('"),

@@ -218,10 +218,10 @@ PREFERENCES = [
     *((TWO | {"ratings": bad}, "refused: a number") for bad in ([1], ["x", 1])),
     *((TWO | {"margin": margin}, f"{BEST} {float(margin)}") for margin in (0, 2, "2")),
     *((TWO | {"margin": bad}, "refused: a margin, score or rating must be a number")
-      for bad in (float("nan"), 10**400, "two", [2])),
+      for bad in (10**400, "two", [2])),
     (TWO | {"margin": "", "score_chosen": "8", "score_rejected": "6.5"}, BEST + " 1.5"),
     *((TWO | worse, "dropped: the rejected completion has the higher score")
-      for worse in ({"margin": -1}, {"score_chosen": 1, "score_rejected": 2})),
+      for worse in ({"margin": -1}, SCORES | {"score_chosen": 1}, {"margin": float("nan")})),
     (TWO | {"context": "now"}, "U now\n\nHi. A [Yo.] | No"),
     (TWO | {"documents": "now"}, f'refused: "documents" {IGNORED}'),
     ({"chosen": hh("Hi", "Yo"), "rejected": hh("Hi", "No")}, BEST),
