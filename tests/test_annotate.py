@@ -87,7 +87,7 @@ def test_a_dialogue_keeps_its_turns(person, capsys):
     [
         (["--out", "model"], "is a directory"),
         (["--out", "prompts.jsonl"], "would replace"),
-        (["--out", "other.jsonl"], "a preference record needs"),
+        (["--out", "other.jsonl"], 'it needs "chosen" and'),
         (["--prompts", "none.jsonl"], "does not exist"),
         (["--prompts", "images.jsonl"], "has images"),
         (["--prompts", "long.jsonl"], "no room"),

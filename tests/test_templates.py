@@ -196,7 +196,7 @@ TRAINED = [  # family, number of the dialogue, what is trained on, or why it isn
     ("qwen3", 0, Q3 % ("", "5.")),
     ("qwen3", 3, Q3 % ("the cat", "5.\n")),
     ("qwen3", 5, Q3 % ("2 + 3", "5")),
-    ("qwen3", 4, "message 1: .*writes this answer otherwise when more follows"),
+    ("qwen3", 4, "writes this answer otherwise when more follows"),
     ("qwen3_thinking", 3, "the cat\n</think>\n\n5.\n<|im_end|>"),
     ("r1", 3, THINK),
     ("zephyr", 0, "5.</s>"),
