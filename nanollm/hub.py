@@ -62,7 +62,7 @@ def load_model(folder, adapter=None):
     if is_scalar(folder):
         raise UserError(f"{folder} holds a reward model, which scores text and writes none")
     if adapter:
-        from nanollm.peft.adapters import put_adapter, put_adapters
+        from nanollm.peft.adapters import put_adapters
 
         names = adapter.split(",") if isinstance(adapter, str) else [adapter]
         chosen = [existing_folder(name, "--adapter") for name in names]
@@ -70,10 +70,7 @@ def load_model(folder, adapter=None):
         if twice := [each for each in chosen if each.resolve() in held]:
             raise UserError(f"{folder} holds the adapter in {twice[0]} already")
         model, tokenizer = load_model(folder)
-        if len(chosen) == 1:
-            put_adapter(model, *chosen, folder)
-        else:
-            put_adapters(model, chosen, folder)
+        put_adapters(model, chosen, folder)
         return model, tokenizer
     if is_adapter(folder):
         return load_model(bases_of(folder)[0], folder)
@@ -90,11 +87,11 @@ def load_scalar(folder):
     """
     folder = existing_folder(folder)
     if is_scalar(folder) and is_adapter(folder):
-        from nanollm.peft.adapters import put_adapter
+        from nanollm.peft.adapters import put_adapters
 
         base = bases_of(folder)[0]
         model, tokenizer = load_scalar(base)
-        put_adapter(model, folder, base)
+        put_adapters(model, [folder], base)
         return model, tokenizer
     if is_scalar(folder):
         model, tokenizer = ScalarGPT(read_config(folder)), Tokenizer.load(folder)

@@ -147,7 +147,7 @@ def build_optimizer(
         low = ".layers." in name or "embed" in name or name.startswith("vision.")
         factor = layer_decay ** (layers - _layer(name)) if low else 1.0
         factor *= PROJECTOR if name.startswith("projector.") else 1.0
-        factor *= lora_plus if ".lora_B." in name else 1.0
+        factor *= lora_plus if name.endswith(".lora_B") else 1.0
         decayed = p.dim() >= 2 and not name.startswith("model.prefix.")
         into.setdefault((factor, decayed), []).append(p)
 

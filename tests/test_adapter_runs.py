@@ -43,7 +43,6 @@ SCRIPTS = {
     "lora": "--init runs/sft --data no.jsonl --test_data no_test.jsonl --other_data say_test.jsonl "
     "--other_text text.txt --context 48 --virtual_tokens 4 --hidden 16",
 }
-every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def flags_of(script, *flags):
@@ -221,23 +220,23 @@ def test_several_adapters_are_chosen_by_name_in_one_session_and_one_batch(
     words = ["--adapter", "runs/says-no,runs/hardly", "--dtype", "fp32", "--max_new_tokens", "8"]
     test = ["runs/sft", *words, "--data", "no_test.jsonl"]
     evaluate.main(parse(evaluate.Config, None, [*test, "--samples", "2"]))
-    assert "say, says_no" in capsys.readouterr().out
+    assert "say, says-no" in capsys.readouterr().out
     found, n = json.loads(Path("runs/sft/adapters.json").read_text()), len(WORDS)
     assert {name: each["n"] for name, each in found["tasks"].items()} == {
-        "say, None": n, "say, says_no": n, "say, hardly": n,
+        "say, None": n, "say, says-no": n, "say, hardly": n,
     }  # fmt: skip
     right = [each["accuracy"] for each in found["tasks"].values()]
     assert right[1] >= 0.95 and right[0] == right[2] < 0.3
-    assert found["sampled"]["say, says_no"]["sampled"] > 0.5 > found["sampled"]["say, None"]["pass"]
+    assert found["sampled"]["say, says-no"]["sampled"] > 0.5 > found["sampled"]["say, None"]["pass"]
     lines = ["say owl", "/adapter none", "say owl", "/adapter hardly", "say owl"]
-    lines = "\n/reset\n".join([*lines, "/adapter says_no", "say owl"])
+    lines = "\n/reset\n".join([*lines, "/adapter says-no", "say owl"])
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     chat.main(parse(chat.Config, None, ["runs/sft", *words, "--temperature", "0"]))
     no, alone, hardly, again = capsys.readouterr().out.splitlines()
     assert no == again == "no" != alone == hardly
     monkeypatch.setattr("sys.stdin", io.StringIO("/adapter gone\n"))
-    assert "no adapter 'gone'; it has says_no, hardly" in refused(capsys, chat, "runs/sft", *words)
-    monkeypatch.setattr("sys.stdin", io.StringIO("/adapter says_no\n"))
+    assert "no adapter 'gone'; it has says-no, hardly" in refused(capsys, chat, "runs/sft", *words)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/adapter says-no\n"))
     assert "none beside the one merged" in refused(capsys, chat, "runs/says-no")
     said = refused(capsys, evaluate, "runs/sft", *words, "--data", "preferences")
     assert "takes one --adapter at a time" in said
@@ -273,41 +272,36 @@ def test_two_processes_give_the_gradients_of_one(script, method, here):
 
 # --- bad input -----------------------------------------------------------------------------------
 
+REFUSED = [
+    *((script, [*LORA, "--rank", 0], "--rank must be at least 1, not 0") for script in SCRIPTS),
+    *((s, ["--adapter", "lola"], "--adapter must be one of lora, dora") for s in SCRIPTS),
+    *((s, ["--init", "runs/orphan"], "runs/gone, which is not a folder") for s in SCRIPTS),
+    ("lora", ["--virtual_tokens", 0], "--virtual_tokens must be at least 1"),
+    ("lora", ["--alpha", 0], "--alpha must be more than 0"),
+    ("lora", ["--targets", "magic"], "--targets magic matches no linear layer"),
+    ("lora", ["--test_data", "none"], "needs --test_data"),
+    (
+        "train_dpo",
+        ["--init", "runs/lora", "--out", "runs/pretrain"],
+        "would replace runs/lora, whose",
+    ),
+]
 
-@every_script
-def test_flags_that_make_no_adapter_and_an_adapter_without_its_base_are_refused(
-    script, here, capsys
-):
+
+def test_what_makes_no_adapter_and_an_adapter_without_its_base_are_refused(here, capsys):
     shutil.copytree("runs/lora", "runs/orphan", dirs_exist_ok=True)
     path = Path("runs/orphan/adapter_config.json")
     path.write_text(path.read_text().replace("runs/pretrain", "runs/gone"))
-    for flags, sentence in (
-        ([*LORA, "--rank", 0], "--rank must be at least 1, not 0"),
-        (["--adapter", "lola"], "--adapter must be one of lora, dora"),
-        (["--init", "runs/orphan"], "runs/gone, which is not a folder"),
-    ):
+    for script, flags, sentence in REFUSED:
         assert sentence in turned_down(capsys, script, *flags)
         assert not Path("runs/refused").exists()
 
 
-def test_an_adapter_of_another_base_is_refused_and_its_own_is_never_replaced(here, capsys):
+def test_an_adapter_of_another_base_is_refused(here, capsys):
     said = refused(capsys, chat, "runs/sft", "--adapter", "runs/lora")
     assert "trained on another base" in said
     said = refused(capsys, evaluate, "runs/pretrain", "--adapter", "runs/missing")
     assert "--adapter runs/missing" in said
-    said = turned_down(capsys, "train_dpo", "--init", "runs/lora", "--out", "runs/pretrain")
-    assert "would replace runs/lora, whose base is" in said and "pretrain, which the run" in said
-
-
-def test_flags_of_the_methods_that_fit_nothing_are_refused(here, capsys):
-    for flags, sentence in (
-        (["--virtual_tokens", 0], "--virtual_tokens must be at least 1"),
-        (["--alpha", 0], "--alpha must be more than 0"),
-        (["--targets", "magic"], "--targets magic matches no linear layer"),
-        (["--test_data", "none"], "needs --test_data"),
-    ):
-        assert sentence in turned_down(capsys, "lora", *flags)
-        assert not Path("runs/refused").exists()
 
 
 def test_resuming_with_another_rank_is_refused_and_changes_nothing(here, capsys):

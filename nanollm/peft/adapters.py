@@ -8,11 +8,9 @@ that can be merged, and virtual tokens that read what it has changed.
 
 import copy
 import json
-import re
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 from nanollm import safetensors
 from nanollm.checkpoint import ADAPTER_CONFIG, existing_folder, is_adapter, weights_hash
@@ -21,16 +19,16 @@ from nanollm.gpt import ScalarGPT, unwrap
 from nanollm.peft.bottleneck import Bottlenecks
 from nanollm.peft.lora import DoRA, LoRA, QLoRA, use
 from nanollm.peft.method import MODULES_TO_SAVE, Settings
-from nanollm.peft.soft_prompts import Prefix, Prompt, PTuning
+from nanollm.peft.soft_prompts import SoftPrompt
 
 METHODS = {
     "lora": LoRA(),
     "dora": DoRA(),
     "qlora": QLoRA(),
     "bottleneck": Bottlenecks(),
-    "ptuning": PTuning(),  # before prefix: the files of both are the same
-    "prefix": Prefix(),
-    "prompt": Prompt(),
+    "ptuning": SoftPrompt("ptuning"),  # before prefix: the files of both are the same
+    "prefix": SoftPrompt("prefix"),
+    "prompt": SoftPrompt("prompt"),
 }
 TOGETHER = [f"{a}+{b}" for a in METHODS if METHODS[a].mergeable for b in METHODS if METHODS[b].soft]
 
@@ -38,32 +36,32 @@ WEIGHTS = "adapter_model.safetensors"
 BASE_HASH = "base_weights_hash"  # in the metadata of WEIGHTS; peft writes none
 
 
-def attach(model, method, settings=None, base=None, **more):
+def attach(model, method, settings=None, base=None, name=None):
     """Freeze the model and add the trainable parameters of a method, in place; returns the model.
     What is trained as a whole beside an adapter stays trainable.
 
     `base` is the folder that the model came from: what is saved names it, and its weights by their
-    hash. `model.adapter` is then the method's name. `name=` keeps several adapters of the LoRA
-    family apart (lora.use).
+    hash. `model.adapter` is then the method's name. With a name of its own an adapter of the LoRA
+    family stands beside others (lora.use).
     """
     check_method(method)
-    if model.adapter and not more:
+    if name:
+        check_beside(model, method, name)
+    elif model.adapter:
         raise UserError(f"the model has an adapter ({model.adapter}) already; merge it first")
     if base and is_adapter(base):  # peft would put the new one in the old one's place
         raise UserError(
             f"{base} holds an adapter, and no other is trained on one; merge it first: "
             f"python -m nanollm.hub export {base} --merge --out {base}_merged"
         )
-    if more:
-        check_beside(model, method, **more)
     model.base_parameters = sum(p.numel() for p in model.parameters())
     device = model.device
     model.requires_grad_(False)
-    settings = settings or Settings()
     parts = [METHODS[part] for part in method.split("+")]
-    model.adapter_config = [part.add(model, settings, **more) for part in parts]
-    for name, p in model.named_parameters():
-        if name.split(".")[0] in MODULES_TO_SAVE:
+    settings = settings or Settings()
+    model.adapter_config = [part.add(model, settings, name or "default") for part in parts]
+    for parameter, p in model.named_parameters():
+        if parameter.split(".")[0] in MODULES_TO_SAVE:
             p.requires_grad_(True)
     model.to(device)
     model.adapter = method
@@ -82,14 +80,14 @@ def check_method(name):
 
 def check_beside(model, method, name):
     """Raise UserError where no adapter of this kind and name can stand beside others."""
-    kinds, taken = {method, model.adapter or method}, model.lora.known if model.lora else ()
+    kinds = {method, model.adapter or method}
     if not METHODS[method].mergeable or hasattr(model, "projector"):
         raise UserError("only adapters of the LoRA family stand side by side, on a text model")
     if "qlora" in kinds and len(kinds) > 1:
         raise UserError(
             "an adapter for a base of four bits can't stand beside one for another base"
         )
-    if name in taken or hasattr(nn.ParameterDict(), name):
+    if model.lora and name in model.lora.known:
         raise UserError(f"adapters are called as their folders, and {name} is taken; rename one")
 
 
@@ -110,31 +108,32 @@ def save_adapter(model, folder, base):
     peft has no file for two methods: of lora+prompt the second is saved in the folder, and its base
     is the first, on the model's own base, in a folder `lora` in there.
     """
-    names, known = model.adapter.split("+"), getattr(model, "base_hash", None)
-    scalar = isinstance(model, ScalarGPT)
-    for name, own in zip(names, model.adapter_config, strict=True):
-        place = Path(folder) if name == names[-1] else Path(folder) / name
-        base = Path(base).resolve() if base and Path(base).is_dir() else base
+    folder, known = Path(folder), getattr(model, "base_hash", None)
+    *inner, last = model.adapter.split("+")
+    for name, own in zip([*inner, last], model.adapter_config, strict=True):
+        place = folder if name == last else folder / name
+        if base and Path(base).is_dir():
+            base = Path(base).resolve()
         config = {
             "peft_type": METHODS[name].peft_type,
-            "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
+            "task_type": "CAUSAL_LM",
             "inference_mode": True,
             "base_model_name_or_path": str(base),
+            **own,
         }
-        config |= own
         if whole := [theirs for ours, theirs in MODULES_TO_SAVE.items() if hasattr(model, ours)]:
             config["modules_to_save"] = whole
-        if scalar:
-            config["reward_shift"] = model.shift  # not peft's
-        metadata = {BASE_HASH: known} if known else {}
+        if isinstance(model, ScalarGPT):
+            config |= {"task_type": "SEQ_CLS", "reward_shift": model.shift}  # the latter not peft's
         atomic_write(place / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+        metadata = {BASE_HASH: known} if known else {}
         tensors = METHODS[name].parameters(model)
         safetensors.save_file(tensors, place / WEIGHTS, metadata=metadata)
-        if name != names[-1]:
+        if name != last:
             base, known = place, weights_hash(place)
 
 
-def load_adapter(model, folder, base=None, **more):
+def load_adapter(model, folder, base=None, name=None):
     """Attach the adapter that lies in a folder, ours or peft's; returns the model. With `base`, the
     folder that the model came from, its weights must be those that the adapter was trained on.
     """
@@ -142,8 +141,8 @@ def load_adapter(model, folder, base=None, **more):
     if not is_adapter(folder):
         raise UserError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG} in it")
     config = read_json(folder / ADAPTER_CONFIG)
-    name = next((name for name, each in METHODS.items() if each.matches(config)), None)
-    if name is None:
+    method = next((known for known, each in METHODS.items() if each.matches(config)), None)
+    if method is None:
         raise UserError(f"{folder}: peft_type {config.get('peft_type')!r} is not implemented")
     known = safetensors.read_header(folder / WEIGHTS)[1].get(BASE_HASH)
     if base and known and known != weights_hash(base):
@@ -151,27 +150,43 @@ def load_adapter(model, folder, base=None, **more):
             f"{folder} was trained on another base: {base} holds other weights; put it on those "
             "that it was trained on, or train it anew"
         )
-    method, tensors = METHODS[name], safetensors.load_file(folder / WEIGHTS)
-    attach(model, name, method.settings(model, config, tensors, folder), **more)
-    own = method.parameters(model)
-    wanted, found = ({n: list(x.shape) for n, x in each.items()} for each in (own, tensors))
-    for tensor in sorted({**wanted, **found}):
-        if tensor not in wanted:
-            raise UserError(f"{folder} changes {tensor}, which no adapter of this project does")
-        if wanted[tensor] != found.get(tensor):
+    tensors = safetensors.load_file(folder / WEIGHTS)
+    settings = METHODS[method].settings(model, config, tensors, folder)
+    attach(model, method, settings, name=name)
+    own = METHODS[method].parameters(model)
+    wanted, found = ({key: list(x.shape) for key, x in each.items()} for each in (own, tensors))
+    for key in sorted({**wanted, **found}):
+        if wanted.get(key) != found.get(key):
             raise UserError(
-                f"{folder} is damaged or was trained on another base: {tensor} has shape "
-                f"{found.get(tensor)}, but the model wants {wanted[tensor]}"
+                f"{folder} is damaged or was trained on another base: {key} has shape "
+                f"{found.get(key)}, but the model wants {wanted.get(key)}"
             )
     with torch.no_grad():
-        for tensor, p in own.items():
-            p.copy_(tensors[tensor])
+        for key, p in own.items():
+            p.copy_(tensors[key])
     if isinstance(model, ScalarGPT):
         model.shift = float(config.get("reward_shift") or 0.0)
     return model
 
 
-# --- in training and sampling ---------------------------------------------------------------------
+def put_adapters(model, folders, base):
+    """Load the adapters in these folders onto the model from the folder `base`. One is merged, if
+    it can be. Several stand side by side, each under the name of its own folder: lora.use says
+    which of them speaks, at first the base alone.
+    """
+    if len(folders) > 1:
+        for folder in folders:
+            load_adapter(model, folder, base, name=Path(folder).name)
+        use(model, None)
+        return
+    load_adapter(model, folders[0], base)
+    if METHODS[model.adapter].mergeable:
+        unwrap(model, merged=True)
+        model.adapter = model.lora = None
+        model.requires_grad_(True)
+
+
+# --- in training and sampling --------------------------------------------------------------------
 
 
 def start_adapter(model, cfg, rt, folder=None):
@@ -208,23 +223,3 @@ def reference(model):
     unwrap(ref, merged=False)
     ref.model.prefix = ref.adapter = ref.lora = None
     return ref
-
-
-def put_adapter(model, folder, base):
-    """Load the adapter in a folder onto the model from the folder `base`: merged if it can be, else
-    attached.
-    """
-    load_adapter(model, folder, base)
-    if METHODS[model.adapter].mergeable:
-        unwrap(model, merged=True)
-        model.adapter = model.lora = None
-        model.requires_grad_(True)
-
-
-def put_adapters(model, folders, base):
-    """Load adapters side by side onto the model from the folder `base`, each under the name of its
-    own folder: lora.use says which of them speaks, at first the base alone.
-    """
-    for folder in folders:
-        load_adapter(model, folder, base, name=re.sub(r"\W", "_", Path(folder).name))
-    use(model, None)

@@ -38,16 +38,16 @@ class Bottleneck(Around):
 class Bottlenecks(Method):
     peft_type = "BOTTLENECK"
 
-    def add(self, model, settings):
-        last = [name for name in named(model, settings.targets) if name.endswith(LAST)]
+    def add(self, model, settings, name):
+        last = [where for where in named(model, settings.targets) if where.endswith(LAST)]
         if not last:
             raise UserError(
                 f"--targets must name {', '.join(LAST)}: an adapter stands behind these"
             )
-        for name in last:
-            model.set_submodule(name, Bottleneck(model.get_submodule(name), settings.rank))
+        for where in last:
+            model.set_submodule(where, Bottleneck(model.get_submodule(where), settings.rank))
         return {"r": settings.rank}
 
-    def settings(self, model, config, tensors, where):
-        targets = targets_of(model, tensors, ".down.weight", where)
+    def settings(self, model, config, tensors, folder):
+        targets = targets_of(model, tensors, ".down.weight", folder)
         return Settings(rank=config["r"], targets=targets)

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from nanollm.config import AdapterConfig, UserError, Whole
+from nanollm.config import AdapterConfig, Whole
 
 BASE = "base_model.model."  # in front of every name in peft's files
 # Names of a VLM's parts, and what peft calls them, whose base is a LlavaForConditionalGeneration.
-PARTS = {"model.": "model.language_model.", "projector.": "model.multi_modal_projector."}
-PARTS |= {"vision.": "model.vision_tower."}
+PARTS = {
+    "model.": "model.language_model.",
+    "projector.": "model.multi_modal_projector.",
+    "vision.": "model.vision_tower.",
+}
 # Trained as a whole beside an adapter, and what peft calls it: a reward model's head, a VLM's
 # projector.
 MODULES_TO_SAVE = {"score": "score", "projector": "multi_modal_projector"}
@@ -49,8 +52,8 @@ class Around(nn.Module):
 
 
 class Method:
-    """A method: what adapters.py asks of it. What is said here fits those whose parameters stand
-    around the layers.
+    """What adapters.py asks of a method. What is said here fits those whose parameters stand around
+    the layers.
     """
 
     peft_type = ""  # in adapter_config.json
@@ -58,14 +61,14 @@ class Method:
     soft = False  # does it put virtual tokens in front?
     others = ()  # in names of parameters that are not its own, or saved under another name
 
-    def add(self, model, settings):
+    def add(self, model, settings, name):
         """Put new parameters into the model, in place; returns the method's own entries of
-        adapter_config.json.
+        adapter_config.json. `name` tells several adapters of the LoRA family apart.
         """
         raise NotImplementedError
 
-    def settings(self, model, config, tensors, where):
-        """The Settings with which `add` makes an adapter like the one in these files."""
+    def settings(self, model, config, tensors, folder):
+        """The Settings with which `add` makes an adapter like the one in a folder's files."""
         raise NotImplementedError
 
     def matches(self, config):
@@ -74,21 +77,17 @@ class Method:
 
     def parameters(self, model):
         """{name in peft's files: tensor} of what is trained."""
-        trained = {
-            name: p
+        return {
+            peft_name(model, name): p
             for name, p in model.named_parameters()
             if p.requires_grad and not any(other in name for other in self.others)
         }
-        if any(name.startswith("vision.embeddings.") for name in trained):
-            raise UserError(
-                "an adapter is saved without the vision tower; freeze that, or train all"
-            )
-        return {peft_name(model, name): p for name, p in trained.items()}
 
 
 def peft_name(model, name):
     """What peft calls a parameter that we call `name`."""
-    for ours, theirs in PARTS.items() if hasattr(model, "vision") else ():
-        if name.startswith(ours):
-            return BASE + theirs + name.removeprefix(ours)
+    if hasattr(model, "vision"):
+        for ours, theirs in PARTS.items():
+            if name.startswith(ours):
+                return BASE + theirs + name.removeprefix(ours)
     return BASE + name

@@ -68,10 +68,9 @@ def nearest(scaled, values):
 
 
 def quantise(weight):
-    """Quantised form of a weight of any shape with n values."""
+    """Quantised form of a weight of any shape with n values, an even number."""
     scaled, absmax = scaled_blocks(weight.detach().float(), BLOCK)
     codes = nearest(scaled, CODE)
-    codes = F.pad(codes, (0, len(codes) % 2), value=7)  # an odd one's neighbour is 0
     offset = absmax.mean()
     scaled, absmax2 = scaled_blocks(absmax - offset, ABSMAX_BLOCK)
     # bitsandbytes' CPU build looks eight bits up in a table of 2^16 values from -1 to 1

@@ -1,7 +1,7 @@
 """Soft prompts: V trained virtual tokens in front of the text; the model itself stays as it is.
 
-Every method here is a module that gives keys and values (layers, 2, G, V, D), which each layer's
-attention sees in front of the text's own:
+Each is a module that gives keys and values (layers, 2, G, V, D), which every layer's attention sees
+in front of the text's own:
 
     prefix   K, V = MLP(P), P (V, C); saved without the MLP    Li & Liang 2021, arXiv:2101.00190
     ptuning  K, V trained themselves (P-Tuning v2)             Liu et al. 2021, 2110.07602
@@ -58,6 +58,8 @@ def unflatten(flat, decoder):
 
 
 class Front(nn.Module):
+    """Makes keys and values of V virtual tokens."""
+
     def saved(self):
         """What peft's files hold: (V, layers * 2 * G * D), of prompt tuning (V, C)."""
         raise NotImplementedError
@@ -84,7 +86,7 @@ class KeysAndValues(Front):
 
 class PrefixMLP(Front):
     """Prefix tuning: K, V = W2 tanh(W1 P + b1) + b2, which trains more steadily than keys and
-    values themselves. They are all that is saved, and all that generation needs.
+    values themselves. They are all that is saved: so it comes back, and goes on, as P-Tuning v2.
     """
 
     def __init__(self, V, C, hidden, out):
@@ -113,14 +115,25 @@ class PromptEmbeddings(Front):
 # --- the methods ---------------------------------------------------------------------------------
 
 
+def new_front(method, decoder, words, settings):
+    """What a method puts in front at first; words: the embeddings (V, C) of some tokens."""
+    if method == "prompt":
+        return PromptEmbeddings(words)
+    if method == "ptuning":
+        with torch.no_grad():
+            return KeysAndValues(flatten(keys_and_values(decoder, words)))
+    width = len(decoder.layers) * 2 * decoder.layers[0].self_attn.k_proj.out_features
+    return PrefixMLP(*words.shape, settings.hidden, width)
+
+
 class SoftPrompt(Method):
     soft, others = True, ("model.prefix.", ".lora_")  # the first it saves as what they make
 
-    def module(self, decoder, words, settings):
-        """What makes keys and values; words: the embeddings (V, C) of some tokens."""
-        raise NotImplementedError
+    def __init__(self, method):
+        self.method = method
+        self.peft_type = "PROMPT_TUNING" if method == "prompt" else "PREFIX_TUNING"
 
-    def add(self, model, settings):
+    def add(self, model, settings, name):
         """Put V = settings.virtual_tokens virtual tokens in front.
 
         Those of prompt start as the embeddings of random tokens of the vocabulary, and the keys and
@@ -133,9 +146,9 @@ class SoftPrompt(Method):
         decoder.cos, decoder.sin = (table.to(model.device) for table in rotation_table(longer))
         words = torch.randint(cfg.vocab_size, (V,)).to(model.device)
         words = decoder.embed_tokens.weight.detach()[words]  # a copy, (V, C)
-        decoder.prefix = self.module(decoder, words, settings)
+        decoder.prefix = new_front(self.method, decoder, words, settings)
         heads, width = cfg.num_key_value_heads, cfg.num_key_value_heads * cfg.head_dim
-        if self.peft_type == "PROMPT_TUNING":
+        if self.method == "prompt":
             heads, width = cfg.num_attention_heads, cfg.hidden_size
         return {
             "num_virtual_tokens": V,
@@ -145,34 +158,8 @@ class SoftPrompt(Method):
             "token_dim": width,
         }
 
-    def settings(self, model, config, tensors, where):
+    def settings(self, model, config, tensors, folder):
         return Settings(virtual_tokens=config["num_virtual_tokens"])
 
     def parameters(self, model):
         return {"prompt_embeddings": model.model.prefix.saved(), **super().parameters(model)}
-
-
-class PTuning(SoftPrompt):
-    peft_type = "PREFIX_TUNING"
-
-    @torch.no_grad()
-    def module(self, decoder, words, settings):
-        return KeysAndValues(flatten(keys_and_values(decoder, words)))
-
-
-class Prefix(SoftPrompt):
-    """Saved without its MLP: so it comes back, and goes on, as P-Tuning v2."""
-
-    peft_type = "PREFIX_TUNING"
-
-    def module(self, decoder, words, settings):
-        attention = decoder.layers[0].self_attn
-        out = len(decoder.layers) * 2 * attention.k_proj.out_features
-        return PrefixMLP(*words.shape, settings.hidden, out)
-
-
-class Prompt(SoftPrompt):
-    peft_type = "PROMPT_TUNING"
-
-    def module(self, decoder, words, settings):
-        return PromptEmbeddings(words)
