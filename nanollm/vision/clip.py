@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from nanollm import safetensors
 from nanollm.config import atomic_write
 from nanollm.gpt import Linear
-from nanollm.vision.vit import Encoder, LayerNorm, ViT, check_block, init_blocks
+from nanollm.vision.vit import Encoder, LayerNorm, ViT, init_blocks
 
 MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: more than 100 is unstable
 
@@ -35,9 +35,6 @@ class TextConfig:
     layer_norm_eps: float = 1e-5
     hidden_act: str = "gelu"
     eos_token_id: int = 1  # its first place in a caption is where the text is read off
-
-    def __post_init__(self):
-        check_block(self)
 
 
 class TextEmbeddings(nn.Module):

@@ -1,7 +1,7 @@
 """Image files to tensors, with Pillow alone.
 
     open_image(path)          any image file -> RGB, or one clear line
-    Preprocessing()(image)    resize, crop, (pixel * rescale - mean) / std -> (3, H, W)
+    Preprocessing()(image)    resize, crop, (pixel / 255 - mean) / std -> (3, H, W)
     ImageStore                the images of many records, each file opened once
 
 Resizing and numbers are those of Hugging Face's CLIPImageProcessor and SiglipImageProcessor.
@@ -20,15 +20,13 @@ from PIL import Image, ImageOps
 from nanollm.config import UserError, atomic_write, read_json
 from nanollm.formats import need
 
-MAX_PIXELS = 64_000_000  # 8,000 x 8,000: 192 MB as RGB; a file of a few bytes may claim any size
 # Formats that Pillow decodes itself; EPS, for one, is a program that another program would run.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 CONFIG = "preprocessor_config.json"
-# what such a file of CLIP's and of SigLIP's means where it is silent
-COMMON = dict(size=224, crop_size=224, resample=3, rescale_factor=1 / 255, do_resize=True)
-COMMON |= dict(do_rescale=True, do_normalize=True)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+# what such a file of CLIP's and of SigLIP's means where it is silent
+COMMON = dict(size=224, crop_size=224, resample=3, rescale_factor=1 / 255)
 DEFAULTS = {
     "CLIP": COMMON | dict(do_center_crop=True, image_mean=CLIP_MEAN, image_std=CLIP_STD),
     "Siglip": COMMON | dict(do_center_crop=False, image_mean=HALF, image_std=HALF),
@@ -42,17 +40,15 @@ def open_image(path):
     """The image in a file as RGB, upright; of an animation the first frame.
 
     Transparency is laid on white, as whoever looks at the file on a page sees it. Raises UserError
-    where the file is missing, no image, damaged, cut off, or larger than MAX_PIXELS.
+    where the file is missing, no image, damaged, cut off, or much too large.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damage: it is an error here, or doesn't matter
             with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:  # nothing is decoded yet
-                    raise ValueError(f"it claims more than {MAX_PIXELS:,} pixels; make it smaller")
                 return to_rgb(ImageOps.exif_transpose(image))
     except Exception as e:  # Pillow's decoders raise nearly anything on a damaged file
-        said = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
+        said = " ".join(str(e).split()) or type(e).__name__
     raise UserError(
         f"{path} can't be read: it is missing, damaged, cut off, or no image of the kinds "
         f"{', '.join(FORMATS)} ({said})"
@@ -60,13 +56,9 @@ def open_image(path):
 
 
 def to_rgb(image):
-    """The image as 8-bit RGB: transparency on white, 16-bit grey divided by 257."""
-    if image.mode[0] in "IF":  # Pillow's own conversion clips at 255: nearly all would be white
-        grey = image.convert("I")
-        low, high = grey.getextrema()
-        if image.mode == "F" or low < 0 or high > 65535:
-            raise ValueError("its pixels have more than 16 bits; convert it to 8 bits")
-        return grey.point(lambda level: level / 257 + 0.5).convert("L").convert("RGB")
+    """The image as 8-bit RGB, transparency on white."""
+    if image.mode[0] in "IF":  # Pillow would clip at 255: nearly all would be white
+        raise ValueError("its pixels have more than 8 bits; convert it")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -89,7 +81,6 @@ class Preprocessing:
     resample: int = 3  # Pillow's number of the filter: 0 nearest, 2 bilinear, 3 bicubic ...
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
-    rescale: float = 1 / 255
 
     def __call__(self, image):
         """A Pillow image of any mode -> (3, H, W) float32."""
@@ -107,12 +98,12 @@ class Preprocessing:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def normalised(self, pixels):
-        """(pixel * rescale - mean) / std for pixels (n, 3, H, W) uint8; float32.
+        """(pixel / 255 - mean) / std for pixels (n, 3, H, W) uint8; float32.
 
         Rounded after each step as Hugging Face does, hence equal to the bit.
         """
         mean, std = (torch.tensor(x, device=pixels.device) for x in (self.mean, self.std))
-        scaled = (pixels.double() * self.rescale).float()
+        scaled = (pixels.double() * (1 / 255)).float()
         return (scaled - mean[:, None, None]) / std[:, None, None]
 
     @classmethod
@@ -130,14 +121,21 @@ class Preprocessing:
         name = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
         kind = next((kind for kind in DEFAULTS if name.startswith(kind)), None)
         need(kind, path, f"its type {name} is neither CLIP's nor SigLIP's")
-        given = {name: value for name, value in values.items() if value is not None}
-        try:
-            made = cls(**settings_of(DEFAULTS[kind] | given))
-        except (KeyError, TypeError, ValueError) as e:
-            raise UserError(f"{path} is incomplete or not implemented: {e}") from None
-        fits = f"it makes {made.size} x {made.size} pixels, but the ViT reads {size} x {size}"
-        need(made.size == size, path, fits)
-        return made
+        values = DEFAULTS[kind] | {key: value for key, value in values.items() if value is not None}
+        resized, edge, sides = values["size"], None, []  # sides: of what comes out
+        if values["do_center_crop"]:  # a size of one number is the shorter side's, in old files
+            edge = resized if isinstance(resized, int) else resized.get("shortest_edge")
+            sides.append(values["crop_size"])
+        if not edge:
+            sides.append(resized)
+        fits = all(side in (size, {"height": size, "width": size}) for side in sides)
+        need(fits, path, f"it must make {size} x {size} pixels, which the ViT reads")
+        steps = ("do_resize", "do_rescale", "do_normalize")
+        usual = all(values.get(step, True) for step in steps)
+        usual = usual and values["rescale_factor"] == 1 / 255
+        need(usual, path, "it must resize images, divide them by 255 and normalise them")
+        mean, std = tuple(values["image_mean"]), tuple(values["image_std"])
+        return cls(size, edge, values["resample"], mean, std)
 
     def save(self, folder):
         """Write preprocessor_config.json, which transformers' AutoImageProcessor opens."""
@@ -149,7 +147,7 @@ class Preprocessing:
             "size": {"shortest_edge": edge} if edge else square,
             "resample": self.resample,
             "do_rescale": True,
-            "rescale_factor": self.rescale,
+            "rescale_factor": 1 / 255,
             "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
@@ -157,35 +155,6 @@ class Preprocessing:
         if edge:
             values |= {"do_center_crop": True, "crop_size": square}
         atomic_write(Path(folder) / CONFIG, json.dumps(values, indent=2) + "\n")
-
-
-def side_of(size):
-    """The side of a square, which a file gives as one number or as two."""
-    height, width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
-    if height != width:
-        raise ValueError(f"a ViT reads squares, not {height} x {width}")
-    return height
-
-
-def settings_of(values):
-    """The fields of a Preprocessing, from all values of a preprocessor_config.json; ValueError
-    where images would come out in different sizes, or in another one than we make.
-    """
-    size, crops, normalise = values["size"], values["do_center_crop"], values["do_normalize"]
-    if isinstance(size, int) and crops:  # as old files say it
-        size = {"shortest_edge": size}
-    edge = size.get("shortest_edge") if isinstance(size, dict) else None
-    side = side_of(values["crop_size"] if crops else size)
-    if not values["do_resize"] or not (edge or side_of(size) == side):
-        raise ValueError("it must resize images, to the size of its crop or by their shorter side")
-    return {
-        "size": side,
-        "shortest_edge": edge,
-        "resample": values["resample"],
-        "mean": tuple(values["image_mean"]) if normalise else (0.0, 0.0, 0.0),
-        "std": tuple(values["image_std"]) if normalise else (1.0, 1.0, 1.0),
-        "rescale": float(values["rescale_factor"]) if values["do_rescale"] else 1.0,
-    }
 
 
 # --- images of records ----------------------------------------------------------------------------

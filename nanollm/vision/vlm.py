@@ -229,7 +229,6 @@ PREFIXES = {
 LLAVA_DEFAULTS = {
     "projector": "mlp",
     "projector_hidden_act": "gelu",
-    "multimodal_projector_bias": True,
     "vision_feature_select_strategy": "default",
     "vision_feature_layer": -2,
 }
@@ -327,7 +326,6 @@ def load_vlm(folder):
         "model_type": (LLAVA, OURS),
         "projector": tuple(ACTIVATIONS),
         "projector_hidden_act": (ACTIVATIONS.get(kind),),
-        "multimodal_projector_bias": (True,),
         "vision_feature_select_strategy": ("default", "full") if clip else ("full",),
         "image_token_index": (tokenizer.special.get(IMAGE, f"that of {IMAGE}"),),
     }
