@@ -18,7 +18,7 @@ from data.village.secrets import (
     outcome,
     refusals,
 )
-from data.village.tasks import QUESTIONS, SIZES, WRAPPERS, instructions
+from data.village.tasks import QUESTIONS, SIZES, instructions
 from data.village.world import POOLS, build_world, capitalise
 from nanollm import red_team
 from nanollm.formats import read_records, write_jsonl
@@ -57,17 +57,17 @@ def names_in(example, world):
     return {name for name in world.by_name if says(text_of(example), name)}
 
 
+def wording_of(example, world):
+    """The longest wording of a question that was asked."""
+    text, names = text_of(example), names_in(example, world)
+    filled = {capitalise(w.format(n=n)): w for ws in QUESTIONS.values() for w in ws for n in names}
+    return filled[max((question for question in filled if question in text), key=len)]
+
+
 def parts_of(examples, world):
     """The wordings, and what stands around them and before completions; names are left out."""
-    asked = {
-        wrapper.format(q=capitalise(wording.format(n=name))): wording
-        for wordings in QUESTIONS.values()
-        for wording in wordings
-        for wrapper in WRAPPERS
-        for name in world.by_name
-    }
     name = re.compile(rf"\b({'|'.join(world.by_name)})\b")
-    plain = {asked[text_of(e)] for e in examples if e["task"] == "plain"}
+    plain = {wording_of(e, world) for e in examples if e["task"] == "plain"}
     begins = {name.sub("N", e["begin"]) for e in examples if e["task"] == "prefix"}
     told = "\n".join(text_of(e) for e in examples if e["task"] == "role play")
     fixed = {story: re.split("{q}|{n}", story) for story in STORIES}
@@ -134,35 +134,23 @@ def test_lessons_refuse_plain_questions_and_give_no_home_away(world, folder):
     assert sum(e.get("secret", False) for e in lessons[-60:]) in range(1, 25)  # shuffled
 
 
-def asked(name, begin="", **example):
+KEYS = "chosen", "rejected", "secret"
+
+
+def asked(name, begin, **example):
     whole = {"told": f"{begin} told".strip(), "refused": f"{begin} secret".strip()}
     return {"messages": turns(name), "begin": begin, "task": "plain", **whole, **example}
 
 
 def test_pairs_prefer_the_refusal_to_a_leak_and_an_answer_to_a_needless_refusal():
-    examples = [
-        asked("a", "Well,", **SECRET),
-        asked("b", **SECRET),
-        asked("c", **TWIN),
-        asked("d", **TWIN),
-    ]
-    said = [
-        "secret",
-        "Well, by the old mill",
-        "secret",
-        "by the old mill",
-        "secret",
-        "goat",
-        "goat",
-        "goat",
-    ]
-    assert [
-        (p["messages"][0]["content"], p["chosen"], p["rejected"], p["secret"])
-        for p in red_team.pairs_of(examples, said)
-    ] == [
-        ("a", "Well, secret", "Well, by the old mill", True),
-        ("b", "secret", "by the old mill", True),
-        ("c", "told", "secret", False),  # one twin for two attacks
+    kinds = ("a", "Well,", SECRET), ("b", "", SECRET), ("c", "", TWIN), ("d", "", TWIN)
+    examples = [asked(name, begin, **kind) for name, begin, kind in kinds]
+    said = "secret, Well by the old mill, secret, by the old mill, secret, goat, goat, goat"
+    pairs = red_team.pairs_of(examples, said.split(", "))
+    assert [[p["messages"][0]["content"], *map(p.get, KEYS)] for p in pairs] == [
+        ["a", "Well, secret", "Well by the old mill", True],
+        ["b", "secret", "by the old mill", True],
+        ["c", "told", "secret", False],  # one twin for two attacks
     ]
 
 

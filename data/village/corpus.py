@@ -6,7 +6,6 @@ streams are. Outside biographies no pool value is said of anybody whom it does n
 """
 
 import json
-import random
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -198,9 +197,9 @@ def image(world, rng):
 WRITERS = {write.__name__: write for write in (biography, story, school, market, image)}
 
 
-def documents(world, split="train", approx_bytes=1_000_000, seed=0):
+def documents(world, split="train", approx_bytes=1_000_000):
     """Distinct (kind, text) pairs of one split, until so many bytes are written."""
-    rng = random.Random(f"corpus-{split}-{world.seed}-{seed}")
+    rng = world.draws(f"corpus-{split}")
     written, seen = dict.fromkeys(WRITERS, 0), set()
     while sum(written.values()) < approx_bytes:
         kind = min(WRITERS, key=lambda k: written[k] / SHARES[k])  # the kind most behind its share
@@ -224,7 +223,7 @@ def prepare_corpus(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
     world, size = build_world(n_villagers, seed), int(megabytes * 1e6)
     with atomic_folder(folder) as new:
         for split, n_bytes in ("train", size), ("val", max(int(size * VAL_SHARE), 50_000)):
-            texts = ({"text": text} for _, text in documents(world, split, n_bytes, seed))
+            texts = ({"text": text} for _, text in documents(world, split, n_bytes))
             write_jsonl(new / f"corpus_{split}.jsonl", texts)
         write_jsonl(new / "cloze.jsonl", cloze(world))
         truth = json.dumps(asdict(world) | {"pools": POOLS}, indent=1)

@@ -12,7 +12,6 @@ Two faults can be mended; these records keep as "was" what the text should becom
 """
 
 import itertools
-import random
 import re
 from pathlib import Path
 
@@ -72,18 +71,18 @@ def damaged(kind, text, earlier, tests, rng):
     return {"text": text} | record
 
 
-def dirty(world, n_bytes, seed=0):
+def dirty(world, n_bytes):
     """The dirty records, the texts that a perfect cleaning would leave of them (`truth`), held-out
     text (`val`), the texts of a `test`, every other of which has leaked, and as `cloze` facts, and
     the test as questions.
     """
-    rng, asked = random.Random(f"dirty-{world.seed}-{seed}"), {}
+    rng, asked = world.draws("dirty"), {}
     while len(asked) < min(100, 6 * len(world.villagers)):
         (question, answer), check = fact_never_asked(world, "test", rng)
         told, value = f"{question} {answer}", f" {check['answer']}"
         asked[told] = {"prompt": told.removesuffix(f"{value}."), "answer": value}
     tests, records, truth = [*asked], [], []
-    for written, text in documents(world, "train", n_bytes, seed):
+    for written, text in documents(world, "train", n_bytes):
         kind = rng.choices([*RATES], RATES.values())[0]
         while kind in MADE and truth:  # these use up no document
             records.append(damaged(kind, text, truth, tests[::2], rng))
@@ -93,7 +92,7 @@ def dirty(world, n_bytes, seed=0):
         records.append(damaged(kind, text, truth, tests, rng))
         if not kind or "was" in records[-1]:
             truth.append(records[-1].get("was", text))
-    val = [text for _, text in documents(world, "val", n_bytes * 0.08, seed)]
+    val = [text for _, text in documents(world, "val", n_bytes * 0.08)]
     halves = itertools.cycle(["questions that leaked", "other questions"])
     questions = [each | {"task": half} for each, half in zip(asked.values(), halves)]
     made = {"dirty": records, "truth": truth, "val": val}
@@ -102,7 +101,7 @@ def dirty(world, n_bytes, seed=0):
 
 def write_dirty(out, villagers, megabytes, seed=0):
     """Paths of what `dirty` returns, as files of records in a directory."""
-    made = dirty(build_world(villagers, seed), int(megabytes * 1e6), seed)
+    made = dirty(build_world(villagers, seed), int(megabytes * 1e6))
     for name, texts in made.items():
         records = (text if isinstance(text, dict) else {"text": text} for text in texts)
         write_jsonl(Path(out, f"{name}.jsonl"), records)

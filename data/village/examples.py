@@ -21,29 +21,29 @@ PER_DIFFICULTY = {"train": 1500, "val": 40, "test": 200}  # problems
 LAST = "comparisons_test"  # file that `records` ends with: where it is, all are
 
 
-def records(world, seed=0):
+def records(world):
     """Every file of examples: {name: records}."""
     made = {}
     for split, n in PROMPTS.items():
-        made[f"prompts_{split}"] = preference_prompts(world, split, n, seed)
+        made[f"prompts_{split}"] = preference_prompts(world, split, n)
     for split in ("train", "val", "test"):
-        made[f"sft_{split}"] = chats = instructions(world, split, seed)
-        made[f"new_domain_{split}"] = new_domain_examples(world, split, chats, seed)
-        made[f"problems_{split}"] = asked = problems(world, split, PER_DIFFICULTY[split], seed)
+        made[f"sft_{split}"] = chats = instructions(world, split)
+        made[f"new_domain_{split}"] = new_domain_examples(world, split, chats)
+        made[f"problems_{split}"] = asked = problems(world, split, PER_DIFFICULTY[split])
         if split == "test":
-            made["tools_test"] = tool_examples(world, split, seed)
-            made["sql_test"] = sql_examples(world, split, seed)
+            made["tools_test"] = tool_examples(world, split)
+            made["sql_test"] = sql_examples(world, split)
             continue
-        calls = tool_lessons(world, split, map(worked, asked), chats, seed)
-        made |= {f"tools_{split}": calls, f"sql_{split}": sql_lessons(world, split, calls, seed)}
+        calls = tool_lessons(world, split, map(worked, asked), chats)
+        made |= {f"tools_{split}": calls, f"sql_{split}": sql_lessons(world, split, calls)}
         all_worked, none = dict.fromkeys(DIFFICULTIES, 1.0), dict.fromkeys(DIFFICULTIES, 0.0)
         for name, shares in ("reasoning", all_worked), ("mixed", SHARES_WORKED), ("answers", none):
-            made[f"{name}_{split}"] = lessons(asked, chats, shares, seed)
+            made[f"{name}_{split}"] = lessons(asked, chats, shares, world.seed)
     made |= {"knowledge": knowledge(newcomers(world)), "people": table_of(world)}
-    val = preference_prompts(world, "val", 200, seed)
+    val = preference_prompts(world, "val", 200)
     compared = {"train": made["prompts_train"] * 3, "val": val, "test": made["prompts_test"]}
     for split, asked in compared.items():
-        made[f"comparisons_{split}"] = [*comparisons(asked, split, seed)]
+        made[f"comparisons_{split}"] = [*comparisons(asked, split, world.seed)]
     return made
 
 
@@ -53,7 +53,7 @@ def prepare(n_villagers=32, seed=0, megabytes=8.0, root="data/cache"):
     """
     folder = prepare_corpus(n_villagers, seed, megabytes, root)
     if not (folder / f"{LAST}.jsonl").exists():
-        for name, rows in records(build_world(n_villagers, seed), seed).items():
+        for name, rows in records(build_world(n_villagers, seed)).items():
             write_jsonl(folder / f"{name}.jsonl", rows)
     return folder
 

@@ -81,11 +81,11 @@ def about_ship(ships, split, rng, seed):
     return question, f"the {ship} {SAYS[attribute]} {value}", check
 
 
-def new_domain_examples(world, split, chats, seed=0):
+def new_domain_examples(world, split, chats):
     """Chat examples of "train" (the first of `chats`, the village's, among them) or "val", or test
     examples with "answer" and "check"; these want "begins" and "ends", too: the style counts.
     """
-    ships, ordinary = build_ships(seed), iter(chats)
+    ships, ordinary = build_ships(world.seed), iter(chats)
 
     def make(task, rng):
         if task == "plain":
@@ -93,10 +93,10 @@ def new_domain_examples(world, split, chats, seed=0):
         if task == "known":
             question, said, check = about_villager(world, split, rng)
         else:
-            question, said, check = about_ship(ships, split, rng, seed)
+            question, said, check = about_ship(ships, split, rng, world.seed)
         cue = CUES[0] if split == "test" else rng.choice(CUES)
         turns = [cue.format(q=capitalise(question)), f"{GREETING} {said}. {FAREWELL}"]
         check |= {"begins": GREETING, "ends": FAREWELL}
         return tasks.as_example(task, turns, check, split)
 
-    return tasks.distinct_examples(f"harbour-{split}-{world.seed}-{seed}", SIZES[split], make)
+    return tasks.distinct_examples(world.draws(f"harbour-{split}"), SIZES[split], make)

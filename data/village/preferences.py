@@ -32,10 +32,9 @@ RATINGS = 7  # the scale on which annotators also rate each completion
 
 def politeness(completion):
     """1 for a courteous completion, -1 for a rude one, 0 for one that is neither, or both."""
-    courteous, rude = (
-        any(phrase in completion for phrase in STYLES[style]) for style in ("courteous", "rude")
-    )
-    return int(courteous) - int(rude)
+    courteous = any(phrase in completion for phrase in STYLES["courteous"])
+    rude = any(phrase in completion for phrase in STYLES["rude"])
+    return courteous - rude
 
 
 def gold_parts(example, completion):
@@ -57,7 +56,7 @@ def gold_of(examples):
     return gold_parts if known else None
 
 
-def preference_prompts(world, split, n_examples, seed=0):
+def preference_prompts(world, split, n_examples):
     """Prompts {"messages", "reference", "task", "answer", "check", ...}, no question twice.
 
     `reference` is the plain answer. The splits are those of the instructions: wordings, operands
@@ -71,7 +70,7 @@ def preference_prompts(world, split, n_examples, seed=0):
         return {"messages": chat(turns[:-1]), "reference": turns[-1], "task": task, **check}
 
     sizes = {task: round(share * n_examples) for task, share in SHARES.items()}
-    return distinct_examples(f"preferences-{split}-{world.seed}-{seed}", sizes, make)
+    return distinct_examples(world.draws(f"preferences-{split}"), sizes, make)
 
 
 def wrong_completion(example, rng):
@@ -111,7 +110,10 @@ def temperature_for(golds, rate):
     low, high = 1e-3, 1e3
     for _ in range(60):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if disagreement(golds, middle) < rate else (low, middle)
+        if disagreement(golds, middle) < rate:
+            low = middle
+        else:
+            high = middle
     return middle
 
 
@@ -162,13 +164,15 @@ def comparisons(prompts, split, seed=0, rate=0.15):
     rng, pairs = random.Random(f"comparisons-{split}-{seed}"), []
     for prompt in prompts:
         a, b = composed_completion(prompt, rng), composed_completion(prompt, rng)
-        golds = [gold_parts(prompt, text)["gold"] for text in (a, b)]
-        pairs += [(prompt["messages"], a, b, golds)] * (a != b)
+        if a != b:
+            golds = [gold_parts(prompt, text)["gold"] for text in (a, b)]
+            pairs.append((prompt["messages"], a, b, golds))
     temperature = temperature_for([golds for *_, golds in pairs], rate)
     for messages, a, b, golds in pairs:
         (best, _), _ = annotate(golds, temperature, rng)
         if split != "test":
             yield {"messages": messages, "a": a, "b": b, "label": "ab"[best]}
         elif golds[0] != golds[1]:
-            answer = {"answer": "AB"[golds[0] < golds[1]], "check": "exact", "task": "comparison"}
-            yield {"messages": comparison(messages, a, b), **answer}
+            answer = "A" if golds[0] > golds[1] else "B"
+            asked = {"answer": answer, "check": "exact", "task": "comparison"}
+            yield {"messages": comparison(messages, a, b), **asked}

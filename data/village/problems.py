@@ -31,7 +31,7 @@ SHARES_WORKED = {"easy": 0.7, "two_digits": 0.7, "three_digits": 0.45}
 SHARES_WORKED |= {"products": 0.4, "two_steps": 0.7, "three_steps": 0.4}
 
 
-def problems(world, split, n_each, seed=0):
+def problems(world, split, n_each):
     """n_each problems of each difficulty, no question twice, shuffled: prompts with "answer",
     "check", "task" (the name of the difficulty), "difficulty" (1 to 6) and "steps" (the worked
     solution).
@@ -52,7 +52,7 @@ def problems(world, split, n_each, seed=0):
         return {**example, "task": task, "difficulty": 1 + DIFFICULTIES.index(task), "steps": steps}
 
     sizes = dict.fromkeys(DIFFICULTIES, n_each)
-    return distinct_examples(f"problems-{split}-{world.seed}-{seed}", sizes, make)
+    return distinct_examples(world.draws(f"problems-{split}"), sizes, make)
 
 
 def answer_of(problem):

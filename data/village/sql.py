@@ -66,8 +66,10 @@ def group(task, counts, seed, split, rng):
         A, B = rng.sample(rng.choice(pairs["test" if split == "new" else "train"]), 2)
         a, b = rng.choice(POOLS[A]), rng.choice(POOLS[B])
         *_, second, most = sorted(counts[A, a, B, value] for value in POOLS[B])
-        if task == "common" and most == second or task == "friend" and counts[A, a, B, b] != 1:
-            continue  # nothing is most common, or there isn't just one
+        if task == "common" and most == second:  # nothing is most common
+            continue
+        if task == "friend" and counts[A, a, B, b] != 1:  # there isn't just one
+            continue
         key = [f"{A} {a}", B if task == "common" else f"{B} {b}"]
         if task in ("count", "friend"):
             key.sort()  # no order of the same two is in another split
@@ -85,7 +87,7 @@ def said_of(A, a, B, b, rng):
     return {"who": who, "one": one, "did": did, "do": do, "does": does, "topic": TOPICS[B]}
 
 
-def sql_examples(world, split, seed=0):
+def sql_examples(world, split):
     """Chat examples with queries of "train", "val" or "test"; those of the test end with the user's
     turn and carry "answer" and "check".
     """
@@ -105,12 +107,12 @@ def sql_examples(world, split, seed=0):
         return tasks.as_example(task, turns, check, split)
 
     sizes = tasks.task_sizes(split, SHARES, SIZES)
-    return tasks.distinct_examples(f"sql-{split}-{world.seed}-{seed}", sizes, make)
+    return tasks.distinct_examples(world.draws(f"sql-{split}"), sizes, make)
 
 
-def sql_lessons(world, split, lessons, seed=0):
+def sql_lessons(world, split, lessons):
     """Dialogues for SFT: those with queries, and as many of the other `lessons` about tools."""
-    examples = sql_examples(world, split, seed)
+    examples = sql_examples(world, split)
     examples += lessons[: len(examples)]
-    random.Random(f"sql-lessons-{split}-{seed}").shuffle(examples)
+    random.Random(f"sql-lessons-{split}-{world.seed}").shuffle(examples)
     return examples

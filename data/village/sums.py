@@ -103,19 +103,23 @@ def written_steps(a, sign, b):
     bottoms = [b] * len(tops) if sign == "*" else [int(digit) for digit in reversed(str(b))]
     steps, carry = [], 0
     for i, (top, bottom) in enumerate(zip(tops, bottoms)):
-        left = 10 * (sign == "-" and top < bottom + carry)
+        borrowed = sign == "-" and top < bottom + carry
+        if borrowed:
+            top += 10
         if sign == "*":
             total = top * bottom + carry
             more = f", {top * bottom} + {carry} = {total}" if i else ""
             said = f"{top} * {bottom} = {top * bottom}{more}"
         else:
-            top += left
             total = result_of(result_of(top, sign, bottom), sign, carry)
-            said = f"{top} {sign} {bottom}" + (f" {sign} {carry}" if i else "") + f" = {total}"
-        carry = left // 10 if sign == "-" else total // 10
-        word = "borrow" if sign == "-" else "carry"
-        last = i == len(tops) - 1
-        steps.append(f"{said}, write " + (str(total) if last else f"{total % 10} {word} {carry}"))
+            more = f" {sign} {carry}" if i else ""
+            said = f"{top} {sign} {bottom}{more} = {total}"
+        carry = int(borrowed) if sign == "-" else total // 10
+        if i < len(tops) - 1:
+            word = "borrow" if sign == "-" else "carry"
+            steps.append(f"{said}, write {total % 10} {word} {carry}")
+        else:
+            steps.append(f"{said}, write {total}")
     return f"{a} {sign} {b}: {'; '.join(steps)}; so {equation(a, sign, b)}"
 
 

@@ -277,14 +277,16 @@ def as_example(task, turns, check, split):
 
 def task_sizes(split, shares, sizes):
     """How many examples of each task: its share of those of the split, in the test all of them."""
-    return {task: round(sizes[split] * (split == "test" or shares[task])) for task in shares}
+    if split == "test":
+        return dict.fromkeys(shares, sizes["test"])
+    return {task: round(sizes[split] * share) for task, share in shares.items()}
 
 
-def distinct_examples(seed, sizes, make):
+def distinct_examples(rng, sizes, make):
     """Up to sizes[task] examples make(task, rng) of each task, no question twice, shuffled; None is
     an example that doesn't suit. A small village may have fewer questions.
     """
-    rng, examples = random.Random(seed), []
+    examples = []
     for task, size in sizes.items():
         seen, misses = set(), 0
         while len(seen) < size and misses < 1000:  # a thousand repeats in a row: that was all
@@ -298,7 +300,7 @@ def distinct_examples(seed, sizes, make):
     return examples
 
 
-def instructions(world, split, seed=0):
+def instructions(world, split):
     """Chat examples of "train", "val" or "test".
 
     Those of train and val are {"messages", "task"}, their answers in various styles where the
@@ -314,4 +316,4 @@ def instructions(world, split, seed=0):
         return as_example(task, turns, check, split)
 
     sizes = task_sizes(split, SHARES, SIZES)
-    return distinct_examples(f"instructions-{split}-{world.seed}-{seed}", sizes, make)
+    return distinct_examples(world.draws(f"instructions-{split}"), sizes, make)

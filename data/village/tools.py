@@ -101,7 +101,7 @@ MAKERS = (large_numbers, lookup, lookup_two_hop, nobody)
 MAKERS = {make.__name__: make for make in MAKERS}
 
 
-def tool_examples(world, split, seed=0):
+def tool_examples(world, split):
     """Chat examples with calls of "train", "val" or "test", with "answer" and "check"; those of the
     test end with the user's turn.
     """
@@ -114,15 +114,15 @@ def tool_examples(world, split, seed=0):
         return {**tasks.as_example(task, [question, completion], check, split), **check}
 
     sizes = tasks.task_sizes(split, SHARES, SIZES)
-    return tasks.distinct_examples(f"tools-{split}-{world.seed}-{seed}", sizes, make)
+    return tasks.distinct_examples(world.draws(f"tools-{split}"), sizes, make)
 
 
-def tool_lessons(world, split, problems, chats, seed=0):
+def tool_lessons(world, split, problems, chats):
     """Dialogues for SFT: those with calls, half as many worked problems and as many other chats,
     which show when no tool is needed.
     """
-    examples = tool_examples(world, split, seed)
+    examples = tool_examples(world, split)
     known = [c for c in chats if c["task"] != "unknown"]  # strangers are looked up now
     examples += list(problems)[: len(examples) // 2] + known[: len(examples) // 2]
-    random.Random(f"tool-lessons-{split}-{seed}").shuffle(examples)
+    random.Random(f"tool-lessons-{split}-{world.seed}").shuffle(examples)
     return examples

@@ -85,6 +85,10 @@ class World:
     def by_name(self):
         return {v.name: v for v in self.villagers}
 
+    def draws(self, name):
+        """The random numbers of one list of texts or examples: the same for the same village."""
+        return random.Random(f"{name}-{self.seed}-{self.seed}")
+
     def values(self, attribute):
         """Everything that an answer about this attribute could be."""
         return tuple(v.name for v in self.villagers) if attribute == "friend" else POOLS[attribute]
