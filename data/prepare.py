@@ -24,7 +24,7 @@ if not __package__:  # run as a file: the repository root holds the package
 
 from nanollm.config import UserError, Whole, atomic_file, cli, say
 from nanollm.download import CHUNK, Download
-from nanollm.formats import divided
+from nanollm.formats import divided, json_values
 from nanollm.records import as_chat, as_prompt, as_ranking, as_text_chat, check_markers
 
 CACHE = Path("data/cache")
@@ -50,30 +50,6 @@ def open_text(download):
     if urlsplit(download.url).path.endswith(".gz"):
         stream = gzip.GzipFile(fileobj=stream)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
-
-
-# --- readers: from a text to records ----------------------------------------------------------
-
-
-def read_array(text):
-    """The objects of one JSON array, one at a time: 2 GB need not fit into memory."""
-    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    buffer, at = text.read(CHUNK).lstrip(), 1
-    if buffer[:1] != "[":
-        raise ValueError("a JSON array begins with [")
-    while True:
-        at = blank.match(buffer, at).end()
-        if buffer[at : at + 1] == "]":
-            return
-        try:
-            record, at = decode(buffer, at)
-        except json.JSONDecodeError:  # the rest of it is still to come
-            more = text.read(max(CHUNK, len(buffer)))
-            if not more:
-                raise
-            buffer, at = buffer[at:] + more, 0
-        else:
-            yield record
 
 
 # --- the datasets -------------------------------------------------------------------------------
@@ -143,10 +119,9 @@ IMAGES = "http://images.cocodataset.org/zips/train2017.zip (18 GB)"  # llava-ins
 
 def records_of(text, url, path):
     """The records of a download, to be written to `path`: lines of text, or what JSON holds."""
-    ending = Path(urlsplit(url).path).suffix
-    if ending == ".txt":
+    if urlsplit(url).path.endswith(".txt"):
         return text if path.suffix == ".txt" else ({"text": story} for story in divided(text))
-    return read_array(text) if ending == ".json" else map(json.loads, filter(str.strip, text))
+    return (value for _, value in json_values(iter(lambda: text.read(CHUNK), ""), url))
 
 
 def fetch(url, path, check, limit=None):

@@ -1,7 +1,7 @@
 """Reading files: text, records of JSON or tables, corpora. What records mean is in records.py.
 
 Text is read line by line and a corpus document by document, a long one in pieces, so that one of
-any size takes little memory. Only JSON that isn't one object per line is read whole.
+any size takes little memory.
 
 data/README.md documents the formats. Two things may be wrong with a record, in every reader alike:
 
@@ -31,9 +31,7 @@ PIECE = 2**16  # characters of a long text that are made into tokens at a time
 # Where a long text can be cut without changing its tokens: behind a line and before a word, or
 # between two words. No tokenizer's pattern that we know joins what is on both sides.
 SAFE_CUT = re.compile(r"(?<=\S\n)(?=\w)|(?<=\w)(?= [^\W\d_])")
-# a first line that is an object of its own, or has no end in sight: so are the others
-OBJECT_PER_LINE = re.compile(r"\{[^\n]*(\}[^\S\n]*\n|\Z)")
-DECODE, NOT_BLANK = json.JSONDecoder().raw_decode, re.compile(r"\S")
+DECODE, BETWEEN = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
 # how JSON writes half of a character beyond U+FFFF, and such a half without the other
 HALF, LONE = re.compile(r"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
 # what is no text begins with: what unpacks or converts it
@@ -161,14 +159,11 @@ def read_records(path):
 
 def stream_records(path):
     """The records of a file one after the other."""
-    head, lines, place = beginning(path), stream_text(path), None
-    if ending(path) in (".csv", ".tsv") and not head.startswith(("[", "{")):
-        values = _rows_of_table(lines, path)
-    elif OBJECT_PER_LINE.match(head):
-        texts = enumerate(lines, 1)
-        values = (found for line, text in texts for found in _json_values(text, path, line))
+    place = None
+    if ending(path) in (".csv", ".tsv") and not beginning(path).startswith(("[", "{")):
+        values = _rows_of_table(stream_text(path), path)
     else:
-        values = _json_values("".join(lines), path)
+        values = json_values(stream_text(path, PIECE), path)
     for place, value in values:
         where, kind = f"{path}, {place}", type(value).__name__
         need(isinstance(value, dict), where, f"a record must be a JSON object, not {kind}")
@@ -176,26 +171,44 @@ def stream_records(path):
     need(place, path, "there is no record in it")
 
 
-def _json_values(text, path, first=1):
-    """(place, value) of the values that stand one after the other in a text, or in its arrays; the
-    text begins at line `first`.
+def json_values(parts, path):
+    """(place, value) of the values that stand one after the other in a text, or in an array. The
+    text comes in parts, of which no more is kept than the next value needs.
     """
-    halves = HALF.search(text)  # else there can be none in what is decoded
-    line, end = first, 0
-    while found := NOT_BLANK.search(text, end):
-        begin = found.start()
-        line += text.count("\n", end, begin)
-        try:
-            value, end = DECODE(text, begin)
-        except json.JSONDecodeError as e:
-            where = f"{path}, line {first + e.lineno - 1}"
-            raise UserError(f"{where}: broken JSON ({e.msg})") from None
-        for n, each in enumerate(value if isinstance(value, list) else [value], 1):
-            place = f"line {line}, record {n}" if isinstance(value, list) else f"line {line}"
-            if halves and LONE.search(json.dumps(each, ensure_ascii=False)):
+    text, line, n, unfinished = "", 1, None, 0  # n: values of an array so far
+    for part in itertools.chain(parts, [""]):  # "" is the end
+        text += part
+        if part and len(text) < 2 * unfinished:
+            continue  # it is tried again once there is as much again
+        at = unfinished = 0
+        while True:
+            begin = BETWEEN.match(text, at).end()
+            line, at = line + text.count("\n", at, begin), begin
+            if at == len(text):
+                break
+            if n is None and text[at] == "[":
+                at, n = at + 1, 0
+                continue
+            if n is not None and text[at] == "]":
+                at, n = at + 1, None
+                continue
+            try:
+                value, end = DECODE(text, at)
+            except json.JSONDecodeError as e:
+                if part and (e.pos > len(text) - 16 or e.msg.startswith("Unterminated")):
+                    unfinished = len(text) - at
+                    break
+                line += text.count("\n", at, e.pos)
+                raise UserError(f"{path}, line {line}: broken JSON ({e.msg})") from None
+            n = None if n is None else n + 1
+            place = f"line {line}" if n is None else f"line {line}, record {n}"
+            if HALF.search(text, at, end) and LONE.search(json.dumps(value, ensure_ascii=False)):
                 raise UserError(f"{path}, {place}: half of a surrogate pair is no character")
-            yield place, each
-        line += text.count("\n", begin, end)
+            yield place, value
+            line, at = line + text.count("\n", at, end), end
+        text = text[at:]
+    if n is not None:
+        raise UserError(f"{path}, line {line}: broken JSON (an array that doesn't end)")
 
 
 def _rows_of_table(lines, path):

@@ -11,6 +11,7 @@ from nanollm import formats
 from nanollm.config import UserError
 from nanollm.formats import (
     identity,
+    json_values,
     mixture,
     read_documents,
     read_records,
@@ -52,7 +53,8 @@ FILES = [  # (name, bytes, the documents or what is said)
     ("a.json", b'[{"text": "a"}, {"text": 3}]', "record 2: a corpus record needs a"),
     ("a.json", PRETTY + b'{\n "txt": 3}', "line 8: a corpus record needs a"),
     ("a.json", b"[]", "there is no record in it"),
-    ("a.json", ARRAY[:-1], "line 2: broken JSON (Expecting ',' delimiter)"),
+    ("a.json", ARRAY[:-1], "line 2: broken JSON (an array that doesn't end)"),
+    ("a.json", b'[{"text": "a"}, {"text": "b', "line 1: broken JSON (Unterminated string"),
     ("a.json", ARRAY + b'\n{"text": "c"}', ["a", "b", "c"]),
     ("a.txt", b"a\r\n <|endoftext|>\t\r\n\r\nb <|endoftext|>\r\nc", ["a", "b <|endoftext|>\nc"]),
     ("a.csv", b"text\n", "there is no record in it"),
@@ -84,6 +86,16 @@ def test_a_file_is_what_it_holds(name, data, outcome, tmp_path):
 def test_a_path_without_file_is_refused(name, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         list(stream_text(tmp_path / name))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100, 10**6])
+def test_json_reads_the_same_in_parts_of_any_size(size):
+    values = [{"n": -1.5e-3, "deep": [{"a": "]"}, "},{", None]}, {"ünï": '\\"[七\u2028'}, {}]
+    lines = "\n\n".join(json.dumps(value) for value in values)
+    for text in (json.dumps(values), json.dumps(values, indent=2, ensure_ascii=False), lines):
+        parts = [text[i : i + size] for i in range(0, len(text), size)]
+        places, found = zip(*json_values(parts, ""))
+        assert [*found] == values and (text != lines or places == ("line 1", "line 3", "line 5"))
 
 
 def test_blank_lines_count_and_a_record_keeps_its_place_when_a_key_is_added(tmp_path):
