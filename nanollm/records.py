@@ -49,14 +49,14 @@ def named(record):
     found = {}
     for key, value in record.items():
         name = NAMES.get(key, key)
+        kind = KINDS.get(name, object)
         if value is None and name in ANSWERS:
             value = ""
-        if value is None or value == "" and name in found:
+        if value is None or value == "" and (name in found or kind is list):
             continue
         if found.get(name, "") not in ("", value):
             raise UserError(f'"{name}" is said twice: {found[name]!r:.40} and {value!r:.40}')
-        kind = KINDS.get(name, object)
-        if value != "" and not isinstance(value, kind):
+        if not isinstance(value, kind):
             wanted = "a list" if kind is list else "text"
             raise UserError(f'"{name}" must be {wanted}, not {value!r:.40}')
         found[name] = value
@@ -118,16 +118,17 @@ def _as_message(turn, images):
     role = ROLES.get(str(message.get("role")))
     if role is None:
         raise UserError(f"no role, of {', '.join(ROLES)}, is in {turn!r:.40}")
-    content, calls = message.get("content"), message.get("tool_calls")
+    calls = message.get("tool_calls")
+    content = message.get("content", "" if calls else None)
     if isinstance(content, list):
         content = "".join(_text_of_part(part, images) for part in content)
-    if not isinstance(content, str) and not calls:
+    if not isinstance(content, str):
         raise UserError('it has no text as "content"')
-    message |= said(role, content or "")
+    message |= said(role, content)
     learnt = flag_of(message, "loss")
     if role != "assistant" and (calls or learnt or message.get("reasoning_content")):
         raise UserError("only the assistant thinks, calls tools, and is learnt from")
-    refuse_ignored(message, (*IGNORED, "images"), message["content"])
+    refuse_ignored(message, (*IGNORED, "images"), content)
     dropped = [key for key in ("loss", "tool_calls", "reasoning_content") if not message.get(key)]
     return without(message, "loss", *dropped) | ({"loss": False} if learnt is False else {})
 
@@ -136,7 +137,7 @@ def _text_of_part(part, images):
     """The text of one of a content's parts, of OpenAI's kinds; an image is its marker."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        return part.get("text") or ""
+        return str(part.get("text") or "")
     if kind not in ("image", "image_url") or next(images, None) is None:
         raise UserError(f"a part is neither text nor an image of the record's: {part!r:.40}")
     return IMAGE
@@ -323,7 +324,8 @@ def as_ranking(record):
     if len({text.strip() for text in texts}) < len(texts):
         raise Unusable("two completions are equal")
     for key in ("ratings", "gold"):
-        if key in record and len([number(each) for each in record[key]]) != len(texts):
+        values = record.get(key, [0] * len(texts))
+        if not isinstance(values, list) or len([*map(number, values)]) != len(texts):
             raise UserError(f'"{key}" must hold a number for each completion')
     ranked = {"messages": messages, "completions": texts, "margin": margin_of(record)}
     return without(beside, *SHAPES, *BESIDE, "history") | ranked
@@ -528,6 +530,8 @@ def as_choice(record):
         choices = columns
     if question is None or choices is None or "messages" in record:
         return record
+    if not isinstance(question, str):
+        raise UserError('a "question" with choices must be text')
     choices = _by_label(choices)
     hint, image = record.get("hint", ""), IMAGE if images_of(record) else ""
     if IMAGE in hint + question:

@@ -296,6 +296,7 @@ def test_a_hint_and_an_image_stand_before_the_question_and_no_answer_is_a_prompt
         *((PET | {"choices": choices, "answer": 0}, "2 to 26")
           for choices in ("ab", ["a"], 27 * ["a"], {"label": PETS})),
         (PET | {"choices": ["a", None], "answer": 0}, "must be texts"),
+        ({"question": 7, "choices": PETS, "answer": 0}, "must be text"),
         ({"prompt": "a", "check": "choice", "answer": "hen"}, "letter of one of"),
         (PET | {"choices": PETS, "options": ["a", "b"], "answer": 0}, "is said twice"),
     ],
