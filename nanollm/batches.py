@@ -224,13 +224,9 @@ class Rows:
     def join(cls, parts):
         """The rows of several, padded on the right to the longest."""
         width = max(part.tokens.shape[1] for part in parts)
-        columns = {name: [part.tensors()[name] for part in parts] for name in parts[0].tensors()}
-        rows = cls(
-            **{
-                name: torch.cat([F.pad(x, (0, width - x.shape[1])) for x in xs])
-                for name, xs in columns.items()
-            }
-        )
+        wide = [part.each(lambda x: F.pad(x, (0, width - x.shape[1]))) for part in parts]
+        names = parts[0].tensors()
+        rows = cls(**{name: torch.cat([getattr(part, name) for part in wide]) for name in names})
         if any(part.images is not None for part in parts):
             rows.images = [each for part in parts for each in part.images or [None] * len(part)]
         return rows
@@ -368,8 +364,9 @@ def pack_chats(chats, tokenizer, T, name, rt, image_tokens=0, store=None):
     rendered = usable(chats, whole, f"{name} dialogues")
     if callable(T):
         T = T([len(chat["rendered"][0]) for chat in rendered])
-    advice = f"raise --context; an image takes {image_tokens} tokens of it"
-    advice = advice if image_tokens else "raise --context"
+    advice = "raise --context"
+    if image_tokens:
+        advice += f"; an image takes {image_tokens} tokens of it"
     fit = functools.partial(fit_chat, T, render)
     kept, examples, shortened = zip(*usable(rendered, fit, f"{name} dialogues", advice))
     images, note = None, ""
