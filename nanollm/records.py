@@ -237,8 +237,8 @@ def as_text_chat(record):
 
 def as_chat(record):
     """One record as {"messages", other keys}, with answers to learn."""
-    record = named(record)
-    if is_label(record):
+    record = by_label(named(record))
+    if "chosen" in record and record.get("label") in ("a", "b"):
         return as_judgement(record)
     record = as_solved(as_choice(record))
     if "answer" in record and not record.keys() & {"completion", "messages"}:
@@ -373,16 +373,11 @@ def margin_of(record):
     return margin
 
 
-def is_label(record):
-    """Does a record say which of two completions, "a" and "b", is better?"""
-    return record.keys() >= {"a", "b", "label"} and not record.keys() & {"chosen", "ranking"}
-
-
 def by_label(record):
-    """A label as "chosen", "rejected" and its label; any other record as it is.
-    The label is "a", "b" or "tie": 1 would be the first of 1 and 2, but the second of 0 and 1.
+    """Which of two completions is better, "a" or "b", as "chosen", "rejected" and that label; any
+    other record as it is. 1 would be the first of 1 and 2, but the second of 0 and 1.
     """
-    if not is_label(record):
+    if not record.keys() >= {"a", "b", "label"} or record.keys() & {"chosen", "ranking"}:
         return record
     label = str(record["label"]).strip().lower()
     if label not in ("a", "b", "tie"):
@@ -451,8 +446,8 @@ def read_examples(path):
 
 def as_prompt(record):
     """One record in the form of read_prompts."""
-    record = named(record)
-    if record.keys() & {"ranking", "chosen"} or is_label(record):
+    record = by_label(named(record))
+    if record.keys() & {"ranking", "chosen"}:
         record = without(as_ranking(record), "completions", "margin")
     else:
         record = without(as_solved(as_choice(record)), "completion", "reasoning_content")
