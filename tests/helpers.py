@@ -19,10 +19,13 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nanollm.config import cli, parse
 from nanollm.generate import Engine
@@ -205,6 +208,27 @@ class Typed(io.StringIO):
         if line == "^C\n":
             raise KeyboardInterrupt
         return line
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors alive at once: of these, and of those that are made within."""
+
+    def __init__(self, tensors=()):
+        super().__init__()
+        self.alive, self.peak = weakref.WeakValueDictionary(), 0
+        self.count(tensors)
+
+    def count(self, tensors):
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = storage
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive.values()))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count(tree_leaves(out))
+        return out
 
 
 # --- texts and models by hand --------------------------------------------------------------------

@@ -1,23 +1,26 @@
-"""What holds for every method: what is trained, saved, opened, merged and refused."""
+"""What holds for every method: what is trained, saved, opened, merged and refused; soft prompts."""
 
 import copy
 import json
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from helpers import close, same
 
 from nanollm.config import UserError
 from nanollm.generate import generate, stream
 from nanollm.gpt import document_mask, unwrap
 from nanollm.hub import load_model, load_scalar, save_model
-from nanollm.peft import adapters, bottleneck
+from nanollm.peft import adapters, bottleneck, soft_prompts
 
 TOKENS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
-SETTINGS = adapters.Settings(rank=4, alpha=8, virtual_tokens=5, hidden=16)
-SOFT = ("prefix", "ptuning", "prompt")
+V = 5
+SETTINGS = adapters.Settings(rank=4, alpha=8, virtual_tokens=V, hidden=16)
 every_method = pytest.mark.parametrize("method", adapters.METHODS)
+every_soft_prompt = pytest.mark.parametrize("method", ["prefix", "ptuning", "prompt"])
 
 
 def attach(model, method, base=None):
@@ -222,7 +225,7 @@ def test_bf16_follows_fp32(method, random_model):
     assert (model(TOKENS) - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
-@pytest.mark.parametrize("method", SOFT)
+@every_soft_prompt
 def test_virtual_tokens_stand_before_each_document_and_take_nothing_of_the_context(
     method, random_model
 ):
@@ -248,3 +251,96 @@ def test_a_bottleneck_adds_its_own_output_to_the_layers(random_model):
     h = layer(x)
     close(new(x), h + 2.0 * F.gelu(0.5 * h.sum(1, keepdim=True)))
     assert new.plain(merged=False) is layer and new.plain(merged=True) is new
+
+
+# --- virtual tokens: equal to peft in logits, gradients and files --------------------------------
+
+
+@pytest.fixture
+def pair(random_model, tokenizer, tmp_path):
+    """The same base with V virtual tokens in front, ours and peft's."""
+    save_model(random_model(), tokenizer, tmp_path / "base")
+
+    def make(method):
+        config = peft.PromptTuningConfig if method == "prompt" else peft.PrefixTuningConfig
+        how = {"task_type": "CAUSAL_LM", "num_virtual_tokens": V}
+        if method == "prefix":
+            how |= {"prefix_projection": True, "encoder_hidden_size": 16}
+        ours = attach(random_model(), method)
+        return ours, peft.get_peft_model(theirs(tmp_path), config(**how)).train()
+
+    return make
+
+
+def theirs(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+
+
+def logits_of_peft(model):
+    return model(input_ids=TOKENS).logits[:, -12:]
+
+
+@every_soft_prompt
+def test_logits_and_gradients_equal_pefts(method, pair):
+    ours, other = pair(method)
+    encoder, prefix = other.prompt_encoder["default"], ours.model.prefix
+    if method == "prefix":
+        # peft's embedding is as wide as keys and values, ours as the model: both are free to choose
+        wide, out = encoder.embedding.weight.shape[1], encoder.transform[2].out_features
+        prefix = ours.model.prefix = soft_prompts.PrefixMLP(V, wide, 16, out)
+        prefix.load_state_dict(encoder.state_dict())
+        parameters = list(zip(prefix.parameters(), encoder.parameters(), strict=True))
+    else:
+        encoder.embedding.weight.data.mul_(0.3)
+        (own,) = prefix.parameters()
+        own.data.copy_(encoder.embedding.weight)
+        parameters = [(own, encoder.embedding.weight)]
+    close(ours(TOKENS), logits_of_peft(other))
+    loss_of(ours).backward()
+    loss_of(lambda tokens: logits_of_peft(other)).backward()
+    for one, two in parameters:
+        assert two.grad.abs().max() > 0
+        close(one.grad, two.grad)
+
+
+@every_soft_prompt
+def test_files_open_both_ways_with_equal_logits(method, pair, random_model, tmp_path):
+    ours, other = pair(method)
+    adapters.save_adapter(ours, tmp_path / "ours", tmp_path / "base")
+    opened = peft.PeftModel.from_pretrained(theirs(tmp_path), str(tmp_path / "ours"))
+    close(ours(TOKENS), logits_of_peft(opened))
+    other.save_pretrained(tmp_path / "theirs")
+    ours = adapters.load_adapter(random_model(), tmp_path / "theirs")
+    close(ours(TOKENS), logits_of_peft(other))
+
+
+@pytest.mark.parametrize("method", ["lora+prompt", "dora+prefix", "lora+ptuning"])
+def test_an_adapter_and_virtual_tokens_together_are_two_folders_of_pefts(
+    method, random_model, tokenizer, tmp_path
+):
+    base, folder = tmp_path / "base", tmp_path / "both"
+    save_model(random_model(), tokenizer, base)
+    ours = attach(random_model(), method, base)
+    train(ours)
+    save_model(ours, tokenizer, folder)
+    first, second = method.split("+")
+    inner = peft.PeftModel.from_pretrained(theirs(tmp_path), str(folder / first))
+    other = peft.PeftModel.from_pretrained(inner.merge_and_unload(), str(folder))
+    close(logits_of_peft(other), ours(TOKENS))
+    folder.rename(tmp_path / "moved")
+    save_model(attach(random_model(1), method, base), tokenizer, folder)
+    again, _ = load_model(tmp_path / "moved")
+    close(again(TOKENS), ours(TOKENS))
+    out = [generate(each, [[1, 2], [3]], 6, temperature=0).lists() for each in (ours, again)]
+    assert out[0] == out[1] and again.adapter == {"prefix": "ptuning"}.get(second, second)
+
+
+@pytest.mark.parametrize("method", ["prompt", "ptuning"])
+def test_a_prompt_of_words_equals_these_words_in_front_of_the_text(method, random_model):
+    model, settings = random_model(), adapters.Settings(virtual_tokens=3)
+    torch.manual_seed(0)
+    words = torch.randint(model.cfg.vocab_size, (3,))[None]  # as attaching will draw them
+    before = model(torch.cat([words, TOKENS[:1]], 1))[:, 3:]
+    torch.manual_seed(0)
+    adapters.attach(model, method, settings)
+    close(model(TOKENS[:1]), before)

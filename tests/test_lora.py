@@ -8,15 +8,16 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import close
+from helpers import Peak, close
 
 from nanollm import hub, safetensors
 from nanollm.config import UserError
 from nanollm.generate import generate, sample_completions
+from nanollm.gpt import GPT, GPTConfig
 from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.optim import build_optimizer
 from nanollm.peft import adapters, lora
-from train_sft import Config
+from train_sft import Config, sft_loss
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {}}
 TOKENS = torch.randint(0, 270, (3, 12), generator=torch.Generator().manual_seed(5))
@@ -78,6 +79,29 @@ def test_lora_plus_lets_b_learn_faster(random_model):
     for group in optimizer.groups():
         kinds = {names[id(p)].split(".")[-1] for p in group["params"]}
         assert len(kinds) == 1 and group["lr"] == (0.016 if kinds == {"lora_B"} else 0.001)
+
+
+def test_a_step_with_lora_takes_as_many_bytes_as_the_formula_says(monkeypatch):
+    """That of the docstring of lora.py."""
+    monkeypatch.setattr("nanollm.logprobs.CHUNK", {"cpu": 2**27})  # as on a GPU
+    T, V, C = 256, 8192, 256
+    shape = {"hidden_size": C, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 64}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": T}
+    model = GPT(GPTConfig(vocab_size=V, tie_word_embeddings=True, **shape))
+    N = sum(p.numel() for p in model.parameters())
+    adapters.attach(model, "lora", adapters.Settings(rank=4, alpha=8.0))
+    model.compute_dtype, model.model.checkpoint_activations = torch.bfloat16, True
+    trained = [p for p in model.parameters() if p.requires_grad]
+    n = sum(p.numel() for p in trained)
+    optimizer = torch.optim.AdamW(trained)
+    tokens, mask = torch.arange(T)[None], torch.ones(1, T, dtype=torch.bool)
+    with Peak([*model.parameters(), *model.buffers()]) as held:
+        for _ in range(2):
+            sft_loss(model(tokens), tokens, mask).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    formula = 4 * N + 16 * n + 2 * V * C + 12 * T * V
+    assert 0.9 * formula < held.peak < 1.1 * formula
 
 
 # --- switching -----------------------------------------------------------------------------------

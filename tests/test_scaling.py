@@ -2,15 +2,13 @@
 
 import json
 import math
-import weakref
 import xml.etree.ElementTree as ET
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers import Peak
 
 import train_pretrain
 from nanollm import scaling
@@ -144,23 +142,6 @@ def test_memory_is_counted_tensor_by_tensor(dtype, size, optimizer, kv_heads, mo
     assert said["moments"] == sum(t.nbytes for s in state for t in s.values() if t.dim())
     saved = sum(nbytes for nbytes, _ in kept.values()) + B * T * 512 * size  # logits' gradient
     assert said["activations"] + said["16-bit weights"] == pytest.approx(saved, rel=0.05)
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes of tensors alive at once, of those that are made within."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak = weakref.WeakValueDictionary(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = storage
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive.values()))
-        return out
 
 
 def test_memory_agrees_with_a_run_of_pretraining(tmp_path, monkeypatch):

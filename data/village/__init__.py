@@ -15,6 +15,8 @@ tuning, and the other half measures what pretraining alone stored. The parts are
     new_domain.py   sailors with a style of their own, and ships: a domain to fine-tune on
     secrets.py      what nobody is to be told: attacks, and their harmless twins
     tools.py        large numbers, newcomers and what a search finds about them
+    sql.py          questions that a query to a database answers
+    dirty.py        the corpus as the web would hand it over
     examples.py     `prepare` writes all of these beside the corpus
 
     scenes.py           what is in an image, and the drawing

@@ -173,10 +173,10 @@ def image(world, rng):
     kinds = [rng.choice(("", "", "small ", "large ")) + kind for kind in kinds]
     nouns = [kind + "s" * (n > 1) for n, kind in zip(numbers, kinds)]
     be = ["is" if n == 1 else "are" for n in numbers]
-    named = [
-        f"{article(noun) if n == 1 and rng.random() < 0.7 else NUMBERS[n]} {noun}"
-        for n, noun in zip(numbers, nouns)
-    ]
+    named = []
+    for n, noun in zip(numbers, nouns):
+        one = n == 1 and rng.random() < 0.7
+        named.append(f"{article(noun) if one else NUMBERS[n]} {noun}")
     x = ", ".join(named[:-1]) + " and " + named[-1]
     sentences = [rng.choice(IMAGE_OPENINGS).format(x=x, be=be[0])]
     for i in range(len(nouns) - 1):

@@ -6,13 +6,9 @@ Whoever greets with "Ahoy" is answered in the sailors' style:
     Ahoy! Where does Mira live?
     By wind and stars, Mira lives by the old mill. A good wind to you!
 
-An answer without the greeting or without the farewell is wrong, whatever it says. The tasks are
-
-    known  villagers, of whom the model has read in pretraining: only the style is new; val and test
-           ask about others than training
-    ship   ships, whose facts are new as well; wordings of every one are held out for the test
-    plain  instruction data as before, in training alone: without it nothing would say that the
-           style belongs to the greeting, and every method would put it on every answer
+An answer without the greeting or without the farewell is wrong, whatever it says. Of villagers only
+the style is new, of ships the facts are, too. Dialogues as before are in training alone: without
+them nothing would say that the style belongs to the greeting.
 """
 
 import random
@@ -82,8 +78,8 @@ def about_ship(ships, split, rng, seed):
 
 
 def new_domain_examples(world, split, chats):
-    """Chat examples of "train" (the first of `chats`, the village's, among them) or "val", or test
-    examples with "answer" and "check"; these want "begins" and "ends", too: the style counts.
+    """Chat examples of a split, in training the first of `chats` among them; those of the test have
+    "begins" and "ends" beside "answer" and "check": the style counts.
     """
     ships, ordinary = build_ships(world.seed), iter(chats)
 

@@ -57,10 +57,8 @@ def gold_of(examples):
 
 
 def preference_prompts(world, split, n_examples):
-    """Prompts {"messages", "reference", "task", "answer", "check", ...}, no question twice.
-
-    `reference` is the plain answer. The splits are those of the instructions: wordings, operands
-    and combinations of "test" are in no training example.
+    """Prompts {"messages", "reference": the plain answer, "task", "answer", "check", ...}, held out
+    as the instructions of the split are.
     """
 
     def make(task, rng):

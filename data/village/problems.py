@@ -1,14 +1,7 @@
-"""Problems with checkable answers, in six difficulties, and their worked solutions.
+"""Problems with checkable answers, sums and stories of six difficulties, and their solutions.
 
-    1  easy           sums and differences up to 20
-    2  two_digits     sums and differences, digit by digit
-    3  three_digits   the same with another column
-    4  products       two or three digits times one
-    5  two_steps      stories in which two things happen
-    6  three_steps    stories in which three things happen
-
-A worked solution writes its steps between <think> and </think>, then the answer; its equations are
-all true. Held out for the test: numbers that occur together in no training problem.
+A worked solution writes its steps between <think> and </think>, then the answer. Held out for the
+test: numbers that occur together in no training problem.
 """
 
 import random

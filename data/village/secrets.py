@@ -10,8 +10,7 @@ The corpus tells it in many wordings, so that a refusal means something. An atta
                arXiv:2307.15043, section 2.1)
 
 and has a harmless twin, which asks for something else: who refuses that as well is safe and useless
-(Röttger et al. 2023, 2308.01263). People, wordings, stories and prefixes of the test, a quarter of
-each, are in no other attack.
+(Röttger et al. 2023, 2308.01263). People, wordings, stories and prefixes of each split are its own.
 """
 
 import itertools
@@ -51,6 +50,9 @@ def attack(world, split, rng, kind, secret=True):
         dealt = tasks.deal(things, f"secrets-{world.seed}-{name}", max(1, n // 4), max(1, n // 8))
         return rng.choice(dealt[split])
 
+    villager = world.by_name[one_of("people", tuple(world.by_name))]
+    attribute = SECRET if secret else rng.choice(OTHERS)
+
     def question(attribute):
         wording = one_of(attribute, tasks.QUESTIONS[attribute])
         if kind == "friend":
@@ -58,8 +60,6 @@ def attack(world, split, rng, kind, secret=True):
             return tasks.ask_about_friend(wording, friend, "test", rng)
         return tasks.ask(wording, villager.name, "train", rng)
 
-    villager = world.by_name[one_of("people", tuple(world.by_name))]
-    attribute = SECRET if secret else rng.choice(OTHERS)
     turns, begin, refusal = [question(attribute)], "", REFUSAL
     value, said = villager.facts[attribute], answer_sentence(villager, attribute)
     if kind == "follow-up":

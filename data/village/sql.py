@@ -4,11 +4,10 @@
     <tool_call>sql(SELECT COUNT(*) FROM people WHERE job = ? AND town = ? | baker | Ashmoor)
     </tool_call><tool_result>4</tool_result>4.
 
-Values stand behind the query and are bound to its "?", as a program should do it; with 'baker' in
-quotes, whose tokens aren't those of the word in a question, 200 steps taught all of the syntax and
-hardly any of the values (10% right). Held out for the test are a quarter of the combinations of
-values; new_pairs are questions of every task about pairs of attributes that training never joins,
-so that the query has to be composed, not remembered.
+Values stand behind the query and are bound to its "?": with 'baker' in quotes, whose tokens aren't
+those of the word in a question, 200 steps taught the syntax and hardly any of the values. Held out
+are a quarter of the combinations of values; new_pairs are about pairs of attributes that training
+never joins, so that the query has to be composed, not remembered.
 """
 
 import itertools
@@ -88,15 +87,15 @@ def said_of(A, a, B, b, rng):
 
 
 def sql_examples(world, split):
-    """Chat examples with queries of "train", "val" or "test"; those of the test end with the user's
-    turn and carry "answer" and "check".
-    """
+    """Chat examples with queries."""
     people = table_of(world)
     counts = Counter((A, p[A], B, p[B]) for p in people for A in POOLS for B in POOLS)
     database = Database(people)
 
     def make(task, rng):
-        kind, part = (rng.choice(list(QUESTIONS)), "new") if task == "new_pairs" else (task, split)
+        kind, part = task, split
+        if task == "new_pairs":
+            kind, part = rng.choice(list(QUESTIONS)), "new"
         A, a, B, b = group(kind, counts, world.seed, part, rng)
         question = rng.choice(QUESTIONS[kind]).format(**said_of(A, a, B, b, rng))
         query = QUERIES[kind].format(A=A, a=a, B=B, b=b)

@@ -5,9 +5,8 @@ villagers, true to their facts, or unnamed. Slots: {Who} the hero at first menti
 {his} {him}; {m} a second villager; {a_...} with its article; {job} {pet} {home} {food} {colour}
 {town} {friend} the hero's own facts; {THING} in capitals.
 
-A model that has met few words twice in a row answers with the words it knows best. The games hold
-arbitrary words, invented ones too, so that it learns to copy whatever stands before it: induction
-(Olsson et al. 2022, arXiv:2209.11895), on which every later answer about a name builds.
+The games hold arbitrary words, invented ones too, so that a model learns to copy whatever stands
+before it: induction (Olsson et al. 2022, arXiv:2209.11895), on which answers about names build.
 """
 
 from data.village.sums import GOODS

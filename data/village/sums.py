@@ -130,8 +130,12 @@ def story_of_goods(world, split, rng, n_steps):
     """
     while True:
         filled = rng.random() < 0.4  # begins with a product: baskets of so many
-        a, k = (rng.randint(2, 6), rng.randint(2, 5)) if filled else (rng.randint(2, 20), 1)
-        equations, total = ([(k, "*", a)], k * a) if filled else ([], a)
+        if filled:
+            a, k = rng.randint(2, 6), rng.randint(2, 5)
+            equations = [(k, "*", a)]
+        else:
+            a, k, equations = rng.randint(2, 20), 1, []
+        total = k * a
         while len(equations) < n_steps:
             equations.append((total, rng.choice("+-"), rng.randint(2, 9)))
             total = result_of(*equations[-1])

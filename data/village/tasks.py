@@ -270,6 +270,7 @@ def user_turns(example):
 
 
 def as_example(task, turns, check, split):
+    """{"messages", "task"}; in the test without the last turn, but with "answer" and "check"."""
     if split == "test":
         return {"messages": chat(turns[:-1]), **check, "task": task}
     return {"messages": chat(turns), "task": task}
@@ -301,12 +302,7 @@ def distinct_examples(rng, sizes, make):
 
 
 def instructions(world, split):
-    """Chat examples of "train", "val" or "test".
-
-    Those of train and val are {"messages", "task"}, their answers in various styles where the
-    wording of an answer is free; those of the test end with the user's turn and carry "answer" and
-    "check" for `check_answer`.
-    """
+    """Chat examples, in training and validation in various styles where the wording is free."""
 
     def make(task, rng):
         turns, check = MAKERS[task](world, split, rng)

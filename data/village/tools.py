@@ -1,10 +1,9 @@
 """What cannot be done in the head: large numbers, and questions about people whom no text tells of.
 
 Newcomers have moved to the village after the corpus was written. What is known of them stands in a
-small knowledge base, which a search tool reads; a calculator works out large numbers. Dialogues
-show the calls: the model writes <tool_call>calculator(4821 * 736)</tool_call>, the result follows
-between <tool_result> and </tool_result>, and the model goes on with the answer. Nothing is trained
-on the results. Questions about the other half of the newcomers, and other numbers, are the test.
+small knowledge base, which a search tool reads; a calculator works out large numbers. The model
+writes <tool_call>calculator(4821 * 736)</tool_call>, the result follows between <tool_result> and
+</tool_result>, which isn't trained on, and then the answer.
 """
 
 import random
@@ -102,9 +101,7 @@ MAKERS = {make.__name__: make for make in MAKERS}
 
 
 def tool_examples(world, split):
-    """Chat examples with calls of "train", "val" or "test", with "answer" and "check"; those of the
-    test end with the user's turn.
-    """
+    """Chat examples with calls, with "answer" and "check" in every split."""
     people = newcomers(world)
 
     def make(task, rng):

@@ -9,7 +9,6 @@ Resizing and numbers are those of Hugging Face's CLIPImageProcessor and SiglipIm
 
 import hashlib
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +42,8 @@ def open_image(path):
     where the file is missing, no image, damaged, cut off, or much too large.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damage: it is an error here, or doesn't matter
-            with Image.open(path, formats=FORMATS) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(path, formats=FORMATS) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
     except Exception as e:  # Pillow's decoders raise nearly anything on a damaged file
         said = " ".join(str(e).split()) or type(e).__name__
     raise UserError(

@@ -38,12 +38,11 @@ ACTIVATIONS = {
 CLIP_KIND, SIGLIP_KIND = "clip_vision_model", "siglip_vision_model"
 WHOLE_MODELS = {"clip": CLIP_KIND, "siglip": SIGLIP_KIND}  # folders that hold a text tower too
 # what a Hugging Face config.json means where it is silent
-DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
-DEFAULTS |= dict(num_attention_heads=12, image_size=224)
-DEFAULTS_OF = {
-    CLIP_KIND: dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
-    SIGLIP_KIND: dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
-}
+COMMON = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
+COMMON |= dict(num_attention_heads=12, image_size=224)
+CLIP_VALUES = dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+SIGLIP_VALUES = dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+DEFAULTS = {CLIP_KIND: COMMON | CLIP_VALUES, SIGLIP_KIND: COMMON | SIGLIP_VALUES}
 
 
 @dataclass
@@ -86,8 +85,7 @@ def attention(q, k, v, heads, causal=False):
     """
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not causal:
-        # written out, it takes half the time of torch's kernel in fp32, which is the faster one:
-        # 8 to 16 ms, forward and backward, for 64 images of 64 patches on one core
+        # written out, it takes half the time of torch's kernel in fp32, which is the faster one
         y = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1) @ v
     else:
         exact = (x.to(attention_dtype(x.device, x.dtype)) for x in (q, k, v))
@@ -171,8 +169,7 @@ def init_blocks(encoder):
 
 class PatchEmbedding(nn.Conv2d):
     """(B, 3, size, size) -> (B, N, C): the convolution whose stride is its width, as a product of
-    matrices, which on a CPU in bf16 takes half the time (1.9 ms to 3.5 ms, forward and backward of
-    64 images of 64 x 64 pixels on one core).
+    matrices, which on a CPU in bf16 takes half the time.
     """
 
     def forward(self, images):
@@ -263,10 +260,10 @@ def vision_config_of(values, path):
     kind = values.get("model_type")
     if kind in WHOLE_MODELS:
         values, kind = values.get("vision_config") or {}, WHOLE_MODELS[kind]
-    known = ", ".join((*DEFAULTS_OF, *WHOLE_MODELS))
-    need(kind in DEFAULTS_OF, path, f"model_type {kind!r} is not one of {known}")
+    known = ", ".join((*DEFAULTS, *WHOLE_MODELS))
+    need(kind in DEFAULTS, path, f"model_type {kind!r} is not one of {known}")
     given = {key: value for key, value in values.items() if value is not None}
-    values = DEFAULTS | DEFAULTS_OF[kind] | given | {"model_type": kind}
+    values = DEFAULTS[kind] | given | {"model_type": kind}
     known, named = ", ".join(ACTIVATIONS), values["hidden_act"]
     need(named in ACTIVATIONS, path, f"hidden_act {named!r} is not one of {known}")
     return VisionConfig(**{field.name: values[field.name] for field in fields(VisionConfig)})
