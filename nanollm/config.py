@@ -13,19 +13,16 @@ Who wins, weakest first: the default, the preset, the resumed run's own value, t
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
-import difflib
-import errno
 import inspect
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import traceback
-import types
 import typing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,13 +31,9 @@ from typing import Annotated, Literal
 
 try:
     import fcntl
-except ImportError:  # Windows
-    import msvcrt
-
+except ImportError:  # Windows, where directories are not locked
     fcntl = None
 
-TO_FIX = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EROFS, errno.EISDIR}
-TO_FIX |= {getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has none
 # what the presets for downloaded models have in common; each script adds the rates of its papers
 LARGE = dict(optimizer="adamw", schedule="cosine", checkpoint_activations=True)
 BEGAN_FROM = "began_from"  # in train_config.json, beside the settings: those of an earlier run
@@ -151,167 +144,139 @@ def whole(text):
     return int(value)
 
 
-def number(text):
-    if math.isnan(float(text)):
-        raise ValueError
-    return float(text)
-
-
-READERS = {str: str, int: whole, float: number}
-NAMES = {str: "text", int: "a whole number", float: "a number"}
-
-
-def reader_of(field, hint):
-    """(read, shown): what makes a value of a flag's text, and what --help says of it. The hint is
-    str, int, float or a Literal, also with a Range, also with None.
+def type_and_choices(hint):
+    """What argparse makes a value of a flag's text with, and the texts that it takes, or None. The
+    hint is str, int, float or a Literal of texts, also with a Range, also with None.
     """
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    kinds = set(typing.get_args(hint)) if union else {hint}
-    optional = type(None) in kinds or field.default is None
-    [kind], bounds = kinds - {type(None)}, None
-    if typing.get_origin(kind) is Annotated:
-        kind, bounds = typing.get_args(kind)
-    choices = {str(choice): choice for choice in typing.get_args(kind)}
-    takes = f"one of {', '.join(choices)}" if choices else NAMES[kind]
-    convert = choices.__getitem__ if choices else READERS[kind]
+    optional = type(None) in typing.get_args(hint)
+    if optional:
+        [hint] = set(typing.get_args(hint)) - {type(None)}
+    bounds = None
+    if typing.get_origin(hint) is Annotated:
+        hint, bounds = typing.get_args(hint)
+    choices = typing.get_args(hint)  # of a Literal
+    kind = str if choices else hint
+    convert = whole if kind is int else kind
 
     def read(text):
         if optional and text.lower() == "none":
             return None
-        try:
-            value = convert(text)
-        except (ValueError, KeyError):
-            wanted = takes + " or none" * optional
-            raise UserError(f"--{field.name} must be {wanted}, got {text!r}") from None
+        value = convert(text)  # argparse makes a message of a ValueError
         if bounds and not bounds.holds(value):
-            raise UserError(f"--{field.name} must be {bounds}, not {value}")
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {value}")
         return value
 
-    return read, "|".join(choices) or kind.__name__
+    read.__name__ = kind.__name__  # which --help and argparse's messages say
+    if choices and optional:
+        choices = *choices, None
+    return read, choices or None
 
 
 def comments_of(config_class):
-    """{field: (comment, group)}: the comment lines right above a field, and behind it. Fields of a
-    base class keep its comments where the class itself says nothing.
+    """{field: (comment, group)}: the comment above a field and behind it, and the last "# -- Group"
+    before it. Fields of a base class keep theirs where the class itself says nothing.
     """
     found = {}
     for base in reversed(config_class.__mro__[:-1]):
-        group, above, before = None, [], None
-        try:
-            lines = inspect.getsource(base).splitlines()
-        except (OSError, TypeError):  # a class typed at a prompt has no source to read
-            continue
-        for line in lines:
-            code, _, comment = map(str.strip, line.partition("  # "))
-            name = code.partition(":")[0]
-            if comment.startswith("-- "):
-                group, above = comment.strip("- "), []
-            elif before and comment:  # a value on a line of its own, with the comment behind it
-                found[before] = f"{found[before][0]} {comment}".strip(), found[before][1]
-            elif name in base.__annotations__:
-                known = found.get(name, ("", "settings"))
-                text = " ".join([*above, comment]).strip()
-                found[name], above = (text or known[0], group or known[1]), []
-            else:
-                above = [] if code or not comment else [*above, comment]
-            before = name if name in base.__annotations__ and code.endswith("(") else None
+        source = inspect.getsource(base)
+        lines, end, group = source.splitlines(), 0, None
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                own = [line for line in lines[end : node.end_lineno] if "# " in line]
+                texts = [line.partition("# ")[2] for line in own]
+                for text in texts:
+                    group = text.strip("- ") if text.startswith("-- ") else group
+                text = " ".join(text for text in texts if not text.startswith("-- "))
+                known_text, known_group = found.get(node.target.id, ("", "settings"))
+                found[node.target.id] = text or known_text, group or known_group
+            end = node.end_lineno
     return found
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line, and a hint where a flag is misspelt."""
-        flag = re.search(r"unrecognized arguments: (--\w+)", message)
-        close = flag and difflib.get_close_matches(flag[1], self._option_string_actions, 1)
-        hint = f"did you mean {close[0]}?" if close else "see --help"
-        raise UserError(f"{message.removeprefix('argument ')}; {hint}")
+        message = message.removeprefix("argument ").replace(": must be", " must be")
+        raise UserError(f"{message}; see --help")
 
 
 def parser_of(config_class, presets):
     """An argparse parser with a group for each "# -- Group" of the class."""
-    comments, groups, hints = comments_of(config_class), {}, {}
+    hints = {}
     for base in config_class.__mro__[-2::-1]:  # another default keeps the type that its field has
         hints = typing.get_type_hints(base, include_extras=True) | hints
     fields = {field.name: field for field in dataclasses.fields(config_class)}
+    if presets:
+        hints["preset"] = Literal[(*presets, fields["preset"].default)]
     parser = Parser(
-        usage="%(prog)s [--flag value ...]",
         allow_abbrev=False,
         description=sys.modules[config_class.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    if presets:
-        hints["preset"] = Literal[(*presets, fields["preset"].default)]
-    own = [*vars(config_class).get("__annotations__", {})]  # first what the script itself adds
-    for name in dict.fromkeys(["preset"] * bool(presets) + own + [*fields]):
-        field, (comment, group) = fields[name], comments.get(name, ("", "settings"))
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
-        values = {"default": field.default}
+    positional = [f"[{name}]" for name, field in fields.items() if field.metadata]
+    parser.usage = " ".join(["%(prog)s", *positional, "[--flag value ...]"])
+    comments, groups = comments_of(config_class), {}
+    first = ["preset"] if presets else []
+    first += vars(config_class).get("__annotations__", ())  # what the script itself adds
+    for name in dict.fromkeys([*first, *fields]):
+        comment, group = comments[name]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        values = {"default": fields[name].default}
         values |= {preset: sets[name] for preset, sets in presets.items() if name in sets}
-        values = ", ".join(f"{who}: {value}" for who, value in values.items() if value != "")
-        text = (comment + f" ({values})" * bool(values)).replace("%", "%%")
-        how = {"default": field.default, "help": text}
-        add = groups[group].add_argument
-        if hints[name] is bool:
-            add(f"--{name}", action="store_true", **how)
-            add(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
-            continue
-        how["type"], how["metavar"] = reader_of(field, hints[name])
-        if field.metadata.get("positional"):
-            parser.usage = f"%(prog)s [{name}] [--flag value ...]"
-            add(
-                name, nargs="?", type=how["type"], default=argparse.SUPPRESS, help=argparse.SUPPRESS
-            )
-        add(f"--{name}", **how)
+        values = ", ".join(f"{who}: {value}" for who, value in values.items())
+        help = f"{comment} ({values})".replace("%", "%%")
+        add_flag(groups[group], fields[name], hints[name], help)
     return parser
 
 
-def as_flags(values):
-    """The words of a command line that set these values."""
-    yes_or_no = {True: "--{}", False: "--no_{}"}
-    return [
-        yes_or_no[value].format(name) if isinstance(value, bool) else f"--{name}={value}"
-        for name, value in values.items()
-    ]
-
-
-def saved_settings(path, known):
-    """What the run to resume was started with."""
-    if not path.exists():
-        raise UserError(f"nothing to resume in {path.parent}; start without --resume")
-    saved = read_json(path)
-    if gone := sorted(saved.keys() - known - {BEGAN_FROM}):
-        raise UserError(
-            f"{path} was written by another version: it sets {', '.join(gone)}, which this "
-            "script doesn't know; start anew, without --resume"
-        )
-    return {name: saved[name] for name in saved if name not in (BEGAN_FROM, "resume", "out")}
+def add_flag(group, field, hint, help):
+    """Add a field to a group of an argparse parser."""
+    how = {"default": field.default, "help": help}
+    if hint is bool:
+        group.add_argument(f"--{field.name}", action="store_true", **how)
+        no = {"dest": field.name, "action": "store_false", "help": argparse.SUPPRESS}
+        group.add_argument(f"--no_{field.name}", **no)
+        return
+    how["type"], how["choices"] = type_and_choices(hint)
+    if field.metadata.get("positional"):
+        group.add_argument(field.name, nargs="?", **how)
+    else:
+        metavar = "|".join(map(str, how["choices"] or [how["type"].__name__]))
+        group.add_argument(f"--{field.name}", metavar=metavar, **how)
 
 
 def parse(config_class, presets=None, argv=None):
-    """An instance of config_class, read from the command line. A preset, and what the run to resume
-    was started with, count as typed before the rest. Raises UserError.
-    """
+    """An instance of config_class, read from the command line. Raises UserError."""
     presets, typed = presets or {}, sys.argv[1:] if argv is None else argv
     parser = parser_of(config_class, presets)
-    preset = getattr(parser.parse_args(typed), "preset", None)
-    values = vars(parser.parse_args([*as_flags(presets.get(preset, {})), *typed]))
+    values = vars(parser.parse_args(typed))
+    parser.set_defaults(**presets.get(values.get("preset"), {}))
+    values = vars(parser.parse_args(typed))
     if values.get("resume"):
-        path = Path(values["out"]) / "train_config.json"
-        saved = saved_settings(path, values.keys())
-        kept = {"preset": saved.pop("preset", preset)}
-        try:
-            values = vars(parser.parse_args([*as_flags(saved), *typed])) | kept
-        except UserError as error:
-            raise UserError(f"{path}: {error}; fix it or start without --resume") from None
-        if kept["preset"] != preset and any(word.startswith("--preset") for word in typed):
-            say(f"note: a resumed run keeps its preset, {kept['preset']}")
-        for name in sorted(saved):
+        preset, saved = values["preset"], saved_settings(values)
+        parser.set_defaults(**saved)
+        values = vars(parser.parse_args(typed)) | {"preset": saved["preset"]}
+        if preset not in (saved["preset"], config_class.preset):
+            say(f"note: a resumed run keeps its preset, {saved['preset']}")
+        for name in saved:
             if values[name] != saved[name]:
                 say(f"note: --{name} was {saved[name]}, and the run goes on with {values[name]}")
     return config_class(**values)
 
 
-# --- the edge of the program: errors become one line, and files are written whole --------------
+def saved_settings(values):
+    """What the run to resume was started with."""
+    path = Path(values["out"]) / "train_config.json"
+    if not path.exists():
+        raise UserError(f"nothing to resume in {path.parent}; start without --resume")
+    saved = read_json(path)
+    if unknown := saved.keys() - values.keys() - {BEGAN_FROM}:
+        what = f"sets {', '.join(sorted(unknown))}, which this script doesn't know"
+        raise UserError(f"{path} {what}: another version wrote it; start without --resume")
+    return {name: saved[name] for name in saved if name not in (BEGAN_FROM, "resume", "out")}
+
+
+# --- the edge of the program: errors become one line ---------------------------------------------
 
 
 def say(message, file=None):
@@ -326,9 +291,8 @@ def alone():
 
 
 def leave(code):
-    """Ends the process. One of several ends at once, without the interpreter's own end: there torch
-    frees a gloo group while it holds Python's lock and its threads still run, and then may abort,
-    or wait for ever (pytorch/pytorch, pull request 154976), so that torchrun never learns of it.
+    """Ends the process. One of several ends at once, without the interpreter's own end, in which
+    torch may wait for ever for the threads of a gloo group (pytorch/pytorch, pull request 154976).
     """
     unlock()
     if alone():
@@ -339,29 +303,29 @@ def leave(code):
 
 
 def cli(main, config_class, presets=None, argv=None):
-    """Runs main(config). A mistake of the user becomes one line on stderr and exit code 2; a bug
-    keeps its traceback.
+    """Runs main(config). A mistake of the user, or what the system refuses, becomes one line on
+    stderr and exit code 2; a bug keeps its traceback.
     """
     try:
         main(parse(config_class, presets, argv))
         return sys.stdout.flush()
-    except UserError as error:
-        code, message = 2, f"error: {error}"
-    except KeyboardInterrupt:
-        code, message = 130, "stopped by Ctrl-C"
     except BrokenPipeError:  # `| head` has read enough: Python must not flush into it once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         leave(141)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in TO_FIX:
-            code, message = 2, f"error: {error.filename or 'cannot write'}: {error.strerror}"
-        elif alone():
+    except (UserError, OSError) as error:
+        code, message = 2, f"error: {error}"
+    except KeyboardInterrupt:
+        code, message = 130, "stopped by Ctrl-C"
+    except Exception:
+        if alone():
             raise
-        else:
-            traceback.print_exc()
-            leave(1)
+        traceback.print_exc()
+        leave(1)
     say(" ".join(message.split()), sys.stderr)
     leave(code)
+
+
+# --- files are written whole, and by one process -------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -411,23 +375,14 @@ def save_config(config, path, **more):
     atomic_write(path, json.dumps(dataclasses.asdict(config) | more, indent=2) + "\n")
 
 
-def parse_json(text, where, kind=dict):
-    """The JSON object, or array, in a text of a model's or a run's file; raises UserError."""
+def read_json(path):
+    """What a file of JSON holds; raises UserError."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where} is not valid JSON ({e})") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{where} must hold a JSON {'object' if kind is dict else 'array'}")
-    return value
-
-
-def read_json(path, kind=dict):
-    """The JSON object, or array, in a file; raises UserError."""
-    try:
-        return parse_json(Path(path).read_bytes(), path, kind)
+        return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e})") from None
 
 
 LOCKS = {}  # open files by their paths; the system gives up a lock when its process ends
@@ -443,20 +398,14 @@ def lock(folder):
     Raises UserError where another one writes.
     """
     path = lock_of(folder)
-    if path in LOCKS:
+    if path in LOCKS or not fcntl:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a", encoding="utf-8")
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise UserError(
-            f"{folder} is being written by another process; wait for it, or name another directory"
-        ) from None
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is being written by another process; wait for it") from None
     except OSError:  # a file system that knows no locks
         pass
     LOCKS[path] = file
@@ -467,5 +416,4 @@ def unlock(*folders):
     for path in list(map(lock_of, folders)) or list(LOCKS):
         if file := LOCKS.pop(path, None):
             file.close()
-            with contextlib.suppress(PermissionError):  # on Windows another process has it open
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
