@@ -2,12 +2,11 @@
 
 A folder holds config.json, model.safetensors (or shards and their index), tokenizer.json,
 tokenizer_config.json and generation_config.json, and transformers' from_pretrained opens it.
-What config.json says is computed with, or refused; keys that nothing reads are named once.
+What config.json says is computed with, or refused.
 hub.py opens adapters and vision-language models, too.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -19,37 +18,25 @@ import torch
 from nanollm import safetensors
 from nanollm.config import UserError, atomic_write, read_json, say
 from nanollm.formats import need
-from nanollm.gpt import GPT, MLP, GPTConfig, ScalarGPT, rope_frequencies, yarn_scale
+from nanollm.gpt import GPT, MLP, GPTConfig, ScalarGPT, rope_frequencies
 from nanollm.tokenizer import Tokenizer
 
 OWN_NAMES = {"rope_scaling", "qk_norm"}  # the other fields of GPTConfig are named as in config.json
 SAME_NAME = [f.name for f in dataclasses.fields(GPTConfig) if f.name not in OWN_NAMES]
 # model_type -> what it is saved as: a Mistral whose window never ends is a Llama
 KINDS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Llama"}
-# What changes the logits: the value with which GPT computes them. All may be missing, or null.
+# What changes the logits of these: the value with which GPT computes them. All may be missing.
 COMPUTED = {
-    "mlp_bias": False, "use_sliding_window": False,
-    "layer_types": "full_attention", "attention_chunk_size": None, "per_layer_config": None,
-    "no_rope_layers": 1, "partial_rotary_factor": 1, "rope_interleaved": False,
-    "quantization_config": None, "compression_config": None,
-}  # fmt: skip
-ROPE = {  # rope_type -> its numbers
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "layer_types": "full_attention",
+    "partial_rotary_factor": 1,
+    "quantization_config": None,
 }
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 CONTEXT = "original_max_position_embeddings"  # that of pretraining
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "truncate", CONTEXT}
-IRRELEVANT = """architectures model_type dtype torch_dtype transformers_version rope_parameters
-rope_scaling original_max_position_embeddings sliding_window max_window_layers pretraining_tp
-use_cache initializer_range bos_token_id eos_token_id pad_token_id id2label label2id problem_type
-_name_or_path _attn_implementation is_llama_config transformers.js_config reward_shift""".split()
-# of generation_config.json: what changes even greedy completions in transformers, but none here
-PENALTIES = """repetition_penalty no_repeat_ngram_size suppress_tokens begin_suppress_tokens
-bad_words_ids sequence_bias min_length min_new_tokens forced_bos_token_id forced_eos_token_id
-stop_strings""".split()
-ADAPTER_CONFIG, EMBEDDING = "adapter_config.json", "model.embed_tokens.weight"
+ADAPTER_CONFIG = "adapter_config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def read_config(folder, causal=True):
@@ -66,7 +53,7 @@ def config_of(values, path, causal=True):
     need(kind in KINDS, path, f"model_type must be one of {', '.join(KINDS)}, not {kind!r}")
     act = values.get("hidden_act") or "silu"
     need(act == MLP.hidden_act, path, f"hidden_act must be {MLP.hidden_act!r}, not {act!r}")
-    check_computed(values, path, {"hidden_act", *SAME_NAME, *IRRELEVANT})
+    check_computed(values, path)
     known = {name: values[name] for name in SAME_NAME if values.get(name) is not None}
     try:
         known.setdefault("num_key_value_heads", known["num_attention_heads"])
@@ -75,61 +62,46 @@ def config_of(values, path, causal=True):
         known["rope_theta"], scaling = rope_of(values, path)
         known["attention_bias"] = kind == "qwen2" or bool(values.get("attention_bias"))
         cfg = GPTConfig(**known, qk_norm=kind == "qwen3", rope_scaling=scaling)
-        wanted = "predicts the next token (causal)" if causal else "fills in blanks (mlm)"
-        why = f"is_causal is {cfg.is_causal}, but a model that {wanted} is wanted"
-        need(cfg.is_causal == causal, path, why)
-        context = cfg.max_position_embeddings
         if scaling and scaling["rope_type"] != "linear":
-            scaling.setdefault(CONTEXT, context)
-        angles = rope_frequencies(cfg) * yarn_scale(scaling)  # a scaling may lack a number
-        need(bool(angles.isfinite().all()), path, f"RoPE can't be computed from {scaling}")
-        # Qwen's has a switch, in COMPUTED; where a Mistral is silent, transformers takes 4096
-        window = values.get("sliding_window", 4096 if kind == "mistral" else None)
-        if window and window < context and not kind.startswith("qwen"):
-            longer = f"sliding_window {window} is shorter than the context, and not implemented"
-            raise UserError(f"{path}: {longer}; set max_position_embeddings to {window}")
-        return cfg
-    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
+            scaling.setdefault(CONTEXT, cfg.max_position_embeddings)
+        rope_frequencies(cfg)  # raises where the scaling lacks a number
+    except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path}: incomplete or inconsistent, {e!r}") from None
+    wanted = "predicts the next token (causal)" if causal else "fills in blanks (mlm)"
+    why = f"is_causal is {cfg.is_causal}, but a model that {wanted} is wanted"
+    need(cfg.is_causal == causal, path, why)
+    # Qwen's has a switch, in COMPUTED; where a Mistral is silent, transformers takes 4096
+    window = values.get("sliding_window", 4096 if kind == "mistral" else None)
+    if window and window < cfg.max_position_embeddings and not kind.startswith("qwen"):
+        longer = f"sliding_window {window} is shorter than the context, and not implemented"
+        raise UserError(f"{path}: {longer}; set max_position_embeddings to {window}")
+    return cfg
 
 
-def check_computed(values, path, read=()):
-    """Raise UserError where a config.json, or its part on RoPE, asks for what GPT doesn't compute;
-    tell once of keys that nobody reads.
-    """
-    for name, value in COMPUTED.items():
+def check_computed(values, path):
+    """Raise UserError where a config.json, or its RoPE, asks for what GPT doesn't compute."""
+    for name, computed in COMPUTED.items():
         asked = values.get(name)
-        each = asked if isinstance(asked, list) and asked else [asked]
-        fine = all(one is None or one == value for one in each)
-        only = "" if value is None else f"; only {value!r} is"
-        need(fine, path, f"{name} {asked!r:.80} is not implemented{only}")
-    unread = values.keys() - COMPUTED.keys() - set(read)
-    if unread := sorted(key for key in unread if values[key] not in (None, False, 0, [], {})):
-        tell(f"note: {path} sets {', '.join(unread)}, which nothing here reads")
-
-
-tell = functools.cache(say)  # a run opens a folder several times
+        for one in asked if isinstance(asked, list) else [asked]:
+            need(one is None or one == computed, path, f"{name} {one!r:.80} is not implemented")
 
 
 def rope_of(values, path):
     """(rope_theta, rope_scaling) by the convention of transformers 4, which names them so, or 5,
     where rope_parameters holds both. What is said twice must be said alike.
     """
-    new, old = (values.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
-    why = "rope_parameters and rope_scaling differ; move all into rope_parameters"
-    need(not (new and old) or new == old, path, why)
-    rope = {name: value for name, value in dict(new or old).items() if value is not None}
+    new, old = values.get("rope_parameters"), values.get("rope_scaling")
+    why = "it has rope_parameters and rope_scaling; move all into rope_parameters"
+    need(not (new and old), path, why)
+    rope = {name: value for name, value in (new or old or {}).items() if value is not None}
+    for name in ("rope_theta", CONTEXT):
+        if (outside := values.get(name)) is not None:
+            inside = rope.setdefault(name, outside)
+            need(inside == outside, path, f"{name} is said twice, {outside!r} and {inside!r}")
     kind = rope.setdefault("rope_type", rope.get("type", "default"))
-    outside = {"type": kind, "rope_theta": values.get("rope_theta"), CONTEXT: values.get(CONTEXT)}
-    for name, value in outside.items():
-        same = value is None or rope.setdefault(name, value) == value
-        need(same, path, f"{name} is said twice, {value!r} and {rope.get(name)!r}; drop one")
-    odd = [name for name, value in rope.items() if isinstance(value, (dict, list))]
-    what = ", ".join(odd) if kind in ROPE else f"type {kind!r}"
-    why = f"RoPE of {what} is not implemented"
-    need(kind in ROPE and not odd, path, why)
-    check_computed(rope, path, {*ROPE_KEYS, *ROPE[kind]})
-    del rope["type"]
+    need(kind in ROPE_TYPES, path, f"RoPE of type {kind!r} is not implemented")
+    check_computed(rope, path)
+    rope.pop("type", None)
     return float(rope.pop("rope_theta", 10_000.0)), None if kind == "default" else rope
 
 
@@ -182,50 +154,40 @@ def load_gpt(folder, causal=True):
     """
     folder = existing_folder(folder)
     model, tokenizer = GPT(read_config(folder, causal)), Tokenizer.load(folder)
-    odd = [k for k in PENALTIES if tokenizer.generation.get(k) not in (None, 0, 1, [], {})]
-    if odd:
-        what = f"generation_config.json sets {', '.join(odd)}"
-        tell(f"note: {folder}/{what}: kept there; completions here are the model's own, without it")
+    if tokenizer.generation.get("repetition_penalty", 1) != 1:
+        say(f"note: {folder} asks for a repetition_penalty; completions here are without it")
     load_weights(model, safetensors.load_folder(folder), folder)
-    known = max(tokenizer.ranks.values(), default=0)
-    if known >= model.cfg.vocab_size:
-        raise UserError(
-            f"vocabulary mismatch: {folder}/tokenizer.json has ids up to {known}, but the model's "
-            f"embedding has {model.cfg.vocab_size} rows; the two files don't belong together"
-        )
+    known, rows = max(tokenizer.ranks.values(), default=0), model.cfg.vocab_size
+    why = f"its tokenizer has ids up to {known}, but the embedding has {rows} rows"
+    need(known < rows, folder, why)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         model = grow_vocabulary(model, tokenizer.vocab_size)
     return model, tokenizer
 
 
 def load_weights(model, tensors, where):
-    """Copy tensors into the model by name; wrong names, shapes or dtypes raise UserError naming the
-    first of each kind.
+    """Copy tensors into the model by name; other names, shapes or dtypes than its own raise
+    UserError.
     """
-    own = model.state_dict()
     # old exports hold the angles of RoPE
     tensors = {k: x for k, x in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
-    if "lm_head.weight" in tensors.keys() - own.keys():  # a tied head repeats the embedding
-        same = torch.equal(tensors.pop("lm_head.weight"), tensors.get(EMBEDDING, torch.empty(0)))
-        two = f"lm_head.weight differs from {EMBEDDING}, to which config.json ties it; "
-        need(same, where, two + "say tie_word_embeddings false there")
-    if missing := sorted(own.keys() - tensors.keys()):
-        raise UserError(f"{where} lacks {len(missing)} tensors, such as {missing[0]}")
-    if unknown := sorted(tensors.keys() - own.keys()):
-        many = f"{len(unknown)} tensors that the model in config.json has not"
-        raise UserError(f"{where} has {many}, such as {unknown[0]}")
+    if {EMBEDDING, HEAD} <= tensors.keys() and HEAD not in model.state_dict():
+        if torch.equal(tensors[EMBEDDING], tensors[HEAD]):  # a tied head may be stored, too
+            del tensors[HEAD]
     for name, tensor in tensors.items():
-        shapes = f"{list(tensor.shape)}, but config.json says {list(own[name].shape)}"
-        need(tensor.shape == own[name].shape, where, f"{name} has shape {shapes}")
         whole = tensor.is_floating_point() and tensor.element_size() > 1
         need(whole, where, f"{name} is {tensor.dtype}; quantised weights are not implemented")
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as e:  # which names what is missing, unexpected or of another shape
+        why = " ".join(str(e).split())
+        raise UserError(f"{where}: the weights aren't those of config.json: {why:.300}") from None
 
 
 def grow_vocabulary(model, vocab_size):
     """The same model with more rows in embedding and head: new rows are the mean of the others."""
     grown, tensors = GPT(dataclasses.replace(model.cfg, vocab_size=vocab_size)), model.state_dict()
-    for name in {EMBEDDING, "lm_head.weight"} & tensors.keys():
+    for name in {EMBEDDING, HEAD} & tensors.keys():
         new = tensors[name].mean(0, keepdim=True).expand(vocab_size - len(tensors[name]), -1)
         tensors[name] = torch.cat([tensors[name], new])
     grown.load_state_dict(tensors)
@@ -268,12 +230,10 @@ def bases_of(folder):
     bases, folder = [], Path(folder)
     while is_adapter(folder):
         named = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
-        # within the adapter; as written, here or from any folder above it; or, after a move, by its
-        # name
+        # as written, from here, the adapter or any folder above it; or, after a move, by its name
         above = [folder.resolve(), *folder.resolve().parents]
-        ends = (named, Path(named).name)
-        places = [folder / Path(named).name, Path(named)]
-        places += [place / end for end in ends for place in above]
+        places = [Path(named), *(place / named for place in above)]
+        places += [place / Path(named).name for place in above]
         base = next((place for place in places if place.is_dir()), None)
         if base is None and is_hub_name(named):
             base = existing_folder(named)

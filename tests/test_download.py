@@ -142,7 +142,7 @@ def test_files_of_two_commits_are_never_mixed(hub):
 def test_a_server_that_says_less_than_the_weights_are_is_found_out(hub):
     size = len(hub.files["model.safetensors"])
     hub.short = {"model.safetensors": size - 9}
-    with pytest.raises(UserError, match=f"should have {size} bytes but has {size - 9}: .*cut off"):
+    with pytest.raises(UserError, match=f"should have {size} bytes but has {size - 9}"):
         existing_folder("owner/name")
     assert not FOLDER.exists()
     hub.short = {}

@@ -96,7 +96,7 @@ CONVENTIONS += itertools.product(STRETCHED, ["5, bf16, sharded", "4", "4, type"]
 
 @pytest.mark.parametrize("name, convention", CONVENTIONS)
 def test_logits_equal_transformers_there_and_back(
-    name, convention, download, transformers, tmp_path, capsys
+    name, convention, download, transformers, tmp_path
 ):
     dtype = torch.bfloat16 if "bf16" in convention else torch.float32
     folder = download(name, dtype, "30KB" if "sharded" in convention else "5GB")
@@ -108,7 +108,6 @@ def test_logits_equal_transformers_there_and_back(
     assert close(model(TOKENS), wanted)
     save_model(model, tokenizer, tmp_path / "saved")
     assert close(their_logits(transformers, tmp_path / "saved"), wanted)
-    assert "note" not in capsys.readouterr().out  # their own keys are all known
     assert load_model(tmp_path / "saved")[0].cfg == model.cfg
 
 
@@ -133,12 +132,11 @@ def test_where_no_context_of_pretraining_is_said_it_is_the_context(download, tra
 # --- what is refused -----------------------------------------------------------------------------
 
 ADVICE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-TWICE, MISSING = "is said twice", "not implemented"
+TWICE, MISSING, MISFIT = "is said twice", "not implemented", "aren't those of config.json: .*"
 HALF = {"partial_rotary_factor": 0.5}
 REFUSED = {  # keys of a config.json: what is said; those in ROPES stand in rope_parameters
-    "YaRN beside other RoPE": ({"rope_scaling": ADVICE}, "rope_scaling differ; move all into"),
+    "YaRN beside other RoPE": ({"rope_scaling": ADVICE}, "rope_scaling; move all into"),
     "two thetas": ({"rope_theta": 10_000.0}, f"rope_theta {TWICE}, 10000.0 and 100000.0"),
-    "sections": ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "differ; move"),
     "half of RoPE": (HALF, f"partial_rotary_factor 0.5 is {MISSING}"),
     "quantised": ({"quantization_config": {"bits": 4}}, f"quantization_config .* is {MISSING}"),
     "a window": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
@@ -148,25 +146,21 @@ REFUSED = {  # keys of a config.json: what is said; those in ROPES stand in rope
         "sliding_window 4096 is shorter .*; set max_position_embeddings to 4096",
     ),
     "Granite itself": ({"model_type": "granite"}, "model_type must be one of llama, .*'granite'"),
-    "SmolLM3": ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act must be 'silu', not 'gelu'"),
-    "biases": ({"attention_bias": True}, "lacks 6 tensors, such as .*bias"),
-    "other heads": ({"num_attention_heads": 8}, r"\[32, 32\], but config.json says \[32, 64\]"),
+    "biases": ({"attention_bias": True}, f"{MISFIT}Missing .*bias"),
+    "other heads": ({"num_attention_heads": 8}, f"{MISFIT}size mismatch"),
     "no heads": ({"num_attention_heads": ...}, "incomplete or inconsistent"),
     "shared heads": ({"num_key_value_heads": 3}, "incomplete or inconsistent.*can't share"),
-    "more layers": ({"num_hidden_layers": 3}, "lacks 9 tensors, such as model.layers.2"),
-    "fewer layers": ({"num_hidden_layers": 1}, "has 9 tensors that the model in config.json has"),
-    "no tie": ({"tie_word_embeddings": False}, "lacks 1 tensors, such as lm_head.weight"),
+    "more layers": ({"num_hidden_layers": 3}, f"{MISFIT}Missing .*model.layers.2"),
+    "fewer layers": ({"num_hidden_layers": 1}, f"{MISFIT}Unexpected .*model.layers.1"),
+    "no tie": ({"tie_word_embeddings": False}, f"{MISFIT}Missing .*lm_head.weight"),
 }
 ROPES = {
-    "two types": (ADVICE | {"type": "linear"}, f"type {TWICE}"),
     "two contexts": (ADVICE, f"original_max_position_embeddings {TWICE}, 32 and 16"),
     "a theta that is text": (ADVICE | {"rope_theta": "big"}, "incomplete or inconsistent"),
     "no factor": ({"rope_type": "linear"}, "incomplete or .*'factor'"),
-    "a factor of 0": (ADVICE | {"factor": 0.0}, "RoPE can't be computed from .*'factor': 0.0"),
     "another stretching": ({"rope_type": "dynamic"}, f"'dynamic' is {MISSING}"),
-    "each kind of layer": ({"full_attention": ADVICE}, f"RoPE of full_attention is {MISSING}"),
-    "half of it": (HALF, f"partial_rotary_factor 0.5 is {MISSING}; only 1 is"),
+    "half of it": (HALF, f"partial_rotary_factor 0.5 is {MISSING}"),
 }
 REFUSED |= {name: ({"rope_parameters": rope}, why) for name, (rope, why) in ROPES.items()}
 REFUSED["two contexts"][0]["original_max_position_embeddings"] = 32
@@ -192,12 +186,11 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TENSORS = {  # (what is changed in the file, what is said)
     "a head that differs from the embedding": (
         lambda t: {HEAD: t[EMBEDDING] + 1},
-        f"{HEAD} differs from {EMBEDDING}, .* say tie_word_embeddings false",
+        f"{MISFIT}Unexpected .*{HEAD}",
     ),
-    "a head of another shape": (lambda t: {HEAD: torch.zeros(300, 32)}, f"{HEAD} differs"),
     "a tensor that nobody reads": (
         lambda t: {"model.mtp.weight": torch.zeros(2)},
-        "1 tensors that the model in config.json has not, such as model.mtp.weight",
+        f"{MISFIT}Unexpected .*model.mtp.weight",
     ),
     "eight-bit floats": (
         lambda t: {QUANTISED: t[QUANTISED].to(torch.float8_e4m3fn)},
@@ -226,22 +219,6 @@ def test_a_head_that_differs_is_taken_where_config_json_does_not_tie_it(download
 # --- what is said --------------------------------------------------------------------------------
 
 
-UNREAD = "attention_dropout, novel", "finetuned"
-
-
-def test_keys_that_nothing_reads_are_named_once(download, capsys):
-    folder = download("Qwen3")
-    load_model(folder)
-    assert capsys.readouterr().out == ""
-    rope = {"rope_type": "default", "rope_theta": 1e6, "finetuned": True}
-    edit(folder, attention_dropout=0.1, pretraining_tp=2, novel=[1], off=False)
-    edit(folder, rope_parameters=rope)
-    load_model(folder)
-    load_model(folder)
-    notes, said = capsys.readouterr().out.splitlines(), f"note: {folder}/config.json sets"
-    assert notes == [f"{said} {n}, which nothing here reads" for n in UNREAD]
-
-
 def test_what_makers_say_of_sampling_is_kept_and_what_would_change_greedy_answers_is_said(
     download, tmp_path, capsys
 ):
@@ -251,7 +228,7 @@ def test_what_makers_say_of_sampling_is_kept_and_what_would_change_greedy_answer
     path.write_text(json.dumps(said))
     save_model(*load_model(folder), tmp_path)
     [note] = capsys.readouterr().out.splitlines()
-    assert "generation_config.json sets repetition_penalty: kept" in note
+    assert "asks for a repetition_penalty; completions here are without it" in note
     assert said.items() <= json.loads((tmp_path / path.name).read_text()).items()
 
 

@@ -190,9 +190,9 @@ def test_where_config_json_is_silent_it_means_what_transformers_means(transforme
 CONFIG_FAULTS = [
     (dict(model_type="dinov2"), "model_type 'dinov2' is not one of clip_vision_model"),
     (dict(hidden_act="relu"), "hidden_act 'relu'"),
-    (dict(num_hidden_layers=4), "lacks 16 tensors, such as encoder.layers.3"),
-    (dict(num_hidden_layers=2), "has 16 tensors that the model in config.json has not"),
-    (dict(image_size=40), "position_embedding.weight has shape"),
+    (dict(num_hidden_layers=4), "Missing .*encoder.layers.3"),
+    (dict(num_hidden_layers=2), "Unexpected .*encoder.layers.2"),
+    (dict(image_size=40), "size mismatch for .*position_embedding.weight"),
     (dict(size=64), "it must make 32 x 32 pixels, which the ViT reads"),
 ]
 
