@@ -619,7 +619,7 @@ def baseline_of(out):
     result, images = (Path(f"{out}-no_images", name) for name in ("result.json", "images.json"))
     if not images.exists():
         return {}, {}
-    samples = {(s["image"], s["question"]): s["completion"] for s in read_json(images, list)}
+    samples = {(s["image"], s["question"]): s["completion"] for s in read_json(images)}
     return read_json(result)["images"]["right"], samples
 
 

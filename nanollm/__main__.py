@@ -142,22 +142,26 @@ QUESTIONS = {
 def commands_of(stage, cfg):
     """The stage's commands, and that of its evaluation where it has one, as lists of words."""
     preset, root = preset_of(stage, cfg), Path(cfg.root).as_posix()
-    evaluate = [word.replace("ROOT", root) for word in stage.evaluate.split()]
-    device, commands = ["--device", cfg.device] * (cfg.device != "auto"), []
-    for command in stage.command.split(" && "):
-        script, *flags = (word.replace("ROOT", root) for word in command.split())
+    preset_flags = [] if preset == "tiny" else ["--preset", preset]
+    device_flags = [] if cfg.device == "auto" else ["--device", cfg.device]
+    commands = []
+    for command in stage.command.replace("ROOT", root).split(" && "):
+        script, *flags = command.split()
         if not script.startswith("data/"):  # it trains
-            flags = [*["--preset", preset] * (preset != "tiny"), *flags, *device]
+            flags = [*preset_flags, *flags, *device_flags]
         commands.append(["python", script, *flags])
-    if evaluate:
-        limit = ["--limit", "20"] * (preset == "smoke")
-        commands.append(["python", "-m", "nanollm.evaluate", *evaluate, *limit, *device])
+    if stage.evaluate:
+        flags = stage.evaluate.replace("ROOT", root).split()
+        limit = ["--limit", "20"] if preset == "smoke" else []
+        commands.append(["python", "-m", "nanollm.evaluate", *flags, *limit, *device_flags])
     return commands
 
 
 def preset_of(stage, cfg):
-    small = stage.preset == "short" and cfg.preset == "gpu"  # what is beside the way stays short
-    return stage.preset if small or cfg.preset == "tiny" else cfg.preset
+    """The preset of a stage's script. What is beside the way stays short on a GPU."""
+    if cfg.preset == "tiny" or (cfg.preset, stage.preset) == ("gpu", "short"):
+        return stage.preset
+    return cfg.preset
 
 
 def run_stage(stage, cfg, later):
@@ -165,17 +169,18 @@ def run_stage(stage, cfg, later):
     `later` are the folders of the stages behind it, which are stale once it has run again.
     """
     folder, commands = Path(cfg.root) / stage.name, commands_of(stage, cfg)
-    n = len(stage.command.split(" && "))  # those that train
+    n = len(stage.command.split(" && "))  # the first n commands train
     record = {"command": " && ".join(map(shlex.join, commands[:n]))}
     record["shown"] = "\n".join(f"$ {shlex.join(words)}" for words in commands)
     done, begin = folder / "stage.json", time.perf_counter()
-    if done.exists() and not cfg.fresh and read_json(done)["command"] == record["command"]:
-        record = read_json(done)
-        print(f"{stage.title}: done before in {record['seconds']:.0f} s (--fresh: again)")
-        return record
-    if (folder / "state.pt").exists() and not done.exists() and not cfg.fresh:  # interrupted
-        same = read_json(folder / "train_config.json").get("preset") == preset_of(stage, cfg)
-        commands[:n] = [[*commands[n - 1], "--resume"]] if same else commands[:n]
+    if done.exists() and not cfg.fresh:
+        known = read_json(done)
+        if known["command"] == record["command"]:
+            print(f"{stage.title}: done before in {known['seconds']:.0f} s (--fresh: again)")
+            return known
+    elif (folder / "state.pt").exists() and not cfg.fresh:  # the last of them was interrupted
+        if read_json(folder / "train_config.json")["preset"] == preset_of(stage, cfg):
+            commands[:n] = [[*commands[n - 1], "--resume"]]
     for other in later:
         move_aside(other)
     for words in commands:
@@ -217,14 +222,14 @@ def main(cfg):
         record = run_stage(stage, cfg, [root / each.name for each in STAGES[n + 1 :]])
         ask(stage, root, rt, answers)
         done.append((stage, record))
-        speaker = [each for each in STAGES[: n + 1] if each.asked][-1]
-        chat = f"python -m nanollm.chat {root.as_posix()}/{speaker.name}"
-        chat += " --tools" * (speaker.asked == "tools")
+        if stage.asked:
+            chat = f"python -m nanollm.chat {root.as_posix()}/{stage.name}"
+            chat += " --tools" if stage.asked == "tools" else ""
         write_report(root, done, answers, f"Talk with it: {chat}")
     print()
     for stage, record in done:
-        effect = [effect_line(effect) for effect in effects_of(root / stage.name)[:1]]
-        print(f"{stage.title:24}{record['seconds']:6.0f} s   {''.join(effect)}")
+        first = effect_line(effects_of(root / stage.name)[0])
+        print(f"{stage.title:24}{record['seconds']:6.0f} s   {first}")
     print(f"\n{root}/report.html has it all ({time.perf_counter() - begin:.0f} s). Talk with it:")
     print(chat)
 

@@ -49,16 +49,15 @@ def mean(values, unit=""):
     values = [value for value in values if value is not None]
     if not values:
         return "-"
-    three = sum(values) / len(values), min(values), max(values)
-    first, *ends = (format_value(x, unit) for x in three)
-    return first if ends[0] == ends[1] else f"{first} ({ends[0]} to {ends[1]})"
+    least, most = (format_value(end, unit) for end in (min(values), max(values)))
+    mean = format_value(sum(values) / len(values), unit)
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def row_of(name, folders, names):
     """A row of the table: {column: text}; `names`: (name, unit) of all effects that a run has."""
-    results, row = [read_json(folder / "result.json") for folder in folders], {}
-    row["run"] = name if len(folders) > 1 else str(folders[0])
-    row["runs"] = str(len(folders))
+    results = [read_json(folder / "result.json") for folder in folders]
+    row = {"run": name if len(folders) > 1 else str(folders[0]), "runs": str(len(folders))}
     for effect, unit in names:
         found = [e for result in results for e in result.get("effects", ()) if e["name"] == effect]
         before, after = (mean([e[side] for e in found], unit) for side in ("before", "after"))

@@ -140,46 +140,62 @@ def held_out_text(cfg, model, tokenizer, label):
     return {f"nats_per_token{label}": nats, f"bits_per_byte{label}": bpb}
 
 
-def evaluate_answers(cfg, rt, model, tokenizer):
-    """Accuracy on the test examples, and on the village bits per byte; prints them."""
-    examples, tools = load_examples(cfg, model), None
-    template, *others = {*map(template_of, (cfg.adapter or cfg.model).split(","))}
-    if others and not cfg.template:
+def template_for(cfg):
+    """The template that --template names, or with which the run, or its adapters, were trained."""
+    trained_with = {template_of(folder) for folder in (cfg.adapter or cfg.model).split(",")}
+    if len(trained_with) > 1 and not cfg.template:
         raise UserError("the adapters were trained with different templates; name one: --template")
-    template, names = cfg.template or template, [None]
+    template = cfg.template or trained_with.pop()
     if template != "chat":
         print(f"questions are put by the template {template}")
+    return template
+
+
+def evaluate_answers(cfg, rt, model, tokenizer):
+    """Accuracy on the test examples, and on the village bits per byte; prints them."""
+    template, tools = template_for(cfg), None
     if cfg.tools:
         tools = Toolbox.with_knowledge(village.knowledge_of(cfg.model, cfg.knowledge), tokenizer)
-    result = {"data": cfg.data, "template": template, "images": cfg.images}
     begun = tokenizer.encode(cfg.begin, special=True)
 
     def ids_of(example):
         return prompt_of(example, model, tokenizer, template) + begun
 
-    examples = with_room(examples, ids_of, model, 1, cfg.data)
-    how = {"generator": torch.Generator(rt.device).manual_seed(cfg.seed), "tools": tools}
-    how |= {"begin": cfg.begin, "shown": cfg.images, "template": template}
-    how |= {"batch_size": cfg.batch_size, "max_new_tokens": cfg.max_new_tokens}
-    answer = partial(accuracy_by_task, model, tokenizer, **how)
-    if model.lora:  # several adapters
+    examples = with_room(load_examples(cfg, model), ids_of, model, 1, cfg.data)
+    names = [None]
+    if model.lora:  # several adapters: each example is asked of the model alone, and of each
         names += model.lora.known
         examples = [e | {"task": f"{e['task']}, {name}"} for e in examples for name in names]
         use(model, names * (len(examples) // len(names)))
+    answer = partial(
+        accuracy_by_task,
+        model,
+        tokenizer,
+        generator=torch.Generator(rt.device).manual_seed(cfg.seed),
+        tools=tools,
+        begin=cfg.begin,
+        shown=cfg.images,
+        template=template,
+        batch_size=cfg.batch_size,
+        max_new_tokens=cfg.max_new_tokens,
+    )
+    result = {"data": cfg.data, "template": template, "images": cfg.images}
     temperature = 0.0 if cfg.samples > 1 else cfg.temperature or 0.0
     result["tasks"], completions = answer(examples, temperature=temperature)
     if cfg.samples > 1:
         repeated = [example for example in examples for _ in range(cfg.samples)]
         model.select_rows(torch.arange(len(examples)).repeat_interleave(cfg.samples))
-        sampled = answer(repeated, temperature=cfg.temperature or 1.0)[1]
+        _, sampled = answer(repeated, temperature=cfg.temperature or 1.0)
         result["sampled"] = sampled_metrics(examples, completions, sampled)
         print(f"greedy, one sample, maj@{cfg.samples} and pass@{cfg.samples}")
         print(accuracy_table({"": result["sampled"]}, ("accuracy", "sampled", "maj", "pass")))
     else:
         print(accuracy_table({"accuracy": result["tasks"]}))
-    for name in names if cfg.data == "village" else ():
-        use(model, name)
-        result |= held_out_text(cfg, model, tokenizer, f", {name}" * (len(names) > 1))
+    if cfg.data == "village":
+        for name in names:
+            use(model, name)
+            label = f", {name}" if len(names) > 1 else ""
+            result |= held_out_text(cfg, model, tokenizer, label)
     result["effects"] = [
         effect(name, None, found["accuracy"], "share") for name, found in result["tasks"].items()
     ]

@@ -43,9 +43,8 @@ def accuracy_by_task(
     right = defaultdict(list)
     for example, completion in zip(examples, completions):
         right[example["task"]].append(is_right(example, completion))
-    return {
-        name: {"accuracy": sum(r) / len(r), "n": len(r)} for name, r in right.items()
-    }, completions
+    by_task = {name: {"accuracy": sum(r) / len(r), "n": len(r)} for name, r in right.items()}
+    return by_task, completions
 
 
 def mean_accuracy(by_task):
@@ -147,11 +146,9 @@ def table(head, rows):
         return "-" if value is None else str(value)
 
     lines = [[cell(value) for value in row] for row in [head, *rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths)))
-        for line in lines
-    )
+    first, *others = (max(map(len, column)) for column in zip(*lines))  # widths
+    padded = ([line[0].ljust(first), *map(str.rjust, line[1:], others)] for line in lines)
+    return "\n".join(map("  ".join, padded))
 
 
 def accuracy_table(columns, keys=("accuracy",)):

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from nanollm.config import atomic_write, read_json
-from nanollm.run import effect_line
+from nanollm.run import change
 
 RESULTS = ("result.json", "evaluation.json", "preferences.json")
 STYLE = """
@@ -55,11 +55,6 @@ def effects_of(folder):
     return [effect for path in paths for effect in read_json(path).get("effects", [])]
 
 
-def change(effect):
-    """The numbers of an effect: 0.68 → 0.94."""
-    return effect_line(effect).removeprefix(f"{effect['name']}: ").replace("->", "→")
-
-
 def folders_of(folder):
     """A run's folder, and those of the runs that it made beside it: vlm, vlm-clip, ..."""
     beside = folder.parent.glob(f"{folder.name}-*/result.json")
@@ -71,9 +66,9 @@ def overview(root, done):
     rows = []
     for stage, record in done:
         folder = root / stage.name
-        first = next(iter(effects_of(folder)), None)
-        cells = ["-", "-"] if first is None else [first["name"], change(first)]
-        rows.append([stage.title, *cells, f"{record['seconds']:.0f}", folder.as_posix()])
+        cells = [[effect["name"], change(effect, "→")] for effect in effects_of(folder)]
+        first = cells[0] if cells else ["-", "-"]
+        rows.append([stage.title, *first, f"{record['seconds']:.0f}", folder.as_posix()])
     return table(["stage", "effect", "before → after", "seconds", "run folder"], rows)
 
 
@@ -82,8 +77,11 @@ def section(folder, stage, record):
     yield element("h2", f"{stage.title} · {record['seconds']:.0f} s")
     yield element("p", stage.what)
     yield element("pre", record["shown"])
-    found = [(place, effect) for place in folders_of(folder) for effect in effects_of(place)]
-    rows = [[place.name, effect["name"], change(effect)] for place, effect in found]
+    rows = [
+        [place.name, effect["name"], change(effect, "→")]
+        for place in folders_of(folder)
+        for effect in effects_of(place)
+    ]
     yield table(["run", "effect", "before → after"], rows)
     for chart in sorted(folder.glob("*.svg"), key=lambda path: path.name != "curves.svg"):
         yield f"<figure>{chart.read_text(encoding='utf-8')}</figure>"
@@ -92,7 +90,7 @@ def section(folder, stage, record):
     if (folder / "preferences.json").exists():
         yield preferences(read_json(folder / "preferences.json"))
     if (folder / "images.json").exists():
-        yield images(read_json(folder / "images.json", list))
+        yield images(read_json(folder / "images.json"))
 
 
 def preferences(found):

@@ -15,20 +15,18 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
-from tqdm import tqdm
 
 from nanollm.checkpoint import bases_of, is_adapter, weights_hash
 from nanollm.config import (
     BEGAN_FROM,
+    TrainConfig,
     UserError,
     atomic_file,
     atomic_write,
@@ -38,13 +36,12 @@ from nanollm.config import (
     say,
     unlock,
 )
-from nanollm.formats import JSON, ending, mixture
+from nanollm.formats import mixture
 from nanollm.plot import line_chart
-from nanollm.runtime import DTYPES, peak_memory, rng_state, set_rng_state
+from nanollm.runtime import peak_memory, rng_state, set_rng_state
 
 LOG_EVERY = 10  # steps between the lines of `advance`
 LARGE_MODEL = 1e8  # parameters; ours have fewer
-MOST_LR = 2e-4  # AdamW's for such a model, and for an adapter on it
 
 
 class Run:
@@ -55,62 +52,39 @@ class Run:
     def __init__(self, cfg, rt):
         self.folder, self.rt, self.steps = Path(cfg.out), rt, cfg.steps
         # what was measured when the run began holds for its continuation, too
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        self.cfg = replace(cfg, dtype=names[rt.dtype])
+        self.cfg = replace(cfg, dtype=rt.dtype_name)
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # spent in earlier sessions of this run
         self.tokens = 0  # since the last logged line
-        self.state = self._load_state() if cfg.resume else None
+        self.state = None  # the checkpoint that a resumed run goes on from
+        if cfg.resume:
+            path = checkpoint_of(self.folder)
+            self.state = torch.load(path, map_location="cpu", weights_only=True)
+            self.step, self.seconds = self.state["step"], self.state["seconds"]
         self.parts = {}  # what a checkpoint holds: model, optimizer, samplers
         if rt.main:
             self._prepare_folder()
         rt.barrier()
         self.started = self.last_time = time.perf_counter()
         self.ended = None
-        self.bar = tqdm(
-            total=self.steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5,
-            desc=self.folder.name,
-            disable=not (rt.main and sys.stderr.isatty()),
-        )
-
-    def _load_state(self):
-        path = checkpoint_of(self.folder)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self.step, self.seconds = state["step"], state["seconds"]
-        except Exception as e:  # torch.load raises many kinds on a damaged file
-            raise UserError(f"{path} is damaged ({e!r:.80}); start without --resume") from None
-        return state
 
     def _prepare_folder(self):
         """A new run moves an older one out of the way. A resumed one changes nothing yet, and goes
         on with the data and from the model that it had before its checkpoint.
         """
         self.inputs = inputs_of(self.cfg)
-        if self.state is not None:
-            lock(self.folder)
-            for name, known in self.state["inputs"].items():
-                if self.inputs.get(name) != known:
-                    raise UserError(
-                        f"--{name} {getattr(self.cfg, name)} holds something else than when the "
-                        f"checkpoint in {self.folder} was written; bring that back, or start "
-                        "without --resume"
-                    )
-            return
-        try:
-            lock(self.folder)  # first: another process may be about to write its first file
+        lock(self.folder)  # first: another process may be about to write its first file
+        if self.state is None:
             move_aside(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(
-                f"can't write to {self.folder} ({e.strerror}); choose another --out"
-            ) from None
-        atomic_write(self.folder / "metrics.jsonl", "")
-        save_run_config(self.cfg)
+            atomic_write(self.folder / "metrics.jsonl", "")
+            save_run_config(self.cfg)
+            return
+        for name, known in self.state["inputs"].items():
+            if self.inputs.get(name) != known:
+                raise UserError(
+                    f"--{name} {getattr(self.cfg, name)} holds something else than when the "
+                    f"checkpoint in {self.folder} was written; start without --resume"
+                )
 
     # --- checkpoints
 
@@ -122,7 +96,7 @@ class Run:
         if self.state is None:
             note_on_rates(self.cfg, model)
             return {}
-        state, rng = self.state, self.state["rng"]
+        state = self.state
         try:
             if state["model"].keys() != trained_state(model).keys():
                 raise ValueError
@@ -134,7 +108,8 @@ class Run:
             raise UserError(
                 f"the checkpoint in {self.folder} has another shape than the flags ask for"
             ) from None
-        set_rng_state(rng[min(self.rt.rank, len(rng) - 1)], self.rt.device)
+        rank = min(self.rt.rank, len(state["rng"]) - 1)  # there may be more processes now
+        set_rng_state(state["rng"][rank], self.rt.device)
         if self.rt.main:  # now that the flags fit the checkpoint: later metrics are forgotten
             kept = [m for m in read_metrics(self.folder) if m["step"] <= self.step]
             lines = "".join(json.dumps(m) + "\n" for m in kept)
@@ -161,10 +136,7 @@ class Run:
             with atomic_file(self.folder / "state.pt") as f:
                 torch.save(state, f)
         except RuntimeError as e:  # what torch makes of a full disk
-            raise UserError(
-                f"can't write {self.folder / 'state.pt'} ({str(e).splitlines()[0]}); is the disk "
-                "full? The last checkpoint is still there"
-            ) from None
+            raise UserError(f"can't write {self.folder}/state.pt: is the disk full? {e}") from None
 
     # --- metrics
 
@@ -184,45 +156,37 @@ class Run:
         """
         self.step += 1
         self.tokens += tokens
-        self.bar.update()
         if self.due(every) or self.step == 1:
             now = time.perf_counter()
             if self.tokens:
                 metrics["tokens_per_second"] = round(self.tokens / (now - self.last_time), 1)
             self.last_time, self.tokens = now, 0
-            self.log(show=() if self.step == 1 else (*show, "tokens_per_second"), **metrics)
+            self._log(() if self.step == 1 else (*show, "tokens_per_second"), metrics)
 
-    def log(self, show=(), keep=False, **metrics):
-        """Append a line to metrics.jsonl. The names in `show` go on the progress bar, or on a line
-        of their own where stderr is no terminal, or where the line is one to `keep`.
+    def evaluated(self, show=None, **metrics):
+        """Log what an evaluation has found."""
+        self._log(metrics if show is None else show, metrics)
 
-        A value that is not finite ends the run; the last checkpoint stays as it is.
+    def _log(self, show, metrics):
+        """Append a line to metrics.jsonl, and print the values of the names in `show`. One that is
+        not finite ends the run; the last checkpoint stays as it is.
         """
-        record = {"step": self.step, "seconds": round(self.elapsed, 3)}
-        record |= {name: float(value) for name, value in metrics.items() if value is not None}
-        for name in metrics.keys() & record.keys():
-            if not math.isfinite(record[name]):
+        metrics = {name: float(value) for name, value in metrics.items() if value is not None}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
                 raise UserError(
-                    f"{name} became {record[name]} at step {self.step}; lower the learning rate, "
-                    f"or continue from the last checkpoint in {self.folder} with --resume"
+                    f"{name} became {value} at step {self.step}; lower the learning rate, or "
+                    f"continue from the last checkpoint in {self.folder} with --resume"
                 )
         if not self.rt.main:
             return
+        record = {"step": self.step, "seconds": round(self.elapsed, 3)} | metrics
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
-        shown = {name: f"{record[name]:.4g}" for name in show if name in record}
-        if shown and (keep or self.bar.disable):
-            done = self.step - (self.state["step"] if self.state else 0)
-            left = (self.elapsed - self.seconds) / max(1, done) * (self.steps - self.step)
-            values = "  ".join(f"{name} {value}" for name, value in shown.items())
-            line = f"step {self.step}/{self.steps}  {values}  {left:.0f} s left"
-            print(line, flush=True) if self.bar.disable else self.bar.write(line)
-        if shown:
-            self.bar.set_postfix(shown)
-
-    def evaluated(self, show=None, **metrics):
-        """Log what an evaluation has found; its line stays on the terminal."""
-        self.log(show=tuple(metrics) if show is None else show, keep=True, **metrics)
+        if shown := [f"{name} {metrics[name]:.4g}" for name in show if name in metrics]:
+            left = self.elapsed / max(1, self.step) * (self.steps - self.step)
+            line = [f"step {self.step}/{self.steps}", *shown, f"{left:.0f} s left"]
+            print("  ".join(line), flush=True)
 
     def write_sample(self, text):
         if self.rt.main:
@@ -239,11 +203,10 @@ class Run:
             save(model, tokenizer, self.folder)
 
     def close(self, *curves, **labels):
-        """Training is over: stop the clock and the bar, and draw curves.svg, the named metrics over
-        the steps, smoothed a little where there are many points.
+        """Training is over: stop the clock, and draw curves.svg, the named metrics over the steps,
+        smoothed a little where there are many points.
         """
         self.ended = time.perf_counter()
-        self.bar.close()
         if not self.rt.main:
             return
         metrics = read_metrics(self.folder)
@@ -262,21 +225,21 @@ class Run:
         """
         for each in effects:
             self.rt.print(effect_line(each))
-        path = self.folder / "result.json"
+        memory = peak_memory(self.rt.device)
         if self.rt.main:
             speeds = [m.get("tokens_per_second") for m in read_metrics(self.folder)]
             speed = {
                 "tokens_per_second": median([s for s in speeds if s is not None] or [0.0]),
                 "seconds": self.elapsed,
-                "peak_memory_bytes": peak_memory(self.rt.device),
+                "peak_memory_bytes": memory,
                 "steps": self.step,
             }
+            path = self.folder / "result.json"
             known = read_json(path) if path.exists() else {}
             result = known | {"effects": list(effects)} | values | speed
             atomic_write(path, json.dumps(result, indent=2) + "\n")
-        most = peak_memory(self.rt.device)
-        memory = f", at most {most / 2**20:,.0f} MiB of memory" if most else ""
-        self.rt.print(f"{self.folder}: {self.step} steps in {self.elapsed:.0f} s{memory}")
+        most = f", at most {memory / 2**20:,.0f} MiB of memory" if memory else ""
+        self.rt.print(f"{self.folder}: {self.step} steps in {self.elapsed:.0f} s{most}")
         unlock(self.folder)
         self.rt.barrier()  # until all of it is written
 
@@ -285,13 +248,8 @@ def effect(name, before, after, unit="", higher_is_better=True):
     """What a stage has changed, for result.json: a number before and after, each or None. The unit
     "share" is shown in percent.
     """
-    return {
-        "name": name,
-        "before": before,
-        "after": after,
-        "unit": unit,
-        "higher_is_better": higher_is_better,
-    }
+    values = {"name": name, "before": before, "after": after}
+    return values | {"unit": unit, "higher_is_better": higher_is_better}
 
 
 def format_value(value, unit=""):
@@ -301,23 +259,26 @@ def format_value(value, unit=""):
     return f"{value:.1%}" if unit == "share" else f"{value:.4g}"
 
 
+def change(effect, arrow="->"):
+    """The numbers of an effect as text: 0.68 -> 0.94."""
+    unit = effect["unit"]
+    text = format_value(effect["after"], unit)
+    if effect["before"] is not None:
+        text = f"{format_value(effect['before'], unit)} {arrow} {text}"
+    return text if unit in ("", "share") else f"{text} {unit}"
+
+
 def effect_line(effect):
     """An effect as text: gold score: 0.68 -> 0.94."""
-    unit = effect["unit"]
-    values = [format_value(effect[side], unit) for side in ("before", "after")]
-    text = " -> ".join(values[effect["before"] is None :])
-    return f"{effect['name']}: {text} {'' if unit == 'share' else unit}".rstrip()
+    return f"{effect['name']}: {change(effect)}"
 
 
 def note_on_rates(cfg, model):
     """Say so where a downloaded model is about to learn at the rates of a tiny one."""
     size = sum(p.numel() for p in model.parameters())
-    fast = cfg.preset in ("tiny", "smoke") and (cfg.optimizer == "muon" or cfg.lr > MOST_LR)
-    if fast and size > LARGE_MODEL and getattr(cfg, "init", None):
-        say(
-            f"note: {size / 1e6:.0f} million parameters learn at rates for a model of one million; "
-            "--preset downloaded has those of the papers"
-        )
+    ours = cfg.preset in ("tiny", "smoke") and cfg.optimizer == TrainConfig.optimizer
+    if ours and size > LARGE_MODEL and getattr(cfg, "init", None):
+        say("note: these are rates for a model of one million parameters; see --preset downloaded")
 
 
 def trained_state(model):
@@ -341,42 +302,26 @@ def save_run_config(cfg):
 
 def inputs_of(cfg):
     """{setting: a hash of what it names} of the settings that name a file or a directory."""
-    elsewhere = ("preset", "out", "device", "adapter", "tokenizer")
-    names = [f.name for f in fields(cfg) if f.type in (str, str | None) and f.name not in elsewhere]
-    found = {}
-    for name in names:
-        value = getattr(cfg, name) or ""
-        several = value.split(",") if name == "teacher" else mixture(value)
-        files = [Path(file) for file in several if file]
-        if hashes := [content_hash(file) for file in files if file.exists()]:
-            found[name] = " ".join(hashes)
+    elsewhere, found = ("preset", "out", "device", "adapter", "tokenizer"), {}
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if not isinstance(value, str) or field.name in elsewhere:
+            continue
+        files = value.split(",") if field.name == "teacher" else mixture(value)
+        if hashes := [content_hash(Path(file)) for file in files if file and Path(file).exists()]:
+            found[field.name] = " ".join(hashes)
     return found
 
 
-# What decides a model's ids and logits beside its weights: a run folder gets other files later.
-MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
-MODEL_FILES += ("chat_template.jinja", "generation_config.json", "preprocessor_config.json")
-IMAGE_NAMES = re.compile(rb'"([^"]+\.(?:png|jpe?g|webp|bmp|gif))"', re.IGNORECASE)
-
-
 def content_hash(path):
-    """SHA-256 of what is in a file, or in all files of a directory: of a model those that decide
-    what it computes, of records the images that they name, too.
-    """
+    """SHA-256 of what is in a file, or in all files of a directory; of a model its weights'."""
+    if (path / "config.json").exists() or is_adapter(path):
+        return weights_hash(path)
     digest = hashlib.sha256()
-    if path.is_dir() and ((path / "config.json").exists() or is_adapter(path)):
-        digest.update(weights_hash(path).encode())
-        files = [place / name for place in (path, *bases_of(path)) for name in MODEL_FILES]
-    else:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    for file in (file for file in files if file.is_file()):
-        records, images = ending(file) in JSON, set()
-        with open(file, "rb") as opened:
-            for part in opened if records else iter(lambda: opened.read(2**20), b""):
-                digest.update(part)
-                images.update(IMAGE_NAMES.findall(part) if records else ())
-        for image in sorted(file.parent / os.fsdecode(name) for name in images):
-            digest.update(image.read_bytes() if image.is_file() else b"")
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -413,19 +358,15 @@ def move_aside(folder):
 
 
 def check_folders(out, *inputs):
-    """Refuse to read a folder that writing to `out` would replace, or an adapter whose base it
-    would.
+    """Refuse an `out` that would replace a folder which the run reads, or the base of an adapter in
+    it.
     """
     out = Path(out).resolve()
-    for init in filter(None, inputs):
-        for folder in (Path(init), *bases_of(init)):
-            read = folder.resolve()
-            if read in (out, previous_of(out)) or out in read.parents:
-                base = "" if folder == Path(init) else f", whose base is {folder}"
-                raise UserError(
-                    f"--out {out} would replace {init}{base}, which the run reads; use another "
-                    "directory"
-                )
+    replaced = out, previous_of(out)
+    for folder in filter(None, inputs):
+        for read in (Path(folder), *bases_of(folder)):
+            if read.resolve() in replaced or out in read.resolve().parents:
+                raise UserError(f"--out {out} would replace {read}, which the run reads")
 
 
 def check_file(out, *read):
@@ -440,9 +381,7 @@ def checkpoint_of(folder):
     """Path of the checkpoint to resume from; raises UserError where there is none."""
     path = Path(folder) / "state.pt"
     if not path.exists():
-        raise UserError(
-            f"nothing to resume in {folder}: no checkpoint was written yet; start without --resume"
-        )
+        raise UserError(f"nothing to resume in {folder}: start without --resume")
     return path
 
 

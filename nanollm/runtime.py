@@ -40,7 +40,7 @@ class Runtime:
 
     @property
     def dtype_name(self):
-        return str(self.dtype).removeprefix("torch.")
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def print(self, *args):
         if self.main:
@@ -143,16 +143,13 @@ def pick_device(name):
     """A torch.device from "auto" (a GPU if there is one, else the CPU) or a name such as "cuda:1"
     or "mps".
     """
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", found and found.type):
-        raise UserError(f"--device {name}: torch sees no such device here; use cpu or auto")
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # what torch raises of one that isn't here
+        message = f"--device {name}: torch sees no such device here; use cpu or auto"
+        raise UserError(message) from None
 
 
 # --- precision -----------------------------------------------------------------------------------

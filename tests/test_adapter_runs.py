@@ -283,7 +283,7 @@ REFUSED = [
     (
         "train_dpo",
         ["--init", "runs/lora", "--out", "runs/pretrain"],
-        "would replace runs/lora, whose",
+        "pretrain, which the run reads",
     ),
 ]
 

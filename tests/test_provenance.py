@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import WORDS, as_two_processes, begin, command, in_new_folder, refused, run, turns
+from helpers import WORDS, command, in_new_folder, refused, run, turns
 from test_downloaded import qwen3, transformers
 from test_templates import base, theirs  # noqa: F401
 
@@ -30,7 +30,6 @@ import train_vlm
 from data.village import examples
 from nanollm import evaluate, safetensors
 from nanollm.checkpoint import is_adapter, is_scalar
-from nanollm.compare import settings_of
 from nanollm.config import lock_of, parse, save_config
 from nanollm.formats import write_jsonl
 from nanollm.hub import load_model, load_scalar, save_model
@@ -42,40 +41,27 @@ SMALL = "--batch_size 3 --dtype fp32 --device cpu --steps 2 --eval_every 2 --war
 SHAPE = "--layers 1 --channels 32 --heads 2 "
 INIT = SMALL + "--init runs/base "
 LISTED = "--data asked.jsonl --max_new_tokens 8 "
-SCRIPTS = {  # run -> (script, its flags, the settings that name what it reads)
-    "pretrain": (
-        train_pretrain,
-        f"{INIT} --data text.txt --val_data val.txt --context 64",
-        "init data val_data",
-    ),
-    "sft": (
-        train_sft,
-        f"{INIT} --data chats.jsonl --replay_data text.txt --context 96",
-        "init data replay_data",
-    ),
-    "rm": (train_rm, f"{INIT} --data pairs.jsonl", "init data"),
-    "ppo": (
-        train_ppo,
-        f"{INIT} {LISTED} --reward_model runs/rm --eval_prompts 2",
-        "init data reward_model",
-    ),
-    "dpo": (train_dpo, f"{INIT} --data pairs.jsonl --eval_prompts 2 --adapter lora", "init data"),
-    "grpo": (train_grpo, f"{INIT} {LISTED} --samples 2 --eval_samples 1", "init data"),
+SCRIPTS = {  # run -> (script, its flags)
+    "pretrain": (train_pretrain, f"{INIT} --data text.txt --val_data val.txt --context 64"),
+    "sft": (train_sft, f"{INIT} --data chats.jsonl --replay_data text.txt --context 96"),
+    "rm": (train_rm, f"{INIT} --data pairs.jsonl"),
+    "ppo": (train_ppo, f"{INIT} {LISTED} --reward_model runs/rm --eval_prompts 2"),
+    "dpo": (train_dpo, f"{INIT} --data pairs.jsonl --eval_prompts 2 --adapter lora"),
+    "grpo": (train_grpo, f"{INIT} {LISTED} --samples 2 --eval_samples 1"),
     "distill": (
         distill,
         f"{SMALL} {SHAPE} --mlp 32 --teacher runs/base --data chats.jsonl --max_new_tokens 4 "
         "--unlabelled 4 --test_data asked.jsonl",
-        "teacher data test_data",
     ),
     "lora": (
         lora,
         f"{INIT} --data chats.jsonl --context 96 --test_data asked.jsonl --other_data asked.jsonl "
         "--other_text text.txt",
-        "init data other_text",
     ),
 }
-SCRIPTS = {name: (module, flags.split(), reads) for name, (module, flags, reads) in SCRIPTS.items()}
-READS = [(name, setting) for name in SCRIPTS for setting in SCRIPTS[name][2].split()]
+SCRIPTS = {name: (module, flags.split()) for name, (module, flags) in SCRIPTS.items()}
+READS = ("pretrain val_data", "sft init", "sft data", "sft replay_data", "ppo reward_model")
+READS += ("distill teacher", "distill test_data")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +77,7 @@ def trained(base, tmp_path_factory):  # noqa: F811
         qwen3("runs/base", base)
         cfg = parse(train_pretrain.Config, None, ["--villagers", "64"])
         save_config(cfg, "runs/base/train_config.json")
-        for name, (module, flags, _) in SCRIPTS.items():
+        for name, (module, flags) in SCRIPTS.items():
             run(module, *flags, out=f"runs/{name}")
     return folder
 
@@ -159,64 +145,38 @@ def test_a_downloaded_model_is_itself_after_every_script(here, name):
 # --- a refused --resume --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, setting", READS)
+@pytest.mark.parametrize("name, setting", map(str.split, READS))
 def test_a_resume_with_other_data_or_another_model_is_refused(here, capsys, name, setting):
-    module, flags, _ = SCRIPTS[name]
+    module, flags = SCRIPTS[name]
     named = flags[flags.index(f"--{setting}") + 1]
     with changed(named):
         said = refused_without_a_trace(capsys, module, "--out", f"runs/{name}", "--resume")
     assert f"--{setting} {named} holds something else than when the checkpoint" in said
 
 
-def test_what_a_run_reads_is_known_by_all_that_decides_what_it_computes(here, tmp_path):
+def test_a_model_is_known_by_its_weights_and_a_folder_of_texts_by_all_of_them(here, tmp_path):
     copied = shutil.copytree("runs/base", tmp_path / "base")
-    for path in (copied / f"{n}.json" for n in ("config", "tokenizer_config", "tokenizer")):
-        text = path.read_text()
-        path.write_text(text + " ")
-        assert content_hash(copied) != content_hash(Path("runs/base")), path
-        path.write_text(text)
-    records, image = tmp_path / "shown.jsonl", tmp_path / "a.png"
-    records.write_text('{"image": "a.png", "caption": "a"}')
-    known = content_hash(records)
-    image.write_text("a")
-    assert content_hash(records) != known
     (copied / "evaluation.json").write_text("{}")
-    (copied / "config.json").touch()
     assert content_hash(copied) == content_hash(Path("runs/base"))
-
-
-CAUSES = {  # what happens to state.pt, further flags, what is said
-    "no checkpoint": (lambda b: None, [], "no checkpoint was written"),
-    "a damaged one": (lambda b: b[:999], [], "is damaged"),
-    "another optimizer": (lambda b: b, ["--optimizer"], "another shape than the flags ask for"),
-    "data that is gone": (lambda b: b, ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-}
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a")
+    known = content_hash(texts)
+    (texts / "a.txt").write_text("b")
+    assert content_hash(texts) != known
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_refused_resume_changes_nothing_on_disk(here, capsys, name):
-    module, _, _ = SCRIPTS[name]
-    path = Path("runs", name, "state.pt")
-    before = path.read_bytes()
-    # what is wrong with the file itself is found in one place for all
-    for damage, flags, why in [*CAUSES.values()][0 if name == "sft" else 2 :]:
-        now = damage(before)
-        path.unlink() if now is None else path.write_bytes(now)
-        if flags == ["--optimizer"]:
-            used = json.loads(path.with_name("train_config.json").read_text())["optimizer"]
-            flags = [*flags, "muon" if used == "adamw" else "adamw"]
-        said = refused_without_a_trace(capsys, module, "--out", path.parent, "--resume", *flags)
+    (module, _), folder = SCRIPTS[name], Path("runs", name)
+    used = json.loads((folder / "train_config.json").read_text())["optimizer"]
+    for flags, why in (
+        (["--optimizer", "muon" if used == "adamw" else "adamw"], "another shape than the flags"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ):
+        said = refused_without_a_trace(capsys, module, "--out", folder, "--resume", *flags)
         assert why in said
-        path.write_bytes(before)
-    run(module, "--resume", out=path.parent)  # the right command is not refused
-
-
-def test_a_number_of_processes_that_cannot_share_the_batch_changes_nothing(here):
-    before = snapshot()
-    said = as_two_processes("train_sft.py", "--out", "runs/sft", "--resume", code=2)
-    assert "3 rows per step can't be shared by 2 processes" in said
-    after = {path: data for path, data in snapshot().items() if path.name[:5] != "said_"}
-    assert after == before
+    run(module, "--resume", out=folder)  # the right command is not refused
 
 
 # --- one process for a folder --------------------------------------------------------------------
@@ -236,7 +196,7 @@ def held(folder):
 
 
 def test_a_folder_that_another_process_writes_is_refused(here, capsys):
-    module, flags, _ = SCRIPTS["pretrain"]
+    module, flags = SCRIPTS["pretrain"]
     with held("runs/pretrain"):
         for more in (["--resume"], flags):
             said = refused_without_a_trace(capsys, module, "--out", "runs/pretrain", *more)
@@ -244,19 +204,6 @@ def test_a_folder_that_another_process_writes_is_refused(here, capsys):
     assert lock_of("runs/pretrain").exists()
     run(module, "--resume", out="runs/pretrain")  # the lock counts for nothing any more
     assert not lock_of("runs/pretrain").exists()
-
-
-def test_of_two_runs_into_one_folder_one_is_refused(here):
-    flags = [*SCRIPTS["pretrain"][1], "--steps", 300, "--eval_every", 300, "--out", "runs/same"]
-    both = [begin("train_pretrain.py", *flags, said="of_two.txt") for _ in range(2)]
-    for process in both:
-        process.join()
-    assert {process.exitcode for process in both} == {0, 2}
-    # the lock is taken, or its owner's first file is there
-    assert "error: runs/same " in Path("of_two.txt").read_text()
-    steps = [json.loads(line)["step"] for line in Path("runs/same/metrics.jsonl").open()]
-    assert steps == sorted(steps) and steps.count(1) == 1
-    assert not Path("runs/same.previous").exists()
 
 
 # --- where a run comes from ----------------------------------------------------------------------
@@ -289,7 +236,7 @@ def test_a_run_is_asked_about_its_own_village(tmp_path, of_run, settings, villag
     assert of_run(tmp_path) == village
 
 
-@pytest.mark.parametrize("name, origin", [("sft", "init"), ("dpo", "init"), ("distill", "teacher")])
+@pytest.mark.parametrize("name, origin", [("sft", "init"), ("distill", "teacher")])
 def test_a_run_keeps_the_settings_of_the_one_it_began_from(here, of_run, name, origin):
     then = json.loads(Path("runs/base/train_config.json").read_text())
     now = json.loads(Path(f"runs/{name}/train_config.json").read_text())
@@ -300,59 +247,42 @@ def test_a_run_keeps_the_settings_of_the_one_it_began_from(here, of_run, name, o
     assert asked == (then["villagers"], then["seed"], then["megabytes"])
 
 
-def test_seeds_of_one_kind_still_make_one_row_of_a_comparison(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for seed in (0, 1):
-        cfg = parse(train_sft.Config, None, ["--init", f"runs/p_{seed}", "--seed", str(seed)])
-        save_config(cfg, f"runs/s_{seed}/train_config.json", began_from={"seed": seed})
-    assert settings_of(Path("runs/s_0")) == settings_of(Path("runs/s_1"))
-
-
 # --- what is evaluated stays as it is ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_a_downloaded_folder_is_not_written_to(here, capsys, adapter):
-    for name in ("mine", "adapter"):
-        shutil.rmtree(name, ignore_errors=True)
-    Path("mine").mkdir()
+def test_a_downloaded_folder_is_not_written_to(here, capsys):
     save_model(*load_model("runs/base"), "mine")
-    flags = ["mine", "--data", "asked.jsonl", "--max_new_tokens", "4", "--dtype", "fp32"]
-    if adapter:
-        shutil.copytree("runs/dpo", "adapter")
-        Path("adapter/train_config.json").unlink()
-        flags += ["--adapter", "adapter"]
-        shutil.copy("runs/base/model.safetensors", "mine/model.safetensors")
-    before = snapshot()
-    evaluate.main(parse(evaluate.Config, None, flags))
-    assert snapshot() == before and "--out FILE keeps the result" in capsys.readouterr().out
-    evaluate.main(parse(evaluate.Config, None, [*flags, "--out", "found.json"]))
-    assert snapshot().keys() - before.keys() == {Path("found.json")}
-    Path("found.json").unlink()
-    evaluate.main(parse(evaluate.Config, None, ["runs/sft", *flags[1:5]]))
-    assert snapshot().keys() - before.keys() == {Path("runs/sft/evaluation.json")}
-    Path("runs/sft/evaluation.json").unlink()
+    flags = ["--data", "asked.jsonl", "--max_new_tokens", "4", "--dtype", "fp32"]
+    for model, more, written in (
+        ("mine", [], set()),
+        ("mine", ["--out", "found.json"], {Path("found.json")}),
+        ("runs/sft", [], {Path("runs/sft/evaluation.json")}),
+    ):
+        before = snapshot()
+        evaluate.main(parse(evaluate.Config, None, [model, *flags, *more]))
+        assert snapshot().keys() - before.keys() == written
+        assert ("--out FILE keeps the result" in capsys.readouterr().out) == (not written)
+        for path in written:
+            path.unlink()
 
 
 # --- rates for models that others have trained ----------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_downloaded_models_are_trained_by_a_preset_and_a_note_says_so(
-    here, capsys, monkeypatch, name
-):
-    module, flags, _ = SCRIPTS[name]
+def test_the_preset_for_downloaded_models_has_rates_for_them(name):
+    module, _ = SCRIPTS[name]
     cfg = parse(module.Config, module.PRESETS, ["--preset", "downloaded"])
     assert cfg.optimizer == "adamw" and cfg.lr <= 2e-4 and cfg.checkpoint_activations
+
+
+def test_rates_of_a_tiny_model_for_a_large_one_are_said(here, capsys, monkeypatch):
     monkeypatch.setattr("nanollm.run.LARGE_MODEL", 1000)
-    for more, noted in (
-        ("--preset downloaded", False),
-        ("--preset tiny", name == "sft"),  # the student of distill is new
-        ("--optimizer adamw --lr 1e-5", False),
-    ) * (name in ("sft", "distill")):
+    module, flags = SCRIPTS["sft"]
+    for more, noted in ([], True), (["--optimizer", "adamw", "--lr", "1e-5"], False):
         capsys.readouterr()
-        run(module, *flags, *more.split(), "--accumulate", "2", out=f"runs/preset-{name}")
-        assert ("note: " in capsys.readouterr().out) == noted, more
+        run(module, *flags, *more, out="runs/rates")
+        assert ("--preset downloaded" in capsys.readouterr().out) == noted
 
 
 def test_the_projector_of_a_downloaded_model_learns_at_the_papers_rate():
