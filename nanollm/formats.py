@@ -198,7 +198,7 @@ def json_values(parts, path):
                 if part and (e.pos > len(text) - 16 or e.msg.startswith("Unterminated")):
                     unfinished = len(text) - at
                     break
-                line += text.count("\n", at, e.pos)
+                line += text[at : e.pos].rstrip().count("\n")  # that of what it stops behind
                 raise UserError(f"{path}, line {line}: broken JSON ({e.msg})") from None
             n = None if n is None else n + 1
             place = f"line {line}" if n is None else f"line {line}, record {n}"

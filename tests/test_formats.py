@@ -45,7 +45,7 @@ FILES = [  # (name, bytes, the documents or what is said)
     ("a.txt.gz", gzip.compress(STORIES.replace(b"\n", b"\r\n")), ["a", "b\nc"]),
     ("a.jsonl", b" \n\t\n", "is empty"),
     ("a.jsonl", LINES + b'{"text": ', "line 3: broken JSON"),
-    ("a.jsonl", b'{"text": "a"\n' + LINES, "line 2: broken JSON"),
+    ("a.jsonl", b'{"text": "a"\n' + LINES, "line 1: broken JSON"),
     ("a.json", b'[{"text": "a"},\noops]', "line 2: broken JSON (Expecting value)"),
     ("a.jsonl", LINES + b"[1]", "line 3, record 1: a record must be a JSON object, not int"),
     ("a.jsonl", LINES + b'{"text": "a\\ud800"}', "line 3: half of a surrogate pair"),
