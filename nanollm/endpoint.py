@@ -48,7 +48,7 @@ class Endpoint:
                 request = urllib.request.Request(self.url + path, data, headers)
                 opener = urllib.request.build_opener(Redirects)
                 with opener.open(request, timeout=self.timeout) as response:
-                    heard = response.read(MOST)
+                    heard = read_until(end, response)
                 return read(json.loads(heard))
             except urllib.error.HTTPError as error:
                 with error:
@@ -82,6 +82,16 @@ class Endpoint:
         looks = {"total": len(mine), "unit": "completion", "disable": None, "leave": False}
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return rt.gather(list(tqdm(pool.map(write, range(len(mine))), **looks)))
+
+
+def read_until(end, response):
+    """The bytes of an answer, which has to be there by that time: a server may send one by one."""
+    heard = b""
+    while len(heard) < MOST and (part := response.read1(MOST)):
+        heard += part
+        if time.monotonic() > end:
+            raise TimeoutError("too slow")
+    return heard
 
 
 def text_of(answer):

@@ -108,7 +108,16 @@ def breaks(handler, body):
     handler.connection.close()
 
 
+def drips(handler, body):
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(40):  # as long as somebody listens
+        handler.wfile.write(b" ")
+        time.sleep(0.1)
+
+
 FAULTS = [
+    (drips, "too slow"),
     (hangs, "TimeoutError timed out"),
     (breaks, "it has 0.5 s"),
     (lambda handler, body: handler.answer(b"no such model", 404), "404 b'no such model'"),
