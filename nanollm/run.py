@@ -59,7 +59,11 @@ class Run:
         self.state = None  # the checkpoint that a resumed run goes on from
         if cfg.resume:
             path = checkpoint_of(self.folder)
-            self.state = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                self.state = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as e:  # torch.load raises many kinds on a damaged file
+                why = f"{path} is damaged ({e!r:.80}); start without --resume"
+                raise UserError(why) from None
             self.step, self.seconds = self.state["step"], self.state["seconds"]
         self.parts = {}  # what a checkpoint holds: model, optimizer, samplers
         if rt.main:

@@ -192,6 +192,8 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(here, capsy
         flags = [*TINY, "--steps", 4, "--resume", "--out", "runs/pretrain"]
         assert refused(capsys, train_pretrain, *flags)
         assert Path("runs/pretrain/state.pt").read_bytes() == before
+    Path("runs/pretrain/state.pt").write_bytes(before[:-99])
+    assert "is damaged" in refused(capsys, train_pretrain, *flags)
 
 
 # --- several processes ---------------------------------------------------------------------------
