@@ -84,7 +84,7 @@ class Config(TrainConfig):
     # people in the village, six facts each; more need a larger model and more text
     villagers: Whole[1] = 32
     megabytes: Positive = 8.0  # size of the village's corpus
-    # train (byte-level BPE on --data), bytes, gpt2, cl100k_base, o200k_base, or a folder
+    # train (byte-level BPE on --data), bytes, gpt2, or a folder
     tokenizer: str = "train"
     vocab_size: Whole[1] = 2048  # size of a trained tokenizer, special tokens included
     # -- Model

@@ -54,10 +54,8 @@ def write_corpus(pieces, tokenizer, folder):
         while batch := list(itertools.islice(pieces, 128)):
             texts = [text for text, _ in batch]
             for (text, first), ids in zip(batch, tokenizer.documents(texts)):
-                if not first:  # the same document goes on: it has not ended, and does not begin
+                if not first:  # the same document goes on
                     ids = ids[len(tokenizer.begin) :]
-                    tokens -= len(tokenizer.close)
-                    file.seek(tokens * dtype.itemsize)
                 file.write(np.array(ids, dtype=dtype).tobytes())
                 tokens += len(ids)
                 text_bytes += len(text.encode())

@@ -13,17 +13,15 @@ best rate of a linear layer in the run's precision, before the measurements and 
 
 An update of GRPO goes from sampling to the optimizer's step, and is made of the pieces that
 train_grpo.py is made of. Both sides start from the same weights and see the same random digits; the
-reward is the share of even ids, and no stop token is ever drawn: all completions are equally long.
+reward is the share of even ids, and no completion stops early.
 """
 
 import copy
 import itertools
-import math
 import os
 import random
 import statistics
 import tempfile
-import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -39,7 +37,7 @@ from nanollm.gpt import GPT, GPTConfig, count_parameters, shape_of
 from nanollm.logprobs import batched_logprobs, completion_logprobs, token_logprobs
 from nanollm.optim import build_optimizer
 from nanollm.runtime import bf16_is_faster, clock, flop_per_token, peak_memory, start
-from nanollm.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanollm.tokenizer import Tokenizer
 
 
 @dataclass
@@ -62,7 +60,6 @@ class Config:
     prompt_tokens: Whole[1] = 32  # length of each
     new_tokens: Whole[1] = 64  # sampled after each
     samples: Whole[2] = 8  # grpo: completions per prompt
-    accumulate: Whole[1] = 4  # grpo: parts that the completions are split into
     # -- Machine
     compile: bool = False  # torch.compile for training
     seed: Whole[0] = 0  # of weights and tokens
@@ -115,12 +112,11 @@ def matrix_rate(rt, turns):
 
 
 def show(what, times, remark, tokens=None):
-    """Print what was measured: seconds, or tokens per second, of each, and their ratio."""
+    """Print what was measured: seconds, or tokens per second, of each, and their ratio to ours."""
+    print(f"{what:12}{remark}")
     for name, seconds in times.items():
         speed = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{seconds:.2f} s"
-        what = f"{what:12}{name} {speed:18}"
-    ours, *peer = times.values()
-    print(what + "".join(f"ratio {seconds / ours:.2f}   " for seconds in peer) + remark)
+        print(f"  {name:14}{speed:>18}   {seconds / times['nanollm']:.2f}x the time")
 
 
 # --- training and sampling -----------------------------------------------------------------------
@@ -173,16 +169,7 @@ def peer_model(shape, rt):
 
 # --- GRPO ----------------------------------------------------------------------------------------
 
-KL_COEF, CLIP = 0.04, 0.2  # on both sides
-
-
-def endless_tokenizer(vocab_size):
-    """A tokenizer whose stop tokens lie beyond the model's vocabulary, so that none is ever drawn.
-    A digit is a token.
-    """
-    ranks = {bytes([i]) if i < 256 else i.to_bytes(3, "big"): i for i in range(vocab_size - 1)}
-    special = {token: vocab_size + n for n, token in enumerate(SPECIAL_TOKENS)}
-    return Tokenizer(ranks, special | {"<|pad|>": vocab_size - 1})
+KL_COEF, CLIP, PARTS = 0.04, 0.2, 4  # on both sides; into so many parts are completions split
 
 
 def share_of_even(completions):
@@ -205,7 +192,7 @@ def grpo_update(cfg, rt, model, ddp_model, tokenizer, questions):
         A = A.view(-1, 1)  # (B, 1)
         prompts = [prompt for prompt in prompts for _ in range(G)]
         rows = pad_completions(prompts, completions, tokenizer.pad_id).to(rt.device)
-        parts = torch.arange(len(rows)).chunk(cfg.accumulate)
+        parts = torch.arange(len(rows)).chunk(PARTS)
         ref_logprobs = batched_logprobs(ref, rows, parts, 1.0)  # (B, T - 1)
         for part in parts:
             mask, logprobs = rows.mask[part, 1:], completion_logprobs(ddp_model, rows[part])
@@ -222,7 +209,7 @@ def grpo_update(cfg, rt, model, ddp_model, tokenizer, questions):
 
 def bench_grpo(cfg, rt, model, ddp_model):
     """{"grpo": {name: seconds}} of an update."""
-    tokenizer, digits = endless_tokenizer(cfg.vocab_size), random.Random(cfg.seed)
+    tokenizer, digits = Tokenizer.from_bytes(), random.Random(cfg.seed)
     n, remark = cfg.prompts * (cfg.repeats + 1), ""
     questions = ["".join(digits.choices("0123456789", k=cfg.prompt_tokens)) for _ in range(n)]
     ours = grpo_update(cfg, rt, model, ddp_model, tokenizer, questions)
@@ -257,14 +244,14 @@ def in_turn_with_trl(cfg, rt, folder, questions, precision, attention, ours):
             ours()
             ends.append(clock(rt.device))
 
-    parts = math.gcd(cfg.accumulate, cfg.prompts)  # of whole groups
-    args = dict(
+    args = GRPOConfig(
         output_dir=folder,
         max_steps=cfg.repeats + 1,
-        per_device_train_batch_size=cfg.prompts * cfg.samples // parts,
-        gradient_accumulation_steps=parts,
+        per_device_train_batch_size=cfg.prompts * cfg.samples // PARTS,
+        gradient_accumulation_steps=PARTS,
         num_generations=cfg.samples,
         max_completion_length=cfg.new_tokens,
+        generation_kwargs={"min_new_tokens": cfg.new_tokens},
         loss_type="grpo",
         beta=KL_COEF,
         epsilon=CLIP,
@@ -277,19 +264,16 @@ def in_turn_with_trl(cfg, rt, folder, questions, precision, attention, ours):
         save_strategy="no",
         disable_tqdm=True,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        transformers.utils.logging.disable_progress_bar()
-        trainer = GRPOTrainer(
-            folder,
-            reward_funcs=lambda completion_ids, **_: share_of_even(completion_ids),
-            args=GRPOConfig(**args),
-            train_dataset=Dataset.from_dict({"prompt": questions}),
-            processing_class=transformers.AutoTokenizer.from_pretrained(folder),
-            callbacks=[Turns],
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
+    trainer = GRPOTrainer(
+        folder,
+        reward_funcs=lambda completion_ids, **_: share_of_even(completion_ids),
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": questions}),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        callbacks=[Turns],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
     seconds = [end - begin for begin, end in itertools.pairwise(ends)][1:]  # trl's, ours, trl's ...
     return {"nanollm": statistics.median(seconds[1::2]), "trl": statistics.median(seconds[::2])}
 

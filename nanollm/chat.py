@@ -25,7 +25,6 @@ from nanollm.hub import load_model
 from nanollm.metrics import LONGEST_COMPLETION
 from nanollm.peft.lora import use
 from nanollm.records import check_markers
-from nanollm.rollouts import template_of
 from nanollm.runtime import start
 from nanollm.tools import Toolbox
 
@@ -33,7 +32,7 @@ HELP = """/image FILE  show an image with the next message
 /adapter A   go on with the adapter called A, where there are several, or with none
 /reset       begin anew
 /help        list the commands
-/quit        end, as do an empty line, Ctrl-D and Ctrl-C; while the model writes, Ctrl-C stops it"""
+/quit        end, as do Ctrl-D and Ctrl-C; while the model writes, Ctrl-C stops it"""
 
 
 @dataclass
@@ -97,17 +96,15 @@ class Conversation:
         prompt = self.fitting_prompt(messages)
         ids = self.write(prompt, [each for m in messages for each in m.get("images", [])])
         content = self.tokenizer.decode(ids)
-        self.messages = [*messages, {"role": "assistant", "content": content, "ids": ids}]
+        self.messages = [*messages, {"role": "assistant", "content": content}]
         self.shown = []
 
     def fitting_prompt(self, messages):
         """Ids of the conversation without its oldest turns, as many as needed to fit; drops them
         from messages, those that show an image last.
         """
-        while True:
-            ids = self.tokenizer.render(messages, True, self.model.tokens_per_image)[0]
-            if len(ids) <= self.room:
-                return ids
+        ids = self.tokenizer.render(messages, True, self.model.tokens_per_image)[0]
+        while len(ids) > self.room:
             asked = [i for i, m in enumerate(messages[:-1]) if m["role"] == "user"]
             if not asked:
                 raise UserError(
@@ -118,6 +115,8 @@ class Conversation:
             if messages[oldest]["images"]:
                 say("note: no room is left for the image; show it again", sys.stderr)
             del messages[oldest : oldest + 2]  # with its answer: some templates want both
+            ids = self.tokenizer.render(messages, True, self.model.tokens_per_image)[0]
+        return ids
 
     def write(self, prompt, images):
         """Stream a completion to stdout; returns its ids. Ctrl-C ends one that has begun, where
@@ -144,13 +143,6 @@ class Conversation:
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     talk = Conversation(cfg, rt)
-    for folder in (cfg.adapter or cfg.model).split(","):
-        if (template := template_of(folder)) != "chat":
-            say(
-                f"note: {folder} was trained with --template {template}, not on chats; "
-                "python -m nanollm.evaluate asks as it was trained",
-                sys.stderr,
-            )
     for path in filter(str.strip, (cfg.image or "").split(",")):
         talk.show(path)
     if cfg.prompt is not None:
@@ -159,7 +151,7 @@ def main(cfg):
     if talk.typed:
         size = sum(p.numel() for p in talk.model.parameters())
         print(f"{cfg.model}: {size:,} parameters. /help lists the commands, /quit ends.")
-    while (line := next_line(talk.typed)) is not None:
+    while (line := next_line(talk.typed)) != "/quit":
         try:
             follow(talk, line)
         except (UserError, KeyboardInterrupt) as error:  # Ctrl-C: no answer had begun
@@ -170,12 +162,11 @@ def main(cfg):
 
 
 def next_line(typed):
-    """The next line of input; None at its end, which is /quit, or an empty line that is typed."""
+    """The next line of input; "/quit" at its end."""
     try:
-        line = input("> " * typed).strip()
+        return input("> " * typed).strip()
     except EOFError:
-        return None
-    return None if line == "/quit" or typed and not line else line
+        return "/quit"
 
 
 def follow(talk, line):

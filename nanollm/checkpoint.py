@@ -33,7 +33,7 @@ COMPUTED = {
     "partial_rotary_factor": 1,
     "quantization_config": None,
 }
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "llama3")
 CONTEXT = "original_max_position_embeddings"  # that of pretraining
 ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -62,8 +62,6 @@ def config_of(values, path, causal=True):
         known["rope_theta"], scaling = rope_of(values, path)
         known["attention_bias"] = kind == "qwen2" or bool(values.get("attention_bias"))
         cfg = GPTConfig(**known, qk_norm=kind == "qwen3", rope_scaling=scaling)
-        if scaling and scaling["rope_type"] != "linear":
-            scaling.setdefault(CONTEXT, cfg.max_position_embeddings)
         rope_frequencies(cfg)  # raises where the scaling lacks a number
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path}: incomplete or inconsistent, {e!r}") from None

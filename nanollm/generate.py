@@ -11,7 +11,7 @@ Of a model it knows `merged` (a copy to sample with), `hidden`, `head`, `gather_
 N prompts, G samples each, B = N * G rows; P longest prompt, L new tokens, S slots of the cache.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -23,8 +23,6 @@ from nanollm.gpt import KVCache, attention_dtype
 class Generated:
     """What came out, row n * G + g being sample g of prompt n."""
 
-    prompts: torch.Tensor  # (B, P) int64, padded on the left
-    prompt_mask: torch.Tensor  # (B, P) bool, True on real prompt tokens
     tokens: torch.Tensor  # (B, L) int64, padded on the right; the stop token is part of it
     mask: torch.Tensor  # (B, L) bool, True on new tokens
     own: torch.Tensor  # (B, L) bool, True on those that the model chose, False on tools' results
@@ -110,7 +108,7 @@ class Engine:
         self.P, device = max(lengths), model.device
         self.model, self.cuda = model, device.type == "cuda"
         padded = [[pad_id] * (self.P - len(p)) + list(p) for p in prompts]
-        self.prompts = torch.tensor(padded, device=device)  # (N, P)
+        prompts = torch.tensor(padded, device=device)  # (N, P)
         lengths = torch.tensor(lengths, device=device)
         self.pads = self.P - lengths  # (N,)
         self.room = model.cfg.max_position_embeddings - lengths  # (N,) new tokens at most
@@ -120,14 +118,14 @@ class Engine:
         self.cache = KVCache(model.cfg, len(prompts), len(slots), device, dtype)
         seen = (slots >= self.pads[:, None]) & (slots < self.P)  # (N, S)
         self.allowed = seen[:, None, None] if self.cuda or self.pads.any() else None
-        self.last_logits = self._prefill(slots[: self.P], images)  # (N, V)
+        self.last_logits = self._prefill(prompts, slots[: self.P], images)  # (N, V)
         self.length, self.graph = self.P, None
         if samples > 1:  # each prompt's keys and values for its G rows
             rows = torch.arange(len(prompts), device=device).repeat_interleave(samples)
             self.keep(rows)
-            self.prompts, self.last_logits = self.prompts[rows], self.last_logits[rows]
+            self.last_logits = self.last_logits[rows]
 
-    def _prefill(self, slots, images):
+    def _prefill(self, prompts, slots, images):
         self.cache.slots, self.cache.visible = slots, self.P
         positions = mask = None
         if self.pads.any():
@@ -136,7 +134,7 @@ class Engine:
             itself = slots[:, None] == slots  # padding sees itself, or its softmax has no key
             mask = ((slots[:, None] >= slots) & real[:, None] | itself)[:, None]
         shown = {} if images is None else {"images": images}
-        hidden = self.model.hidden(self.prompts, positions, mask, self.cache, **shown)
+        hidden = self.model.hidden(prompts, positions, mask, self.cache, **shown)
         return self._without_placeholder(self.model.head(hidden[:, -1]))
 
     def _without_placeholder(self, logits):
@@ -223,10 +221,9 @@ def decode(
     shape, device = (len(engine.pads), max_new_tokens), model.device
     if noise is None and temperature > 0:
         noise = torch.rand(shape, dtype=cdf_dtype(device), device=device, generator=generator)
-    prompt_mask = torch.arange(engine.P, device=device) >= engine.pads[:, None]
     tokens, logprobs = torch.full(shape, pad_id, device=device), torch.zeros(shape, device=device)
     mask, own = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))
-    out = Generated(engine.prompts, prompt_mask, tokens, mask, own, logprobs)
+    out = Generated(tokens, mask, own, logprobs)
     results = {}  # row -> ids of a result that are still to be written
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     rows = torch.arange(len(tokens), device=device)  # those that the engine still works on
@@ -258,8 +255,7 @@ def decode(
 def generate(*inputs, **how):
     """What `decode` gives in the end: Generated, as wide as the longest of its rows."""
     *_, (t, out) = decode(*inputs, **how)
-    new = {name: getattr(out, name)[:, : t + 1] for name in ("tokens", "mask", "own", "logprobs")}
-    return replace(out, **new)
+    return Generated(*(x[:, : t + 1] for x in vars(out).values()))
 
 
 def stream(model, prompt, max_new_tokens, stop_ids=(), images=None, **how):

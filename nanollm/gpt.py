@@ -15,14 +15,12 @@ size, V vocabulary.
 """
 
 import copy
-import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from nanollm.config import UserError
@@ -42,7 +40,7 @@ class GPTConfig:
     max_position_embeddings: int = 512  # the context: the longest T
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: dict | None = None  # how RoPE is stretched: see rope_frequencies
+    rope_scaling: dict | None = None  # how Llama 3 stretches RoPE: see rope_frequencies
     tie_word_embeddings: bool = True
     qk_norm: bool = True  # Qwen3's: RMSNorm on every query and key head
     attention_bias: bool = False  # Qwen2's: biases on q, k, v
@@ -79,51 +77,24 @@ def shape_of(cfg):
 def rope_frequencies(cfg):
     """Angle per position of each pair of channels, theta^(-2i/D) for i < D/2; returns (D/2,).
 
-    Su et al. 2021, section 3.2.2. For contexts longer than the L tokens of pretraining, frequencies
-    are divided by `factor`: with rope_type "linear" all of them (Chen et al. 2023,
-    arXiv:2306.15595), with "llama3" and "yarn" those of long wavelengths, while short ones stay and
-    those between are blended, over the turns in L tokens (Grattafiori et al. 2024, 2407.21783), or
-    over i (Peng et al. 2023, 2309.00071, section 3.2; as in the authors' code).
+    Su et al. 2021, section 3.2.2. Llama 3 stretches RoPE for contexts longer than the L tokens of
+    pretraining: long waves by `factor`, short ones not at all, those between by their turns in L
+    tokens (Grattafiori et al. 2024, arXiv:2407.21783).
     """
-    D, theta = cfg.head_dim, cfg.rope_theta
-    freqs = 1.0 / theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
-    scaling = cfg.rope_scaling or {"rope_type": "default"}
-    kind, L = scaling["rope_type"], scaling.get("original_max_position_embeddings")
-    if kind == "default":
+    D, scaling = cfg.head_dim, cfg.rope_scaling
+    freqs = 1.0 / cfg.rope_theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
+    if scaling is None:
         return freqs
-    keep = torch.zeros(D // 2)  # 1: short wave, 0: long wave
-    if kind == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((L * freqs / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    elif kind == "yarn":
-        turns = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
-        # i of the pairs that make so many turns
-        first, last = (D * math.log(L / (2 * math.pi * n)) / (2 * math.log(theta)) for n in turns)
-        if scaling.get("truncate", True):
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, D - 1)
-        keep = 1 - ((torch.arange(D // 2) - first) / (last - first or 0.001)).clamp(0, 1)
+    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wave, 0: a long one
     return keep * freqs + (1 - keep) * freqs / scaling["factor"]
-
-
-def yarn_scale(scaling):
-    """What YaRN multiplies queries and keys by, 0.1 ln(factor) + 1 (Peng et al. 2023, section 3.4),
-    or what the model's config says; 1 without YaRN.
-    """
-    if not scaling or scaling["rope_type"] != "yarn":
-        return 1.0
-    if scaling.get("attention_factor") is not None:
-        return scaling["attention_factor"]
-    grown = 0.1 * math.log(max(scaling["factor"], 1))
-    above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")  # DeepSeek's
-    return (above * grown + 1) / (below * grown + 1) if above and below else grown + 1
 
 
 def rotation_table(cfg):
     """cos and sin of every position's angles, (S, D) each, laid out for `rotate`."""
     angles = torch.outer(torch.arange(cfg.max_position_embeddings).float(), rope_frequencies(cfg))
-    scale = yarn_scale(cfg.rope_scaling)
-    cos, sin = scale * angles.cos(), scale * angles.sin()
+    cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
@@ -140,17 +111,8 @@ def document_mask(documents, causal=True):
     without `causal` also what comes after.
 
     documents (B, T): the number of the document that each token belongs to. Returns (B, 1, T, T)
-    bool, True where attention is allowed; on CUDA a BlockMask, with which flex attention skips
-    empty blocks.
+    bool, True where attention is allowed.
     """
-    B, T = documents.shape
-    if documents.is_cuda:
-
-        def allowed(b, h, q, k):
-            same = documents[b, q] == documents[b, k]
-            return same & (q >= k) if causal else same
-
-        return create_block_mask(allowed, B, None, T, T, documents.device)
     same = documents[:, :, None] == documents[:, None, :]
     return (same.tril() if causal else same)[:, None]
 
@@ -160,13 +122,6 @@ def see_prefix(mask, V, T, device):
 
     They belong to no document, so each document of a packed row has them in front of itself.
     """
-    if isinstance(mask, BlockMask):
-        inner = mask.mask_mod
-
-        def allowed(b, h, q, k):
-            return (k < V) | inner(b, h, q, (k - V).clamp(min=0))
-
-        return create_block_mask(allowed, mask.shape[0], None, T, V + T, device)
     if mask is None and T == 1:  # a decoding step: everything is visible
         return None
     if mask is None:
@@ -174,28 +129,14 @@ def see_prefix(mask, V, T, device):
     return F.pad(mask, (V, 0), value=True)
 
 
-@functools.cache
-def compiled_flex_attention():
-    """Made when it is first needed, on CUDA: torch.compile takes two seconds to load."""
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def attend(q, k, v, mask, causal=True):
     """softmax(q k^T / sqrt(D)) v; q (B, H, T, D), k and v (B, G, S, D). Without a mask a token sees
     what came before it, unless `causal` is False.
     """
-    shared = q.shape[1] != k.shape[1]
-    if isinstance(mask, BlockMask):
-        compiled = torch.compiler.is_compiling()  # as a part of the whole model
-        flex = flex_attention if compiled else compiled_flex_attention()
-        return flex(q, k, v, block_mask=mask, enable_gqa=shared)
-    if shared and not q.is_cuda:  # torch's CPU kernel knows no shared heads
+    if q.shape[1] != k.shape[1]:  # H / G query heads share one key-value head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        shared = False
     causal = causal and mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def attention_dtype(device, compute_dtype):

@@ -10,60 +10,86 @@ from fractions import Fraction
 # --- numbers -------------------------------------------------------------------------------------
 
 # How numbers are read, in answers, completions and votes: exactly, and from ASCII digits.
-#   sign        - − or –, glued to digits or their currency, and not behind a word, a digit or a
-#               bracket: COVID-19 is 19, and the difference 5-3 and the range 3–5 end with 3 and 5;
-#               Chinese and the like have no blanks: 答案是-5 is -5
+#   sign        - − or –, not behind a word, a digit or a bracket: COVID-19 is 19, 答案是-5 is -5
 #   thousands   groups of three behind a comma, apostrophe, underscore or blank: 1,000, 1 000, 1'000
 #   decimals    behind a point: .5, 0.50, 5.; a comma never begins decimals
-#   fractions   3/4, 1 1/2, 1 and 1/2, \frac{3}{4}
-#   powers      1e3, 10^3, 2.5 x 10^3
-#   units       are left out: $5, 5 EUR and 5% are 5
-# Dates, times and versions (2024-05-12, 10:30, 1.2.3) are no numbers, and passed over, as is what
-# belongs to a word or unit (H2O, m2, cm^2). What may mean two things (1,5 and 1,2,3), is written
-# otherwise (10³, 4½, 42k) or still to be worked out (2√3, (-2)^2, x/2, \boxed{2 + 3}) is unclear,
-# and never right.
+#   fractions   3/4, 1 1/2, \frac{3}{4}; exponents: 1e3
+#   units       are left out: $5, 5 EUR, 5% and 5kg are 5
+# What begins with a letter is no number, and passed over (H2O, m2, cm^2). What may mean two things
+# (1,5), is written otherwise (10^3, 4½, 42k, 10:30, 2024-05-12) or still to be worked out (2√3,
+# 5-3, \boxed{2 + 3}) is unclear, and never right.
 LONGEST = 2000  # characters at a text's end in which its answer is looked for
-DIGITS = 100  # that a number may have
-BLANK = r"[ \xa0\u2009\u202f]"
-GROUPS = "|".join(f"(?:{mark}[0-9]{{3}})+" for mark in (",", "['’]", "_", BLANK))
-DECIMAL = rf"(?:(?:[0-9]{{1,3}}(?:{GROUPS})|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
-CURRENCY = r"(?:(?:[A-Z]{0,2}\\?[$€£¥₹]|\b(?:USD|EUR|GBP|JPY|CHF|CNY|INR)\b) ?)"
-EXPONENT = r"[+−-]?[0-9]+"
-NUMBER = (
-    rf"(?:(?<![^\W\u2e80-\uffff])(?<![)\]}}%−–-])(?P<sign>[−–-])|\+)?{CURRENCY}?"
-    rf"(?:(?P<whole>[0-9]+)(?:{BLANK}| and )(?=[0-9]+ ?/))?(?P<above>{DECIMAL})"
-    rf"(?: ?/ ?(?P<below>{DECIMAL})|[eE](?P<e>{EXPONENT})(?!\w)|"
-    rf"(?P<ten> ?(?:[x×*·]|\\times|\\cdot) ?10)? ?(?:\^|\*\*) ?\{{?(?P<power>{EXPONENT})\}}?)?"
-    r"(?![0-9⁰¹²³⁴-⁹¼-¾⅐-⅞]|[.,][0-9]|[kKMB](?!\w)|x(?![A-Za-z])|\^\{?[a-z](?![a-z])|"
-    r" ?(?:\\sqrt|\\pi|[√π]))"
+DIGITS = 100  # characters that a number may have
+MARK = "[,'’_ \xa0\u2009\u202f]"  # between thousands
+NUMBER = re.compile(
+    r"(?P<sign>[+−–-]?)(?:(?P<whole>[0-9]+) (?=[0-9]+/))?"
+    rf"(?P<value>(?:[0-9]{{1,3}}(?:{MARK}[0-9]{{3}})+|[0-9]*)(?:\.[0-9]*)?"
+    r"(?:[eE][+-]?[0-9]{1,2}|/[0-9]+)?)"
 )
-OTHER = r"[0-9]+(?:(?::[0-9]+)+|(?:-[0-9]+){2,}|(?:/[0-9]+){2,}|(?:\.[0-9]+){2,})(?:[.,][0-9]+)*"
-OTHER += r"|(?:(?<=[A-Za-z])|(?<=[A-Za-z}$]\^)[+−-]?|(?<=[A-Za-z}$]\^\{)[+−-]?)[0-9][0-9.,]*"
-ROOT = r"(?:\\[dt]?frac ?\{)?[0-9.]*(?:\\sqrt|\\pi(?![a-z])|[√π])[^\s$=]*(?: [+−*/-] [^\s$=]+)*"
-UNCLEAR = rf"{ROOT}|[)\]] ?(?:\^|\*\*)\{{?[0-9a-z+−-]+|(?<=[A-Za-z)}}]/)[0-9.]+"
-BEGINS = r"(?=[0-9.+−–A-Z\\$€£¥₹√π)\]-])"  # quick, for nowhere else need be tried
-IN_TEXT = rf"{BEGINS}(?:(?P<other>{OTHER})|{UNCLEAR}|(?P<number>{NUMBER})|[0-9](?:[0-9.,]*[0-9])?)"
-IN_TEXT = re.compile(IN_TEXT)
-ALONE = re.compile(rf"{CURRENCY}?{NUMBER} ?(?:\\?%|{CURRENCY})?\.?")
+UNIT = r"(?<=[0-9.])(?![kKMB]$|x)[A-Za-z]+(?:\^[23])?$"
+ODD = "√π⁰¹²³⁴-⁹¼-¾⅐-⅞"
+RUN = re.compile(  # of letters and digits, and of what joins these
+    rf"(?:(?<![A-Za-z0-9)\]}}%^{ODD}−–-])[+−–-](?=\.?[0-9]))?"
+    rf"(?:[A-Za-z0-9{ODD}]|\.(?=[0-9])|\^[−-]?|(?<=[0-9][eE])[+-](?=[0-9])"
+    rf"|(?<=[A-Za-z0-9{ODD}])/(?=[0-9{ODD}])|(?<=[0-9{ODD}])[,:'’_+−–-](?=[0-9{ODD}])"
+    rf"|(?<=[0-9]){MARK}(?=[0-9]{{3}}(?![0-9])|[0-9]+/[0-9]))+"
+)
+PLAIN = (  # what LaTeX and currencies become, in this order
+    (r"\\!", ""),
+    (r"\{,\}", ","),
+    (r"\\[ ,;:]", "\u2009"),
+    (r"\\sqrt ?\{([^{}]*)\}", r"√\1"),
+    (r"\\pi(?![a-z])", "π"),
+    (r"(?<=[0-9]) ?(?=\\[dt]?frac)", " "),  # 1\frac{1}{2} is 1 1/2
+    (r"\\[dt]?frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"\1/\2"),
+    (r"\\[dt]?frac ?([0-9]) ?([0-9])", r"\1/\2"),
+    (r"(?<=[0-9]) ?/ ?(?=[0-9])", "/"),
+    (r"[A-Z]{0,2}\\?[$€£¥₹]", ""),
+    (r"[{}]", ""),
+    (r"\^\\circ", ""),
+    (r"(?<=[0-9)])\*\*(?=[0-9−-])", "^"),
+)
 
 
 def last_number(text):
     r"""The number that a text ends with, a Fraction: that of its last \boxed{}, of a last line
     "#### 42" (GSM8K), or else its last one. None without any, and where it is unclear.
     """
-    whole, text = text, boxed(text)
-    _, mark, line = text.rpartition("####")
+    inside = boxed(text)
+    _, mark, line = inside.rpartition("####")
     if mark and (value := as_number(line.partition("\n")[0])) is not None:  # else it's a heading
         return value
-    found = [m for m in IN_TEXT.finditer(_plain(text[-LONGEST:])) if not m["other"]]
-    several = len(found) > 1 and text != whole and "=" not in text  # in a box
-    return _value(found[-1]) if found and found[-1]["number"] and not several else None
+    runs = [match[0] for match in RUN.finditer(_plain(inside[-LONGEST:]))]
+    found = [run for run in runs if not re.fullmatch("[A-Za-z][^/]*", run)]
+    if not found or inside != text and len(found) > 1 and "=" not in inside:
+        return None  # no number, or several in a box
+    return _value(re.sub(UNIT, "", found[-1]))
 
 
 def as_number(text):
     """The number that a whole text is, a Fraction; else None."""
-    match = ALONE.fullmatch(_plain(boxed(text).strip())) if len(text) <= LONGEST else None
-    return _value(match) if match else None
+    if len(text) > LONGEST:
+        return None
+    return _value(_plain(boxed(text)).strip().rstrip("\\%. "))
+
+
+def _plain(text):
+    """A text without LaTeX and currencies."""
+    for pattern, plain in PLAIN:
+        text = re.sub(pattern, plain, text)
+    return text
+
+
+def _value(text):
+    """The Fraction that a text, which is a number as a whole, stands for; else None."""
+    match = NUMBER.fullmatch(text)
+    if not match or len(text) > DIGITS:
+        return None
+    try:
+        value = Fraction(re.sub(MARK, "", match["value"])) + int(match["whole"] or 0)
+    except (ValueError, ZeroDivisionError):
+        return None
+    return value if match["sign"] in ("", "+") else -value
 
 
 def boxed(text):
@@ -75,29 +101,6 @@ def boxed(text):
         if depth == 0:
             return inside[: brace.start()]
     return text
-
-
-def _plain(text):
-    """LaTeX's thousands and fractions as plain text has them."""
-    text = re.sub(r"\\[ ,;:]", "\u2009", text.replace("{,}", ",").replace("\\!", ""))
-    text = re.sub(r"(?<=[0-9]) ?(?=\\[dt]?frac)", " ", text)  # 1\frac{1}{2} is 1 1/2
-    fraction = r"\\[dt]?frac ?(?:\{([^{}]*)\} ?\{([^{}]*)\}|([0-9]) ?([0-9]))"
-    return re.sub(fraction, r"\1\3/\2\4", text)
-
-
-def _value(match):
-    """The Fraction that a match of NUMBER stands for, or None."""
-    if len(re.findall("[0-9]", match[0])) > DIGITS:
-        return None
-    above, below = (Fraction(re.sub("[^0-9.]", "", match[x] or "1")) for x in ("above", "below"))
-    exponent = int((match["e"] or match["power"] or "1").replace("−", "-"))
-    if below == 0 or abs(exponent) > DIGITS or above == 0 and exponent < 0:
-        return None
-    if match["e"] or match["ten"]:
-        value = above * Fraction(10) ** exponent
-    else:
-        value = above**exponent / below + int(match["whole"] or 0)
-    return -value if match["sign"] else value
 
 
 # --- is it right? --------------------------------------------------------------------------------

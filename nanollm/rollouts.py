@@ -8,6 +8,7 @@
 N prompts, G = cfg.samples completions each, B = N G rows.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +45,12 @@ class RolloutRows:
 
     def __getitem__(self, numbers):
         """These completions, without columns that are padding in all of them."""
-        rows, *rest = (x if x is None else x[numbers] for x in vars(self).values())
-        width = rows.mask.shape[1] - 1  # columns that are cut are on the right
-        return type(self)(rows, *(x if x is None or x.dim() < 2 else x[:, :width] for x in rest))
+        parts = {name: x[numbers] for name, x in vars(self).items() if x is not None}
+        width = parts["rows"].mask.shape[1] - 1  # columns that are cut are on the right
+        for name, x in parts.items():
+            if isinstance(x, torch.Tensor) and x.dim() == 2:
+                parts[name] = x[:, :width]
+        return dataclasses.replace(self, **parts)
 
     @property
     def mask(self):
@@ -75,9 +79,12 @@ def sample_rows(cfg, rt, policy, tokenizer, examples, prompts, tools=None, image
         images=images,
     )
     completions, stops = out.lists(), tokenizer.stop_ids  # ids are never made from text again
-    examples, prompts, images = (
-        xs and [x for x in xs for _ in range(cfg.samples)] for xs in (examples, prompts, images)
-    )
+
+    def repeated(each):
+        return [x for x in each for _ in range(cfg.samples)]
+
+    examples, prompts = repeated(examples), repeated(prompts)
+    images = images and repeated(images)
     rows = pad_completions(prompts, completions, tokenizer.pad_id, out.owned(), images)
     texts = [tokenizer.begun(p) + as_text(tokenizer, ids) for p, ids in zip(prompts, completions)]
     ended = torch.tensor([ids[-1] in stops for ids in completions], device=rt.device)

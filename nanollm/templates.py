@@ -11,27 +11,15 @@ import json
 import re
 
 import jinja2
-from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanollm.config import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
-NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+NAMED_TOKENS = ("bos", "eos", "unk", "pad")
 
 
 # --- the models' own ---
-
-
-class Generation(Extension):
-    """{% generation %}...{% endgeneration %}, by which some templates mark answers: left out."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
 
 
 @functools.cache
@@ -47,12 +35,15 @@ def compiled(template):
     def strftime_now(form):
         return datetime.datetime.now().strftime(form)
 
-    extensions = [Generation, "jinja2.ext.loopcontrols"]
-    how = {"trim_blocks": True, "lstrip_blocks": True, "extensions": extensions}
-    sandbox = ImmutableSandboxedEnvironment(**how)
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     sandbox.filters["tojson"] = tojson
     sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     try:
+        # by {% generation %} some templates mark answers, which are found otherwise here
+        template = re.sub(r"({%[-+]?\s*)generation(?=\s*[-+]?%})", r"\1if true", template)
+        template = re.sub(r"({%[-+]?\s*)endgeneration(?=\s*[-+]?%})", r"\1endif", template)
         return sandbox.from_string(template)
     except jinja2.TemplateError as error:
         raise UserError(f"its chat template is malformed ({error})") from None
@@ -115,18 +106,17 @@ def layout_template(special, start):
     return LAYOUT_TEMPLATE % (json.dumps(layout), json.dumps(start))
 
 
-def with_arguments(call, where):
-    """OpenAI's {"function": {"name", "arguments"}} with the arguments, of which our tools take
-    one, as a dict.
+def with_arguments(call):
+    """A tool call as OpenAI writes it, {"function": {"name", "arguments"}}, in which the arguments
+    are no JSON in a text any more, but what it stands for.
     """
     try:
-        function = call["function"]
-        arguments = function["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        [_] = arguments.values()
-        return {**call, "function": {"name": function["name"], "arguments": arguments}}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{where}: a tool call needs a name and one argument") from None
+        function = dict(call["function"])
+        if isinstance(function["arguments"], str):
+            function["arguments"] = json.loads(function["arguments"])
+        return {**call, "function": function}
+    except (KeyError, TypeError, ValueError):
+        raise UserError("a tool call needs a name, and arguments in JSON") from None
 
 
 # --- contents ---

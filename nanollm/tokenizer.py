@@ -1,19 +1,18 @@
 """Text to token ids and back: byte-level BPE, special tokens, chat templates and their loss mask.
 
 train_bpe     learns the merges                          Sennrich et al. 2016, arXiv:1508.07909
-Tokenizer     encodes with tiktoken, which merges the adjacent pair of lowest rank first; the rank
-              of a token, the order in which the trainer made it, is its id
-templates     a chat becomes text by the model's own template (Jinja), or by one of ours where it
-              has none, and ids are made from that text as transformers' apply_chat_template does
-files         tokenizer.json and tokenizer_config.json are read and written as Hugging Face's
-              libraries do: transformers.AutoTokenizer gives the same ids. What would encode
-              differently is refused.
+to_json       what they become: a tokenizer.json, as Hugging Face's libraries read it too
+Tokenizer     encodes what a tokenizer.json, ours or a downloaded one, says: tiktoken merges the
+              adjacent pair of lowest rank first; the rank of a token is its id. A chat becomes text
+              by the model's own template (Jinja), or by one of ours where it has none
+
+Ids are those of transformers.AutoTokenizer and its apply_chat_template. What would encode
+differently is refused.
 """
 
 import functools
 import hashlib
 import heapq
-import itertools
 import json
 import os
 import re
@@ -25,28 +24,19 @@ from pathlib import Path
 import tiktoken
 from tqdm import tqdm
 
+from nanollm import templates
 from nanollm.config import UserError, atomic_write, read_json
 from nanollm.formats import Unusable
-from nanollm.templates import (
-    BREAK,
-    LAYOUTS,
-    NAMED_TOKENS,
-    ROLES,
-    any_of,
-    broken,
-    compiled,
-    layout_template,
-    names_of,
-    own_template,
-    with_arguments,
-)
+from nanollm.templates import BREAK
 
 # What the content of an assistant or tool message may hold as special tokens.
 RESULT_TOKENS = ("<tool_result>", "</tool_result>")
 CONTENT_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", *RESULT_TOKENS)
 # In our own tokenizers these come after the ordinary tokens, in this order.
-ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
+ROLE_TOKENS = tuple(f"<|{role}|>" for role in templates.ROLES)
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", *ROLE_TOKENS, "<|end|>", *CONTENT_TOKENS, "<image>")
+EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+PAD_NAMES = ("<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<pad>", *EOT_NAMES, "<unk>")
 
 # Text is cut into pieces, and no token crosses a cut. Every character must fall in some piece, for
 # tiktoken drops what no alternative matches. {0,64} bounds the backtracking on long blanks.
@@ -61,12 +51,6 @@ PATTERN = "|".join(
         r"\s",
     )
 )
-
-EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-PAD_NAMES = ("<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<pad>", *EOT_NAMES, "<unk>")
-# What is kept of a tokenizer_config.json, beside the names of tokens: the rest doesn't change ids.
-KEPT = ("chat_template", "added_tokens_decoder", *(f"{name}_token" for name in NAMED_TOKENS))
-NAMES = ("bytes", "gpt2", "cl100k_base", "o200k_base")
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -147,93 +131,232 @@ def train_bpe(texts, vocab_size):
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-# --- the tokenizer -------------------------------------------------------------------------------
+# --- tokenizer.json ------------------------------------------------------------------------------
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same after cuts around each digit (SmolLM2): there, blanks go up to the cut.
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+# It shows bytes as characters (GPT-2): printable ones as themselves, the others, in their order, as
+# the characters from U+0100 on.
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTE_TO_CHAR = {b: b for b in PRINTABLE} | {b: 256 + n for n, b in enumerate(OTHERS)}
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
-def with_markers(special, ranks, eos=None):
-    """`special`, and ours after the last id where it has the marks of no chat layout."""
-    if any(mark in special and end in special for mark, end, _ in LAYOUTS):
-        return special
-    first, known = 1 + max(*ranks.values(), *special.values()), {*special}
+def to_json(ranks, pattern=PATTERN):
+    """What tokenizer.json holds for ranks {token bytes: id} and the regex that cuts text. Its
+    `ignore_merges` takes a whole piece first, as tiktoken does.
+    """
+    shown = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    split |= {"invert": False}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    bytes_ |= {"use_regex": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
+        "post_processor": None,
+        "decoder": bytes_,
+        "model": {
+            "type": "BPE",
+            "ignore_merges": True,
+            "vocab": {shown[token]: ranks[token] for token in sorted(ranks, key=ranks.get)},
+            "merges": [[shown[left], shown[right]] for left, right in list_merges(ranks)],
+        },
+    }
+
+
+def list_merges(ranks):
+    """The pairs of tokens that spell a token, in the order (id made, left id, right id)."""
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    return merges
+
+
+def add_tokens(source, texts):
+    """A tokenizer.json with these tokens after its last id. All added tokens then stand in the
+    vocabulary, too: to those that don't, transformers gives the ids that follow it.
+    """
+    added, vocab = [*source["added_tokens"]], dict(source["model"]["vocab"])
+    vocab |= {token["content"]: token["id"] for token in added}
+    for id, text in enumerate(texts, 1 + max(vocab.values())):
+        vocab[text] = id
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({"id": id, "content": text} | flags | {"special": text.startswith("<|")})
+    return source | {"added_tokens": added, "model": source["model"] | {"vocab": vocab}}
+
+
+def with_markers(source, eos=None):
+    """A tokenizer.json with our special tokens, where it has the marks of no chat layout."""
+    known = {token["content"] for token in source["added_tokens"]}
+    if any({mark, end} <= known for mark, end, _ in templates.LAYOUTS):
+        return source
     known |= {"<|endoftext|>"} if known & {eos, *EOT_NAMES} else set()
-    new = [token for token in SPECIAL_TOKENS if token not in known]
-    return special | {token: first + n for n, token in enumerate(new)}
+    return add_tokens(source, [token for token in SPECIAL_TOKENS if token not in known])
+
+
+def read_added(tokens):
+    """{text: what tokenizer.json says of it} of the added tokens."""
+    for token in tokens:
+        for option in ("single_word", "lstrip", "rstrip"):
+            if token.get(option):
+                raise UserError(f"its token {token['content']!r} is {option}: not implemented")
+    return {token["content"]: token for token in tokens}
+
+
+def read_model(model, special):
+    """The ranks {token bytes: id} of tokenizer.json's `model`, without the added tokens."""
+    unknown = "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"
+    foreign = [key for key in unknown if model.get(key)]
+    if model["type"] != "BPE" or foreign:
+        raise UserError(f"its model is {' with '.join([model['type'], *foreign])}")
+    names = {name: id for name, id in model["vocab"].items() if special.get(name) != id}
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    made = [names.get(left + right, -1) for left, right in merges]
+    # tiktoken merges by id, tokenizer.json by place in the list: they must say the same
+    if -1 in made or made != sorted(made):
+        raise UserError("its merges are not in the order of the ids that they make")
+    # tiktoken finds a whole piece even where no merge makes it
+    unmade = {id for name, id in names.items() if len(name) > 1}.difference(made)
+    if unmade and not model.get("ignore_merges"):
+        raise UserError(f"its token {min(unmade)} is made by no merge")
+    return {bytes(CHAR_TO_BYTE[ord(char)] for char in name): id for name, id in names.items()}
+
+
+def read_pattern(pre):
+    """The one pattern that cuts text as tokenizer.json's `pre_tokenizer` does."""
+    *before, last = pre.get("pretokenizers", [pre])
+    by_regex = last.get("use_regex", True)
+    if last["type"] == "ByteLevel" and last["add_prefix_space"] is False:
+        match before:
+            case [] if by_regex:
+                return GPT2_PATTERN
+            case [{"type": "Digits", "individual_digits": True}] if by_regex:
+                return DIGITS_PATTERN
+            case [{"type": "Split", "pattern": {"Regex": pattern}} as split] if not by_regex:
+                if split["behavior"] == "Isolated" and not split["invert"]:
+                    return pattern
+    raise UserError(f"its pre-tokenizer ({last['type']}) is of an unknown kind")
+
+
+def read_normalizer(normalizer):
+    """Whether tokenizer.json brings text to Unicode's NFC first (Qwen), or leaves it as it is."""
+    if normalizer not in (None, {"type": "NFC"}):
+        raise UserError(f"its normalizer ({normalizer['type']}) is of an unknown kind")
+    return normalizer is not None
+
+
+def read_post_processor(processor):
+    """The ids that transformers writes before a plain text."""
+    ids = []
+    for step in processor.get("processors", [processor]) if processor else []:
+        match step:
+            case {"type": "TemplateProcessing", "single": [*before, {"Sequence": _}]}:
+                for piece in before:
+                    ids += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+            case {"type": kind} if kind != "ByteLevel":
+                raise UserError(f"its post-processor ({kind}) is of an unknown kind")
+    return ids
+
+
+def read_configs(folder):
+    """(what is kept of tokenizer_config.json: names of tokens and the chat template;
+    generation_config.json, where config.json may say what ends a completion) of a model folder.
+    """
+
+    def read(name):
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    kept = "chat_template", *(f"{name}_token" for name in templates.NAMED_TOKENS)
+    config = {key: x for key, x in read("tokenizer_config.json").items() if key in kept}
+    if (folder / "chat_template.jinja").is_file():
+        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    generation = read("generation_config.json")
+    if generation.get("eos_token_id") is None:
+        generation["eos_token_id"] = read("config.json").get("eos_token_id")
+    return config, generation
+
+
+# --- the tokenizer -------------------------------------------------------------------------------
 
 
 class Tokenizer:
     """Byte-level BPE with added tokens.
 
-    ranks       {token bytes: id}; of two possible merges the one that makes the lower id goes first
-    special     {text: id} of the added tokens, which are never cut, never merged
-    pattern     regex that cuts text into pieces; what it does not match becomes pieces of its own
-    nfc         bring text to Unicode's NFC first (Qwen); decoding then gives that form
-    source      the tokenizer.json that it came from; its added tokens and post-processor are kept
+    source      what tokenizer.json says, as `to_json` makes it or downloaded
     config      the tokenizer_config.json beside it: names of tokens, the chat template
     generation  the generation_config.json beside it: what ends a completion; the rest is kept
 
     Markers are the tokens that only a template writes: special ones, and what the template spells.
     Other added tokens are words, found in any text. `end_id` ends a turn of the assistant, and the
     template writes the ids `turn_end` behind it. A document is `begin` (what the post-processor
-    puts first, or `eot_id`), its text, and `close`. `vocab_size` is the highest id + 1. Where a
-    foreign vocabulary lacks a byte, text with that byte raises UserError.
+    puts first, or `eot_id`) and its text. `vocab_size` is the highest id + 1. Where a foreign
+    vocabulary lacks a byte, text with that byte raises UserError.
     """
 
-    def __init__(
-        self, ranks, special, pattern=PATTERN, nfc=False, source=None, config=None, generation=None
-    ):
-        self.ranks, self.special, self.pattern, self.nfc = ranks, special, pattern, nfc
-        self.source, self.config, self.generation = source or {}, config or {}, generation or {}
-        self.vocab_size = 1 + max(*ranks.values(), *special.values())
-        # Some foreign vocabularies lack bytes. tiktoken needs all 256: private ids, refused later.
-        absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
-        self._absent = {self.vocab_size + n: byte for n, byte in enumerate(absent)}
-        self._bytes = {id: token for token, id in ranks.items()}
-        self._bytes |= {id: text.encode() for text, id in special.items()}
+    def __init__(self, source, config=None, generation=None):
+        self.source, self.config, self.generation = source, config or {}, generation or {}
+        added = read_added(source["added_tokens"])
+        self.special = {text: token["id"] for text, token in added.items()}
+        self.ranks = read_model(source["model"], self.special)
+        self.nfc = read_normalizer(source["normalizer"])
+        self.vocab_size = 1 + max(*self.ranks.values(), *self.special.values())
+        self._bytes = {id: token for token, id in self.ranks.items()}
+        self._bytes |= {id: text.encode() for text, id in self.special.items()}
+        # tiktoken needs all 256 bytes: those that a vocabulary lacks get ids that `encode` refuses
+        absent = {bytes([byte]) for byte in range(256)} - self.ranks.keys()
+        pattern = read_pattern(source["pre_tokenizer"])
         self.encoding = tiktoken.Encoding(
             "nanollm",
-            pat_str=rf"{pattern}|(?:(?!{pattern})[\s\S])+",
-            mergeable_ranks=ranks | {byte: id for id, byte in self._absent.items()},
+            pat_str=rf"{pattern}|(?:(?!{pattern})[\s\S])+",  # it drops what no alternative matches
+            mergeable_ranks=self.ranks | {b: self.vocab_size + n for n, b in enumerate(absent)},
             special_tokens={},
         )
-        self.names = names_of(self.config)
-        before, self.close = read_post_processor(self.source)
-        layout = layout_template(special, self.decode(before))
-        self.template = own_template(self.config) or layout
-        self.is_layout, self._compiled = self.template == layout, compiled(self.template)
-        self._find_added()
-        eot = next((special[n] for n in EOT_NAMES if n in special), None)
+        before = read_post_processor(source["post_processor"])
+        self.names = templates.names_of(self.config)
+        layout = templates.layout_template(self.special, self.decode(before))
+        self.template = templates.own_template(self.config) or layout
+        self.is_layout, self._compiled = self.template == layout, templates.compiled(self.template)
+        self._find_markers(added)
+        self._find_ends(before)
+
+    def _find_markers(self, added):
+        """Which added tokens are markers, and how they and words are found in a text."""
+        ours = {*self.names.values(), *SPECIAL_TOKENS}
+        self._markers = frozenset(
+            text
+            for text, token in added.items()
+            if text in ours or token["special"] or (text in self.template and not text[0].isalnum())
+        )
+        # split() puts the added tokens at the odd places
+        words = frozenset(added) - self._markers
+        self._found = re.compile(f"({templates.any_of(frozenset(added)).pattern})(?!{BREAK})")
+        self._words = re.compile(f"({templates.any_of(words).pattern})(?!{BREAK})")
+
+    def _find_ends(self, before):
+        """The ids that end a turn, a text and a completion, and that of padding."""
+        special = self.special
+        eot = next((special[name] for name in EOT_NAMES if name in special), None)
         eos = special.get(self.names.get("eos_token"), eot)
         self.end_id, self.turn_end = self._end_of_turn(eos)
         self.eot_id = next(id for id in (eot, eos, self.end_id) if id is not None)
+        self.begin = before or [self.eot_id]
+        stops = self.generation.get("eos_token_id")
+        stops = self.eot_id if stops is None else stops
+        self.stop_ids = {*(stops if isinstance(stops, list) else [stops]), self.end_id}
         pads = [special.get(name) for name in (self.names.get("pad_token"), *PAD_NAMES)]
         ends = None, self.end_id, *self.turn_end  # which transformers would take for padding
         self.pad_id = next((id for id in pads if id not in ends), self.end_id)
-        stops = self.generation.get("eos_token_id")
-        stops = stops if isinstance(stops, list) else [stops] * (stops is not None)
-        self.stop_ids = {*(stops or [self.eot_id]), self.end_id}
-        self.begin = before or [self.eot_id]
-        self.thought = self._begun_thought()
         spelt = {id: text for text, id in special.items()}
-        if not self.config:
-            self.config = {"eos_token": spelt[self.end_id]}
-            self.names = {"eos_token": spelt[self.end_id], "pad_token": spelt[self.pad_id]}
-        self.config = self.config | {"pad_token": spelt[self.pad_id]}  # as config.json says it
-
-    def _find_added(self):
-        """How each added token is found in a text, and which of them are markers."""
-        tokens = added_tokens(self.special, self.source)
-        named = {*self.names.values(), *SPECIAL_TOKENS}
-        self._markers = frozenset(
-            text
-            for text, token in tokens.items()
-            if text in named
-            or token.get("special", True)
-            or (text in self.template and not text[0].isalnum())
-        )
-        self._found, self._words = (  # split() puts the added tokens at the odd places
-            re.compile(f"({any_of(texts).pattern})(?!{BREAK})")
-            for texts in (frozenset(tokens), frozenset(tokens) - self._markers)
-        )
+        self.config = {"eos_token": spelt[self.end_id]} | self.config
+        self.config |= {"pad_token": spelt[self.pad_id]}  # as config.json will say it
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -244,7 +367,7 @@ class Tokenizer:
             least, most = 256 + len(SPECIAL_TOKENS), len(ranks) + len(SPECIAL_TOKENS)
             bound = f"at most {most} for so little text" if ranks else f"at least {least}"
             raise UserError(f"the vocab_size must be {bound}, not {vocab_size}")
-        return cls(ranks, with_markers({}, ranks))
+        return cls(with_markers(to_json(ranks)))
 
     @classmethod
     def from_bytes(cls):
@@ -252,51 +375,44 @@ class Tokenizer:
         return cls.train([], 256 + len(SPECIAL_TOKENS))
 
     @classmethod
-    def load(cls, name):
-        """From a name ("bytes", "gpt2", "cl100k_base", "o200k_base"), or from a folder (or file)
-        with a byte-level BPE tokenizer.json, ours or foreign.
+    def from_gpt2(cls):
+        """GPT-2's, which tiktoken downloads once, and our special tokens behind its own."""
+        try:
+            encoding = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            failed = f"could not download the tokenizer gpt2 ({type(error).__name__})"
+            raise UserError(f'{failed}: go online once, or use "bytes" or a directory') from None
+        source = to_json(encoding._mergeable_ranks, encoding._pat_str)
+        return cls(with_markers(add_tokens(source, encoding._special_tokens)))
+
+    @classmethod
+    def load(cls, folder):
+        """From a folder with a byte-level BPE tokenizer.json, ours or foreign; or "bytes", "gpt2".
 
         A vocabulary without a chat template and without the tokens of a known layout gets ours
         after its last id, so it grows. Raises UserError where nothing is found, or what is found
         would encode differently.
         """
-        if name in NAMES:
-            return cls.from_bytes() if name == "bytes" else cls._from_tiktoken(name)
-        file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
-        raw = [p for p in (file, *Path(name).glob("*")) if p.suffix in (".model", ".tiktoken")]
-        if raw and (file in raw or not file.exists()):
-            raise UserError(
-                f"{raw[0]} is a vocabulary in another form than tokenizer.json; write one with "
-                "transformers' AutoTokenizer and save_pretrained, or take a newer release"
-            )
+        if folder in ("bytes", "gpt2"):
+            return cls.from_bytes() if folder == "bytes" else cls.from_gpt2()
+        file = Path(folder) / "tokenizer.json"
         if not file.is_file():
-            known = f"a directory with a tokenizer.json, or one of {', '.join(NAMES)}"
-            raise UserError(f"the tokenizer {name} must be {known}")
-        source, (config, generation) = read_json(file), read_config(file.parent)
+            known = "a directory with a tokenizer.json, bytes or gpt2"
+            raise UserError(f"the tokenizer {folder} must be {known}")
+        source, (config, generation) = read_json(file), read_configs(Path(folder))
         try:
-            source["added_tokens"] = read_added(source, config)
-            added = {token["content"]: token["id"] for token in source["added_tokens"]}
-            ranks = read_model(source["model"], added)
-            pattern = read_pattern(source.get("pre_tokenizer") or {})
-            eos = names_of(config).get("eos_token")
-            special = added if own_template(config) else with_markers(added, ranks, eos)
-            return cls(ranks, special, pattern, read_nfc(source), source, config, generation)
+            if not templates.own_template(config):
+                source = with_markers(source, templates.names_of(config).get("eos_token"))
+            return cls(source, config, generation)
         except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
             why = error if isinstance(error, UserError) else f"it is malformed ({error!r})"
             known = "a byte-level BPE tokenizer.json (as of GPT-2, Llama-3, Qwen3, SmolLM2)"
             raise UserError(f"{file}: {why}; use {known}, or train one") from None
 
-    @classmethod
-    def _from_tiktoken(cls, name):
-        try:
-            encoding = tiktoken.get_encoding(name)
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            failed = f"could not download the tokenizer {name} ({type(error).__name__})"
-            raise UserError(f'{failed}: go online once, or use "bytes" or a directory') from None
-        # Possessive {1,3}+ changes nothing there, and Oniguruma reads it otherwise.
-        pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")
-        ranks = encoding._mergeable_ranks
-        return cls(ranks, with_markers(encoding._special_tokens, ranks), pattern)
+    def with_tokens(self, names):
+        """This tokenizer, with those of the tokens `names` that it lacks after its last id."""
+        source = add_tokens(self.source, [name for name in names if name not in self.special])
+        return Tokenizer(source, self.config, self.generation)
 
     # -- text and ids
 
@@ -311,18 +427,15 @@ class Tokenizer:
                 continue
             part = unicodedata.normalize("NFC", part) if self.nfc else part
             ids += self.encoding.encode_ordinary(part.replace(BREAK, "") if special else part)
-        if self._absent and (absent := [self._absent[id] for id in ids if id in self._absent]):
-            raise UserError(
-                f"this tokenizer has no token for the byte {absent[0]!r}: remove the characters "
-                "that hold it from the text, or use another tokenizer"
-            )
+        if max(ids, default=0) >= self.vocab_size:
+            raise UserError("this tokenizer has no tokens for some characters of the text")
         return ids
 
     def documents(self, texts):
         """The ids of each text of a list as a document, on all cores."""
 
         def document(text):
-            return [*self.begin, *self.encode(text), *self.close]
+            return [*self.begin, *self.encode(text)]
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(document, texts))
@@ -340,8 +453,7 @@ class Tokenizer:
         messages before it make, up to the end of its turn; not in a message with "loss": false, and
         not in what tools have answered in between. Such a completion is made into ids on its own,
         as it is sampled. `generation_prompt` adds the begin of the assistant's turn; that is a
-        prompt, and nothing in it is trained on. In one, a message's "ids" are kept where the
-        template keeps its content.
+        prompt, and nothing in it is trained on.
 
         Markers in a content are plain text, but for <think>, <tool_call> and their like in what the
         assistant and the tools say, and <image>, which becomes `image_tokens` placeholders, where
@@ -351,69 +463,47 @@ class Tokenizer:
         """
         if image_tokens and "<image>" not in self.special:
             raise UserError("this tokenizer has no token <image>, as a vision-language model's has")
-        messages = [self._read(m, f"message {n}", image_tokens) for n, m in enumerate(messages)]
+        messages = [self._read(message, image_tokens) for message in messages]
         text = self._text(messages, generation_prompt)
-        self._check_shown(messages, train=not generation_prompt)
+        self._check_shown(messages, text, generation_prompt)
         ids, mask, at = [], [], 0
         for n, message in enumerate(messages):
-            trained = message.get("loss") is not False and not generation_prompt
-            if message["role"] != "assistant" or not trained and "ids" not in message:
+            trained = message["role"] == "assistant" and message.get("loss") is not False
+            if generation_prompt or not trained:
                 continue
-            if trained:
-                whole = text if n == len(messages) - 1 else self._text(messages[: n + 1])
-                start, said = self._turn(messages[:n], whole)
-                own = self._ids(said, image_tokens)
-            else:
-                start, said = self._text(messages[:n], True), message["content"]
-                own = message["ids"]
-            if not text.startswith(start + said):
-                if not trained:
-                    continue
+            prompt, said = self._turn(messages, n)
+            if not text.startswith(prompt + said):
                 raise Unusable(
                     "the model's chat template writes this answer otherwise when more follows "
                     "(without its thoughts, perhaps), so it can't be trained on here: end the "
                     'dialogue with it, or give it "loss": false'
                 )
-            before = self._ids(text[at : len(start)], image_tokens)
+            before, own = (self.encode(part, True) for part in (text[at : len(prompt)], said))
             ids += before + own
-            mask += [False] * len(before)
-            mask += [*self.written(own[:-1]), True] if trained else [False] * len(own)
-            at = len(start) + len(said)
-        rest = self._ids(text[at:], image_tokens)
+            mask += [False] * len(before) + [*self.written(own[:-1]), True]
+            at = len(prompt + said)
+        rest = self.encode(text[at:], True)
         return ids + rest, mask + [False] * len(rest)
 
     def completion(self, messages, text):
         """(prompt ids, completion ids): the messages up to where the assistant begins, and what it
         writes then, `text` and the end of its turn. Together they begin the ids of `render`.
         """
-        turns = [*messages, {"role": "assistant", "content": text}]
-        turns = [self._read(turn, f"message {n}") for n, turn in enumerate(turns)]
-        prompt, said = self._turn(turns[:-1], self._text(turns))
-        self._check_shown(turns, train=True)
-        return self._ids(prompt), self._ids(said)
+        messages = [message | {"loss": False} for message in messages]
+        ids, mask = self.render([*messages, {"role": "assistant", "content": text}])
+        begin, end = mask.index(True), len(mask) - mask[::-1].index(True)
+        return ids[:begin], ids[begin:end]
 
-    def with_tokens(self, names):
-        """This tokenizer, with those of the tokens `names` that it lacks after its last id."""
-        new = [name for name in names if name not in self.special]
-        special = self.special | {name: self.vocab_size + n for n, name in enumerate(new)}
-        kept = self.source, self.config | {"chat_template": self.template}, self.generation
-        return Tokenizer(self.ranks, special, self.pattern, self.nfc, *kept)
-
-    def _read(self, message, where, image_tokens=0):
+    def _read(self, message, image_tokens):
         """A message as the template is given it, in which no text spells a marker."""
         message = {key: value for key, value in message.items() if value is not None}
-        if self.is_layout and "tool_calls" in message:
-            message["tool_calls"] = [with_arguments(call, where) for call in message["tool_calls"]]
+        if "tool_calls" in message:
+            message["tool_calls"] = [*map(templates.with_arguments, message["tool_calls"])]
         free = CONTENT_TOKENS if message["role"] in ("assistant", "tool") else ()
-        free += ("<image>",) * bool(image_tokens)
-        marks = any_of(self._markers - {*free})
-        shown = broken(message, marks)
-        if "ids" in message:  # what the assistant wrote: its markers are markers
-            parts = itertools.groupby(message["ids"], {*self.special.values()}.__contains__)
-            texts = [(self.decode(ids), marker) for marker, ids in parts]
-            marks = any_of(self._markers)
-            shown["content"] = "".join(t if own else broken(t, marks) for t, own in texts)
-        return shown
+        if image_tokens:
+            free += ("<image>",)
+            message["content"] = message["content"].replace("<image>", "<image>" * image_tokens)
+        return templates.broken(message, templates.any_of(self._markers - {*free}))
 
     def _text(self, messages, generation_prompt=False):
         """What the template makes of messages that `_read` has read."""
@@ -421,35 +511,36 @@ class Tokenizer:
         try:
             return self._compiled.render(messages=messages, **self.names, **how)
         except Exception as error:  # a program from elsewhere: it may raise anything
-            why = str(error).replace(BREAK, "")
-            raise Unusable(f"the model's chat template refuses this dialogue: {why}") from None
+            why = f"the model's chat template refuses this dialogue: {error}".replace(BREAK, "")
+            raise Unusable(why) from None
 
-    def _check_shown(self, messages, train):
-        """Raise Unusable where the model's own template leaves out what a message says: a system
-        prompt, a tool's call or result, or the thoughts of an answer to `train` on, which it may
-        leave out once more has followed.
+    def _check_shown(self, messages, text, generation_prompt=False):
+        """Raise Unusable where the model's own template leaves out, of `text`, what a message says:
+        a system prompt, a tool's result or call, or the thoughts of an answer to train on. What it
+        shows, it shows otherwise when it is empty.
         """
         for n, message in enumerate([] if self.is_layout else messages):
-            learnt = train and message.get("loss") is not False
+            parts = ["tool_calls"]
             if message["role"] in ("system", "tool") and message["content"].strip():
-                parts = {f"what the {message['role']} says": (len(messages), [])}
-            else:
-                keys = ["reasoning_content"] * learnt + ["tool_calls"]
-                less = {key: {k: message[k] for k in message if k != key} for key in keys}
-                parts = {f"its {key}": (n + 1, [less[key]]) for key in keys if message.get(key)}
-            for what, (end, instead) in parts.items():
+                parts.append("content")
+            if message.get("loss") is not False and not generation_prompt:
+                parts.append("reasoning_content")
+            for part in filter(message.get, parts):
+                empty = message | {part: type(message[part])()}
+                changed = [*messages[:n], empty, *messages[n + 1 :]]
                 try:
-                    without = self._text([*messages[:n], *instead, *messages[n + 1 : end]])
+                    without = self._text(changed, generation_prompt)
                 except Unusable:  # what it can't do without, it shows
                     continue
-                if without == self._text(messages[:end]):
-                    raise Unusable(f"the model's chat template leaves out {what}")
+                if without == text:
+                    said = f"the {message['role']}'s {part}"
+                    raise Unusable(f"the model's chat template leaves out {said}")
 
-    def _turn(self, messages, whole):
-        """(prompt, completion) as texts: what the messages make, and what the next one, with which
-        they make `whole`, adds up to its end of turn.
+    def _turn(self, messages, n):
+        """(prompt, completion) as texts: what the first n messages make, and what the next one adds
+        to that, up to its end of turn.
         """
-        prompt = self._text(messages, True)
+        prompt, whole = self._text(messages[:n], True), self._text(messages[: n + 1])
         if not whole.startswith(prompt):
             raise Unusable(
                 "the model's chat template begins this answer otherwise than it prompts for one "
@@ -460,29 +551,6 @@ class Tokenizer:
                 return prompt, whole[len(prompt) : found.end()]
         never = "writes no token that ends an answer, so that none can be trained on"
         raise Unusable(f"the model's chat template {never}")
-
-    def _begun_thought(self):
-        """What a reasoning model's template begins its answer with, from <think> on; else ""."""
-        try:
-            prompt = self._text([{"role": "user", "content": "?"}], True)
-        except UserError:  # it wants other turns
-            return ""
-        before, begun, after = prompt.rpartition("<think>")
-        return "" if "</think>" in after else begun + after
-
-    def begun(self, prompt):
-        """The thought that a prompt's ids begin for the assistant, which is a part of what the
-        completion says; "" where it writes that itself.
-        """
-        ends = self.thought and self.decode(prompt[-16:]).endswith(self.thought)
-        return self.thought if ends else ""
-
-    def _ids(self, text, image_tokens=0):
-        """Token ids of what the template wrote."""
-        ids, image = self.encode(text, special=True), self.special.get("<image>")
-        if image_tokens:
-            ids = [id for each in ids for id in [each] * (image_tokens if each == image else 1)]
-        return ids
 
     def _end_of_turn(self, eos):
         """(id that ends the assistant's turn, the ids behind it), as the template ends a dialogue;
@@ -495,10 +563,17 @@ class Tokenizer:
             after = ""
         for found in self._found.finditer(after):
             if found[0] in self._markers:
-                return self.special[found[0]], self._ids(after[found.end() :])
+                return self.special[found[0]], self.encode(after[found.end() :], True)
         if eos is None:
             raise UserError("its chat template ends no turn, and it has no eos_token")
         return eos, []
+
+    def begun(self, prompt):
+        """The thought that a prompt's ids begin for the assistant, as a reasoning model's template
+        does, which is a part of what the completion says; "" where it writes that itself.
+        """
+        _, begun, after = self.decode(prompt[-16:]).rpartition("<think>")
+        return "" if after.strip() else begun + after
 
     def written(self, ids):
         """True for each id that an assistant writes itself, False from <tool_result> to
@@ -514,18 +589,16 @@ class Tokenizer:
 
     # -- identity and files
 
+    @functools.cached_property
+    def _json(self):  # kept: a large vocabulary takes seconds, and every checkpoint saves it
+        return json.dumps(self.source, ensure_ascii=False) + "\n"
+
     def fingerprint(self):
         """SHA-256, in hex, of all that decides the ids."""
-        parts = sorted(self.ranks.items()), sorted(self.special.items()), self.pattern, self.nfc
-        parts += sorted(self._markers), self.begin, self.close, self.template
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        return hashlib.sha256((self._json + self.template).encode()).hexdigest()
 
     def __eq__(self, other):
         return isinstance(other, Tokenizer) and self.fingerprint() == other.fingerprint()
-
-    @functools.cached_property
-    def _json(self):  # kept: a large vocabulary takes seconds, and every checkpoint saves it
-        return json.dumps(to_json(self), ensure_ascii=False) + "\n"
 
     def save(self, folder):
         """Write tokenizer.json, and tokenizer_config.json with the chat template."""
@@ -535,169 +608,3 @@ class Tokenizer:
         atomic_write(Path(folder) / "tokenizer.json", self._json)
         text = json.dumps(config, ensure_ascii=False) + "\n"
         atomic_write(Path(folder) / "tokenizer_config.json", text)
-
-
-# --- files of others -----------------------------------------------------------------------------
-
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same after cuts around each digit, or run of digits: there, blanks go up to the cut.
-DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|%s| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-
-# It shows bytes as characters (GPT-2): printable ones as themselves, the others, in their order, as
-# the characters from U+0100 on.
-PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-BYTE_TO_CHAR = {b: b for b in PRINTABLE} | {b: 256 + n for n, b in enumerate(OTHERS)}
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-
-
-def read_config(folder):
-    """(what is kept of tokenizer_config.json, generation_config.json) of a model folder; where the
-    latter doesn't say what ends a completion, config.json does.
-    """
-
-    def read(name):
-        return read_json(folder / name) if (folder / name).is_file() else {}
-
-    config = read("tokenizer_config.json")
-    if "added_tokens_decoder" not in config:
-        config |= read("special_tokens_map.json")
-    if (folder / "chat_template.jinja").is_file():
-        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    config = {key: value for key, value in config.items() if key in KEPT}
-    generation = read("generation_config.json")
-    if generation.get("eos_token_id") is None:
-        generation["eos_token_id"] = read("config.json").get("eos_token_id")
-    return config, generation
-
-
-def read_added(source, config):
-    """The added tokens of tokenizer.json, and those that only tokenizer_config.json names."""
-    added = {token["content"]: token for token in source.get("added_tokens") or ()}
-    for id, token in (config.pop("added_tokens_decoder", None) or {}).items():
-        added.setdefault(token["content"], {"id": int(id), "special": False, **token})
-    for text in names_of(config).values():
-        if text not in added and text in source["model"]["vocab"]:
-            id = source["model"]["vocab"][text]
-            added[text] = {"id": id, "content": text, "special": True, "normalized": False}
-    nfc = read_nfc(source)
-    for text, token in added.items():
-        odd = [key for key in ("single_word", "lstrip", "rstrip") if token.get(key)]
-        if nfc and token.get("normalized") and unicodedata.normalize("NFD", text) != text:
-            odd.append("normalized")  # looked for after NFC
-        if odd:
-            raise UserError(f"its token {text!r} is {odd[0]}, which is not implemented")
-    return list(added.values())
-
-
-def read_post_processor(source):
-    """The ids that transformers writes before and after a plain text."""
-    processor = source.get("post_processor") or {"processors": []}
-    ids = [], []
-    for step in processor.get("processors", [processor]):
-        if step["type"] == "TemplateProcessing":
-            after = False
-            for piece in step["single"]:
-                after = after or "Sequence" in piece
-                if "SpecialToken" in piece:
-                    ids[after].extend(step["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
-        elif step["type"] != "ByteLevel":
-            raise UserError(f"its post-processor ({step['type']}) is of an unknown kind")
-    return ids
-
-
-def read_model(model, added):
-    """The ranks {token bytes: id} of tokenizer.json's `model`, without the `added` tokens."""
-    unknown = "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"
-    foreign = [key for key in unknown if model.get(key)]
-    if model.get("type") != "BPE" or foreign:
-        raise UserError(f"its model is {' with '.join([str(model.get('type')), *foreign])}")
-    names = {name: id for name, id in model["vocab"].items() if added.get(name) != id}
-    for name in names:
-        if not name or not CHAR_TO_BYTE.keys() >= set(map(ord, name)):
-            raise UserError(f"its token {name!r} does not spell bytes")
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    made = [names.get(left + right, -1) for left, right in merges]
-    # tiktoken merges by id, tokenizer.json by place in the list: they must say the same.
-    if -1 in made or made != sorted(made):
-        raise UserError("its merges are not in the order of the ids that they make")
-    # tiktoken finds a whole piece even where no merge makes it.
-    unmade = {id for name, id in names.items() if len(name) > 1}.difference(made)
-    if unmade and not model.get("ignore_merges"):
-        raise UserError(f"its token {min(unmade)} is made by no merge")
-    return {name.translate(CHAR_TO_BYTE).encode("latin-1"): id for name, id in names.items()}
-
-
-def read_pattern(pre):
-    """The one pattern that cuts text as tokenizer.json's `pre_tokenizer` does."""
-    steps = pre.get("pretokenizers", [pre])
-    kinds, first, last = [step.get("type") for step in steps], steps[0], steps[-1]
-    if kinds[-1] == "ByteLevel" and not last.get("add_prefix_space", True):
-        by_regex = last.get("use_regex", True)
-        if by_regex and len(kinds) == 1:
-            return GPT2_PATTERN
-        if by_regex and kinds == ["Digits", "ByteLevel"]:
-            return DIGITS_PATTERN % (r"\p{N}" if first.get("individual_digits") else r"\p{N}+")
-        if not by_regex and kinds == ["Split", "ByteLevel"]:
-            pattern = first["pattern"].get("Regex")
-            isolated = first.get("behavior") == "Isolated" and not first.get("invert")
-            # Oniguruma reads {1,3}+ as a repeated repetition, tiktoken as a possessive one.
-            if pattern and isolated and not re.search(r"\d\}\+", pattern):
-                return pattern
-    raise UserError(f"its pre-tokenizer ({', '.join(map(str, kinds))}) is of an unknown kind")
-
-
-def read_nfc(source):
-    """Whether tokenizer.json's normalizer is NFC (Qwen) rather than none."""
-    normalizer = source.get("normalizer") or {"normalizers": []}
-    kinds = {step["type"] for step in normalizer.get("normalizers", [normalizer])}
-    if kinds - {"NFC"}:
-        raise UserError(f"its normalizer ({', '.join(map(str, kinds))}) is of an unknown kind")
-    return bool(kinds)
-
-
-def added_tokens(special, source):
-    """{text: what tokenizer.json says} of the added tokens, those that `source` lacks included."""
-    known = {token["content"]: token for token in source.get("added_tokens") or ()}
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    for text, id in special.items():
-        kind = {"special": text.startswith("<|") or text not in SPECIAL_TOKENS}
-        known.setdefault(text, {"id": id, "content": text} | plain | kind)
-    return {text: known[text] for text in special}
-
-
-def list_merges(ranks):
-    """The pairs of tokens that spell a token, in the order (id made, left id, right id)."""
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-        pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-        merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    return merges
-
-
-def to_json(tokenizer):
-    """What tokenizer.json holds; `ignore_merges` takes a whole piece first, as tiktoken does."""
-    ranks, special, source = tokenizer.ranks, tokenizer.special, tokenizer.source
-    shown = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
-    # Special tokens are in the vocabulary too: so their ids may have gaps.
-    vocab = {shown[token]: id for token, id in ranks.items()} | special
-    added = added_tokens(special, source).values()
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}}
-    split |= {"behavior": "Isolated", "invert": False}
-    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    bytes_ |= {"use_regex": False}
-    return {
-        "version": "1.0",
-        "added_tokens": sorted(added, key=lambda token: token["id"]),
-        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
-        "post_processor": source.get("post_processor"),
-        "decoder": bytes_,
-        "model": {
-            "type": "BPE",
-            "ignore_merges": True,
-            "vocab": dict(sorted(vocab.items(), key=lambda pair: pair[1])),
-            "merges": [[shown[left], shown[right]] for left, right in list_merges(ranks)],
-        },
-    }

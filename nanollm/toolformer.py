@@ -12,6 +12,7 @@ Run     python -m nanollm.toolformer runs/tools --data chats.jsonl --out calls.j
         python train_sft.py --data calls.jsonl
 """
 
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -71,26 +72,31 @@ def filter_calls(model, tokenizer, tools, chats, samples=4, threshold=0.5, gener
         answer = tokenizer.render(chat["messages"])[0][len(prompt) :]
         if len(prompt + answer) < context and not {tools.call, tools.result} & {*answer}:
             rows.append((chat, prompt, answer))
-    tried = []  # (number of the row, the dialogue with a call, its answer, what may stand before)
-    prompts, empty = [prompt for _, prompt, _ in rows], [tools.result, tools.result_end]
+    tried = []  # (number of the row, the dialogue with a call, call, result)
+    prompts = [prompt for _, prompt, _ in rows]
     for n, call, result in sampled_calls(model, tokenizer, tools, prompts, samples, generator):
         chat, prompt, answer = rows[n]
         *before, last = chat["messages"]
-        content = tokenizer.decode(call + result) + last["content"]
-        chat = {**chat, "messages": [*before, {**last, "content": content}]}
-        ids = prompt + call + result + answer
-        if len(ids) <= context and tokenizer.render(chat["messages"])[0] == ids:
-            tried.append((n, chat, answer, (prompt, prompt + call + empty, prompt + call + result)))
+        last = {**last, "content": tokenizer.decode(call + result) + last["content"]}
+        messages, ids = [*before, last], prompt + call + result + answer
+        if len(ids) <= context and tokenizer.render(messages)[0] == ids:
+            tried.append((n, {**chat, "messages": messages}, call, result))
     if not tried:
         return []
-    numbers, chats, answers, befores = zip(*tried)
-    losses = (answer_losses(model, tokenizer, before, answers) for before in zip(*befores))
-    nothing, alone, both = losses
-    gains, best = (torch.minimum(nothing, alone) - both).tolist(), {}
-    for gain, n, chat in sorted(zip(gains, numbers, chats), key=lambda each: -each[0]):
-        if gain >= threshold:
-            best.setdefault(n, chat)
-    return [best[n] for n in sorted(best)]
+    numbers, chats, calls, results = zip(*tried)
+
+    def losses(inserted):
+        before = [rows[n][1] + ids for n, ids in zip(numbers, inserted)]
+        return answer_losses(model, tokenizer, before, [rows[n][2] for n in numbers])
+
+    nothing = losses([[] for _ in tried])
+    alone = losses([[*call, tools.result, tools.result_end] for call in calls])
+    gains = torch.minimum(nothing, alone) - losses(map(operator.add, calls, results))
+    best = {}  # number of the row -> (gain, dialogue)
+    for n, chat, gain in zip(numbers, chats, gains.tolist()):
+        if gain >= threshold and (n not in best or gain > best[n][0]):
+            best[n] = gain, chat
+    return [best[n][1] for n in sorted(best)]
 
 
 def main(cfg):

@@ -48,37 +48,33 @@ def calculator(expression):
     The text, of at most LONGEST characters, is parsed, never run. Numbers beyond LARGEST are
     errors, so that 9**9**9 and its like end at once.
     """
-    source = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", expression.strip())
+    source = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", expression.strip())  # 1,000
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's own, about odd expressions
             tree = ast.parse(source, mode="eval")
-        return _as_text(_value(tree.body, source))
+        value = value_of(tree.body)
     except ZeroDivisionError:
         return "error: division by zero"
     except OverflowError:
         return "error: too large"
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return "error: not arithmetic"
-
-
-def _as_text(value):
     if value.denominator == 1:
         return str(value)
     if abs(value) < 1:
         return f"{float(value):.6g}"
-    digits = str(round(abs(value) * 10**6))  # not by way of a float, which holds 15 digits
-    return "-" * (value < 0) + f"{digits[:-6]}.{digits[-6:]}".rstrip("0").rstrip(".")
+    return f"{float(value):.6f}".rstrip("0").rstrip(".")
 
 
-def _value(node, source):
+def value_of(node):
     """The Fraction that a syntax tree stands for."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = _number(ast.get_source_segment(source, node))
+        value = Fraction(str(node.value))  # 0.1 is a tenth
     elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-        value = OPERATORS[type(node.op)](_value(node.operand, source))
+        value = OPERATORS[type(node.op)](value_of(node.operand))
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = _value(node.left, source), _value(node.right, source)
+        left, right = value_of(node.left), value_of(node.right)
         if isinstance(node.op, ast.Pow):
             if right.denominator != 1:
                 raise ValueError("a power that isn't a whole number")
@@ -90,13 +86,6 @@ def _value(node, source):
     if max(abs(value.numerator), value.denominator) > LARGEST:
         raise OverflowError
     return value
-
-
-def _number(text):
-    """The number as it is written, of which a float holds the first 15 digits: 0.1 is a tenth."""
-    if abs(int(text.lower().partition("e")[2] or 0)) > LONGEST:
-        raise OverflowError
-    return Fraction(text)
 
 
 # --- search --------------------------------------------------------------------------------------
@@ -172,10 +161,13 @@ class Database:
 
     def allows(self, action, first, second, *_):
         """SQLite's question about a query: may it do this? `first` and `second` say to what."""
-        fine = action == sqlite3.SQLITE_SELECT
-        fine |= action == sqlite3.SQLITE_READ and first == "people"
-        fine |= action == sqlite3.SQLITE_FUNCTION and second.lower() in FUNCTIONS
-        return sqlite3.SQLITE_OK if fine else sqlite3.SQLITE_DENY
+        if action == sqlite3.SQLITE_SELECT:
+            return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_READ and first == "people":
+            return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_FUNCTION and second.lower() in FUNCTIONS:
+            return sqlite3.SQLITE_OK
+        return sqlite3.SQLITE_DENY
 
     def query(self, text):
         """The rows that a SELECT gives, as "a, b; c, d"; behind it may stand what its "?" are:
@@ -199,11 +191,8 @@ class Toolbox:
 
     def __init__(self, tools, tokenizer):
         markers = "<tool_call>", "</tool_call>", "<tool_result>", "</tool_result>"
-        missing = [marker for marker in markers if marker not in tokenizer.special]
-        if missing:
-            raise UserError(
-                f"this tokenizer has no {missing[0]}: start from a model of this project"
-            )
+        if not {*markers} <= tokenizer.special.keys():
+            raise UserError("this tokenizer has no <tool_result>: start from a model of ours")
         self.tools, self.tokenizer = tools, tokenizer
         self.call, self.call_end, self.result, self.result_end = map(tokenizer.special.get, markers)
 

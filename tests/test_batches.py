@@ -28,7 +28,7 @@ from nanollm.batches import (
 from nanollm.config import UserError
 from nanollm.formats import Unusable, write_jsonl
 from nanollm.runtime import Runtime
-from nanollm.tokenizer import DIGITS_PATTERN, GPT2_PATTERN, PATTERN, Tokenizer
+from nanollm.tokenizer import DIGITS_PATTERN, GPT2_PATTERN, PATTERN, Tokenizer, add_tokens, to_json
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -52,7 +52,7 @@ def test_a_corpus_holds_every_token_and_end_of_text_before_each_document(tokeniz
 PATTERNS = {
     "ours": PATTERN,
     "gpt2": GPT2_PATTERN,
-    "digits": DIGITS_PATTERN % r"\p{N}+",
+    "digits": DIGITS_PATTERN,
     "o200k": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
@@ -64,12 +64,8 @@ def test_a_long_text_has_the_same_ids_in_pieces_as_whole(pattern, tmp_path, monk
     words = [*"owl it's 42 . /x é e\u0301 水".split(), " ", "\n", "\n\n", "\t", " " * 70]
     text = "".join(rng.choice(words) + rng.choice(["", "", " ", "\n"]) for _ in range(20_000))
     ranks = Tokenizer.train([text, "the owl\n\n\nit's"], 330).ranks
-    end = {"id": 900, "content": "<|endoftext|>"}
-    after = {"type": "TemplateProcessing", "special_tokens": {"e": {"ids": [900]}}}
-    after |= {"single": [{"Sequence": {}}, {"SpecialToken": {"id": "e"}}]}  # behind each document
-    source = {"added_tokens": [end], "post_processor": after}
-    special = {"<|endoftext|>": 900, "<|end|>": 901}
-    tokenizer = Tokenizer(ranks, special, PATTERNS[pattern], source=source)
+    source = add_tokens(to_json(ranks, PATTERNS[pattern]), ["<|endoftext|>", "<|end|>"])
+    tokenizer = Tokenizer(source)
     monkeypatch.setattr(formats, "PIECE", 100)
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert len(list(formats.stream_pieces(tmp_path / "a.txt"))) > 100

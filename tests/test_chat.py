@@ -1,7 +1,6 @@
 """Chat: what is a command, what is sent to the model, and what Ctrl-C stops."""
 
 import io
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -59,14 +58,6 @@ def test_what_does_not_fit_any_more_is_left_out_and_a_longer_message_refused(tal
     assert "shorten it" in capsys.readouterr().out
 
 
-def test_chat_says_that_a_model_has_not_learnt_to(talk, capsys):
-    talk("", prompt="Hi")
-    assert not capsys.readouterr().err
-    Path(talk.folder, "train_config.json").write_text('{"template": "zero"}')
-    talk("", prompt="Hi")
-    assert "was trained with --template zero, not on chats" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("line", ["/hlep", "/exit now", "/", "/image", "/image "])
 def test_an_unknown_command_is_named_and_ends_a_pipe(line, talk, capsys, monkeypatch):
     assert len(talk(f"{line}\none\n")) == 1  # somebody who types goes on
@@ -76,9 +67,8 @@ def test_an_unknown_command_is_named_and_ends_a_pipe(line, talk, capsys, monkeyp
     assert f"error: {command}: no such command" in refused(capsys, chat, talk.folder)
 
 
-@pytest.mark.parametrize("end", ["\n", "/quit\n", " /quit \n"])
-def test_an_empty_line_that_is_typed_and_quit_end(end, talk):
-    assert len(talk(f"one\n{end}two\n")) == 1
+def test_quit_ends_and_an_empty_line_says_nothing(talk):
+    assert len(talk("one\n\ntwo\n /quit \nthree\n")) == 2
 
 
 def test_ctrl_c_stops_the_answer_which_stays_in_the_conversation_as_far_as_it_got(talk, capsys):

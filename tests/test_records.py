@@ -508,10 +508,10 @@ def test_labels_of_the_same_two_completions_count_as_the_majority_has_them(write
 
 
 def test_what_the_tokenizer_refuses_is_told_with_its_line(write, tokenizer):
-    two = {"function": {"name": "add", "arguments": {"x": 1, "y": 2}}}
-    path = write(chat(U, A), chat(U, said("assistant", "", tool_calls=[two])))
+    call = {"function": {"name": "add", "arguments": "{1"}}
+    path = write(chat(U, A), chat(U, said("assistant", "", tool_calls=[call])))
     with pytest.raises(
-        UserError, match="data.jsonl, line 2: .*a tool call needs a name and one argument"
+        UserError, match="data.jsonl, line 2: .*a tool call needs a name, and arguments in JSON"
     ):
         pack_chats(read_chats(path), tokenizer, 64, "training", CPU)
 

@@ -33,26 +33,19 @@ LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_
 LLAMA3 += ["<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
 SENTENCES = ["<s>", "</s>", "<unk>"]
 THOUGHTS = "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response>".split()
-PHI3 = ["<|endoftext|>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 R1 = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
-GEMMA = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 END, IM_END = "<|endoftext|>", "<|im_end|>"
 
 # templates/NAME.jinja has the constructs of a real family:
 # NAME: (special tokens, other added tokens, bos_token, eos_token)
 FAMILIES = {
-    "qwen2": (CHATML, THOUGHTS[2:4], None, IM_END),  # a default system prompt
+    "qwen2": (CHATML, THOUGHTS[2:4], None, END),  # a default system prompt; the base model's eos
     "qwen3": (CHATML, THOUGHTS, None, IM_END),  # drops the thoughts of earlier turns
     "qwen3_thinking": (CHATML, THOUGHTS[:2], None, IM_END),  # <think> in the generation prompt
     "r1": (R1[:2], [*R1[2:], *THOUGHTS[:2]], *R1[:2]),  # there, and thoughts are dropped
-    "zephyr": (SENTENCES, [], "<s>", "</s>"),  # line ends between statements
-    "phi3": (PHI3, [], None, END),  # ends with another token than a turn
     "llama3": (LLAMA3, [], "<|begin_of_text|>", "<|eot_id|>"),  # the date, ipython, trim
-    "llama2": (SENTENCES, [], "<s>", "</s>"),  # the system prompt in the first turn
-    "mistral": ([*SENTENCES, "[INST]", "[/INST]"], [], "<s>", "</s>"),  # and in the last one
-    "gemma": (GEMMA, [], "<bos>", "<eos>"),  # a model for an assistant, and no system
+    "mistral": ([*SENTENCES, "[INST]", "[/INST]"], [], "<s>", "</s>"),  # system in the last turn
     "smollm3": (CHATML, THOUGHTS[:2], None, IM_END),  # generation marks, a macro, continue
-    "olmo": ([END, "<|padding|>"], [], END, END),  # one token for all
 }
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"what": "2 + 3 – é"}}}
@@ -199,16 +192,10 @@ TRAINED = [  # family, number of the dialogue, what is trained on, or why it isn
     ("qwen3", 4, "writes this answer otherwise when more follows"),
     ("qwen3_thinking", 3, "the cat\n</think>\n\n5.\n<|im_end|>"),
     ("r1", 3, THINK),
-    ("zephyr", 0, "5.</s>"),
-    ("phi3", 2, "b<|end|>2<|end|>5 \n<|end|>"),
-    ("llama2", 1, " sat </s>"),
     ("llama3", 6, f'{{"name": "add", "parameters": {SUM}}}<|eot_id|>it is 5<|eot_id|>'),
     ("mistral", 0, "5.</s>"),
-    ("mistral", 1, "leaves out what the system says"),  # unless the user's turn is the last
-    ("gemma", 2, "b<end_of_turn>2<end_of_turn>5<end_of_turn>"),
-    ("gemma", 1, "refuses this dialogue: System role not supported"),
+    ("mistral", 1, "leaves out the system's content"),  # unless the user's turn is the last
     ("smollm3", 4, "<think>no</think>b<|im_end|><think>yes</think>d<|im_end|>"),
-    ("olmo", 2, "b<|endoftext|>2<|endoftext|>5 \n<|endoftext|>"),
 ]
 
 
@@ -237,9 +224,9 @@ SILENT = PLAIN.replace("%}{{ '<|im", "if m.role in ('user', 'assistant') %}{{ '<
 @pytest.mark.parametrize(
     "template, number, lost",
     [
-        (PLAIN, 5, "its reasoning_content"),
-        (PLAIN.replace("m.content", "(m.content or '')"), 6, "its tool_calls"),
-        (SILENT, 1, "what the system says"),
+        (PLAIN, 5, "the assistant's reasoning_content"),
+        (PLAIN.replace("m.content", "(m.content or '')"), 6, "the assistant's tool_calls"),
+        (SILENT, 1, "the system's content"),
     ],
 )
 def test_what_a_template_leaves_out_is_never_left_out_silently(
@@ -286,23 +273,6 @@ def test_a_completion_is_made_into_ids_on_its_own_as_it_is_sampled(base, tmp_pat
     prompt, completion = tokenizer.completion(turns("a"), "\n\nb")  # "\n\n\n" would be one piece
     assert tokenizer.render(turns("a", "\n\nb"))[0][: len(prompt)] == prompt
     assert tokenizer.decode(completion) == "\n\nb<|im_end|>"
-
-
-def test_a_conversation_keeps_the_ids_that_were_generated(base, tokenizer, tmp_path):
-    spelt = tokenizer.encode("2</think>") + tokenizer.encode("<think>", special=True)
-    said = {"role": "assistant", "content": tokenizer.decode(spelt), "ids": spelt}
-    prompt = tokenizer.render([*turns("a"), said, *turns("b")], True)[0]
-    assert prompt[3 + 1 : 3 + 1 + len(spelt)] == spelt  # user, a, end, assistant
-    qwen = Tokenizer.load(downloaded(tmp_path, base, "qwen3"))
-    end = qwen.special["</think>"]
-    odd = [qwen.ranks[bytes([byte])] for byte in b"the cat"]  # not how text is merged
-    ids = [qwen.special["<think>"], *qwen.encode("x</think>y"), end, *odd]
-    said = {"role": "assistant", "content": qwen.decode(ids), "ids": ids}
-    prompt = qwen.render([*turns("a"), said, *turns("b")], True)[0]
-    assert end not in prompt and "x" not in qwen.decode(prompt)  # thoughts are left out as ever
-    said = {"role": "assistant", "content": qwen.decode(odd), "ids": odd}
-    prompt = qwen.render([*turns("a"), said, *turns("b")], True)[0]
-    assert any(prompt[n : n + len(odd)] == odd for n in range(len(prompt)))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +353,7 @@ def bos(*pieces, base):
     return {"type": "TemplateProcessing", "single": kinds, "pair": kinds, "special_tokens": ids}
 
 
-@pytest.mark.parametrize("pieces", [["<s>", "A"], ["<s>", "A", "</s>"], ["A"]])
+@pytest.mark.parametrize("pieces", [["<s>", "A"], ["A"]])
 def test_a_document_and_a_cloze_prompt_begin_as_the_post_processor_wants(pieces, base, tmp_path):
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": "A" == pieces[0]}  # ignored
     spec = {"post_processor": bos(*pieces, base=base)}
@@ -419,9 +389,6 @@ def test_words_that_were_added_are_found_in_any_text(nfc, base, tmp_path):
         assert tokenizer.encode(text, special=True) == wanted, text
         assert after(text, add_special_tokens=False)["input_ids"] == wanted, text
         assert "<|x|>" in text or tokenizer.encode(text) == wanted
-    if nfc:
-        with pytest.raises(UserError, match="'ŏ' is normalized, which is not implemented"):
-            Tokenizer.load(write(tmp_path / "b", base, words=["ŏ"], spec=spec))
 
 
 def test_tokens_are_added_behind_the_last_id_and_only_where_they_lack(base, tmp_path):
@@ -434,12 +401,15 @@ def test_tokens_are_added_behind_the_last_id_and_only_where_they_lack(base, tmp_
     assert more.render(shown, True)[0] == tokenizer.render(shown, True)[0]  # in letters
     more.save(tmp_path / "ours")
     assert Tokenizer.load(tmp_path / "ours") == more
+    peer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    text = "a<image>b<tool_call><|im_end|>"
+    assert peer(text)["input_ids"] == more.encode(text, special=True)
 
 
 # --- models --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["qwen2", "zephyr", "phi3", "gemma", "llama3", "olmo"])
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "llama3"])
 def test_a_reward_is_read_where_transformers_reads_it_after_its_chat_template(
     family, base, tmp_path
 ):

@@ -6,6 +6,7 @@ import random
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import regex
@@ -13,7 +14,16 @@ import tiktoken
 from helpers import turns
 
 from nanollm.config import UserError
-from nanollm.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, cut, merge_pair, train_bpe
+from nanollm.tokenizer import (
+    PATTERN,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    cut,
+    merge_pair,
+    to_json,
+    train_bpe,
+    with_markers,
+)
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "data"
 TEXT = (
@@ -154,7 +164,7 @@ def test_the_pattern_cuts_alike_in_the_trainer_tiktoken_regex_and_tokenizers(tex
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     ranks = train_bpe([], 256)  # and every two bytes are a token: a cut between them shows
     ranks |= {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
-    encoding = Tokenizer(ranks, {"<|user|>": 10**5, "<|end|>": 10**5 + 1}).encoding
+    encoding = Tokenizer(with_markers(to_json(ranks))).encoding
     chars = [c for c in map(chr, range(0x110000)) if assigned(c)]
     large = ("CJK", "HANGUL SYLLABLE", "TANGUT", "no name")  # of these, and private ones, a few
     names = ((c, unicodedata.name(c, "no name" if ord(c) > 0xE000 else "control")) for c in chars)
@@ -180,15 +190,12 @@ def test_every_code_point_and_random_texts_survive(trained, texts):
     assert trained.documents(texts) == [[begin, *trained.encode(text)] for text in texts]
 
 
-def test_half_of_a_surrogate_pair_and_an_unknown_id_become_the_replacement_character(trained):
+def test_half_of_a_surrogate_pair_an_unknown_id_and_very_long_runs_are_taken(trained):
     assert trained.decode(trained.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
     assert trained.decode([104, 10**6, 105]) == "h\ufffdi"
-
-
-@pytest.mark.parametrize("run", [" ", "\n", "a", "'", " \n"])
-def test_very_long_runs_are_encoded(trained, run):
-    for text in (run * 300_000, run * 300_000 + "x"):
-        assert trained.decode(trained.encode(text)) == text
+    for run in (" ", "\n", "a", "'", " \n"):
+        for text in (run * 300_000, run * 300_000 + "x"):
+            assert trained.decode(trained.encode(text)) == text
 
 
 def test_text_that_spells_a_special_token_stays_text_unless_special_tokens_are_asked_for(trained):
@@ -251,8 +258,7 @@ def test_autotokenizer_gives_the_same_ids(trained, texts, tmp_path, model_type):
 
 
 def test_a_token_that_no_merge_makes_is_still_found_as_a_whole_piece(tmp_path):
-    base = Tokenizer.from_bytes()
-    tokenizer = Tokenizer(base.ranks | {b"cat": 999}, base.special)
+    tokenizer = Tokenizer(with_markers(to_json(train_bpe([], 256) | {b"cat": 999})))
     tokenizer.save(tmp_path)
     assert tokenizer.encode("cat") == hf_ids(auto_tokenizer(tmp_path), "cat") == [999]
     assert Tokenizer.load(tmp_path) == tokenizer
@@ -363,7 +369,7 @@ def test_a_byte_that_the_vocabulary_lacks_is_named(tmp_path):
     lacking = spoilt(tmp_path, lambda spec: spec["model"]["vocab"].pop("ā"))  # byte 1
     ours = Tokenizer.load(lacking)
     assert ours.decode(ours.encode(TEXT)) == TEXT
-    with pytest.raises(UserError, match="x01"):
+    with pytest.raises(UserError, match="no tokens for some characters"):
         ours.encode("a\x01")
     ours.save(tmp_path / "ours")
     assert Tokenizer.load(tmp_path / "ours") == ours
@@ -375,7 +381,6 @@ def test_a_byte_that_the_vocabulary_lacks_is_named(tmp_path):
         (["model", "type"], "WordPiece", "model is WordPiece"),
         (["model", "byte_fallback"], True, "byte_fallback"),
         (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"),
-        (["model", "vocab", "▁the"], 9999, "does not spell bytes"),
         (["model", "vocab", "zzzz"], 9999, "made by no merge"),
         (["model", "merges", 0], ["Ġ", "zzz"], "merges are not in the order"),
         (["model", "merges"], 5, "malformed"),
@@ -384,7 +389,7 @@ def test_a_byte_that_the_vocabulary_lacks_is_named(tmp_path):
         (["normalizer"], {"type": "Lowercase"}, "Lowercase"),
         (["added_tokens"], [5], "malformed"),
         *(
-            (["added_tokens", 0, key], True, f"token '<.endoftext.>' is {key}, which")
+            (["added_tokens", 0, key], True, f"token '<.endoftext.>' is {key}")
             for key in ("single_word", "lstrip", "rstrip")
         ),
     ],
@@ -399,36 +404,27 @@ def test_what_would_encode_differently_is_refused(tmp_path, path, value, complai
         Tokenizer.load(spoilt(tmp_path, change))
 
 
-def test_a_missing_tokenizer_and_a_vocabulary_in_another_form_are_named(tmp_path):
+def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(UserError, match=f"the tokenizer {tmp_path} must be a directory"):
         Tokenizer.load(tmp_path)
-    (tmp_path / "qwen.tiktoken").write_bytes(b"\n\x0b")
-    for place in (tmp_path, tmp_path / "qwen.tiktoken"):
-        with pytest.raises(UserError, match="qwen.tiktoken is a vocabulary in another form"):
-            Tokenizer.load(place)
-
-
-# --- tiktoken's encodings ---------------------------------------------------------------------
 
 
 def test_a_failed_download_is_said_in_one_line(monkeypatch):
-    def offline(name):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no network")))
     with pytest.raises(UserError, match="could not download the tokenizer gpt2"):
         Tokenizer.load("gpt2")
 
 
-@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
-def test_the_pattern_of_a_tiktoken_encoding_survives_saving(name, texts, tmp_path, monkeypatch):
+def test_gpt2_from_tiktoken_keeps_its_ids_and_its_pattern_when_we_save_it(
+    texts, tmp_path, monkeypatch
+):
     public = pytest.importorskip("tiktoken_ext.openai_public")
     ranks = train_bpe([TEXT], 390)  # in place of the download
-    monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *args, **kwargs: ranks)
-    spec = {**getattr(public, name)(), "explicit_n_vocab": None}
+    monkeypatch.setattr(public, "data_gym_to_mergeable_bpe_ranks", lambda **_: ranks)
+    spec = {**public.gpt2(), "explicit_n_vocab": None, "special_tokens": {"<|endoftext|>": 390}}
     encoding = tiktoken.Encoding(**spec)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    ours = Tokenizer.load("gpt2" if name == "r50k_base" else name)
+    ours = Tokenizer.load("gpt2")
     ours.save(tmp_path)
     peer = auto_tokenizer(tmp_path, "llama")
     for text in texts:
