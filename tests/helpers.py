@@ -308,6 +308,21 @@ def some_prompts(lengths=(5, 9, 1, 7), seed=0):
     return [torch.randint(250, (n,), generator=generator).tolist() for n in lengths]
 
 
+@torch.no_grad()
+def slow_greedy(model, prompt, n, stop_ids=(), tools=None):
+    """The obvious loop, the whole sequence anew for every token: (ids, which the model chose)."""
+    ids, own, result = [], [], []
+    for _ in range(n):
+        own.append(not result)
+        best = model(torch.tensor([prompt + ids]))[0, -1].argmax().item()
+        ids.append(result.pop(0) if result else best)
+        if own[-1] and tools and ids[-1] == tools.call_end:
+            result = tools.respond(ids)
+        if ids[-1] in stop_ids:
+            break
+    return ids, own
+
+
 def watch_batches(monkeypatch):
     """Sizes of the batches of rows that are left when others have ended, from now on."""
     sizes, keep = [], Engine.keep

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import same, some_prompts, watch_batches
+from helpers import same, slow_greedy, some_prompts, watch_batches
 
 from nanollm.config import UserError
 from nanollm.generate import complete, generate, keep_top_k, keep_top_p, sample, stream
@@ -15,17 +15,6 @@ SHAPES = [{}, {"qk_norm": False, "tie_word_embeddings": False}, {"num_key_value_
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@torch.no_grad()
-def slow_greedy(model, prompt, n, stop_ids=()):
-    """The obvious loop: the whole sequence anew for every token."""
-    ids = list(prompt)
-    for _ in range(n):
-        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-        if ids[-1] in stop_ids:
-            break
-    return ids[len(prompt) :]
 
 
 def differences(model, out, samples=1, temperature=1.0):
@@ -49,12 +38,12 @@ def test_greedy_equals_an_uncached_loop_and_transformers_generate(
     model, prompts = random_model(**shape), some_prompts()
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    slow = [slow_greedy(model, p, 12) for p in prompts]
+    slow = [slow_greedy(model, p, 12)[0] for p in prompts]
     padded = torch.tensor([[257] * (9 - len(p)) + p for p in prompts])
     for stops in (tokenizer.stop_ids, {slow[0][3]}):
         how = {"stop_ids": stops, "pad_id": tokenizer.pad_id}
         ours = generate(model, prompts, 12, temperature=0, **how)
-        assert ours.lists() == [slow_greedy(model, p, 12, stops) for p in prompts]
+        assert ours.lists() == [slow_greedy(model, p, 12, stops)[0] for p in prompts]
         how = {"attention_mask": (padded != 257).long(), "eos_token_id": list(stops)}
         tokens = theirs.generate(padded, max_new_tokens=12, **how)
         assert torch.equal(ours.tokens, tokens[:, 9:])
@@ -68,7 +57,7 @@ def test_each_prompt_is_continued_by_its_own_samples(random_model):
     model, prompts = random_model(), some_prompts()
     out = generate(model, prompts, 6, samples=3, temperature=0, pad_id=3)
     assert out.tokens.shape == (12, 6)
-    assert out.lists() == [slow_greedy(model, p, 6) for p in prompts for _ in range(3)]
+    assert out.lists() == [slow_greedy(model, p, 6)[0] for p in prompts for _ in range(3)]
 
 
 def test_samples_differ_by_seed_and_within_a_prompt(random_model):
@@ -104,7 +93,7 @@ def test_one_long_prompt_shortens_no_other_completion(random_model, tokenizer):
     assert complete(model, tokenizer, [*short, long], 20)[:8] == alone
     assert complete(model, tokenizer, [long, *short], 20)[1:] == alone
     [row] = generate(model, [long], 20, temperature=0).lists()
-    assert row == slow_greedy(model, long, 3)  # until the context is full
+    assert row == slow_greedy(model, long, 3)[0]  # until the context is full
     assert [list(stream(model, long, 20, temperature=0))] == [row]
 
 

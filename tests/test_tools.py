@@ -10,7 +10,16 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import MEGABYTES, random_strings, seconds, some_prompts, turns, watch_batches, writer
+from helpers import (
+    MEGABYTES,
+    random_strings,
+    seconds,
+    slow_greedy,
+    some_prompts,
+    turns,
+    watch_batches,
+    writer,
+)
 
 from nanollm.batches import pad_completions
 from nanollm.config import UserError
@@ -248,19 +257,6 @@ class Parrot:
         return list(self.answer)
 
 
-@torch.no_grad()
-def slow_greedy(model, prompt, n, tools):
-    """The obvious loop, the whole sequence anew for every token: (ids, which the model chose)."""
-    ids, own, result = [], [], []
-    for _ in range(n):
-        own.append(not result)
-        best = model(torch.tensor([prompt + ids]))[0, -1].argmax().item()
-        ids.append(result.pop(0) if result else best)
-        if own[-1] and ids[-1] == tools.call_end:
-            result = tools.respond(ids)
-    return ids, own
-
-
 def only_in(row, rows):
     """The first id that stands in this row alone, which then is the end of a call."""
     others = {*itertools.chain(*rows[:row], *rows[row + 1 :])}
@@ -279,7 +275,7 @@ def test_with_tools_greedy_equals_an_uncached_loop_and_other_rows_are_as_without
     model, prompts, plain = four
     tools = Parrot(only_in(row, plain))
     out = generate(model, prompts, 14, temperature=0, tools=tools)
-    slow = [slow_greedy(model, prompt, 14, Parrot(tools.call_end)) for prompt in prompts]
+    slow = [slow_greedy(model, prompt, 14, tools=Parrot(tools.call_end)) for prompt in prompts]
     assert out.lists() == [ids for ids, _ in slow]
     assert out.owned() == [own for _, own in slow]
     for other in {0, 1, 2, 3} - {row}:
