@@ -22,6 +22,7 @@ tuning, and the other half measures what pretraining alone stored. The parts are
     scenes.py           what is in an image, and the drawing
     image_questions.py  questions about it, their answers, and a checker
     images.py           what is said about images, and their files: `prepare` paints and writes
+    charts.py           bar charts and tables of the market, and questions: paints and writes, too
 
 Run     python -m data.village    # writes it, prints samples of every file, and the counts
 """

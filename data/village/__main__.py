@@ -17,6 +17,7 @@ class Config:
     megabytes: Positive = 8.0  # size of the corpus
     samples: Whole[0] = 3  # of each file
     images: bool = False  # paint the images, too, and print what is said about them
+    charts: bool = False  # the same of charts of the market
 
 
 def main(cfg):
@@ -27,6 +28,10 @@ def main(cfg):
         from data.village import images  # imported only here: drawing needs Pillow
 
         folders.append(images.prepare(cfg.seed))
+    if cfg.charts:
+        from data.village import charts
+
+        folders.append(charts.prepare(cfg.seed))
     for path in (path for folder in folders for path in sorted(folder.glob("*.jsonl"))):
         records = read_records(path)
         by_task = Counter(record.get("task") for record in records)

@@ -1,0 +1,170 @@
+"""Charts of the village's market: bars on a scaled axis, or a table; and questions that need
+reading and arithmetic. Every name and number is small print, drawn with Pillow's own font.
+
+    read      How many apples are there?            more   How many more apples than pears ...?
+    most      Which are most? (or fewest)           sum    ... together?
+                                                    total  How many things in all?
+
+An answer reads the whole chart first and concludes afterwards: <think>pears 6, nails 2. 6 - 2 =
+4.</think>The answer is 4. No chart with the same goods and numbers is in two splits.
+
+Run     python -m data.village --charts    # paints them: F=data/cache/charts-0-96px-6000-v1
+        python train_vlm.py --stage clip --data $F/captions_train.jsonl --hard_negatives 4 \\
+            --val_data $F/captions_val.jsonl --steps 200 --out runs/charts-clip
+        python train_vlm.py --stage align --vision runs/charts-clip --steps 60 \\
+            --data $F/dialogues_train.jsonl --val_data $F/dialogues_val.jsonl \\
+            --out runs/charts-align
+        python train_vlm.py --stage instruct --init runs/charts-align --train_vision --steps 350 \\
+            --data $F/dialogues_train.jsonl --val_data $F/dialogues_val.jsonl \\
+            --test_data $F/examples_test.jsonl --out runs/charts
+"""
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from data.village.scenes import COLOURS
+from data.village.sums import GOODS
+from data.village.tasks import chat
+from data.village.world import capitalise, table
+from nanollm.config import atomic_folder
+from nanollm.formats import write_jsonl
+
+VERSION = 1  # raise it when charts or questions change, so that no old cache is read
+SIZES = {"test": 400, "val": 200, "train": 6000}  # charts of each split
+HARD_NEGATIVES = 4
+SOLD = [GOODS[ware] for ware in ("apple", "pear", "egg", "bun", "nail", "jar")]
+AXIS = (4, 8)  # steps that have their number above the bars
+# unit, what a step stands for: the numbers that bars of one to eight steps show; 0: those of tables
+NUMBERS = {0: range(1, 20), 1: range(1, 9), 2: range(2, 17, 2)}
+ROW, LEFT, STEP = 16, 40, 6  # pixels of an image that is 96 wide
+WORDINGS = table("""
+read    How many {a} are there? | How many {a} does the chart show? | Read off the number of {a}.
+most    Which are most? | Of what does the market have most? | What is there most of?
+fewest  Which are fewest? | Of what does the market have fewest? | What is there fewest of?
+more    How many more {a} than {b} are there? | By how many are there more {a} than {b}?
+sum     How many {a} and {b} are there together? | Add the {a} to the {b}: how many are they?
+total   How many things are there in all? | Add all numbers of the chart. What do they make?
+""")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`unit`: what a step of the axis stands for; 0: a table, which has none."""
+
+    goods: tuple
+    numbers: tuple
+    unit: int
+
+
+def random_chart(rng):
+    """Three to five goods; their numbers differ, so one is most and one is fewest."""
+    unit, n = rng.choice([*NUMBERS, 0]), rng.randint(3, 5)
+    return Chart(tuple(rng.sample(SOLD, n)), tuple(rng.sample(NUMBERS[unit], n)), unit)
+
+
+def vary(chart, rng):
+    """The chart with another number: who tells them apart has to read it."""
+    numbers, i = [*chart.numbers], rng.randrange(len(chart.numbers))
+    numbers[i] = rng.choice([n for n in NUMBERS[chart.unit] if n not in numbers])
+    return replace(chart, numbers=tuple(numbers))
+
+
+def draw(chart, size=96, seed=0):
+    """The image, RGB. A row is as high as a patch of the default tower; the colours say nothing,
+    and all is shifted by up to a pixel.
+    """
+    scale, rng = size / 96, random.Random(f"chart-{seed}")
+    image = Image.new("RGB", (size, size), (255, 253, 246))
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(11 * scale)
+    dx, dy, grey = rng.randint(-1, 1), rng.randint(-1, 1), (170, 170, 170)
+
+    def at(x, y):
+        return (x + dx) * scale, (y + dy) * scale
+
+    bottom = ROW * (len(chart.goods) + 1)
+    for step in AXIS if chart.unit else ():
+        x = LEFT + STEP * step
+        pen.line([at(x, ROW), at(x, bottom)], grey)
+        pen.text(at(x, ROW - 2), str(step * chart.unit), "black", font, "ms")
+    for i, (goods, number) in enumerate(zip(chart.goods, chart.numbers), 1):
+        pen.text(at(2, ROW * i + 12), goods, "black", font, "ls")
+        if chart.unit:
+            corners = at(LEFT, ROW * i + 3), at(LEFT + STEP * number / chart.unit, ROW * i + 12)
+            pen.rectangle(corners, rng.choice([*COLOURS.values()]))
+        else:
+            pen.rectangle((at(0, ROW * i), at(93, ROW * i + ROW)), outline=grey)
+            pen.text(at(66, ROW * i + 12), str(number), "black", font, "ms")
+    pen.line([at(LEFT, ROW), at(LEFT, bottom)], grey)
+    return image
+
+
+def reading(chart):
+    """All that the chart says."""
+    return ", ".join(map("{} {}".format, chart.goods, chart.numbers)) + "."
+
+
+def question(chart, task, rng):
+    """(question, thought, answer) of a task."""
+    count, n = dict(zip(chart.goods, chart.numbers)), chart.numbers
+    a, b = rng.sample(chart.goods, 2)
+    if task == "more" and count[a] < count[b]:
+        a, b = b, a
+    thought = reading(chart)
+    if task == "read":
+        answer = count[a]
+    elif task in ("most", "fewest"):
+        answer = chart.goods[n.index(max(n) if task == "most" else min(n))]
+    elif task == "total":
+        answer = n[0]
+        for number in n[1:]:
+            thought += f" {answer} + {number} = {answer + number}."
+            answer += number
+    else:
+        sign = "-" if task == "more" else "+"
+        answer = count[a] - count[b] if task == "more" else count[a] + count[b]
+        thought += f" {count[a]} {sign} {count[b]} = {answer}."
+    return rng.choice(WORDINGS[task]).format(a=a, b=b), thought, str(answer)
+
+
+def records_of(image, chart, task, rng):
+    """A question as a dialogue to learn from, and as an example to test on."""
+    asked, thought, answer = question(chart, task, rng)
+    said, check = f"The answer is {answer}.", {"answer": answer, "check": "number"}
+    if not answer.isdigit():
+        said = f"{capitalise(answer)}."
+        check |= {"check": "contains", "not": [goods for goods in SOLD if goods != answer]}
+    turns, about = [f"<image>\n{asked}", f"<think>{thought}</think>{said}"], {"image": image}
+    return about | {"messages": chat(turns)}, about | {"messages": chat(turns[:1]), **check}
+
+
+def prepare(seed=0, root="data/cache", size=96, n_train=SIZES["train"]):
+    """Paint and write everything once and return the folder: captions, dialogues of one question (a
+    second could be answered from the first), and examples: `val` to choose settings by, `test`.
+    """
+    folder, seen = Path(root) / f"charts-{seed}-{size}px-{n_train}-v{VERSION}", set()
+    if folder.is_dir():
+        return folder
+    with atomic_folder(folder) as new:
+        for split, n in (SIZES | {"train": n_train}).items():
+            rng, files, first = random.Random(f"charts-{split}-{seed}"), defaultdict(list), None
+            (new / split).mkdir()
+            for i in range(n):
+                # of each HARD_NEGATIVES charts to train on all but the first differ in a number
+                like, chart = split == "train" and i % HARD_NEGATIVES, None
+                while chart is None or chart in seen:
+                    chart = vary(first, rng) if like else random_chart(rng)
+                first = first if like else chart
+                seen.add(chart)
+                image, task = f"{split}/{i:05}.png", [*WORDINGS][i % len(WORDINGS)]
+                draw(chart, size, f"{split}-{i}").save(new / image, compress_level=1)
+                dialogue, example = records_of(image, chart, task, rng)
+                files["captions"].append({"image": image, "caption": reading(chart)})
+                files["dialogues"].append(dialogue)
+                files["examples"].append(example | {"task": task})
+            for name, rows in files.items():
+                write_jsonl(new / f"{name}_{split}.jsonl", rows)
+    return folder
