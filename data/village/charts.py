@@ -5,10 +5,12 @@ reading and arithmetic. Every name and number is small print, drawn with Pillow'
     most      Which are most? (or fewest)           sum    ... together?
                                                     total  How many things in all?
 
-An answer reads the whole chart first and concludes afterwards: <think>pears 6, nails 2. 6 - 2 =
-4.</think>The answer is 4. No chart with the same goods and numbers is in two splits.
+An answer reads the whole chart first, names what is asked for, and concludes afterwards:
+<think>pears 6, jars 5, nails 2. pears 6, nails 2. 6 - 2 = 4.</think>The answer is 4. Without the
+middle the chart was read without a fault, and the wrong numbers taken from it. No chart with the
+same goods and numbers is in two splits.
 
-Run     python -m data.village --charts    # paints them: F=data/cache/charts-0-96px-6000-v1
+Run     python -m data.village --charts    # paints them: F=data/cache/charts-0-96px-6000-v2
         python train_vlm.py --stage clip --data $F/captions_train.jsonl --hard_negatives 4 \\
             --val_data $F/captions_val.jsonl --steps 200 --out runs/charts-clip
         python train_vlm.py --stage align --vision runs/charts-clip --steps 60 \\
@@ -33,7 +35,7 @@ from data.village.world import capitalise, table
 from nanollm.config import atomic_folder
 from nanollm.formats import write_jsonl
 
-VERSION = 1  # raise it when charts or questions change, so that no old cache is read
+VERSION = 2  # raise it when charts or questions change, so that no old cache is read
 SIZES = {"test": 400, "val": 200, "train": 6000}  # charts of each split
 HARD_NEGATIVES = 4
 SOLD = [GOODS[ware] for ware in ("apple", "pear", "egg", "bun", "nail", "jar")]
@@ -116,8 +118,10 @@ def question(chart, task, rng):
     thought = reading(chart)
     if task == "read":
         answer = count[a]
+        thought += f" {a} {answer}."
     elif task in ("most", "fewest"):
         answer = chart.goods[n.index(max(n) if task == "most" else min(n))]
+        thought += f" {answer} {count[answer]}."
     elif task == "total":
         answer = n[0]
         for number in n[1:]:
@@ -126,7 +130,7 @@ def question(chart, task, rng):
     else:
         sign = "-" if task == "more" else "+"
         answer = count[a] - count[b] if task == "more" else count[a] + count[b]
-        thought += f" {count[a]} {sign} {count[b]} = {answer}."
+        thought += f" {a} {count[a]}, {b} {count[b]}. {count[a]} {sign} {count[b]} = {answer}."
     return rng.choice(WORDINGS[task]).format(a=a, b=b), thought, str(answer)
 
 
