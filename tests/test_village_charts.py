@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.village import charts
 from data.village.charts import AXIS, LEFT, ROW, STEP, WORDINGS, Chart, draw, prepare
-from nanollm.records import read_captions, read_examples, read_image_chats
+from nanollm.records import read_captions, read_chats, read_examples, read_image_chats
 from nanollm.rewards import accuracy
 
 SPLITS = {"train": 240, "val": 30, "test": 90}
@@ -33,7 +33,7 @@ def test_no_chart_is_in_two_splits_and_of_four_to_train_on_one_number_differs(fo
     told = {s: [row["caption"] for row in rows] for s, rows in read.items()}
     for one, other in ("train", "val"), ("train", "test"), ("val", "test"):
         pixels = [{Image.open(r["image"]).tobytes() for r in read[s]} for s in (one, other)]
-        assert not pixels[0] & pixels[1]
+        assert not pixels[0] & pixels[1] and not {*told[one]} & {*told[other]}
     for first in range(0, 240, 4):
         one, *others = map(shown, told["train"][first : first + 4])
         for other in others:
@@ -53,6 +53,13 @@ def solved(asked, count):
     return task, str(sum(count[g] for g in goods or count))
 
 
+def assert_steps_are_right(thought, count):
+    for goods, number in re.findall(r"([a-z]+) (\d+)", thought):
+        assert count[goods] == int(number)
+    for a, sign, b, c in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", thought):
+        assert int(a) + int(sign + b) == int(c)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_answer_follows_from_what_the_chart_shows(folder, split):
     dialogues = read_image_chats(folder / f"dialogues_{split}.jsonl")
@@ -67,12 +74,31 @@ def test_every_answer_follows_from_what_the_chart_shows(folder, split):
         assert accuracy(example, "It is 99 plums.") == 0
         thought = re.fullmatch("<think>(.*)</think>.*", said["content"])[1]
         assert thought.startswith(caption["caption"])
-        for a, sign, b, c in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", thought):
-            assert int(a) + int(sign + b) == int(c)
+        assert_steps_are_right(thought, count)
         answers[example["task"]][example["answer"]] += 1
     assert answers.keys() == WORDINGS.keys()
     if split == "train":  # who always says the same is rarely right
         assert max(max(c.values()) / sum(c.values()) for c in answers.values()) < 0.4
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_text_tells_the_chart_in_place_of_the_image_and_is_asked_in_the_same_way(folder, split):
+    dialogues = read_chats(folder / f"text_dialogues_{split}.jsonl")
+    examples = read_examples(folder / f"text_examples_{split}.jsonl")
+    captions = read_captions(folder / f"captions_{split}.jsonl")
+    for dialogue, example, caption in zip(dialogues, examples, captions, strict=True):
+        told, asked = example["messages"][0]["content"].split("\n")
+        assert told == caption["caption"] and example["messages"] == dialogue["messages"][:1]
+        count, turns = shown(told), [m["content"] for m in dialogue["messages"]]
+        assert solved(asked, count) == (example["task"], example["answer"])
+        assert accuracy(example, turns[1]) == 1 and accuracy(example, "It is 99 plums.") == 0
+        asked = [question.removeprefix(f"{told}\n") for question in turns[::2]]
+        tasks, answers = zip(*(solved(each, count) for each in asked))
+        assert len({*tasks}) == 3
+        for answer, completion in zip(answers, turns[1::2]):
+            thought, said = re.fullmatch("<think>So (.*)</think>(.*)", completion).groups()
+            assert re.search(rf"\b{answer}\.$", said.lower())
+            assert_steps_are_right(thought, count)
 
 
 @pytest.mark.parametrize("unit", [1, 2])

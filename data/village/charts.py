@@ -35,7 +35,7 @@ from data.village.world import capitalise, table
 from nanollm.config import atomic_folder
 from nanollm.formats import write_jsonl
 
-VERSION = 2  # raise it when charts or questions change, so that no old cache is read
+VERSION = 4  # raise it when charts or questions change, so that no old cache is read
 SIZES = {"test": 400, "val": 200, "train": 6000}  # charts of each split
 HARD_NEGATIVES = 4
 SOLD = [GOODS[ware] for ware in ("apple", "pear", "egg", "bun", "nail", "jar")]
@@ -105,44 +105,50 @@ def draw(chart, size=96, seed=0):
 
 
 def reading(chart):
-    """All that the chart says."""
-    return ", ".join(map("{} {}".format, chart.goods, chart.numbers)) + "."
+    """All that the chart says. Behind "I see" every good is a word of its own token."""
+    return f"I see {', '.join(map('{} {}'.format, chart.goods, chart.numbers))}."
 
 
 def question(chart, task, rng):
-    """(question, thought, answer) of a task."""
-    count, n = dict(zip(chart.goods, chart.numbers)), chart.numbers
+    """(question, the steps to its answer, answer) of a task. `most` compares two at a time, as the
+    model does not find it among all numbers at once.
+    """
+    count = dict(zip(chart.goods, chart.numbers))
     a, b = rng.sample(chart.goods, 2)
     if task == "more" and count[a] < count[b]:
         a, b = b, a
-    thought = reading(chart)
+    steps = []
     if task == "read":
         answer = count[a]
-        thought += f" {a} {answer}."
+        steps = [f"{a} {answer}."]
     elif task in ("most", "fewest"):
-        answer = chart.goods[n.index(max(n) if task == "most" else min(n))]
-        thought += f" {answer} {count[answer]}."
+        answer, *others = chart.goods
+        for other in others:
+            pair = f"{answer} {count[answer]}, {other} {count[other]}"
+            answer = (max if task == "most" else min)(answer, other, key=count.get)
+            steps.append(f"{pair}: {answer}.")
     elif task == "total":
-        answer = n[0]
-        for number in n[1:]:
-            thought += f" {answer} + {number} = {answer + number}."
-            answer += number
+        answer, *others = chart.numbers
+        for other in others:
+            steps.append(f"{answer} + {other} = {answer + other}.")
+            answer += other
     else:
         sign = "-" if task == "more" else "+"
         answer = count[a] - count[b] if task == "more" else count[a] + count[b]
-        thought += f" {a} {count[a]}, {b} {count[b]}. {count[a]} {sign} {count[b]} = {answer}."
-    return rng.choice(WORDINGS[task]).format(a=a, b=b), thought, str(answer)
+        steps = [f"{a} {count[a]}, {b} {count[b]}. {count[a]} {sign} {count[b]} = {answer}."]
+    return rng.choice(WORDINGS[task]).format(a=a, b=b), f"So {' '.join(steps)}", str(answer)
 
 
-def records_of(image, chart, task, rng):
-    """A question as a dialogue to learn from, and as an example to test on."""
-    asked, thought, answer = question(chart, task, rng)
-    said, check = f"The answer is {answer}.", {"answer": answer, "check": "number"}
+def turns_of(shown, thought, chart, task, rng):
+    """([question, completion], what an example checks). `shown` stands before the question, and
+    `thought` before the steps.
+    """
+    asked, steps, answer = question(chart, task, rng)
+    said, check = f"The answer is {answer}.", {"answer": answer, "check": "number", "task": task}
     if not answer.isdigit():
         said = f"{capitalise(answer)}."
         check |= {"check": "contains", "not": [goods for goods in SOLD if goods != answer]}
-    turns, about = [f"<image>\n{asked}", f"<think>{thought}</think>{said}"], {"image": image}
-    return about | {"messages": chat(turns)}, about | {"messages": chat(turns[:1]), **check}
+    return [shown + asked, f"<think>{thought}{steps}</think>{said}"], check
 
 
 def prepare(seed=0, root="data/cache", size=96, n_train=SIZES["train"]):
@@ -154,21 +160,30 @@ def prepare(seed=0, root="data/cache", size=96, n_train=SIZES["train"]):
         return folder
     with atomic_folder(folder) as new:
         for split, n in (SIZES | {"train": n_train}).items():
-            rng, files, first = random.Random(f"charts-{split}-{seed}"), defaultdict(list), None
+            rng, text_rng = (
+                random.Random(f"{name}-{split}-{seed}") for name in ("charts", "texts")
+            )
+            files, first = defaultdict(list), None
             (new / split).mkdir()
             for i in range(n):
                 # of each HARD_NEGATIVES charts to train on all but the first differ in a number
                 like, chart = split == "train" and i % HARD_NEGATIVES, None
-                while chart is None or chart in seen:
+                while chart is None or reading(chart) in seen:
                     chart = vary(first, rng) if like else random_chart(rng)
                 first = first if like else chart
-                seen.add(chart)
+                seen.add(reading(chart))
                 image, task = f"{split}/{i:05}.png", [*WORDINGS][i % len(WORDINGS)]
                 draw(chart, size, f"{split}-{i}").save(new / image, compress_level=1)
-                dialogue, example = records_of(image, chart, task, rng)
-                files["captions"].append({"image": image, "caption": reading(chart)})
-                files["dialogues"].append(dialogue)
-                files["examples"].append(example | {"task": task})
+                told, about = reading(chart), {"image": image}
+                files["captions"].append(about | {"caption": told})
+                turns, check = turns_of("<image>\n", f"{told} ", chart, task, rng)
+                files["dialogues"].append(about | {"messages": chat(turns)})
+                files["examples"].append(about | {"messages": chat(turns[:1]), **check})
+                turns, check = turns_of(f"{told}\n", "", chart, task, text_rng)
+                files["text_examples"].append({"messages": chat(turns[:1]), **check})
+                for other in text_rng.sample([each for each in WORDINGS if each != task], 2):
+                    turns += turns_of("", "", chart, other, text_rng)[0]
+                files["text_dialogues"].append({"messages": chat(turns)})
             for name, rows in files.items():
                 write_jsonl(new / f"{name}_{split}.jsonl", rows)
     return folder
