@@ -5,20 +5,25 @@ reading and arithmetic. Every name and number is small print, drawn with Pillow'
     most      Which are most? (or fewest)           sum    ... together?
                                                     total  How many things in all?
 
-An answer reads the whole chart first, names what is asked for, and concludes afterwards:
-<think>pears 6, jars 5, nails 2. pears 6, nails 2. 6 - 2 = 4.</think>The answer is 4. Without the
-middle the chart was read without a fault, and the wrong numbers taken from it. No chart with the
-same goods and numbers is in two splits.
+An answer reads the whole chart, takes out of it what is asked for, and concludes: <think>I see
+pears 6, jars 5, nails 2. So pears 6, nails 2. 6 - 2 = 4.</think>The answer is 4. Taking a number
+out of a list is a skill of its own: learnt from images alone, charts were read without a fault and
+wrong rows taken (`read`, `more`, `sum` 15% to 25%). So it comes first, from the same charts told in
+words, with three questions to a dialogue. No two splits have a chart that reads alike.
 
-Run     python -m data.village --charts    # paints them: F=data/cache/charts-0-96px-6000-v2
+Run     python -m data.village --charts    # paints them: F=data/cache/charts-0-96px-6000-v5
+        python train_sft.py --init runs/sft --steps 300 --batch_size 12 --lr 3e-3 --muon_lr 0.01 \\
+            --data $F/text_dialogues_train.jsonl --val_data $F/text_dialogues_val.jsonl \\
+            --test_data $F/text_examples_test.jsonl --replay 0.17 --out runs/charts-text
         python train_vlm.py --stage clip --data $F/captions_train.jsonl --hard_negatives 4 \\
-            --val_data $F/captions_val.jsonl --steps 200 --out runs/charts-clip
-        python train_vlm.py --stage align --vision runs/charts-clip --steps 60 \\
-            --data $F/dialogues_train.jsonl --val_data $F/dialogues_val.jsonl \\
+            --val_data $F/captions_val.jsonl --steps 160 --out runs/charts-clip
+        python train_vlm.py --stage align --init runs/charts-text --vision runs/charts-clip \\
+            --data $F/dialogues_train.jsonl --val_data $F/dialogues_val.jsonl --steps 20 \\
             --out runs/charts-align
-        python train_vlm.py --stage instruct --init runs/charts-align --train_vision --steps 350 \\
+        python train_vlm.py --stage instruct --init runs/charts-align --train_vision --steps 600 \\
             --data $F/dialogues_train.jsonl --val_data $F/dialogues_val.jsonl \\
             --test_data $F/examples_test.jsonl --out runs/charts
+Expect  TODO
 """
 
 import random
@@ -35,7 +40,7 @@ from data.village.world import capitalise, table
 from nanollm.config import atomic_folder
 from nanollm.formats import write_jsonl
 
-VERSION = 4  # raise it when charts or questions change, so that no old cache is read
+VERSION = 5  # raise it when charts or questions change, so that no old cache is read
 SIZES = {"test": 400, "val": 200, "train": 6000}  # charts of each split
 HARD_NEGATIVES = 4
 SOLD = [GOODS[ware] for ware in ("apple", "pear", "egg", "bun", "nail", "jar")]
@@ -124,9 +129,10 @@ def question(chart, task, rng):
     elif task in ("most", "fewest"):
         answer, *others = chart.goods
         for other in others:
-            pair = f"{answer} {count[answer]}, {other} {count[other]}"
-            answer = (max if task == "most" else min)(answer, other, key=count.get)
-            steps.append(f"{pair}: {answer}.")
+            fewer, more = sorted((answer, other), key=count.get)
+            steps.append(f"{answer} {count[answer]}, {other} {count[other]}: more {more}.")
+            answer = more if task == "most" else fewer
+        steps.append(f"{answer} {count[answer]}.")
     elif task == "total":
         answer, *others = chart.numbers
         for other in others:
