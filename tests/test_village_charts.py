@@ -54,8 +54,10 @@ def solved(asked, count):
 
 
 def assert_steps_are_right(thought, count):
-    for goods, number in re.findall(r"([a-z]+) (\d+)", thought):
+    for goods, number in re.findall(r"\b([a-z]+) (\d+)", thought):
         assert count[goods] == int(number)
+    for a, b, more in re.findall(r"(\w+) \d+, (\w+) \d+: more (\w+)", thought):
+        assert more == max(a, b, key=count.get)
     for a, sign, b, c in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", thought):
         assert int(a) + int(sign + b) == int(c)
 
@@ -133,4 +135,6 @@ def test_prepare_writes_once_and_paths_are_files(folder):
     assert prepare(root=folder.parent, n_train=240) == folder
     for path in folder.glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
-            assert (folder / json.loads(line)["image"]).is_file()
+            image = json.loads(line).get("image")
+            assert (image is None) == path.name.startswith("text_")
+            assert image is None or (folder / image).is_file()
