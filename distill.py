@@ -22,23 +22,19 @@ completions are kept in teacher.jsonl, which another run reads with --completion
 
 Of several teachers, a,b,c, each completes every prompt, and p_T is the mean of their probabilities
 (Hinton et al., section 1). What only writes text may be an HTTP endpoint, too
-(nanollm/endpoint.py). --prompts names others than those of --data: problems for a student whose
-labels are dialogues, or a model that writes them itself (nanollm/self_instruct.py).
-
---preset rejection is the third step of DeepSeek-R1 (Guo et al. 2025, 2501.12948, section 2.3.3): a
-model that reinforcement has taught teaches the one from before the cold start, by its completions
-that are right, beside ordinary dialogues as labels; then reinforcement goes on from there.
+(nanollm/endpoint.py). --preset rejection is the third step of DeepSeek-R1 (Guo et al. 2025,
+2501.12948, section 2.3.3): a model that reinforcement has taught teaches the one from before the
+cold start, by its completions that are right, beside ordinary dialogues as labels.
 
 With --cache_top_k K the teacher reads every row once, before training: the K most likely successors
-of each token keep their probabilities, and all others become one event. KL between such coarse
-distributions is a lower bound of KL between the whole ones, and approaches it as K grows
-(data-processing inequality).
+of each token keep their probabilities, and all others become one event, which makes KL a little
+smaller (data-processing inequality).
 
 Differs from the papers: rationale and answer of step_by_step are one sequence, not two tasks, and
-the rationales are sampled and checked by the label; on_policy first trains on given completions for
---on_policy_start of the steps, so that the student learns to stop; tau^2 scales every divergence;
-losses are means over a batch's tokens (GKD averages over each sequence first); hard samples what
-Kim & Rush take from beam search.
+the rationales are sampled and checked by the label; on_policy trains on given completions for the
+first half of the steps, so that the student learns to stop; tau^2 scales every divergence; losses
+are means over a batch's tokens (GKD averages over each sequence first); hard samples what Kim &
+Rush take from beam search.
 
 Run     python distill.py                          # soft; the village's questions about people
         python distill.py --method hard --samples 4 --out runs/hard
@@ -55,17 +51,8 @@ Run     python distill.py                          # soft; the village's questio
         python distill.py --method hard --teacher http://localhost:8000/v1 --init runs/sft \
             --data problems --out runs/far
 Needs   runs/sft                                         (python train_sft.py)
-Expect  see README.md: a third of the parameters, 95% of the accuracy or more
-        R1's chain, seed 0, fp32, of 240 held-out problems (as train_grpo.py prints them) and of 448
-        ordinary dialogues (this script's table; nanollm.evaluate --data .../sft_test.jsonl
-        --limit 64):
-                        problems  dialogues  of these facts never asked
-            runs/sft                  96.2%                        100%
-            cold start     62.1%      85.9%                         80%
-            RL             85.0%      70.5%                         31%
-            rejection      90.4%      89.7%                         58%
-            RL             93.8%      84.2%                         34%
-        Of 8,000 completions 2,012 were wrong, and 4,112 said twice; 1,864 are learnt
+Expect  see README.md: a third of the parameters, 95% of the accuracy or more. --preset rejection,
+        seed 0, fp32: of 8,000 completions 2,012 are wrong, 4,112 said twice, and 1,864 learnt
 Watch   loss          falls steeply at first; higher in the steps on the student's own completions
         val_loss      nats per token of held-out labels; labels alone are soon learnt by heart, and
                       it rises while loss falls to nothing; the teacher's probabilities prevent that
@@ -79,7 +66,7 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -88,18 +75,7 @@ from torch import nn
 from data.village import examples as village
 from data.village.problems import answer_of, worked
 from nanollm.batches import Sampler
-from nanollm.config import (
-    LARGE,
-    NotNegative,
-    OpenShare,
-    Positive,
-    Range,
-    Share,
-    TrainConfig,
-    UserError,
-    Whole,
-    cli,
-)
+from nanollm.config import LARGE, NotNegative, OpenShare, Positive, Share, TrainConfig, Whole, cli
 from nanollm.distillation import (
     ask_teacher,
     filtered,
@@ -109,8 +85,8 @@ from nanollm.distillation import (
     write_completions,
 )
 from nanollm.endpoint import Endpoint
-from nanollm.formats import read_parts, write_jsonl
-from nanollm.generate import generate, shared_noise
+from nanollm.formats import need, read_parts
+from nanollm.generate import sample_together
 from nanollm.gpt import GPT, count_parameters, document_mask, shape_of
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import token_logprobs
@@ -132,10 +108,6 @@ from train_sft import validation_loss
 
 @dataclass
 class Config(TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; rejection: rejection sampling from
-    # runs/grpo; gpu: for the model that train_pretrain.py --preset gpu makes; downloaded: for one
-    # of 0.1 to 1B parameters
-    preset: str = "tiny"
     # -- Teacher and student
     # run folder or model folder of the teacher, or of several: a,b,c; with hard and step_by_step an
     # endpoint, too: http://host:port/v1#MODEL (see nanollm/endpoint.py)
@@ -172,20 +144,16 @@ class Config(TrainConfig):
     timeout: Positive = 120.0  # seconds that an endpoint has for a completion
     # -- Loss
     # soft, both, on_policy, compress: tau, which softens both distributions
-    temperature: Annotated[float, Range(0.01)] = 2.0
+    temperature: Positive = 2.0
     # soft, both, compress: weight of the divergence; 1 - alpha is that of the labels
     alpha: Share = 0.9
     # the divergence: 0 is the forward KL, 1 the reverse, between them lies GKD's generalised JSD;
     # default: 0, and 0.5 with on_policy
     jsd_beta: Share | None = None
-    # lambda of GKD: share of the steps on the student's own completions
+    # lambda of GKD: share of the steps, in the second half, on the student's own completions
     on_policy_share: Share = 0.5
-    on_policy_start: Share = 0.5  # share of the steps before the first of those
-    rationale_weight: NotNegative = 1.0  # lambda of step_by_step
-    cosine_weight: NotNegative = 0.2  # compress: of the cosine loss
     # soft, both, on_policy: probabilities of the teacher that are kept per token; 0: none, it
-    # computes them on the fly, as it always does for compress, which needs hidden states, and for
-    # the student's own completions
+    # computes them on the fly, as it always does for compress and the student's own completions
     cache_top_k: Whole[0, 255] = 16
     # -- Training
     out: str = "runs/distill"
@@ -198,64 +166,27 @@ class Config(TrainConfig):
         """The teachers that aren't endpoints."""
         return [name for name in self.teacher.split(",") if "://" not in name]
 
-    @property
-    def origin(self):
-        """The run whose village it is: the first teacher, or of endpoints the student."""
-        return [*self.folders, self.init or ""][0]
-
 
 PRESETS = {
-    "smoke": dict(
-        steps=10, labels=40, unlabelled=40, batch_size=4, eval_every=5, warmup=2, test_examples=4
-    ),
-    "rejection": dict(
-        method="hard",
-        teacher="runs/grpo",
-        init="runs/sft",
-        data="dialogues",
-        labels=4000,
-        prompts="problems",
-        unlabelled=2000,
-        samples=4,
-        context=256,
-        batch_size=12,
-        lr=3e-3,
-        muon_lr=0.008,
-        test_examples=64,
-        out="runs/rejection",
-    ),
-    "gpu": dict(
-        layers=6,
-        channels=384,
-        heads=6,
-        mlp=1024,
-        labels=10000,
-        unlabelled=100000,
-        context=512,
-        max_new_tokens=256,
-        batch_size=128,
-        steps=4000,
-        muon_lr=0.01,
-        lr=1e-3,
-        compile=True,
-    ),
+    "smoke": dict(steps=10, labels=40, unlabelled=40, batch_size=4, eval_every=5, warmup=2)
+    | dict(test_examples=4),
+    "rejection": dict(method="hard", teacher="runs/grpo", init="runs/sft", out="runs/rejection")
+    | dict(data="dialogues", labels=4000, prompts="problems", unlabelled=2000, samples=4)
+    | dict(context=256, batch_size=12, lr=3e-3, muon_lr=0.008, test_examples=64),
+    "gpu": dict(layers=6, channels=384, heads=6, mlp=1024, context=512, max_new_tokens=256)
+    | dict(labels=10000, unlabelled=100000, batch_size=128, steps=4000, muon_lr=0.01, lr=1e-3)
+    | dict(compile=True),
     # with --init, the student: rate and schedule of fine-tuning, as in train_sft.py
-    "downloaded": dict(
-        LARGE,
-        labels=10000,
-        unlabelled=10000,
-        context=1024,
-        max_new_tokens=256,
-        batch_size=32,
-        accumulate=32,
-        steps=500,
-        lr=2e-5,
-    ),
+    "downloaded": dict(LARGE, labels=10000, unlabelled=10000, context=1024, max_new_tokens=256)
+    | dict(batch_size=32, accumulate=32, steps=500, lr=2e-5),
 }
 
 TEXTS = ("labels", "hard", "step_by_step")  # need none of the teacher's probabilities
 CACHED = ("soft", "both", "on_policy")  # need no more of the teacher than its probabilities
 UNCHECKED = ("soft", "on_policy")  # learn from all completions, by their probabilities: no labels
+ON_POLICY_START = 0.5  # share of the steps before the first on the student's own completions
+RATIONALE_WEIGHT = 1.0  # lambda of step_by_step
+COSINE_WEIGHT = 0.2  # of compress's cosine loss
 
 # --- data ----------------------------------------------------------------------------------------
 
@@ -264,42 +195,37 @@ VILLAGE = {"village": "sft", "dialogues": "sft", "problems": "problems"}
 PEOPLE = ("fact", "fact_never_asked", "unknown", "two_hop", "multi_turn")
 
 
+def village_of(cfg):
+    """The folder of the first teacher's village, or of the student's where endpoints teach."""
+    return village.of_run([*cfg.folders, cfg.init][0])
+
+
 def of_village(cfg, name, part):
     """The examples of one of VILLAGE: its "train", "val" or "test" part."""
     read = read_examples if part == "test" else read_completions
-    examples = read(village.of_run(cfg.origin) / f"{VILLAGE[name]}_{part}.jsonl")
+    examples = read(village_of(cfg) / f"{VILLAGE[name]}_{part}.jsonl")
     return [e for e in examples if name != "village" or e["task"] in PEOPLE]
 
 
 def load_examples(cfg):
-    """(labelled, unlabelled, held-out labelled, test) examples; unlabelled is None where a model is
-    to write them.
-    """
+    """(labelled, the other training examples, held-out labelled, test) examples."""
     if cfg.data in VILLAGE:
         parts = [of_village(cfg, cfg.data, part) for part in ("train", "val")]
     else:
         parts = read_parts(read_completions, cfg.data, None, cfg.val_fraction)
     train, val = (list(map(with_label, part)) for part in parts)
     labelled, val = ([e for e in part if "completion" in e] for part in (train, val))
-    if (cfg.prompts or cfg.data) == "village":
-        unlabelled = village.prompts_about_people(village.of_run(cfg.origin))
-    elif cfg.prompts in VILLAGE:
-        unlabelled = of_village(cfg, cfg.prompts, "train")
-    elif cfg.prompts:
-        unlabelled = read_completions(cfg.prompts) if Path(cfg.prompts).is_file() else None
+    others = labelled[cfg.labels :] + [e for e in train if "completion" not in e]
+    if cfg.test_data:
+        tests = read_examples(cfg.test_data)
     else:
-        unlabelled = labelled[cfg.labels :] + [e for e in train if "completion" not in e]
-    sources = [name for name in dict.fromkeys((cfg.data, cfg.prompts)) if name in VILLAGE]
-    tests = [e for name in sources for e in of_village(cfg, name, "test")]
-    tests = read_examples(cfg.test_data) if cfg.test_data else tests
-    tests = first_of_each_task(tests, cfg.test_examples)
-    return labelled[: cfg.labels], unlabelled and unlabelled[: cfg.unlabelled], val, tests
+        names = [name for name in dict.fromkeys((cfg.data, cfg.prompts)) if name in VILLAGE]
+        tests = [e for name in names for e in of_village(cfg, name, "test")]
+    return labelled[: cfg.labels], others, val, first_of_each_task(tests, cfg.test_examples)
 
 
 def with_label(example):
-    """An example and its label, if there is one: of a problem its worked solution, or the answer
-    alone.
-    """
+    """An example and its label, if there is one: of a problem its solution, or the answer alone."""
     if "completion" in example or "answer" not in example:
         return example
     is_worked = "steps" in example
@@ -307,39 +233,43 @@ def with_label(example):
     return example | {"completion": label}
 
 
-def written_prompts(cfg, rt, labelled):
-    """The prompts that the model in --prompts writes after the example of the labelled ones."""
-    file = Path(cfg.out) / "prompts.jsonl"
-    if cfg.resume and file.exists():
-        return read_completions(file)
-    model, tokenizer = open_teacher(cfg, cfg.prompts)
-    if tokenizer:
-        rt.prepare(model, train=False)
-    return write_prompts(rt, model, tokenizer, labelled, cfg.unlabelled, cfg.seed)
+def load_prompts(cfg, rt, labelled, others):
+    """The examples that the teacher is asked to complete."""
+    if cfg.method == "step_by_step":
+        return labelled
+    if (cfg.prompts or cfg.data) == "village":
+        prompts = village.prompts_about_people(village_of(cfg))
+    elif cfg.prompts in VILLAGE:
+        prompts = of_village(cfg, cfg.prompts, "train")
+    elif not cfg.prompts:
+        prompts = others
+    elif Path(cfg.prompts).is_file():
+        prompts = read_completions(cfg.prompts)
+    else:  # a model that writes them after the example of the labelled ones
+        model, tokenizer = open_teacher(cfg, rt, cfg.prompts)
+        prompts = write_prompts(rt, model, tokenizer, labelled, cfg.unlabelled, cfg.seed)
+    return prompts[: cfg.unlabelled]
 
 
-def teacher_completions(cfg, rt, teachers, tokenizer, prompts):
-    """Examples with every teacher's completions of these prompts, as far as the method learns from
-    them.
-    """
-    file = Path(cfg.out) / "teacher.jsonl"
-    if cfg.method == "labels" or not prompts:
+def teacher_completions(cfg, rt, teachers, tokenizer, labelled, others):
+    """Examples with every teacher's completions, as far as the method learns from them."""
+    if cfg.method == "labels":
         return []
-    if cfg.resume and file.exists() and file.stat().st_size:
-        return read_completions(file)
-    if cfg.completions:
-        completed = [e for e in read_completions(cfg.completions) if "completion" in e]
+    own = Path(cfg.out) / "teacher.jsonl"
+    if file := own if cfg.resume and own.exists() else cfg.completions:
+        completed = [e for e in read_completions(file) if "completion" in e]
     else:
+        prompts, completed = load_prompts(cfg, rt, labelled, others), []
         how = dict(samples=cfg.samples, temperature=cfg.sample_temperature, seed=cfg.seed)
-        asked = tokenizer, prompts, cfg.max_new_tokens
-        completed = [e for each in teachers for e in ask_teacher(rt, each, *asked, **how)]
+        for teacher in teachers if prompts else ():
+            completed += ask_teacher(rt, teacher, tokenizer, prompts, cfg.max_new_tokens, **how)
     kept, counts = filtered(completed, cfg.method not in UNCHECKED)
     rt.print(f"the teacher's completions: {counts}")
     return kept
 
 
 def pack_rows(cfg, rt, tokenizer, T, labelled, completed, val):
-    """(rows to train on, held-out rows) of T tokens; says what was left out."""
+    """(rows to train on, held-out rows) of T tokens."""
     labels = labelled if cfg.method != "step_by_step" else []
     labels = tokenize(labels, True, tokenizer, T, "labelled examples")
     checked = cfg.method not in UNCHECKED
@@ -348,60 +278,47 @@ def pack_rows(cfg, rt, tokenizer, T, labelled, completed, val):
     train_rows, val_rows = (pack_labelled(each, T, tokenizer) for each in (labels + taught, val))
     counts = f"{len(labels)} labelled examples and {len(taught)} completions of the teacher"
     rt.print(f"{counts} in {len(train_rows)} rows of {T} tokens")
-    if not train_rows or not val_rows or cfg.method == "hard" and not taught:
-        raise UserError(
-            f"nothing to learn from: {counts}, and {len(val_rows)} rows of held-out labels, have "
-            f"at most {T} tokens; raise --context or --max_new_tokens, or see whether "
-            f"{cfg.teacher} ends its turns"
-        )
-    if cfg.method == "step_by_step" and not train_rows.rationale.any():
-        raise UserError(
-            f"--teacher {cfg.teacher} gives no rationale, <think>...</think>; step_by_step needs "
-            "one that reasons, such as --teacher runs/grpo --data problems"
-        )
+    enough = train_rows and val_rows and (taught or cfg.method != "hard")
+    counts += f", {len(val_rows)} rows of held-out labels"
+    need(enough, "nothing to learn from", f"{counts}; raise --context, --max_new_tokens")
+    reasons = cfg.method != "step_by_step" or train_rows.rationale.any()
+    need(reasons, f"--teacher {cfg.teacher}", "it gives no rationale, <think>...</think>")
     return train_rows, val_rows
 
 
 # --- teacher and student -------------------------------------------------------------------------
 
 
-def open_teacher(cfg, name):
+def open_teacher(cfg, rt, name):
     """(GPT, Tokenizer) in a folder, or (Endpoint, None) at an address."""
-    return (Endpoint(name, cfg.timeout), None) if "://" in name else load_model(name)
+    if "://" in name:
+        return Endpoint(name, cfg.timeout), None
+    model, tokenizer = load_model(name)
+    return rt.prepare(model, train=False), tokenizer
 
 
-def open_teachers(cfg):
+def open_teachers(cfg, rt):
     """([GPT or Endpoint, ...], their Tokenizer, or None)."""
-    names = cfg.teacher.split(",")
-    if len(cfg.folders) < len(names) and (cfg.method not in TEXTS or not cfg.init):
-        raise UserError(
-            f"--teacher {cfg.teacher}: an endpoint gives text, no probabilities and no tokenizer; "
-            "add --method hard or step_by_step, and --init for the student"
-        )
-    if cfg.method == "compress" and len(names) > 1:
-        raise UserError("--method compress starts from the layers of one teacher; name one")
-    teachers, tokenizers = zip(*(open_teacher(cfg, name) for name in names))
+    names, reads = cfg.teacher.split(","), cfg.method in TEXTS and cfg.init
+    wanted = "an endpoint gives text alone; add --method hard or step_by_step, and --init"
+    need(len(cfg.folders) == len(names) or reads, f"--teacher {cfg.teacher}", wanted)
+    teachers, tokenizers = zip(*(open_teacher(cfg, rt, name) for name in names))
     tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer] or [None]
-    if any(tokenizer != tokenizers[0] for tokenizer in tokenizers):
-        raise UserError(f"--teacher {cfg.teacher}: their tokenizers differ; take teachers of one")
+    same = all(tokenizer == tokenizers[0] for tokenizer in tokenizers)
+    need(same, f"--teacher {cfg.teacher}", "their tokenizers differ; take teachers of one")
     return teachers, tokenizers[0]
 
 
-def open_student(cfg, teachers, tokenizer):
-    """(student, its Tokenizer): the model in --init, a part of the teacher, or a new one of the
-    shape that the flags say.
-    """
+def open_student(cfg, models, tokenizer):
+    """(student, its Tokenizer): from --init, a part of the teacher, or new, as the flags say."""
     if cfg.init:
         student, own = load_model(cfg.init)
-        if own != (tokenizer or own):
-            raise UserError(
-                f"--init {cfg.init} has another tokenizer than --teacher {cfg.teacher}: their "
-                "probabilities are of different tokens; start from a model with the teacher's"
-            )
+        same = own == (tokenizer or own)
+        need(same, f"--init {cfg.init}", "it has another tokenizer than the teacher")
         return student, own
     if cfg.method == "compress":
-        return every_other_layer(teachers[0]), tokenizer
-    return GPT(dataclasses.replace(teachers[0].cfg, **shape_of(cfg))), tokenizer
+        return every_other_layer(models[0]), tokenizer
+    return GPT(dataclasses.replace(models[0].cfg, **shape_of(cfg))), tokenizer
 
 
 def every_other_layer(teacher):
@@ -471,19 +388,15 @@ def coarse(logprobs, ids):
 
 @torch.no_grad()
 def mean_of(teachers, rows, V, temperature):
-    """(log of the mean of the teachers' probabilities (n, V), the last one's hidden states (n, C)):
-    the arithmetic mean of an ensemble (Hinton et al., section 1).
-    """
+    """(log of the teachers' mean probabilities (n, V), hidden states (n, C) of the first)."""
     outputs = [Outputs(teacher)(rows) for teacher in teachers]
     logprobs = torch.stack([tempered(logits[:, :V], temperature) for logits, _ in outputs])
-    return logprobs.logsumexp(0) - math.log(len(teachers)), outputs[-1][1]
+    return logprobs.logsumexp(0) - math.log(len(teachers)), outputs[0][1]
 
 
 @torch.no_grad()
 def with_top_k(rows, teachers, K, V, temperature, batch=16):
-    """The rows with the teachers' K most likely successors, of V, at every trained token, and all
-    others together.
-    """
+    """The rows with the teachers' K most likely of V successors at every trained token."""
     R, T = rows.tokens.shape
     ids, logprobs = torch.zeros(R, T, K, dtype=torch.int32), torch.zeros(R, T, K + 1)
     for part in (slice(i, i + batch) for i in range(0, R, batch)):
@@ -527,7 +440,7 @@ def distillation_loss(cfg, student, teachers, rows, num_tokens, num_labelled, nu
         return masked_mean(ce, labelled, num_labelled)
     if cfg.method == "step_by_step":
         counts = num_tokens - num_rationale, num_rationale
-        return step_by_step_loss(ce, rows.trained(rows.rationale), *counts, cfg.rationale_weight)
+        return step_by_step_loss(ce, rows.trained(rows.rationale), *counts, RATIONALE_WEIGHT)
     student_logprobs = tempered(logits, cfg.temperature)
     if rows.top_ids is None:
         teacher_logprobs, teacher_hidden = mean_of(teachers, rows, V, cfg.temperature)
@@ -535,31 +448,24 @@ def distillation_loss(cfg, student, teachers, rows, num_tokens, num_labelled, nu
         teacher_logprobs = rows.top_logprobs[rows.where()]
         student_logprobs = coarse(student_logprobs, rows.top_ids[rows.where()].long())
     alpha, beta = (1.0, 0.5) if cfg.method == "on_policy" else (cfg.alpha, 0.0)
-    beta = beta if cfg.jsd_beta is None else cfg.jsd_beta
+    if cfg.jsd_beta is not None:
+        beta = cfg.jsd_beta
     divergence = generalised_jsd(student_logprobs, teacher_logprobs, beta)
     loss = soft_loss(divergence, ce, labelled, num_tokens, num_labelled, alpha, cfg.temperature)
     if cfg.method == "compress":
         cosine = hidden_cosine_loss(hidden, teacher_hidden)
-        loss = loss + cfg.cosine_weight * cosine.sum() / max(1, num_tokens)
+        loss = loss + COSINE_WEIGHT * cosine.sum() / max(1, num_tokens)
     return loss
 
 
 # --- training ------------------------------------------------------------------------------------
 
 
-def own_completions(cfg, rt, student, tokenizer, prompts):
+def own_completions(cfg, rt, student, tokenizer, prompts, seed):
     """This process's LabelledRows of what the student itself completes (GKD, algorithm 1)."""
-    share = rt.share(len(prompts))
-    completions = generate(
-        student,
-        prompts[share],
-        cfg.max_new_tokens,
-        temperature=cfg.sample_temperature,
-        stop_ids=tokenizer.stop_ids,
-        pad_id=tokenizer.pad_id,
-        noise=shared_noise(rt, (len(prompts), cfg.max_new_tokens), share),
-    ).lists()
-    tokenized = [(prompt, ids, False) for prompt, ids in zip(prompts[share], completions)]
+    how, share = {"temperature": cfg.sample_temperature, "seed": seed}, rt.share(len(prompts))
+    completions = sample_together(rt, student, tokenizer, prompts, cfg.max_new_tokens, **how)
+    tokenized = [(prompt, ids, False) for prompt, ids in zip(prompts[share], completions[share])]
     longest = max(len(prompt) + len(ids) for prompt, ids, _ in tokenized)
     return pack_labelled(tokenized, max(cfg.context, longest), tokenizer)
 
@@ -574,32 +480,21 @@ def measure(cfg, model, tokenizer, tests, val_rows):
 def main(cfg):
     rt = start(cfg.device, cfg.dtype, cfg.seed)
     check_folders(cfg.out, *cfg.folders, cfg.init)
-    share = rt.share(cfg.batch_size)
-    all_teachers, tokenizer = open_teachers(cfg)
-    teachers = [
-        each for each in all_teachers if isinstance(each, nn.Module)
-    ]  # they give probabilities
-    student, tokenizer = open_student(cfg, teachers, tokenizer)
-    for teacher in teachers:
-        rt.prepare(teacher, train=False)
-    T = min(cfg.context, *(m.cfg.max_position_embeddings for m in (*teachers, student)))
-    labelled, unlabelled, val, tests = load_examples(cfg)
-    written = unlabelled is None
-    if written:
-        unlabelled = written_prompts(cfg, rt, labelled)
-    prompts = labelled if cfg.method == "step_by_step" else unlabelled
-    completed = teacher_completions(cfg, rt, all_teachers, tokenizer, prompts)
+    teachers, tokenizer = open_teachers(cfg, rt)
+    models = [each for each in teachers if isinstance(each, GPT)]  # which give probabilities
+    student, tokenizer = open_student(cfg, models, tokenizer)
+    T = min(cfg.context, *(m.cfg.max_position_embeddings for m in (*models, student)))
+    labelled, others, val, tests = load_examples(cfg)
+    completed = teacher_completions(cfg, rt, teachers, tokenizer, labelled, others)
     train_rows, val_rows = pack_rows(cfg, rt, tokenizer, T, labelled, completed, val)
-    prompts = [chat_prompt(example, tokenizer) for example in labelled + unlabelled]
+    prompts = [chat_prompt(example, tokenizer) for example in labelled + completed]
     prompts = [prompt for prompt in prompts if len(prompt) < T]
     if cfg.cache_top_k and cfg.method in CACHED:
-        V = min(model.cfg.vocab_size for model in (*teachers, student))
-        train_rows = with_top_k(train_rows, teachers, cfg.cache_top_k, V, cfg.temperature)
+        V = min(model.cfg.vocab_size for model in (*models, student))
+        train_rows = with_top_k(train_rows, models, cfg.cache_top_k, V, cfg.temperature)
 
-    run = Run(cfg, rt)
-    if rt.main and not cfg.resume:
-        if written:
-            write_jsonl(run.folder / "prompts.jsonl", unlabelled)
+    share, run = rt.share(cfg.batch_size), Run(cfg, rt)
+    if rt.main and completed:
         write_completions(completed, run.folder / "teacher.jsonl")
     student.compute_dtype = rt.dtype
     ddp_model = rt.prepare(Outputs(student), cfg.compile)
@@ -609,27 +504,26 @@ def main(cfg):
     prompt_sampler = Sampler(len(prompts), cfg.seed + 1)
     known = run.restore(student, optimizer, sampler, prompt_sampler)
     if not known:
-        several = "teacher {}" if len(teachers) > 1 else "teacher"
-        names = [several.format(name) for name in cfg.folders]
-        for name, model in zip([*names, "before"], [*teachers, student]):
+        names = [f"teacher {name}" for name in cfg.folders]
+        for name, model in zip([*names, "before"], [*models, student]):
             known[name] = measure(cfg, model, tokenizer, tests, val_rows)[0]
 
     while run.step < cfg.steps:
-        begun = cfg.method == "on_policy" and run.step >= cfg.on_policy_start * cfg.steps
+        begun = cfg.method == "on_policy" and run.step >= ON_POLICY_START * cfg.steps
         if begun and random.random() < cfg.on_policy_share:
             numbers = prompt_sampler.take(2 * cfg.batch_size)  # about as many tokens as in rows
-            chosen = [prompts[i] for i in numbers]
-            rows = own_completions(cfg, rt, student, tokenizer, chosen)
+            chosen, seed = [prompts[i] for i in numbers], cfg.seed + run.step
+            rows = own_completions(cfg, rt, student, tokenizer, chosen, seed)
         else:
             rows = train_rows[sampler.take(cfg.batch_size)[share]]
         rows = rows.to(rt.device)
         masks = rows.mask, rows.labelled, rows.rationale
-        num_tokens, num_labelled, num_rationale = (rt.sum(mask.sum()) for mask in masks)
-        loss, of_batch = 0.0, (num_tokens, num_labelled, num_rationale)
+        counts = [rt.sum(mask.sum()) for mask in masks]  # tokens of each kind in the whole batch
+        loss = 0.0
         for part in rt.micro_batches(rows, cfg.accumulate, ddp_model):
-            loss += rt.backward(distillation_loss(cfg, ddp_model, teachers, part, *of_batch))
+            loss += rt.backward(distillation_loss(cfg, ddp_model, models, part, *counts))
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
-        run.advance(num_tokens, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
+        run.advance(counts[0], loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
         if run.due(cfg.eval_every):
             known["after"], sample = measure(cfg, student, tokenizer, tests, val_rows)
@@ -639,26 +533,25 @@ def main(cfg):
             run.export(save_model, student, tokenizer)
             run.checkpoint(**known)
     run.close("loss", "val_loss", "val_accuracy", y_label="nats per token, or share")
-    finish(rt, run, known, teachers, student)
+    finish(rt, run, known, models, student)
 
 
-def finish(rt, run, known, teachers, student):
+def finish(rt, run, known, models, student):
     """Print what the student has learnt, and keep it in result.json."""
-    size, of_teachers = (sum(count_parameters(m)[0] for m in ms) for ms in ([student], teachers))
-    rt.print(f"{size:,} parameters, the teacher has {of_teachers:,}")
+    parameters, *of_teachers = (count_parameters(model)[0] for model in (student, *models))
+    sizes = {"parameters": parameters, "teacher_parameters": sum(of_teachers)}
+    rt.print("{parameters:,} parameters, the teacher has {teacher_parameters:,}".format(**sizes))
     accuracy = {name: mean_accuracy(each["tasks"]) for name, each in known.items()}
     before, after = accuracy.pop("before"), accuracy.pop("after")
-    best = max(filter(None, accuracy.values()), default=None)
-    if after is None:
+    if after is None:  # nothing to ask
         losses = known["before"]["val_loss"], known["after"]["val_loss"]
         effects = [effect("loss on held-out labels", *losses, "nats per token", False)]
     else:
         rt.print(accuracy_table({name: each["tasks"] for name, each in known.items()}))
         effects = [effect("right answers to held-out questions", before, after, "share")]
-    if best:
+    if best := max(filter(None, accuracy.values()), default=None):
         shares = before / best, after / best
         effects.append(effect("share of the teacher's accuracy", *shares, "share"))
-    sizes = {"parameters": size, "teacher_parameters": of_teachers}
     run.write_result(effects, method=run.cfg.method, **sizes, **known)
     rt.close()
 

@@ -16,17 +16,14 @@ where e is --label_smoothing, gamma --gamma, lambda --orpo_lambda, d --desirable
 --undesirable_weight, log odds = p/n - log(1 - exp(p/n)) and z the KL to the reference, estimated on
 the batch. nll_coef * NLL, NLL = -p_w/n_w, adds to each.
 
-The reference is the model before training. The reference log-probabilities are computed once,
-before training; simpo and orpo use no reference. From a ranking, the best and the worst completion
-form one pair (--pairs extremes), or every two do (--pairs all). Differs from the papers: ipo
-averages over tokens, as most implementations now do; kto's desirable and undesirable examples are
-the two sides of a pair. From records of {"prompt", "completion", "label"} a pair takes one of each
-label, whatever their prompts, and the rarer label's are repeated until there are as many of both
-(section 4.2 gives it a larger weight instead).
+The reference is the model before training, and its log-probabilities are computed once; simpo and
+orpo use none. Of a ranking, the best and the worst completion form a pair. Differs from the papers:
+ipo averages over tokens, as most implementations now do; kto's desirable and undesirable examples
+are the two sides of a pair, of records with a label one of each, where the rarer label's are
+repeated instead of weighing more.
 
-These losses push down the rejected completions and, with them, whatever the chosen ones share with
-them; on the village this costs right answers. --nll_coef counters it by adding the chosen
-completion's own negative log-likelihood (Pang et al. 2024, arXiv:2404.19733).
+These losses push down the rejected completions and, with them, what the chosen ones share with
+them: right answers, on the village. --nll_coef counters it (Pang et al. 2024, arXiv:2404.19733).
 
 Run     python train_dpo.py --nll_coef 0.3
         python train_dpo.py --loss simpo --beta 2 --data pairs.jsonl --out runs/mine
@@ -36,8 +33,7 @@ Needs   runs/sft                                          (python train_sft.py)
 Expect  gold score 0.68 -> 0.88 on held-out prompts, better than the SFT model in 79% of them, with
         bf16; in fp32 0.69 -> 0.92, 84% (seed 0, with --nll_coef 0.3, as README.md has it)
         RLAIF: 0.69 -> 0.80, 65%; the same without --judge 0.69 -> 0.77, 65%. The judge puts 70% of
-        two completions in the gold's order, the annotators 86%, and 67% in theirs; asked in either
-        order it says the same of 69%, and the mean of both is no better (seed 0, fp32)
+        two completions in the gold's order, the annotators 86% (seed 0, fp32)
 Watch   loss, val_loss   per pair; sigmoid: starts at log 2 = 0.69 (plus nll_coef x NLL)
         reward_chosen, reward_rejected   beta r, DPO's implicit rewards; all falling far below 0:
                          lower the learning rate, raise beta
@@ -70,10 +66,10 @@ from nanollm.config import (
     NotNegative,
     Positive,
     TrainConfig,
-    UserError,
     Whole,
     cli,
 )
+from nanollm.formats import need
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import completion_logprobs
 from nanollm.optim import SCHEDULES, build_optimizer
@@ -84,7 +80,6 @@ from nanollm.preferences import (
     in_batches,
     load_preferences,
     measure_completions,
-    pair_index,
     sample_text,
     win_rate,
 )
@@ -94,9 +89,6 @@ from nanollm.runtime import start
 
 @dataclass
 class Config(PreferenceConfig, AdapterConfig, TrainConfig):
-    # -- Data
-    # of a ranking: every pair, or only the best completion with the worst
-    pairs: Literal["all", "extremes"] = "extremes"
     # -- Loss
     # of the log-probabilities of both completions; the formulas stand above
     loss: Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
@@ -159,7 +151,7 @@ def open_pairs(cfg, ref, records, rows, index):
     """The pairs of these rankings (preferences.completion_rows), with what the reference says."""
     K = index.shape[1]
     alone = any(len(record["completions"]) == 1 for record in records)
-    pairs = pairs_by_label(records) if alone else pairs_of(index, cfg.pairs)
+    pairs = pairs_by_label(records) if alone else best_and_worst(index)
     if ref is None:
         return Pairs(rows, pairs, torch.zeros(len(rows)))
     pairs = Pairs(rows, pairs, in_batches(summed_logps, ref, rows))
@@ -169,30 +161,22 @@ def open_pairs(cfg, ref, records, rows, index):
     return pairs
 
 
-def pairs_of(index, kind):
-    """Rows (P, 2) of pairs, the better first; index (N, K), -1 where there is none. "extremes":
-    the best with the worst only.
-    """
-    if kind == "all":
-        return pair_index(index)
+def best_and_worst(index):
+    """Rows (P, 2) of each ranking's best and worst completion; index (N, K), -1 where none is."""
     worst = (index >= 0).sum(1, keepdim=True) - 1
     return torch.cat([index[:, :1], index.gather(1, worst)], 1)
 
 
 def pairs_by_label(records):
-    """Rows (P, 2) of pairs of a wanted and an unwanted completion, of whichever prompts, from
-    records of one completion each. UserError where all are of one kind.
-    """
+    """Rows (P, 2) of pairs of a wanted and an unwanted completion, whatever their prompts."""
     kinds = [[n for n, r in enumerate(records) if r.get("label") is flag] for flag in (True, False)]
-    if not all(kinds) or any(len(record["completions"]) > 1 for record in records):
-        raise UserError("--loss kto wants pairs, or completions with a label, both true and false")
+    fine = all(kinds) and all(len(record["completions"]) == 1 for record in records)
+    need(fine, "--loss kto", "it wants pairs, or completions with a label, both true and false")
     return torch.tensor([[k[n % len(k)] for k in kinds] for n in range(max(map(len, kinds)))])
 
 
 def mismatched_rows(rows, K, context):
-    """Each row's prompt with the completion of the row K before, which is another prompt's; K is
-    the most that a prompt has.
-    """
+    """Each row's prompt with the completion of the row K before, which is another prompt's."""
     begins = rows.mask.long().argmax(1).tolist()
     prompts = [tokens[:n].tolist() for tokens, n in zip(rows.tokens, begins)]
     completions = [tokens[mask].tolist() for tokens, mask in zip(rows.tokens, rows.mask)]
@@ -311,9 +295,7 @@ def logps_of(model, pairs, device, z=0.0):
 
 
 def kto_z(model, pairs, total=float):
-    """KTO's z: the KL to the reference, estimated on completions of other prompts, at least 0. Over
-    the whole batch: `total` sums a number over processes.
-    """
+    """KTO's z: the KL to the reference, at least 0, on completions of other prompts."""
     numbers = pairs.flat
     policy = in_batches(summed_logps, model, pairs.mismatched[numbers])
     kl = total((policy - pairs.mismatched_ref_logps[numbers]).sum()) / total(len(numbers))
@@ -322,18 +304,15 @@ def kto_z(model, pairs, total=float):
 
 @torch.no_grad()
 def pair_stats(logps, losses, cfg):
-    """Sums over these pairs. log pi itself is shown beside the implicit rewards, since that of the
-    chosen completions may fall, too.
-    """
+    """Sums over these pairs."""
     chosen, rejected = logps.chosen_logratios, logps.rejected_logratios
     if cfg.loss in WITHOUT_REFERENCE:  # the reward is beta log pi per token (SimPO, eq. 3)
         chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
-    chosen, rejected = cfg.beta * chosen, cfg.beta * rejected
     values = {
         "loss": losses,
-        "reward_chosen": chosen,
-        "reward_rejected": rejected,
-        "margin": chosen - rejected,
+        "reward_chosen": cfg.beta * chosen,
+        "reward_rejected": cfg.beta * rejected,
+        "margin": cfg.beta * chosen - cfg.beta * rejected,
         "accuracy": chosen > rejected,
         "logp_chosen": logps.policy_chosen_logps,
         "logp_rejected": logps.policy_rejected_logps,

@@ -8,9 +8,9 @@ No critic and no reward model: small functions check the answer (REWARDS below; 
 line). --loss selects a relative: dr_grpo (2503.20783), dapo (2503.14476), rloo (2402.14740),
 reinforce_pp (2501.03262), cispo (2506.13585), gspo (2507.18071). std divides by G - 1, as in public
 implementations. pi_old are the logprobs of the first pass over a batch, so that rho starts at
-exactly 1. k3's gradient is the forward KL's; rloo and reinforce_pp put k1 into the reward, which
-gives the reverse KL's. An unfinished completion gets 0, or its own reward if that is negative, less
-the overlong penalty. DeepSeekMath adds no 1e-4, and its beta is 0.04; here --kl_coef is 0.
+exactly 1. k3's gradient is the forward KL's; rloo and reinforce_pp put k1 = log(pi/ref) into the
+reward, which gives the reverse KL's. An unfinished completion gets 0, or its own reward if that is
+negative, less the overlong penalty. DeepSeekMath adds no 1e-4, and its beta is 0.04; here 0.
 
 Run     python train_grpo.py
         python train_grpo.py --preset zero           # R1-Zero: from runs/pretrain, without SFT
@@ -19,9 +19,8 @@ Run     python train_grpo.py
 Needs   runs/cot                 (python train_sft.py --preset cot)
 Expect  held-out problems, greedy: 60% -> 93%, 91%, 90% (seeds 0, 1, 2), in 70 s on 2 cores with
         bf16; with seed 0 one sample 51% -> 86%, maj@8 87% -> 93%, pass@8 97% -> 98%. In fp32 62% ->
-        85%, 86%, 85%; one sample 48% -> 77%, 75%, 76%. Either way it ends at what runs/cot gets
-        right when it is made to think, 92% and 85%. R1-Zero: the easiest problems 2% -> 98% in 17 s
-        (bf16, seed 0)
+        85%, 86%, 85%; one sample 48% -> 77%, 75%, 76%. R1-Zero: the easiest problems 2% -> 98% in
+        17 s (bf16, seed 0)
 Watch   reward, accuracy   of the sampled completions, rise from 0.5 to 1.0; flat: see equal_groups
         equal_groups       share of groups of equal rewards, which have zero group advantage: from
                            0 to 0.7; near 1: the problems are too hard or too easy
@@ -65,7 +64,7 @@ from nanollm.optim import SCHEDULES, build_optimizer
 from nanollm.peft.adapters import reference, start_adapter
 from nanollm.records import read_examples, read_prompts
 from nanollm.rewards import accuracy, think_format
-from nanollm.rollouts import RolloutRows, prompt_of, sample_rows, with_room
+from nanollm.rollouts import RolloutRows, prompt_of, sample_rows, whiten, with_room
 from nanollm.run import Run, check_folders, effect
 from nanollm.runtime import start
 from nanollm.tools import Toolbox
@@ -75,10 +74,6 @@ LossName = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "cispo", "
 
 @dataclass
 class Config(AdapterConfig, TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; zero: R1-Zero, from the base model;
-    # images: a vision-language model counts; gpu: for the model that train_pretrain.py
-    # --preset gpu makes; downloaded: for one of 0.1 to 1B parameters
-    preset: str = "tiny"
     # -- Data
     init: str = "runs/cot"  # run folder or model folder to start from; also the reference
     # village: its problems; tools: its questions for tools; images: what to count in its images; or
@@ -94,9 +89,6 @@ class Config(AdapterConfig, TrainConfig):
     knowledge: str | None = None
     # -- Loss
     loss: LossName = "grpo"  # GRPO or a relative; one line each in VARIANTS
-    clip_low: NotNegative | None = None  # default: by loss, see VARIANTS
-    # default: by loss, see VARIANTS; cispo: the largest weight, less 1
-    clip_high: NotNegative | None = None
     kl_coef: NotNegative = 0.0  # beta, the price of a nat of KL to the reference; 0: no reference
     # -- Sampling
     samples: Whole[2] = 8  # G, completions per problem
@@ -123,42 +115,18 @@ class Config(AdapterConfig, TrainConfig):
 
 
 PRESETS = {
-    "smoke": dict(
-        steps=4, batch_size=4, samples=4, max_new_tokens=16, eval_every=2, eval_problems=4
-    ),
-    "zero": dict(
-        init="runs/pretrain",
-        template="zero",
-        tasks="easy",
-        max_new_tokens=24,
-        lr=1e-4,
-        out="runs/zero",
-    ),
-    "images": dict(
-        init="runs/vlm",
-        data="images",
-        # with std normalisation, the 0.1 for the format would count fully in groups where every
-        # answer is wrong
-        loss="dr_grpo",
-        max_new_tokens=64,
-        steps=24,
-        eval_every=12,
-        out="runs/vlm-grpo",
-    ),
+    "smoke": dict(steps=4, batch_size=4, samples=4, max_new_tokens=16, eval_every=2)
+    | dict(eval_problems=4),
+    "zero": dict(init="runs/pretrain", template="zero", tasks="easy", out="runs/zero")
+    | dict(max_new_tokens=24, lr=1e-4),
+    # with std normalisation, the 0.1 for the format would count fully where every answer is wrong
+    "images": dict(init="runs/vlm", data="images", loss="dr_grpo", out="runs/vlm-grpo")
+    | dict(max_new_tokens=64, steps=24, eval_every=12),
     "gpu": dict(batch_size=128, samples=16, steps=200, lr=1e-6, accumulate=16),
     # rate of DeepSeekMath (Shao et al. 2024, arXiv:2402.03300, section 4.2); schedule of DAPO
     # (Yu et al. 2025, 2503.14476), which drops the KL, and with it the reference, as here
-    "downloaded": dict(
-        LARGE,
-        schedule="constant",
-        batch_size=16,
-        accumulate=32,
-        max_new_tokens=512,
-        steps=200,
-        lr=1e-6,
-        warmup=10,
-        eval_every=20,
-    ),
+    "downloaded": dict(LARGE, schedule="constant", lr=1e-6, warmup=10, steps=200, eval_every=20)
+    | dict(batch_size=16, accumulate=32, max_new_tokens=512),
 }
 
 REWARDS = (  # (weight, function of a problem and the text of a completion)
@@ -184,10 +152,10 @@ def load_problems(cfg):
     else:
         parts = read_parts(read_examples, cfg.data, None, cfg.val_fraction)
     known = dict.fromkeys(problem["task"] for part in parts for problem in part)
-    wanted = {name.strip() for name in cfg.tasks.split(",")} - {""} or known.keys()
-    need(wanted <= known.keys(), f"--tasks {cfg.tasks}", f"{cfg.data} has only {', '.join(known)}")
+    wanted = cfg.tasks.split(",") if cfg.tasks else known
     parts = [[problem for problem in part if problem["task"] in wanted] for part in parts]
-    need(all(parts), f"--tasks {cfg.tasks}", "problems to train on and held-out ones are needed")
+    fine = {*wanted} <= {*known} and all(parts)
+    need(fine, f"--tasks {cfg.tasks}", f"{cfg.data} has only {', '.join(known)}")
     return parts
 
 
@@ -208,9 +176,7 @@ class Prompts:
 
     @torch.no_grad()
     def images(self, problems):
-        """What the vision tower, which stays frozen, makes of each problem's images: (n, N, C_v);
-        None where there are none.
-        """
+        """What the frozen vision tower makes of each problem's images, (n, N, C_v), or None."""
         paths = [problem.get("images", []) for problem in problems]
         if not any(paths):
             return None
@@ -256,23 +222,10 @@ def leave_one_out(rewards):
     return centred(rewards) * G / (G - 1)
 
 
-def whiten(x, mask, total=float):
-    """(x - mean) / std over the real tokens; `total` sums a number over processes."""
-    n = total(mask.sum())
-    mean = total((x * mask).sum()) / n
-    variance = total((((x - mean) * mask) ** 2).sum()) / n
-    return (x - mean) / math.sqrt(variance + 1e-8) * mask
-
-
 def returns_to_go(rewards, kl, mask, beta):
     """Reward (B,) at the end less beta k1 of each token from t on, (B, T - 1) (REINFORCE++)."""
     to_go = (-beta * kl * mask).flip(1).cumsum(1).flip(1)
     return (rewards[:, None] + to_go) * mask
-
-
-def kl_k1(logprobs, ref):
-    """log pi / ref of each token: the plain estimate of the reverse KL."""
-    return logprobs - ref
 
 
 def kl_k3(logprobs, ref):
@@ -378,7 +331,7 @@ def estimate_advantages(cfg, rollout, total=float):
     variant, mask = VARIANTS[cfg.loss], rollout.mask
     kl = torch.zeros(mask.shape, device=mask.device)
     if variant.kl_in_reward and cfg.kl_coef:
-        kl = kl_k1(rollout.old_logprobs, rollout.ref_logprobs) * mask
+        kl = (rollout.old_logprobs - rollout.ref_logprobs) * mask  # k1
     if variant.advantages is None:
         return whiten(returns_to_go(rollout.rewards, kl, mask, cfg.kl_coef), mask, total)
     rewards = rollout.rewards - cfg.kl_coef * kl.sum(1)
@@ -427,9 +380,7 @@ def sample_rollout(cfg, prompts, problems):
 
 
 def sample_batch(cfg, rt, prompts, train, sampler):
-    """(rollout of this process, stats of all completions of all processes). With dynamic sampling
-    groups of equal rewards, which have zero group advantage, make room for others, in up to ROUNDS.
-    """
+    """(rollout of this process, stats of all); with dynamic sampling of several rounds."""
     G, missing, rounds = cfg.samples, cfg.batch_size, []
     while missing > 0 and len(rounds) < (ROUNDS if cfg.dynamic_sampling else 1):
         problems = [train[i] for i in sampler.take(cfg.batch_size)[rt.share(cfg.batch_size)]]
@@ -509,8 +460,12 @@ def main(cfg):
 def update(cfg, rt, ddp_model, ref, optimizer, rollout, factor=1.0):
     """The inner updates on one batch: (stats, means over all processes; tokens trained on)."""
     variant, order = VARIANTS[cfg.loss], rollout.rows.real.sum(1).argsort()
-    clip = [own if x is None else x for x, own in zip((cfg.clip_low, cfg.clip_high), variant.clip)]
-    set_logprobs(cfg, ddp_model, ref, rollout, order.chunk(cfg.accumulate))
+    by_length = rollout.rows, order.chunk(cfg.accumulate), cfg.temperature
+    if ref is not None:
+        rollout.ref_logprobs = batched_logprobs(ref, *by_length)
+    kl_in_reward = variant.kl_in_reward and ref is not None
+    if kl_in_reward or cfg.inner_updates > 1:  # with one update its own pass gives them: rho = 1
+        rollout.old_logprobs = batched_logprobs(ddp_model, *by_length)
     # before sorting: the completions of a group stand in consecutive rows
     rollout.advantages = estimate_advantages(cfg, rollout, rt.sum)
     rollout, sums = rollout[order], Counter()
@@ -522,22 +477,13 @@ def update(cfg, rt, ddp_model, ref, optimizer, rollout, factor=1.0):
             rho, penalty = variant.ratio(logprobs - old, part.mask), 0.0
             if ref is not None and not variant.kl_in_reward:
                 penalty = cfg.kl_coef * kl_k3(logprobs, part.ref_logprobs)
-            loss = variant.loss(logprobs, rho, part.advantages, part.mask, sizes, clip, penalty)
+            A, mask, clip = part.advantages, part.mask, variant.clip
+            loss = variant.loss(logprobs, rho, A, mask, sizes, clip, penalty)
             sums["loss"] += rt.backward(loss).item()
             sums.update(update_stats(part, old, rho.detach(), sizes, clip))
         grad_norm = optimizer.step(factor, cfg.grad_clip)
     stats = {name: rt.sum(value) / cfg.inner_updates for name, value in sums.items()}
     return stats | {"grad_norm": grad_norm}, sizes.num_tokens * cfg.inner_updates
-
-
-@torch.no_grad()
-def set_logprobs(cfg, ddp_model, ref, rollout, parts):
-    """Set the logprobs of all completions before the update, where they are needed beforehand."""
-    if ref is not None:
-        rollout.ref_logprobs = batched_logprobs(ref, rollout.rows, parts, cfg.temperature)
-    kl_in_reward = VARIANTS[cfg.loss].kl_in_reward and ref is not None
-    if kl_in_reward or cfg.inner_updates > 1:  # with one update its own pass gives them: rho = 1
-        rollout.old_logprobs = batched_logprobs(ddp_model, rollout.rows, parts, cfg.temperature)
 
 
 def update_stats(part, old, rho, sizes, clip):
@@ -548,7 +494,7 @@ def update_stats(part, old, rho, sizes, clip):
         "entropy": -(old * part.mask).sum().item() / sizes.num_tokens,  # an estimate
     }
     if part.ref_logprobs is not None:
-        kl = kl_k1(old, part.ref_logprobs) * part.mask
+        kl = (old - part.ref_logprobs) * part.mask
         stats["kl"] = kl.sum().item() / sizes.num_sequences
     return stats
 
@@ -572,9 +518,11 @@ def finish(rt, run, before, after):
     for name, metrics in (("before", before), ("after", after)):
         rt.print(f"\n{name}: greedy, one sample, maj@k and pass@k of k = {metrics['all']['k']}")
         rt.print(accuracy_table({"": metrics}, ("accuracy", "sampled", "maj", "pass")))
-    names = {"accuracy": "right answers to held-out problems", "sampled": "right samples"}
-    pairs = {name: (before["all"].get(key), after["all"].get(key)) for key, name in names.items()}
-    effects = [effect(name, *pair, "share") for name, pair in pairs.items() if None not in pair]
+    effects, names = [], {"accuracy": "right answers to held-out problems"}
+    if "sampled" in after["all"]:
+        names["sampled"] = "right samples"
+    for key, name in names.items():
+        effects.append(effect(name, before["all"][key], after["all"][key], "share"))
     run.write_result(effects, before=before, after=after)
     rt.close()
 

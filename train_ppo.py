@@ -22,15 +22,14 @@ Needs   runs/sft and runs/rm                       (python train_sft.py && pytho
 Expect  gold score 0.68 -> 0.94 on held-out prompts with bf16, 0.69 -> 0.90 in fp32 (seed 0), at a
         KL near kl_target. The second command goes too far on purpose: the learned reward goes on
         rising while the gold falls
-Watch   reward      mean score, rises; the gold, where there is one, must rise with it, or the
+Watch   reward      mean score, rises; val_gold, where there is one, must rise with it, or the
                     policy has found the reward model's errors (reward_over_kl.svg)
         kl          nats per completion to the reference, is held near kl_target by kl_coef (beta);
                     running away: lower the learning rate, raise --kl_coef
         entropy     nats per token; near 0: nothing is explored any more
         length, ended    tokens of a completion, and the share that ends its turn: near 1
         explained_variance   of the returns by the critic: rises above 0.5; below 0 for long: the
-                    critic doesn't learn, raise --value_coef or --lr. With --preset reft it falls
-                    to -0.7, and the policy learns all the same
+                    critic doesn't learn, raise --value_coef or --lr
         policy_loss near 0, since advantages have mean 0; value_loss falls
         clip_fraction, approximate_kl   share of tokens beyond the clip range, and how far the
                     update has gone (k3): below 0.2 and 0.05; above: lower --lr, fewer --epochs
@@ -39,7 +38,6 @@ Watch   reward      mean score, rises; the gold, where there is one, must rise w
                     scored as they are; val_win_rate: over the reference, by gold
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -59,13 +57,11 @@ from nanollm.config import (
     Positive,
     Share,
     TrainConfig,
-    UserError,
     Whole,
     atomic_write,
     cli,
-    read_json,
 )
-from nanollm.formats import read_parts
+from nanollm.formats import need, read_parts
 from nanollm.gpt import Linear
 from nanollm.hub import load_model, load_scalar, save_model
 from nanollm.logprobs import completion_logprobs
@@ -83,17 +79,13 @@ from nanollm.preferences import (
 )
 from nanollm.records import read_prompts
 from nanollm.rewards import accuracy, reft_reward
-from nanollm.rollouts import RolloutRows, chat_prompt, sample_rows, with_room
+from nanollm.rollouts import RolloutRows, chat_prompt, moments, sample_rows, whiten, with_room
 from nanollm.run import Run, check_folders, effect, read_metrics
 from nanollm.runtime import start
 
 
 @dataclass
 class Config(AdapterConfig, TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; reft: problems, rewarded by rules;
-    # gpu: for the model that train_pretrain.py --preset gpu makes; downloaded: for one of 0.1 to
-    # 1B parameters
-    preset: str = "tiny"
     # -- Data
     init: str = "runs/sft"  # run folder or model folder to start from; also the reference
     # village: its prompts; problems: its problems; or JSONL of prompts, preferences or problems
@@ -110,15 +102,13 @@ class Config(AdapterConfig, TrainConfig):
     # -- KL to the reference
     kl_coef: NotNegative = 0.1  # beta at the start
     kl_target: NotNegative = 6.0  # nats per completion to steer beta to; 0: beta stays as it is
-    kl_horizon: Positive = 2000.0  # how slowly: completions
     # -- PPO
     samples: Whole[1] = 1  # completions per prompt
     max_new_tokens: Whole[1] = 64  # longest completion
     temperature: Positive = 1.0  # of sampling and of training
     epochs: Whole[1] = 2  # passes over the batch per update
     minibatches: Whole[1] = 2  # optimizer steps per pass
-    clip_range: Positive = 0.2  # eps of the policy
-    value_clip: Positive = 0.2  # eps of the value
+    clip_range: Positive = 0.2  # eps, of the policy and of the value
     value_coef: NotNegative = 0.1  # weight of the value loss
     gamma: Share = 1.0  # discount; unused without a critic
     lam: Share = 0.95  # lambda of GAE; unused without a critic
@@ -138,29 +128,17 @@ class Config(AdapterConfig, TrainConfig):
 
 PRESETS = {
     "smoke": dict(steps=4, batch_size=8, max_new_tokens=16, eval_every=2, eval_prompts=20),
-    "reft": dict(
-        init="runs/cot",
-        data="problems",
-        prompts=9000,
-        reward="rules",
-        critic="shared",
-        truncation_reward=0.0,
-        kl_coef=0.01,
-        kl_target=0.0,
-        batch_size=256,
-        max_new_tokens=112,
-        epochs=1,
-        steps=25,
-        out="runs/reft",
-    ),
+    "reft": dict(init="runs/cot", data="problems", prompts=9000, out="runs/reft")
+    | dict(reward="rules", critic="shared", truncation_reward=0.0, kl_coef=0.01, kl_target=0.0)
+    | dict(batch_size=256, max_new_tokens=112, epochs=1, steps=25),
     "gpu": dict(batch_size=512, steps=200, minibatches=8, lr=1e-5),
     # rate and schedule of Llama 2's (Touvron et al. 2023, arXiv:2307.09288, section 3.2.3). Policy
     # and critic take 16 bytes per parameter each, reference and reward model 4: --adapter lora, or
     # --critic shared, takes less
-    "downloaded": dict(
-        LARGE, schedule="constant", max_new_tokens=256, steps=100, accumulate=16, epochs=1, lr=1e-6
-    ),
+    "downloaded": dict(LARGE, schedule="constant", max_new_tokens=256, steps=100, accumulate=16)
+    | dict(epochs=1, lr=1e-6),
 }
+KL_HORIZON = 2000  # completions: how slowly beta is steered to kl_target
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -186,11 +164,7 @@ def token_rewards(logprobs, ref_logprobs, score, mask, beta):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """(advantages, returns), (B, T - 1) each: generalised advantage estimation.
-
-    V after the end is 0. The tokens of a completion follow one another; outside of the mask both
-    are 0.
-    """
+    """(advantages, returns), (B, T - 1) each, 0 outside of the mask; V after the end is 0."""
     advantages = torch.zeros_like(rewards)
     A = V_next = torch.zeros(len(rewards), device=rewards.device)
     for t in reversed(range(rewards.shape[1])):
@@ -202,10 +176,9 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def baseline_advantages(rewards, mask, samples, total=float):
-    """Without a critic: the return from each token on, less the mean return of the others.
-
-    The others are the prompt's `samples` - 1 further completions, or all of the batch where samples
-    is 1 (leave-one-out baseline; Ahmadian et al. 2024, arXiv:2402.14740).
+    """Without a critic: the return from each token on, less the mean return of the others: of the
+    prompt's further completions, or where `samples` is 1 of all of the batch (leave-one-out
+    baseline; Ahmadian et al. 2024, arXiv:2402.14740).
     """
     to_go = (rewards * mask).flip(1).cumsum(1).flip(1)
     own = (rewards * mask).sum(1)
@@ -215,14 +188,6 @@ def baseline_advantages(rewards, mask, samples, total=float):
         sums, n = total(own.sum()), total(len(own))
     others = (sums - own) / max(1, n - 1)
     return (to_go - others[:, None]) * mask
-
-
-def whiten(x, mask, total=float):
-    """(x - mean) / std over the real tokens; `total` sums a number over processes."""
-    n = total(mask.sum())
-    mean = total((x * mask).sum()) / n
-    variance = total((((x - mean) * mask) ** 2).sum()) / n
-    return (x - mean) / math.sqrt(variance + 1e-8) * mask
 
 
 def policy_loss(logprobs, old_logprobs, advantages, eps):
@@ -238,9 +203,7 @@ def value_loss(values, old_values, returns, eps):
 
 
 def adapted_beta(beta, kl, n, target, horizon):
-    """Ziegler et al.'s proportional controller: kl nats per completion, over n completions. A
-    target of 0 leaves beta as it is.
-    """
+    """Ziegler et al.'s controller: kl nats per completion, over n; a target of 0 keeps beta."""
     error = min(0.2, max(-0.2, kl / target - 1)) if target else 0.0
     return beta * (1 + error * n / horizon)
 
@@ -277,7 +240,6 @@ class Rollout(RolloutRows):
 
     ended: torch.Tensor  # (B,) bool
     scores: torch.Tensor  # (B,) as trained on
-    golds: torch.Tensor | None  # (B,) logged only
     logprobs: torch.Tensor  # of the policy that sampled
     entropy: torch.Tensor
     values: torch.Tensor  # the critic's, at sampling time
@@ -287,25 +249,23 @@ class Rollout(RolloutRows):
 
 
 @torch.no_grad()
-def sample_rollout(cfg, rt, actor, ref, reward_model, tokenizer, gold, examples):
+def sample_rollout(cfg, rt, actor, ref, reward_model, tokenizer, examples):
     """Sample completions of this process's prompts, and score them."""
     prompts = [chat_prompt(example, tokenizer) for example in examples]
     sampled = sample_rows(cfg, rt, actor.policy, tokenizer, examples, prompts)
-    rows, said, golds = sampled.rows, [*zip(sampled.examples, sampled.texts)], None
+    rows = sampled.rows
     if cfg.reward == "rules":
-        raw_scores = torch.tensor([reft_reward(*each) for each in said], device=rt.device)
+        raw_scores = list(map(reft_reward, sampled.examples, sampled.texts))
+        raw_scores = torch.tensor(raw_scores, device=rt.device)
     else:
         context = reward_model.cfg.max_position_embeddings
         dialogues = dialogue_rows(sampled.prompts, sampled.completions, tokenizer, context)
         raw_scores = scores(reward_model, dialogues.to(rt.device))
-    if gold is not None:
-        golds = torch.tensor([gold(*each)["gold"] for each in said], device=rt.device)
     (logprobs, entropy), values = actor(rows, cfg.temperature, with_entropy=True)
     return Rollout(
         rows,
         sampled.ended,
         torch.where(sampled.ended, raw_scores, cfg.truncation_reward),
-        golds,
         logprobs,
         entropy,
         values * rows.mask[:, 1:],
@@ -326,8 +286,10 @@ def main(cfg):
     if cfg.reward == "model":
         reward_model = load_scorer(cfg.reward_model, tokenizer, cfg.init, rt)
     train, val = load_prompts(cfg)
-    if policy.tokens_per_image or any(example.get("images") for example in train + val):
-        raise UserError(f"PPO reads no images, as {cfg.init} or {cfg.data} has; use train_grpo.py")
+    sees = policy.tokens_per_image or any(example.get("images") for example in train + val)
+    need(
+        not sees, f"--init {cfg.init}, --data {cfg.data}", "PPO reads no images; use train_grpo.py"
+    )
     room = policy, cfg.max_new_tokens, "prompts"
     train, val = (with_room(x, lambda e: chat_prompt(e, tokenizer), *room) for x in (train, val))
     if cfg.critic == "separate":
@@ -353,12 +315,12 @@ def main(cfg):
 
     while run.step < cfg.steps:
         prompts, beta = [train[i] for i in sampler.take(cfg.batch_size)[share]], saved["beta"]
-        rollout = sample_rollout(cfg, rt, model, ref, reward_model, tokenizer, gold, prompts)
+        rollout = sample_rollout(cfg, rt, model, ref, reward_model, tokenizer, prompts)
         estimate_advantages(cfg, rollout, beta, rt.sum)
         stats, n = rollout_stats(cfg, rollout, rt.sum), cfg.batch_size * cfg.samples
         factor = schedule(run.step, cfg.steps, cfg.warmup)
         stats |= update(cfg, rt, ddp_model, optimizer, rollout, factor)
-        saved["beta"] = adapted_beta(beta, stats["kl"], n, cfg.kl_target, cfg.kl_horizon)
+        saved["beta"] = adapted_beta(beta, stats["kl"], n, cfg.kl_target, KL_HORIZON)
         num_tokens = stats["length"] * n * cfg.epochs
         run.advance(num_tokens, every=1, show=("reward", "kl"), kl_coef=saved["beta"], **stats)
 
@@ -366,10 +328,10 @@ def main(cfg):
             saved["after"], _ = measure(saved["golds"])
             run.export(save_model, policy, tokenizer)
             run.checkpoint(**saved)
-    curves = ("reward", "gold", "val_accuracy", "kl")
+    curves = ("reward", "val_gold", "val_accuracy", "kl")
     run.close(*curves, x_label="update", y_label="per completion")
     if gold and rt.main:
-        atomic_write(run.folder / "reward_over_kl.svg", over_optimisation_chart(cfg, run))
+        atomic_write(run.folder / "reward_over_kl.svg", over_optimisation_chart(run))
     before, after = saved["before"], saved["after"]
     reached = effect("reward of sampled completions", before["reward"], after["reward"])
     if cfg.reward == "rules":
@@ -388,7 +350,7 @@ def update(cfg, rt, ddp_model, optimizer, rollout, factor):
             for part in rt.micro_batches(minibatch, cfg.accumulate, ddp_model):
                 logprobs, values = ddp_model(part.rows, cfg.temperature)
                 losses = policy_loss(logprobs, part.logprobs, part.advantages, cfg.clip_range)
-                value_losses = value_loss(values, part.values, part.returns, cfg.value_clip)
+                value_losses = value_loss(values, part.values, part.returns, cfg.clip_range)
                 per_token = losses + cfg.value_coef * value_losses
                 rt.backward((per_token * part.mask).sum() / num_tokens)
                 sums.update(update_stats(cfg, part, logprobs, losses, value_losses))
@@ -410,9 +372,7 @@ def estimate_advantages(cfg, rollout, beta, total):
 
 
 def rollout_stats(cfg, rollout, total):
-    """Means over a batch of completions, of all processes. What is added here is logged, and drawn
-    where run.close names it.
-    """
+    """Means over a batch of completions, of all processes."""
     mask = rollout.mask
     per_completion = {
         "reward": rollout.scores,
@@ -420,27 +380,19 @@ def rollout_stats(cfg, rollout, total):
         "length": mask.sum(1),
         "ended": rollout.ended,
     }
-    if rollout.golds is not None:
-        per_completion["gold"] = rollout.golds
     n, num_tokens = total(len(rollout)), total(mask.sum())
     stats = {name: total(values.sum()) / n for name, values in per_completion.items()}
     stats["entropy"] = total((rollout.entropy * mask).sum()) / num_tokens
     if cfg.critic != "none":
-        stats["explained_variance"] = explained_variance(
-            rollout.values, rollout.returns, mask, total
-        )
+        critic = rollout.values, rollout.returns, mask, total
+        stats["explained_variance"] = explained_variance(*critic)
     return stats
 
 
 def explained_variance(values, returns, mask, total=float):
     """1 - var(G - V) / var(G) over real tokens: 1 for a perfect critic, 0 for a constant."""
-
-    def variance(x):
-        n = total(mask.sum())
-        mean = total((x * mask).sum()) / n
-        return total((((x - mean) * mask) ** 2).sum()) / n
-
-    return 1 - variance(returns - values) / max(variance(returns), 1e-8)
+    _, left = moments(returns - values, mask, total)
+    return 1 - left / max(moments(returns, mask, total)[1], 1e-8)
 
 
 @torch.no_grad()
@@ -472,20 +424,14 @@ def evaluate(cfg, run, policy, tokenizer, ref, reward_model, gold, examples, ref
     return stats, golds
 
 
-def over_optimisation_chart(cfg, run):
-    """Learned reward and gold over the KL that they cost: where they part, the policy has learnt
-    the reward model's errors (Gao et al. 2022, arXiv:2210.10760).
-    """
-    records = [m for m in read_metrics(run.folder) if "val_kl" in m and "val_gold" in m]
-    a, b = 0.0, 1.0
-    if cfg.reward == "model":
-        a, b = read_json(f"{cfg.reward_model}/result.json").get("gold_line", (a, b))
-    series = {
-        "learned reward": [(m["val_kl"], a + b * m["val_reward"]) for m in records],
-        "gold": [(m["val_kl"], m["val_gold"]) for m in records],
-    }
+def over_optimisation_chart(run):
+    """Learned reward and gold over KL: where they part (Gao et al. 2022, arXiv:2210.10760)."""
+    records = [m for m in read_metrics(run.folder) if "val_kl" in m]
+    series, first = {}, records[0]
+    for label, name in (("learned reward", "val_reward"), ("gold", "val_gold")):
+        series[label] = [(m["val_kl"], m[name] - first[name]) for m in records]
     title, x = "Held-out prompts: reward over KL", "KL to the reference, nats per completion"
-    return line_chart(series, title, x, "on the gold's scale")
+    return line_chart(series, title, x, "gained since the start")
 
 
 if __name__ == "__main__":

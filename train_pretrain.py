@@ -24,13 +24,13 @@ Run     python train_pretrain.py
 Needs   nothing
 Expect  0.30 bits per byte of held-out text, where `xz -9` that has seen the training text needs
         0.86; all 672 facts about the villagers can be completed (README.md)
-        A corpus is never held in memory: with --data big.txt --val_fraction 1e-4 --steps 2 a text
-        of 999 MB takes at most 681 MiB, its first 8 MB 647 MiB (2 cores AMD EPYC, AVX2, fp32)
-        Masked language modelling asks for 15% of the tokens at a step: after the same 1500 steps
-        the model fills in 77% of these facts, where the causal one completes 100% (seed 0, fp32);
-        with --preset short, --seed 0 and 1, 8% and 6%, the causal one 71% and 62%
+        with --data big.txt --val_fraction 1e-4 --steps 2 a text of 999 MB takes at most 681 MiB,
+        its first 8 MB 647 MiB (2 cores AMD EPYC, AVX2, fp32)
+        --objective mlm: after the same 1500 steps the model fills in 77% of these facts, where the
+        causal one completes 100% (seed 0, fp32); with --preset short, --seed 0 and 1, 8% and 6%,
+        the causal one 71% and 62%
 Watch   loss, val_loss  nats per token, 7.6 at first (ln of the vocabulary), 0.7 at the end;
-                        val_loss rising while loss falls: too many epochs, see --patience
+                        val_loss rising while loss falls: too many epochs, fewer --steps
         bits_per_byte   the same, comparable across tokenizers
         grad_norm       below 1 after warm-up; rising: lower the learning rates
 """
@@ -70,9 +70,6 @@ MASK = "<|mask|>"
 
 @dataclass
 class Config(TrainConfig):
-    # smoke: seconds, to see that it runs; short: a small model and village, for comparisons; tiny:
-    # a laptop CPU; gpu: 124M parameters, context 1024; downloaded: to go on with one of 0.1 to 1B
-    preset: str = "tiny"
     # -- Data
     # village, a .txt file or a folder of them, or records of {"text"}; or several of these, each
     # with its share of the rows: a.jsonl:0.7,b.txt:0.3
@@ -111,8 +108,6 @@ class Config(TrainConfig):
     lr: float = 0.01
     muon_lr: float = 0.02
     weight_decay: float = 0.1
-    # stop after so many evaluations without a better one, and keep the best; 0: never stop early
-    patience: Whole[0] = 0
     eval_every: int = 150
     eval_tokens: Whole[1] = 65536  # held-out tokens per evaluation
     sample_tokens: Whole[0] = 48  # length of the sample written at each evaluation; 0: none
@@ -121,45 +116,19 @@ class Config(TrainConfig):
     against: str | None = None
 
 
+SMALL = dict(layers=2, context=160, vocab_size=512, warmup=4, eval_tokens=8192)
 PRESETS = {
-    "smoke": dict(
-        steps=20,
-        layers=2,
-        channels=64,
-        heads=2,
-        context=160,
-        megabytes=0.3,
-        vocab_size=512,
-        eval_every=10,
-        warmup=4,
-        eval_tokens=8192,
-    ),
-    "gpu": dict(
-        layers=12,
-        channels=768,
-        heads=12,
-        context=1024,
-        batch_size=512,
-        accumulate=16,
-        tokenizer="gpt2",
-        villagers=512,
-        megabytes=200.0,
-        steps=4000,
-        warmup=200,
-        lr=1e-3,
-        eval_every=250,
-        eval_tokens=2**20,
-        compile=True,
-    ),
+    "smoke": dict(SMALL, channels=64, heads=2, megabytes=0.3, steps=20, eval_every=10),
+    # a small model and village, for comparisons
+    "short": dict(SMALL, channels=128, megabytes=2.0, villagers=8, steps=600, eval_every=200),
+    # 124M parameters
+    "gpu": dict(layers=12, channels=768, heads=12, context=1024, batch_size=512, accumulate=16)
+    | dict(tokenizer="gpt2", villagers=512, megabytes=200.0, steps=4000, warmup=200, lr=1e-3)
+    | dict(eval_every=250, eval_tokens=2**20, compile=True),
     # To go on with a downloaded model: a tenth of the rate to which Ibrahim et al. (2024,
     # arXiv:2403.08763) re-warm 405M parameters, as nothing of the old text is replayed here
     "downloaded": dict(LARGE, context=1024, batch_size=32, accumulate=32, steps=500, lr=3e-5),
 }
-
-
-PRESETS["short"] = PRESETS["smoke"] | dict(
-    channels=128, heads=4, steps=600, eval_every=200, villagers=8, megabytes=2.0
-)
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -180,21 +149,17 @@ def sources(cfg):
 
 
 def get_tokenizer(cfg):
-    """The one that --tokenizer names, or one trained on about four million characters of the text;
-    of a run that is resumed its own, for the text may have moved since.
-    """
+    """The one that --tokenizer names, one trained on the text, or of a resumed run its own."""
     if cfg.resume:
         return Tokenizer.load(checkpoint_of(cfg.out).parent)
-    special = [MASK] * (cfg.objective == "mlm")
+    special = [MASK] if cfg.objective == "mlm" else []
     if cfg.tokenizer != "train":
         return Tokenizer.load(cfg.tokenizer).with_tokens(special)
     return Tokenizer.train(sample_of_text(cfg), cfg.vocab_size - len(special)).with_tokens(special)
 
 
 def sample_of_text(cfg, most=4_000_000):
-    """About so many characters of the training text, of every source its share of them: every n-th
-    document, or piece of a long one.
-    """
+    """About so many characters, of every source its share: every n-th document or piece."""
     for share, source in zip(mixture(cfg.data).values(), sources(cfg)[0]):
         budget = max(1, int(most * share))
         stride = max(1, sum(len(text) for text, _ in stream_pieces(*source)) // budget)
@@ -203,12 +168,7 @@ def sample_of_text(cfg, most=4_000_000):
 
 
 def xz_bits_per_byte(train_texts, val_texts):
-    """Bits per byte that `xz -9` needs for the val texts when it has seen the training texts just
-    before.
-
-    A compressor is a language model that needs no training (Shannon 1948): the baseline that ours
-    must beat.
-    """
+    """Bits per byte that `xz -9`, which has seen the training texts, needs for the val texts."""
     seen, unseen = (
         "\n".join(texts).encode("utf-8", "surrogatepass") for texts in (train_texts, val_texts)
     )
@@ -256,9 +216,7 @@ def masked_loss(model, rows, begin_id):
 
 @torch.no_grad()
 def fill_blanks(model, tokens, mask_id, seen=None):
-    """The rows (B, T) with each <|mask|> filled in: in every row the most certain one first, as a
-    token that is there makes the others easier. seen: the mask of attention, or None.
-    """
+    """Rows (B, T) with each <|mask|> filled in, the most certain first; seen: attention's mask."""
     tokens = tokens.clone()
     while (blank := tokens == mask_id).any():
         logits = model(tokens, mask=seen).float()  # (B, T, V)
@@ -330,12 +288,12 @@ def main(cfg):
     model.model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = build_optimizer(model, cfg, rt.scaler)
     schedule, sampler = SCHEDULES[cfg.schedule], MixedSampler(windows, shares.values(), cfg.seed)
-    best = {"val_loss": math.inf, "misses": 0} | run.restore(model, optimizer, sampler)
+    run.restore(model, optimizer, sampler)
     num_tokens = sum(len(corpus.tokens) for corpus in train)
     rt.print(f"{count_parameters(model)[0]:,} parameters on {rt.device} in {rt.dtype_name}")
     rt.print(f"{num_tokens:,} training tokens, {tokens_per_step:,} per step")
 
-    while run.step < cfg.steps and not (cfg.patience and best["misses"] >= cfg.patience):
+    while run.step < cfg.steps:
         rows = torch.cat(sampler.take(cfg.batch_size))  # (B, T + 1)
         if not causal:
             rows = blanks(rows[:, :T], (cfg.seed << 20) + run.step)  # (B, 3, T)
@@ -347,30 +305,19 @@ def main(cfg):
         run.advance(tokens_per_step, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
         if run.due(cfg.eval_every):
-            metrics = held_out(model, *measured_on, cfg.eval_tokens)
-            run.evaluated(**metrics)
+            run.evaluated(**held_out(model, *measured_on, cfg.eval_tokens))
             if cfg.sample_tokens and rt.main:
                 row = val_windows[0][[0]][:, : cfg.sample_tokens]
                 run.write_sample(sample_text(model, tokenizer, row, blanks, cfg.seed + run.step))
-            better = metrics["val_loss"] < best["val_loss"]
-            misses = 0 if better else best["misses"] + 1
-            best = {"val_loss": min(metrics["val_loss"], best["val_loss"]), "misses": misses}
-            if better or not cfg.patience:
-                run.export(save_gpt, model, tokenizer)
-            run.checkpoint(**best)
+            run.export(save_gpt, model, tokenizer)
+            run.checkpoint()
     run.close("loss", "val_loss", y_label="nats per token")
-    if cfg.patience:
-        rt.print(f"stopped at step {run.step}; {cfg.out} has the best weights")
-        rt.barrier()  # until the best weights are written
-        model = rt.prepare(load_gpt(cfg.out, causal)[0], train=False)
     finish(cfg, run, model, tokenizer, held_out(model, *measured_on), other)
 
 
 @torch.no_grad()
 def held_out(model, tokenizer, sources, shares, blanks, begin_id, most=math.inf):
-    """Nats per token of at most so many held-out ones of each source, the same ones at each call:
-    of all, with bits per byte, or of those that are blanked out.
-    """
+    """Means over the held-out tokens of each source, or `most` of them: the same at each call."""
     metrics = []
     for windows in sources:
         if model.cfg.is_causal:
@@ -386,9 +333,7 @@ def held_out(model, tokenizer, sources, shares, blanks, begin_id, most=math.inf)
 
 
 def sample_text(model, tokenizer, row, blanks, seed):
-    """A document sampled from scratch, as long as the row (1, T); of a model that fills in blanks
-    the row with what it says in [brackets].
-    """
+    """A document from scratch, as long as the row (1, T); with mlm that row, [blanks] filled in."""
     if not model.cfg.is_causal:
         shown = blanks(row, seed)[:, 0].to(model.device)
         filled = fill_blanks(model, shown, tokenizer.special[MASK])
@@ -401,26 +346,26 @@ def sample_text(model, tokenizer, row, blanks, seed):
 
 
 def finish(cfg, run, model, tokenizer, measured, other):
-    """Keep what the run has reached on all of the held-out text, and of the facts that are asked
-    for beside it; `other`: the effects of the run to compare with.
-    """
-    effects, xz = [], None
-    if cfg.compare_xz and run.rt.main:
-        texts = ([d for each in part for d in read_documents(*each)] for part in sources(cfg))
-        xz = measured["xz_bits_per_byte"] = xz_bits_per_byte(*texts)
+    """Keep what the run has reached; `other`: the effects of the run to compare with."""
+    effects = []
     if "bits_per_byte" in measured:
-        name = "held-out text" + ", before: xz -9" * (xz is not None)
-        effects.append(effect(name, xz, measured["bits_per_byte"], "bits per byte", False))
+        name, before = "held-out text", None
+        if cfg.compare_xz and run.rt.main:
+            texts = ([d for each in part for d in read_documents(*each)] for part in sources(cfg))
+            name, before = "held-out text, before: xz -9", xz_bits_per_byte(*texts)
+            measured["xz_bits_per_byte"] = before
+        effects.append(effect(name, before, measured["bits_per_byte"], "bits per byte", False))
     cloze = Path(sources(cfg)[0][0][0]).with_name("cloze.jsonl")  # a village lies in its folder
     examples = read_records(cloze) if cloze.exists() else []
     for task in dict.fromkeys(e["task"] for e in examples):
         known = facts_known(model, tokenizer, [e for e in examples if e["task"] == task])
         name = task.replace("cloze", "facts about villagers")
         effects.append(effect(name, None, known, "share"))
-    for each in other:
-        for own in (own for own in effects if own["name"] == each["name"]):
-            name = f"{own['name']}, before: {Path(cfg.against).name}"
-            own |= {"name": name, "before": each["after"]}
+    reached = {each["name"]: each["after"] for each in other}
+    for each in effects:
+        if each["name"] in reached:
+            each["before"] = reached[each["name"]]
+            each["name"] += f", before: {Path(cfg.against).name}"
     run.write_result(effects, **measured)
     run.rt.close()
 

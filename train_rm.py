@@ -20,8 +20,7 @@ Needs   runs/sft                                          (python train_sft.py)
 Expect  92% of held-out pairs in the order of their gold score (89% with bf16; seed 0), from 49% (a
         randomly initialised head), even though 15% of the labels are flipped. Three annotators:
         93.1% instead of 92.0% (fp32, seed 0). Two of them put 75% of the pairs in the same order
-        (Cohen's kappa 0.50), one 85% as the gold does, the mean of three 91%: the reward model has
-        seen through most of the noise of one before
+        (Cohen's kappa 0.50), one 85% as the gold does, the mean of three 91%
 Watch   loss, log_loss      per pair, from about log 2 = 0.69 to 0.5, on held-out pairs likewise;
                             log_loss rising while loss falls: the rankings are memorised
         accuracy            share of held-out pairs ordered as the annotators did: 1 - disagreement
@@ -35,7 +34,6 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -121,9 +119,7 @@ def open_rankings(records, rows, index, loss):
 
 
 def margins_of(records):
-    """The margin of every pair, in the order of pair_index: the record's own, or how far apart the
-    annotator's ratings are, as a share of their scale.
-    """
+    """Of every pair, as pair_index has them: the record's margin, or the ratings' difference."""
     margins = []
     for record in records:
         ratings, margin = record.get("ratings"), record.get("margin")
@@ -242,13 +238,11 @@ def main(cfg):
             model.shift = 0.0
             run.checkpoint(**saved)
     run.close("loss", "log_loss", y_label="loss per pair")
-    key, name, line = "accuracy", "held-out pairs in the order of the annotators", {}
+    key, name = "accuracy", "held-out pairs in the order of the annotators"
     if golds is not None:
         key, name = "gold_accuracy", "held-out pairs in the order of their gold score"
-        slope, origin = np.polyfit(in_batches(scores, model, val_rows), golds, 1)
-        line["gold_line"] = [origin, slope]  # of train_ppo.py's chart
     before, after = saved["before"], saved["after"]
-    finish(rt, run, before, after, effect(name, before[key], after[key], "share"), **line)
+    finish(rt, run, before, after, effect(name, before[key], after[key], "share"))
 
 
 def own_samples(ref, tokenizer, records, seed, rt):

@@ -28,9 +28,8 @@ Expect  right answers about villagers absent from the training questions, and "I
         (README.md). --preset sql, combinations of values held out, --seed 0 and 1 (200 questions a
         task, nanollm.evaluate runs/sql --data sql --tools): 1% -> 78% and 79%; count 91.5%, 90%,
         befriended (a join) 100%, 99.5%, friend 92%, 89.5%, common 48%, 52%, attributes that
-        training never joins 60.5%, 66% (2 cores AMD EPYC, AVX2, fp32, one thread). The form of
-        calls was chosen in view of the first 64, seed 0: 76% of the others. Questions for the other
-        tools (--data tools --limit 64) fall from 97% to 91% (seed 1)
+        training never joins 60.5%, 66% (2 cores AMD EPYC, AVX2, fp32, one thread). Questions for
+        the other tools (--data tools --limit 64) fall from 97% to 91% (seed 1)
         --preset cot --init runs/cot --data gsm8k/train.jsonl --test_data gsm8k/test.jsonl --steps
         100: 2% -> 0% of 100 problems (seed 0), for that is not learnt at 1.1M parameters
 Watch   loss, val_loss  nats per trained token; val_loss rising while loss falls: too many epochs
@@ -54,17 +53,8 @@ from nanollm.batches import (
     pack_chats,
     row_length,
 )
-from nanollm.config import (
-    LARGE,
-    AdapterConfig,
-    OpenShare,
-    Share,
-    TrainConfig,
-    UserError,
-    Whole,
-    cli,
-)
-from nanollm.formats import mixture, read_parts
+from nanollm.config import LARGE, AdapterConfig, OpenShare, Share, TrainConfig, Whole, cli
+from nanollm.formats import mixture, need, read_parts
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model, save_model
 from nanollm.logprobs import bits_per_byte, token_logprobs
@@ -85,11 +75,6 @@ from nanollm.tools import Toolbox
 
 @dataclass
 class Config(AdapterConfig, TrainConfig):
-    # smoke: seconds, to see that it runs; tiny: a laptop CPU; cot: chain of thought; tools: calls
-    # of tools; sql: queries; reader: a teacher about images; writer: one that writes prompts;
-    # judge: compares completions; gpu: for the model that train_pretrain.py --preset gpu makes;
-    # downloaded: for one of 0.1 to 1B parameters
-    preset: str = "tiny"
     # -- Data
     init: str = "runs/pretrain"  # run folder or model folder to start from
     # village; its problems with worked solutions (reasoning), with the answers alone (answers) or
@@ -123,67 +108,21 @@ class Config(AdapterConfig, TrainConfig):
     eval_every: int = 125
 
 
+# what most of the lessons have in common that a model learns after it has learnt to answer
+LESSON = dict(init="runs/sft", lr=3e-3)
 PRESETS = {
     "smoke": dict(steps=20, context=128, batch_size=8, eval_every=10, warmup=4, test_examples=4),
-    "cot": dict(
-        init="runs/sft",
-        data="mixed",
-        batch_size=8,
-        lr=3e-3,
-        muon_lr=0.008,
-        replay=0.125,
-        out="runs/cot",
-    ),
-    "tools": dict(
-        init="runs/grpo",
-        data="tools",
-        steps=400,
-        lr=3e-3,
-        muon_lr=0.01,
-        replay=0.125,
-        out="runs/tools",
-    ),
-    "sql": dict(
-        init="runs/tools",
-        data="sql",
-        steps=150,
-        lr=3e-3,
-        muon_lr=0.01,
-        replay=0.125,
-        eval_every=100,
-        out="runs/sql",
-    ),
-    "reader": dict(
-        init="runs/sft",
-        data="reader",
-        steps=400,
-        batch_size=8,
-        lr=3e-3,
-        muon_lr=0.008,
-        replay=0.0,
-        eval_every=100,
-        out="runs/reader",
-    ),
-    "writer": dict(
-        init="runs/sft",
-        data="writer",
-        steps=100,
-        batch_size=8,
-        lr=3e-3,
-        muon_lr=0.008,
-        replay=0.0,
-        out="runs/writer",
-    ),
-    "judge": dict(
-        init="runs/sft",
-        data="comparisons",
-        steps=200,
-        lr=3e-3,
-        muon_lr=0.01,
-        replay=0.0,
-        eval_every=50,
-        out="runs/judge",
-    ),
+    "cot": dict(LESSON, data="mixed", batch_size=8, muon_lr=0.008, replay=0.125, out="runs/cot"),
+    "tools": dict(LESSON, data="tools", steps=400, muon_lr=0.01, replay=0.125, out="runs/tools")
+    | dict(init="runs/grpo"),
+    "sql": dict(LESSON, data="sql", steps=150, muon_lr=0.01, replay=0.125, out="runs/sql")
+    | dict(init="runs/tools", eval_every=100),
+    "reader": dict(LESSON, data="reader", steps=400, batch_size=8, muon_lr=0.008, replay=0.0)
+    | dict(eval_every=100, out="runs/reader"),
+    "writer": dict(LESSON, data="writer", steps=100, batch_size=8, muon_lr=0.008, replay=0.0)
+    | dict(out="runs/writer"),
+    "judge": dict(LESSON, data="comparisons", steps=200, muon_lr=0.01, replay=0.0)
+    | dict(eval_every=50, out="runs/judge"),
     "gpu": dict(context=1024, batch_size=128, accumulate=4, lr=3e-4, muon_lr=5e-3, compile=True),
     # rate and schedule of Alpaca (Taori et al. 2023) and Zephyr (Tunstall et al. 2023,
     # arXiv:2310.16944); 32 packed rows hold about the 128 dialogues of a batch of Alpaca's. An
@@ -241,15 +180,14 @@ def images_folder():
 
 
 def load_text(cfg, tokenizer, T):
-    """(training rows, held-out rows) of plain text, for replay and to measure forgetting; (None,
-    None) where it is wanted for neither.
-    """
-    if not cfg.replay and not cfg.replay_data:
-        return None, None
-    sources = [(cfg.replay_data, part) for part in ("train", "val")]
-    if not cfg.replay_data:
+    """(training rows, held-out rows) of plain text, for replay and to measure forgetting."""
+    if cfg.replay_data:
+        sources = [(cfg.replay_data, part) for part in ("train", "val")]
+    elif cfg.replay:
         folder = village.of_run(cfg.init)
         sources = [(folder / f"corpus_{part}.jsonl",) for part in ("train", "val")]
+    else:
+        return None, None
     train, val = (open_corpus(tokenizer, *source) for source in sources)
     return Windows(train, T - 1), Windows(val, T)
 
@@ -257,16 +195,13 @@ def load_text(cfg, tokenizer, T):
 def replay_count(cfg):
     """How many rows of a batch are replay; UserError for a share that leaves none to either."""
     n = round(cfg.replay * cfg.batch_size)
-    if n == cfg.batch_size or cfg.replay and not n:
-        rows = f"{n} of {cfg.batch_size} rows"
-        raise UserError(f"--replay {cfg.replay} would be {rows}; change it, or --batch_size")
+    fine = 0 < n < cfg.batch_size or not cfg.replay
+    need(fine, f"--replay {cfg.replay}", f"it would be {n} of {cfg.batch_size} rows")
     return n
 
 
 def replay_rows(windows, numbers, begin_id):
-    """Rows of plain text in the form of packed dialogues: documents begin with `begin_id`, all is
-    trained on.
-    """
+    """Rows of plain text in the form of packed dialogues, trained on everywhere."""
     # positions run on through the row, as in pretraining; attention stays inside a document
     tokens = windows[numbers]  # (R, T)
     documents = (tokens == begin_id).cumsum(1)
@@ -373,15 +308,13 @@ def finish(rt, run, before, after):
     """Print what fine-tuning has changed, and keep it in result.json."""
     columns = {"before": before["tasks"], "after": after["tasks"]}
     columns |= {name: after[name] for name in BEGINS if name in after}
-    effects = []
+    means, effects = {name: mean_accuracy(tasks) for name, tasks in columns.items()}, []
     if after["tasks"]:
         rt.print(accuracy_table(columns))
-        means = {name: mean_accuracy(tasks) for name, tasks in columns.items()}
-        right = "right answers to held-out questions", means["before"], means["after"]
-        effects.append(effect(*right, "share"))
-    if "with_steps" in after:
-        right = "right answers without and with steps", means["without_steps"], means["with_steps"]
-        effects.append(effect(*right, "share"))
+        compared = {"right answers to held-out questions": ("before", "after")}
+        if "with_steps" in after:
+            compared["right answers without and with steps"] = ("without_steps", "with_steps")
+        effects = [effect(k, means[a], means[b], "share") for k, (a, b) in compared.items()]
     if after["bits_per_byte"] is not None:
         bits = before["bits_per_byte"], after["bits_per_byte"]
         effects.append(effect("held-out text", *bits, "bits per byte", False))

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from data.village import examples as village
-from nanollm.config import ModelConfig, UserError, Whole, cli
+from nanollm.config import ModelConfig, Whole, cli
+from nanollm.formats import need
 from nanollm.generate import as_text, sample_completions
 from nanollm.hub import load_model
 from nanollm.records import read_preferences, read_prompts
@@ -41,9 +42,7 @@ class Config(ModelConfig):
 
 
 def two_completions(cfg, model, tokenizer, prompts):
-    """(messages, two texts) of each prompt, without those that are equal, empty or cut short. They
-    depend on the prompt and the seed alone, not on where one went on.
-    """
+    """(messages, two texts) of each prompt, unless these are equal, empty or cut short."""
     for prompt in prompts:
         ids, how = [chat_prompt(prompt, tokenizer)], {"samples": 2}
         how["generator"] = torch.Generator(model.device).manual_seed(cfg.seed)
@@ -74,8 +73,8 @@ def main(cfg):
     done = read_preferences(cfg.out) if Path(cfg.out).exists() else []
     done, count = [record["messages"] for record in done], len(done)
     prompts = [prompt for prompt in read_prompts(path) if prompt["messages"] not in done]
-    if any(prompt.get("images") for prompt in prompts):
-        raise UserError(f"{path} has images, which nobody would look at; name prompts of text")
+    seen = any(prompt.get("images") for prompt in prompts)
+    need(not seen, path, "it has images, which nobody would look at; name prompts of text")
     prompts = with_room(prompts, lambda p: chat_prompt(p, tokenizer), model, 1, path)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         for messages, a, b in two_completions(cfg, model, tokenizer, prompts):

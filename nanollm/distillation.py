@@ -82,9 +82,7 @@ def ask_teacher(rt, teacher, tokenizer, examples, max_new_tokens, samples=1, **h
 
 
 def filtered(examples, checked):
-    """(examples to learn from, a sentence that counts the others): none is empty, no two of them
-    are equal, and with `checked` none is wrong.
-    """
+    """(examples that are neither empty, nor equal to others, nor if `checked` wrong; a count)."""
     kept, dropped = {}, Counter()
     for example in examples:
         key = json.dumps([example["messages"], example["completion"]])

@@ -10,6 +10,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 
 from nanollm.batches import pad_completions
 from nanollm.checkpoint import existing_folder, is_scalar, weights_hash
-from nanollm.config import ErrorRate, OpenShare, UserError, Whole
-from nanollm.formats import Unusable, need, read_parts, read_records, usable, write_jsonl
+from nanollm.config import ErrorRate, OpenShare, Whole
+from nanollm.formats import Unusable, need, read_parts, usable, write_jsonl
 from nanollm.generate import as_text, sample_completions, sample_together
 from nanollm.hub import load_model, load_scalar
 from nanollm.logprobs import completion_logprobs
@@ -61,9 +62,10 @@ def load_preferences(cfg, model, tokenizer, rt, village_of, annotate):
         parts = village_rankings(cfg, model, tokenizer, rt, village_of(cfg.init), annotate)
     else:
         parts = read_parts(read_preferences, cfg.data, cfg.val_data, cfg.val_fraction)
+    alone = cfg.loss == "kto" and not cfg.judge
     for record in itertools.chain(*parts):
-        fine = len(record["completions"]) > 1 or cfg.loss == "kto" and not cfg.judge
-        need(fine, record.where, "one completion and its label are for --loss kto, without a judge")
+        wanted = "one completion and its label are for --loss kto, without a judge"
+        need(alone or len(record["completions"]) > 1, record.where, wanted)
     if cfg.judge:
         parts = [judged(parts[0], cfg.judge, rt), parts[1]]
     if rows := agreement(parts[0]):
@@ -79,7 +81,8 @@ def village_rankings(cfg, model, tokenizer, rt, folder, annotate):
     Made once for a model and kept in data/cache/, where the files can be read.
     """
     settings = [weights_hash(cfg.init), folder.name, cfg.prompts, cfg.disagreement, cfg.seed]
-    settings += [cfg.annotators] * (cfg.annotators > 1)
+    if cfg.annotators > 1:
+        settings.append(cfg.annotators)
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     paths = [CACHE / f"preferences-{key}" / f"{split}.jsonl" for split in ("train", "test")]
     for path, most in zip(paths, (cfg.prompts, None)):
@@ -105,34 +108,25 @@ def judged(records, folder, rt):
     since a model prefers a place, too. Unlike the paper's, the labels are hard.
 
     "orders" holds the annotators' order, "first" (K, K) how probably the judge prefers i, shown
-    first, to j. It is asked once; its answers are kept in data/cache/.
+    first, to j.
     """
-    asked = [[record["messages"], record["completions"]] for record in records]
-    key = hashlib.sha256(json.dumps([weights_hash(folder), asked]).encode()).hexdigest()[:12]
-    path, ranked = CACHE / f"judged-{key}.jsonl", []
-    if rt.sum(path.exists()) < rt.world:
-        answers = ask_judge(asked, folder, rt)
-        if rt.main:
-            write_jsonl(path, [{"first": first} for first in answers])
-        rt.barrier()
-    for record, said in zip(records, read_records(path)):
-        first, K = said["first"], range(len(said["first"]))
-        order = sorted(K, key=lambda i: sum(first[j][i] - first[i][j] for j in K))
+    ranked = []
+    for record, first in zip(records, ask_judge(records, folder, rt)):
+        all_k = range(len(first))
+        order = sorted(all_k, key=lambda i: sum(first[j][i] - first[i][j] for j in all_k))
         own = {k: [record[k][i] for i in order] for k in ("completions", "gold") if k in record}
         own["first"] = [[first[i][j] for j in order] for i in order]
-        own["orders"] = [[order.index(i) for i in K]]
+        own["orders"] = [[order.index(i) for i in all_k]]
         ranked.append(record | own | {"ratings": None, "margin": None})
     return ranked
 
 
-def ask_judge(asked, folder, rt):
-    """`first` of each of (messages, completions), as `judged` describes it. A model that answers
-    with neither label is refused.
-    """
+def ask_judge(records, folder, rt):
+    """`first` of each record, as `judged` describes it."""
     judge, tokenizer = load_model(folder)
     rt.prepare(judge, train=False)
-    pairs = [comparison(m, *two) for m, texts in asked for two in itertools.permutations(texts, 2)]
-    prompts = [chat_prompt({"messages": messages}, tokenizer) for messages in pairs]
+    pairs = [(r["messages"], *two) for r in records for two in permutations(r["completions"], 2)]
+    prompts = [chat_prompt({"messages": comparison(*pair)}, tokenizer) for pair in pairs]
     labels, longest = [tokenizer.encode(label)[0] for label in "AB"], max(map(len, prompts))
     wanted = f"a comparison of {longest} tokens is longer than its context"
     need(longest < judge.cfg.max_position_embeddings, f"--judge {folder}", wanted)
@@ -146,7 +140,7 @@ def ask_judge(asked, folder, rt):
     wanted = f"it answers {found.sum(1).mean():.0%} of the comparisons with A or B"
     need(found.sum(1).mean() > 0.5, f"--judge {folder}", f"{wanted}; --preset judge trains one")
     answers = iter((found[:, 0] / found.sum(1)).tolist())
-    sizes = [range(len(texts)) for _, texts in asked]
+    sizes = [range(len(record["completions"])) for record in records]
     return [[[next(answers) if i != j else 0.5 for j in K] for i in K] for K in sizes]
 
 
@@ -218,29 +212,22 @@ def pair_index(index):
 
 
 def scores(reward_model, rows):
-    """The reward of each row, (B,): what the model says at the last real token, which is the one
-    that the template ends with in `dialogue_rows`.
-    """
+    """The reward of each row, (B,), at its last real token."""
     return reward_model(*rows.inputs()).gather(1, rows.last()[:, None])[:, 0]
 
 
 def load_scorer(folder, tokenizer, model_folder, rt):
     """A reward model to score with; one of another tokenizer than the model's is refused."""
-    if not is_scalar(existing_folder(folder, "--reward_model")):
-        raise UserError(f"{folder} is no reward model; train one with train_rm.py")
+    fine = is_scalar(existing_folder(folder, "--reward_model"))
+    need(fine, f"--reward_model {folder}", "it is no reward model; train one with train_rm.py")
     scorer, own = load_scalar(folder)
-    if own.fingerprint() != tokenizer.fingerprint():
-        raise UserError(
-            f"the reward model {folder} has another tokenizer than {model_folder}: it would score "
-            "other text; train it from the same run"
-        )
+    same = own.fingerprint() == tokenizer.fingerprint()
+    need(same, f"--reward_model {folder}", f"it has another tokenizer than {model_folder}")
     return rt.prepare(scorer, train=False)
 
 
 def in_batches(function, model, rows, batch=128):
-    """function(model, rows), a number of each row or several, over batches of similar length,
-    without gradients: (B, ...) on the CPU, in the order of the rows.
-    """
+    """function(model, rows) of each row, without gradients: (B, ...) on the CPU, in order."""
     parts = rows.real.sum(1).argsort().split(batch)
     with torch.no_grad():
         results = [function(model, rows[part].to(model.device)).float().cpu() for part in parts]
@@ -270,10 +257,8 @@ def measure_completions(
     which the reward model scores highest: rejection sampling (Stiennon et al. 2020, 2009.01325).
     """
     prompts = [chat_prompt(example, tokenizer) for example in examples]
-    generator = torch.Generator(model.device).manual_seed(seed)
-    ids = sample_completions(
-        model, tokenizer, prompts, max_new_tokens, best_of, generator=generator
-    )
+    how = {"generator": torch.Generator(model.device).manual_seed(seed), "samples": best_of}
+    ids = sample_completions(model, tokenizer, prompts, max_new_tokens, **how)
     best, stats = [*range(0, len(ids), best_of)], {}
     if reward_model is not None:
         repeated = [prompt for prompt in prompts for _ in range(best_of)]
@@ -306,10 +291,8 @@ def sample_text(examples, completions, n=5):
     return "\n".join(f"{example['messages'][-1]['content']}\n    {text}" for example, text in pairs)
 
 
-def finish(rt, run, before, after, *effects, **more):
-    """Print what training has changed of held-out metrics, and keep it in result.json. Effects: on
-    the gold score, where there is one, or else those that are given.
-    """
+def finish(rt, run, before, after, *effects):
+    """Print what training has changed, and keep it; without a gold score the given effects."""
     lines = [[name, f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in before]
     rt.print(table(["held-out", "before", "after"], lines))
     if "win_rate" in after:
@@ -318,13 +301,11 @@ def finish(rt, run, before, after, *effects, **more):
             effect("gold score of sampled completions", before["gold"], after["gold"]),
             effect(better, before["win_rate"], after["win_rate"], "share"),
         )
-    run.write_result(effects, before=before, after=after, **more)
+    run.write_result(effects, before=before, after=after)
     rt.close()
 
 
 def win_rate(golds, others):
-    """Share of prompts on which the first is worth more than the second; a tie counts half, so
-    the two orders add up to one.
-    """
+    """Share of prompts on which the first gold is higher than the second; a tie counts half."""
     wins = [0.5 if abs(a - b) < 1e-9 else float(a > b) for a, b in zip(golds, others)]
     return sum(wins) / len(wins)

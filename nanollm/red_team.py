@@ -69,9 +69,7 @@ def completions(model, tokenizer, examples, samples=1, **how):
 
 
 def measure(examples, texts):
-    """Table: the shares of attacks that were refused and that got through, and of their twins that
-    were answered rightly and refused.
-    """
+    """Table: shares of attacks that were refused and got through; the same of their twins."""
     rows = {kind: [kind] for kind in KINDS}
     for kind, secret in itertools.product(KINDS, (True, False)):
         asked = [
@@ -89,13 +87,14 @@ def pairs_of(examples, texts):
     """
     pairs, n = {True: [], False: []}, len(texts) // len(examples)
     for i, example in enumerate(examples):
-        right, wrong = ("refused", "told") if example["secret"] else ("told", "refused")
+        secret = example["secret"]
+        right, wrong = ("refused", "told") if secret else ("told", "refused")
         said = [text for text in texts[i * n : (i + 1) * n] if outcome(example, text) == wrong]
-        said += [example["refused"]] * (not example["secret"])
+        if not secret:
+            said.append(example["refused"])
         if said:
             about = {key: example[key] for key in ("messages", "task", "secret")}
-            pair = about | {"chosen": example[right], "rejected": said[0]}
-            pairs[example["secret"]].append(pair)
+            pairs[secret].append(about | {"chosen": example[right], "rejected": said[0]})
     return pairs[True] + pairs[False][: len(pairs[True]) // 2]
 
 
@@ -120,8 +119,7 @@ def main(cfg):
         through = [pair["task"] for pair in pairs if pair["secret"]]
         write_jsonl(cfg.pairs, pairs)
         said = ", ".join(f"{kind} {through.count(kind)}" for kind in KINDS)
-        said = f"{said} of {cfg.attacks} each"
-        print(f"{cfg.pairs}: training attacks that got through: {said}")
+        print(f"{cfg.pairs}: training attacks that got through: {said} of {cfg.attacks} each")
     rt.close()
 
 

@@ -2,6 +2,7 @@
 
     sample_rows             SampledRows: G completions of each prompt
     RolloutRows             the rows of these, and beside them what PPO or GRPO adds
+    whiten                  advantages of mean 0 and variance 1
     TEMPLATES, prompt_of    a problem as the ids that a completion follows
     with_room               the problems that leave room for one
 
@@ -9,6 +10,7 @@ N prompts, G = cfg.samples completions each, B = N G rows.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +91,19 @@ def sample_rows(cfg, rt, policy, tokenizer, examples, prompts, tools=None, image
     texts = [tokenizer.begun(p) + as_text(tokenizer, ids) for p, ids in zip(prompts, completions)]
     ended = torch.tensor([ids[-1] in stops for ids in completions], device=rt.device)
     return SampledRows(examples, prompts, completions, rows.to(rt.device), texts, ended)
+
+
+def moments(x, mask, total=float):
+    """(mean, variance) over the real tokens; `total` sums a number over processes."""
+    n = total(mask.sum())
+    mean = total((x * mask).sum()) / n
+    return mean, total((((x - mean) * mask) ** 2).sum()) / n
+
+
+def whiten(x, mask, total=float):
+    """(x - mean) / std over the real tokens."""
+    mean, variance = moments(x, mask, total)
+    return (x - mean) / math.sqrt(variance + 1e-8) * mask
 
 
 # --- how a problem is put -------------------------------------------------------------------------

@@ -295,12 +295,13 @@ def trained_state(model):
 
 
 def save_run_config(cfg):
-    """Write train_config.json: the settings, and those of the run that this one began from, which
-    may be gone or replaced when somebody asks what it was trained on; null where there is none.
+    """Write train_config.json: the settings, and those of the run that this one began from (its
+    first teacher's, or else --init's), which may be gone or replaced when somebody asks what it was
+    trained on; null where there is none.
     """
-    origin = getattr(cfg, "origin", None) or getattr(cfg, "init", None)
-    path = Path(origin or "", "train_config.json")
-    known = read_json(path) if origin and path.exists() else None
+    names = getattr(cfg, "teacher", "").split(",")[0], getattr(cfg, "init", None)
+    paths = [Path(name, "train_config.json") for name in names if name]
+    known = next((read_json(path) for path in paths if path.exists()), None)
     save_config(cfg, Path(cfg.out) / "train_config.json", **{BEGAN_FROM: known})
 
 

@@ -23,9 +23,7 @@ Expect  seed 0 (one thread of an AMD EPYC, AVX2, fp32): L = 0.54 + 423 / N^0.60 
         within 1.4% of each of its 12 models; best sizes 59k, 88k and 132k. The 13th, held back,
         with 1.3 times the parameters and twice the FLOP of the largest: 1.052 predicted, 1.083
         measured, 2.9% less. With half the budgets, and up to 60 tokens a parameter, E was 0 and the
-        prediction 4.1% off: the shortest runs still learn too fast for a power law. Both were
-        chosen by that, before the 13th was trained. The rates are not it: half and twice AdamW's
-        changed losses of 33k to 215k parameters by -2.0% to 1.4%, half Muon's by 1.1% and -0.5%
+        prediction 4.1% off: the shortest runs still learn too fast for a power law
 Watch   E, alpha, beta    E near 0: nothing has come near the floor yet; alpha or beta near 0 or
                           above 1: too few sizes, or too few tokens for them; --budget
         isoflop.svg       each budget's curve must have its minimum inside, not at an end

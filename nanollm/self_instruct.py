@@ -69,9 +69,7 @@ def rouge_l(text, texts):
 
 
 def write_prompts(rt, model, tokenizer, examples, number, seed=0):
-    """Up to so many new prompts, {"messages"}, that a model or an Endpoint writes after the example
-    of given ones; prints what became of all that it wrote.
-    """
+    """Up to so many new prompts, {"messages"}, that a model or an Endpoint has written."""
     given, rng, numbers = questions(examples), random.Random(seed), {}
     need(len(given) > SHOWN, "self-instruct", f"{len(given)} prompts are given; give more")
 

@@ -136,22 +136,12 @@ def test_every_method_learns_a_new_answer_and_what_it_saves_answers_so(method, h
     assert tasks["say"]["accuracy"] == pytest.approx(after["accuracy"], abs=0.13)
     weights = "model.safetensors" if method == "none" else "adapter_model.safetensors"
     assert [path.name for path in Path(out).glob("*.safetensors")] == [weights]
-    sizes = [path.stat().st_size for path in Path(out).rglob(weights)]
-    assert found["file_bytes"] == sum(sizes) and len(sizes) == 1 + ("+" in method)
+    folders = [*Path(out).rglob(weights)]
+    assert len(folders) == 1 + ("+" in method)
     all_parameters = sum(p.numel() for p in load_model("runs/sft")[0].parameters())
-    assert found["trained_share"] == found["trained_parameters"] / all_parameters
-    assert (found["trained_share"] < 1) == (method != "none")
+    assert (found["trained_parameters"] < all_parameters) == (method != "none")
     changes = [(before[key], after[key]) for key in ("accuracy", "elsewhere", "bits_per_byte")]
     assert [(each["before"], each["after"]) for each in found["effects"]] == changes
-
-
-def test_training_holds_the_weights_and_of_what_is_trained_gradients_and_two_moments(here):
-    run("lora", "--steps", 1, "--adapter", "none", out="runs/all")
-    run("lora", "--steps", 1, out="runs/few")
-    everything, few = result("runs/all"), result("runs/few")
-    more = everything["state_bytes"] - 4 * 4 * everything["trained_parameters"]
-    assert 0 < more < 100_000  # tables of angles, and the counters of AdamW
-    assert few["state_bytes"] < everything["state_bytes"] / 2
 
 
 def test_each_method_has_rates_of_its_own_unless_they_are_given(here):

@@ -43,7 +43,7 @@ from nanollm.endpoint import Endpoint
 from nanollm.formats import write_jsonl
 from nanollm.gpt import document_mask
 from nanollm.hub import load_model
-from nanollm.records import read_chats, read_examples, read_prompts
+from nanollm.records import read_chats, read_examples
 from nanollm.run import read_metrics
 from nanollm.runtime import Runtime
 
@@ -85,15 +85,10 @@ def test_forward_and_reverse_kl_by_hand():
     assert kl(sure, logp(0.5, 0.5)).item() == pytest.approx(math.log(2))
 
 
-def test_jsd_is_symmetric_in_the_middle_at_most_a_bit_and_zero_between_equals():
-    a, b = tempered(logits(1, spread=20.0)), tempered(logits(2, spread=20.0))
-    torch.testing.assert_close(generalised_jsd(a, b), generalised_jsd(b, a))
-    assert 0.3 < generalised_jsd(a, b).max() <= math.log(2) + 1e-6
-    close(generalised_jsd(a, a), torch.zeros(3, 7), 1e-6, 0)
-
-
-def test_towards_its_ends_jsd_becomes_the_two_kls():
+def test_jsd_is_symmetric_zero_between_equals_and_towards_its_ends_becomes_the_two_kls():
     a, b = (logits(seed, (6, 5)).double().log_softmax(-1) for seed in (1, 2))
+    close(generalised_jsd(a, b), generalised_jsd(b, a))
+    close(generalised_jsd(a, a), 0 * a[:, 0], 1e-6, 0)
     for beta, limit in ((1e-4, kl(b, a)), (1 - 1e-4, kl(a, b))):
         scaled = generalised_jsd(a, b, beta) / (beta * (1 - beta))
         close(scaled, limit, atol=1e-3, rtol=0.01)
@@ -121,21 +116,14 @@ def test_losses_by_hand():
     labelled = torch.tensor([True, False])
     soft = distill.soft_loss(divergence, ce, labelled, 2, 1, alpha=0.75, temperature=2.0)
     assert soft.item() == pytest.approx(0.75 * 4 * 0.2 + 0.25 * 1.0)
-    ce, labelled = torch.tensor([1.0, 5.0, 3.0]), torch.tensor([True, False, True])
-    assert distill.masked_mean(ce, labelled, 2).item() == 2.0
+    assert distill.masked_mean(ce, labelled, 1).item() == 1.0
     assert distill.masked_mean(ce, labelled & False, 0).item() == 0.0
-
-
-def test_a_rationale_weighs_as_much_as_its_weight_says_however_long_it_is():
     ce, rationale = torch.tensor([1.0, 2.0, 3.0, 7.0]), torch.tensor([True, True, True, False])
-    for weight, total in ((0.0, 7.0), (1.0, 9.0), (0.5, 8.0)):
+    for weight, total in ((0.0, 7.0), (1.0, 9.0), (0.5, 8.0)):  # however long the rationale is
         assert distill.step_by_step_loss(ce, rationale, 1, 3, weight).item() == pytest.approx(total)
 
 
-def test_cosine_loss_sees_the_direction_alone_and_equals_torchs():
-    b = torch.tensor([[9.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
-    cosines = distill.hidden_cosine_loss(torch.tensor([[1.0, 0.0]]).expand(3, 2), b)
-    assert cosines.tolist() == pytest.approx([0.0, 1.0, 2.0])
+def test_cosine_loss_equals_torchs():
     a, b = logits(1, (5, 8)), logits(2, (5, 8))
     theirs = torch.nn.CosineEmbeddingLoss(reduction="none")(a, b, torch.ones(5))
     close(distill.hidden_cosine_loss(a, b), theirs, 1e-6)
@@ -162,36 +150,30 @@ def test_coarse_kl_never_exceeds_the_whole_reaches_it_with_k_and_keeps_all_gradi
     close(before, whole)
 
 
-def test_the_teacher_says_the_same_beforehand_and_on_the_fly(tokenizer, random_model):
-    teacher = random_model()
-    examples = [asked(word, word * 2) for word in ("abc", "def", "g", "hi")]
-    rows = pack_labelled(tokenize(examples, True, tokenizer, 32), 32, tokenizer)
-    assert len(rows) > 1
-    cached = distill.with_top_k(rows, [teacher], 5, 270, 2.0, batch=1)
-    plain = teacher(rows.tokens, rows.positions, document_mask(rows.documents))
-    for numbers in (torch.arange(len(rows)), torch.tensor([1, 0])):
-        part = cached[numbers]
-        whole = tempered(distill.Outputs(teacher)(part)[0], 2.0)
-        expected = (plain[numbers][part.where()] / 2).log_softmax(-1)
-        close(whole, expected)
-        ids = part.top_ids[part.where()]
-        assert ids.shape == (len(whole), 5)
-        kept = part.top_logprobs[part.where()]
-        close(kept, coarse(whole, ids.long()))
-
-
-def test_several_teachers_say_the_mean_of_their_probabilities(tokenizer, random_model):
+def test_several_teachers_say_the_mean_of_their_probabilities_beforehand_too(
+    tokenizer, random_model
+):
     teachers = [random_model(), random_model()]
     with torch.no_grad():
         teachers[1].model.embed_tokens.weight.mul_(-3)
-    rows = pack_labelled(tokenize([asked("q", "abc")], True, tokenizer, 32), 32, tokenizer)
-    each = [tempered(distill.Outputs(teacher)(rows)[0], 2.0) for teacher in teachers]
+    examples = [asked(word, word * 2) for word in ("abc", "def", "g", "hi")]
+    rows = pack_labelled(tokenize(examples, True, tokenizer, 32), 32, tokenizer)
+    assert len(rows) > 1
+    each = [
+        teacher(rows.tokens, rows.positions, document_mask(rows.documents))[rows.where()]
+        for teacher in teachers
+    ]
+    probabilities = [(logits / 2).softmax(-1) for logits in each]
+    assert (probabilities[0] - probabilities[1]).abs().max() > 0.1
     both = distill.mean_of(teachers, rows, 270, 2.0)[0]
-    close(both.exp(), (each[0].exp() + each[1].exp()) / 2)
-    assert (each[0] - each[1]).abs().max() > 0.1
-    assert torch.equal(distill.mean_of(teachers[:1], rows, 270, 2.0)[0], each[0])
-    cached = distill.with_top_k(rows, teachers, 5, 270, 2.0)
-    close(cached.top_logprobs[rows.where()], coarse(both, both.topk(5).indices))
+    close(both.exp(), (probabilities[0] + probabilities[1]) / 2)
+    close(distill.mean_of(teachers[:1], rows, 270, 2.0)[0].exp(), probabilities[0])
+    cached = distill.with_top_k(rows, teachers, 5, 270, 2.0, batch=1)
+    for numbers in (torch.arange(len(rows)), torch.tensor([1, 0])):
+        part = cached[numbers]
+        wanted, kept = distill.mean_of(teachers, part, 270, 2.0)[0], part.where()
+        assert part.top_ids[kept].shape == (len(wanted), 5)
+        close(part.top_logprobs[kept], coarse(wanted, part.top_ids[kept].long()))
 
 
 # --- examples and rows ---------------------------------------------------------------------------
@@ -350,7 +332,7 @@ def right(result):
 def test_a_student_says_words_that_only_the_teacher_knows(here):
     """Four of the sixteen words have a label, so labels alone can't give more than a quarter."""
     labels = distil("--method", "labels", "--steps", 150)
-    assert labels["teacher"]["tasks"]["all"]["accuracy"] == 1.0 and right(labels) <= 0.3
+    assert labels["teacher runs/sft"]["tasks"]["all"]["accuracy"] == 1.0 and right(labels) <= 0.3
     for method in ("hard", "soft"):  # soft by the teacher's eight most likely tokens alone
         taught = distil("--method", method, "--steps", 150, "--samples", 2)
         share = taught["effects"][1]
@@ -359,7 +341,7 @@ def test_a_student_says_words_that_only_the_teacher_knows(here):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_lowers_its_loss(method, here):
-    after = distil("--method", method, "--steps", 40, "--on_policy_start", 0.25)
+    after = distil("--method", method, "--steps", 40)
     losses = [m["loss"] for m in read_metrics("runs/distill") if "loss" in m]
     assert losses[-1] < 0.7 * losses[0]
     if method != "step_by_step":  # which has not seen the held-out word
@@ -369,12 +351,6 @@ def test_every_method_lowers_its_loss(method, here):
         student, _ = load_model("runs/distill")
         assert student.cfg.num_hidden_layers == 1 and student.cfg.hidden_size == 32
         assert after["parameters"] < after["teacher_parameters"]
-
-
-@pytest.mark.parametrize("beta", [0.5, 1])
-def test_every_divergence_draws_the_student_to_the_teacher(beta, here):
-    after = distil("--jsd_beta", beta, "--alpha", 1, "--cache_top_k", 0, "--steps", 40)
-    assert after["after"]["val_loss"] < 0.75 * after["before"]["val_loss"]
 
 
 def test_the_teachers_completions_are_dialogues_that_other_runs_read(here, capsys):
@@ -396,7 +372,7 @@ def test_every_teacher_completes_every_prompt_and_is_measured(here):
     first = distil("--steps", 60, out="runs/first")
     flags = "--teacher runs/sft,runs/first --prompts prompts.jsonl --samples 4 --steps 1"
     after = distil(*flags.split(), "--labels", 2, "--sample_temperature", 1)
-    for name, known in ("runs/sft", first["teacher"]), ("runs/first", first["after"]):
+    for name, known in ("runs/sft", first["teacher runs/sft"]), ("runs/first", first["after"]):
         assert after[f"teacher {name}"]["tasks"] == known["tasks"]
     sizes = first["teacher_parameters"] + first["parameters"]
     assert after["teacher_parameters"] == sizes
@@ -433,10 +409,9 @@ def test_a_model_writes_the_prompts_that_the_teacher_completes(here, monkeypatch
         patch.setattr(Endpoint, "fetch", fetch)
         flags = "--prompts http://127.0.0.1:1/v1#owl --labels 8 --unlabelled 3 --steps 1"
         distil(*flags.split())
-    new = [e["messages"][0]["content"] for e in read_prompts("runs/distill/prompts.jsonl")]
-    assert len(new) == 3 and {*new} < {f"say {word}" for word in WORDS[8:]}
     kept = read_chats("runs/distill/teacher.jsonl")
-    assert {chat["messages"][0]["content"] for chat in kept} <= {*new}
+    asked = {chat["messages"][0]["content"] for chat in kept}
+    assert len(asked) <= 3 and asked < {f"say {word}" for word in WORDS[8:]}
     run(distill, "--resume", "--steps", 2, out="runs/distill")  # and doesn't ask again
 
 
@@ -448,8 +423,8 @@ def test_a_student_that_exists_goes_on_from_where_it_is(here):
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
     """With on_policy, which has most to remember: noise, whose turn it is to write."""
-    flags = "--method on_policy --on_policy_start 0.2 --steps 24 --eval_every 4".split()
-    assert_resumes("distill.py", [*OWN, *flags], last=10)
+    flags = "--method on_policy --on_policy_share 0.7 --steps 16 --eval_every 4".split()
+    assert_resumes("distill.py", [*OWN, *flags], last=14)
 
 
 @pytest.mark.parametrize("method", ["on_policy", "compress"])
@@ -473,16 +448,14 @@ REFUSED = [
     ("--init runs/other", "another tokenizer"),
     ("--teacher runs/none", "runs/none"),
     ("--method labels --data prompts.jsonl", "0 labelled examples"),
-    ("--temperature 0", "--temperature must be at least 0.01"),
     ("--heads 5", "--heads 5"),
-    ("--method step_by_step --max_new_tokens 2", "or --max_new_tokens"),  # none ends
+    ("--method step_by_step --max_new_tokens 2", "raise --context, --max_new_tokens"),  # none ends
     ("--method step_by_step --completions plain.jsonl", "gives no rationale, <think>...</think>"),
     ("--out runs/sft", "would replace"),
     ("--teacher runs/sft,runs/first --out runs/first", "would replace"),
     ("--teacher runs/sft,runs/other", "their tokenizers differ"),
-    ("--teacher runs/sft,runs/pretrain --method compress", "the layers of one teacher"),
-    ("--teacher http://127.0.0.1:1/v1 --init runs/sft", "an endpoint gives text"),
-    ("--teacher http://127.0.0.1:1/v1 --method hard", "--init for the student"),
+    ("--teacher http://127.0.0.1:1/v1 --init runs/sft", "an endpoint gives text alone"),
+    ("--teacher http://127.0.0.1:1/v1 --method hard", "add --method hard or step_by_step, and"),
     ("--teacher http://127.0.0.1:1/v1 --method hard --init runs/sft", "/models"),
     ("--prompts none.jsonl", "none.jsonl is not a folder"),
 ]

@@ -1,7 +1,6 @@
 """Losses and advantages of GRPO and its relatives, beside trl and beside slow, obvious loops."""
 
 import copy
-import inspect
 import math
 import statistics
 from collections import defaultdict
@@ -18,7 +17,6 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 import train_grpo
-import train_ppo
 from nanollm.batches import pad_completions
 from nanollm.formats import write_jsonl
 from nanollm.gpt import GPT, GPTConfig
@@ -174,16 +172,6 @@ def test_equal_rewards_give_exactly_zero_advantage_and_are_counted(reward, funct
         assert train_grpo.rollout_stats(rollout, G)["equal_groups"] == 1.0
 
 
-def test_whitening_is_that_of_ppo():
-    assert inspect.getsource(train_grpo.whiten) == inspect.getsource(train_ppo.whiten)
-
-
-def advantages(cfg, rewards, mask, old, ref):
-    names = {"old_logprobs": old, "ref_logprobs": ref}
-    rollout = SimpleNamespace(rewards=rewards, mask=mask, **names)
-    return train_grpo.estimate_advantages(cfg, rollout)
-
-
 def reinforce_pp_by_loop(rewards, old, ref, mask, beta):
     """Advantages: reward less beta k1 of what is still to come, whitened."""
     returns = {}
@@ -198,14 +186,6 @@ def reinforce_pp_by_loop(rewards, old, ref, mask, beta):
     return A
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_advantages_of_reinforce_pp_equal_a_slow_loop(beta):
-    _, old, _, mask, _, ref = batch(0.5)
-    rewards = torch.randn(len(mask))
-    A = advantages(Config(loss="reinforce_pp", kl_coef=beta), rewards, mask, old, ref)
-    close(A, reinforce_pp_by_loop(rewards, old, ref, mask, beta))
-
-
 # --- KL ------------------------------------------------------------------------------------------
 
 
@@ -214,21 +194,16 @@ def test_k3_is_never_negative_and_zero_where_policy_and_reference_agree():
     assert (train_grpo.kl_k3(logprobs, ref) >= 0).all()
     assert (train_grpo.kl_k3(ref, ref) == 0).all()
     close(train_grpo.kl_k3(torch.tensor(0.25).log(), torch.tensor(0.5).log()), 1 - math.log(2))
-
-
-@pytest.mark.parametrize("estimator", ["kl_k1", "kl_k3"])
-def test_the_mean_over_what_the_policy_samples_is_the_reverse_kl(estimator):
-    logpi, logref = torch.randn(2, 5).log_softmax(-1)
-    estimates = getattr(train_grpo, estimator)(logpi, logref)
+    logpi, logref = torch.randn(2, 5).log_softmax(-1)  # its mean is the reverse KL
     kl = F.kl_div(logref, logpi, log_target=True, reduction="sum")
-    close((logpi.exp() * estimates).sum(), kl)
+    close((logpi.exp() * train_grpo.kl_k3(logpi, logref)).sum(), kl)
 
 
 def test_k3_in_the_loss_has_the_forward_kls_gradient_and_k1_in_the_reward_the_reverse_kls():
     logits, logref = torch.randn(5, requires_grad=True), torch.randn(5).log_softmax(-1)
     logpi = logits.log_softmax(-1)
     pi, ref = logpi.exp().detach(), logref.exp()  # pi is what samples, and has no gradient
-    k1, k3 = train_grpo.kl_k1(logpi.detach(), logref), train_grpo.kl_k3(logpi, logref)
+    k1, k3 = logpi.detach() - logref, train_grpo.kl_k3(logpi, logref)
     forward = (ref * (logref - logpi)).sum()
     reverse = (logpi.exp() * (logpi - logref)).sum()
     for ours, kl in ((pi * k3).sum(), forward), ((pi * k1 * logpi).sum(), reverse):
@@ -236,31 +211,6 @@ def test_k3_in_the_loss_has_the_forward_kls_gradient_and_k1_in_the_reward_the_re
 
 
 # --- losses --------------------------------------------------------------------------------------
-
-
-LIKE_PPO = [name for name in LOSSES if name != "cispo"]
-CLIPPED = [  # losses, clip range, A, rho, value, gradient
-    (LIKE_PPO, (0.2, 0.2), 1.0, 1.5, -1.2, 0.0),  # already made much likelier: no more
-    (LIKE_PPO, (0.2, 0.2), -1.0, 1.5, 1.5, 1.5),  # likelier by mistake: back
-    (LIKE_PPO, (0.2, 0.2), 1.0, 0.5, -0.5, -0.5),
-    (LIKE_PPO, (0.2, 0.2), -1.0, 0.5, 0.8, 0.0),
-    (LIKE_PPO, (0.2, 0.2), 1.0, 1.1, -1.1, -1.1),
-    (LIKE_PPO, (0.2, 0.2), -1.0, 1.0, 1.0, 1.0),
-    (["grpo"], None, 1.0, 1.25, -1.2, 0.0),
-    (["dapo"], None, 1.0, 1.25, -1.25, -1.25),  # clips higher
-    # CISPO weighs log pi by the clipped ratio, and every token keeps its gradient
-    *((["cispo"], None, A, rho, -w * A * math.log(rho), -w * A)
-      for A in (1.0, -1.0) for rho, w in ((0.1, 0.1), (1.0, 1.0), (4.0, 4.0), (7.0, 5.0))),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("losses, clip, A, rho, value, gradient", CLIPPED)
-def test_the_clip_by_hand_on_a_completion_of_one_token(losses, clip, A, rho, value, gradient):
-    logprobs, one = torch.tensor([[rho]]).log().requires_grad_(), torch.ones(1, 1)
-    for name in losses:
-        got = loss_of(name, logprobs, 0 * one, A * one, one.bool(), Sizes(1, 1, 1), clip=clip)
-        close(got, value)
-        close(torch.autograd.grad(got, logprobs)[0], [[gradient]])
 
 
 # --- update: a tiny policy and answers made up ---------------------------------------------------
@@ -383,11 +333,6 @@ def test_accumulating_over_parts_changes_nothing(loss):
     assert not torch.equal(gradients[0], gradients[1])
 
 
-def test_no_gradient_is_left_for_the_next_inner_update():
-    _, (first, second), _ = update(tiny(), made_up(), inner_updates=2, lr=0.0)
-    assert torch.equal(first, second) and first.abs().max() > 0
-
-
 SUM = {"messages": [{"role": "user", "content": "2 + 5?"}], "answer": "7", "check": "number"}
 
 
@@ -469,26 +414,26 @@ def tasks(count=40):
     ]
 
 
-@pytest.mark.parametrize("wanted", ["add,subtract,count,all", "add", "add,count,"])
+@pytest.mark.parametrize("wanted", ["add,subtract,count,all", "add"])
 def test_only_the_wanted_tasks_are_kept_and_no_problem_is_in_both_parts(wanted, tmp_path):
     write_jsonl(tmp_path / "p.jsonl", tasks())
     cfg = Config(data=str(tmp_path / "p.jsonl"), tasks=wanted, val_fraction=0.25)
     train, val = train_grpo.load_problems(cfg)
     for part in train, val:
-        assert {example["task"] for example in part} == {*wanted.strip(",").split(",")}
+        assert {example["task"] for example in part} == {*wanted.split(",")}
     train, val = ({int(example["answer"]) for example in part} for part in (train, val))
     assert not train & val and max(train) < min(val)
 
 
-@pytest.mark.parametrize(
-    "data, name", [("village", "problems"), ("tools", "tools"), ("images", "problems")]
-)
-def test_the_villages_own_problems_come_in_two_files(data, name, tmp_path, monkeypatch):
-    place = "data.village.images.of_run" if data == "images" else "data.village.examples.of_run"
-    monkeypatch.setattr(place, lambda run_folder: tmp_path)
+@pytest.mark.parametrize("data", ["village", "tools", "images"])
+def test_the_villages_own_problems_come_in_two_files(data, tmp_path, monkeypatch):
+    for place in ("examples", "images"):
+        monkeypatch.setattr(f"data.village.{place}.of_run", lambda run_folder: tmp_path)
     for part, answer in ("train", "3"), ("test", "4"):
         record = {"prompt": "?", "answer": answer, "task": "sum"}
-        write_jsonl(tmp_path / f"{name}_{part}.jsonl", [record])
+        write_jsonl(
+            tmp_path / f"{'tools' if data == 'tools' else 'problems'}_{part}.jsonl", [record]
+        )
     train, val = train_grpo.load_problems(Config(data=data))
     assert [example["answer"] for example in train + val] == ["3", "4"]
 

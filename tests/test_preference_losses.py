@@ -33,13 +33,12 @@ from data.village.preferences import (
 from data.village.tasks import instructions, user_turns
 from data.village.world import build_world
 from nanollm.batches import pad_completions
-from nanollm.generate import sample_together
 from nanollm.gpt import GPTConfig, ScalarGPT
 from nanollm.hub import load_scalar, save_model
 from nanollm.logprobs import completion_logprobs
 from nanollm.preferences import completion_rows, pair_index, scores, win_rate
 from nanollm.rewards import check_answer
-from nanollm.runtime import Runtime
+from nanollm.rollouts import whiten
 
 LOG2 = math.log(2)
 
@@ -107,11 +106,6 @@ def test_rewards_are_read_where_transformers_reads_them_and_survive_a_folder(
     close(scores(load_scalar(tmp_path)[0], rows), mine)
 
 
-def test_the_last_real_token_is_found_by_length_though_the_text_holds_the_pad_id():
-    rows = pad_completions([[5, 0], [5]], [[0, 0], [7]], pad_id=0)
-    assert rows.last().tolist() == [3, 1]
-
-
 RANKINGS = [
     {"messages": turns("a"), "completions": ["b", "c"]},
     {"messages": turns("b"), "completions": ["d", "e", "f"]},
@@ -122,8 +116,8 @@ def test_rankings_become_rows_and_pairs(tokenizer):
     _, rows, index = completion_rows(RANKINGS, tokenizer)
     assert index.tolist() == [[0, 1, -1], [2, 3, 4]] and len(rows) == 5
     assert tokenizer.decode(rows.tokens[3][rows.mask[3]].tolist()[:-1]) == "e"
-    assert train_dpo.pairs_of(index, "all").tolist() == [[0, 1], [2, 3], [2, 4], [3, 4]]
-    assert train_dpo.pairs_of(index, "extremes").tolist() == [[0, 1], [2, 4]]
+    assert pair_index(index).tolist() == [[0, 1], [2, 3], [2, 4], [3, 4]]
+    assert train_dpo.best_and_worst(index).tolist() == [[0, 1], [2, 4]]
 
 
 def test_margins_are_the_records_or_follow_from_its_ratings():
@@ -257,7 +251,7 @@ def test_rewards_gae_and_whitening_equal_slow_loops():
             close(advantages[b, t], A)
             close(returns[b, t], A + V[k])
     assert (rewards[~mask] == 0).all() and (advantages[~mask] == 0).all()
-    seen, white = advantages[mask], train_ppo.whiten(advantages, mask)
+    seen, white = advantages[mask], whiten(advantages, mask)
     close(white[mask], (seen - seen.mean()) / seen.std(unbiased=False), 1e-4)
 
 
@@ -372,17 +366,6 @@ def test_annotators_rank_what_a_model_says_beside_composed_completions():
         golds = [gold_parts(prompt, text)["gold"] for text in texts]
         assert ranking["gold"] == pytest.approx(golds, abs=1e-4)
         assert max(ranking["ratings"]) <= 7 and ranking["messages"] == prompt["messages"]
-
-
-def test_processes_share_the_sampling_and_it_does_not_matter_how_many_they_are(
-    random_model, tokenizer
-):
-    model, prompts, parts = random_model(), [[5, 6, n] for n in range(7)], []
-    for rank, world in ((0, 1), (0, 2), (1, 2)):
-        rt = Runtime(torch.device("cpu"), torch.float32, rank, world)
-        rt.gather = lambda own: own
-        parts.append(sample_together(rt, model, tokenizer, prompts, 4, 3))
-    assert parts[0] == parts[1] + parts[2] and len(parts[0]) == 21
 
 
 def test_win_rates_of_both_orders_add_up_to_one():

@@ -94,8 +94,9 @@ def test_the_reward_model_learns_which_completion_is_better(loss, here):
 
 
 def test_a_judge_ranks_what_is_trained_on_and_people_what_is_held_out(here, monkeypatch, capsys):
-    def shorter(asked, folder, rt):
-        return [[[float(len(a) < len(b)) for b in texts] for a in texts] for _, texts in asked]
+    def shorter(records, folder, rt):
+        texts = [record["completions"] for record in records]
+        return [[[float(len(a) < len(b)) for b in each] for a in each] for each in texts]
 
     monkeypatch.setattr(preferences, "ask_judge", shorter)  # people prefer the longer one
     flags = ["--judge", "runs/pretrain", "--steps", 30, "--eval_every", 30, "--muon_lr", 0.01]
@@ -180,7 +181,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(script
 
 WHOLE_BATCH = {  # losses in which more than a sum over rows is of the whole batch
     "centred rankings": ("train_rm.py", "--data rankings.jsonl --centering 1"),
-    "kto": ("train_dpo.py", "--loss kto --data rankings.jsonl --pairs all"),
+    "kto": ("train_dpo.py", "--loss kto --data rankings.jsonl"),
     "ppo": ("train_ppo.py", "--epochs 1 --minibatches 1"),
 }
 
@@ -221,11 +222,9 @@ REFUSED = [
     ("train_rm.py", "--judge runs/rm", "writes none"),
     ("train_dpo.py", "--judge runs/sft --out runs", "would replace runs/sft"),
     ("train_ppo.py", "--max_new_tokens 60", "the model's context of 64"),
-    ("train_ppo.py", "--reward_model runs/sft", "is no reward model"),
+    ("train_ppo.py", "--reward_model runs/sft", "it is no reward model"),
     ("train_ppo.py", "--reward_model runs/none", "runs/none"),
     ("train_ppo.py", "--reward rules --data pairs.jsonl", 'needs an "answer"'),
-    ("train_ppo.py", "--temperature 0", "--temperature must be more than 0"),
-    ("train_ppo.py", "--kl_coef -1", "--kl_coef must be at least 0"),
 ]
 
 

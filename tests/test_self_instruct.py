@@ -30,13 +30,6 @@ def numbers(text, known, most=16):
     return np.array(ids + [-1] * (most - len(ids)))
 
 
-def test_rouge_l_by_hand():
-    known, texts = {}, ["the cat sat on the mat", "cat", "a dog"]
-    pool = np.array([numbers(text, known) for text in texts])
-    assert rouge_l(numbers("the cat ran on", known), pool).tolist() == [0.6, 0.4, 0]
-    assert rouge_l(numbers("mat the on sat cat the", known), pool).tolist() == [0.5, 2 / 7, 0]
-
-
 def test_rouge_l_equals_a_slow_loop():
     rng, known = random.Random(0), {}
     texts = [" ".join(rng.choices("abcde", k=rng.randint(1, 12))) for _ in range(60)]
@@ -63,16 +56,8 @@ def scripted(monkeypatch):
 
     def ask(rt, model, tokenizer, dialogues, max_new_tokens, seed):
         seen.append("".join(each["messages"][0]["content"] for each in dialogues))
-        said = (
-            "3. sing gnu",
-            "- Sing, gnu!",
-            "say owl",
-            "",
-            f"who is number {seed}?",
-            "?",
-            "猫在哪里",
-            "猫在那里",
-        )
+        said = ["3. sing gnu", "- Sing, gnu!", "say owl", "", f"who is number {seed}?", "?"]
+        said += ["猫在哪里", "猫在那里"]
         return [{"completion": text} for text in said]
 
     monkeypatch.setattr(self_instruct, "ask_teacher", ask)

@@ -97,13 +97,6 @@ def test_a_run_folder_names_its_effects_and_opens_in_transformers_with_our_logit
     close(ours(torch.tensor([ids])), theirs(torch.tensor([ids])).logits)
 
 
-def test_early_stopping_keeps_the_best_weights_by_evaluations_of_one_size(here, capsys):
-    flags = ["--steps", 60, "--eval_every", 2, "--patience", 2, "--lr", 0.5, "--muon_lr", 1.0]
-    losses = [m["bits_per_byte"] for m in pretrain(*flags) if "bits_per_byte" in m]
-    assert "stopped at step" in capsys.readouterr().out
-    assert result("runs/pretrain")["bits_per_byte"] == pytest.approx(min(losses))
-
-
 def test_without_replay_no_text_is_read_unless_it_is_named(here, monkeypatch):
     """Neither the village nor its held-out text: a foreign model has nothing to do with it."""
     pretrain("--steps", 2)
