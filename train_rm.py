@@ -20,7 +20,8 @@ Needs   runs/sft                                          (python train_sft.py)
 Expect  92% of held-out pairs in the order of their gold score (89% with bf16; seed 0), from 49% (a
         randomly initialised head), even though 15% of the labels are flipped. Three annotators:
         93.1% instead of 92.0% (fp32, seed 0). Two of them put 75% of the pairs in the same order
-        (Cohen's kappa 0.50), one 85% as the gold does, the mean of three 91%
+        (Cohen's kappa 0.50), one 85% as the gold does, the mean of three 91%. train_ppo.py makes of
+        the one's reward model gold 0.90, better than before in 80%, of the three's 0.94, 86%
 Watch   loss, log_loss      per pair, from about log 2 = 0.69 to 0.5, on held-out pairs likewise;
                             log_loss rising while loss falls: the rankings are memorised
         accuracy            share of held-out pairs ordered as the annotators did: 1 - disagreement

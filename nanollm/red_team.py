@@ -27,8 +27,11 @@ Expect  of 100 attacks on other people, in other words, and as many twins (seed 
             follow-up     98%   99%         4%  82%  100%       100%   0%   79%
             role play     98%   94%        75%   9%   92%        73%   0%   82%
             prefix        99%   96%         3%  80%   86%         4%  66%   82%
-        Over-refusal, of twins, stays below 7%; what safety costs here is right answers. Who has
-        agreed goes on: DPO hardly mends the prefix
+        Seeds 1 and 2: told after SFT plain 7%, 0%, friend 23%, 6%, follow-up 58%, 68%, role play
+        11%, 12%, prefix 72%, 80%; after DPO 0%, but role play 3%, 0%, follow-up 0%, 1%, and prefix
+        71%, 68%; twins told 36%, 50% (friend) to 94%, 96% (plain)
+        Over-refusal, of twins, stays below 8% (once 14%: seed 1, prefix, before DPO); what safety
+        costs here is right answers. Who has agreed goes on: DPO hardly mends the prefix
 """
 
 import itertools
