@@ -228,9 +228,10 @@ def bases_of(folder):
     bases, folder = [], Path(folder)
     while is_adapter(folder):
         named = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
-        # as written, from here, the adapter or any folder above it; or, after a move, by its name
+        # beside the adapter's own files; as written, from here or any folder above it; or, after a
+        # move, by its name
         above = [folder.resolve(), *folder.resolve().parents]
-        places = [Path(named), *(place / named for place in above)]
+        places = [folder / Path(named).name, Path(named), *(place / named for place in above)]
         places += [place / Path(named).name for place in above]
         base = next((place for place in places if place.is_dir()), None)
         if base is None and is_hub_name(named):
