@@ -178,7 +178,10 @@ def comments_of(config_class):
     """
     found = {}
     for base in reversed(config_class.__mro__[:-1]):
-        source = inspect.getsource(base)
+        try:
+            source = inspect.getsource(base)
+        except OSError:  # a class typed at a prompt has no source to read
+            continue
         lines, end, group = source.splitlines(), 0, None
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
@@ -218,7 +221,7 @@ def parser_of(config_class, presets):
     first = ["preset"] if presets else []
     first += vars(config_class).get("__annotations__", ())  # what the script itself adds
     for name in dict.fromkeys([*first, *fields]):
-        comment, group = comments[name]
+        comment, group = comments.get(name, ("", "settings"))
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         values = {"default": fields[name].default}

@@ -377,7 +377,7 @@ REFUSED = {
     "row beyond the model": ([*ALIGN, "--context", 65], "beyond the model's context of 64"),
     "patches leave an edge": ([*CLIP, "--image_size", 20], "or the border is never seen"),
     "pixel shuffle of a class token": ([*ALL, "--projector", "pixel_shuffle"], "add --no_class"),
-    "replay of no row": ([*INSTRUCT, "--replay", 0.01], "would be 0 of 12 rows; change it"),
+    "replay of no row": ([*INSTRUCT, "--replay", 0.01], "would be 0 of 12 rows"),
     "long examples": ([*INSTRUCT, "--test_data", "long_examples.jsonl"], "context of 64"),
     "damaged examples": ([*INSTRUCT, "--test_data", "damaged_examples.jsonl"], "damaged.png"),
     "adapter and tower": ([*INSTRUCT, "--adapter", "lora", "--train_vision"], "all,vision"),
