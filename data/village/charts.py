@@ -28,8 +28,8 @@ Expect  seed 0, fp32, one core (AMD EPYC, AVX2) that other runs shared, 45 minut
         100%. Where steps did not name the larger of two, most and fewest stayed at 21% and 62%
         (validation, seed 7). Charts as images (--test_examples 40): 99.6%, total 97.5%, the others
         100%; 10% without seeing them (--no_images --steps 100). Charts are read late: val_loss
-        val_loss 0.34, 0.19, 0.07, 0.016, 0.007, 0.0006 after each 200 steps. Of the village's
-        questions without images 0% are left after the texts, but 97% at the end, as before it all
+        0.34, 0.19, 0.07, 0.016, 0.007, 0.0006 after each 200 steps. Of the village's questions
+        without images 0% are left after the texts, but 97% at the end, as before it all
 """
 
 import random
