@@ -18,6 +18,7 @@ from data.village.image_questions import (
     TASKS,
     WORDINGS,
     answer_of,
+    completion,
     is_true,
     names_held_out,
     read,
@@ -205,6 +206,19 @@ def test_every_answer_in_a_dialogue_is_true_and_nothing_is_asked_twice(files, sc
     assert 0.68 < steps[True] / sum(steps.values()) < 0.82  # three of four that need steps
 
 
+@pytest.mark.parametrize(
+    "question, said",
+    [
+        ("Are there more lanterns than candles?", "3: more no, fewer yes. So more no.</think>No."),
+        ("Are there any blue cups?", "purple no. So blue no.</think>No."),
+        ("Are there any red cups?", "purple no. So red yes.</think>Yes."),
+        ("Are there any red stars?", "In the sky: lanterns 2, stars 0. So stars 0.</think>No."),
+    ],
+)
+def test_yes_and_no_are_looked_up_behind_the_word_that_was_asked(question, said):
+    assert completion(VILLAGE, read(question)).endswith(said)
+
+
 OF_SPLIT = {"test": ["questions_test", "problems_test"], "combos": ["combos_test"]}
 OF_SPLIT |= {"val": ["examples_val"], "combos_val": ["combos_val"]}
 
@@ -288,9 +302,8 @@ def test_what_is_thought_has_to_be_true_too(question, thought, wrong, answer):
 
 def test_every_wording_is_read_as_itself(files):
     texts = [q for example in files["train"]["questions_train"] for q, _ in turns(example)]
-    wordings = [wording for task in TASKS for wording in WORDINGS[task]]
-    assert {read(text).wording for text in texts} == set(wordings)
-    assert len(set(wordings)) == len(wordings)
+    wordings = {(task, wording) for task in TASKS for wording in WORDINGS[task]}
+    assert {read(text)[:2] for text in texts} == wordings
 
 
 # --- what is held out, and what a guess gets -----------------------------------------
@@ -331,8 +344,8 @@ def test_a_guess_without_the_image_gets_little(files):
     for (task, _), counts in answers.items():
         guess[task] += max(counts.values()) / asked[task]
     assert sum(guess.values()) / len(guess) < 0.4
-    assert all(guess[task] < 0.55 for task in ("existence", "comparison"))
-    assert all(guess[task] < 0.5 for task in set(TASKS) - {"existence", "comparison"})
+    asks_yes_or_no = {"existence", "coloured", "comparison"}
+    assert all(guess[task] < (0.55 if task in asks_yes_or_no else 0.5) for task in TASKS)
     counts = Counter(example["answer"] for example in examples if example["task"] == "count")
     assert set(counts) == set("0123") and max(counts.values()) < 80
 

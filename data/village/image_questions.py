@@ -1,8 +1,8 @@
 """Questions about a scene, their answers, and a checker: it reads a question and says whether an
 answer is true.
 
-    existence   count   colour   place   comparison       plain: one look is enough
-    sum         more    total    season                   steps: `steps_of` writes them down
+    existence   coloured   count    colour   place   comparison   plain: one look is enough
+    sum         more       total    season                        steps: `steps_of` writes them
 
 A question is a wording with slots, for example "How many {objects} are there?". `ask` fills the
 slots; `read` goes back, by a regular expression made of the same wording. So whatever can be asked
@@ -49,6 +49,7 @@ season      Which season is it? | What season does the picture show?
             In which season was this painted? | Is it spring, summer, autumn or winter?
             What time of the year is it here?
 """)
+WORDINGS["coloured"] = WORDINGS["existence"]  # "Are there any blue bells?"
 TASKS = tuple(WORDINGS)
 SUMS = ("sum", "more", "total")
 STEPS = (*SUMS, "season")
@@ -118,6 +119,7 @@ def read(text):
         if found:
             said = {key: word.lower() for key, word in found.groupdict().items() if word}
             kind, other = KIND_OF.get(said.get("kind")), KIND_OF.get(said.get("other"))
+            task = "coloured" if task == "existence" and "colour" in said else task
             return Question(task, wording, kind, said.get("colour"), other)
     return None
 
@@ -143,7 +145,7 @@ def truth(scene, question):
         if not a or not b or group.size == rest.size:
             return None
         return "yes" if group.size == "big" else "no"
-    if task in ("existence", "comparison"):
+    if task in ("existence", "coloured", "comparison"):
         return "yes" if (a < b if "fewer" in wording else a > b) else "no"
     total = sum(group.number for group in scene.groups)
     return str({"count": a, "sum": a + b, "more": abs(a - b), "total": total}[task])
@@ -172,6 +174,7 @@ def look(scene, row, kind=None, size=False, colour=False):
 
 def completion(scene, question, steps=False):
     """The answer, mostly after a look at what was asked for: two easy steps instead of a hard one.
+    Whether two words are the same is hard, so "yes" and "no" are looked up, behind the word asked.
 
     Of STEPS the result alone, or behind its steps; every number and every sum in them is true.
     """
@@ -183,21 +186,29 @@ def completion(scene, question, steps=False):
     row = row_of(kind)
     if task in ("colour", "place"):
         return look(scene, row, kind, colour=True)
-    if task in ("count", "existence"):
+    if task in ("count", "existence", "coloured"):
         # to look a number up by its kind is easier than to see whether two kinds are the same
         numbers = ", ".join(f"{KINDS[each]} {scene.count(each)}" for each in ROWS[row])
         thought = f"{IN_ROW[row]}: {numbers}. So {KINDS[kind]} {scene.count(kind)}."
+        if task == "coloured" and scene.count(kind):  # and so with its colour
+            seen = scene.group(kind).colour
+            colours = ", ".join(f"{each} {'yes' if each == seen else 'no'}" for each in COLOURS)
+            thought += f" They are {seen}: {colours}. So {colour} {answer}."
         if task == "count":
             verb = "is" if answer == "1" else "are"
             answer = f"there {verb} {answer} {named(kind, colour, int(answer))}"
         return f"<think>{thought}</think>{answer.capitalize()}."
     bigger = "bigger" in wording
-    seen = [look(scene, row_of(each), each, size=bigger) for each in (kind, other)]
-    if not bigger:
-        a, b = scene.count(kind, colour), scene.count(other)
-        than = "more than" if a > b else "fewer than" if a < b else "as many as"
-        seen.append(f"{a} is {than} {b}.")
-    return " ".join([*seen, f"{answer.capitalize()}."])
+    seen = " ".join(look(scene, row_of(each), each, size=bigger) for each in (kind, other))
+    if bigger:
+        return f"{seen} {answer.capitalize()}."
+    a, b = scene.count(kind, colour), scene.count(other)
+    than = "more than" if a > b else "fewer than" if a < b else "as many as"
+    found = {word: "yes" if word in than else "no" for word in ("more", "fewer")}
+    asked = "fewer" if "fewer" in wording else "more"
+    told = ", ".join(f"{word} {found[word]}" for word in found)
+    thought = f"{seen} {a} is {than} {b}: {told}. So {asked} {answer}."
+    return f"<think>{thought}</think>{answer.capitalize()}."
 
 
 def steps_of(scene, question):
@@ -243,7 +254,9 @@ def is_true(scene, question, answer_text):
     kinds = [kind for kind in (asked.kind, asked.other) if kind] or list(KINDS)
     allowed = {answer, asked.colour, *map(row_of, kinds), *kinds, *(KINDS[kind] for kind in kinds)}
     for group in filter(None, map(scene.group, kinds)):
-        allowed |= {group.place} if asked.task == "existence" else {group.place, group.colour}
+        allowed.add(group.place)
+        if asked.task not in ("existence", "coloured"):
+            allowed.add(group.colour)
     words = set(re.findall(r"[a-z']+", said.lower()))
     denied = words & {"no", "not", "but"} or any(word.endswith("n't") for word in words)
     if words & VOCABULARY - allowed or (denied and answer not in ("yes", "no")):

@@ -9,24 +9,24 @@ import json
 import random
 from collections import Counter, defaultdict
 from dataclasses import asdict
-from itertools import cycle, permutations
+from itertools import cycle, permutations, product
 from pathlib import Path
 
 from data.village import image_questions as questions
 from data.village.examples import settings_of
 from data.village.image_questions import TASKS, Question, look, named, truth
-from data.village.scenes import KINDS, PLACES, ROWS, draw, random_scene, row_of, vary
+from data.village.scenes import COLOURS, KINDS, PLACES, ROWS, draw, random_scene, row_of, vary
 from data.village.tasks import chat
 from data.village.world import capitalise, table, wordings
 from nanollm.config import atomic_folder
 from nanollm.formats import write_jsonl
 
-VERSION = 27  # raise it when images or texts change, so that no old cache is read
+VERSION = 28  # raise it when images or texts change, so that no old cache is read
 SIZES = {"val": 200, "test": 400, "combos": 150}  # images of each split, beside training
 PAIRS_TO_CHOOSE = {"combos_val": 80}  # and of what is painted after those for training
 HARD_NEGATIVES = 4  # training images side by side that differ in one thing each
 N_TEST = {"test": 240, "combos": 100, "val": 96, "combos_val": 64}  # test questions of each task
-ABOUT_PAIRS = ("existence", "count", "colour", "place", "comparison", "sum", "more")
+ABOUT_PAIRS = ("existence", "count", "colour", "place", "comparison", "sum", "more", "coloured")
 COUNTING = ("count", "sum", "total")  # for reinforcement learning
 TURNS = 4  # questions in a dialogue: so it fits, with its image, into a row of 256 tokens
 READER = "Here is a picture in words: {c}\nAsk a question about it, and answer it."
@@ -93,6 +93,15 @@ def candidates(scene, wording, task, about=None):
     where what isn't there can be asked for, about what would stand in its row.
     """
     there = [group.kind for group in scene.groups]
+    if task == "coloured":  # where its kind or its colour is there, "No" takes a look at both
+        asked = [
+            (kind, colour)
+            for group in scene.groups
+            for kind, colour in product(ROWS[row_of(group.kind)], COLOURS)
+            if about in (None, group.kind) and (kind == group.kind or colour == group.colour)
+        ]
+        asked = [pair for pair in asked if about or not questions.names_held_out(named(*pair))]
+        return [Question(task, wording, *pair) for pair in asked]
     if task in ("season", "total"):
         asked = [(None, None)]
     elif task in ("existence", "count"):
