@@ -190,7 +190,7 @@ PRESETS = {
 BY_STAGE = {
     "clip": dict(steps=250, batch_size=128, muon_lr=0.01, lr=2e-3, weight_decay=1.0),
     "align": dict(steps=150, batch_size=8, muon_lr=0.05, lr=5e-3, weight_decay=0.0),
-    "instruct": dict(steps=850, batch_size=10, muon_lr=0.01, lr=3e-3, weight_decay=0.0),
+    "instruct": dict(steps=975, batch_size=10, muon_lr=0.01, lr=3e-3, weight_decay=0.0),
 }
 # The same with --preset downloaded: of align the rate makes 1e-3 for the projector, which learns at
 # optim.PROJECTOR times it; of clip, where it is trained, they are Radford et al.'s (2021)
