@@ -12,6 +12,7 @@ Run     python train_sft.py --preset reader                       # the teacher,
             --test_data village --out runs/vlm-teacher
 Expect  of 16,000 pairs about 2,000 images 99.3% are readable, 55.5% of these true, 46.7% of all
         kept (seed 0); a model that is trained on them alone gets 92.4% of the questions right
+        (of nine tasks, measured before `coloured` was the tenth)
 """
 
 import json
