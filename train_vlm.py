@@ -42,9 +42,9 @@ Expect  of the images 99% get the right one of 64 captions. Of 480 questions abo
         62%, 73%, 52%), the no-image baseline 35%, bf16 96%
         An adapter on the tower lets a model see in another way and leaves its language alone. Set
         image_std to -0.5 in preprocessor_config.json of a copy of runs/vlm: it sees negatives, and
-        of 144 questions (of nine tasks) 21% are right. Then --stage instruct --init runs/negative --replay 0
-        --steps 100 --test_examples 16 --dtype fp32 --rank 8 --alpha 16 (seed 0, one core), of the
-        adapters with --optimizer adamw --lr 5e-3, untuned:
+        of 144 questions (of nine tasks) 21% are right. Then --stage instruct --init runs/negative
+        --replay 0 --steps 100 --test_examples 16 --dtype fp32 --rank 8 --alpha 16 (seed 0, one
+        core), of the adapters with --optimizer adamw --lr 5e-3, untuned:
                                                  trained  images  without (96% before)
         --adapter lora --targets vision          106,752  54%     96%
         --adapter bottleneck --targets vision     50,496  42%     96%
