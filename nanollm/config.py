@@ -146,7 +146,7 @@ def whole(text):
 
 def type_and_choices(hint):
     """What argparse makes a value of a flag's text with, and the texts that it takes, or None. The
-    hint is str, int, float or a Literal of texts, also with a Range, also with None.
+    hint is str, int, float or a Literal of one kind, also with a Range, also with None.
     """
     optional = type(None) in typing.get_args(hint)
     if optional:
@@ -155,7 +155,7 @@ def type_and_choices(hint):
     if typing.get_origin(hint) is Annotated:
         hint, bounds = typing.get_args(hint)
     choices = typing.get_args(hint)  # of a Literal
-    kind = str if choices else hint
+    kind = type(choices[0]) if choices else hint
     convert = whole if kind is int else kind
 
     def read(text):

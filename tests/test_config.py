@@ -50,6 +50,7 @@ class Config:
     steps: Whole[1] = 300
     lr: NotNegative = 1e-3  # learning rate
     dtype: Literal["auto", "bf16"] = "auto"  # precision
+    groups: Literal[1, 2] = 1
     init: str | None = None  # folder to start from
     clip: NotNegative | None = 1.0  # largest gradient norm
     held_out: OpenShare = 0.1
@@ -86,6 +87,7 @@ READ = [
     ("--clip none", "clip", None), ("--clip=0.5", "clip", 0.5), ("--init None", "init", None),
     ("--init=--odd=name", "init", "--odd=name"),
     ("--out none", "out", "none"), ("--dtype bf16", "dtype", "bf16"),
+    ("--groups 2", "groups", 2),
     ("--compile", "compile", True), ("--no_compile", "compile", False),
     ("--no_compile --compile", "compile", True),
 ]  # fmt: skip
