@@ -22,6 +22,7 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 import traceback
 import typing
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def whole(text):
 
 
 def type_and_choices(hint):
-    """What argparse makes a value of a flag's text with, and the texts that it takes, or None. The
+    """What argparse makes a value of a flag's text with, and the values that it takes, or None. The
     hint is str, int, float or a Literal of one kind, also with a Range, also with None.
     """
     optional = type(None) in typing.get_args(hint)
@@ -179,8 +180,8 @@ def comments_of(config_class):
     found = {}
     for base in reversed(config_class.__mro__[:-1]):
         try:
-            source = inspect.getsource(base)
-        except OSError:  # a class typed at a prompt has no source to read
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):  # a class typed at a prompt has no source to read
             continue
         lines, end, group = source.splitlines(), 0, None
         for node in ast.parse(source).body[0].body:

@@ -169,6 +169,17 @@ def test_a_script_inherits_flags_and_another_default_keeps_bounds():
             read(line, Script, None)
 
 
+def test_a_class_inside_a_function_has_comments_and_one_typed_at_a_prompt_needs_none():
+    @dataclass
+    class Inner:
+        size: int = 3  # how large
+
+    assert comments_of(Inner) == {"size": ("how large", "settings")}
+    typed = {"__name__": "__main__", "dataclass": dataclass}
+    exec("@dataclass\nclass Typed:\n    size: int = 3", typed)
+    assert comments_of(typed["Typed"]) == {}
+
+
 def test_a_field_keeps_the_comment_and_the_group_of_the_class_that_it_is_from():
     comments = comments_of(Script)
     assert comments["steps"] == ("optimizer steps", "Training")
