@@ -172,9 +172,16 @@ def look(scene, row, kind=None, size=False, colour=False):
     return f"{IN_ROW[row]} I see {'; '.join(told) or 'nothing'}."
 
 
+def looked_up(asked, holds):
+    """Which of these words hold, and so whether the one asked for does: a small model can't see
+    whether two words are the same, but it can look one up.
+    """
+    said = {word: "yes" if true else "no" for word, true in holds.items()}
+    return f"{', '.join(map(' '.join, said.items()))}. So {asked} {said[asked]}."
+
+
 def completion(scene, question, steps=False):
     """The answer, mostly after a look at what was asked for: two easy steps instead of a hard one.
-    Whether two words are the same is hard, so "yes" and "no" are looked up, behind the word asked.
 
     Of STEPS the result alone, or behind its steps; every number and every sum in them is true.
     """
@@ -192,8 +199,7 @@ def completion(scene, question, steps=False):
         thought = f"{IN_ROW[row]}: {numbers}. So {KINDS[kind]} {scene.count(kind)}."
         if task == "coloured" and scene.count(kind):  # and so with its colour
             seen = scene.group(kind).colour
-            colours = ", ".join(f"{each} {'yes' if each == seen else 'no'}" for each in COLOURS)
-            thought += f" They are {seen}: {colours}. So {colour} {answer}."
+            thought += f" They are {seen}: {looked_up(colour, {c: c == seen for c in COLOURS})}"
         if task == "count":
             verb = "is" if answer == "1" else "are"
             answer = f"there {verb} {answer} {named(kind, colour, int(answer))}"
@@ -204,10 +210,8 @@ def completion(scene, question, steps=False):
         return f"{seen} {answer.capitalize()}."
     a, b = scene.count(kind, colour), scene.count(other)
     than = "more than" if a > b else "fewer than" if a < b else "as many as"
-    found = {word: "yes" if word in than else "no" for word in ("more", "fewer")}
     asked = "fewer" if "fewer" in wording else "more"
-    told = ", ".join(f"{word} {found[word]}" for word in found)
-    thought = f"{seen} {a} is {than} {b}: {told}. So {asked} {answer}."
+    thought = f"{seen} {a} is {than} {b}: {looked_up(asked, {'more': a > b, 'fewer': a < b})}"
     return f"<think>{thought}</think>{answer.capitalize()}."
 
 
