@@ -15,9 +15,9 @@ from fractions import Fraction
 #   decimals    behind a point: .5, 0.50, 5.; a comma never begins decimals
 #   fractions   3/4, 1 1/2, \frac{3}{4}; exponents: 1e3
 #   units       are left out: $5, 5 EUR, 5% and 5kg are 5
-# What begins with a letter is no number, and passed over (H2O, m2, cm^2). What may mean two things
-# (1,5), is written otherwise (10^3, 4½, 42k, 10:30, 2024-05-12) or still to be worked out (2√3,
-# 5-3, \boxed{2 + 3}) is unclear, and never right.
+# Whatever begins with a letter is skipped (H2O, m2, cm^2). A number that could mean two things
+# (1,5), is written in another way (10^3, 4½, 42k, 10:30, 2024-05-12) or has still to be worked out
+# (2√3, 5-3, \boxed{2 + 3}) is unclear, and never right.
 LONGEST = 2000  # characters at a text's end in which its answer is looked for
 DIGITS = 100  # characters that a number may have
 MARK = "[,'’_ \xa0\u2009\u202f]"  # between thousands
