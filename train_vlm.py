@@ -136,6 +136,7 @@ class Config(Settings, TrainConfig):
     # ours or LLaVA's (see data/README.md)
     data: str = "village"
     images: Whole[1] = 6000  # how many the village paints for training
+    most_groups: Literal[1, 2] = 1  # of objects in its sky, and on its ground
     val_data: str | None = None  # held-out records; default: the last --val_fraction of --data
     val_fraction: OpenShare = 0.05  # share of --data that is held out
     # to test on: examples with an "image" (instruct), captions (clip), or village; village_val: of
@@ -223,7 +224,8 @@ def painted(cfg):
     """The folder of the village's images and what is said about them."""
     wanted = f"the village's images take at least {SMALLEST} pixels, not {cfg.image_size}"
     need(cfg.image_size >= SMALLEST, "--image_size", wanted)
-    return village_images.prepare(size=cfg.image_size, n_train=cfg.images)
+    how = dict(n_train=cfg.images, most_groups=cfg.most_groups)
+    return village_images.prepare(size=cfg.image_size, **how)
 
 
 def load_records(cfg):

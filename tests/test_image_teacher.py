@@ -174,7 +174,7 @@ def test_the_preset_reader_learns_from_captions_in_the_teachers_form(tmp_path, m
 def test_own_dialogues_are_tested_on_the_villages_examples_where_asked(tmp_path, monkeypatch):
     prepare = village_images.prepare
     monkeypatch.setattr(
-        village_images, "prepare", lambda size, n_train: prepare(0, tmp_path, 32, n_train=3)
+        village_images, "prepare", lambda size, **how: prepare(0, tmp_path, 32, n_train=3)
     )
     flags = "--stage instruct --data made.jsonl --text_data none.jsonl --test_examples 2".split()
     tokenizer = Tokenizer.from_bytes()

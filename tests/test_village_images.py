@@ -58,9 +58,9 @@ LANTERNS = Group("lantern", "blue", "small", "left", 2)
 VILLAGE = Scene("autumn", "day", (CUP, CANDLES, LANTERNS), 7)
 
 
-@pytest.fixture(scope="module")
-def scenes():
-    return split_scenes(0, N_TRAIN)
+@pytest.fixture(scope="module", params=(1, 2), ids=("one group", "two groups"))
+def scenes(request):
+    return split_scenes(0, N_TRAIN, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,8 @@ def test_no_scene_is_in_two_splits_and_the_tests_do_not_depend_on_the_training(s
     assert len(set(truths)) == len(truths)
     sizes = {split: len(drawn) for split, drawn in scenes.items()}
     assert sizes == {"train": N_TRAIN, "val": 200, "test": 400, "combos": 150, "combos_val": 80}
-    assert split_scenes(0, 20)["test"] == scenes["test"]
+    most_groups = 2 if any(len(scene.groups) > 2 for scene in scenes["test"]) else 1
+    assert split_scenes(0, 20, most_groups)["test"] == scenes["test"]
 
 
 def test_four_training_scenes_in_a_row_differ_from_the_first_in_one_thing(scenes):
@@ -212,11 +213,15 @@ def test_every_answer_in_a_dialogue_is_true_and_nothing_is_asked_twice(files, sc
         ("Are there more lanterns than candles?", "3: more no, fewer yes. So more no.</think>No."),
         ("Are there any blue cups?", "purple no. So blue no.</think>No."),
         ("Are there any red cups?", "purple no. So red yes.</think>Yes."),
-        ("Are there any red stars?", "In the sky: lanterns 2, stars 0. So stars 0.</think>No."),
+        ("Are there any red stars?", "lanterns 2, stars 0, kites 0. So stars 0.</think>No."),
+        (
+            "Count everything but the trees. How many things are there?",
+            "2 + 1 = 3. 3 + 3 = 6.</think>The answer is 6.",
+        ),
     ],
 )
-def test_yes_and_no_are_looked_up_behind_the_word_that_was_asked(question, said):
-    assert completion(VILLAGE, read(question)).endswith(said)
+def test_what_follows_from_a_look_is_looked_up_or_added_one_by_one(question, said):
+    assert completion(VILLAGE, read(question), steps=True).endswith(said)
 
 
 OF_SPLIT = {"test": ["questions_test", "problems_test"], "combos": ["combos_test"]}
@@ -326,8 +331,8 @@ def test_the_pairs_of_combos_are_all_asked_about(files, scene_of):
         question, scene = read(user_turns(example)[0]), scene_of[example["image"]]
         (pair,) = [group for group in scene.groups if group.held_out]
         groups = [scene.group(kind) for kind in (question.kind, question.other)]
-        # what isn't there is asked for where the pair is
-        there = groups == [None, None] and row_of(question.kind) == row_of(pair.kind)
+        # what isn't there, or stands beside the pair, is asked for where the pair is
+        there = question.other is None and row_of(question.kind) == row_of(pair.kind)
         assert pair in groups or there
         held_out[pair.kind] += 1
     assert set(held_out) == set(HELD_OUT) and min(held_out.values()) > 60

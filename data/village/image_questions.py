@@ -10,7 +10,7 @@ can be checked, no matter who asked: `is_true` filters what a teacher model writ
 """
 
 import re
-from itertools import product
+from itertools import accumulate, product
 from typing import NamedTuple
 
 from data.village.scenes import COLOURS, HELD_OUT, KINDS, PLACES, ROWS, SEASONS, SIZES, row_of
@@ -221,13 +221,18 @@ def steps_of(scene, question):
     if task == "season":
         return LOOKS[scene.season]
     asked = [(row_of(k), k) for k in (kind, other)] if kind else [(row, None) for row in ROWS]
-    first, second = (look(scene, *each) for each in asked)
-    a, b = (
-        sum(group.number for group in scene.in_row(row) if k in (None, group.kind))
+    looks = [look(scene, *each) for each in asked]
+    numbers = [
+        number
         for row, k in asked
-    )
-    a, sign, b = (max(a, b), "-", min(a, b)) if task == "more" else (a, "+", b)
-    return f"{first} {second} {a} {sign} {b} = {a - b if sign == '-' else a + b}."
+        for number in [g.number for g in scene.in_row(row) if k in (None, g.kind)] or [0]
+    ]
+    if task == "more":
+        sums = [f"{max(numbers)} - {min(numbers)} = {max(numbers) - min(numbers)}."]
+    else:
+        so_far = [*accumulate(numbers)]
+        sums = [f"{a} + {b} = {c}." for a, b, c in zip(so_far, numbers[1:], so_far[1:])]
+    return " ".join(looks + sums)
 
 
 # --- is an answer true? --------------------------------------------------------------

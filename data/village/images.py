@@ -21,7 +21,7 @@ from data.village.world import capitalise, table, wordings
 from nanollm.config import atomic_folder
 from nanollm.formats import write_jsonl
 
-VERSION = 28  # raise it when images or texts change, so that no old cache is read
+VERSION = 29  # raise it when images or texts change, so that no old cache is read
 SIZES = {"val": 200, "test": 400, "combos": 150}  # images of each split, beside training
 PAIRS_TO_CHOOSE = {"combos_val": 80}  # and of what is painted after those for training
 HARD_NEGATIVES = 4  # training images side by side that differ in one thing each
@@ -33,7 +33,8 @@ READER = "Here is a picture in words: {c}\nAsk a question about it, and answer i
 
 # --- captions ----------------------------------------------------------------------------------
 
-DOES = {"bell": "lie", "candle": "burn", "lantern": "hang", "star": "shine"}  # the others stand
+# the others stand
+DOES = {"bell": "lie", "candle": "burn", "lantern": "hang", "star": "shine", "kite": "float"}
 LISTS = wordings("""
 The picture shows {x}. | You can see {x}. | There {be} {x}. | I see {x}. | Look: {x}. | {x}.
 This is a picture of {x}. | In the picture there {be} {x}.
@@ -214,7 +215,7 @@ def tells(text, scene, question):
 # --- splits and files --------------------------------------------------------------------------
 
 
-def split_scenes(seed, n_train):
+def split_scenes(seed, n_train, most_groups=1):
     """{split: scenes}: no scene, whatever its details, is in two splits or twice in one.
 
     In training HARD_NEGATIVES scenes in a row differ from the first of them in one thing each.
@@ -228,7 +229,7 @@ def split_scenes(seed, n_train):
             if split == "train" and nth and tries < 50:
                 scene = vary(scenes[-nth], rng)
             else:  # also where all that is like it was there before
-                scene = random_scene(rng, held_out=split.startswith("combos"))
+                scene = random_scene(rng, split.startswith("combos"), most_groups)
             tries += 1
             if scene.truth not in seen:
                 seen.add(scene.truth)
@@ -266,17 +267,18 @@ def records(split, scenes, seed):
     return made
 
 
-def prepare(seed=0, root="data/cache", size=96, n_train=6000):
+def prepare(seed=0, root="data/cache", size=96, n_train=6000, most_groups=1):
     """Paint and write everything once and return the folder; later calls find it there.
 
     Images are train/00000.png and so on in train, val, test and combos; paths in the files are
     relative to the folder. data/README.md says what is in each file.
     """
-    folder = Path(root) / f"images-{seed}-{size}px-{n_train}-v{VERSION}"
+    groups = "" if most_groups == 1 else f"-{most_groups}groups"
+    folder = Path(root) / f"images-{seed}-{size}px-{n_train}{groups}-v{VERSION}"
     if folder.is_dir():
         return folder
     with atomic_folder(folder) as new:
-        for split, scenes in split_scenes(seed, n_train).items():
+        for split, scenes in split_scenes(seed, n_train, most_groups).items():
             (new / split).mkdir()
             truths = [{"image": f"{split}/{i:05}.png", **asdict(s)} for i, s in enumerate(scenes)]
             for scene, record in zip(scenes, truths):
@@ -289,4 +291,5 @@ def prepare(seed=0, root="data/cache", size=96, n_train=6000):
 
 def of_run(run_folder):
     """The images that a run was trained on; the default ones where its settings don't say."""
-    return prepare(**settings_of(run_folder, size="image_size", n_train="images"))
+    names = {"size": "image_size", "n_train": "images", "most_groups": "most_groups"}
+    return prepare(**settings_of(run_folder, **names))

@@ -1,8 +1,9 @@
 """Scenes of the village: what stands in an image, as data, and the image itself.
 
-A scene has a season, and one or two groups of objects. A group is of one kind, colour and size,
-on the left, in the middle or on the right; no kind occurs twice, so questions have one answer.
-Lanterns and stars are in the sky, everything else is on the ground. Nothing overlaps.
+A scene has a season, and groups of objects: in the sky, on the ground or in both, of each one, or
+up to two. A group is of one kind, colour and size, on the left, in the middle or on the right; no
+kind occurs twice, so questions have one answer. Lanterns, stars and kites are in the sky,
+everything else is on the ground. Nothing overlaps.
 
 Lengths are in units: an image measures 64 by 64, whatever its pixels. x goes right, y down.
 """
@@ -15,8 +16,8 @@ from PIL import Image, ImageDraw
 
 from data.village.world import table
 
-KINDS = {kind: kind + "s" for kind in ("cup", "bell", "candle", "basket", "lantern", "star")}
-ROWS = {"sky": ("lantern", "star"), "ground": ("cup", "bell", "candle", "basket")}
+ROWS = {"sky": ("lantern", "star", "kite"), "ground": ("cup", "bell", "candle", "basket")}
+KINDS = {kind: kind + "s" for kind in (*ROWS["ground"], *ROWS["sky"])}
 COLOURS = {
     "red": (222, 38, 43),
     "blue": (38, 92, 224),
@@ -94,26 +95,28 @@ def row_of(kind):
     return "sky" if kind in ROWS["sky"] else "ground"
 
 
-def random_scene(rng, held_out=False):
+def random_scene(rng, held_out=False, most_groups=1):
     """A scene without any pair of HELD_OUT, or with one: its first group.
 
-    There is one group in the sky, one on the ground, or both: few enough for a model of a million
-    parameters to learn in minutes which of them a question means.
+    There are groups in the sky, on the ground, or in both; one in each are few enough for a model
+    of a million parameters to learn in minutes which of them a question means.
     """
     both = list(ROWS)
     rows = both if held_out else rng.choice((both, both, both, both[:1], both[1:]))
     while True:
-        kinds = [rng.choice(ROWS[row]) for row in rng.sample(rows, len(rows))]
+        ordered = rng.sample(rows, len(rows))
+        kinds = [k for row in ordered for k in rng.sample(ROWS[row], rng.randint(1, most_groups))]
         if kinds[0] in HELD_OUT or not held_out:
             break
-    groups = []
+    groups, places = [], {row: rng.sample(PLACES, len(PLACES)) for row in ROWS}
     for i, kind in enumerate(kinds):
         colour = rng.choice([c for c in COLOURS if c != HELD_OUT.get(kind)])
         if held_out and i == 0:
             colour = HELD_OUT[kind]
         big = rng.random() < 0.35  # about as many of each number altogether
         number = rng.choice((1, 2)) if big else rng.choices((1, 2, 3), (3, 3, 5))[0]
-        groups.append(Group(kind, colour, "big" if big else "small", rng.choice(PLACES), number))
+        place = places[row_of(kind)].pop()
+        groups.append(Group(kind, colour, "big" if big else "small", place, number))
     return Scene(rng.choice(SEASONS), rng.choice(TIMES), tuple(groups), rng.randrange(10**9))
 
 
@@ -135,7 +138,10 @@ def vary(scene, rng):
             choices |= {"number": numbers, "place": PLACES}
             groups[i] = replace(group, **{change: rng.choice(choices[change])})
         changed = replace(scene, groups=tuple(groups), seed=rng.randrange(10**9))
-        if changed.truth != scene.truth and not any(group.held_out for group in groups):
+        spots = {(row_of(group.kind), group.place) for group in groups}
+        alone = len(spots) == len({group.kind for group in groups}) == len(groups)
+        held_out = any(group.held_out for group in groups)
+        if changed.truth != scene.truth and alone and not held_out:
             return changed
 
 
@@ -177,6 +183,8 @@ lantern  42 -6 -98 6 -98 6 98 -6 98 | 100 o 0 0 80 66 | 140 o 0 0 38 64
          trunk -36 -72 36 -72 36 -52 -36 -52 | trunk -36 52 36 52 36 72 -36 72
 star     100 0 -92 26 -30 93 -24 42 20 58 85 0 50 -58 85 -42 20 -93 -24 -26 -30
          150 0 -36 11 -9 40 -7 18 12 25 40 0 25 -25 40 -18 12 -40 -7 -11 -9
+kite     42 -5 50 5 50 5 98 -5 98 | 42 -30 66 0 80 -30 94 | 42 30 66 0 80 30 94
+         100 0 -96 70 -24 0 56 -70 -24 | 150 0 -74 0 -24 -50 -24 | 150 0 32 0 -24 50 -24
 """)
 FILLS = {"cream": (255, 250, 232), "flame": (255, 180, 40), "trunk": (122, 84, 58)}
 SKIES = {"day": ((176, 214, 246), (238, 247, 253)), "evening": ((190, 190, 236), (255, 226, 204))}
