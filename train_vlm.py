@@ -193,8 +193,8 @@ PRESETS = {
 }
 BY_STAGE = {
     "clip": dict(steps=250, batch_size=128, muon_lr=0.01, lr=2e-3, weight_decay=1.0),
-    "align": dict(steps=150, batch_size=8, muon_lr=0.05, lr=5e-3, weight_decay=0.0),
-    "instruct": dict(steps=975, batch_size=10, muon_lr=0.01, lr=3e-3, weight_decay=0.0),
+    "align": dict(steps=600, batch_size=8, muon_lr=0.05, lr=5e-3, weight_decay=0.0),
+    "instruct": dict(steps=1200, batch_size=10, muon_lr=0.01, lr=3e-3, weight_decay=0.0),
 }
 # The same with --preset downloaded: of align the rate makes 1e-3 for the projector, which learns at
 # optim.PROJECTOR times it; of clip, where it is trained, they are Radford et al.'s (2021)
@@ -647,6 +647,8 @@ def complete_settings(cfg):
     """The settings of a stage, its own defaults filled in; UserError for what can't go together."""
     own = BY_STAGE[cfg.stage] | (DOWNLOADED[cfg.stage] if cfg.preset == "downloaded" else {})
     own |= {"hard_negatives": 4 if cfg.data == "village" else 1}
+    if cfg.no_images:
+        own["steps"] //= 2  # what can be guessed is learnt by then
     cfg = replace(cfg, **{k: v for k, v in own.items() if getattr(cfg, k) is None})
     fits = (cfg.stage == "align") == bool(cfg.vision)
     need(fits, "--vision", "the folder of a tower is what --stage align needs, and it alone")
