@@ -8,19 +8,22 @@
               an image may have several captions (Flickr30k and COCO: five): another of its own is
               no negative, clip_loss leaves it out, and to siglip_loss it is a pair (z_ij = 1)
     align     the projector alone: it makes tokens of the language model out of the tower's features
-    instruct  projector and language model (--train_vision: the tower, too), by questions; or, with
-              --adapter, projector and adapter: --targets all, or vision, the tower, or all,vision
-              both: loss = - sum_t m_t log p(x_t | images, x_<t) / sum_t m_t, as in train_sft.py
+    instruct  projector and language model (--train_vision: the tower, too), by questions; with
+              --adapter projector and adapter, which is put on the language model (--targets all),
+              on the tower (vision), or on both (all,vision)
+              loss = - sum_t m_t log p(x_t | images, x_<t) / sum_t m_t, as in train_sft.py
               Liu et al. 2023, LLaVA, 2304.08485, section 4.2; Liu et al. 2023, 2310.03744
 
 The model is nanollm/vision/vlm.py, its towers are in vit.py and clip.py there. Against forgetting,
 rows of text alone (--replay) stand in the batches of the last stage; LLaVA (2304.08485) has none.
 To show that the model uses the image, compare it with one that cannot see: the no-image baseline
-(--no_images) is trained in the same way on grey images; what it gets right can be guessed.
+(--no_images) is trained on grey images, in half the steps, for it soon knows all that can be
+guessed. It is found in the folder --out with -no_images behind it.
 
-Differs from the papers: a new projector is calibrated and learns at a tenth of the rate
-(optim.PROJECTOR), a batch of clip has hard negatives, and the projector reads the features of the
-last layer, class token included (LLaVA: of the last but one, without).
+Differs from the papers: matrices are trained by Muon, a new projector is calibrated and learns at
+a tenth of the rate (optim.PROJECTOR), a batch of clip has hard negatives, siglip's t is 100 at most
+as clip's is, and the projector reads the features of the last layer, class token included (LLaVA:
+of the last but one, without).
 
 Run     python train_vlm.py                           # all three, and the baseline: runs/vlm
         python train_vlm.py --stage all --resume      # after a kill: finished stages are kept
@@ -51,7 +54,7 @@ Expect  of the images 99% get the right one of 64 captions. Of 480 questions abo
         --adapter bottleneck --targets vision     50,496  42%     96%
         --adapter lora (the tower is frozen)     114,944  37%     95%
         --train_vision (all is trained)        2,045,056  37%     11%
-Watch   loss           clip: log(batch_size) = 4.8 at first, below 1 after 100 steps; align: from 8
+Watch   loss           clip: log(batch_size) = 4.9 at first, below 1 after 100 steps; align: from 8
                        to 3.0 nats per trained token, high because the language model is frozen;
                        instruct: below 0.5 after 50 steps, then slowly to 0.2, most of it plain text
         text_to_image  of held-out captions, the share whose nearest image of 64 is the right one
@@ -139,9 +142,9 @@ class Config(Settings, TrainConfig):
     most_groups: Literal[1, 2] = 1  # of objects in its sky, and on its ground
     val_data: str | None = None  # held-out records; default: the last --val_fraction of --data
     val_fraction: OpenShare = 0.05  # share of --data that is held out
-    # to test on: examples with an "image" (instruct), captions (clip), or village; village_val: of
-    # its validation images, to choose settings by (instruct); default: the village's own, and for
-    # another --data nothing (instruct) or the held-out captions (clip)
+    # what to test on. instruct: JSONL of examples with an "image", village, or village_val, to
+    # choose settings by; default: village with its own --data, else nothing. clip: JSONL of
+    # captions, or village; default: village with its own --data, else the held-out captions
     test_data: str | None = None
     test_examples: Whole[0] = 48  # examples per task, of text and of images; 0: all
     # for instruct, against forgetting: share of the rows without images, a quarter of them plain
@@ -444,7 +447,7 @@ def train_clip(cfg, rt):
             loss = clip_loss(x, y, model.logit_scale, positives)
         else:
             loss = siglip_loss(x, y, model.logit_scale, model.logit_bias, positives)
-        # each process has the whole loss; all_gather's backward sums the copies, and DDP averages
+        # every process has computed the whole loss, of which rt.backward expects its share
         loss = rt.backward(loss / rt.world)
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
         model.limit_scale()
@@ -483,9 +486,9 @@ def start_model(cfg, rt):
             f"{cfg.init} holds a language model without a vision tower; --stage instruct begins "
             "from the run folder of --stage align (and all stages go on with --stage all --resume)"
         )
-    start_adapter(model, cfg, rt)  # --adapter: that and the projector are trained
     if not cfg.adapter:
         model.train_parts(vision=cfg.train_vision, projector=True, language=True)
+    start_adapter(model, cfg, rt)  # --adapter: that and the projector are trained
     return model, tokenizer
 
 
@@ -505,7 +508,7 @@ def train_language(cfg, rt):
     n_plain = round(n_texts / 4)
     chats, val_chats = load_records(cfg)
     how = dict(rt=rt, image_tokens=model.tokens_per_image, store=store)
-    length = partial(row_length, cfg.context, model)
+    length = partial(row_length, cfg.context, model)  # T, by the length of the dialogues
     train_rows = pack_chats(chats, tokenizer, length, "training", **how)
     T = train_rows.tokens.shape[1]
     val_rows = pack_chats(val_chats, tokenizer, T, "held-out", **how)
@@ -544,7 +547,7 @@ def train_language(cfg, rt):
         loss = 0.0
         for part in rt.micro_batches(rows, cfg.accumulate, ddp_model):
             part_loss = sft_loss(logits_of(ddp_model, part), part.tokens, part.mask)
-            loss += rt.backward(part_loss / num_tokens)
+            loss += rt.backward(part_loss / num_tokens)  # a sum becomes a mean
         grad_norm = optimizer.step(schedule(run.step, cfg.steps, cfg.warmup), cfg.grad_clip)
         run.advance(cfg.batch_size * T, loss=rt.sum(loss), grad_norm=grad_norm, lr=optimizer.lr)
 
@@ -580,6 +583,7 @@ def measure(cfg, model, tokenizer, store, tests):
     # "right": shown the right image; the no-image baseline is shown a grey one
     columns = {"right": right, "new_pairs": ask(tests["new_pairs"], shown=shown)[0]}
     if not cfg.no_images:
+        # what has steps is asked with them and without
         sums = [e for e in images if e["check"] == "number" and e["task"] != "count"]
         columns |= {name: ask(sums, begin=begin)[0] for name, begin in BEGINS.items()}
     return columns, completions
@@ -673,10 +677,11 @@ def prepare_folders(cfg, stages, rt):
         check_folders(each.out, cfg.init)
         holds_a_run(Path(each.out))  # raises where --out holds other files
         load_records(each)  # raises where records are unusable, or too few
+    # a model of the final shape, untrained: do projector, --context and tests fit it?
     tower = ViT(vision_config(cfg)), Preprocessing(cfg.image_size)
     how = (cfg.projector, cfg.feature_layer, cfg.class_token)
     model, tokenizer = build_vlm(*load_model(cfg.init), *tower, *how)
-    row_length(cfg.context, model)  # raises where --context is beyond the model's
+    row_length(cfg.context, model)
     last = replace(stages[-1], init=cfg.init)  # whose own is still to be trained
     load_tests(last, model, tokenizer, model.image_store())
     rt.barrier()  # before folders are moved, every process has looked at them
