@@ -17,8 +17,8 @@
 The model is nanollm/vision/vlm.py, its towers are in vit.py and clip.py there. Against forgetting,
 rows of text alone (--replay) stand in the batches of the last stage; LLaVA (2304.08485) has none.
 To show that the model uses the image, compare it with one that cannot see: the no-image baseline
-(--no_images) is trained on grey images, in half the steps, for it soon knows all that can be
-guessed. It is found in the folder --out with -no_images behind it.
+(--no_images) is trained on grey images, of the village's in half the steps, for what can be guessed
+is learnt soon. It is found in the folder --out with -no_images behind it.
 
 Differs from the papers: matrices are trained by Muon, a new projector is calibrated and learns at
 a tenth of the rate (optim.PROJECTOR), a batch of clip has hard negatives, siglip's t is 100 at most
@@ -139,7 +139,7 @@ class Config(Settings, TrainConfig):
     # ours or LLaVA's (see data/README.md)
     data: str = "village"
     images: Whole[1] = 6000  # how many the village paints for training
-    most_groups: Literal[1, 2] = 1  # of objects in its sky, and on its ground
+    most_groups: Literal[1, 2] = 1  # of objects in their sky, and on their ground
     val_data: str | None = None  # held-out records; default: the last --val_fraction of --data
     val_fraction: OpenShare = 0.05  # share of --data that is held out
     # what to test on. instruct: JSONL of examples with an "image", village, or village_val, to
@@ -651,7 +651,7 @@ def complete_settings(cfg):
     """The settings of a stage, its own defaults filled in; UserError for what can't go together."""
     own = BY_STAGE[cfg.stage] | (DOWNLOADED[cfg.stage] if cfg.preset == "downloaded" else {})
     own |= {"hard_negatives": 4 if cfg.data == "village" else 1}
-    if cfg.no_images:
+    if cfg.no_images and cfg.data == "village":
         own["steps"] //= 2  # what can be guessed is learnt by then
     cfg = replace(cfg, **{k: v for k, v in own.items() if getattr(cfg, k) is None})
     fits = (cfg.stage == "align") == bool(cfg.vision)

@@ -59,8 +59,13 @@ VILLAGE = Scene("autumn", "day", (CUP, CANDLES, LANTERNS), 7)
 
 
 @pytest.fixture(scope="module", params=(1, 2), ids=("one group", "two groups"))
-def scenes(request):
-    return split_scenes(0, N_TRAIN, request.param)
+def most_groups(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def scenes(most_groups):
+    return split_scenes(0, N_TRAIN, most_groups)
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +94,15 @@ def test_the_same_seed_gives_the_same_pixels_and_another_seed_other_scenes(scene
     assert draw(VILLAGE, 224).size == (224, 224) and draw(VILLAGE).mode == "RGB"
 
 
-def test_no_scene_is_in_two_splits_and_the_tests_do_not_depend_on_the_training(scenes):
+def test_no_scene_is_in_two_splits_and_the_tests_do_not_depend_on_the_training(scenes, most_groups):
     truths = [scene.truth for split in scenes.values() for scene in split]
     assert len(set(truths)) == len(truths)
     sizes = {split: len(drawn) for split, drawn in scenes.items()}
     assert sizes == {"train": N_TRAIN, "val": 200, "test": 400, "combos": 150, "combos_val": 80}
-    most_groups = 2 if any(len(scene.groups) > 2 for scene in scenes["test"]) else 1
     assert split_scenes(0, 20, most_groups)["test"] == scenes["test"]
+    crowded = {split: {scene.crowded for scene in drawn} for split, drawn in scenes.items()}
+    assert crowded.pop("train") == ({True, False} if most_groups == 2 else {False})
+    assert all(each == {most_groups == 2} for each in crowded.values())
 
 
 def test_four_training_scenes_in_a_row_differ_from_the_first_in_one_thing(scenes):
@@ -331,8 +338,8 @@ def test_the_pairs_of_combos_are_all_asked_about(files, scene_of):
         question, scene = read(user_turns(example)[0]), scene_of[example["image"]]
         (pair,) = [group for group in scene.groups if group.held_out]
         groups = [scene.group(kind) for kind in (question.kind, question.other)]
-        # what isn't there, or stands beside the pair, is asked for where the pair is
-        there = question.other is None and row_of(question.kind) == row_of(pair.kind)
+        # what isn't there is asked for where the pair is
+        there = groups == [None, None] and row_of(question.kind) == row_of(pair.kind)
         assert pair in groups or there
         held_out[pair.kind] += 1
     assert set(held_out) == set(HELD_OUT) and min(held_out.values()) > 60

@@ -222,13 +222,11 @@ def steps_of(scene, question):
         return LOOKS[scene.season]
     asked = [(row_of(k), k) for k in (kind, other)] if kind else [(row, None) for row in ROWS]
     looks = [look(scene, *each) for each in asked]
-    numbers = [
-        number
-        for row, k in asked
-        for number in [g.number for g in scene.in_row(row) if k in (None, g.kind)] or [0]
-    ]
+    found = [[g.number for g in scene.in_row(row) if k in (None, g.kind)] for row, k in asked]
+    numbers = [number for each in found for number in each or [0]]
     if task == "more":
-        sums = [f"{max(numbers)} - {min(numbers)} = {max(numbers) - min(numbers)}."]
+        low, high = sorted(numbers)
+        sums = [f"{high} - {low} = {high - low}."]
     else:
         so_far = [*accumulate(numbers)]
         sums = [f"{a} + {b} = {c}." for a, b, c in zip(so_far, numbers[1:], so_far[1:])]

@@ -28,7 +28,7 @@ HARD_NEGATIVES = 4  # training images side by side that differ in one thing each
 N_TEST = {"test": 240, "combos": 100, "val": 96, "combos_val": 64}  # test questions of each task
 ABOUT_PAIRS = ("existence", "count", "colour", "place", "comparison", "sum", "more", "coloured")
 COUNTING = ("count", "sum", "total")  # for reinforcement learning
-TURNS = 4  # questions in a dialogue: so it fits, with its image, into a row of 256 tokens
+TURNS = 4  # questions in a dialogue: so most fit, with their image, into a row of 256 tokens
 READER = "Here is a picture in words: {c}\nAsk a question about it, and answer it."
 
 # --- captions ----------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def description(scene):
 
 def candidates(scene, wording, task, about=None):
     """Questions in this wording that may suit the scene; with `about`, those about that kind, or,
-    where what isn't there can be asked for, about what would stand in its row.
+    where what isn't there can be asked for, about what isn't in its row.
     """
     there = [group.kind for group in scene.groups]
     if task == "coloured":  # where its kind or its colour is there, "No" takes a look at both
@@ -100,13 +100,15 @@ def candidates(scene, wording, task, about=None):
             for group in scene.groups
             for kind, colour in product(ROWS[row_of(group.kind)], COLOURS)
             if about in (None, group.kind) and (kind == group.kind or colour == group.colour)
+            if about in (None, kind) or kind not in there
         ]
         asked = [pair for pair in asked if about or not questions.names_held_out(named(*pair))]
         return [Question(task, wording, *pair) for pair in asked]
     if task in ("season", "total"):
         asked = [(None, None)]
     elif task in ("existence", "count"):
-        asked = [(kind, None) for kind in (ROWS[row_of(about)] if about else KINDS)]
+        kinds = ROWS[row_of(about)] if about else KINDS
+        asked = [(kind, None) for kind in kinds if about in (None, kind) or kind not in there]
     else:
         alone = task in ("colour", "place")
         asked = [(kind, None) for kind in there] if alone else permutations(there, 2)
@@ -231,7 +233,9 @@ def split_scenes(seed, n_train, most_groups=1):
             else:  # also where all that is like it was there before
                 scene = random_scene(rng, split.startswith("combos"), most_groups)
             tries += 1
-            if scene.truth not in seen:
+            # tests of more groups are apart from the images of one in each half, too
+            fits = split == "train" or scene.crowded == (most_groups > 1)
+            if fits and scene.truth not in seen:
                 seen.add(scene.truth)
                 scenes.append(scene)
                 tries = 0

@@ -1,8 +1,8 @@
 """Scenes of the village: what stands in an image, as data, and the image itself.
 
-A scene has a season, and groups of objects: in the sky, on the ground or in both, of each one, or
-up to two. A group is of one kind, colour and size, on the left, in the middle or on the right; no
-kind occurs twice, so questions have one answer. Lanterns, stars and kites are in the sky,
+A scene has a season, and groups of objects in the sky, on the ground or in both: one, or up to
+two, in each. A group is of one kind, colour and size, on the left, in the middle or on the right;
+no kind occurs twice, so questions have one answer. Lanterns, stars and kites are in the sky,
 everything else is on the ground. Nothing overlaps.
 
 Lengths are in units: an image measures 64 by 64, whatever its pixels. x goes right, y down.
@@ -82,8 +82,14 @@ class Scene:
         return group.number if group and colour in (None, group.colour) else 0
 
     def in_row(self, row):
-        """The groups in the sky, or those on the ground."""
-        return [group for group in self.groups if row_of(group.kind) == row]
+        """The groups in the sky, or those on the ground, from left to right."""
+        found = [group for group in self.groups if row_of(group.kind) == row]
+        return sorted(found, key=lambda group: PLACES.index(group.place))
+
+    @property
+    def crowded(self):
+        """Are there two groups in the sky, or on the ground?"""
+        return any(len(self.in_row(row)) > 1 for row in ROWS)
 
     @staticmethod
     def from_dict(record):
@@ -139,9 +145,8 @@ def vary(scene, rng):
             groups[i] = replace(group, **{change: rng.choice(choices[change])})
         changed = replace(scene, groups=tuple(groups), seed=rng.randrange(10**9))
         spots = {(row_of(group.kind), group.place) for group in groups}
-        alone = len(spots) == len({group.kind for group in groups}) == len(groups)
-        held_out = any(group.held_out for group in groups)
-        if changed.truth != scene.truth and alone and not held_out:
+        apart = len(spots) == len({group.kind for group in groups}) == len(groups)
+        if changed.truth != scene.truth and apart and not any(g.held_out for g in groups):
             return changed
 
 
