@@ -224,14 +224,14 @@ def test_the_vision_tower_looks_once_at_each_prompts_images(vlm, tokenizer, here
 def test_the_villages_images_are_found_by_the_run_that_chose_them(here, monkeypatch):
     asked = []
     monkeypatch.setattr(village_images, "prepare", lambda **how: asked.append(how))
-    earlier = {"init": "runs/sft", "image_size": 32, "images": 7}
+    earlier = {"init": "runs/sft", "image_size": 32, "images": 7, "most_groups": 2}
     Path("runs/b").mkdir(parents=True)
     Path("runs/b/train_config.json").write_text(
         json.dumps({"init": "runs/a", "data": "images", "began_from": earlier})
     )
     for folder in "runs/b", "runs/guesses":
         village_images.of_run(folder)
-    assert asked == [{"size": 32, "n_train": 7}, {}]
+    assert asked == [{"size": 32, "n_train": 7, "most_groups": 2}, {}]
 
 
 def test_evaluate_asks_about_the_villages_images_or_shows_grey_ones(learnt, here, monkeypatch):

@@ -402,6 +402,8 @@ def test_prepare_writes_everything_once(tmp_path, few):
     for record in json.loads((folder / "scenes_test.json").read_text()):
         image = Image.open(folder / record["image"])
         assert image.tobytes() == draw(Scene.from_dict(record)).tobytes()
+    crowded = prepare(root=tmp_path, n_train=4, most_groups=2)
+    assert crowded != folder and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_preparation_that_breaks_leaves_nothing_behind(tmp_path, few, monkeypatch):

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 import train_pretrain
 import train_vlm
 from nanollm import safetensors
+from nanollm.config import parse
 from nanollm.formats import write_jsonl
 from nanollm.hub import load_model
 from nanollm.records import read_captions
@@ -426,3 +427,13 @@ def test_weights_that_are_no_numbers_never_replace_a_checkpoint(here, capsys):
     assert "became" in refused(capsys, train_vlm, *flags)
     state = torch.load("runs/finite/state.pt", weights_only=True)
     assert state["step"] == 2 and all(p.isfinite().all() for p in state["model"].values())
+
+
+def test_the_no_image_baseline_of_the_village_takes_half_the_steps():
+    def steps(*flags):
+        flags = ["--stage", "instruct", *flags]
+        return train_vlm.complete_settings(parse(train_vlm.Config, train_vlm.PRESETS, flags)).steps
+
+    assert 2 * steps("--no_images") == steps()
+    assert steps("--no_images", "--data", "own.jsonl") == steps()
+    assert steps("--no_images", "--steps", "8") == 8
