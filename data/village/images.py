@@ -94,21 +94,22 @@ def candidates(scene, wording, task, about=None):
     where what isn't there can be asked for, about what isn't in its row.
     """
     there = [group.kind for group in scene.groups]
+    kinds = ROWS[row_of(about)] if about else KINDS
+    askable = [kind for kind in kinds if about in (None, kind) or kind not in there]
     if task == "coloured":  # where its kind or its colour is there, "No" takes a look at both
         asked = [
             (kind, colour)
             for group in scene.groups
             for kind, colour in product(ROWS[row_of(group.kind)], COLOURS)
             if about in (None, group.kind) and (kind == group.kind or colour == group.colour)
-            if about in (None, kind) or kind not in there
+            if kind in askable
         ]
         asked = [pair for pair in asked if about or not questions.names_held_out(named(*pair))]
         return [Question(task, wording, *pair) for pair in asked]
     if task in ("season", "total"):
         asked = [(None, None)]
     elif task in ("existence", "count"):
-        kinds = ROWS[row_of(about)] if about else KINDS
-        asked = [(kind, None) for kind in kinds if about in (None, kind) or kind not in there]
+        asked = [(kind, None) for kind in askable]
     else:
         alone = task in ("colour", "place")
         asked = [(kind, None) for kind in there] if alone else permutations(there, 2)
